@@ -1,0 +1,89 @@
+"""The canonical form of one loss evaluation: what every implementation receives.
+
+`loss.py` turns whatever layout the user has (padded, packed, nested, unique items) into a `Problem`; an
+implementation never sees a layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+NEGATIVES = ("batch", "page", "other_pages")
+DIRECTIONS = ("reconstruct", "identify", "both")
+REDUCTIONS = ("mean", "sum", "none")
+
+# Vectors no longer than this count as zero: their cosine is 0 and so is its gradient.
+NORM_EPS = 1e-12
+
+
+@dataclass
+class Problem:
+    """B pages with N PV rows and K history rows, pages one after the other.
+
+    Without a table, `pv` [N, D] and `history` [K, D] hold the rows themselves. With a table of unique items, `pv` is
+    the table [n, D], `history` is None and `pv_index` [N], `history_index` [K] point into it.
+    Rows that a mask excludes, and rows at or past the last offset, are padding: whatever they hold has no influence.
+    """
+
+    pv: Tensor  # [N, D], or the table [n, D]
+    history: Tensor | None  # [K, D], or None with a table
+    query: Tensor | None  # [N, D]; None: the PV rows
+    key: Tensor | None  # [K, D]; None: the history rows
+    value: Tensor | None  # [K, D]; None: the history rows
+    pv_index: Tensor | None  # [N] int64
+    history_index: Tensor | None  # [K] int64
+    pv_offsets: Tensor  # [B + 1] int64
+    history_offsets: Tensor  # [B + 1] int64
+    pv_mask: Tensor | None  # [N] bool, True = real
+    history_mask: Tensor | None  # [K] bool, True = real
+    clicked: Tensor | None  # [N] bool; None for `reconstruct`
+    item_ids: Tensor | None  # [N] int64; None: pv_index with a table, else all items differ
+    log_q: Tensor | None  # [N] float32 or float64
+    weights: Tensor | None  # [N] float32 or float64
+    temperature: Tensor | None  # 0-d float32 or float64, if it takes a gradient or lives on the device
+    tau: float  # the temperature when `temperature` is None
+    attention_scale: float
+    num_heads: int = 1
+    negatives: str = "batch"
+    direction: str = "reconstruct"
+    reduction: str = "mean"
+
+    @property
+    def num_pv(self) -> int:
+        return self.pv.shape[0] if self.pv_index is None else self.pv_index.shape[0]
+
+    @property
+    def num_history(self) -> int:
+        if self.history is not None:
+            return self.history.shape[0]
+        assert self.history_index is not None
+        return self.history_index.shape[0]
+
+    @property
+    def ids(self) -> Tensor | None:
+        """Identity of PV rows [N]: the given ids, else the table index, else None (no two rows are the same item)."""
+        return self.item_ids if self.item_ids is not None else self.pv_index
+
+
+@dataclass
+class SequenceProblem:
+    """The click-sequence loss: K history rows of B pages, as in `Problem`."""
+
+    history: Tensor  # [K, D], or the table [n, D]
+    history_index: Tensor | None  # [K] int64
+    history_offsets: Tensor  # [B + 1] int64
+    history_mask: Tensor | None  # [K] bool
+    item_ids: Tensor | None  # [K] int64; None: history_index with a table, else all items differ
+    temperature: Tensor | None
+    tau: float
+    reduction: str = "mean"
+
+    @property
+    def num_history(self) -> int:
+        return self.history.shape[0] if self.history_index is None else self.history_index.shape[0]
+
+    @property
+    def ids(self) -> Tensor | None:
+        return self.item_ids if self.item_ids is not None else self.history_index
