@@ -1,0 +1,313 @@
+"""The registered operators: schemas, fakes, autograd, and dispatch to an implementation.
+
+The only file that knows torch.library. No implementation is imported before it is first asked for; ../CONTRIBUTING.md
+lists the functions an implementation module provides.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import fields
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .problem import Problem, SequenceProblem
+
+IMPLEMENTATIONS = {
+    "triton": "courier_fast.kernels.pipeline",
+    "cpu": "courier_fast.kernels.cpu.driver",
+    "xformers": "courier_fast.kernels.xformers_attention",
+}
+
+
+def _module(impl: str) -> ModuleType:
+    return importlib.import_module(IMPLEMENTATIONS[impl])
+
+
+def unavailable_reasons(impl: str, p: Problem | SequenceProblem) -> list[str]:
+    """Every reason why `impl` cannot run `p` here; empty if it can."""
+    try:
+        module = _module(impl)
+    except ImportError as error:
+        return [f"{IMPLEMENTATIONS[impl]} cannot be imported: {error}"]
+    return module.unavailable_reasons(p)
+
+
+_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "float": "float", "int": "int", "str": "str"}
+
+
+def _schema_of(problem: type) -> str:
+    """The dataclass fields as schema arguments: one list, so that the two cannot differ."""
+    return ", ".join(f"{_TYPES[str(f.type)]} {f.name}" for f in fields(problem))
+
+
+def _flat(p: Problem | SequenceProblem) -> list[Any]:
+    return [getattr(p, f.name) for f in fields(p)]
+
+
+_LOSS_FIELDS = len(fields(Problem))
+_SEQUENCE_FIELDS = len(fields(SequenceProblem))
+
+# The inputs that may take a gradient, in the order of `needs`.
+_LOSS_GRADS = ("pv", "history", "query", "key", "value", "temperature")
+_RECONSTRUCT_GRADS = _LOSS_GRADS[:5]
+_SEQUENCE_GRADS = ("history", "temperature")
+
+_lib = torch.library.Library("courier_fast", "DEF")
+
+
+def _wanted(p: Problem | SequenceProblem, names: Sequence[str]) -> list[bool]:
+    tensors = (getattr(p, name) for name in names)
+    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
+
+
+def _dense(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """An operator returns tensors only: drop the gradients nobody asked for."""
+    return [g for g in grads if g is not None]
+
+
+def _like_inputs(p: Problem | SequenceProblem, names: Sequence[str], needs: Sequence[bool]) -> list[Tensor]:
+    return [torch.empty_like(getattr(p, name)) for name, need in zip(names, needs, strict=True) if need]
+
+
+def _scatter_grads(problem: type, names: Sequence[str], needs: Sequence[bool], grads: Sequence[Tensor]) -> list[Any]:
+    """Gradients by field of the problem dataclass, None elsewhere."""
+    remaining = iter(grads)
+    by_name = {name: next(remaining) for name, need in zip(names, needs, strict=True) if need}
+    return [by_name.get(f.name) for f in fields(problem)]
+
+
+def _define(name: str, schema: str, run: Any, fake: Any) -> Any:
+    _lib.define(f"{name}({schema}")
+    _lib.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"courier_fast::{name}", fake, lib=_lib)
+    return getattr(torch.ops.courier_fast, name).default
+
+
+def _refuse_double_backward(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        "double backward through a fused courier_fast loss is not implemented (create_graph=True): "
+        'use impl="reference" where second derivatives are needed'
+    )
+
+
+def _no_context(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+def _save(ctx: Any, flat: Sequence[Any], saved: Sequence[Tensor]) -> None:
+    """Keep tensors through save_for_backward (so that in-place changes are caught), the rest on the context."""
+    ctx.places = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
+    ctx.constants = [None if isinstance(x, Tensor) else x for x in flat]
+    ctx.save_for_backward(*(flat[i] for i in ctx.places), *saved)
+
+
+def _restore(ctx: Any) -> tuple[list[Any], list[Tensor]]:
+    tensors = list(ctx.saved_tensors)
+    flat = list(ctx.constants)
+    for place, tensor in zip(ctx.places, tensors, strict=False):
+        flat[place] = tensor
+    return flat, tensors[len(ctx.places) :]
+
+
+# ---- reconstruction loss ------------------------------------------------------------------------------------------
+
+
+def _loss_run(*args: Any) -> Any:
+    *flat, needs, stats, impl = args
+    return _module(impl).loss_forward(Problem(*flat), needs, stats)
+
+
+def _loss_fake(*args: Any) -> Any:
+    *flat, needs, stats, impl = args
+    p = Problem(*flat)
+    rows = p.num_pv
+    per_row = (rows if stats else 0,)
+    new = p.pv.new_empty
+    loss = new((rows,) if p.reduction == "none" else (), dtype=torch.float32)
+    floats = [new(per_row, dtype=torch.float32) for _ in range(3)]
+    rank, is_anchor = new(per_row, dtype=torch.int64), new(per_row, dtype=torch.bool)
+    skipped = new(() if stats else (0,), dtype=torch.int64)
+    saved = [new(shape, dtype=dtype) for shape, dtype in _module(impl).saved_spec(p, needs)]
+    return (loss, *floats, rank, is_anchor, skipped, saved)
+
+
+def _loss_backward_run(*args: Any) -> list[Tensor]:
+    *flat, needs, impl, saved, grad = args
+    return _dense(_module(impl).loss_backward(Problem(*flat), needs, saved, grad))
+
+
+def _loss_backward_fake(*args: Any) -> list[Tensor]:
+    *flat, needs, impl, saved, grad = args
+    return _like_inputs(Problem(*flat), _LOSS_GRADS, needs)
+
+
+_loss_op = _define(
+    "reconstruction_loss",
+    f"{_schema_of(Problem)}, bool[] needs, bool stats, str impl) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    _loss_run,
+    _loss_fake,
+)
+_loss_backward_op = _define(
+    "reconstruction_loss_backward",
+    f"{_schema_of(Problem)}, bool[] needs, str impl, Tensor[] saved, Tensor grad) -> Tensor[]",
+    _loss_backward_run,
+    _loss_backward_fake,
+)
+
+
+def _loss_context(ctx: Any, inputs: Any, output: Any) -> None:
+    *flat, ctx.needs, _, ctx.impl = inputs
+    _save(ctx, flat, output[-1])
+    ctx.mark_non_differentiable(*output[1:-1])
+    ctx.set_materialize_grads(False)
+
+
+def _loss_grad(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+    flat, saved = _restore(ctx)
+    if grad is None:
+        return (None,) * (_LOSS_FIELDS + 3)
+    grads = _loss_backward_op(*flat, ctx.needs, ctx.impl, saved, grad)
+    return (*_scatter_grads(Problem, _LOSS_GRADS, ctx.needs, grads), None, None, None)
+
+
+torch.library.register_autograd("courier_fast::reconstruction_loss", _loss_grad, setup_context=_loss_context, lib=_lib)
+torch.library.register_autograd(
+    "courier_fast::reconstruction_loss_backward", _refuse_double_backward, setup_context=_no_context, lib=_lib
+)
+
+
+def reconstruction_loss(p: Problem, impl: str, stats: bool) -> tuple[Tensor, ...]:
+    """(loss, item_loss, log_sum_exp, positive_similarity, rank, is_anchor, num_skipped); all but loss need `stats`."""
+    return _loss_op(*_flat(p), _wanted(p, _LOSS_GRADS), stats, impl)[:-1]
+
+
+# ---- reconstruct --------------------------------------------------------------------------------------------------
+
+
+def _reconstruct_run(*args: Any) -> Tensor:
+    *flat, needs, impl = args
+    return _module(impl).reconstruct_forward(Problem(*flat))
+
+
+def _reconstruct_fake(*args: Any) -> Tensor:
+    *flat, needs, impl = args
+    p = Problem(*flat)
+    return p.pv.new_empty((p.num_pv, p.pv.shape[1]))
+
+
+def _reconstruct_backward_run(*args: Any) -> list[Tensor]:
+    *flat, needs, impl, grad = args
+    return _dense(_module(impl).reconstruct_backward(Problem(*flat), needs, grad))
+
+
+def _reconstruct_backward_fake(*args: Any) -> list[Tensor]:
+    *flat, needs, impl, grad = args
+    return _like_inputs(Problem(*flat), _RECONSTRUCT_GRADS, needs)
+
+
+_reconstruct_op = _define(
+    "reconstruct", f"{_schema_of(Problem)}, bool[] needs, str impl) -> Tensor", _reconstruct_run, _reconstruct_fake
+)
+_reconstruct_backward_op = _define(
+    "reconstruct_backward",
+    f"{_schema_of(Problem)}, bool[] needs, str impl, Tensor grad) -> Tensor[]",
+    _reconstruct_backward_run,
+    _reconstruct_backward_fake,
+)
+
+
+def _reconstruct_context(ctx: Any, inputs: Any, output: Any) -> None:
+    *flat, ctx.needs, ctx.impl = inputs
+    _save(ctx, flat, ())
+
+
+def _reconstruct_grad(ctx: Any, grad: Tensor) -> Any:
+    flat, _ = _restore(ctx)
+    grads = _reconstruct_backward_op(*flat, ctx.needs, ctx.impl, grad)
+    return (*_scatter_grads(Problem, _RECONSTRUCT_GRADS, ctx.needs, grads), None, None)
+
+
+torch.library.register_autograd(
+    "courier_fast::reconstruct", _reconstruct_grad, setup_context=_reconstruct_context, lib=_lib
+)
+torch.library.register_autograd(
+    "courier_fast::reconstruct_backward", _refuse_double_backward, setup_context=_no_context, lib=_lib
+)
+
+
+def reconstruct(p: Problem, impl: str) -> Tensor:
+    """R [N, D]; zeros for padding and for pages without history."""
+    return _reconstruct_op(*_flat(p), _wanted(p, _RECONSTRUCT_GRADS), impl)
+
+
+# ---- click-sequence loss ------------------------------------------------------------------------------------------
+
+
+def _sequence_run(*args: Any) -> Any:
+    *flat, needs, impl = args
+    return _module(impl).sequence_forward(SequenceProblem(*flat), needs)
+
+
+def _sequence_fake(*args: Any) -> Any:
+    *flat, needs, impl = args
+    p = SequenceProblem(*flat)
+    loss = p.history.new_empty((p.num_history,) if p.reduction == "none" else (), dtype=torch.float32)
+    spec = _module(impl).sequence_saved_spec(p, needs)
+    return loss, [p.history.new_empty(shape, dtype=dtype) for shape, dtype in spec]
+
+
+def _sequence_backward_run(*args: Any) -> list[Tensor]:
+    *flat, needs, impl, saved, grad = args
+    return _dense(_module(impl).sequence_backward(SequenceProblem(*flat), needs, saved, grad))
+
+
+def _sequence_backward_fake(*args: Any) -> list[Tensor]:
+    *flat, needs, impl, saved, grad = args
+    return _like_inputs(SequenceProblem(*flat), _SEQUENCE_GRADS, needs)
+
+
+_sequence_op = _define(
+    "click_sequence_loss",
+    f"{_schema_of(SequenceProblem)}, bool[] needs, str impl) -> (Tensor, Tensor[])",
+    _sequence_run,
+    _sequence_fake,
+)
+_sequence_backward_op = _define(
+    "click_sequence_loss_backward",
+    f"{_schema_of(SequenceProblem)}, bool[] needs, str impl, Tensor[] saved, Tensor grad) -> Tensor[]",
+    _sequence_backward_run,
+    _sequence_backward_fake,
+)
+
+
+def _sequence_context(ctx: Any, inputs: Any, output: Any) -> None:
+    *flat, ctx.needs, ctx.impl = inputs
+    _save(ctx, flat, output[-1])
+    ctx.set_materialize_grads(False)
+
+
+def _sequence_grad(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+    flat, saved = _restore(ctx)
+    if grad is None:
+        return (None,) * (_SEQUENCE_FIELDS + 2)
+    grads = _sequence_backward_op(*flat, ctx.needs, ctx.impl, saved, grad)
+    return (*_scatter_grads(SequenceProblem, _SEQUENCE_GRADS, ctx.needs, grads), None, None)
+
+
+torch.library.register_autograd(
+    "courier_fast::click_sequence_loss", _sequence_grad, setup_context=_sequence_context, lib=_lib
+)
+torch.library.register_autograd(
+    "courier_fast::click_sequence_loss_backward", _refuse_double_backward, setup_context=_no_context, lib=_lib
+)
+
+
+def click_sequence_loss(p: SequenceProblem, impl: str) -> Tensor:
+    """0-d, or [K] with reduction "none"."""
+    return _sequence_op(*_flat(p), _wanted(p, _SEQUENCE_GRADS), impl)[0]
