@@ -1,0 +1,98 @@
+"""Tile choices, in one place. The numbers behind them are in README.md."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of a tile, warps, and software pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# Rows per program of the bookkeeping kernels, and of the memory-bound ones.
+BLOCK_PLAN = 1024
+LARGEST_REGISTER_DIM = 256  # above it the accumulator spills: the chunked path takes over
+LARGEST_DIM = 1024
+# Row strides at which the fused prologue was measured to be faster: none was measured yet.
+FUSED_STRIDES: frozenset[int] = frozenset()
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(int(n) - 1, 0).bit_length()
+
+
+def block_dim(dim: int) -> int:
+    """The embedding dimension in registers: a power of two, at least what a matrix instruction takes."""
+    return max(16, next_power_of_2(dim))
+
+
+def row_stride(dim: int) -> int:
+    """Row length of the normalised buffers: padded with zeros, so that the inner loops need no mask over D."""
+    return block_dim(dim) if dim <= LARGEST_REGISTER_DIM else -(-dim // 64) * 64
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs(device: torch.device) -> int:
+    """How many programs fill the device once: few row tiles are split along their columns up to that."""
+    return _processors(device) if device.type == "cuda" else 4
+
+
+def contrast_tile(dtype: torch.dtype, stride: int) -> Tile:
+    """The streaming pass. 16-bit rows: the fastest measured on an H100 (README.md); float32 rows: what fits."""
+    if interpreted():
+        return Tile(32, 32, 4, 1)
+    if dtype == torch.float32:
+        return Tile(64, 32, 8, 2) if stride > 64 else Tile(64, 32, 4, 2)
+    if stride > 128:
+        return Tile(128, 64, 8, 3)
+    if stride > 64:
+        return Tile(64, 128, 4, 2)
+    return Tile(64, 64, 4, 2)
+
+
+def attention_tile(dtype: torch.dtype, stride: int) -> Tile:
+    """Attention over short histories: block_m PV rows by block_n history rows."""
+    if stride > 512:
+        return Tile(16, 16, 8, 1)
+    return Tile(16, 32, 4, 2) if dtype != torch.float32 else Tile(16, 16, 4, 1)
+
+
+def rows_tile(stride: int) -> Tile:
+    """Memory-bound kernels: a few rows, enough bytes a thread."""
+    return Tile(max(4, min(16, 4096 // next_power_of_2(stride))), 1, 4, 1)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """float32 products follow torch's setting; 16-bit inputs have only one way."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"
+
+
+def fuse_attention(stride: int, both_lists: bool, heads: int, stats: bool) -> bool:
+    """Whether the attention runs in the prologue of the contrast's row tile, so that R does not travel through memory.
+
+    It can where every row of the pass is an anchor and no rank is asked for (a rank needs the positive's score first).
+    Where it pays is a measured table; it has no entry yet, so the separate kernel is used (README.md).
+    """
+    possible = stride <= LARGEST_REGISTER_DIM and not both_lists and heads == 1 and not stats
+    return possible and stride in FUSED_STRIDES

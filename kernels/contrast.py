@@ -1,0 +1,492 @@
+"""Triton: the contrast. One kernel serves the forward pass over the candidates of each anchor and the transposed pass
+over the anchors of each candidate; neither writes the similarity matrix.
+
+Scores are in powers of two: t_ij = log2(e) (cos_ij / tau + bias_j).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .reconstruct import attend_tile, list_tile, store_unit_rows
+from .tl_common import LN2, LOG2E, score_scale, rank_before, splits_of
+
+# Which candidates a row has, its positive always apart (`candidate_mask`).
+MASK_BATCH = tl.constexpr(0)
+MASK_PAGE = tl.constexpr(1)
+MASK_OTHER_PAGES = tl.constexpr(2)
+MASK_SEQUENCE = tl.constexpr(3)
+MASK_SEQUENCE_IDS = tl.constexpr(4)
+
+
+@triton.jit
+def candidate_mask(x_id, y_id, x_page, y_page, x_place, y_place, MASK: tl.constexpr):
+    """Pairs [BLOCK_M, BLOCK_N] whose exp(s) counts. An item with the id of the row's item, itself included, does not;
+    in the click sequence only the row itself and its id's re-occurrences on other pages do not."""
+    if MASK == MASK_SEQUENCE:
+        return x_place[:, None] != y_place[None, :]
+    if MASK == MASK_SEQUENCE_IDS:
+        other = x_id[:, None] != y_id[None, :]
+        return other | ((x_page[:, None] == y_page[None, :]) & (x_place[:, None] != y_place[None, :]))
+    allowed = x_id[:, None] != y_id[None, :]
+    if MASK == MASK_PAGE:
+        allowed = allowed & (x_page[:, None] == y_page[None, :])
+    if MASK == MASK_OTHER_PAGES:
+        allowed = allowed & (x_page[:, None] != y_page[None, :])
+    return allowed
+
+
+@triton.jit
+def contrast_step(
+    x,  # [BLOCK_M, BLOCK_D]
+    top,  # [BLOCK_M] running maximum, or the fixed shift
+    total,  # [BLOCK_M]
+    acc,  # [BLOCK_M, BLOCK_D]
+    above,  # [BLOCK_M] int32
+    x_id,
+    x_page,
+    x_place,
+    x_offset,
+    rank_score,
+    y_ptr,
+    y_id_ptr,
+    y_page_ptr,
+    y_offset_ptr,
+    y_scale_ptr,
+    start,
+    end,
+    scale,
+    TAIL: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_X_OFFSET: tl.constexpr,
+    HAS_Y_OFFSET: tl.constexpr,
+    HAS_Y_SCALE: tl.constexpr,
+    Y_OFFSET_IS_COUNT: tl.constexpr,
+    ONLINE: tl.constexpr,
+    NEED_SUM: tl.constexpr,
+    NEED_VALUES: tl.constexpr,
+    NEED_RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """total += sum_j 2^(t_ij - top), acc += sum_j 2^(t_ij - top) y_j over one block of columns."""
+    place = start + tl.arange(0, BLOCK_N)
+    inside = place < end
+    where = place.to(tl.int64)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    if TAIL:
+        y = tl.load(y_ptr + where, mask=inside[:, None], other=0.0)
+    else:
+        y = tl.load(y_ptr + where)
+    y_id = x_id
+    y_page = x_page
+    if MASK != MASK_SEQUENCE:
+        y_id = tl.load(y_id_ptr + place, mask=inside, other=0)
+    if MASK == MASK_PAGE or MASK == MASK_OTHER_PAGES or MASK == MASK_SEQUENCE_IDS:
+        y_page = tl.load(y_page_ptr + place, mask=inside, other=-1)
+    allowed = candidate_mask(x_id, y_id, x_page, y_page, x_place, place, MASK)
+    if TAIL:
+        allowed = allowed & inside[None, :]
+    t = tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale
+    if HAS_Y_OFFSET:
+        y_offset = tl.load(y_offset_ptr + place, mask=inside, other=0.0)
+        if NEED_RANK:
+            # Exact ties are not above; the two sums of the same products may differ in their last bits.
+            near = rank_score + 1e-6 * scale
+            if Y_OFFSET_IS_COUNT:
+                count = (tl.exp2(y_offset) + 0.5).to(tl.int32)
+                above += tl.sum(tl.where(allowed & (t > near[:, None]), count[None, :], 0), axis=1)
+            else:
+                above += tl.sum((allowed & (t + y_offset[None, :] > near[:, None])).to(tl.int32), axis=1)
+        t += y_offset[None, :]
+    elif NEED_RANK:
+        near = rank_score + 1e-6 * scale
+        above += tl.sum((allowed & (t > near[:, None])).to(tl.int32), axis=1)
+    if HAS_X_OFFSET:
+        t += x_offset[:, None]
+    t = tl.where(allowed, t, -float("inf"))
+    if ONLINE:
+        new_top = tl.maximum(top, tl.max(t, axis=1))
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        rescale = tl.exp2(top - shift)
+        p = tl.exp2(t - shift[:, None])
+        top = new_top
+        if NEED_SUM:
+            total = total * rescale
+        if NEED_VALUES:
+            acc = acc * rescale[:, None]
+    else:
+        p = tl.exp2(t - top[:, None])
+    if NEED_SUM:
+        total += tl.sum(p, axis=1)
+    if HAS_Y_SCALE:
+        p *= tl.load(y_scale_ptr + place, mask=inside, other=0.0)[None, :]
+    if NEED_VALUES:
+        acc = tl.dot(p.to(y.dtype), y, acc, input_precision=PRECISION)
+    return top, total, acc, above
+
+
+@triton.jit
+def contrast(
+    x_ptr,  # [x capacity, BLOCK_D] unit rows
+    y_ptr,  # [y capacity, BLOCK_D] unit rows
+    x_count_ptr,
+    y_count_ptr,
+    x_id_ptr,
+    y_id_ptr,
+    x_page_ptr,
+    y_page_ptr,
+    x_offset_ptr,
+    y_offset_ptr,
+    y_scale_ptr,
+    x_rank_score_ptr,  # [x capacity, 2]: the positive's cosine, exact and as the rounded rows give it
+    log_q_ptr,  # [N]
+    page_offsets_ptr,  # with MASK_PAGE: pv offsets [B + 1] ...
+    y_rank_ptr,  # ... and the prefix sums that made the list of y
+    tau,
+    acc_ptr,  # [slots * BLOCK_M, BLOCK_D]
+    top_ptr,  # [slots * BLOCK_M]
+    total_ptr,  # [slots * BLOCK_M]
+    above_ptr,  # [slots * BLOCK_M]
+    slots,
+    # The attention, when it is the prologue of the row tile (FUSED), otherwise unused:
+    q_ptr,
+    q_index_ptr,
+    k_ptr,
+    k_index_ptr,
+    v_ptr,
+    v_index_ptr,
+    e_ptr,
+    e_index_ptr,
+    history_offsets_ptr,
+    history_page_ptr,
+    attention_lse_ptr,
+    norm_ptr,
+    positive_ptr,
+    list_ptr,
+    capacity,
+    attention_scale,
+    D: tl.constexpr,
+    HAS_Q_INDEX: tl.constexpr,
+    HAS_K_INDEX: tl.constexpr,
+    HAS_V_INDEX: tl.constexpr,
+    HAS_E_INDEX: tl.constexpr,
+    FUSED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    TAU_IS_TENSOR: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_X_OFFSET: tl.constexpr,
+    HAS_Y_OFFSET: tl.constexpr,
+    HAS_Y_SCALE: tl.constexpr,
+    Y_OFFSET_IS_COUNT: tl.constexpr,
+    HAS_RANK_LOG_Q: tl.constexpr,
+    FIXED_SHIFT: tl.constexpr,
+    ONLINE: tl.constexpr,
+    NEED_SUM: tl.constexpr,
+    NEED_VALUES: tl.constexpr,
+    NEED_RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """sum_j 2^(t_ij - shift) and sum_j 2^(t_ij - shift) y_j, for one tile of rows and one part of the columns.
+
+    Forward: x = r, y = e, the sums give logsumexp_j s_ij and sum_j p_ij e_j. Transposed: x = e, y = r, the offset
+    of y is -lse_i and its scale g_i, and the sum is sum_i g_i p_ij r_i. ("identify" swaps r and e.)
+    """
+    pid = tl.program_id(0)
+    x_count = tl.load(x_count_ptr)
+    y_count = tl.load(y_count_ptr)
+    splits = splits_of(x_count, y_count, slots, BLOCK_M, BLOCK_N)
+    first = (pid // splits) * BLOCK_M
+    if first >= x_count:
+        return
+    scale = score_scale(tau, TAU_IS_TENSOR)
+
+    x_place = first + tl.arange(0, BLOCK_M)
+    valid = x_place < x_count
+    dims = tl.arange(0, BLOCK_D)
+    if FUSED:
+        place, valid, position, page, first_page, last_page = list_tile(
+            list_ptr, x_page_ptr, x_count, first, BLOCK_M
+        )
+        r = attend_tile(
+            q_ptr,
+            q_index_ptr,
+            k_ptr,
+            k_index_ptr,
+            v_ptr,
+            v_index_ptr,
+            history_offsets_ptr,
+            history_page_ptr,
+            attention_lse_ptr,
+            position,
+            page,
+            place,
+            first_page,
+            last_page,
+            capacity,
+            attention_scale * LOG2E,
+            NEED_VALUES,
+            D,
+            1,
+            HAS_Q_INDEX,
+            HAS_K_INDEX,
+            HAS_V_INDEX,
+            BLOCK_M,
+            BLOCK_H,
+            BLOCK_D,
+            PRECISION,
+        )
+        # Every part of a split tile computes the same r; each writes the same bits.
+        x = store_unit_rows(
+            r,
+            e_ptr,
+            e_index_ptr,
+            x_ptr,
+            norm_ptr,
+            positive_ptr,
+            position,
+            place,
+            valid,
+            D,
+            BLOCK_D,
+            BLOCK_D,
+            HAS_E_INDEX,
+            True,
+        )
+    else:
+        where = x_place.to(tl.int64)[:, None] * BLOCK_D + dims[None, :]
+        x = tl.load(x_ptr + where, mask=valid[:, None], other=0.0)
+
+    x_id = x_place
+    x_page = x_place
+    if MASK != MASK_SEQUENCE:
+        x_id = tl.load(x_id_ptr + x_place, mask=valid, other=0)
+    if MASK == MASK_PAGE or MASK == MASK_OTHER_PAGES or MASK == MASK_SEQUENCE_IDS:
+        x_page = tl.load(x_page_ptr + x_place, mask=valid, other=-2)
+    rank_score = tl.zeros([BLOCK_M], tl.float32)
+    x_offset = rank_score
+    if HAS_X_OFFSET:
+        x_offset = tl.load(x_offset_ptr + x_place, mask=valid, other=0.0)
+    if NEED_RANK:
+        rank_score = tl.load(x_rank_score_ptr + x_place * 2 + 1, mask=valid, other=0.0) * scale
+        if HAS_RANK_LOG_Q:
+            position = tl.load(list_ptr + x_place, mask=valid, other=0)
+            rank_score -= tl.load(log_q_ptr + position, mask=valid, other=0.0) * LOG2E
+
+    low = 0
+    high = y_count
+    if MASK == MASK_PAGE:
+        page_first = tl.load(x_page_ptr + first)
+        page_last = tl.load(x_page_ptr + tl.minimum(first + BLOCK_M, x_count) - 1)
+        low = rank_before(y_rank_ptr, tl.load(page_offsets_ptr + page_first))
+        high = rank_before(y_rank_ptr, tl.load(page_offsets_ptr + page_last + 1))
+    part = tl.cdiv(tl.cdiv(high - low, BLOCK_N), splits) * BLOCK_N
+    low = low + (pid % splits) * part
+    high = tl.minimum(low + part, high)
+
+    if ONLINE:
+        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    elif FIXED_SHIFT:
+        top = tl.zeros([BLOCK_M], tl.float32) + scale
+    else:
+        top = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    above = tl.zeros([BLOCK_M], tl.int32)
+    # The tail is peeled: a mask on every load of the inner loop costs several percent.
+    whole = low + tl.maximum(high - low, 0) // BLOCK_N * BLOCK_N
+    for start in range(low, whole, BLOCK_N):
+        top, total, acc, above = contrast_step(
+            x,
+            top,
+            total,
+            acc,
+            above,
+            x_id,
+            x_page,
+            x_place,
+            x_offset,
+            rank_score,
+            y_ptr,
+            y_id_ptr,
+            y_page_ptr,
+            y_offset_ptr,
+            y_scale_ptr,
+            start,
+            high,
+            scale,
+            False,
+            MASK,
+            HAS_X_OFFSET,
+            HAS_Y_OFFSET,
+            HAS_Y_SCALE,
+            Y_OFFSET_IS_COUNT,
+            ONLINE,
+            NEED_SUM,
+            NEED_VALUES,
+            NEED_RANK,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+        )
+    if whole < high:
+        top, total, acc, above = contrast_step(
+            x,
+            top,
+            total,
+            acc,
+            above,
+            x_id,
+            x_page,
+            x_place,
+            x_offset,
+            rank_score,
+            y_ptr,
+            y_id_ptr,
+            y_page_ptr,
+            y_offset_ptr,
+            y_scale_ptr,
+            whole,
+            high,
+            scale,
+            True,
+            MASK,
+            HAS_X_OFFSET,
+            HAS_Y_OFFSET,
+            HAS_Y_SCALE,
+            Y_OFFSET_IS_COUNT,
+            ONLINE,
+            NEED_SUM,
+            NEED_VALUES,
+            NEED_RANK,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+        )
+    slot = pid.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if NEED_SUM:
+        tl.store(total_ptr + slot, total)
+        tl.store(top_ptr + slot, top)
+    if NEED_RANK:
+        tl.store(above_ptr + slot, above)
+    if NEED_VALUES:
+        tl.store(acc_ptr + slot[:, None] * BLOCK_D + dims[None, :], acc)
+
+
+@triton.jit
+def add_in(top, total, new_top, new_total):
+    """Sum of two (maximum, sum of 2^(t - maximum)) pairs."""
+    highest = tl.maximum(top, new_top)
+    safe = tl.where(highest == -float("inf"), 0.0, highest)
+    return highest, total * tl.exp2(top - safe) + new_total * tl.exp2(new_top - safe)
+
+
+@triton.jit
+def finish_rows(
+    top_ptr,  # [slots * BLOCK_M]
+    total_ptr,
+    above_ptr,
+    x_count_ptr,
+    y_count_ptr,
+    positive_ptr,  # [capacity, 2]
+    list_ptr,  # [capacity] PV rows of the anchors
+    log_q_ptr,  # [N]
+    loss_ptr,  # [capacity]
+    lse_ptr,  # [capacity] in powers of two
+    miss_ptr,  # [capacity] 1 - p of the positive
+    item_lse_ptr,  # [N]
+    item_positive_ptr,
+    item_rank_ptr,
+    slots,
+    tau,
+    TAU_IS_TENSOR: tl.constexpr,
+    HAS_LOG_Q: tl.constexpr,
+    HAS_POSITIVE: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """loss_i = logsumexp_{j in cand(i)} s_ij - s_ii, the positive added in float32 apart from the products.
+
+    HAS_POSITIVE off (click sequence): positives are among the candidates, only the log-sum-exp is wanted.
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x_count = tl.load(x_count_ptr)
+    valid = row < x_count
+    splits = splits_of(x_count, tl.load(y_count_ptr), slots, BLOCK_M, BLOCK_N)
+    scale = score_scale(tau, TAU_IS_TENSOR)
+    base = (row // BLOCK_M).to(tl.int64) * splits * BLOCK_M + row % BLOCK_M
+    top = tl.full([BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    above = tl.zeros([BLOCK], tl.int32)
+    for split in range(splits):
+        slot = base + split * BLOCK_M
+        part_top = tl.load(top_ptr + slot, mask=valid, other=-float("inf"))
+        part = tl.load(total_ptr + slot, mask=valid, other=0.0)
+        top, total = add_in(top, total, part_top, part)
+        if STATS:
+            above += tl.load(above_ptr + slot, mask=valid, other=0)
+    if HAS_POSITIVE:
+        position = tl.load(list_ptr + row, mask=valid, other=0)
+        cosine = tl.load(positive_ptr + row * 2, mask=valid, other=0.0)
+        positive = cosine * scale
+        if HAS_LOG_Q:
+            positive -= tl.load(log_q_ptr + position, mask=valid, other=0.0) * LOG2E
+        highest, everything = add_in(top, total, positive, tl.full([BLOCK], 1.0, tl.float32))
+        lse = highest + tl.log2(everything)
+        tl.store(miss_ptr + row, total * tl.exp2(top - highest) / everything, mask=valid)
+        tl.store(loss_ptr + row, (lse - positive) * LN2, mask=valid)
+        if STATS:
+            tl.store(item_lse_ptr + position, lse * LN2, mask=valid)
+            tl.store(item_positive_ptr + position, cosine, mask=valid)
+            tl.store(item_rank_ptr + position, above.to(tl.int64) + 1, mask=valid)
+    else:
+        lse = top + tl.log2(total)
+    tl.store(lse_ptr + row, lse, mask=valid)
+
+
+@triton.jit
+def reduce_loss(
+    first_ptr,  # [capacity] loss of each anchor
+    second_ptr,  # [capacity], of the other direction
+    list_ptr,
+    count_ptr,
+    weights_ptr,  # [N]
+    loss_ptr,  # 0-d
+    weight_sum_ptr,  # 0-d: what the weighted sum was divided by
+    item_loss_ptr,  # [N]
+    BOTH: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    MEAN: tl.constexpr,
+    ITEMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """sum_i w_i loss_i / sum_i w_i in one program: a fixed order, so the same bits every time."""
+    count = tl.load(count_ptr)
+    losses = tl.zeros([BLOCK], tl.float32)
+    weights = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, count, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        valid = row < count
+        loss = tl.load(first_ptr + row, mask=valid, other=0.0)
+        if BOTH:
+            loss = 0.5 * (loss + tl.load(second_ptr + row, mask=valid, other=0.0))
+        position = tl.load(list_ptr + row, mask=valid, other=0)
+        weight = tl.where(valid, 1.0, 0.0)
+        if HAS_WEIGHTS:
+            weight = tl.load(weights_ptr + position, mask=valid, other=0.0)
+        losses += weight * loss
+        weights += weight
+        if ITEMS:
+            tl.store(item_loss_ptr + position, loss, mask=valid)
+    divisor = 1.0
+    if MEAN:
+        weight = tl.sum(weights, axis=0)
+        divisor = tl.where(weight > 0, weight, 1.0)
+    tl.store(weight_sum_ptr, divisor)
+    tl.store(loss_ptr, tl.sum(losses, axis=0) / divisor)

@@ -1,0 +1,652 @@
+"""Triton: what stands before and after the two contrast passes. All of it is memory-bound, a few rows a program."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .reconstruct import head_mask, load_rows, store_unit_rows
+from .tl_common import LN2, normalize_backward, score_scale, splits_of, unit_scale
+
+
+@triton.jit
+def normalize_rows(
+    source_ptr,
+    index_ptr,
+    list_ptr,
+    count_ptr,
+    unit_ptr,  # [capacity, STRIDE]
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """e_j = E_j / |E_j| of the listed rows, gathered into contiguous rows, zeros from D to STRIDE."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < tl.load(count_ptr)
+    position = tl.load(list_ptr + row, mask=valid, other=0)
+    x = load_rows(source_ptr, index_ptr, position, valid, D, BLOCK_D, HAS_INDEX).to(tl.float32)
+    unit = x * unit_scale(tl.sqrt(tl.sum(x * x, axis=1)))[:, None]
+    dims = tl.arange(0, BLOCK_D)
+    tl.store(
+        unit_ptr + row[:, None] * STRIDE + dims[None, :],
+        unit.to(unit_ptr.dtype.element_ty),
+        mask=valid[:, None] & (dims < STRIDE)[None, :],
+    )
+
+
+@triton.jit
+def gather_anchors(
+    unit_ptr,  # [capacity, STRIDE] r of every reconstructed item
+    positive_ptr,  # [capacity, 2]
+    reconstructed_rank_ptr,  # [N]
+    list_ptr,
+    count_ptr,
+    anchor_unit_ptr,
+    anchor_positive_ptr,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """r and the positives' cosines of the anchors, where more than the anchors were reconstructed."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < tl.load(count_ptr)
+    position = tl.load(list_ptr + row, mask=valid, other=0)
+    place = (tl.load(reconstructed_rank_ptr + position, mask=valid, other=1) - 1).to(tl.int64)
+    dims = tl.arange(0, BLOCK_D)
+    mask = valid[:, None] & (dims < STRIDE)[None, :]
+    unit = tl.load(unit_ptr + place[:, None] * STRIDE + dims[None, :], mask=mask, other=0.0)
+    tl.store(anchor_unit_ptr + row[:, None] * STRIDE + dims[None, :], unit, mask=mask)
+    for part in tl.static_range(2):
+        cosine = tl.load(positive_ptr + place * 2 + part, mask=valid, other=0.0)
+        tl.store(anchor_positive_ptr + row * 2 + part, cosine, mask=valid)
+
+
+@triton.jit
+def row_gradients(
+    upstream_ptr,  # 0-d, or [N] with stride
+    upstream_stride,
+    weights_ptr,  # [N]
+    weight_sum_ptr,  # 0-d
+    lse_ptr,  # [capacity], in powers of two
+    list_ptr,
+    count_ptr,
+    g_ptr,  # [capacity]
+    offset_ptr,  # [capacity]
+    rows,
+    share,
+    lift,
+    PER_ROW: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """g_i, the upstream gradient of anchor i's loss, and -lse_i + lift, its offset in the transposed pass."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    count = tl.load(count_ptr)
+    valid = row < count
+    position = tl.load(list_ptr + row, mask=valid, other=0)
+    if PER_ROW:
+        g = tl.load(upstream_ptr + position.to(tl.int64) * upstream_stride, mask=valid, other=0.0)
+    else:
+        g = tl.zeros([BLOCK], tl.float32) + tl.load(upstream_ptr) / tl.load(weight_sum_ptr)
+        if HAS_WEIGHTS:
+            g *= tl.load(weights_ptr + position, mask=valid, other=0.0)
+    tl.store(g_ptr + row, tl.where(valid, g * share, 0.0), mask=row < rows)
+    tl.store(offset_ptr + row, lift - tl.load(lse_ptr + row, mask=valid, other=0.0), mask=valid)
+
+
+@triton.jit
+def combined_rows(
+    acc_ptr, top_ptr, lse_ptr, row, valid, splits, STRIDE: tl.constexpr, TILE_M: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """sum_j p_ij y_j of rows [BLOCK_M], from the parts that the forward pass left."""
+    dims = tl.arange(0, BLOCK_D)
+    lse = tl.load(lse_ptr + row, mask=valid, other=0.0)
+    base = (row // TILE_M).to(tl.int64) * splits * TILE_M + row % TILE_M
+    mask = valid[:, None] & (dims < STRIDE)[None, :]
+    result = tl.zeros([row.shape[0], BLOCK_D], tl.float32)
+    for split in range(splits):
+        slot = base + split * TILE_M
+        factor = tl.exp2(tl.load(top_ptr + slot, mask=valid, other=0.0) - lse)
+        part = tl.load(acc_ptr + slot[:, None] * STRIDE + dims[None, :], mask=mask, other=0.0)
+        result += part * factor[:, None]
+    return result
+
+
+@triton.jit
+def summed_rows(acc_ptr, row, valid, splits, STRIDE: tl.constexpr, TILE_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a transposed pass: the plain sum of its parts."""
+    dims = tl.arange(0, BLOCK_D)
+    base = (row // TILE_M).to(tl.int64) * splits * TILE_M + row % TILE_M
+    mask = valid[:, None] & (dims < STRIDE)[None, :]
+    result = tl.zeros([row.shape[0], BLOCK_D], tl.float32)
+    for split in range(splits):
+        slot = base + split * TILE_M
+        result += tl.load(acc_ptr + slot[:, None] * STRIDE + dims[None, :], mask=mask, other=0.0)
+    return result
+
+
+@triton.jit
+def reconstruction_gradient(
+    list_ptr,
+    count_ptr,
+    anchor_rank_ptr,  # [N] prefix sums
+    anchor_flag_ptr,  # [N]
+    anchor_count_ptr,
+    column_count_ptr,
+    unit_ptr,  # [capacity, STRIDE] r
+    norm_ptr,  # [capacity]
+    e_ptr,
+    e_index_ptr,
+    forward_acc_ptr,  # "reconstruct": what the forward pass left
+    forward_top_ptr,
+    forward_lse_ptr,
+    forward_miss_ptr,
+    g_ptr,
+    transposed_acc_ptr,  # "identify": the transposed pass over r
+    identify_miss_ptr,
+    transposed_factor_ptr,  # 0-d factor of the transposed pass
+    dr_ptr,  # [capacity, STRIDE]
+    delta_ptr,  # [HEADS, capacity]
+    tau_part_ptr,  # [programs]
+    capacity,
+    forward_slots,
+    transposed_slots,
+    tau,
+    TAU_IS_TENSOR: tl.constexpr,
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HAS_E_INDEX: tl.constexpr,
+    RECONSTRUCT: tl.constexpr,
+    IDENTIFY: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    FORWARD_M: tl.constexpr,
+    FORWARD_N: tl.constexpr,
+    TRANSPOSED_M: tl.constexpr,
+    TRANSPOSED_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dL/dr_i = g_i/tau (sum_{j != i} p_ij e_j - (1 - p_ii) e_i), dL/dR_i, delta_i = dL/dR_i . R_i per head.
+
+    "identify" adds 1/tau (sum_j g_j p_ji e_j - g_i (1 - p_ii) e_i). tau_part: sum_i dL/dr_i . r_i, which is
+    -tau dL/dtau, since every score is r . e / tau.
+    """
+    dims = tl.arange(0, BLOCK_D)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    count = tl.load(count_ptr)
+    valid = row < count
+    position = tl.load(list_ptr + row, mask=valid, other=0)
+    anchor_count = tl.load(anchor_count_ptr)
+    inverse_tau = (score_scale(tau, TAU_IS_TENSOR) * LN2)
+    is_anchor = valid & (tl.load(anchor_flag_ptr + position, mask=valid, other=0) != 0)
+    anchor = tl.load(anchor_rank_ptr + position, mask=is_anchor, other=1) - 1
+    g = tl.load(g_ptr + anchor, mask=is_anchor, other=0.0)
+
+    dr = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    miss = tl.zeros([BLOCK_M], tl.float32)
+    if RECONSTRUCT:
+        splits = splits_of(anchor_count, tl.load(column_count_ptr), forward_slots, FORWARD_M, FORWARD_N)
+        dr += g[:, None] * combined_rows(
+            forward_acc_ptr, forward_top_ptr, forward_lse_ptr, anchor, is_anchor, splits, STRIDE, FORWARD_M, BLOCK_D
+        )
+        miss += tl.load(forward_miss_ptr + anchor, mask=is_anchor, other=0.0)
+    if IDENTIFY:
+        splits = splits_of(count, anchor_count, transposed_slots, TRANSPOSED_M, TRANSPOSED_N)
+        part = summed_rows(transposed_acc_ptr, row, valid, splits, STRIDE, TRANSPOSED_M, BLOCK_D)
+        if HAS_FACTOR:
+            part *= tl.load(transposed_factor_ptr)
+        dr += part
+        miss += tl.load(identify_miss_ptr + anchor, mask=is_anchor, other=0.0)
+    e = load_rows(e_ptr, e_index_ptr, position, is_anchor, D, BLOCK_D, HAS_E_INDEX).to(tl.float32)
+    e = e * unit_scale(tl.sqrt(tl.sum(e * e, axis=1)))[:, None]
+    dr = (dr - (g * miss)[:, None] * e) * inverse_tau
+
+    mask = valid[:, None] & (dims < D)[None, :]
+    r = tl.load(unit_ptr + row[:, None] * STRIDE + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    norm = tl.load(norm_ptr + row, mask=valid, other=0.0)
+    tl.store(tau_part_ptr + tl.program_id(0), tl.sum(tl.sum(dr * r, axis=1), axis=0))
+    d_reconstruction = normalize_backward(dr, r, norm)
+    tl.store(
+        dr_ptr + row[:, None] * STRIDE + dims[None, :],
+        d_reconstruction.to(dr_ptr.dtype.element_ty),
+        mask=valid[:, None] & (dims < STRIDE)[None, :],
+    )
+    along = d_reconstruction * r * norm[:, None]
+    for head in range(HEADS):
+        own = head_mask(dims, head, D // HEADS)[None, :]
+        tl.store(delta_ptr + head * capacity + row, tl.sum(tl.where(own, along, 0.0), axis=1), mask=valid)
+
+
+@triton.jit
+def given_rows(
+    r_ptr,  # [N, D]
+    e_ptr,
+    e_index_ptr,
+    list_ptr,
+    count_ptr,
+    unit_ptr,
+    norm_ptr,
+    positive_ptr,
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HAS_E_INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """r = R / |R| of the listed rows and the positives' cosines, for an R that another library computed."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < tl.load(count_ptr)
+    position = tl.load(list_ptr + row, mask=valid, other=0)
+    r = load_rows(r_ptr, list_ptr, position, valid, D, BLOCK_D, False).to(tl.float32)
+    store_unit_rows(
+        r, e_ptr, e_index_ptr, unit_ptr, norm_ptr, positive_ptr, position, row, valid, D, STRIDE, BLOCK_D, HAS_E_INDEX, True
+    )
+
+
+@triton.jit
+def given_gradient(
+    grad_ptr,  # [N, D] contiguous
+    r_ptr,  # [N, D] R
+    list_ptr,
+    count_ptr,
+    dr_ptr,  # [capacity, STRIDE]
+    delta_ptr,  # [HEADS, capacity]
+    capacity,
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The rows of a given dL/dR that `reconstruct` listed, and delta_j = dL/dR_j . R_j per head."""
+    dims = tl.arange(0, BLOCK_D)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < tl.load(count_ptr)
+    position = tl.load(list_ptr + row, mask=valid, other=0)
+    grad = load_rows(grad_ptr, list_ptr, position, valid, D, BLOCK_D, False)
+    r = load_rows(r_ptr, list_ptr, position, valid, D, BLOCK_D, False)
+    tl.store(
+        dr_ptr + row[:, None] * STRIDE + dims[None, :], grad, mask=valid[:, None] & (dims < STRIDE)[None, :]
+    )
+    along = grad.to(tl.float32) * r.to(tl.float32)
+    for head in range(HEADS):
+        own = head_mask(dims, head, D // HEADS)[None, :]
+        tl.store(delta_ptr + head * capacity + row, tl.sum(tl.where(own, along, 0.0), axis=1), mask=valid)
+
+
+@triton.jit
+def pv_gradient(
+    out_ptr,  # [N, D]
+    rank_ptr,  # [3, N] prefix sums: anchor, reconstructed, column
+    flag_ptr,  # [3, N]
+    anchor_count_ptr,
+    column_count_ptr,
+    reconstructed_count_ptr,
+    e_ptr,
+    e_index_ptr,
+    unit_ptr,  # [capacity, STRIDE] r of the reconstructed rows
+    dq_ptr,  # [capacity, DQ_STRIDE]
+    transposed_acc_ptr,  # "reconstruct": the transposed pass over e
+    transposed_factor_ptr,
+    identify_acc_ptr,  # "identify": what its forward pass over e left
+    identify_top_ptr,
+    identify_lse_ptr,
+    forward_miss_ptr,
+    identify_miss_ptr,
+    g_ptr,
+    rows,
+    transposed_slots,
+    identify_slots,
+    tau,
+    TAU_IS_TENSOR: tl.constexpr,
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DQ_STRIDE: tl.constexpr,
+    HAS_E_INDEX: tl.constexpr,
+    CONTRAST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RECONSTRUCT: tl.constexpr,
+    IDENTIFY: tl.constexpr,
+    ADD_DQ: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    TRANSPOSED_M: tl.constexpr,
+    TRANSPOSED_N: tl.constexpr,
+    IDENTIFY_M: tl.constexpr,
+    IDENTIFY_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dL/dE_j of PV rows, dL/dq_j added, zeros for padding.
+
+    dL/de_j = 1/tau (sum_i g_i p_ij r_i - [j in A] g_j (1 - p_jj) r_j), and for "identify"
+    g_j/tau (sum_i p_ij r_i - (1 - p_jj) r_j). COLUMNS off: columns are unique items, the sum over i is added there.
+    """
+    dims = tl.arange(0, BLOCK_D)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < rows
+    rows64 = rows.to(tl.int64)
+    is_reconstructed = inside & (tl.load(flag_ptr + rows64 + row, mask=inside, other=0) != 0)
+    place = (tl.load(rank_ptr + rows64 + row, mask=is_reconstructed, other=1) - 1).to(tl.int64)
+    result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if CONTRAST:
+        is_column = inside & (tl.load(flag_ptr + 2 * rows64 + row, mask=inside, other=0) != 0)
+        is_anchor = inside & (tl.load(flag_ptr + row, mask=inside, other=0) != 0)
+        anchor = tl.load(rank_ptr + row, mask=is_anchor, other=1) - 1
+        g = tl.load(g_ptr + anchor, mask=is_anchor, other=0.0)
+        anchor_count = tl.load(anchor_count_ptr)
+        miss = tl.zeros([BLOCK_M], tl.float32)
+        de = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        if RECONSTRUCT:
+            miss += tl.load(forward_miss_ptr + anchor, mask=is_anchor, other=0.0)
+            if COLUMNS:
+                column = tl.load(rank_ptr + 2 * rows64 + row, mask=is_column, other=1) - 1
+                splits = splits_of(
+                    tl.load(column_count_ptr), anchor_count, transposed_slots, TRANSPOSED_M, TRANSPOSED_N
+                )
+                part = summed_rows(transposed_acc_ptr, column, is_column, splits, STRIDE, TRANSPOSED_M, BLOCK_D)
+                if HAS_FACTOR:
+                    part *= tl.load(transposed_factor_ptr)
+                de += part
+        if IDENTIFY:
+            splits = splits_of(
+                anchor_count, tl.load(reconstructed_count_ptr), identify_slots, IDENTIFY_M, IDENTIFY_N
+            )
+            de += g[:, None] * combined_rows(
+                identify_acc_ptr, identify_top_ptr, identify_lse_ptr, anchor, is_anchor, splits, STRIDE, IDENTIFY_M, BLOCK_D
+            )
+            miss += tl.load(identify_miss_ptr + anchor, mask=is_anchor, other=0.0)
+        r = tl.load(
+            unit_ptr + place[:, None] * STRIDE + dims[None, :],
+            mask=is_anchor[:, None] & (dims < D)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        de = (de - (g * miss)[:, None] * r) * (score_scale(tau, TAU_IS_TENSOR) * LN2)
+        e = load_rows(e_ptr, e_index_ptr, row, is_column, D, BLOCK_D, HAS_E_INDEX).to(tl.float32)
+        norm = tl.sqrt(tl.sum(e * e, axis=1))
+        result += normalize_backward(de, e * unit_scale(norm)[:, None], norm)
+    if ADD_DQ:
+        result += tl.load(
+            dq_ptr + place[:, None] * DQ_STRIDE + dims[None, :],
+            mask=is_reconstructed[:, None] & (dims < D)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+    tl.store(
+        out_ptr + row[:, None] * D + dims[None, :],
+        result.to(out_ptr.dtype.element_ty),
+        mask=inside[:, None] & (dims < D)[None, :],
+    )
+
+
+@triton.jit
+def table_gradient(
+    out_ptr,  # [n, D]
+    order_ptr,  # [N + K] occurrences sorted by item: PV rows, then history rows
+    starts_ptr,  # [n + 1] first occurrence of each item
+    pv_ptr,  # [N, D] gradient of each PV row
+    history_ptr,  # [K, D] gradient of each history row
+    item_count_ptr,  # [n] how often an item is a candidate, where columns are unique items
+    column_rank_ptr,  # [n]
+    column_count_ptr,
+    anchor_count_ptr,
+    table_ptr,  # [n, D]
+    transposed_acc_ptr,
+    transposed_factor_ptr,
+    rows,
+    transposed_slots,
+    tau,
+    TAU_IS_TENSOR: tl.constexpr,
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HAS_PV: tl.constexpr,
+    HAS_HISTORY: tl.constexpr,
+    MERGED: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    TRANSPOSED_M: tl.constexpr,
+    TRANSPOSED_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dL/dU_u: the sum over u's occurrences in a fixed order, and u's own share as a candidate column."""
+    item = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, BLOCK_D)
+    first = tl.load(starts_ptr + item)
+    last = tl.load(starts_ptr + item + 1)
+    total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for start in range(first, last, BLOCK_R):
+        place = start + tl.arange(0, BLOCK_R)
+        occurrence = tl.load(order_ptr + place, mask=place < last, other=-1)
+        if HAS_PV:
+            is_pv = (occurrence >= 0) & (occurrence < rows)
+            total += tl.load(
+                pv_ptr + occurrence[:, None] * D + dims[None, :], mask=is_pv[:, None] & (dims < D)[None, :], other=0.0
+            )
+        if HAS_HISTORY:
+            total += tl.load(
+                history_ptr + (occurrence - rows)[:, None] * D + dims[None, :],
+                mask=(occurrence >= rows)[:, None] & (dims < D)[None, :],
+                other=0.0,
+            )
+    result = tl.sum(total, axis=0)
+    if MERGED:
+        if tl.load(item_count_ptr + item) > 0:
+            column = tl.load(column_rank_ptr + item) - 1 + tl.arange(0, 1)
+            splits = splits_of(
+                tl.load(column_count_ptr), tl.load(anchor_count_ptr), transposed_slots, TRANSPOSED_M, TRANSPOSED_N
+            )
+            de = summed_rows(transposed_acc_ptr, column, column >= 0, splits, STRIDE, TRANSPOSED_M, BLOCK_D)
+            if HAS_FACTOR:
+                de *= tl.load(transposed_factor_ptr)
+            de = de * (score_scale(tau, TAU_IS_TENSOR) * LN2)
+            e = tl.load(table_ptr + item * D + dims[None, :], mask=(dims < D)[None, :], other=0.0).to(tl.float32)
+            norm = tl.sqrt(tl.sum(e * e, axis=1))
+            result += tl.sum(normalize_backward(de, e * unit_scale(norm)[:, None], norm), axis=0)
+    tl.store(out_ptr + item * D + dims, result.to(out_ptr.dtype.element_ty), mask=dims < D)
+
+
+@triton.jit
+def page_mean(
+    unit_ptr,  # [capacity, STRIDE] unit rows of the real history
+    id_ptr,
+    page_ptr,
+    count_ptr,
+    history_offsets_ptr,
+    rank_ptr,  # prefix sums of the real rows, None without padding inside the offsets
+    factor_ptr,  # [capacity] factor of each summed row
+    mean_ptr,  # [capacity, STRIDE] float32
+    number_ptr,  # [capacity]
+    cosine_ptr,  # [capacity]
+    STRIDE: tl.constexpr,
+    HAS_ID: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(1/|pos(k)|) sum_{p in pos(k)} c_p, |pos(k)|, and the product with c_k; TRANSPOSED: sum_{p in pos(k)} f_p c_p."""
+    start = tl.program_id(0) * BLOCK_M
+    count = tl.load(count_ptr)
+    if start >= count:
+        return
+    dims = tl.arange(0, BLOCK_D)
+    row = start + tl.arange(0, BLOCK_M)
+    valid = row < count
+    page = tl.load(page_ptr + row, mask=valid, other=-2)
+    first = tl.load(page_ptr + start)
+    last = tl.load(page_ptr + tl.minimum(start + BLOCK_M, count) - 1)
+    low = tl.load(history_offsets_ptr + first)
+    high = tl.load(history_offsets_ptr + last + 1)
+    low = tl.load(rank_ptr + low - 1, mask=low > 0, other=0)
+    high = tl.load(rank_ptr + high - 1, mask=high > 0, other=0)
+    row_id = tl.load(id_ptr + row, mask=valid, other=0)
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    number = tl.zeros([BLOCK_M], tl.float32)
+    for block in range(low, high, BLOCK_H):
+        other = block + tl.arange(0, BLOCK_H)
+        inside = other < high
+        other_page = tl.load(page_ptr + other, mask=inside, other=-1)
+        positive = (page[:, None] == other_page[None, :]) & (row[:, None] != other[None, :])
+        if HAS_ID:
+            other_id = tl.load(id_ptr + other, mask=inside, other=0)
+            positive = positive & (row_id[:, None] != other_id[None, :])
+        weight = tl.where(positive, 1.0, 0.0)
+        number += tl.sum(weight, axis=1)
+        c = tl.load(
+            unit_ptr + other.to(tl.int64)[:, None] * STRIDE + dims[None, :],
+            mask=inside[:, None] & (dims < STRIDE)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        if TRANSPOSED:
+            c = c * tl.load(factor_ptr + other, mask=inside, other=0.0)[:, None]
+        total += tl.dot(weight, c, input_precision=PRECISION)
+    if not TRANSPOSED:
+        total = total / tl.where(number > 0, number, 1.0)[:, None]
+        own = tl.load(
+            unit_ptr + row.to(tl.int64)[:, None] * STRIDE + dims[None, :],
+            mask=valid[:, None] & (dims < STRIDE)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        tl.store(number_ptr + row, number, mask=valid)
+        tl.store(cosine_ptr + row, tl.sum(own * total, axis=1), mask=valid)
+    tl.store(
+        mean_ptr + row.to(tl.int64)[:, None] * STRIDE + dims[None, :],
+        total,
+        mask=valid[:, None] & (dims < STRIDE)[None, :],
+    )
+
+
+@triton.jit
+def sequence_losses(
+    lse_ptr,
+    cosine_ptr,
+    number_ptr,
+    list_ptr,
+    count_ptr,
+    loss_ptr,  # 0-d
+    anchors_ptr,  # 0-d: what the sum was divided by
+    item_loss_ptr,  # [K]
+    tau,
+    TAU_IS_TENSOR: tl.constexpr,
+    MEAN: tl.constexpr,
+    ITEMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Mean over the anchors k (rows with a positive) of logsumexp_l s_kl - mean_p s_kp, in one program."""
+    count = tl.load(count_ptr)
+    inverse_tau = (score_scale(tau, TAU_IS_TENSOR) * LN2)
+    losses = tl.zeros([BLOCK], tl.float32)
+    anchors = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, count, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        anchor = tl.load(number_ptr + row, mask=row < count, other=0.0) > 0
+        loss = tl.load(lse_ptr + row, mask=anchor, other=0.0) * LN2
+        loss -= tl.load(cosine_ptr + row, mask=anchor, other=0.0) * inverse_tau
+        losses += loss
+        anchors += tl.where(anchor, 1.0, 0.0)
+        if ITEMS:
+            position = tl.load(list_ptr + row, mask=anchor, other=0)
+            tl.store(item_loss_ptr + position, loss, mask=anchor)
+    divisor = 1.0
+    if MEAN:
+        number = tl.sum(anchors, axis=0)
+        divisor = tl.where(number > 0, number, 1.0)
+    tl.store(anchors_ptr, divisor)
+    tl.store(loss_ptr, tl.sum(losses, axis=0) / divisor)
+
+
+@triton.jit
+def sequence_row_gradients(
+    upstream_ptr,
+    upstream_stride,
+    anchors_ptr,
+    number_ptr,
+    lse_ptr,
+    list_ptr,
+    count_ptr,
+    g_ptr,
+    offset_ptr,
+    factor_ptr,
+    rows,
+    lift,
+    PER_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """g_k of each anchor, its offset in the transposed pass, and g_k / |pos(k)|; zeros where k is no anchor."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = row < tl.load(count_ptr)
+    number = tl.load(number_ptr + row, mask=valid, other=0.0)
+    anchor = number > 0
+    if PER_ROW:
+        position = tl.load(list_ptr + row, mask=anchor, other=0)
+        g = tl.load(upstream_ptr + position.to(tl.int64) * upstream_stride, mask=anchor, other=0.0)
+    else:
+        g = tl.where(anchor, tl.load(upstream_ptr) / tl.load(anchors_ptr), 0.0)
+    tl.store(g_ptr + row, g, mask=row < rows)
+    tl.store(factor_ptr + row, g / tl.where(anchor, number, 1.0), mask=row < rows)
+    # A row without candidates has no finite log-sum-exp; its g is 0 and so must be its products.
+    lse = tl.load(lse_ptr + row, mask=anchor, other=0.0)
+    tl.store(offset_ptr + row, tl.where(anchor, lift - lse, -float("inf")), mask=row < rows)
+
+
+@triton.jit
+def sequence_gradient(
+    list_ptr,
+    count_ptr,
+    source_ptr,
+    index_ptr,
+    g_ptr,
+    lse_ptr,
+    mean_ptr,  # [capacity, STRIDE] mean of each row's positives
+    pulled_ptr,  # [capacity, STRIDE] sum over the anchors that have the row as a positive
+    forward_acc_ptr,
+    forward_top_ptr,
+    transposed_acc_ptr,
+    transposed_factor_ptr,
+    out_ptr,  # [K, D], zeroed
+    tau_part_ptr,
+    slots,
+    tau,
+    TAU_IS_TENSOR: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TRANSPOSED_M: tl.constexpr,
+    TRANSPOSED_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dL/dC_k, as an anchor: g_k/tau (sum_l p_kl c_l - mean of its positives), and as everyone's candidate and positive."""
+    dims = tl.arange(0, BLOCK_D)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    count = tl.load(count_ptr)
+    valid = row < count
+    position = tl.load(list_ptr + row, mask=valid, other=0)
+    inverse_tau = (score_scale(tau, TAU_IS_TENSOR) * LN2)
+    g = tl.load(g_ptr + row, mask=valid, other=0.0)
+    anchor = valid & (g != 0.0)
+    splits = splits_of(count, count, slots, TILE_M, TILE_N)
+    where = row[:, None] * STRIDE + dims[None, :]
+    mask = valid[:, None] & (dims < STRIDE)[None, :]
+    as_anchor = combined_rows(forward_acc_ptr, forward_top_ptr, lse_ptr, row, anchor, splits, STRIDE, TILE_M, BLOCK_D)
+    as_anchor = g[:, None] * (as_anchor - tl.load(mean_ptr + where, mask=mask, other=0.0)) * inverse_tau
+    splits = splits_of(count, count, slots, TRANSPOSED_M, TRANSPOSED_N)
+    others = summed_rows(transposed_acc_ptr, row, valid, splits, STRIDE, TRANSPOSED_M, BLOCK_D)
+    if HAS_FACTOR:
+        others *= tl.load(transposed_factor_ptr)
+    others = (others - tl.load(pulled_ptr + where, mask=mask, other=0.0)) * inverse_tau
+    c = load_rows(source_ptr, index_ptr, position, valid, D, BLOCK_D, HAS_INDEX).to(tl.float32)
+    norm = tl.sqrt(tl.sum(c * c, axis=1))
+    unit = c * unit_scale(norm)[:, None]
+    tl.store(tau_part_ptr + tl.program_id(0), tl.sum(tl.sum(as_anchor * unit, axis=1), axis=0))
+    result = normalize_backward(as_anchor + others, unit, norm)
+    tl.store(
+        out_ptr + position.to(tl.int64)[:, None] * D + dims[None, :],
+        result.to(out_ptr.dtype.element_ty),
+        mask=valid[:, None] & (dims < D)[None, :],
+    )

@@ -1,0 +1,1006 @@
+"""impl="triton": the loss as a sequence of kernel launches, without a host sync and without the similarity matrix.
+
+Forward: pages and compacted lists (plan) -> e and r as contiguous unit rows -> one streaming pass over the candidates
+-> log-sum-exp and loss. Backward: gradients of r -> attention -> one transposed pass for the gradients of e.
+README.md has the notation and the derivation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs, contrast, epilogue, plan, reconstruct
+
+if TYPE_CHECKING:
+    from courier_fast.problem import Problem, SequenceProblem
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MASKS = {"batch": 0, "page": 1, "other_pages": 2}
+
+# A fixed shift of 1/tau replaces the running maximum where exp(-2/tau) is far from float32's smallest number.
+_SMALLEST_FIXED_TAU = 0.05
+# float16 probabilities of many candidates would be subnormal: they are lifted by 2^12 and lowered again in float32.
+_HALF_LIFT = 12.0
+
+
+def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
+    """Why these kernels cannot run this problem here; empty if they can."""
+    source = p.pv if hasattr(p, "pv") else p.history
+    reasons = []
+    device = source.device
+    if device.type != "cuda" and not (device.type == "cpu" and configs.interpreted()):
+        reasons.append(f"the tensors are on {device.type!r}; Triton kernels need a CUDA device")
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        reasons.append("the GPU is older than compute capability 8.0")
+    if source.dtype not in _DTYPES:
+        reasons.append(f"dtype is {source.dtype}; float32, float16 or bfloat16 is needed")
+    if not 1 <= source.shape[1] <= configs.LARGEST_DIM:
+        reasons.append(f"the embedding dimension is {source.shape[1]}; 1 to {configs.LARGEST_DIM} is supported")
+    return reasons
+
+
+# ---- shapes of what the forward leaves to the backward ------------------------------------------------------------
+
+_Spec = dict[str, tuple[tuple[Any, ...], torch.dtype]]
+
+
+def _cdiv(a: Any, b: int) -> Any:
+    return (a + b - 1) // b
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What the launches of one problem have in common."""
+
+    dim: int
+    stride: int
+    block_d: int
+    rows: int  # N
+    history_rows: int  # K
+    pages: int
+    items: int  # n of the table, 0 without one
+    merged: bool  # equal candidates are one column
+    every: bool  # R of every item with a history, not of the anchors only
+    both_lists: bool  # anchors and reconstructed rows are different lists
+    directions: tuple[str, ...]
+    id_dtype: torch.dtype
+    tile: configs.Tile
+    attention: configs.Tile
+    small: configs.Tile
+    precision: str
+
+    def slots(self, capacity: Any, device: torch.device) -> Any:
+        """Programs of a contrast pass over at most `capacity` rows, and so the tiles of partial sums it writes."""
+        return torch.sym_max(_cdiv(capacity, self.tile.block_m), configs.programs(device))
+
+
+def _shape(p: Problem) -> _Shape:
+    dim = p.pv.shape[1]
+    stride = configs.row_stride(dim)
+    table = p.pv_index is not None
+    every = p.direction != "reconstruct"
+    return _Shape(
+        dim=dim,
+        stride=stride,
+        block_d=configs.block_dim(dim),
+        rows=p.num_pv,
+        history_rows=p.num_history,
+        pages=p.pv_offsets.shape[0] - 1,
+        items=p.pv.shape[0] if table else 0,
+        # Columns can be merged where every page sees the same candidates, known by the index alone; a table much
+        # larger than the batch is not worth a column list of its own.
+        merged=table
+        and p.item_ids is None
+        and p.log_q is None
+        and p.negatives == "batch"
+        and p.direction != "identify"
+        and p.pv.shape[0] <= p.num_pv,
+        every=every,
+        both_lists=every,
+        directions=("reconstruct", "identify") if p.direction == "both" else (p.direction,),
+        id_dtype=torch.int64 if p.item_ids is not None else torch.int32,
+        tile=configs.contrast_tile(p.pv.dtype, stride),
+        attention=configs.attention_tile(p.pv.dtype, stride),
+        small=configs.rows_tile(stride),
+        precision=configs.dot_precision(p.pv.dtype),
+    )
+
+
+def _list_spec(name: str, capacity: Any, id_dtype: torch.dtype, bias: bool) -> _Spec:
+    spec: _Spec = {
+        f"{name}_list": ((capacity,), torch.int32),
+        f"{name}_page": ((capacity,), torch.int32),
+        f"{name}_id": ((capacity,), id_dtype),
+    }
+    if bias:
+        spec[f"{name}_bias"] = ((capacity,), torch.float32)
+    return spec
+
+
+def _pass_spec(name: str, slots: Any, tile: configs.Tile, stride: int, rows: Any) -> _Spec:
+    return {
+        f"{name}_acc": ((slots * tile.block_m, stride), torch.float32),
+        f"{name}_top": ((slots * tile.block_m,), torch.float32),
+        f"{name}_lse": ((rows,), torch.float32),
+        f"{name}_miss": ((rows,), torch.float32),
+    }
+
+
+def _state_spec(p: Problem) -> _Spec:
+    """Name, shape and type of every tensor that the backward needs, in the order of `saved`."""
+    s = _shape(p)
+    device, dtype, rows = p.pv.device, p.pv.dtype, s.rows
+    columns = s.items if s.merged else rows
+    spec: _Spec = {
+        "history_page": ((s.history_rows,), torch.int32),
+        "pv_page": ((rows,), torch.int32),
+        "flags": ((4, rows), torch.int32),
+        "ranks": ((4, rows), torch.int32),
+        "counts": ((4,), torch.int32),
+        "r": ((rows, s.stride), dtype),
+        "norm": ((rows,), torch.float32),
+        "attention_lse": ((p.num_heads, rows), torch.float32),
+        "weight_sum": ((), torch.float32),
+    }
+    spec |= _list_spec("anchor", rows, s.id_dtype, False)
+    if s.both_lists:
+        spec |= _list_spec("reconstructed", rows, s.id_dtype, p.log_q is not None)
+        spec |= {"r_anchor": ((rows, s.stride), dtype), "e_anchor": ((rows, s.stride), dtype)}
+    if "reconstruct" in s.directions:
+        spec |= _list_spec("column", columns, s.id_dtype, p.log_q is not None or s.merged)
+        spec |= {"e": ((columns, s.stride), dtype)}
+    if s.merged:
+        spec |= {"item_count": ((s.items,), torch.int32), "item_rank": ((s.items,), torch.int32)}
+    for name in s.directions:
+        spec |= _pass_spec(name, s.slots(rows, device), s.tile, s.stride, rows)
+    return spec
+
+
+def saved_spec(p: Problem, needs: Sequence[bool]) -> list[tuple[tuple[Any, ...], torch.dtype]]:
+    """Shapes and types of `saved`; nothing is saved where there is nothing to compute or nobody wants gradients."""
+    return list(_state_spec(p).values()) if any(needs) and not _is_empty(p) else []
+
+
+def _is_empty(p: Problem) -> bool:
+    return p.num_pv == 0 or p.num_history == 0 or p.pv_offsets.shape[0] == 1
+
+
+# ---- launches -----------------------------------------------------------------------------------------------------
+
+
+def _empty(spec: _Spec, device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in spec.items()}
+
+
+def _prefix_sums(flags: Tensor, out: Tensor) -> Tensor:
+    return torch.cumsum(flags, -1, dtype=torch.int32, out=out)
+
+
+def _temperature(p: Problem | SequenceProblem) -> tuple[Any, bool]:
+    """What `score_scale` of the kernels takes."""
+    return (1.0 / (p.tau * math.log(2.0)), False) if p.temperature is None else (p.temperature, True)
+
+
+def _online(p: Problem | SequenceProblem, dtype: torch.dtype, log_q: bool) -> bool:
+    """Whether the running maximum is needed: tau unknown here or small, biases of unknown size, or float16 products."""
+    return p.temperature is not None or p.tau < _SMALLEST_FIXED_TAU or log_q or dtype == torch.float16
+
+
+def _steps(pages: int) -> int:
+    return (pages + 1).bit_length()
+
+
+def _mark_history(p: Problem | SequenceProblem, page: Tensor, live: Tensor | None) -> None:
+    rows = page.shape[0]
+    pages = p.history_offsets.shape[0] - 1
+    plan.history_pages[(_cdiv(rows, configs.BLOCK_PLAN),)](
+        p.history_offsets,
+        p.history_mask if p.history_mask is not None else page,
+        page,
+        live if live is not None else page,
+        rows,
+        pages,
+        _steps(pages),
+        HAS_MASK=p.history_mask is not None,
+        WANT_LIVE=live is not None,
+        BLOCK=configs.BLOCK_PLAN,
+    )
+
+
+def _make_plan(p: Problem, s: _Shape, t: dict[str, Tensor], clicked: Tensor | None) -> None:
+    """Pages, flags, prefix sums and compacted lists; the counts stay on the device."""
+    live = None
+    if p.history_mask is not None:
+        live = torch.empty_like(t["history_page"])
+    _mark_history(p, t["history_page"], live)
+    if live is not None:
+        live = torch.cumsum(live, 0, dtype=torch.int32)
+    dummy = t["flags"]
+    if s.merged:
+        t["item_count"].zero_()
+    grid = (_cdiv(s.rows, configs.BLOCK_PLAN),)
+    plan.pv_flags[grid](
+        p.pv_offsets,
+        p.pv_mask if p.pv_mask is not None else dummy,
+        clicked if clicked is not None else dummy,
+        p.weights if p.weights is not None else dummy,
+        p.history_offsets,
+        live if live is not None else dummy,
+        p.pv_index if p.pv_index is not None else dummy,
+        t["pv_page"],
+        t["flags"],
+        t["item_count"] if s.merged else dummy,
+        s.rows,
+        s.pages,
+        _steps(s.pages),
+        HAS_MASK=p.pv_mask is not None,
+        HAS_WEIGHTS=p.weights is not None,
+        HAS_CLICKED=clicked is not None,
+        HAS_HISTORY_MASK=live is not None,
+        EVERY_RECONSTRUCTION=s.every,
+        COUNT_ITEMS=s.merged,
+        BLOCK=configs.BLOCK_PLAN,
+    )
+    _prefix_sums(t["flags"], t["ranks"])
+    t["counts"].copy_(t["ranks"][:, -1])
+    ids = p.item_ids if p.item_ids is not None else p.pv_index
+    lists = [("anchor", 0)]
+    if s.both_lists:
+        lists.append(("reconstructed", 1))
+    if "reconstruct" in s.directions and not s.merged:
+        lists.append(("column", 2))
+    for name, flag in lists:
+        bias = t.get(f"{name}_bias")
+        plan.compact[grid](
+            t["ranks"][flag],
+            t["flags"][flag],
+            t["pv_page"],
+            ids if ids is not None else dummy,
+            p.log_q if bias is not None else dummy,
+            t[f"{name}_list"],
+            t[f"{name}_page"],
+            t[f"{name}_id"],
+            bias if bias is not None else dummy,
+            s.rows,
+            HAS_ID=ids is not None,
+            HAS_LOG_Q=bias is not None,
+            BLOCK=configs.BLOCK_PLAN,
+        )
+    if s.merged:
+        present = (t["item_count"] > 0).to(torch.int32)
+        _prefix_sums(present, t["item_rank"])
+        t["counts"][2:3].copy_(t["item_rank"][-1:])
+        plan.compact_items[(_cdiv(s.items, configs.BLOCK_PLAN),)](
+            t["item_rank"],
+            t["item_count"],
+            t["column_list"],
+            t["column_bias"],
+            s.items,
+            BLOCK=configs.BLOCK_PLAN,
+        )
+
+
+@dataclass
+class _Rows:
+    """One side of a contrast pass: unit rows and what masks and offsets them. `ids` None: the list itself."""
+
+    unit: Tensor
+    count: Tensor
+    list: Tensor
+    page: Tensor
+    ids: Tensor
+    bias: Tensor | None
+    rank: Tensor  # prefix sums that made the list
+
+
+def _sides(p: Problem, s: _Shape, t: dict[str, Tensor], direction: str) -> tuple[_Rows, _Rows]:
+    """(anchors, candidates) of a direction."""
+    has_ids = p.item_ids is not None or p.pv_index is not None
+
+    def side(unit: str, name: str, flag: int) -> _Rows:
+        return _Rows(
+            t[unit],
+            t["counts"][flag : flag + 1],
+            t[f"{name}_list"],
+            t[f"{name}_page"],
+            # Without ids an item is itself alone; a merged column's list holds item numbers, which are the ids.
+            t[f"{name}_id"] if has_ids and not (name == "column" and s.merged) else t[f"{name}_list"],
+            t.get(f"{name}_bias"),
+            t["ranks"][flag],
+        )
+
+    if direction == "reconstruct":
+        return side("r_anchor" if s.both_lists else "r", "anchor", 0), side("e", "column", 2)
+    return side("e_anchor", "anchor", 0), side("r", "reconstructed", 1)
+
+
+def _attention_inputs(p: Problem) -> dict[str, Any]:
+    """q, k, v and the index each is read through."""
+    history = p.pv if p.history is None else p.history
+    inputs: dict[str, Any] = {}
+    for name, given, default, index in (
+        ("q", p.query, p.pv, p.pv_index),
+        ("k", p.key, history, p.history_index),
+        ("v", p.value, history, p.history_index),
+    ):
+        indexed = given is None and index is not None
+        inputs[f"{name}_ptr"] = default if given is None else given
+        inputs[f"{name}_index_ptr"] = index if indexed else p.history_offsets
+        inputs[f"HAS_{name.upper()}_INDEX"] = indexed
+    return inputs
+
+
+def _e_inputs(p: Problem) -> dict[str, Any]:
+    return {
+        "e_ptr": p.pv,
+        "e_index_ptr": p.pv_index if p.pv_index is not None else p.pv_offsets,
+        "HAS_E_INDEX": p.pv_index is not None,
+    }
+
+
+def _reconstructed(s: _Shape, t: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """List, pages and count of the rows that have an R."""
+    name, flag = ("reconstructed", 1) if s.both_lists else ("anchor", 0)
+    return t[f"{name}_list"], t[f"{name}_page"], t["counts"][flag : flag + 1]
+
+
+def _attend(p: Problem, s: _Shape, t: dict[str, Tensor], positive: Tensor, raw: Tensor | None) -> None:
+    rows, pages, count = _reconstructed(s, t)
+    reconstruct.attend[(_cdiv(s.rows, s.attention.block_m),)](
+        **_attention_inputs(p),
+        **_e_inputs(p),
+        history_offsets_ptr=p.history_offsets,
+        history_page_ptr=t["history_page"],
+        list_ptr=rows,
+        list_page_ptr=pages,
+        count_ptr=count,
+        attention_lse_ptr=t["attention_lse"],
+        unit_ptr=t["r"] if raw is None else raw,
+        norm_ptr=t["norm"],
+        positive_ptr=positive,
+        capacity=s.rows,
+        scale=p.attention_scale,
+        D=s.dim,
+        STRIDE=s.stride,
+        HEADS=p.num_heads,
+        RAW=raw is not None,
+        BLOCK_M=s.attention.block_m,
+        BLOCK_H=s.attention.block_n,
+        BLOCK_D=s.block_d,
+        PRECISION=s.precision,
+        num_warps=s.attention.num_warps,
+        num_stages=s.attention.num_stages,
+    )
+
+
+def _normalize(p: Problem, s: _Shape, unit: Tensor, rows: Tensor, count: Tensor, through_index: bool) -> None:
+    index = p.pv_index if through_index else None
+    epilogue.normalize_rows[(_cdiv(unit.shape[0], s.small.block_m),)](
+        p.pv,
+        index if index is not None else rows,
+        rows,
+        count,
+        unit,
+        D=s.dim,
+        STRIDE=s.stride,
+        HAS_INDEX=index is not None,
+        BLOCK_M=s.small.block_m,
+        BLOCK_D=s.block_d,
+        num_warps=s.small.num_warps,
+    )
+
+
+@dataclass
+class _Pass:
+    """Partial results of one contrast pass."""
+
+    acc: Tensor
+    top: Tensor
+    total: Tensor
+    above: Tensor
+    slots: int
+
+
+def _run_contrast(
+    s: _Shape,
+    x: _Rows,
+    y: _Rows,
+    *,
+    out: _Pass,
+    mask: int,
+    tau: Any,
+    tau_is_tensor: bool,
+    page_offsets: Tensor,
+    y_offset: Tensor | None = None,
+    y_offset_is_count: bool = False,
+    y_scale: Tensor | None = None,
+    x_offset: Tensor | None = None,
+    positive: Tensor | None = None,
+    log_q: Tensor | None = None,
+    online: bool = False,
+    fixed_shift: bool = False,
+    need_sum: bool = True,
+    need_values: bool = True,
+    need_rank: bool = False,
+    fused: dict[str, Any] | None = None,
+) -> None:
+    dummy = x.list
+    unused = dict.fromkeys(
+        (
+            "q_ptr q_index_ptr k_ptr k_index_ptr v_ptr v_index_ptr e_ptr e_index_ptr history_offsets_ptr "
+            "history_page_ptr attention_lse_ptr norm_ptr positive_ptr"
+        ).split(),
+        dummy,
+    )
+    unused |= {"HAS_Q_INDEX": False, "HAS_K_INDEX": False, "HAS_V_INDEX": False, "HAS_E_INDEX": False}
+    unused |= {"capacity": 0, "attention_scale": 1.0}
+
+    def pick(tensor: Tensor | None) -> Tensor:
+        return dummy if tensor is None else tensor
+
+    contrast.contrast[(out.slots,)](
+        x_ptr=x.unit,
+        y_ptr=y.unit,
+        x_count_ptr=x.count,
+        y_count_ptr=y.count,
+        x_id_ptr=x.ids,
+        y_id_ptr=y.ids,
+        x_page_ptr=x.page,
+        y_page_ptr=y.page,
+        x_offset_ptr=pick(x_offset),
+        y_offset_ptr=pick(y_offset),
+        y_scale_ptr=pick(y_scale),
+        x_rank_score_ptr=pick(positive),
+        log_q_ptr=pick(log_q),
+        page_offsets_ptr=page_offsets,
+        y_rank_ptr=y.rank,
+        tau=tau,
+        acc_ptr=out.acc,
+        top_ptr=out.top,
+        total_ptr=out.total,
+        above_ptr=out.above,
+        slots=out.slots,
+        list_ptr=x.list,
+        **(unused if fused is None else fused),
+        D=s.dim,
+        FUSED=fused is not None,
+        BLOCK_H=s.attention.block_n,
+        TAU_IS_TENSOR=tau_is_tensor,
+        MASK=mask,
+        HAS_X_OFFSET=x_offset is not None,
+        HAS_Y_OFFSET=y_offset is not None,
+        HAS_Y_SCALE=y_scale is not None,
+        Y_OFFSET_IS_COUNT=y_offset_is_count,
+        HAS_RANK_LOG_Q=log_q is not None,
+        FIXED_SHIFT=fixed_shift,
+        ONLINE=online,
+        NEED_SUM=need_sum,
+        NEED_VALUES=need_values,
+        NEED_RANK=need_rank,
+        BLOCK_M=s.tile.block_m,
+        BLOCK_N=s.tile.block_n,
+        BLOCK_D=s.stride,
+        PRECISION=s.precision,
+        num_warps=s.tile.num_warps,
+        num_stages=s.tile.num_stages,
+    )
+
+
+def _stats_buffers(rows: int, stats: bool, device: torch.device) -> tuple[Tensor, ...]:
+    size = rows if stats else 0
+    floats = [torch.zeros(size, dtype=torch.float32, device=device) for _ in range(3)]
+    rank = torch.zeros(size, dtype=torch.int64, device=device)
+    return (*floats, rank)
+
+
+def loss_forward(p: Problem, needs: Sequence[bool], stats: bool) -> tuple[Any, ...]:
+    """(loss, item_loss, log_sum_exp, positive_similarity, rank, is_anchor, num_skipped, saved)."""
+    return _forward(p, needs, stats, None)
+
+
+def _forward(p: Problem, needs: Sequence[bool], stats: bool, given: Tensor | None) -> tuple[Any, ...]:
+    """The loss; `given` is R [N, D] where another implementation computes the attention."""
+    device = p.pv.device
+    item_loss, item_lse, item_positive, item_rank = _stats_buffers(p.num_pv, stats, device)
+    per_item = p.reduction == "none"
+    if _is_empty(p):
+        loss = torch.zeros((p.num_pv,) if per_item else (), dtype=torch.float32, device=device)
+        is_anchor = torch.zeros(p.num_pv if stats else 0, dtype=torch.bool, device=device)
+        skipped = _skipped_without_history(p) if stats else torch.zeros(0, dtype=torch.int64, device=device)
+        return loss, item_loss, item_lse, item_positive, item_rank, is_anchor, skipped, []
+
+    s = _shape(p)
+    t = _empty(_state_spec(p), device)
+    grads = any(needs)
+    _make_plan(p, s, t, p.clicked)
+    tau, tau_is_tensor = _temperature(p)
+    positive = torch.empty(s.rows, 2, dtype=torch.float32, device=device)
+    fuse = given is None and configs.fuse_attention(s.stride, s.both_lists, p.num_heads, stats)
+    if "reconstruct" in s.directions:
+        _normalize(p, s, t["e"], t["column_list"], t["counts"][2:3], not s.merged)
+    if given is not None:
+        rows, _, count = _reconstructed(s, t)
+        epilogue.given_rows[(_cdiv(s.rows, s.small.block_m),)](
+            r_ptr=given,
+            **_e_inputs(p),
+            list_ptr=rows,
+            count_ptr=count,
+            unit_ptr=t["r"],
+            norm_ptr=t["norm"],
+            positive_ptr=positive,
+            D=s.dim,
+            STRIDE=s.stride,
+            BLOCK_M=s.small.block_m,
+            BLOCK_D=s.block_d,
+            num_warps=s.small.num_warps,
+        )
+    elif not fuse:
+        _attend(p, s, t, positive, None)
+    if s.both_lists:
+        every, positive = positive, torch.empty_like(positive)
+        _normalize(p, s, t["e_anchor"], t["anchor_list"], t["counts"][0:1], True)
+        epilogue.gather_anchors[(_cdiv(s.rows, s.small.block_m),)](
+            t["r"],
+            every,
+            t["ranks"][1],
+            t["anchor_list"],
+            t["counts"][0:1],
+            t["r_anchor"],
+            positive,
+            STRIDE=s.stride,
+            BLOCK_M=s.small.block_m,
+            BLOCK_D=configs.next_power_of_2(s.stride),
+            num_warps=s.small.num_warps,
+        )
+
+    losses = []
+    online = _online(p, p.pv.dtype, p.log_q is not None)
+    for direction in s.directions:
+        x, y = _sides(p, s, t, direction)
+        slots = s.slots(s.rows, device)
+        flat = slots * s.tile.block_m
+        out = _Pass(
+            t[f"{direction}_acc"],
+            t[f"{direction}_top"],
+            torch.empty(flat, dtype=torch.float32, device=device),
+            torch.empty(flat if stats else 0, dtype=torch.int32, device=device),
+            slots,
+        )
+        first_stats = stats and direction == s.directions[0]
+        fused = None
+        if fuse:
+            fused = _attention_inputs(p) | _e_inputs(p)
+            fused |= {
+                "history_offsets_ptr": p.history_offsets,
+                "history_page_ptr": t["history_page"],
+                "attention_lse_ptr": t["attention_lse"],
+                "norm_ptr": t["norm"],
+                "positive_ptr": positive,
+                "capacity": s.rows,
+                "attention_scale": p.attention_scale,
+            }
+        _run_contrast(
+            s,
+            x,
+            y,
+            out=out,
+            mask=_MASKS[p.negatives],
+            tau=tau,
+            tau_is_tensor=tau_is_tensor,
+            page_offsets=p.pv_offsets,
+            y_offset=y.bias,
+            y_offset_is_count=s.merged and direction == "reconstruct",
+            positive=positive,
+            log_q=p.log_q,
+            online=online,
+            fixed_shift=not online,
+            need_values=grads,
+            need_rank=first_stats,
+            fused=fused,
+        )
+        loss = torch.empty(s.rows, dtype=torch.float32, device=device)
+        contrast.finish_rows[(_cdiv(s.rows, 256),)](
+            out.top,
+            out.total,
+            out.above,
+            x.count,
+            y.count,
+            positive,
+            t["anchor_list"],
+            p.log_q if p.log_q is not None else positive,
+            loss,
+            t[f"{direction}_lse"],
+            t[f"{direction}_miss"],
+            item_lse,
+            item_positive,
+            item_rank,
+            slots,
+            tau,
+            TAU_IS_TENSOR=tau_is_tensor,
+            HAS_LOG_Q=p.log_q is not None,
+            HAS_POSITIVE=True,
+            STATS=first_stats,
+            BLOCK_M=s.tile.block_m,
+            BLOCK_N=s.tile.block_n,
+            BLOCK=256,
+        )
+        losses.append(loss)
+
+    items = item_loss
+    if per_item and not stats:
+        items = torch.zeros(s.rows, dtype=torch.float32, device=device)
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    contrast.reduce_loss[(1,)](
+        losses[0],
+        losses[-1],
+        t["anchor_list"],
+        t["counts"][0:1],
+        p.weights if p.weights is not None else loss,
+        loss,
+        t["weight_sum"],
+        items,
+        BOTH=len(losses) == 2,
+        HAS_WEIGHTS=p.weights is not None,
+        MEAN=p.reduction == "mean",
+        ITEMS=per_item or stats,
+        BLOCK=1024,
+    )
+    if per_item:
+        loss = items.clone() if stats else items
+    is_anchor = t["flags"][0] != 0 if stats else torch.zeros(0, dtype=torch.bool, device=device)
+    skipped = t["counts"][3].to(torch.int64) if stats else torch.zeros(0, dtype=torch.int64, device=device)
+    saved = list(t.values()) if grads else []
+    return loss, item_loss, item_lse, item_positive, item_rank, is_anchor, skipped, saved
+
+
+def _skipped_without_history(p: Problem) -> Tensor:
+    """Clicked items of a batch without any history: all of them, padding apart."""
+    assert p.clicked is not None
+    clicked = p.clicked if p.pv_mask is None else p.clicked & p.pv_mask
+    inside = torch.arange(p.num_pv, device=clicked.device) < p.pv_offsets[-1]
+    return (clicked & inside).sum()
+
+
+def loss_backward(p: Problem, needs: Sequence[bool], saved: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
+    """Gradients of (pv, history, query, key, value, temperature)."""
+    return _backward(p, needs, saved, grad, False)[0]
+
+
+def _backward(
+    p: Problem, needs: Sequence[bool], saved: Sequence[Tensor], grad: Tensor, given: bool
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Gradients, and dL/dR [N, D] where R was given."""
+    inputs = (p.pv, p.history, p.query, p.key, p.value, p.temperature)
+    if _is_empty(p):
+        zeros = [torch.zeros_like(x) if need and x is not None else None for x, need in zip(inputs, needs, strict=True)]
+        return zeros, torch.zeros(p.num_pv, p.pv.shape[1], dtype=p.pv.dtype, device=p.pv.device) if given else None
+    s = _shape(p)
+    device, dtype = p.pv.device, p.pv.dtype
+    t = dict(zip(_state_spec(p), saved, strict=True))
+    tau, tau_is_tensor = _temperature(p)
+    half = dtype == torch.float16
+    slots = s.slots(s.rows, device)
+    new = torch.empty
+
+    # Upstream gradient of each anchor, and the transposed passes.
+    g = new(s.rows, dtype=torch.float32, device=device)
+    results: dict[str, _Pass] = {}
+    factor = None
+    scale = g
+    for direction in s.directions:
+        offset = torch.empty_like(g)
+        epilogue.row_gradients[(_cdiv(s.rows, 256),)](
+            grad,
+            grad.stride(0) if grad.dim() else 0,
+            p.weights if p.weights is not None else g,
+            t["weight_sum"],
+            t[f"{direction}_lse"],
+            t["anchor_list"],
+            t["counts"][0:1],
+            g,
+            offset,
+            s.rows,
+            1.0 / len(s.directions),
+            _HALF_LIFT if half else 0.0,
+            PER_ROW=p.reduction == "none",
+            HAS_WEIGHTS=p.weights is not None,
+            BLOCK=256,
+        )
+        if half and factor is None:
+            scale, factor = _lowered(g)
+        x, y = _sides(p, s, t, direction)
+        wanted = needs[0] if direction == "reconstruct" else True
+        if not wanted:
+            continue
+        capacity = y.unit.shape[0]
+        passes = s.slots(capacity, device)
+        result = _Pass(new(passes * s.tile.block_m, s.stride, dtype=torch.float32, device=device), g, g, g, passes)
+        _run_contrast(
+            s,
+            y,
+            x,
+            out=result,
+            mask=_MASKS[p.negatives],
+            tau=tau,
+            tau_is_tensor=tau_is_tensor,
+            page_offsets=p.pv_offsets,
+            y_offset=offset,
+            y_scale=scale,
+            x_offset=y.bias,
+            need_sum=False,
+        )
+        results[direction] = result
+
+    rows, pages, count = _reconstructed(s, t)
+    tile = {"FORWARD_M": s.tile.block_m, "FORWARD_N": s.tile.block_n}
+    tile |= {"TRANSPOSED_M": s.tile.block_m, "TRANSPOSED_N": s.tile.block_n}
+    forward = "reconstruct" in s.directions
+    identify = "identify" in s.directions
+    columns = t["counts"][2:3]
+    dr = new(s.rows, s.stride, dtype=dtype, device=device)
+    delta = new(p.num_heads, s.rows, dtype=torch.float32, device=device)
+    programs = _cdiv(s.rows, s.small.block_m)
+    tau_parts = new(programs, dtype=torch.float32, device=device)
+    any_pass = next(iter(results.values()), None)
+    back = results.get("identify", any_pass)
+    epilogue.reconstruction_gradient[(programs,)](
+        list_ptr=rows,
+        count_ptr=count,
+        anchor_rank_ptr=t["ranks"][0],
+        anchor_flag_ptr=t["flags"][0],
+        anchor_count_ptr=t["counts"][0:1],
+        column_count_ptr=columns,
+        unit_ptr=t["r"],
+        norm_ptr=t["norm"],
+        **_e_inputs(p),
+        forward_acc_ptr=t["reconstruct_acc"] if forward else g,
+        forward_top_ptr=t["reconstruct_top"] if forward else g,
+        forward_lse_ptr=t["reconstruct_lse"] if forward else g,
+        forward_miss_ptr=t["reconstruct_miss"] if forward else g,
+        g_ptr=g,
+        transposed_acc_ptr=back.acc if back is not None else g,
+        identify_miss_ptr=t["identify_miss"] if identify else g,
+        transposed_factor_ptr=factor if factor is not None else g,
+        dr_ptr=dr,
+        delta_ptr=delta,
+        tau_part_ptr=tau_parts,
+        capacity=s.rows,
+        forward_slots=slots,
+        transposed_slots=back.slots if back is not None else 1,
+        tau=tau,
+        TAU_IS_TENSOR=tau_is_tensor,
+        D=s.dim,
+        STRIDE=s.stride,
+        HEADS=p.num_heads,
+        RECONSTRUCT=forward,
+        IDENTIFY=identify,
+        HAS_FACTOR=factor is not None,
+        **tile,
+        BLOCK_M=s.small.block_m,
+        BLOCK_D=s.block_d,
+        num_warps=s.small.num_warps,
+    )
+    d_temperature = None
+    if needs[5]:
+        assert p.temperature is not None
+        d_temperature = -tau_parts.sum() / p.temperature
+
+    def spread(out: Tensor, with_contrast: bool, source: Tensor | None, source_stride: int) -> Tensor:
+        """Rows of the batch [N, D] from compacted ones."""
+        column = results.get("reconstruct", any_pass)
+        merged_away = s.merged or "reconstruct" not in results
+        epilogue.pv_gradient[(programs,)](
+            out_ptr=out,
+            rank_ptr=t["ranks"],
+            flag_ptr=t["flags"],
+            anchor_count_ptr=t["counts"][0:1],
+            column_count_ptr=columns,
+            reconstructed_count_ptr=count,
+            **_e_inputs(p),
+            unit_ptr=t["r"],
+            dq_ptr=source if source is not None else dr,
+            transposed_acc_ptr=column.acc if column is not None else g,
+            transposed_factor_ptr=factor if factor is not None else g,
+            identify_acc_ptr=t["identify_acc"] if identify else g,
+            identify_top_ptr=t["identify_top"] if identify else g,
+            identify_lse_ptr=t["identify_lse"] if identify else g,
+            forward_miss_ptr=t["reconstruct_miss"] if forward else g,
+            identify_miss_ptr=t["identify_miss"] if identify else g,
+            g_ptr=g,
+            rows=s.rows,
+            transposed_slots=column.slots if column is not None else 1,
+            identify_slots=slots,
+            tau=tau,
+            TAU_IS_TENSOR=tau_is_tensor,
+            D=s.dim,
+            STRIDE=s.stride,
+            DQ_STRIDE=source_stride,
+            CONTRAST=with_contrast,
+            COLUMNS=not merged_away,
+            RECONSTRUCT=forward,
+            IDENTIFY=identify,
+            ADD_DQ=source is not None,
+            HAS_FACTOR=factor is not None,
+            TRANSPOSED_M=s.tile.block_m,
+            TRANSPOSED_N=s.tile.block_n,
+            IDENTIFY_M=s.tile.block_m,
+            IDENTIFY_N=s.tile.block_n,
+            BLOCK_M=s.small.block_m,
+            BLOCK_D=s.block_d,
+            num_warps=s.small.num_warps,
+        )
+        return out
+
+    if given:
+        d_rows = spread(new(s.rows, s.dim, dtype=dtype, device=device), False, dr, s.stride)
+        dq, d_key, d_value = None, None, None
+    else:
+        d_rows = None
+        dq, d_key, d_value = _attention_backward(p, s, t, needs, dr, delta)
+    grads: list[Tensor | None] = [None] * 6
+    grads[5] = d_temperature
+    if needs[2]:
+        grads[2] = spread(torch.empty_like(p.query), False, dq, s.dim)
+    if needs[3]:
+        grads[3] = d_key
+    if needs[4]:
+        grads[4] = d_value
+    own_dq = dq if p.query is None else None
+    # dk and dv of history rows that are not given apart; with both, their sum is in d_key.
+    d_history = d_key if p.key is None else d_value if p.value is None else None
+    if p.history is not None:
+        if needs[1]:
+            grads[1] = d_history if d_history is not None else torch.zeros_like(p.history)
+        if needs[0]:
+            grads[0] = spread(torch.empty_like(p.pv), True, own_dq, s.dim)
+    elif needs[0]:
+        d_pv = spread(new(s.rows, s.dim, dtype=torch.float32, device=device), True, own_dq, s.dim)
+        grads[0] = _table_gradient(p, s, t, d_pv, d_history, results.get("reconstruct"), factor, tau, tau_is_tensor)
+    return grads, d_rows
+
+
+def _lowered(g: Tensor) -> tuple[Tensor, Tensor]:
+    """g in units of its largest entry, and the factor that restores the products (float16 range)."""
+    largest = g.abs().amax()
+    largest = torch.where(largest == 0, 1.0, largest)
+    return g / largest, largest * 2.0**-_HALF_LIFT
+
+
+def _attention_backward(
+    p: Problem, s: _Shape, t: dict[str, Tensor], needs: Sequence[bool], dr: Tensor, delta: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dq of the listed rows, dk, dv); where key and value are both the history, dk is their sum and dv None."""
+    device, dtype = p.pv.device, p.pv.dtype
+    table = p.history is None
+    rows, pages, count = _reconstructed(s, t)
+    shared = _attention_inputs(p)
+    # float16 has too little range for gradients of a mean over many anchors: their products run in tf32.
+    dot_type = tl.float32 if dtype != torch.bfloat16 else tl.bfloat16
+    common = {
+        "capacity": s.rows,
+        "scale": p.attention_scale,
+        "D": s.dim,
+        "STRIDE": s.stride,
+        "HEADS": p.num_heads,
+        "DOT_TYPE": dot_type,
+        "BLOCK_M": s.attention.block_m,
+        "BLOCK_H": s.attention.block_n,
+        "BLOCK_D": s.block_d,
+        "PRECISION": s.precision,
+        "num_warps": s.attention.num_warps,
+        "num_stages": s.attention.num_stages,
+    }
+    dq = None
+    if needs[2] if p.query is not None else needs[0]:
+        # Occurrences of a table's items are summed: keep them in float32 until then.
+        dq_dtype = torch.float32 if table or p.query is None else dtype
+        dq = torch.empty(s.rows, s.dim, dtype=dq_dtype, device=device)
+        reconstruct.attend_dq[(_cdiv(s.rows, s.attention.block_m),)](
+            **shared,
+            history_offsets_ptr=p.history_offsets,
+            history_page_ptr=t["history_page"],
+            list_ptr=rows,
+            list_page_ptr=pages,
+            count_ptr=count,
+            attention_lse_ptr=t["attention_lse"],
+            dr_ptr=dr,
+            delta_ptr=delta,
+            dq_ptr=dq,
+            **common,
+        )
+    history_need = needs[0] if table else needs[1]
+    want_key = needs[3] if p.key is not None else history_need
+    want_value = needs[4] if p.value is not None else history_need
+    if not want_key and not want_value:
+        return dq, None, None
+    together = p.key is None and p.value is None
+
+    def output(given: Tensor | None) -> Tensor:
+        kind = torch.float32 if table and given is None else dtype
+        return torch.empty(s.history_rows, s.dim, dtype=kind, device=device)
+
+    dk = output(p.key) if want_key else None
+    dv = output(p.value) if want_value and not together else None
+    anything = dk if dk is not None else dv
+    reconstruct.attend_dkv[(_cdiv(s.history_rows, s.attention.block_n),)](
+        **shared,
+        pv_offsets_ptr=p.pv_offsets,
+        rank_ptr=t["ranks"][1 if s.both_lists else 0],
+        history_page_ptr=t["history_page"],
+        list_ptr=rows,
+        list_page_ptr=pages,
+        attention_lse_ptr=t["attention_lse"],
+        dr_ptr=dr,
+        delta_ptr=delta,
+        dk_ptr=dk if dk is not None else anything,
+        dv_ptr=dv if dv is not None else anything,
+        history_rows=s.history_rows,
+        WANT_DK=want_key,
+        WANT_DV=want_value,
+        SUM_KV=together,
+        **common,
+    )
+    return dq, dk, dv
+
+
+def _occurrences(items: int, rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Row numbers sorted by item, and where each item's begin [items + 1]; padding (page < 0) comes last."""
+    keys = torch.cat([torch.where(page >= 0, index, items) for index, page in rows])
+    ordered, order = torch.sort(keys, stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(items + 1, device=keys.device))
+
+
+def _table_gradient(
+    p: Problem,
+    s: _Shape,
+    t: dict[str, Tensor],
+    d_pv: Tensor,
+    d_history: Tensor | None,
+    result: _Pass | None,
+    factor: Tensor | None,
+    tau: Any,
+    tau_is_tensor: bool,
+) -> Tensor:
+    """dL/dU: occurrences summed in a fixed order, and what the merged columns add."""
+    assert p.pv_index is not None and p.history_index is not None
+    order, starts = _occurrences(s.items, [(p.pv_index, t["pv_page"]), (p.history_index, t["history_page"])])
+    out = torch.empty_like(p.pv)
+    merged = s.merged and result is not None
+    epilogue.table_gradient[(s.items,)](
+        out,
+        order,
+        starts,
+        d_pv,
+        d_history if d_history is not None else d_pv,
+        t["item_count"] if merged else order,
+        t["item_rank"] if merged else order,
+        t["counts"][2:3],
+        t["counts"][0:1],
+        p.pv,
+        result.acc if result is not None else d_pv,
+        factor if factor is not None else d_pv,
+        s.rows,
+        result.slots if result is not None else 1,
+        tau,
+        TAU_IS_TENSOR=tau_is_tensor,
+        D=s.dim,
+        STRIDE=s.stride,
+        HAS_PV=True,
+        HAS_HISTORY=d_history is not None,
+        MERGED=merged,
+        HAS_FACTOR=factor is not None,
+        TRANSPOSED_M=s.tile.block_m,
+        TRANSPOSED_N=s.tile.block_n,
+        BLOCK_R=16,
+        BLOCK_D=s.block_d,
+        num_warps=4,
+    )
+    return out

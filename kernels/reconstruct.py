@@ -1,0 +1,416 @@
+"""Triton: attention of PV items over their page's history, packed and ragged, and its gradients.
+
+A tile of listed PV rows walks the history rows of all pages between its first and its last: history is contiguous by page,
+so pages of any length need no padding, and what belongs to another page is masked (a block-diagonal tile).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tl_common import LOG2E, rank_before, source_row, unit_scale
+
+
+@triton.jit
+def head_mask(dims, head, HEAD_DIM: tl.constexpr):
+    """Which dimensions belong to a head: a masked product costs little here, and any D and head count work."""
+    return (dims >= head * HEAD_DIM) & (dims < (head + 1) * HEAD_DIM)
+
+
+@triton.jit
+def load_rows(ptr, index_ptr, row, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_INDEX: tl.constexpr):
+    """Rows of a source tensor as [rows, BLOCK_D], zeros beyond D and where the mask is off."""
+    dims = tl.arange(0, BLOCK_D)
+    start = source_row(index_ptr, row, mask, HAS_INDEX) * D
+    return tl.load(ptr + start[:, None] + dims[None, :], mask=mask[:, None] & (dims < D)[None, :], other=0.0)
+
+
+@triton.jit
+def history_block(history_page_ptr, start, end, page, BLOCK_H: tl.constexpr):
+    """Rows of a block of history [BLOCK_H], which of them are real, and who may attend to them [BLOCK_M, BLOCK_H]."""
+    row = start + tl.arange(0, BLOCK_H)
+    history_page = tl.load(history_page_ptr + row, mask=row < end, other=-1)
+    return row, history_page >= 0, page[:, None] == history_page[None, :]
+
+
+@triton.jit
+def attend_tile(
+    q_ptr,
+    q_index_ptr,
+    k_ptr,
+    k_index_ptr,
+    v_ptr,
+    v_index_ptr,
+    history_offsets_ptr,
+    history_page_ptr,
+    attention_lse_ptr,  # [HEADS, capacity]
+    position,  # [BLOCK_M] PV rows
+    page,  # [BLOCK_M], -2 where there is no row
+    place,  # [BLOCK_M] rows of the list
+    first_page,
+    last_page,
+    capacity,
+    scale_log2,
+    STORE_LSE: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    HAS_Q_INDEX: tl.constexpr,
+    HAS_K_INDEX: tl.constexpr,
+    HAS_V_INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """R_j = sum_k a_jk v_k, a_jk = softmax over k in H_b of (c q_j . k_k), as float32 [BLOCK_M, BLOCK_D]."""
+    dims = tl.arange(0, BLOCK_D)
+    low = tl.load(history_offsets_ptr + first_page)
+    high = tl.load(history_offsets_ptr + last_page + 1)
+    q = load_rows(q_ptr, q_index_ptr, position, page >= 0, D, BLOCK_D, HAS_Q_INDEX)
+    result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for head in range(HEADS):
+        if HEADS > 1:
+            q_head = tl.where(head_mask(dims, head, D // HEADS)[None, :], q, 0.0).to(q.dtype)
+        else:
+            q_head = q
+        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for start in range(low, high, BLOCK_H):
+            row, real, mine = history_block(history_page_ptr, start, high, page, BLOCK_H)
+            k = load_rows(k_ptr, k_index_ptr, row, real, D, BLOCK_D, HAS_K_INDEX)
+            s = tl.dot(q_head, tl.trans(k), input_precision=PRECISION) * scale_log2
+            s = tl.where(mine, s, -float("inf"))
+            new_top = tl.maximum(top, tl.max(s, axis=1))
+            shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+            p = tl.where(mine, tl.exp2(s - shift[:, None]), 0.0)
+            rescale = tl.exp2(top - shift)
+            total = total * rescale + tl.sum(p, axis=1)
+            v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX)
+            # A NaN or inf of another page must not come in through 0 * NaN; one of the own page must.
+            bad = tl.max(tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1), axis=1)  # [BLOCK_H]
+            v = tl.where(bad[:, None] != 0, 0.0, v).to(v.dtype)
+            poisoned = tl.max(tl.where(mine & (bad[None, :] != 0), 1, 0), axis=1)
+            acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+            acc = tl.where(poisoned[:, None] != 0, float("nan"), acc)
+            top = new_top
+        if HEADS > 1:
+            acc = tl.where(head_mask(dims, head, D // HEADS)[None, :], acc, 0.0)
+        result += acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        if STORE_LSE:
+            lse = top + tl.log2(tl.where(total == 0.0, 1.0, total))
+            tl.store(attention_lse_ptr + head * capacity + place, lse, mask=page >= 0)
+    return result
+
+
+@triton.jit
+def store_unit_rows(
+    reconstruction,  # [BLOCK_M, BLOCK_D] float32
+    e_ptr,
+    e_index_ptr,
+    unit_ptr,
+    norm_ptr,
+    positive_ptr,
+    position,
+    place,
+    valid,
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_E_INDEX: tl.constexpr,
+    WITH_POSITIVE: tl.constexpr,
+):
+    """r = R / |R| in the input type, |R|, and cos(R_j, E_j): in float32, and as products of rounded rows see it."""
+    dims = tl.arange(0, BLOCK_D)
+    norm = tl.sqrt(tl.sum(reconstruction * reconstruction, axis=1))
+    exact = reconstruction * unit_scale(norm)[:, None]
+    unit = exact.to(unit_ptr.dtype.element_ty)
+    tl.store(
+        unit_ptr + place.to(tl.int64)[:, None] * STRIDE + dims[None, :],
+        unit,
+        mask=valid[:, None] & (dims < STRIDE)[None, :],
+    )
+    tl.store(norm_ptr + place, norm, mask=valid)
+    if WITH_POSITIVE:
+        e = load_rows(e_ptr, e_index_ptr, position, valid, D, BLOCK_D, HAS_E_INDEX).to(tl.float32)
+        e = e * unit_scale(tl.sqrt(tl.sum(e * e, axis=1)))[:, None]
+        tl.store(positive_ptr + place * 2, tl.sum(exact * e, axis=1), mask=valid)
+        rounded = e.to(unit_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(positive_ptr + place * 2 + 1, tl.sum(unit.to(tl.float32) * rounded, axis=1), mask=valid)
+    return unit
+
+
+@triton.jit
+def list_tile(list_ptr, list_page_ptr, count, start, BLOCK_M: tl.constexpr):
+    """A tile of a compacted list: places, validity, PV rows, their pages (-2: none), first and last page."""
+    place = start + tl.arange(0, BLOCK_M)
+    valid = place < count
+    position = tl.load(list_ptr + place, mask=valid, other=0)
+    page = tl.load(list_page_ptr + place, mask=valid, other=-2)
+    first = tl.load(list_page_ptr + start)
+    last = tl.load(list_page_ptr + tl.minimum(start + BLOCK_M, count) - 1)
+    return place, valid, position, page, first, last
+
+
+@triton.jit
+def attend(
+    q_ptr,
+    q_index_ptr,
+    k_ptr,
+    k_index_ptr,
+    v_ptr,
+    v_index_ptr,
+    e_ptr,
+    e_index_ptr,
+    history_offsets_ptr,
+    history_page_ptr,
+    list_ptr,
+    list_page_ptr,
+    count_ptr,
+    attention_lse_ptr,
+    unit_ptr,
+    norm_ptr,
+    positive_ptr,
+    capacity,
+    scale,
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HAS_Q_INDEX: tl.constexpr,
+    HAS_K_INDEX: tl.constexpr,
+    HAS_V_INDEX: tl.constexpr,
+    HAS_E_INDEX: tl.constexpr,
+    RAW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """R of the listed PV rows: normalised into compacted rows, or (RAW) as it is into the rows of the batch."""
+    start = tl.program_id(0) * BLOCK_M
+    count = tl.load(count_ptr)
+    if start >= count:
+        return
+    place, valid, position, page, first, last = list_tile(list_ptr, list_page_ptr, count, start, BLOCK_M)
+    r = attend_tile(
+        q_ptr,
+        q_index_ptr,
+        k_ptr,
+        k_index_ptr,
+        v_ptr,
+        v_index_ptr,
+        history_offsets_ptr,
+        history_page_ptr,
+        attention_lse_ptr,
+        position,
+        page,
+        place,
+        first,
+        last,
+        capacity,
+        scale * LOG2E,
+        True,
+        D,
+        HEADS,
+        HAS_Q_INDEX,
+        HAS_K_INDEX,
+        HAS_V_INDEX,
+        BLOCK_M,
+        BLOCK_H,
+        BLOCK_D,
+        PRECISION,
+    )
+    if RAW:
+        dims = tl.arange(0, BLOCK_D)
+        where = position.to(tl.int64)[:, None] * D + dims[None, :]
+        tl.store(unit_ptr + where, r.to(unit_ptr.dtype.element_ty), mask=valid[:, None] & (dims < D)[None, :])
+    else:
+        store_unit_rows(
+            r,
+            e_ptr,
+            e_index_ptr,
+            unit_ptr,
+            norm_ptr,
+            positive_ptr,
+            position,
+            place,
+            valid,
+            D,
+            STRIDE,
+            BLOCK_D,
+            HAS_E_INDEX,
+            True,
+        )
+
+
+@triton.jit
+def finite(x):
+    """x with NaN and inf replaced by 0: for operands whose rows of other pages meet a zero factor."""
+    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def attend_dq(
+    q_ptr,
+    q_index_ptr,
+    k_ptr,
+    k_index_ptr,
+    v_ptr,
+    v_index_ptr,
+    history_offsets_ptr,
+    history_page_ptr,
+    list_ptr,
+    list_page_ptr,
+    count_ptr,
+    attention_lse_ptr,  # [HEADS, capacity]
+    dr_ptr,  # [capacity, STRIDE]
+    delta_ptr,  # [HEADS, capacity]
+    dq_ptr,  # [capacity, D]
+    capacity,
+    scale,
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HAS_Q_INDEX: tl.constexpr,
+    HAS_K_INDEX: tl.constexpr,
+    HAS_V_INDEX: tl.constexpr,
+    DOT_TYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dL/dq_j = c sum_k a_jk (dL/dR_j . v_k - delta_j) k_k,  delta_j = dL/dR_j . R_j."""
+    start = tl.program_id(0) * BLOCK_M
+    count = tl.load(count_ptr)
+    if start >= count:
+        return
+    dims = tl.arange(0, BLOCK_D)
+    place, valid, position, page, first, last = list_tile(list_ptr, list_page_ptr, count, start, BLOCK_M)
+    low = tl.load(history_offsets_ptr + first)
+    high = tl.load(history_offsets_ptr + last + 1)
+    q = load_rows(q_ptr, q_index_ptr, position, valid, D, BLOCK_D, HAS_Q_INDEX).to(DOT_TYPE)
+    dr = tl.load(
+        dr_ptr + place.to(tl.int64)[:, None] * STRIDE + dims[None, :],
+        mask=valid[:, None] & (dims < D)[None, :],
+        other=0.0,
+    ).to(DOT_TYPE)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for head in range(HEADS):
+        lse = tl.load(attention_lse_ptr + head * capacity + place, mask=valid, other=0.0)
+        delta = tl.load(delta_ptr + head * capacity + place, mask=valid, other=0.0)
+        if HEADS > 1:
+            own = head_mask(dims, head, D // HEADS)[None, :]
+            q_head = tl.where(own, q, 0.0).to(DOT_TYPE)
+            dr_head = tl.where(own, dr, 0.0).to(DOT_TYPE)
+        else:
+            q_head = q
+            dr_head = dr
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for block in range(low, high, BLOCK_H):
+            row, real, mine = history_block(history_page_ptr, block, high, page, BLOCK_H)
+            k = load_rows(k_ptr, k_index_ptr, row, real, D, BLOCK_D, HAS_K_INDEX).to(DOT_TYPE)
+            v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX).to(DOT_TYPE)
+            s = tl.dot(q_head, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+            da = tl.dot(dr_head, tl.trans(v), input_precision=PRECISION)
+            a = tl.exp2(tl.where(mine, s - lse[:, None], -float("inf")))
+            ds = tl.where(mine, a * (da - delta[:, None]), 0.0)
+            acc = tl.dot(ds.to(DOT_TYPE), finite(k), acc, input_precision=PRECISION)
+        if HEADS > 1:
+            acc = tl.where(head_mask(dims, head, D // HEADS)[None, :], acc, 0.0)
+        dq += acc
+    where = place.to(tl.int64)[:, None] * D + dims[None, :]
+    tl.store(dq_ptr + where, (dq * scale).to(dq_ptr.dtype.element_ty), mask=valid[:, None] & (dims < D)[None, :])
+
+
+@triton.jit
+def attend_dkv(
+    q_ptr,
+    q_index_ptr,
+    k_ptr,
+    k_index_ptr,
+    v_ptr,
+    v_index_ptr,
+    pv_offsets_ptr,
+    rank_ptr,  # prefix sums that made the list
+    history_page_ptr,
+    list_ptr,
+    list_page_ptr,
+    attention_lse_ptr,  # [HEADS, capacity]
+    dr_ptr,  # [capacity, STRIDE]
+    delta_ptr,  # [HEADS, capacity]
+    dk_ptr,  # [K, D]
+    dv_ptr,  # [K, D]
+    capacity,
+    history_rows,
+    scale,
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HAS_Q_INDEX: tl.constexpr,
+    HAS_K_INDEX: tl.constexpr,
+    HAS_V_INDEX: tl.constexpr,
+    WANT_DK: tl.constexpr,
+    WANT_DV: tl.constexpr,
+    SUM_KV: tl.constexpr,
+    DOT_TYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dL/dv_k = sum_j a_jk dL/dR_j and dL/dk_k = c sum_j a_jk (dL/dR_j . v_k - delta_j) q_j; SUM_KV: their sum to dk."""
+    dims = tl.arange(0, BLOCK_D)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
+    history_page = tl.load(history_page_ptr + row, mask=row < history_rows, other=-1)
+    real = history_page >= 0
+    first = tl.min(tl.where(real, history_page, 2147483647), axis=0)
+    last = tl.max(history_page, axis=0)
+    low = 0
+    high = 0
+    if last >= 0:
+        low = rank_before(rank_ptr, tl.load(pv_offsets_ptr + first))
+        high = rank_before(rank_ptr, tl.load(pv_offsets_ptr + last + 1))
+    k = load_rows(k_ptr, k_index_ptr, row, real, D, BLOCK_D, HAS_K_INDEX).to(DOT_TYPE)
+    v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX).to(DOT_TYPE)
+    dk = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for start in range(low, high, BLOCK_M):
+        place = start + tl.arange(0, BLOCK_M)
+        valid = place < high
+        position = tl.load(list_ptr + place, mask=valid, other=0)
+        page = tl.load(list_page_ptr + place, mask=valid, other=-2)
+        mine = history_page[:, None] == page[None, :]  # [BLOCK_H, BLOCK_M]
+        q = load_rows(q_ptr, q_index_ptr, position, valid, D, BLOCK_D, HAS_Q_INDEX).to(DOT_TYPE)
+        dr = tl.load(
+            dr_ptr + place.to(tl.int64)[:, None] * STRIDE + dims[None, :],
+            mask=valid[:, None] & (dims < D)[None, :],
+            other=0.0,
+        ).to(DOT_TYPE)
+        for head in range(HEADS):
+            lse = tl.load(attention_lse_ptr + head * capacity + place, mask=valid, other=0.0)
+            delta = tl.load(delta_ptr + head * capacity + place, mask=valid, other=0.0)
+            if HEADS > 1:
+                own = head_mask(dims, head, D // HEADS)[None, :]
+                q_head = tl.where(own, q, 0.0).to(DOT_TYPE)
+                dr_head = tl.where(own, dr, 0.0).to(DOT_TYPE)
+            else:
+                q_head = q
+                dr_head = dr
+            s = tl.dot(k, tl.trans(q_head), input_precision=PRECISION) * (scale * LOG2E)
+            a = tl.exp2(tl.where(mine, s - lse[None, :], -float("inf")))  # [BLOCK_H, BLOCK_M]
+            if WANT_DV:
+                dv = tl.dot(a.to(DOT_TYPE), dr_head, dv, input_precision=PRECISION)
+            if WANT_DK:
+                da = tl.dot(v, tl.trans(dr_head), input_precision=PRECISION)
+                ds = tl.where(mine, a * (da - delta[None, :]), 0.0) * scale
+                dk = tl.dot(ds.to(DOT_TYPE), q_head, dk, input_precision=PRECISION)
+    where = row[:, None] * D + dims[None, :]
+    mask = (row < history_rows)[:, None] & (dims < D)[None, :]
+    if SUM_KV:
+        dk += dv
+    if WANT_DK or SUM_KV:
+        tl.store(dk_ptr + where, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+    if WANT_DV and not SUM_KV:
+        tl.store(dv_ptr + where, dv.to(dv_ptr.dtype.element_ty), mask=mask)

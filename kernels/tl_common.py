@@ -1,0 +1,77 @@
+"""Helpers shared by the Triton kernels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Vectors no longer than this count as zero: cosine 0, gradient 0.
+NORM_EPS = tl.constexpr(1e-12)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def page_of(offsets_ptr, row, pages, steps):
+    """Page of each row: the last b with offsets[b] <= row; `pages` for a row at or past the last offset."""
+    low = tl.zeros_like(row)
+    high = low + pages + 1
+    for _ in range(steps):
+        middle = (low + high) // 2
+        open_ = low < high
+        offset = tl.load(offsets_ptr + middle, mask=open_, other=0)
+        below = offset <= row
+        low = tl.where(open_ & below, middle + 1, low)
+        high = tl.where(open_ & (offset > row), middle, high)
+    return low - 1
+
+
+@triton.jit
+def rank_before(rank_ptr, row):
+    """Flagged rows among the first `row` ones, from the inclusive prefix sums."""
+    return tl.load(rank_ptr + row - 1, mask=row > 0, other=0)
+
+
+@triton.jit
+def source_row(index_ptr, row, mask, HAS_INDEX: tl.constexpr):
+    """Row of the source tensor as int64: through the table index, if there is one."""
+    if HAS_INDEX:
+        return tl.load(index_ptr + row, mask=mask, other=0).to(tl.int64)
+    else:
+        return row.to(tl.int64)
+
+
+@triton.jit
+def score_scale(tau, TAU_IS_TENSOR: tl.constexpr):
+    """log2(e) / tau, the factor from a cosine to a score in powers of two, rounded once.
+
+    A temperature in device memory is read there; a float one comes as the finished factor.
+    """
+    if TAU_IS_TENSOR:
+        return (1.0 / tl.load(tau).to(tl.float64) * LOG2E).to(tl.float32)
+    else:
+        return tau
+
+
+@triton.jit
+def unit_scale(norm):
+    """1 / norm, 0 for a zero vector; NaN stays NaN so that it shows in the loss."""
+    return tl.where(norm <= NORM_EPS, 0.0, 1.0 / norm)
+
+
+@triton.jit
+def splits_of(count, other_count, slots, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """In how many parts the columns of a row tile are walked, so that `slots` programs are all at work.
+
+    Computed from the counts in device memory, by producer and consumer alike.
+    """
+    tiles = tl.maximum(tl.cdiv(count, BLOCK_M), 1)
+    blocks = tl.maximum(tl.cdiv(other_count, BLOCK_N), 1)
+    return tl.minimum(tl.maximum(slots // tiles, 1), blocks)
+
+
+@triton.jit
+def normalize_backward(grad, unit, norm):
+    """Gradient of x from that of x / |x|: (grad - (grad . unit) unit) / |x|."""
+    along = tl.sum(grad * unit, axis=1)
+    return (grad - along[:, None] * unit) * unit_scale(norm)[:, None]
