@@ -1,0 +1,132 @@
+"""Compiles kernels for a GPU that need not be there, and reports what came out as JSON. Run by test_compile_targets.py.
+
+A process of its own: in one with TRITON_INTERPRET=1, @triton.jit gives something that cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+
+@triton.jit
+def product(x_ptr, y_ptr, out_ptr, steps, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """x y^T, accumulated over `steps`; with WIDE = 512 the accumulator needs more registers than there are."""
+    row = tl.arange(0, BLOCK)[:, None]
+    x = tl.load(x_ptr + row * BLOCK + tl.arange(0, BLOCK)[None, :])
+    column = tl.arange(0, WIDE)[:, None]
+    total = tl.zeros([BLOCK, WIDE], tl.float32)
+    for step in range(steps):
+        y = tl.load(y_ptr + step * WIDE * BLOCK + column * BLOCK + tl.arange(0, BLOCK)[None, :])
+        total = tl.dot(x, tl.trans(y), total)
+    tl.store(out_ptr + row * WIDE + tl.arange(0, WIDE)[None, :], total)
+
+
+@dataclass
+class Case:
+    """The same attributes as the cases of kernels/configs.py."""
+
+    name: str
+    fn: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    must_not_spill: bool = True
+    needs_wgmma: bool = True
+    aligned: tuple[str, ...] = field(default=("steps",))
+
+
+def own_cases() -> list[Case]:
+    """Known answers: the first fits and multiplies with wgmma on sm_90, the second spills."""
+    types = {"x_ptr": "*bf16", "y_ptr": "*bf16", "out_ptr": "*fp32", "steps": "i32"}
+    return [
+        Case("fits", product, types, {"BLOCK": 64, "WIDE": 64}),
+        Case("spills", product, types, {"BLOCK": 128, "WIDE": 512}),
+    ]
+
+
+def cases(which: str) -> list[Any]:
+    if which == "own":
+        return own_cases()
+    from courier_fast.kernels.configs import compile_cases
+
+    return list(compile_cases())
+
+
+def source_of(case: Any) -> ASTSource:
+    """Pointers are multiples of 16 bytes, as a launch with torch's tensors finds them: it decides how loads compile."""
+    signature, attributes = {}, {}
+    missing = [n for n in case.fn.arg_names if n not in case.signature and n not in case.constexprs]
+    if missing:
+        raise ValueError(f"{case.name}: no type for {', '.join(missing)}")
+    for place, name in enumerate(case.fn.arg_names):
+        kind = "constexpr" if name in case.constexprs else case.signature[name]
+        signature[name] = kind
+        if kind.startswith("*") or name in getattr(case, "aligned", ()):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(case.fn, signature, constexprs=dict(case.constexprs), attrs=attributes)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and shared memory of a kernel, as cuobjdump reads them; spilled registers are on the stack."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # cuobjdump counts what every function has in common as one more function: the kernel is the largest.
+    found: dict[str, int] = {}
+    for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text):
+        found[key] = max(found.get(key, 0), int(value))
+    return found
+
+
+def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
+    which, index, capability = job
+    case = cases(which)[index]
+    result: dict[str, Any] = {"name": case.name, "capability": capability}
+    try:
+        compiled = triton.compile(
+            source_of(case),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        )
+    except Exception as error:  # one kernel that does not compile must not hide the others
+        return result | {"error": f"{type(error).__name__}: {error}"[:2000]}
+    usage = resources(compiled.asm["cubin"])
+    return result | {
+        "error": None,
+        "wgmma": "wgmma.mma_async" in compiled.asm["ptx"],
+        "registers": usage["REG"],
+        "spilled": usage["STACK"] + usage.get("LOCAL", 0),
+        "shared": compiled.metadata.shared,
+    }
+
+
+def main() -> None:
+    which, workers, *capabilities = sys.argv[1:]
+    jobs = [(which, i, int(c)) for c in capabilities for i in range(len(cases(which)))]
+    context = multiprocessing.get_context("fork")  # a spawned process would import torch again
+    with ProcessPoolExecutor(int(workers), mp_context=context) as pool:
+        json.dump(list(pool.map(compile_one, jobs)), sys.stdout)
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    main()
