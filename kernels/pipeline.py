@@ -134,23 +134,29 @@ def _pass_spec(name: str, slots: Any, tile: configs.Tile, stride: int, rows: Any
     }
 
 
+def _plan_spec(p: Problem, s: _Shape) -> _Spec:
+    """Pages, lists and the attention's log-sum-exp."""
+    spec: _Spec = {
+        "history_page": ((s.history_rows,), torch.int32),
+        "pv_page": ((s.rows,), torch.int32),
+        "flags": ((4, s.rows), torch.int32),
+        "ranks": ((4, s.rows), torch.int32),
+        "counts": ((4,), torch.int32),
+        "attention_lse": ((p.num_heads, s.rows), torch.float32),
+    }
+    return spec | _list_spec("anchor", s.rows, s.id_dtype, False)
+
+
 def _state_spec(p: Problem) -> _Spec:
     """Name, shape and type of every tensor that the backward needs, in the order of `saved`."""
     s = _shape(p)
     device, dtype, rows = p.pv.device, p.pv.dtype, s.rows
     columns = s.items if s.merged else rows
-    spec: _Spec = {
-        "history_page": ((s.history_rows,), torch.int32),
-        "pv_page": ((rows,), torch.int32),
-        "flags": ((4, rows), torch.int32),
-        "ranks": ((4, rows), torch.int32),
-        "counts": ((4,), torch.int32),
+    spec = _plan_spec(p, s) | {
         "r": ((rows, s.stride), dtype),
         "norm": ((rows,), torch.float32),
-        "attention_lse": ((p.num_heads, rows), torch.float32),
         "weight_sum": ((), torch.float32),
     }
-    spec |= _list_spec("anchor", rows, s.id_dtype, False)
     if s.both_lists:
         spec |= _list_spec("reconstructed", rows, s.id_dtype, p.log_q is not None)
         spec |= {"r_anchor": ((rows, s.stride), dtype), "e_anchor": ((rows, s.stride), dtype)}
@@ -224,7 +230,8 @@ def _make_plan(p: Problem, s: _Shape, t: dict[str, Tensor], clicked: Tensor | No
     if live is not None:
         live = torch.cumsum(live, 0, dtype=torch.int32)
     dummy = t["flags"]
-    if s.merged:
+    merged = "item_count" in t
+    if merged:
         t["item_count"].zero_()
     grid = (_cdiv(s.rows, configs.BLOCK_PLAN),)
     plan.pv_flags[grid](
@@ -237,7 +244,7 @@ def _make_plan(p: Problem, s: _Shape, t: dict[str, Tensor], clicked: Tensor | No
         p.pv_index if p.pv_index is not None else dummy,
         t["pv_page"],
         t["flags"],
-        t["item_count"] if s.merged else dummy,
+        t["item_count"] if merged else dummy,
         s.rows,
         s.pages,
         _steps(s.pages),
@@ -246,18 +253,15 @@ def _make_plan(p: Problem, s: _Shape, t: dict[str, Tensor], clicked: Tensor | No
         HAS_CLICKED=clicked is not None,
         HAS_HISTORY_MASK=live is not None,
         EVERY_RECONSTRUCTION=s.every,
-        COUNT_ITEMS=s.merged,
+        COUNT_ITEMS=merged,
         BLOCK=configs.BLOCK_PLAN,
     )
     _prefix_sums(t["flags"], t["ranks"])
     t["counts"].copy_(t["ranks"][:, -1])
     ids = p.item_ids if p.item_ids is not None else p.pv_index
-    lists = [("anchor", 0)]
-    if s.both_lists:
-        lists.append(("reconstructed", 1))
-    if "reconstruct" in s.directions and not s.merged:
-        lists.append(("column", 2))
-    for name, flag in lists:
+    for flag, name in enumerate(("anchor", "reconstructed", "column")):
+        if f"{name}_list" not in t or (name == "column" and merged):
+            continue
         bias = t.get(f"{name}_bias")
         plan.compact[grid](
             t["ranks"][flag],
@@ -274,7 +278,7 @@ def _make_plan(p: Problem, s: _Shape, t: dict[str, Tensor], clicked: Tensor | No
             HAS_LOG_Q=bias is not None,
             BLOCK=configs.BLOCK_PLAN,
         )
-    if s.merged:
+    if merged:
         present = (t["item_count"] > 0).to(torch.int32)
         _prefix_sums(present, t["item_rank"])
         t["counts"][2:3].copy_(t["item_rank"][-1:])
@@ -793,20 +797,17 @@ def _backward(
         assert p.temperature is not None
         d_temperature = -tau_parts.sum() / p.temperature
 
-    def spread(out: Tensor, with_contrast: bool, source: Tensor | None, source_stride: int) -> Tensor:
-        """Rows of the batch [N, D] from compacted ones."""
-        column = results.get("reconstruct", any_pass)
-        merged_away = s.merged or "reconstruct" not in results
-        epilogue.pv_gradient[(programs,)](
-            out_ptr=out,
-            rank_ptr=t["ranks"],
-            flag_ptr=t["flags"],
+    def with_contrast(out: Tensor, dq: Tensor | None) -> Tensor:
+        column = results.get("reconstruct")
+        return _spread(
+            p,
+            s,
+            t,
+            out,
+            dq,
             anchor_count_ptr=t["counts"][0:1],
             column_count_ptr=columns,
             reconstructed_count_ptr=count,
-            **_e_inputs(p),
-            unit_ptr=t["r"],
-            dq_ptr=source if source is not None else dr,
             transposed_acc_ptr=column.acc if column is not None else g,
             transposed_factor_ptr=factor if factor is not None else g,
             identify_acc_ptr=t["identify_acc"] if identify else g,
@@ -815,32 +816,19 @@ def _backward(
             forward_miss_ptr=t["reconstruct_miss"] if forward else g,
             identify_miss_ptr=t["identify_miss"] if identify else g,
             g_ptr=g,
-            rows=s.rows,
             transposed_slots=column.slots if column is not None else 1,
             identify_slots=slots,
             tau=tau,
             TAU_IS_TENSOR=tau_is_tensor,
-            D=s.dim,
-            STRIDE=s.stride,
-            DQ_STRIDE=source_stride,
-            CONTRAST=with_contrast,
-            COLUMNS=not merged_away,
+            CONTRAST=True,
+            COLUMNS=column is not None and not s.merged,
             RECONSTRUCT=forward,
             IDENTIFY=identify,
-            ADD_DQ=source is not None,
             HAS_FACTOR=factor is not None,
-            TRANSPOSED_M=s.tile.block_m,
-            TRANSPOSED_N=s.tile.block_n,
-            IDENTIFY_M=s.tile.block_m,
-            IDENTIFY_N=s.tile.block_n,
-            BLOCK_M=s.small.block_m,
-            BLOCK_D=s.block_d,
-            num_warps=s.small.num_warps,
         )
-        return out
 
     if given:
-        d_rows = spread(new(s.rows, s.dim, dtype=dtype, device=device), False, dr, s.stride)
+        d_rows = _spread(p, s, t, new(s.rows, s.dim, dtype=dtype, device=device), dr)
         dq, d_key, d_value = None, None, None
     else:
         d_rows = None
@@ -848,7 +836,7 @@ def _backward(
     grads: list[Tensor | None] = [None] * 6
     grads[5] = d_temperature
     if needs[2]:
-        grads[2] = spread(torch.empty_like(p.query), False, dq, s.dim)
+        grads[2] = _spread(p, s, t, torch.empty_like(p.query), dq)
     if needs[3]:
         grads[3] = d_key
     if needs[4]:
@@ -860,11 +848,51 @@ def _backward(
         if needs[1]:
             grads[1] = d_history if d_history is not None else torch.zeros_like(p.history)
         if needs[0]:
-            grads[0] = spread(torch.empty_like(p.pv), True, own_dq, s.dim)
+            grads[0] = with_contrast(torch.empty_like(p.pv), own_dq)
     elif needs[0]:
-        d_pv = spread(new(s.rows, s.dim, dtype=torch.float32, device=device), True, own_dq, s.dim)
+        d_pv = with_contrast(new(s.rows, s.dim, dtype=torch.float32, device=device), own_dq)
         grads[0] = _table_gradient(p, s, t, d_pv, d_history, results.get("reconstruct"), factor, tau, tau_is_tensor)
     return grads, d_rows
+
+
+def _spread(
+    p: Problem, s: _Shape, t: dict[str, Tensor], out: Tensor, dq: Tensor | None, **contrast_inputs: Any
+) -> Tensor:
+    """Rows of the batch [N, D] from the compacted dq; with the contrast's inputs, dL/dE and dq together."""
+    dummy = t["ranks"]
+    unused: dict[str, Any] = dict.fromkeys(
+        (
+            "anchor_count_ptr column_count_ptr reconstructed_count_ptr transposed_acc_ptr transposed_factor_ptr "
+            "identify_acc_ptr identify_top_ptr identify_lse_ptr forward_miss_ptr identify_miss_ptr g_ptr"
+        ).split(),
+        dummy,
+    )
+    unused |= {"transposed_slots": 1, "identify_slots": 1, "tau": 1.0, "TAU_IS_TENSOR": False}
+    flags = ("CONTRAST", "COLUMNS", "RECONSTRUCT", "IDENTIFY", "HAS_FACTOR")
+    unused |= dict.fromkeys(flags, False)
+    tile = s.tile
+    epilogue.pv_gradient[(_cdiv(s.rows, s.small.block_m),)](
+        out_ptr=out,
+        rank_ptr=t["ranks"],
+        flag_ptr=t["flags"],
+        **_e_inputs(p),
+        unit_ptr=t["r"],
+        dq_ptr=dq if dq is not None else dummy,
+        rows=s.rows,
+        **(unused | contrast_inputs),
+        D=s.dim,
+        STRIDE=s.stride,
+        DQ_STRIDE=dq.shape[1] if dq is not None else s.dim,
+        ADD_DQ=dq is not None,
+        TRANSPOSED_M=tile.block_m,
+        TRANSPOSED_N=tile.block_n,
+        IDENTIFY_M=tile.block_m,
+        IDENTIFY_N=tile.block_n,
+        BLOCK_M=s.small.block_m,
+        BLOCK_D=s.block_d,
+        num_warps=s.small.num_warps,
+    )
+    return out
 
 
 def _lowered(g: Tensor) -> tuple[Tensor, Tensor]:
@@ -972,31 +1000,53 @@ def _table_gradient(
     """dL/dU: occurrences summed in a fixed order, and what the merged columns add."""
     assert p.pv_index is not None and p.history_index is not None
     order, starts = _occurrences(s.items, [(p.pv_index, t["pv_page"]), (p.history_index, t["history_page"])])
-    out = torch.empty_like(p.pv)
-    merged = s.merged and result is not None
+    if not s.merged or result is None:
+        return _sum_occurrences(p.pv, s, order, starts, d_pv, d_history, s.rows)
+    merged = {
+        "item_count_ptr": t["item_count"],
+        "column_rank_ptr": t["item_rank"],
+        "column_count_ptr": t["counts"][2:3],
+        "anchor_count_ptr": t["counts"][0:1],
+        "transposed_acc_ptr": result.acc,
+        "transposed_factor_ptr": factor if factor is not None else result.acc,
+        "transposed_slots": result.slots,
+        "tau": tau,
+        "TAU_IS_TENSOR": tau_is_tensor,
+        "MERGED": True,
+        "HAS_FACTOR": factor is not None,
+    }
+    return _sum_occurrences(p.pv, s, order, starts, d_pv, d_history, s.rows, merged)
+
+
+def _sum_occurrences(
+    table: Tensor,
+    s: _Shape,
+    order: Tensor,
+    starts: Tensor,
+    d_pv: Tensor | None,
+    d_history: Tensor | None,
+    rows: int,
+    merged: dict[str, Any] | None = None,
+) -> Tensor:
+    """The gradient of a table from those of its occurrences; the first `rows` of them are PV rows."""
+    out = torch.empty_like(table)
+    unused = dict.fromkeys(
+        ("item_count_ptr", "column_rank_ptr", "column_count_ptr", "anchor_count_ptr"), order
+    ) | dict.fromkeys(("transposed_acc_ptr", "transposed_factor_ptr"), out)
+    plain = unused | {"transposed_slots": 1, "tau": 1.0, "TAU_IS_TENSOR": False, "MERGED": False, "HAS_FACTOR": False}
     epilogue.table_gradient[(s.items,)](
-        out,
-        order,
-        starts,
-        d_pv,
-        d_history if d_history is not None else d_pv,
-        t["item_count"] if merged else order,
-        t["item_rank"] if merged else order,
-        t["counts"][2:3],
-        t["counts"][0:1],
-        p.pv,
-        result.acc if result is not None else d_pv,
-        factor if factor is not None else d_pv,
-        s.rows,
-        result.slots if result is not None else 1,
-        tau,
-        TAU_IS_TENSOR=tau_is_tensor,
+        out_ptr=out,
+        order_ptr=order,
+        starts_ptr=starts,
+        pv_ptr=d_pv if d_pv is not None else out,
+        history_ptr=d_history if d_history is not None else out,
+        table_ptr=table,
+        rows=rows,
+        **(plain if merged is None else merged),
         D=s.dim,
         STRIDE=s.stride,
-        HAS_PV=True,
+        HAS_PV=d_pv is not None,
         HAS_HISTORY=d_history is not None,
-        MERGED=merged,
-        HAS_FACTOR=factor is not None,
         TRANSPOSED_M=s.tile.block_m,
         TRANSPOSED_N=s.tile.block_n,
         BLOCK_R=16,
@@ -1004,3 +1054,368 @@ def _table_gradient(
         num_warps=4,
     )
     return out
+
+
+# ---- reconstruct --------------------------------------------------------------------------------------------------
+
+
+def _reconstruct(p: Problem) -> tuple[_Shape, dict[str, Tensor], Tensor]:
+    """The lists of all PV rows with a history, and their R [N, D]."""
+    s = _shape(p)
+    t = _empty(_plan_spec(p, s), p.pv.device)
+    _make_plan(p, s, t, None)
+    r = torch.zeros(s.rows, s.dim, dtype=p.pv.dtype, device=p.pv.device)
+    t |= {"r": r, "norm": t["attention_lse"]}
+    _attend(p, s, t, t["attention_lse"], r)
+    return s, t, r
+
+
+def reconstruct_forward(p: Problem) -> Tensor:
+    """R [N, D], zeros for padding and for pages without history."""
+    if _is_empty(p):
+        return torch.zeros(p.num_pv, p.pv.shape[1], dtype=p.pv.dtype, device=p.pv.device)
+    return _reconstruct(p)[2]
+
+
+def reconstruct_backward(p: Problem, needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
+    """Gradients of (pv, history, query, key, value); the attention is computed again."""
+    inputs = (p.pv, p.history, p.query, p.key, p.value)
+    if _is_empty(p):
+        return [torch.zeros_like(x) if need and x is not None else None for x, need in zip(inputs, needs, strict=True)]
+    s, t, r = _reconstruct(p)
+    device, dtype = p.pv.device, p.pv.dtype
+    rows, _, count = _reconstructed(s, t)
+    dr = torch.empty(s.rows, s.stride, dtype=dtype, device=device)
+    delta = torch.empty(p.num_heads, s.rows, dtype=torch.float32, device=device)
+    epilogue.given_gradient[(_cdiv(s.rows, s.small.block_m),)](
+        grad.contiguous(),
+        r,
+        rows,
+        count,
+        dr,
+        delta,
+        s.rows,
+        D=s.dim,
+        STRIDE=s.stride,
+        HEADS=p.num_heads,
+        BLOCK_M=s.small.block_m,
+        BLOCK_D=s.block_d,
+        num_warps=s.small.num_warps,
+    )
+    dq, d_key, d_value = _attention_backward(p, s, t, needs, dr, delta)
+    grads: list[Tensor | None] = [None] * 5
+    grads[3] = d_key if needs[3] else None
+    grads[4] = d_value if needs[4] else None
+    d_history = d_key if p.key is None else d_value if p.value is None else None
+    table = p.history is None
+    # The list holds exactly the rows with a gradient, and every place of it is written.
+    d_rows = None
+    if dq is not None:
+        kind = torch.float32 if table and p.query is None else dtype
+        d_rows = torch.empty(s.rows, s.dim, dtype=kind, device=device)
+        _spread(p, s, t, d_rows, dq)
+    if needs[2]:
+        grads[2] = d_rows
+    own = d_rows if p.query is None else None
+    if not table:
+        if needs[0]:
+            grads[0] = own if own is not None else torch.zeros_like(p.pv)
+        if needs[1]:
+            grads[1] = d_history if d_history is not None else torch.zeros_like(p.history)
+    elif needs[0]:
+        if own is None:
+            own = torch.zeros(s.rows, s.dim, dtype=torch.float32, device=device)
+        grads[0] = _table_gradient(p, s, t, own, d_history, None, None, 1.0, False)
+    return grads
+
+
+# ---- click sequence -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _SequenceShape(_Shape):
+    mask: int = 0
+
+
+def _sequence_shape(p: SequenceProblem) -> _SequenceShape:
+    dim = p.history.shape[1]
+    stride = configs.row_stride(dim)
+    dtype = p.history.dtype
+    return _SequenceShape(
+        dim=dim,
+        stride=stride,
+        block_d=configs.block_dim(dim),
+        rows=p.num_history,
+        history_rows=p.num_history,
+        pages=p.history_offsets.shape[0] - 1,
+        items=0 if p.history_index is None else p.history.shape[0],
+        merged=False,
+        every=False,
+        both_lists=False,
+        directions=(),
+        id_dtype=torch.int64 if p.item_ids is not None else torch.int32,
+        tile=configs.contrast_tile(dtype, stride),
+        attention=configs.attention_tile(dtype, stride),
+        small=configs.rows_tile(stride),
+        precision=configs.dot_precision(dtype),
+        mask=3 if p.ids is None else 4,
+    )
+
+
+def _sequence_spec(p: SequenceProblem) -> _Spec:
+    s = _sequence_shape(p)
+    slots = s.slots(s.rows, p.history.device)
+    spec: _Spec = {
+        "history_page": ((s.rows,), torch.int32),
+        "rank": ((s.rows,), torch.int32),
+        "c": ((s.rows, s.stride), p.history.dtype),
+        "number": ((s.rows,), torch.float32),
+        "anchors": ((), torch.float32),
+    }
+    spec |= _list_spec("row", s.rows, s.id_dtype, False)
+    return spec | _pass_spec("pass", slots, s.tile, s.stride, s.rows)
+
+
+def _sequence_is_empty(p: SequenceProblem) -> bool:
+    return p.num_history == 0 or p.history_offsets.shape[0] == 1
+
+
+def sequence_saved_spec(p: SequenceProblem, needs: Sequence[bool]) -> list[tuple[tuple[Any, ...], torch.dtype]]:
+    """As `saved_spec`."""
+    return list(_sequence_spec(p).values()) if any(needs) and not _sequence_is_empty(p) else []
+
+
+def _sequence_rows(s: _SequenceShape, t: dict[str, Tensor]) -> _Rows:
+    ids = t["row_id"] if s.mask == 4 else t["row_list"]
+    return _Rows(t["c"], t["rank"][-1:], t["row_list"], t["row_page"], ids, None, t["rank"])
+
+
+def _page_mean(
+    p: SequenceProblem, s: _SequenceShape, t: dict[str, Tensor], factor: Tensor | None, cosine: Tensor
+) -> Tensor:
+    out = torch.empty(s.rows, s.stride, dtype=torch.float32, device=cosine.device)
+    rows = _sequence_rows(s, t)
+    epilogue.page_mean[(_cdiv(s.rows, s.attention.block_m),)](
+        t["c"],
+        rows.ids,
+        rows.page,
+        rows.count,
+        p.history_offsets,
+        t["rank"],
+        factor if factor is not None else cosine,
+        out,
+        t["number"],
+        cosine,
+        STRIDE=s.stride,
+        HAS_ID=s.mask == 4,
+        TRANSPOSED=factor is not None,
+        BLOCK_M=s.attention.block_m,
+        BLOCK_H=s.attention.block_n,
+        BLOCK_D=configs.next_power_of_2(s.stride),
+        PRECISION=s.precision,
+        num_warps=s.attention.num_warps,
+        num_stages=1,
+    )
+    return out
+
+
+def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor]]:
+    """(loss, saved) of the click-sequence loss."""
+    device = p.history.device
+    per_item = p.reduction == "none"
+    if _sequence_is_empty(p):
+        return torch.zeros((p.num_history,) if per_item else (), dtype=torch.float32, device=device), []
+    s = _sequence_shape(p)
+    t = _empty(_sequence_spec(p), device)
+    tau, tau_is_tensor = _temperature(p)
+    live = torch.empty_like(t["history_page"])
+    _mark_history(p, t["history_page"], live)
+    _prefix_sums(live, t["rank"])
+    ids = p.ids
+    plan.compact[(_cdiv(s.rows, configs.BLOCK_PLAN),)](
+        t["rank"],
+        live,
+        t["history_page"],
+        ids if ids is not None else live,
+        live,
+        t["row_list"],
+        t["row_page"],
+        t["row_id"],
+        live,
+        s.rows,
+        HAS_ID=ids is not None,
+        HAS_LOG_Q=False,
+        BLOCK=configs.BLOCK_PLAN,
+    )
+    rows = _sequence_rows(s, t)
+    epilogue.normalize_rows[(_cdiv(s.rows, s.small.block_m),)](
+        p.history,
+        p.history_index if p.history_index is not None else rows.list,
+        rows.list,
+        rows.count,
+        t["c"],
+        D=s.dim,
+        STRIDE=s.stride,
+        HAS_INDEX=p.history_index is not None,
+        BLOCK_M=s.small.block_m,
+        BLOCK_D=s.block_d,
+        num_warps=s.small.num_warps,
+    )
+    cosine = torch.empty(s.rows, dtype=torch.float32, device=device)
+    _page_mean(p, s, t, None, cosine)
+    slots = s.slots(s.rows, device)
+    total = torch.empty(slots * s.tile.block_m, dtype=torch.float32, device=device)
+    out = _Pass(t["pass_acc"], t["pass_top"], total, live, slots)
+    online = _online(p, p.history.dtype, False)
+    _run_contrast(
+        s,
+        rows,
+        rows,
+        out=out,
+        mask=s.mask,
+        tau=tau,
+        tau_is_tensor=tau_is_tensor,
+        page_offsets=p.history_offsets,
+        online=online,
+        fixed_shift=not online,
+        need_values=any(needs),
+    )
+    contrast.finish_rows[(_cdiv(s.rows, 256),)](
+        out.top,
+        out.total,
+        live,
+        rows.count,
+        rows.count,
+        cosine,
+        rows.list,
+        cosine,
+        cosine,
+        t["pass_lse"],
+        t["pass_miss"],
+        cosine,
+        cosine,
+        live,
+        slots,
+        tau,
+        TAU_IS_TENSOR=tau_is_tensor,
+        HAS_LOG_Q=False,
+        HAS_POSITIVE=False,
+        STATS=False,
+        BLOCK_M=s.tile.block_m,
+        BLOCK_N=s.tile.block_n,
+        BLOCK=256,
+    )
+    loss = torch.zeros((s.rows,) if per_item else (), dtype=torch.float32, device=device)
+    epilogue.sequence_losses[(1,)](
+        t["pass_lse"],
+        cosine,
+        t["number"],
+        rows.list,
+        rows.count,
+        cosine if per_item else loss,
+        t["anchors"],
+        loss,
+        tau,
+        TAU_IS_TENSOR=tau_is_tensor,
+        MEAN=p.reduction == "mean",
+        ITEMS=per_item,
+        BLOCK=1024,
+    )
+    return loss, list(t.values()) if any(needs) else []
+
+
+def sequence_backward(
+    p: SequenceProblem, needs: Sequence[bool], saved: Sequence[Tensor], grad: Tensor
+) -> list[Tensor | None]:
+    """Gradients of (history or the table, temperature)."""
+    device = p.history.device
+    if _sequence_is_empty(p):
+        return [
+            torch.zeros_like(p.history) if needs[0] else None,
+            torch.zeros_like(p.temperature) if needs[1] and p.temperature is not None else None,
+        ]
+    s = _sequence_shape(p)
+    t = dict(zip(_sequence_spec(p), saved, strict=True))
+    # `page_mean` counts the positives again: not into what was saved.
+    scratch = t | {"number": torch.empty_like(t["number"])}
+    tau, tau_is_tensor = _temperature(p)
+    half = p.history.dtype == torch.float16
+    rows = _sequence_rows(s, t)
+    g, offset, factor, cosine = (torch.empty(s.rows, dtype=torch.float32, device=device) for _ in range(4))
+    epilogue.sequence_row_gradients[(_cdiv(s.rows, 256),)](
+        grad,
+        grad.stride(0) if grad.dim() else 0,
+        t["anchors"],
+        t["number"],
+        t["pass_lse"],
+        rows.list,
+        rows.count,
+        g,
+        offset,
+        factor,
+        s.rows,
+        _HALF_LIFT if half else 0.0,
+        PER_ROW=p.reduction == "none",
+        BLOCK=256,
+    )
+    scale, lower = _lowered(g) if half else (g, None)
+    slots = s.slots(s.rows, device)
+    acc = torch.empty(slots * s.tile.block_m, s.stride, dtype=torch.float32, device=device)
+    _run_contrast(
+        s,
+        rows,
+        rows,
+        out=_Pass(acc, g, g, g, slots),
+        mask=s.mask,
+        tau=tau,
+        tau_is_tensor=tau_is_tensor,
+        page_offsets=p.history_offsets,
+        y_offset=offset,
+        y_scale=scale,
+        need_sum=False,
+    )
+    mean = _page_mean(p, s, scratch, None, cosine)
+    pulled = _page_mean(p, s, scratch, factor, cosine)
+    table = p.history_index is not None
+    d_rows = torch.zeros(s.rows, s.dim, dtype=torch.float32 if table else p.history.dtype, device=device)
+    programs = _cdiv(s.rows, s.small.block_m)
+    tau_parts = torch.empty(programs, dtype=torch.float32, device=device)
+    tiles = {"TILE_M": s.tile.block_m, "TILE_N": s.tile.block_n}
+    tiles |= {"TRANSPOSED_M": s.tile.block_m, "TRANSPOSED_N": s.tile.block_n}
+    epilogue.sequence_gradient[(programs,)](
+        rows.list,
+        rows.count,
+        p.history,
+        p.history_index if p.history_index is not None else rows.list,
+        g,
+        t["pass_lse"],
+        mean,
+        pulled,
+        t["pass_acc"],
+        t["pass_top"],
+        acc,
+        lower if lower is not None else g,
+        d_rows,
+        tau_parts,
+        slots,
+        tau,
+        TAU_IS_TENSOR=tau_is_tensor,
+        HAS_INDEX=table,
+        HAS_FACTOR=lower is not None,
+        D=s.dim,
+        STRIDE=s.stride,
+        **tiles,
+        BLOCK_M=s.small.block_m,
+        BLOCK_D=s.block_d,
+        num_warps=s.small.num_warps,
+    )
+    d_temperature = None
+    if needs[1]:
+        assert p.temperature is not None
+        d_temperature = -tau_parts.sum() / p.temperature
+    if not needs[0]:
+        return [None, d_temperature]
+    if not table:
+        return [d_rows, d_temperature]
+    order, starts = _occurrences(s.items, [(p.history_index, t["history_page"])])
+    return [_sum_occurrences(p.history, s, order, starts, None, d_rows, 0), d_temperature]
