@@ -1,0 +1,232 @@
+"""impl="xformers" without xformers and without a GPU: the reasons, and the gathering around a stand-in attention."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from courier_fast import ops, reference
+from courier_fast.kernels import xformers_attention
+from courier_fast.problem import Problem
+
+
+def block_mask(bias: Any) -> Tensor:
+    """[n, k] bool."""
+    pv, history = (torch.arange(len(x)).repeat_interleave(torch.tensor(x)) for x in bias.lengths)
+    return pv[:, None] == history
+
+
+def check(*tensors: Tensor) -> None:
+    for x in tensors:
+        assert x.dim() == 4 and x.shape[0] == 1
+        assert x.shape[-1] % 8 == 0, "xformers wants aligned rows"
+        assert x.isfinite().all(), "padding reached xformers"
+
+
+def weights_of(q: Tensor, k: Tensor, bias: Any, scale: float) -> Tensor:
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    return scores.masked_fill(~block_mask(bias), -torch.inf).softmax(-1)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, *, attn_bias: Any, scale: float
+) -> tuple[Tensor, Tensor]:
+    check(q, k, v)
+    a = weights_of(q, k, attn_bias, scale)
+    return torch.einsum("bhqk,bkhd->bqhd", a, v), torch.zeros(1)
+
+
+def backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_bias: Any,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check(grad, out, q, k, v)
+    a = weights_of(q, k, attn_bias, scale)
+    da = torch.einsum("bqhd,bkhd->bhqk", grad, v)
+    ds = a * (da - (da * a).sum(-1, keepdim=True)) * scale
+    dq, dk = torch.einsum("bhqk,bkhd->bqhd", ds, k), torch.einsum("bhqk,bqhd->bkhd", ds, q)
+    return dq, dk, torch.einsum("bhqk,bqhd->bkhd", a, grad)
+
+
+class BlockDiagonalMask:
+    def __init__(self, lengths: list[list[int]]) -> None:
+        self.lengths = lengths
+
+    @classmethod
+    def from_seqlens(
+        cls, q: list[int], kv: list[int], *, device: torch.device
+    ) -> BlockDiagonalMask:
+        assert len(q) == len(kv)
+        assert all(type(n) is int and n > 0 for n in q + kv), (
+            "a sequence of length zero reached xformers"
+        )
+        return cls([q, kv])
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that looks like xformers and computes the same attention in plain PyTorch."""
+    fmha = SimpleNamespace(
+        BlockDiagonalMask=BlockDiagonalMask,
+        memory_efficient_attention_forward_requires_grad=forward,
+        memory_efficient_attention_backward=backward,
+    )
+    package, operators = ModuleType("xformers"), ModuleType("xformers.ops")
+    operators.fmha = fmha  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "xformers", package)
+    monkeypatch.setitem(sys.modules, "xformers.ops", operators)
+
+
+def make_problem(case: str, dtype: torch.dtype = torch.float32, dim: int = 12) -> Problem:
+    """Pages without PV items, without history, with neither; rows past the last offset and masked ones hold NaN."""
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(rows: int) -> Tensor:
+        return torch.randn(rows, dim, generator=generator, dtype=torch.float64).to(dtype)
+
+    pv_offsets = torch.tensor([0, 3, 3, 5, 5, 9])
+    history_offsets = torch.tensor([0, 4, 6, 6, 6, 13])
+    table = case == "table"
+    n, k = 11, 14
+    p = Problem(
+        pv=randn(6 if table else n),
+        history=None if table else randn(k),
+        query=randn(n) if case == "projections" else None,
+        key=randn(k) if case == "projections" else None,
+        value=randn(k) if case == "projections" else None,
+        pv_index=torch.randint(6, (n,), generator=generator) if table else None,
+        history_index=torch.randint(6, (k,), generator=generator) if table else None,
+        pv_offsets=pv_offsets,
+        history_offsets=history_offsets,
+        pv_mask=torch.ones(n, dtype=torch.bool).index_fill(0, torch.tensor([1, 7]), False),
+        history_mask=torch.ones(k, dtype=torch.bool).index_fill(0, torch.tensor([0, 12]), False),
+        clicked=torch.rand(n, generator=generator) < 0.6,
+        item_ids=None,
+        log_q=None,
+        weights=torch.rand(n, generator=generator) if case == "weights" else None,
+        temperature=None,
+        tau=0.2,
+        attention_scale=0.7,
+        num_heads=3 if case == "heads" else 1,
+        direction="both" if case == "both" else "reconstruct",
+        reduction="none",
+    )
+    if not table:
+        p.pv[[1, 7, 9, 10]] = torch.nan
+        assert p.history is not None
+        p.history[[0, 12, 13]] = torch.nan
+    return p
+
+
+NAMES = ("pv", "history", "query", "key", "value")
+CASES = ("plain", "table", "projections", "heads", "weights", "both")
+
+
+def as_type(p: Problem, dtype: torch.dtype) -> tuple[Problem, list[Tensor | None]]:
+    """A copy whose float inputs are leaves of a type, and those."""
+    leaves = []
+    for name in NAMES:
+        x = getattr(p, name)
+        leaves.append(None if x is None else x.detach().to(dtype).clone().requires_grad_())
+    rest = {k: v for k, v in vars(p).items() if k not in NAMES}
+    return Problem(**dict(zip(NAMES, leaves, strict=True)), **rest), leaves
+
+
+def zeros_for_none(inputs: list[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
+
+
+def assert_in_budget(fused: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """|fused - exact| <= 2 |eager - exact| + one rounding, in the relative l2 and in the max norm."""
+    roundoff = torch.finfo(fused.dtype).eps / 2
+    for norm in (torch.linalg.vector_norm, lambda x: x.abs().max()):
+        limit = 2 * norm(eager.double() - exact) + roundoff * norm(exact)
+        assert norm(fused.double() - exact) <= limit
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reconstruct_and_its_gradients(stand_in: None, case: str) -> None:
+    p = make_problem(case)
+    needs = [getattr(p, name) is not None for name in NAMES]
+    grad = torch.randn(p.num_pv, p.pv.shape[1], generator=torch.Generator().manual_seed(5))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        typed, leaves = as_type(p, dtype)
+        r, _ = reference.reconstruct(typed)
+        given = [x for x in leaves if x is not None]
+        grads = torch.autograd.grad(r, given, grad.to(dtype), allow_unused=True)
+        results.append([r.detach(), *zeros_for_none(given, grads)])
+    fused = [xformers_attention.reconstruct_forward(p)]
+    fused += [g for g in xformers_attention.reconstruct_backward(p, needs, grad) if g is not None]
+    assert len(fused) == len(results[0])
+    for x, eager, exact in zip(fused, *results, strict=True):
+        assert_in_budget(x, eager, exact)
+
+
+def test_no_page_with_both_gives_zeros(stand_in: None) -> None:
+    p = make_problem("plain")
+    p.pv_offsets = torch.tensor([0, 3, 3])
+    p.history_offsets = torch.tensor([0, 0, 4])
+    p.pv_mask = p.history_mask = None
+    assert not xformers_attention.reconstruct_forward(p).any()
+    grads = xformers_attention.reconstruct_backward(
+        p, [True, True, False, False, False], torch.ones(11, 12)
+    )
+    assert not grads[0].any() and not grads[1].any()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_its_gradients(stand_in: None, case: str) -> None:
+    pytest.importorskip("triton")
+    from courier_fast.kernels import configs
+
+    if not configs.interpreted():
+        pytest.skip("the Triton kernels run on the CPU in the interpreter only: TRITON_INTERPRET=1")
+    p = make_problem(case, dim=16 if case != "heads" else 18)
+    upstream = torch.rand(p.num_pv, generator=torch.Generator().manual_seed(7))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        typed, leaves = as_type(p, dtype)
+        loss = reference.reconstruction_loss(typed).loss
+        given = [x for x in leaves if x is not None]
+        grads = torch.autograd.grad(loss, given, upstream.to(dtype), allow_unused=True)
+        results.append([loss.detach(), *zeros_for_none(given, grads)])
+    typed, leaves = as_type(p, torch.float32)
+    loss = ops.reconstruction_loss(typed, "xformers", False)[0]
+    loss.backward(upstream)
+    fused = [loss.detach(), *(x.grad for x in leaves if x is not None)]
+    for x, eager, exact in zip(fused, *results, strict=True):
+        assert_in_budget(x, eager, exact)
+
+
+def test_every_reason_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("xformers", "xformers.ops", "triton", "courier_fast.kernels.pipeline"):
+        monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
+    monkeypatch.delattr("courier_fast.kernels.pipeline", raising=False)
+    p = make_problem("plain", torch.float64, dim=2048)
+    reasons = "\n".join(ops.unavailable_reasons("xformers", p))
+    for part in ("no CUDA device", "xformers is not installed", "Triton", "float64", "2048"):
+        assert part in reasons, reasons
+
+
+def test_a_wheel_for_another_torch_is_named(
+    monkeypatch: pytest.MonkeyPatch, stand_in: None
+) -> None:
+    library = SimpleNamespace(_cpp_library_load_exception=OSError("built for PyTorch 2.0"))
+    monkeypatch.setitem(sys.modules, "xformers._cpp_lib", library)  # type: ignore[arg-type]
+    reasons = "\n".join(ops.unavailable_reasons("xformers", make_problem("plain")))
+    assert "built for PyTorch 2.0" in reasons
