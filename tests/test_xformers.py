@@ -97,22 +97,29 @@ def make_problem(case: str, dtype: torch.dtype = torch.float32, dim: int = 12) -
     def randn(rows: int) -> Tensor:
         return torch.randn(rows, dim, generator=generator, dtype=torch.float64).to(dtype)
 
-    pv_offsets = torch.tensor([0, 3, 3, 5, 5, 9])
-    history_offsets = torch.tensor([0, 4, 6, 6, 6, 13])
+    def offsets(most: int) -> Tensor:
+        lengths = torch.randint(0, most + 1, (30,), generator=generator)
+        return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+
+    pv_offsets, history_offsets = offsets(5), offsets(6)
     table = case == "table"
-    n, k = 11, 14
+    n, k = int(pv_offsets[-1]) + 2, int(history_offsets[-1]) + 1
+
+    def mask(rows: int) -> Tensor:
+        return torch.rand(rows, generator=generator) < 0.8
+
     p = Problem(
-        pv=randn(6 if table else n),
+        pv=randn(40 if table else n),
         history=None if table else randn(k),
         query=randn(n) if case == "projections" else None,
         key=randn(k) if case == "projections" else None,
         value=randn(k) if case == "projections" else None,
-        pv_index=torch.randint(6, (n,), generator=generator) if table else None,
-        history_index=torch.randint(6, (k,), generator=generator) if table else None,
+        pv_index=torch.randint(40, (n,), generator=generator) if table else None,
+        history_index=torch.randint(40, (k,), generator=generator) if table else None,
         pv_offsets=pv_offsets,
         history_offsets=history_offsets,
-        pv_mask=torch.ones(n, dtype=torch.bool).index_fill(0, torch.tensor([1, 7]), False),
-        history_mask=torch.ones(k, dtype=torch.bool).index_fill(0, torch.tensor([0, 12]), False),
+        pv_mask=mask(n),
+        history_mask=mask(k),
         clicked=torch.rand(n, generator=generator) < 0.6,
         item_ids=None,
         log_q=None,
@@ -125,9 +132,11 @@ def make_problem(case: str, dtype: torch.dtype = torch.float32, dim: int = 12) -
         reduction="none",
     )
     if not table:
-        p.pv[[1, 7, 9, 10]] = torch.nan
-        assert p.history is not None
-        p.history[[0, 12, 13]] = torch.nan
+        assert p.history is not None and p.pv_mask is not None and p.history_mask is not None
+        p.pv[~p.pv_mask] = torch.nan
+        p.pv[-2:] = torch.nan
+        p.history[~p.history_mask] = torch.nan
+        p.history[-1:] = torch.nan
     return p
 
 
@@ -180,10 +189,9 @@ def test_no_page_with_both_gives_zeros(stand_in: None) -> None:
     p = make_problem("plain")
     p.pv_offsets = torch.tensor([0, 3, 3])
     p.history_offsets = torch.tensor([0, 0, 4])
-    p.pv_mask = p.history_mask = None
     assert not xformers_attention.reconstruct_forward(p).any()
     grads = xformers_attention.reconstruct_backward(
-        p, [True, True, False, False, False], torch.ones(11, 12)
+        p, [True, True, False, False, False], torch.ones_like(p.pv)
     )
     assert not grads[0].any() and not grads[1].any()
 
