@@ -49,6 +49,7 @@ class Problem:
     negatives: str = "batch"
     direction: str = "reconstruct"
     reduction: str = "mean"
+    workspace: int = 1 << 30  # bytes that the chunked path may use for stored probabilities
 
     @property
     def num_pv(self) -> int:
@@ -79,6 +80,7 @@ class SequenceProblem:
     temperature: Tensor | None
     tau: float
     reduction: str = "mean"
+    workspace: int = 1 << 30
 
     @property
     def num_history(self) -> int:

@@ -41,9 +41,9 @@ def block_dim(dim: int) -> int:
     return max(16, next_power_of_2(dim))
 
 
-def row_stride(dim: int) -> int:
+def row_stride(dim: int, chunked: bool) -> int:
     """Row length of the normalised buffers: padded with zeros, so that the inner loops need no mask over D."""
-    return block_dim(dim) if dim <= LARGEST_REGISTER_DIM else -(-dim // 64) * 64
+    return -(-dim // 64) * 64 if chunked else block_dim(dim)
 
 
 @functools.cache
@@ -88,11 +88,40 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32"
 
 
-def fuse_attention(stride: int, both_lists: bool, heads: int, stats: bool) -> bool:
+def fuse_attention(stride: int, chunked: bool, both_lists: bool, heads: int, stats: bool) -> bool:
     """Whether the attention runs in the prologue of the contrast's row tile, so that R does not travel through memory.
 
     It can where every row of the pass is an anchor and no rank is asked for (a rank needs the positive's score first).
     Where it pays is a measured table; it has no entry yet, so the separate kernel is used (README.md).
     """
-    possible = stride <= LARGEST_REGISTER_DIM and not both_lists and heads == 1 and not stats
+    possible = not chunked and not both_lists and heads == 1 and not stats
     return possible and stride in FUSED_STRIDES
+
+
+@dataclass(frozen=True)
+class ProductTile(Tile):
+    """A tile of a plain matrix product; block_k is the depth of one step."""
+
+    block_k: int
+
+
+def product_tile(dtype: torch.dtype) -> ProductTile:
+    """The chunked path. Not yet measured: 128 x 128 is what wgmma fills, with room for three stages."""
+    if interpreted():
+        return ProductTile(32, 32, 4, 1, 32)
+    if dtype != torch.float32:
+        return ProductTile(128, 128, 8, 3, 64)
+    return ProductTile(64, 64, 8, 2, 16) if dot_precision(dtype) == "ieee" else ProductTile(128, 128, 8, 3, 32)
+
+
+def chunk_rows(columns: int, dtype: torch.dtype, workspace: int, tile: ProductTile) -> int:
+    """Rows of P, and of the sums of its column tiles, that fit into a workspace of so many bytes."""
+    row = columns * dtype.itemsize + -(-columns // tile.block_n) * 12
+    return max(workspace // row // tile.block_m, 1) * tile.block_m
+
+
+def use_chunks(dtype: torch.dtype, dim: int) -> bool:
+    """Whether the contrast goes in chunks with P stored: the accumulator would spill (measured at D = 512), or the
+    products are exact float32, whose operands a thread would hold over all of D."""
+    exact = dtype == torch.float32 and dot_precision(dtype) == "ieee"
+    return dim > LARGEST_REGISTER_DIM or (exact and not interpreted())

@@ -402,6 +402,8 @@ def finish_rows(
     item_positive_ptr,
     item_rank_ptr,
     slots,
+    first_row,
+    last_row,
     tau,
     TAU_IS_TENSOR: tl.constexpr,
     HAS_LOG_Q: tl.constexpr,
@@ -415,9 +417,9 @@ def finish_rows(
 
     HAS_POSITIVE off (click sequence): positives are among the candidates, only the log-sum-exp is wanted.
     """
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = first_row + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x_count = tl.load(x_count_ptr)
-    valid = row < x_count
+    valid = row < tl.minimum(x_count, last_row)
     splits = splits_of(x_count, tl.load(y_count_ptr), slots, BLOCK_M, BLOCK_N)
     scale = score_scale(tau, TAU_IS_TENSOR)
     base = (row // BLOCK_M).to(tl.int64) * splits * BLOCK_M + row % BLOCK_M

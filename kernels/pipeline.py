@@ -8,7 +8,7 @@ README.md has the notation and the derivation.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, contrast, epilogue, plan, reconstruct
+from . import chunked, configs, contrast, epilogue, plan, reconstruct
 
 if TYPE_CHECKING:
     from courier_fast.problem import Problem, SequenceProblem
@@ -72,25 +72,35 @@ class _Shape:
     both_lists: bool  # anchors and reconstructed rows are different lists
     directions: tuple[str, ...]
     id_dtype: torch.dtype
+    chunked: bool  # P of a chunk of rows is stored, instead of sums over D in registers
+    early: bool  # ... and used at once for the gradient of the columns: the weights of the rows are known
     tile: configs.Tile
+    product: configs.ProductTile
     attention: configs.Tile
     small: configs.Tile
     precision: str
 
     def slots(self, capacity: Any, device: torch.device) -> Any:
         """Programs of a contrast pass over at most `capacity` rows, and so the tiles of partial sums it writes."""
+        if self.chunked:
+            return 1
         return torch.sym_max(_cdiv(capacity, self.tile.block_m), configs.programs(device))
+
+    def flat(self, capacity: Any, device: torch.device) -> Any:
+        """Rows of what such a pass writes."""
+        return capacity if self.chunked else self.slots(capacity, device) * self.tile.block_m
 
 
 def _shape(p: Problem) -> _Shape:
     dim = p.pv.shape[1]
-    stride = configs.row_stride(dim)
+    chunks = configs.use_chunks(p.pv.dtype, dim)
+    stride = configs.row_stride(dim, chunks)
     table = p.pv_index is not None
     every = p.direction != "reconstruct"
     return _Shape(
         dim=dim,
         stride=stride,
-        block_d=configs.block_dim(dim),
+        block_d=configs.block_dim(stride),
         rows=p.num_pv,
         history_rows=p.num_history,
         pages=p.pv_offsets.shape[0] - 1,
@@ -107,7 +117,10 @@ def _shape(p: Problem) -> _Shape:
         both_lists=every,
         directions=("reconstruct", "identify") if p.direction == "both" else (p.direction,),
         id_dtype=torch.int64 if p.item_ids is not None else torch.int32,
+        chunked=chunks,
+        early=chunks and p.reduction != "none",
         tile=configs.contrast_tile(p.pv.dtype, stride),
+        product=configs.product_tile(p.pv.dtype),
         attention=configs.attention_tile(p.pv.dtype, stride),
         small=configs.rows_tile(stride),
         precision=configs.dot_precision(p.pv.dtype),
@@ -125,10 +138,10 @@ def _list_spec(name: str, capacity: Any, id_dtype: torch.dtype, bias: bool) -> _
     return spec
 
 
-def _pass_spec(name: str, slots: Any, tile: configs.Tile, stride: int, rows: Any) -> _Spec:
+def _pass_spec(name: str, flat: Any, stride: int, rows: Any) -> _Spec:
     return {
-        f"{name}_acc": ((slots * tile.block_m, stride), torch.float32),
-        f"{name}_top": ((slots * tile.block_m,), torch.float32),
+        f"{name}_acc": ((flat, stride), torch.float32),
+        f"{name}_top": ((flat,), torch.float32),
         f"{name}_lse": ((rows,), torch.float32),
         f"{name}_miss": ((rows,), torch.float32),
     }
@@ -166,7 +179,10 @@ def _state_spec(p: Problem) -> _Spec:
     if s.merged:
         spec |= {"item_count": ((s.items,), torch.int32), "item_rank": ((s.items,), torch.int32)}
     for name in s.directions:
-        spec |= _pass_spec(name, s.slots(rows, device), s.tile, s.stride, rows)
+        spec |= _pass_spec(name, s.flat(rows, device), s.stride, rows)
+        if s.early:
+            columns_of = columns if name == "reconstruct" else rows
+            spec |= {f"{name}_dy": ((columns_of, s.stride), torch.float32), f"{name}_factor": ((), torch.float32)}
     return spec
 
 
@@ -498,6 +514,155 @@ def _run_contrast(
     )
 
 
+@dataclass
+class _Transposed:
+    """sum_i g_i p_ij x_i, into `out` [y capacity, STRIDE]; g may be in units of its largest entry (float16)."""
+
+    g: Tensor
+    out: Tensor
+
+
+def _run_chunks(
+    s: _Shape,
+    x: _Rows,
+    y: _Rows,
+    out: _Pass | None,
+    lse: Tensor,
+    finish: Callable[[int, int], None] | None,
+    transposed: _Transposed | None,
+    workspace: int,
+    *,
+    mask: int,
+    tau: Any,
+    tau_is_tensor: bool,
+    y_offset: Tensor | None = None,
+    y_offset_is_count: bool = False,
+    positive: Tensor | None = None,
+    log_q: Tensor | None = None,
+    online: bool = False,
+    need_values: bool = True,
+    need_rank: bool = False,
+) -> None:
+    """A contrast direction in chunks of rows. `out` and `finish`: the forward pass, which fills `lse`; without them
+    `lse` is known. With a fixed shift and `transposed`, the scores are computed once and P serves two products."""
+    device = x.unit.device
+    tile = s.product
+    capacity, columns = x.unit.shape[0], y.unit.shape[0]
+    rows = min(configs.chunk_rows(columns, x.unit.dtype, workspace, tile), _cdiv(capacity, tile.block_m) * tile.block_m)
+    tiles_n = _cdiv(columns, tile.block_n)
+    store = transposed is not None or need_values
+    p = torch.empty((rows, columns) if store else (1, 1), dtype=x.unit.dtype, device=device)
+    part_top = torch.empty(tiles_n, rows, dtype=torch.float32, device=device)
+    part_total = torch.empty_like(part_top)
+    part_above = torch.empty((tiles_n, rows) if need_rank else (1, 1), dtype=torch.int32, device=device)
+    scaled = torch.empty(rows, s.stride, dtype=x.unit.dtype, device=device) if transposed is not None else p
+    lift = _HALF_LIFT if x.unit.dtype == torch.float16 else 0.0
+    launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    block: dict[str, Any] = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    block["PRECISION"] = s.precision
+    small = {"BLOCK_M": s.small.block_m, "BLOCK_D": configs.next_power_of_2(s.stride)}
+
+    def run_scores(first_row: int, normalised: bool, sums: bool, keep: bool) -> None:
+        rank = need_rank and sums
+        chunked.scores[(_cdiv(rows, tile.block_m) * tiles_n,)](
+            x.unit,
+            y.unit,
+            x.count,
+            y.count,
+            x.ids,
+            y.ids,
+            x.page,
+            y.page,
+            y_offset if y_offset is not None else lse,
+            positive if positive is not None else lse,
+            x.list,
+            log_q if log_q is not None else lse,
+            lse,
+            p,
+            part_top,
+            part_total,
+            part_above,
+            tau,
+            lift if normalised else 0.0,
+            first_row,
+            rows,
+            columns,
+            STRIDE=s.stride,
+            TAU_IS_TENSOR=tau_is_tensor,
+            MASK=mask,
+            HAS_Y_OFFSET=y_offset is not None,
+            Y_OFFSET_IS_COUNT=y_offset_is_count,
+            HAS_RANK_LOG_Q=log_q is not None,
+            NORMALISED=normalised,
+            ONLINE=online,
+            STORE=keep,
+            SUMS=sums,
+            NEED_RANK=rank,
+            **block,
+            **launch,
+        )
+
+    for first_row in range(0, capacity, rows):
+        normalised = online or out is None
+        if out is not None and finish is not None:
+            run_scores(first_row, False, True, store and not normalised)
+            chunked.reduce_parts[(_cdiv(rows, 256),)](
+                part_top,
+                part_total,
+                part_above,
+                out.top,
+                out.total,
+                out.above,
+                x.count,
+                y.count,
+                first_row,
+                rows,
+                NEED_RANK=need_rank,
+                BLOCK_N=tile.block_n,
+                BLOCK=256,
+            )
+            finish(first_row, min(rows, capacity - first_row))
+        if normalised and store:
+            run_scores(first_row, True, False, True)
+        if out is not None and need_values:
+            if normalised:
+                # The product's P is relative to the log-sum-exp now, not to the running maximum.
+                last = min(first_row + rows, capacity)
+                torch.sub(lse[first_row:last], lift, out=out.top[first_row:last])
+            chunked.product[(_cdiv(rows, tile.block_m) * _cdiv(s.stride, tile.block_n),)](
+                p, y.unit, x.count, y.count, out.acc, first_row, rows, columns, STRIDE=s.stride, **block, **launch
+            )
+        if transposed is not None:
+            chunked.scale_rows[(_cdiv(rows, s.small.block_m),)](
+                x.unit,
+                transposed.g,
+                out.top if out is not None else lse,
+                lse,
+                scaled,
+                x.count,
+                first_row,
+                rows,
+                STRIDE=s.stride,
+                NORMALISED=normalised,
+                **small,
+                num_warps=s.small.num_warps,
+            )
+            chunked.transposed_product[(_cdiv(columns, tile.block_m) * _cdiv(s.stride, tile.block_n),)](
+                p,
+                scaled,
+                x.count,
+                y.count,
+                transposed.out,
+                first_row,
+                rows,
+                columns,
+                STRIDE=s.stride,
+                ACCUMULATE=first_row > 0,
+                **block,
+                **launch,
+            )
+
+
 def _stats_buffers(rows: int, stats: bool, device: torch.device) -> tuple[Tensor, ...]:
     size = rows if stats else 0
     floats = [torch.zeros(size, dtype=torch.float32, device=device) for _ in range(3)]
@@ -527,7 +692,7 @@ def _forward(p: Problem, needs: Sequence[bool], stats: bool, given: Tensor | Non
     _make_plan(p, s, t, p.clicked)
     tau, tau_is_tensor = _temperature(p)
     positive = torch.empty(s.rows, 2, dtype=torch.float32, device=device)
-    fuse = given is None and configs.fuse_attention(s.stride, s.both_lists, p.num_heads, stats)
+    fuse = given is None and configs.fuse_attention(s.stride, s.chunked, s.both_lists, p.num_heads, stats)
     if "reconstruct" in s.directions:
         _normalize(p, s, t["e"], t["column_list"], t["counts"][2:3], not s.merged)
     if given is not None:
@@ -569,73 +734,82 @@ def _forward(p: Problem, needs: Sequence[bool], stats: bool, given: Tensor | Non
     online = _online(p, p.pv.dtype, p.log_q is not None)
     for direction in s.directions:
         x, y = _sides(p, s, t, direction)
-        slots = s.slots(s.rows, device)
-        flat = slots * s.tile.block_m
+        flat = s.flat(s.rows, device)
         out = _Pass(
             t[f"{direction}_acc"],
             t[f"{direction}_top"],
             torch.empty(flat, dtype=torch.float32, device=device),
             torch.empty(flat if stats else 0, dtype=torch.int32, device=device),
-            slots,
+            s.slots(s.rows, device),
         )
         first_stats = stats and direction == s.directions[0]
-        fused = None
-        if fuse:
-            fused = _attention_inputs(p) | _e_inputs(p)
-            fused |= {
-                "history_offsets_ptr": p.history_offsets,
-                "history_page_ptr": t["history_page"],
-                "attention_lse_ptr": t["attention_lse"],
-                "norm_ptr": t["norm"],
-                "positive_ptr": positive,
-                "capacity": s.rows,
-                "attention_scale": p.attention_scale,
-            }
-        _run_contrast(
-            s,
-            x,
-            y,
-            out=out,
-            mask=_MASKS[p.negatives],
-            tau=tau,
-            tau_is_tensor=tau_is_tensor,
-            page_offsets=p.pv_offsets,
-            y_offset=y.bias,
-            y_offset_is_count=s.merged and direction == "reconstruct",
-            positive=positive,
-            log_q=p.log_q,
-            online=online,
-            fixed_shift=not online,
-            need_values=grads,
-            need_rank=first_stats,
-            fused=fused,
-        )
         loss = torch.empty(s.rows, dtype=torch.float32, device=device)
-        contrast.finish_rows[(_cdiv(s.rows, 256),)](
-            out.top,
-            out.total,
-            out.above,
-            x.count,
-            y.count,
-            positive,
-            t["anchor_list"],
-            p.log_q if p.log_q is not None else positive,
-            loss,
-            t[f"{direction}_lse"],
-            t[f"{direction}_miss"],
-            item_lse,
-            item_positive,
-            item_rank,
-            slots,
-            tau,
-            TAU_IS_TENSOR=tau_is_tensor,
-            HAS_LOG_Q=p.log_q is not None,
-            HAS_POSITIVE=True,
-            STATS=first_stats,
-            BLOCK_M=s.tile.block_m,
-            BLOCK_N=s.tile.block_n,
-            BLOCK=256,
-        )
+        options: dict[str, Any] = {
+            "mask": _MASKS[p.negatives],
+            "tau": tau,
+            "tau_is_tensor": tau_is_tensor,
+            "y_offset": y.bias,
+            "y_offset_is_count": s.merged and direction == "reconstruct",
+            "positive": positive,
+            "log_q": p.log_q,
+            "online": online,
+            "need_values": grads,
+            "need_rank": first_stats,
+        }
+
+        def finish(first_row: int, rows: int, x: Any = x, y: Any = y, out: Any = out, loss: Any = loss) -> None:
+            contrast.finish_rows[(_cdiv(rows, 256),)](
+                out.top,
+                out.total,
+                out.above,
+                x.count,
+                y.count,
+                positive,
+                t["anchor_list"],
+                p.log_q if p.log_q is not None else positive,
+                loss,
+                t[f"{direction}_lse"],
+                t[f"{direction}_miss"],
+                item_lse,
+                item_positive,
+                item_rank,
+                out.slots,
+                first_row,
+                first_row + rows,
+                tau,
+                TAU_IS_TENSOR=tau_is_tensor,
+                HAS_LOG_Q=p.log_q is not None,
+                HAS_POSITIVE=True,
+                STATS=first_stats,
+                BLOCK_M=s.tile.block_m,
+                BLOCK_N=s.tile.block_n,
+                BLOCK=256,
+            )
+
+        if s.chunked:
+            transposed = None
+            if grads and s.early:
+                g, factor = _early_row_gradients(p, s, t, direction)
+                transposed = _Transposed(g, t[f"{direction}_dy"])
+                t[f"{direction}_factor"].copy_(factor)
+            _run_chunks(s, x, y, out, t[f"{direction}_lse"], finish, transposed, p.workspace, **options)
+        else:
+            fused = None
+            if fuse:
+                fused = _attention_inputs(p) | _e_inputs(p)
+                fused |= {
+                    "history_offsets_ptr": p.history_offsets,
+                    "history_page_ptr": t["history_page"],
+                    "attention_lse_ptr": t["attention_lse"],
+                    "norm_ptr": t["norm"],
+                    "positive_ptr": positive,
+                    "capacity": s.rows,
+                    "attention_scale": p.attention_scale,
+                }
+            _run_contrast(
+                s, x, y, out=out, page_offsets=p.pv_offsets, fixed_shift=not online, fused=fused, **options
+            )
+            finish(0, s.rows)
         losses.append(loss)
 
     items = item_loss
@@ -718,15 +892,36 @@ def _backward(
             HAS_WEIGHTS=p.weights is not None,
             BLOCK=256,
         )
-        if half and factor is None:
-            scale, factor = _lowered(g)
         x, y = _sides(p, s, t, direction)
         wanted = needs[0] if direction == "reconstruct" else True
         if not wanted:
             continue
+        if s.early:
+            factor = t[f"{direction}_factor"] * grad
+            results[direction] = _Pass(t[f"{direction}_dy"], g, g, g, 1)
+            continue
+        if half and factor is None:
+            scale, factor = _lowered(g)
         capacity = y.unit.shape[0]
         passes = s.slots(capacity, device)
-        result = _Pass(new(passes * s.tile.block_m, s.stride, dtype=torch.float32, device=device), g, g, g, passes)
+        acc = new(s.flat(capacity, device), s.stride, dtype=torch.float32, device=device)
+        results[direction] = result = _Pass(acc, g, g, g, passes)
+        if s.chunked:
+            _run_chunks(
+                s,
+                x,
+                y,
+                None,
+                t[f"{direction}_lse"],
+                None,
+                _Transposed(scale, acc),
+                p.workspace,
+                mask=_MASKS[p.negatives],
+                tau=tau,
+                tau_is_tensor=tau_is_tensor,
+                y_offset=y.bias,
+            )
+            continue
         _run_contrast(
             s,
             y,
@@ -741,7 +936,6 @@ def _backward(
             x_offset=y.bias,
             need_sum=False,
         )
-        results[direction] = result
 
     rows, pages, count = _reconstructed(s, t)
     tile = {"FORWARD_M": s.tile.block_m, "FORWARD_N": s.tile.block_n}
@@ -893,6 +1087,35 @@ def _spread(
         num_warps=s.small.num_warps,
     )
     return out
+
+
+def _early_row_gradients(p: Problem, s: _Shape, t: dict[str, Tensor], direction: str) -> tuple[Tensor, Tensor]:
+    """g_i for an upstream gradient of 1, before the losses are known, and the factor that belongs to it."""
+    device = p.pv.device
+    one = torch.ones((), dtype=torch.float32, device=device)
+    weight_sum = one
+    if p.reduction == "mean":
+        flags = t["flags"][0]
+        weight_sum = flags.sum(dtype=torch.float32) if p.weights is None else torch.where(flags != 0, p.weights, 0).sum()
+    g = torch.empty(s.rows, dtype=torch.float32, device=device)
+    epilogue.row_gradients[(_cdiv(s.rows, 256),)](
+        one,
+        0,
+        p.weights if p.weights is not None else g,
+        weight_sum,
+        g,
+        t["anchor_list"],
+        t["counts"][0:1],
+        g,
+        torch.empty_like(g),
+        s.rows,
+        1.0 / len(s.directions),
+        0.0,
+        PER_ROW=False,
+        HAS_WEIGHTS=p.weights is not None,
+        BLOCK=256,
+    )
+    return _lowered(g) if p.pv.dtype == torch.float16 else (g, one)
 
 
 def _lowered(g: Tensor) -> tuple[Tensor, Tensor]:
@@ -1139,12 +1362,13 @@ class _SequenceShape(_Shape):
 
 def _sequence_shape(p: SequenceProblem) -> _SequenceShape:
     dim = p.history.shape[1]
-    stride = configs.row_stride(dim)
+    chunks = configs.use_chunks(p.history.dtype, dim)
+    stride = configs.row_stride(dim, chunks)
     dtype = p.history.dtype
     return _SequenceShape(
         dim=dim,
         stride=stride,
-        block_d=configs.block_dim(dim),
+        block_d=configs.block_dim(stride),
         rows=p.num_history,
         history_rows=p.num_history,
         pages=p.history_offsets.shape[0] - 1,
@@ -1154,7 +1378,10 @@ def _sequence_shape(p: SequenceProblem) -> _SequenceShape:
         both_lists=False,
         directions=(),
         id_dtype=torch.int64 if p.item_ids is not None else torch.int32,
+        chunked=chunks,
+        early=False,
         tile=configs.contrast_tile(dtype, stride),
+        product=configs.product_tile(dtype),
         attention=configs.attention_tile(dtype, stride),
         small=configs.rows_tile(stride),
         precision=configs.dot_precision(dtype),
@@ -1164,7 +1391,6 @@ def _sequence_shape(p: SequenceProblem) -> _SequenceShape:
 
 def _sequence_spec(p: SequenceProblem) -> _Spec:
     s = _sequence_shape(p)
-    slots = s.slots(s.rows, p.history.device)
     spec: _Spec = {
         "history_page": ((s.rows,), torch.int32),
         "rank": ((s.rows,), torch.int32),
@@ -1173,7 +1399,7 @@ def _sequence_spec(p: SequenceProblem) -> _Spec:
         "anchors": ((), torch.float32),
     }
     spec |= _list_spec("row", s.rows, s.id_dtype, False)
-    return spec | _pass_spec("pass", slots, s.tile, s.stride, s.rows)
+    return spec | _pass_spec("pass", s.flat(s.rows, p.history.device), s.stride, s.rows)
 
 
 def _sequence_is_empty(p: SequenceProblem) -> bool:
@@ -1263,48 +1489,57 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
     )
     cosine = torch.empty(s.rows, dtype=torch.float32, device=device)
     _page_mean(p, s, t, None, cosine)
-    slots = s.slots(s.rows, device)
-    total = torch.empty(slots * s.tile.block_m, dtype=torch.float32, device=device)
-    out = _Pass(t["pass_acc"], t["pass_top"], total, live, slots)
-    online = _online(p, p.history.dtype, False)
-    _run_contrast(
-        s,
-        rows,
-        rows,
-        out=out,
-        mask=s.mask,
-        tau=tau,
-        tau_is_tensor=tau_is_tensor,
-        page_offsets=p.history_offsets,
-        online=online,
-        fixed_shift=not online,
-        need_values=any(needs),
-    )
-    contrast.finish_rows[(_cdiv(s.rows, 256),)](
-        out.top,
-        out.total,
+    out = _Pass(
+        t["pass_acc"],
+        t["pass_top"],
+        torch.empty(s.flat(s.rows, device), dtype=torch.float32, device=device),
         live,
-        rows.count,
-        rows.count,
-        cosine,
-        rows.list,
-        cosine,
-        cosine,
-        t["pass_lse"],
-        t["pass_miss"],
-        cosine,
-        cosine,
-        live,
-        slots,
-        tau,
-        TAU_IS_TENSOR=tau_is_tensor,
-        HAS_LOG_Q=False,
-        HAS_POSITIVE=False,
-        STATS=False,
-        BLOCK_M=s.tile.block_m,
-        BLOCK_N=s.tile.block_n,
-        BLOCK=256,
+        s.slots(s.rows, device),
     )
+    options = {
+        "mask": s.mask,
+        "tau": tau,
+        "tau_is_tensor": tau_is_tensor,
+        "online": _online(p, p.history.dtype, False),
+        "need_values": any(needs),
+    }
+
+    def finish(first_row: int, number: int) -> None:
+        contrast.finish_rows[(_cdiv(number, 256),)](
+            out.top,
+            out.total,
+            live,
+            rows.count,
+            rows.count,
+            cosine,
+            rows.list,
+            cosine,
+            cosine,
+            t["pass_lse"],
+            t["pass_miss"],
+            cosine,
+            cosine,
+            live,
+            out.slots,
+            first_row,
+            first_row + number,
+            tau,
+            TAU_IS_TENSOR=tau_is_tensor,
+            HAS_LOG_Q=False,
+            HAS_POSITIVE=False,
+            STATS=False,
+            BLOCK_M=s.tile.block_m,
+            BLOCK_N=s.tile.block_n,
+            BLOCK=256,
+        )
+
+    if s.chunked:
+        _run_chunks(s, rows, rows, out, t["pass_lse"], finish, None, p.workspace, **options)
+    else:
+        _run_contrast(
+            s, rows, rows, out=out, page_offsets=p.history_offsets, fixed_shift=not options["online"], **options
+        )
+        finish(0, s.rows)
     loss = torch.zeros((s.rows,) if per_item else (), dtype=torch.float32, device=device)
     epilogue.sequence_losses[(1,)](
         t["pass_lse"],
@@ -1360,20 +1595,22 @@ def sequence_backward(
     )
     scale, lower = _lowered(g) if half else (g, None)
     slots = s.slots(s.rows, device)
-    acc = torch.empty(slots * s.tile.block_m, s.stride, dtype=torch.float32, device=device)
-    _run_contrast(
-        s,
-        rows,
-        rows,
-        out=_Pass(acc, g, g, g, slots),
-        mask=s.mask,
-        tau=tau,
-        tau_is_tensor=tau_is_tensor,
-        page_offsets=p.history_offsets,
-        y_offset=offset,
-        y_scale=scale,
-        need_sum=False,
-    )
+    acc = torch.empty(s.flat(s.rows, device), s.stride, dtype=torch.float32, device=device)
+    options = {"mask": s.mask, "tau": tau, "tau_is_tensor": tau_is_tensor}
+    if s.chunked:
+        _run_chunks(s, rows, rows, None, t["pass_lse"], None, _Transposed(scale, acc), p.workspace, **options)
+    else:
+        _run_contrast(
+            s,
+            rows,
+            rows,
+            out=_Pass(acc, g, g, g, slots),
+            page_offsets=p.history_offsets,
+            y_offset=offset,
+            y_scale=scale,
+            need_sum=False,
+            **options,
+        )
     mean = _page_mean(p, s, scratch, None, cosine)
     pulled = _page_mean(p, s, scratch, factor, cosine)
     table = p.history_index is not None
