@@ -1,0 +1,136 @@
+"""What is measured: this package's implementations, and what a user would write instead."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import courier_fast
+
+from .problems import Batch
+
+OURS = ("cpu", "triton", "xformers")
+NAMES = ("eager", "compile", "compile_rows", "lce", "lce_chunked", *OURS)
+
+Loss = Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to compute the loss of a batch; `full` if it holds N x N similarities, not M x N."""
+
+    name: str
+    loss: Loss
+    ours: bool = False
+    full: bool = False
+
+
+def call(batch: Batch, impl: str, **arguments: Any) -> Tensor:
+    """The public function, packed layout."""
+    given: dict[str, Any] = {
+        "pv_offsets": batch.pv_offsets,
+        "history_offsets": batch.history_offsets,
+        "embeddings": batch.embeddings,
+        "temperature": batch.options.tau,
+        "negatives": batch.options.negatives,
+        "direction": batch.options.direction,
+        "item_ids": batch.item_ids,
+        "log_q": batch.log_q,
+        "impl": impl,
+    }
+    given |= arguments
+    clicked = given.pop("clicked", batch.clicked)
+    return courier_fast.reconstruction_loss(batch.pv, batch.history, clicked, **given)
+
+
+def _logit_type(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _unit_rows(batch: Batch, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """r of the rows (None: all) and e of all, by the attention over padded histories that users write."""
+    pages = len(batch.pv_offsets) - 1
+    lengths = batch.history_offsets.diff()
+    slots = torch.arange(batch.longest_history, device=lengths.device)
+    present = slots < lengths[:, None]  # [B, H]
+    source = (batch.history_offsets[:-1, None] + slots).clamp(max=len(batch.history) - 1)
+    if batch.embeddings is not None:
+        e, c = batch.embeddings[batch.pv], batch.embeddings[batch.history[source]]
+    else:
+        e, c = batch.pv, batch.history[source]
+    q = e.view(pages, -1, e.shape[1])  # every page has as many PV items
+    scores = (q @ c.mT).to(_logit_type(e)) * e.shape[1] ** -0.5
+    a = scores.masked_fill(~present[:, None, :], -torch.inf).softmax(-1)
+    r = (a.to(c.dtype) @ c).view_as(e)
+    return F.normalize(r if rows is None else r[rows], dim=-1), F.normalize(e, dim=-1)
+
+
+def eager_logits(batch: Batch, rows: Tensor | None) -> Tensor:
+    """The loss as N x N (rows None) or M x N logits in plain PyTorch; direction "reconstruct"."""
+    r, e = _unit_rows(batch, rows)
+    place = torch.arange(batch.rows, device=e.device)
+    anchor = place if rows is None else rows
+    s = (r @ e.T).to(_logit_type(e)) / batch.options.tau
+    if batch.log_q is not None:
+        s = s - batch.log_q
+    page = place // (batch.rows // (len(batch.pv_offsets) - 1))
+    ids = batch.item_ids
+    if ids is None and batch.embeddings is not None:
+        ids = batch.pv
+    itself = anchor[:, None] == place
+    other = torch.ones_like(itself)
+    if batch.options.negatives == "page":
+        other = page[anchor][:, None] == page
+    elif batch.options.negatives == "other_pages":
+        other = page[anchor][:, None] != page
+    if ids is not None:
+        other = other & (ids[anchor][:, None] != ids)
+    s = s.masked_fill(~(itself | other), -torch.inf)
+    loss = s.logsumexp(1) - s.gather(1, anchor[:, None]).squeeze(1)
+    if rows is not None:
+        return loss.mean()
+    return torch.where(batch.clicked, loss, 0).sum() / batch.clicked.sum()
+
+
+def _linear_cross_entropy(batch: Batch, **options: Any) -> Tensor:
+    rows = batch.clicked.nonzero().squeeze(1)
+    r, e = _unit_rows(batch, rows)
+    return F.linear_cross_entropy(r / batch.options.tau, e, rows, **options)  # type: ignore[attr-defined]
+
+
+def _without_compiler(device: torch.device) -> str | None:
+    if device.type == "cpu" and not any(shutil.which(c) for c in ("g++", "clang++", "c++", "cl")):
+        return "torch.compile needs a C++ compiler on the CPU, and none is on the PATH"
+    return None
+
+
+def make(name: str, batch: Batch) -> Candidate | str:
+    """The candidate, or why it cannot be measured on this batch."""
+    options = batch.options
+    if name == "eager":
+        return Candidate(name, lambda b: call(b, "reference"))
+    if name in OURS:
+        return Candidate(name, lambda b: call(b, name), ours=True)
+    if options.direction != "reconstruct":
+        return 'computes direction "reconstruct" only'
+    if name.startswith("compile"):
+        missing = _without_compiler(batch.clicked.device)
+        if missing is not None:
+            return missing
+        compiled = torch.compile(eager_logits)
+        if name == "compile":
+            return Candidate(name, lambda b: compiled(b, None), full=True)
+        return Candidate(name, lambda b: compiled(b, b.clicked.nonzero().squeeze(1)))
+    if not hasattr(F, "linear_cross_entropy"):
+        return "this torch has no linear_cross_entropy"
+    plain = options.negatives == "batch" and not options.log_q
+    if not plain or batch.item_ids is not None or batch.embeddings is not None:
+        return "takes no masks: all items are candidates, without ids or log_q"
+    chunks = {} if name == "lce" else {"options": torch.nn.LinearCrossEntropyOptions()}  # type: ignore[attr-defined]
+    return Candidate(name, lambda b: _linear_cross_entropy(b, **chunks))

@@ -1,0 +1,135 @@
+"""Batches to measure on: named shapes, and random pages of those shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B pages of equally many PV items, histories of 1 to `longest_history` items."""
+
+    pages: int
+    items: int
+    longest_history: int
+    dim: int
+    clicked: float  # share of the PV items
+
+
+SHAPES = {
+    "tiny": Shape(48, 5, 6, 32, 0.4),
+    "paper": Shape(3072, 5, 10, 256, 0.2),
+    "paper50": Shape(3072, 5, 50, 256, 0.2),
+    "big20": Shape(13107, 5, 20, 256, 0.2),
+    "big100": Shape(13107, 5, 20, 256, 1.0),
+    "big768": Shape(13107, 5, 20, 768, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the loss is asked for beside its shape."""
+
+    tau: float = 0.1
+    negatives: str = "batch"
+    direction: str = "reconstruct"
+    ids: bool = False
+    log_q: bool = False
+    unique_items: int = 0  # 0: every row has an embedding of its own
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arguments of one call of `reconstruction_loss`, packed. With a table, `pv` and `history` are indices into it."""
+
+    options: Options
+    pv: Tensor  # [N, D] or [N] int64
+    history: Tensor  # [K, D] or [K] int64
+    embeddings: Tensor | None  # [n, D]
+    clicked: Tensor  # [N] bool
+    pv_offsets: Tensor  # [B + 1]
+    history_offsets: Tensor  # [B + 1]
+    item_ids: Tensor | None  # [N]
+    log_q: Tensor | None  # [N] float32
+    longest_history: int
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The tensors that take a gradient."""
+        if self.embeddings is not None:
+            return {"embeddings": self.embeddings}
+        return {"pv": self.pv, "history": self.history}
+
+    @property
+    def rows(self) -> int:
+        return self.pv.shape[0]
+
+    @property
+    def anchors(self) -> int:
+        """Every page has a history here, so each clicked item is an anchor."""
+        return int(self.clicked.sum())
+
+    @property
+    def columns(self) -> int:
+        """Candidates that differ: equal items of a table are one column."""
+        merged = self.embeddings is not None and self.item_ids is None and self.log_q is None
+        return len(self.pv.unique()) if merged else self.rows
+
+    @property
+    def dim(self) -> int:
+        return next(iter(self.inputs.values())).shape[1]
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        """The same values in another type, as fresh leaves."""
+        leaves = {k: v.detach().to(dtype).clone().requires_grad_() for k, v in self.inputs.items()}
+        return replace(self, **leaves)
+
+
+def _zipf(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """`size` draws of `count` items, the k-th most popular with a weight of 1 / k."""
+    weights = 1.0 / torch.arange(1, count + 1, dtype=torch.float64)
+    return torch.multinomial(weights, size, replacement=True, generator=generator)
+
+
+def make_batch(shape: Shape, options: Options, dtype: torch.dtype, device: torch.device) -> Batch:
+    """Random pages, the same for the same arguments: embeddings share a direction within a page, so that some pairs match."""
+    generator = torch.Generator().manual_seed(0)
+    rows = shape.pages * shape.items
+    lengths = torch.randint(1, shape.longest_history + 1, (shape.pages,), generator=generator)
+    history_offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    count = int(history_offsets[-1])
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    ids = None
+    embeddings = None
+    if options.unique_items:
+        pv = _zipf(options.unique_items, rows, generator)
+        history = _zipf(options.unique_items, count, generator)
+        embeddings = randn(options.unique_items, shape.dim).to(device, dtype).requires_grad_()
+    else:
+        topic = randn(shape.pages, shape.dim)
+        pv = randn(rows, shape.dim) + topic.repeat_interleave(shape.items, 0)
+        history = randn(count, shape.dim) + topic.repeat_interleave(lengths, 0)
+        pv, history = (x.to(device, dtype).requires_grad_() for x in (pv, history))
+    if options.ids:
+        ids = pv.clone() if options.unique_items else _zipf(max(rows // 2, 1), rows, generator)
+    log_q = None
+    if options.log_q:
+        log_q = (torch.rand(rows, generator=generator) + 0.01).log()
+    return Batch(
+        options=options,
+        pv=pv.to(device),
+        history=history.to(device),
+        embeddings=embeddings,
+        clicked=(torch.rand(rows, generator=generator) < shape.clicked).to(device),
+        pv_offsets=torch.arange(0, rows + 1, shape.items, device=device),
+        history_offsets=history_offsets.to(device),
+        item_ids=None if ids is None else ids.to(device),
+        log_q=None if log_q is None else log_q.to(device),
+        longest_history=shape.longest_history,
+    )

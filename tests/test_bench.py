@@ -1,0 +1,122 @@
+"""bench.loss: a small shape runs, and a wrong result gets no speed-up."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))  # at the end: the installed package comes before the source tree
+
+from bench import errors, loss, measure  # noqa: E402
+from bench.candidates import Candidate, call, eager_logits, make  # noqa: E402
+from bench.problems import SHAPES, Batch, Options, make_batch  # noqa: E402
+
+CPU = torch.device("cpu")
+FAST = ["--shape", "tiny", "--device", "cpu", "--repeats", "1", "--no-memory"]
+
+
+def wrong(batch: Batch) -> Tensor:
+    """A temperature that is 1 % off."""
+    return call(batch, "reference", temperature=batch.options.tau * 1.01)
+
+
+def test_a_right_result_gets_a_speed_up(capsys: pytest.CaptureFixture[str]) -> None:
+    right = Candidate("right", lambda b: call(b, "reference"))
+    assert loss.main([*FAST, "--impl", "eager"], [right]) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("right"))
+    assert line.rstrip().endswith("x]") and "REFUSED" not in line
+
+
+def test_a_wrong_result_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    code = loss.main([*FAST, "--impl", "eager", "--json", str(file)], [Candidate("wrong", wrong)])
+    captured = capsys.readouterr()
+    line = next(x for x in captured.out.splitlines() if x.startswith("wrong"))
+    assert code == 1
+    assert "REFUSED" in line and "x its budget" in line and not line.rstrip().endswith("x]")
+    assert "over the error budget: wrong" in captured.err
+    failed = {e["tensor"] for r in json.loads(file.read_text())["results"] for e in r["failures"]}
+    assert failed == {"loss", "pv", "history"}
+
+
+def test_not_finite_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    poisoned = Candidate("poisoned", lambda b: call(b, "reference") * torch.nan)
+    assert loss.main([*FAST, "--impl", "eager"], [poisoned]) == 1
+    assert "REFUSED" in capsys.readouterr().out
+
+
+def test_an_implementation_asked_for_that_cannot_run_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "xformers", None)  # type: ignore[arg-type]
+    assert loss.main([*FAST, "--impl", "xformers"]) == 1
+    captured = capsys.readouterr()
+    assert "xformers is not installed" in captured.out
+    assert "cannot run: xformers" in captured.err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(),
+        Options(negatives="page"),
+        Options(negatives="other_pages", ids=True),
+        Options(log_q=True),
+        Options(unique_items=60),
+    ],
+    ids=str,
+)
+def test_logits_that_are_compiled_are_the_same_loss(options: Options) -> None:
+    batch = make_batch(SHAPES["tiny"], options, torch.float64, CPU)
+    truth = errors.exact(batch)
+    for rows in (None, batch.clicked.nonzero().squeeze(1)):
+        found = errors.loss_and_gradients(lambda b, r=rows: eager_logits(b, r), batch)
+        for name, x in truth.items():
+            torch.testing.assert_close(found[name], x)
+
+
+def test_exact_in_chunks_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch(SHAPES["tiny"], Options(direction="both"), torch.float64, CPU)
+    whole = errors.loss_and_gradients(lambda b: call(b, "reference"), batch)
+    monkeypatch.setattr(errors, "CHUNK_ELEMENTS", 10 * batch.rows)
+    for name, x in errors.exact(batch).items():
+        torch.testing.assert_close(x, whole[name])
+
+
+def test_errors_are_measured_on_fewer_pages_where_eager_does_not_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "free_memory", lambda device: 200_000)
+    right = Candidate("right", lambda b: call(b, "reference"))
+    assert loss.main([*FAST, "--impl", "eager"], [right]) == 0
+    out = capsys.readouterr().out
+    assert "left out: its logits take about" in out
+    assert "fewer pages (N = " in out and "eager does not fit" in out
+    assert "[-]" in out, "a speed-up over what was not measured"
+
+
+@pytest.mark.skipif(not measure.can_measure_memory(CPU), reason="needs /proc/self/clear_refs")
+def test_peak_memory_sees_the_logits() -> None:
+    shape = SHAPES["tiny"]
+    shape = type(shape)(600, shape.items, shape.longest_history, shape.dim, 1.0)
+    batch = make_batch(shape, Options(), torch.float32, CPU)
+    made = make("eager", batch)
+    assert isinstance(made, Candidate)
+    logits = 4 * batch.rows * batch.anchors
+    assert 2 * logits < measure.peak_memory("eager", made.loss, shape, batch) < 12 * logits
+
+
+def test_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    command = [sys.executable, "-m", "bench.loss", *FAST, "--impl", "eager", "--json", str(file)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "forward + backward" in run.stdout and "tiny on cpu" in run.stdout
+    assert json.loads(file.read_text())["results"][0]["times"]
