@@ -69,11 +69,18 @@ def contrast_tile(dtype: torch.dtype, stride: int) -> Tile:
     return Tile(64, 64, 4, 2)
 
 
-def attention_tile(dtype: torch.dtype, stride: int) -> Tile:
+def attention_tile(dtype: torch.dtype, stride: int, backward: bool) -> Tile:
     """Attention over short histories: block_m PV rows by block_n history rows."""
-    if stride > 512:
+    if stride > 256:
         return Tile(16, 16, 8, 1)
-    return Tile(16, 32, 4, 2) if dtype != torch.float32 else Tile(16, 16, 4, 1)
+    # The backward's products run in float32 unless the rows are bfloat16 (pipeline.py).
+    wide = dtype == torch.float32 or (backward and dtype == torch.float16)
+    return Tile(16, 16, 4, 1) if wide and stride > 64 else Tile(16, 32, 4, 2)
+
+
+def attention_part(block_d: int) -> int:
+    """Dimensions of a query-key product taken at a time: all of them while a row tile fits in registers."""
+    return block_d if block_d <= LARGEST_REGISTER_DIM else 64
 
 
 def rows_tile(stride: int) -> Tile:

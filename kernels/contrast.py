@@ -238,6 +238,7 @@ def contrast(
             BLOCK_M,
             BLOCK_H,
             BLOCK_D,
+            BLOCK_D,
             PRECISION,
         )
         # Every part of a split tile computes the same r; each writes the same bits.

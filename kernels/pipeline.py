@@ -77,6 +77,7 @@ class _Shape:
     tile: configs.Tile
     product: configs.ProductTile
     attention: configs.Tile
+    backward: configs.Tile
     small: configs.Tile
     precision: str
 
@@ -121,7 +122,8 @@ def _shape(p: Problem) -> _Shape:
         early=chunks and p.reduction != "none",
         tile=configs.contrast_tile(p.pv.dtype, stride),
         product=configs.product_tile(p.pv.dtype),
-        attention=configs.attention_tile(p.pv.dtype, stride),
+        attention=configs.attention_tile(p.pv.dtype, stride, False),
+        backward=configs.attention_tile(p.pv.dtype, stride, True),
         small=configs.rows_tile(stride),
         precision=configs.dot_precision(p.pv.dtype),
     )
@@ -395,6 +397,7 @@ def _attend(p: Problem, s: _Shape, t: dict[str, Tensor], positive: Tensor, raw: 
         BLOCK_M=s.attention.block_m,
         BLOCK_H=s.attention.block_n,
         BLOCK_D=s.block_d,
+        BLOCK_C=configs.attention_part(s.block_d),
         PRECISION=s.precision,
         num_warps=s.attention.num_warps,
         num_stages=s.attention.num_stages,
@@ -1142,19 +1145,20 @@ def _attention_backward(
         "STRIDE": s.stride,
         "HEADS": p.num_heads,
         "DOT_TYPE": dot_type,
-        "BLOCK_M": s.attention.block_m,
-        "BLOCK_H": s.attention.block_n,
+        "BLOCK_M": s.backward.block_m,
+        "BLOCK_H": s.backward.block_n,
         "BLOCK_D": s.block_d,
+        "BLOCK_C": configs.attention_part(s.block_d),
         "PRECISION": s.precision,
-        "num_warps": s.attention.num_warps,
-        "num_stages": s.attention.num_stages,
+        "num_warps": s.backward.num_warps,
+        "num_stages": s.backward.num_stages,
     }
     dq = None
     if needs[2] if p.query is not None else needs[0]:
         # Occurrences of a table's items are summed: keep them in float32 until then.
         dq_dtype = torch.float32 if table or p.query is None else dtype
         dq = torch.empty(s.rows, s.dim, dtype=dq_dtype, device=device)
-        reconstruct.attend_dq[(_cdiv(s.rows, s.attention.block_m),)](
+        reconstruct.attend_dq[(_cdiv(s.rows, s.backward.block_m),)](
             **shared,
             history_offsets_ptr=p.history_offsets,
             history_page_ptr=t["history_page"],
@@ -1181,7 +1185,8 @@ def _attention_backward(
     dk = output(p.key) if want_key else None
     dv = output(p.value) if want_value and not together else None
     anything = dk if dk is not None else dv
-    reconstruct.attend_dkv[(_cdiv(s.history_rows, s.attention.block_n),)](
+    part = min(s.block_d, configs.LARGEST_REGISTER_DIM) if common["BLOCK_C"] != s.block_d else s.block_d
+    reconstruct.attend_dkv[(_cdiv(s.history_rows, s.backward.block_n), _cdiv(s.block_d, part))](
         **shared,
         pv_offsets_ptr=p.pv_offsets,
         rank_ptr=t["ranks"][1 if s.both_lists else 0],
@@ -1197,6 +1202,7 @@ def _attention_backward(
         WANT_DK=want_key,
         WANT_DV=want_value,
         SUM_KV=together,
+        BLOCK_O=part,
         **common,
     )
     return dq, dk, dv
@@ -1382,7 +1388,8 @@ def _sequence_shape(p: SequenceProblem) -> _SequenceShape:
         early=False,
         tile=configs.contrast_tile(dtype, stride),
         product=configs.product_tile(dtype),
-        attention=configs.attention_tile(dtype, stride),
+        attention=configs.attention_tile(dtype, stride, False),
+        backward=configs.attention_tile(dtype, stride, True),
         small=configs.rows_tile(stride),
         precision=configs.dot_precision(dtype),
         mask=3 if p.ids is None else 4,

@@ -27,6 +27,39 @@ def load_rows(ptr, index_ptr, row, mask, D: tl.constexpr, BLOCK_D: tl.constexpr,
 
 
 @triton.jit
+def products(
+    a,  # [BLOCK_A, BLOCK_D], with BLOCK_C = BLOCK_D; masked to the head
+    b,  # [BLOCK_B, BLOCK_D], likewise
+    a_ptr,
+    a_start,  # [BLOCK_A] int64 offsets of the rows
+    a_mask,
+    b_ptr,
+    b_start,
+    b_mask,
+    head,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    DOT_TYPE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """a_i . b_j [BLOCK_A, BLOCK_B] of one head; where whole rows are too many registers, from memory in parts of BLOCK_C."""
+    if BLOCK_C == BLOCK_D:
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    s = tl.zeros([a_start.shape[0], b_start.shape[0]], tl.float32)
+    for first in range(0, D, BLOCK_C):
+        dims = first + tl.arange(0, BLOCK_C)
+        inside = dims < D
+        if HEADS > 1:
+            inside = inside & head_mask(dims, head, D // HEADS)
+        part_a = tl.load(a_ptr + a_start[:, None] + dims[None, :], mask=a_mask[:, None] & inside[None, :], other=0.0)
+        part_b = tl.load(b_ptr + b_start[:, None] + dims[None, :], mask=b_mask[:, None] & inside[None, :], other=0.0)
+        s = tl.dot(part_a.to(DOT_TYPE), tl.trans(part_b.to(DOT_TYPE)), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
 def history_block(history_page_ptr, start, end, page, BLOCK_H: tl.constexpr):
     """Rows of a block of history [BLOCK_H], which of them are real, and who may attend to them [BLOCK_M, BLOCK_H]."""
     row = start + tl.arange(0, BLOCK_H)
@@ -61,27 +94,48 @@ def attend_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """R_j = sum_k a_jk v_k, a_jk = softmax over k in H_b of (c q_j . k_k), as float32 [BLOCK_M, BLOCK_D]."""
     dims = tl.arange(0, BLOCK_D)
     low = tl.load(history_offsets_ptr + first_page)
     high = tl.load(history_offsets_ptr + last_page + 1)
-    q = load_rows(q_ptr, q_index_ptr, position, page >= 0, D, BLOCK_D, HAS_Q_INDEX)
+    q_start = source_row(q_index_ptr, position, page >= 0, HAS_Q_INDEX) * D
+    q = page
+    if BLOCK_C == BLOCK_D:
+        q = load_rows(q_ptr, q_index_ptr, position, page >= 0, D, BLOCK_D, HAS_Q_INDEX)
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for head in range(HEADS):
-        if HEADS > 1:
+        q_head = q
+        if HEADS > 1 and BLOCK_C == BLOCK_D:
             q_head = tl.where(head_mask(dims, head, D // HEADS)[None, :], q, 0.0).to(q.dtype)
-        else:
-            q_head = q
         top = tl.full([BLOCK_M], -float("inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in range(low, high, BLOCK_H):
             row, real, mine = history_block(history_page_ptr, start, high, page, BLOCK_H)
-            k = load_rows(k_ptr, k_index_ptr, row, real, D, BLOCK_D, HAS_K_INDEX)
-            s = tl.dot(q_head, tl.trans(k), input_precision=PRECISION) * scale_log2
-            s = tl.where(mine, s, -float("inf"))
+            k = real
+            if BLOCK_C == BLOCK_D:
+                k = load_rows(k_ptr, k_index_ptr, row, real, D, BLOCK_D, HAS_K_INDEX)
+            s = products(
+                q_head,
+                k,
+                q_ptr,
+                q_start,
+                page >= 0,
+                k_ptr,
+                source_row(k_index_ptr, row, real, HAS_K_INDEX) * D,
+                real,
+                head,
+                D,
+                HEADS,
+                q_ptr.dtype.element_ty,
+                BLOCK_D,
+                BLOCK_C,
+                PRECISION,
+            )
+            s = tl.where(mine, s * scale_log2, -float("inf"))
             new_top = tl.maximum(top, tl.max(s, axis=1))
             shift = tl.where(new_top == -float("inf"), 0.0, new_top)
             p = tl.where(mine, tl.exp2(s - shift[:, None]), 0.0)
@@ -185,6 +239,7 @@ def attend(
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """R of the listed PV rows: normalised into compacted rows, or (RAW) as it is into the rows of the batch."""
@@ -219,6 +274,7 @@ def attend(
         BLOCK_M,
         BLOCK_H,
         BLOCK_D,
+        BLOCK_C,
         PRECISION,
     )
     if RAW:
@@ -279,6 +335,7 @@ def attend_dq(
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dL/dq_j = c sum_k a_jk (dL/dR_j . v_k - delta_j) k_k,  delta_j = dL/dR_j . R_j."""
@@ -290,31 +347,67 @@ def attend_dq(
     place, valid, position, page, first, last = list_tile(list_ptr, list_page_ptr, count, start, BLOCK_M)
     low = tl.load(history_offsets_ptr + first)
     high = tl.load(history_offsets_ptr + last + 1)
-    q = load_rows(q_ptr, q_index_ptr, position, valid, D, BLOCK_D, HAS_Q_INDEX).to(DOT_TYPE)
-    dr = tl.load(
-        dr_ptr + place.to(tl.int64)[:, None] * STRIDE + dims[None, :],
-        mask=valid[:, None] & (dims < D)[None, :],
-        other=0.0,
-    ).to(DOT_TYPE)
+    q_start = source_row(q_index_ptr, position, valid, HAS_Q_INDEX) * D
+    dr_start = place.to(tl.int64) * STRIDE
+    q = place
+    dr = place
+    if BLOCK_C == BLOCK_D:
+        q = load_rows(q_ptr, q_index_ptr, position, valid, D, BLOCK_D, HAS_Q_INDEX).to(DOT_TYPE)
+        dr = tl.load(
+            dr_ptr + dr_start[:, None] + dims[None, :], mask=valid[:, None] & (dims < D)[None, :], other=0.0
+        ).to(DOT_TYPE)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for head in range(HEADS):
         lse = tl.load(attention_lse_ptr + head * capacity + place, mask=valid, other=0.0)
         delta = tl.load(delta_ptr + head * capacity + place, mask=valid, other=0.0)
-        if HEADS > 1:
+        q_head = q
+        dr_head = dr
+        if HEADS > 1 and BLOCK_C == BLOCK_D:
             own = head_mask(dims, head, D // HEADS)[None, :]
             q_head = tl.where(own, q, 0.0).to(DOT_TYPE)
             dr_head = tl.where(own, dr, 0.0).to(DOT_TYPE)
-        else:
-            q_head = q
-            dr_head = dr
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for block in range(low, high, BLOCK_H):
             row, real, mine = history_block(history_page_ptr, block, high, page, BLOCK_H)
             k = load_rows(k_ptr, k_index_ptr, row, real, D, BLOCK_D, HAS_K_INDEX).to(DOT_TYPE)
-            v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX).to(DOT_TYPE)
-            s = tl.dot(q_head, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-            da = tl.dot(dr_head, tl.trans(v), input_precision=PRECISION)
-            a = tl.exp2(tl.where(mine, s - lse[:, None], -float("inf")))
+            v = real
+            if BLOCK_C == BLOCK_D:
+                v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX).to(DOT_TYPE)
+            s = products(
+                q_head,
+                k,
+                q_ptr,
+                q_start,
+                valid,
+                k_ptr,
+                source_row(k_index_ptr, row, real, HAS_K_INDEX) * D,
+                real,
+                head,
+                D,
+                HEADS,
+                DOT_TYPE,
+                BLOCK_D,
+                BLOCK_C,
+                PRECISION,
+            )
+            da = products(
+                dr_head,
+                v,
+                dr_ptr,
+                dr_start,
+                valid,
+                v_ptr,
+                source_row(v_index_ptr, row, real, HAS_V_INDEX) * D,
+                real,
+                head,
+                D,
+                HEADS,
+                DOT_TYPE,
+                BLOCK_D,
+                BLOCK_C,
+                PRECISION,
+            )
+            a = tl.exp2(tl.where(mine, s * (scale * LOG2E) - lse[:, None], -float("inf")))
             ds = tl.where(mine, a * (da - delta[:, None]), 0.0)
             acc = tl.dot(ds.to(DOT_TYPE), finite(k), acc, input_precision=PRECISION)
         if HEADS > 1:
@@ -358,10 +451,13 @@ def attend_dkv(
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_O: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dL/dv_k = sum_j a_jk dL/dR_j and dL/dk_k = c sum_j a_jk (dL/dR_j . v_k - delta_j) q_j; SUM_KV: their sum to dk."""
-    dims = tl.arange(0, BLOCK_D)
+    # The second grid axis walks over slices of BLOCK_O output dimensions, all of them in one where registers allow.
+    dims = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     row = tl.program_id(0).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     history_page = tl.load(history_page_ptr + row, mask=row < history_rows, other=-1)
     real = history_page >= 0
@@ -372,22 +468,26 @@ def attend_dkv(
     if last >= 0:
         low = rank_before(rank_ptr, tl.load(pv_offsets_ptr + first))
         high = rank_before(rank_ptr, tl.load(pv_offsets_ptr + last + 1))
-    k = load_rows(k_ptr, k_index_ptr, row, real, D, BLOCK_D, HAS_K_INDEX).to(DOT_TYPE)
-    v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX).to(DOT_TYPE)
-    dk = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    k_start = source_row(k_index_ptr, row, real, HAS_K_INDEX) * D
+    v_start = source_row(v_index_ptr, row, real, HAS_V_INDEX) * D
+    k = real
+    v = real
+    if BLOCK_C == BLOCK_D:
+        k = load_rows(k_ptr, k_index_ptr, row, real, D, BLOCK_D, HAS_K_INDEX).to(DOT_TYPE)
+        v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX).to(DOT_TYPE)
+    dk = tl.zeros([BLOCK_H, BLOCK_O], tl.float32)
+    dv = tl.zeros([BLOCK_H, BLOCK_O], tl.float32)
     for start in range(low, high, BLOCK_M):
         place = start + tl.arange(0, BLOCK_M)
         valid = place < high
         position = tl.load(list_ptr + place, mask=valid, other=0)
         page = tl.load(list_page_ptr + place, mask=valid, other=-2)
         mine = history_page[:, None] == page[None, :]  # [BLOCK_H, BLOCK_M]
-        q = load_rows(q_ptr, q_index_ptr, position, valid, D, BLOCK_D, HAS_Q_INDEX).to(DOT_TYPE)
-        dr = tl.load(
-            dr_ptr + place.to(tl.int64)[:, None] * STRIDE + dims[None, :],
-            mask=valid[:, None] & (dims < D)[None, :],
-            other=0.0,
-        ).to(DOT_TYPE)
+        q_start = source_row(q_index_ptr, position, valid, HAS_Q_INDEX) * D
+        dr_start = place.to(tl.int64) * STRIDE
+        inside = valid[:, None] & (dims < D)[None, :]
+        q = tl.load(q_ptr + q_start[:, None] + dims[None, :], mask=inside, other=0.0).to(DOT_TYPE)
+        dr = tl.load(dr_ptr + dr_start[:, None] + dims[None, :], mask=inside, other=0.0).to(DOT_TYPE)
         for head in range(HEADS):
             lse = tl.load(attention_lse_ptr + head * capacity + place, mask=valid, other=0.0)
             delta = tl.load(delta_ptr + head * capacity + place, mask=valid, other=0.0)
@@ -398,12 +498,44 @@ def attend_dkv(
             else:
                 q_head = q
                 dr_head = dr
-            s = tl.dot(k, tl.trans(q_head), input_precision=PRECISION) * (scale * LOG2E)
-            a = tl.exp2(tl.where(mine, s - lse[None, :], -float("inf")))  # [BLOCK_H, BLOCK_M]
+            s = products(
+                k,
+                q_head,
+                k_ptr,
+                k_start,
+                real,
+                q_ptr,
+                q_start,
+                valid,
+                head,
+                D,
+                HEADS,
+                DOT_TYPE,
+                BLOCK_D,
+                BLOCK_C,
+                PRECISION,
+            )
+            a = tl.exp2(tl.where(mine, s * (scale * LOG2E) - lse[None, :], -float("inf")))  # [BLOCK_H, BLOCK_M]
             if WANT_DV:
                 dv = tl.dot(a.to(DOT_TYPE), dr_head, dv, input_precision=PRECISION)
             if WANT_DK:
-                da = tl.dot(v, tl.trans(dr_head), input_precision=PRECISION)
+                da = products(
+                    v,
+                    dr_head,
+                    v_ptr,
+                    v_start,
+                    real,
+                    dr_ptr,
+                    dr_start,
+                    valid,
+                    head,
+                    D,
+                    HEADS,
+                    DOT_TYPE,
+                    BLOCK_D,
+                    BLOCK_C,
+                    PRECISION,
+                )
                 ds = tl.where(mine, a * (da - delta[None, :]), 0.0) * scale
                 dk = tl.dot(ds.to(DOT_TYPE), q_head, dk, input_precision=PRECISION)
     where = row[:, None] * D + dims[None, :]

@@ -1,8 +1,9 @@
-"""impl="xformers": the attention by xformers' memory_efficient_attention, the contrast by the Triton kernels.
+"""impl="xformers": the attention by memory_efficient_attention, the contrast by Triton kernels.
 
-xformers takes the length of every page as a Python list, so this implementation synchronises with the device and cannot
-be captured in a CUDA graph. Only pages with both a wanted PV row and a history row are gathered: no sequence of length
-zero reaches xformers, and neither does padding. Its backward may use atomics: two runs need not give the same bits.
+xformers takes the length of every page as a Python list, so this implementation synchronises with
+the device and cannot be captured in a CUDA graph. Only pages with both a wanted PV row and a history
+row are gathered: no sequence of length zero reaches xformers, and no padding. Its backward may use
+atomics: two runs need not give the same bits.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _ALIGNMENT = 8
 
 
-# ---- whether it can run -------------------------------------------------------------------------------------------
+# ---- whether it can run --------------------------------------------------------------------------
 
 
 def _fmha() -> ModuleType:
@@ -44,7 +45,7 @@ def _pipeline() -> ModuleType:
 
 @functools.cache
 def _refusal(device: int, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why xformers has no operator for this GPU, type and size: it is asked by running the smallest attention."""
+    """Why xformers has no operator for this GPU, type and size: asked by running a small attention."""
     x = torch.ones(2, head_dim, dtype=dtype, device=torch.device("cuda", device))
     try:
         out, lse = attend(x, x, x, [1, 1], [1, 1], 1.0, 1)
@@ -97,17 +98,18 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
             reasons.append(f"dtype is {source.dtype}; float32, float16 or bfloat16 is needed")
         if not 1 <= source.shape[1] <= configs.LARGEST_DIM:
             reasons.append(
-                f"the embedding dimension is {source.shape[1]}; 1 to {configs.LARGEST_DIM} is supported"
+                f"the embedding dimension is {source.shape[1]}; "
+                f"1 to {configs.LARGEST_DIM} is supported"
             )
         return reasons
     return reasons + [f"contrast: {reason}" for reason in pipeline.unavailable_reasons(p)]
 
 
-# ---- attention ----------------------------------------------------------------------------------------------------
+# ---- attention -----------------------------------------------------------------------------------
 
 
 def _as_heads(x: Tensor, heads: int) -> Tensor:
-    """[n, D] -> [1, n, heads, D / heads], zeros appended up to the alignment: they change no product."""
+    """[n, D] -> [1, n, heads, D / heads], zeros appended up to the alignment."""
     x = x.reshape(1, x.shape[0], heads, x.shape[1] // heads)
     return pad(x, (0, -x.shape[-1] % _ALIGNMENT))
 
@@ -126,7 +128,10 @@ def attend(
     scale: float,
     heads: int,
 ) -> tuple[Tensor, Tensor]:
-    """R_j = sum_k a_jk v_k [n, D], a_jk = softmax over k in H_b of (scale q_j . k_k), and xformers' log-sum-exps."""
+    """R [n, D] and xformers' log-sum-exps.
+
+    R_j = sum_k a_jk v_k,  a_jk = softmax over k in H_b of (scale q_j . k_k)
+    """
     fmha = _fmha()
     mask = fmha.BlockDiagonalMask.from_seqlens(pv_lengths, history_lengths, device=q.device)
     out, lse = fmha.memory_efficient_attention_forward_requires_grad(
@@ -180,7 +185,7 @@ def _pages(offsets: Tensor, mask: Tensor | None, rows: int) -> Tensor:
 
 
 def _gather(p: Problem, wanted: Tensor | None) -> _Gathered:
-    """Rows of pages with a wanted PV row ([N] bool, None: all) and a history; synchronises with the device."""
+    """Rows of pages with a history and a wanted PV row ([N] bool, None: all). Synchronises."""
     count = p.pv_offsets.shape[0]  # pages, and one that stands for padding
     pv_page = _pages(p.pv_offsets, p.pv_mask, p.num_pv)
     if wanted is not None:
@@ -231,7 +236,7 @@ def _add_attention_gradients(
     d_r: Tensor,
     wanted: Tensor | None,
 ) -> None:
-    """Adds what flows through the attention, which is computed again, to the gradients [5] asked for."""
+    """Adds what flows through the attention, computed again, to the gradients asked for."""
     inputs = (p.pv, p.history, p.query, p.key, p.value)
     if not any(needs[:5]):
         return
@@ -266,7 +271,7 @@ def _add_attention_gradients(
         grads[0] = grads[0].to(p.pv.dtype)
 
 
-# ---- the contrast, for a given R ----------------------------------------------------------------------------------
+# ---- the contrast, for a given R -----------------------------------------------------------------
 
 
 def _contrast_forward(p: Problem, needs: Sequence[bool], stats: bool, r: Tensor) -> tuple[Any, ...]:
@@ -281,16 +286,16 @@ def _contrast_backward(
     return _pipeline()._backward(p, own, saved, grad, True)
 
 
-# ---- what ops.py calls --------------------------------------------------------------------------------------------
+# ---- what ops.py calls ---------------------------------------------------------------------------
 
 
 def saved_spec(p: Problem, needs: Sequence[bool]) -> list[tuple[tuple[Any, ...], torch.dtype]]:
-    """Shapes and types of `saved`: R is computed again in the backward, the rest is the contrast's."""
+    """Shapes and types of `saved`, the contrast's: R is computed again in the backward."""
     return _pipeline().saved_spec(p, needs)
 
 
 def _wanted(p: Problem) -> Tensor | None:
-    """PV rows whose R enters the loss [N]; None: all. ("identify" pushes R of every item with a history.)"""
+    """PV rows whose R enters the loss [N]; None: all, since "identify" pushes every R away."""
     if p.direction != "reconstruct":
         return None
     return p.clicked if p.weights is None else p.clicked & (p.weights > 0)
