@@ -16,7 +16,7 @@ import courier_fast
 from .problems import Batch
 
 OURS = ("cpu", "triton", "xformers")
-NAMES = ("eager", "compile", "compile_rows", "lce", "lce_chunked", *OURS)
+NAMES = ("reference", "eager", "compile", "compile_rows", "lce", "lce_chunked", *OURS)
 
 Loss = Callable[[Batch], Tensor]
 
@@ -54,7 +54,7 @@ def _logit_type(x: Tensor) -> torch.dtype:
 
 
 def _unit_rows(batch: Batch, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    """r of the rows (None: all) and e of all, by the attention over padded histories that users write."""
+    """r of the rows (None: all) and e of all, by attention over padded histories."""
     pages = len(batch.pv_offsets) - 1
     lengths = batch.history_offsets.diff()
     slots = torch.arange(batch.longest_history, device=lengths.device)
@@ -79,20 +79,21 @@ def eager_logits(batch: Batch, rows: Tensor | None) -> Tensor:
     s = (r @ e.T).to(_logit_type(e)) / batch.options.tau
     if batch.log_q is not None:
         s = s - batch.log_q
-    page = place // (batch.rows // (len(batch.pv_offsets) - 1))
     ids = batch.item_ids
     if ids is None and batch.embeddings is not None:
         ids = batch.pv
-    itself = anchor[:, None] == place
-    other = torch.ones_like(itself)
-    if batch.options.negatives == "page":
-        other = page[anchor][:, None] == page
-    elif batch.options.negatives == "other_pages":
-        other = page[anchor][:, None] != page
-    if ids is not None:
-        other = other & (ids[anchor][:, None] != ids)
-    s = s.masked_fill(~(itself | other), -torch.inf)
-    loss = s.logsumexp(1) - s.gather(1, anchor[:, None]).squeeze(1)
+    if ids is not None or batch.options.negatives != "batch":
+        itself = anchor[:, None] == place
+        other = torch.ones_like(itself)
+        page = place // (batch.rows // (len(batch.pv_offsets) - 1))
+        if batch.options.negatives == "page":
+            other = page[anchor][:, None] == page
+        elif batch.options.negatives == "other_pages":
+            other = page[anchor][:, None] != page
+        if ids is not None:
+            other = other & (ids[anchor][:, None] != ids)
+        s = s.masked_fill(~(itself | other), -torch.inf)
+    loss = F.cross_entropy(s, anchor, reduction="none")
     if rows is not None:
         return loss.mean()
     return torch.where(batch.clicked, loss, 0).sum() / batch.clicked.sum()
@@ -101,7 +102,8 @@ def eager_logits(batch: Batch, rows: Tensor | None) -> Tensor:
 def _linear_cross_entropy(batch: Batch, **options: Any) -> Tensor:
     rows = batch.clicked.nonzero().squeeze(1)
     r, e = _unit_rows(batch, rows)
-    return F.linear_cross_entropy(r / batch.options.tau, e, rows, **options)  # type: ignore[attr-defined]
+    function: Any = vars(F)["linear_cross_entropy"]  # older torch has none
+    return function(r / batch.options.tau, e, rows, **options)
 
 
 def _without_compiler(device: torch.device) -> str | None:
@@ -113,12 +115,14 @@ def _without_compiler(device: torch.device) -> str | None:
 def make(name: str, batch: Batch) -> Candidate | str:
     """The candidate, or why it cannot be measured on this batch."""
     options = batch.options
-    if name == "eager":
+    if name == "reference":
         return Candidate(name, lambda b: call(b, "reference"))
     if name in OURS:
         return Candidate(name, lambda b: call(b, name), ours=True)
     if options.direction != "reconstruct":
         return 'computes direction "reconstruct" only'
+    if name == "eager":
+        return Candidate(name, lambda b: eager_logits(b, b.clicked.nonzero().squeeze(1)))
     if name.startswith("compile"):
         missing = _without_compiler(batch.clicked.device)
         if missing is not None:
@@ -132,5 +136,8 @@ def make(name: str, batch: Batch) -> Candidate | str:
     plain = options.negatives == "batch" and not options.log_q
     if not plain or batch.item_ids is not None or batch.embeddings is not None:
         return "takes no masks: all items are candidates, without ids or log_q"
-    chunks = {} if name == "lce" else {"options": torch.nn.LinearCrossEntropyOptions()}  # type: ignore[attr-defined]
+    chunked = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if name == "lce_chunked" and chunked is None:
+        return "this torch has no chunked linear_cross_entropy"
+    chunks = {"options": chunked()} if name == "lce_chunked" and chunked is not None else {}
     return Candidate(name, lambda b: _linear_cross_entropy(b, **chunks))

@@ -42,7 +42,7 @@ def run_time(work: Callable[[], object], device: torch.device) -> float:
 def interleaved_times(
     losses: dict[str, Loss], batch: Batch, repeats: int
 ) -> dict[str, tuple[float, float, float]]:
-    """p20, p50 and p80 of forward and backward, in seconds; the candidates take turns, so that all see the same machine."""
+    """p20, p50, p80 of forward and backward in seconds, in turns: all see the same machine."""
     seconds: dict[str, list[float]] = {name: [] for name in losses}
     for _ in range(repeats):
         for name, loss in losses.items():
@@ -65,7 +65,7 @@ def product_rate(dtype: torch.dtype, device: torch.device) -> tuple[int, float]:
     return size, 2 * size**3 / min(run_time(lambda: x @ x, device) for _ in range(5))
 
 
-# ---- memory -------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def _status(field: str) -> int:
@@ -77,13 +77,13 @@ def _status(field: str) -> int:
 
 
 def _child(name: str, shape: Shape, options: Options, dtype: torch.dtype, threads: int) -> int:
-    """Peak resident bytes of one forward and backward over what was resident before it, in a process of its own."""
+    """Peak resident bytes of one forward and backward, over those before it."""
     torch.set_num_threads(threads)
     cpu = torch.device("cpu")
     batch = make_batch(shape, options, dtype, cpu)
     candidate = make(name, batch)
     assert not isinstance(candidate, str)
-    # Libraries load and start their threads on a small batch of the same kind; a compiled function is compiled on this one.
+    # Libraries load and start their threads on a small batch; what compiles, compiles on this one.
     small = Shape(48, shape.items, shape.longest_history, shape.dim, shape.clicked)
     first = batch if name.startswith("compile") else make_batch(small, options, dtype, cpu)
     loss_and_gradients(candidate.loss, first)
@@ -134,17 +134,17 @@ def free_memory(device: torch.device) -> int:
         return 8 * 2**30
 
 
-def eager_bytes(shape: Shape, full: bool) -> int:
+def logits_bytes(shape: Shape, full: bool) -> int:
     """About what M x N (full: N x N) float32 logits take with their mask, softmax and gradients."""
     columns = shape.pages * shape.items
     rows = columns if full else int(columns * shape.clicked)
-    return 4 * 4 * rows * columns
+    return 6 * 4 * rows * columns
 
 
 def shape_that_fits(shape: Shape, device: torch.device) -> Shape:
-    """The shape, or the same pages but fewer of them, so that the eager loss fits into memory."""
+    """The shape, or the same pages but fewer of them, so that the reference fits into memory."""
     limit = 0.8 * free_memory(device)
-    share = min(1.0, (limit / eager_bytes(shape, False)) ** 0.5)
+    share = min(1.0, (limit / logits_bytes(shape, False)) ** 0.5)
     return Shape(
         max(1, int(shape.pages * share)),
         shape.items,
@@ -154,7 +154,7 @@ def shape_that_fits(shape: Shape, device: torch.device) -> Shape:
     )
 
 
-# ---- surroundings -------------------------------------------------------------------------------------------------
+# ---- surroundings --------------------------------------------------------------------------------
 
 
 def _version(package: str) -> str | None:

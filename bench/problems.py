@@ -43,7 +43,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Batch:
-    """Arguments of one call of `reconstruction_loss`, packed. With a table, `pv` and `history` are indices into it."""
+    """Arguments of one call, packed; with a table, `pv` and `history` are indices into it."""
 
     options: Options
     pv: Tensor  # [N, D] or [N] int64
@@ -95,7 +95,7 @@ def _zipf(count: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def make_batch(shape: Shape, options: Options, dtype: torch.dtype, device: torch.device) -> Batch:
-    """Random pages, the same for the same arguments: embeddings share a direction within a page, so that some pairs match."""
+    """Random pages, always the same; rows of a page share a direction, so that pairs match."""
     generator = torch.Generator().manual_seed(0)
     rows = shape.pages * shape.items
     lengths = torch.randint(1, shape.longest_history + 1, (shape.pages,), generator=generator)

@@ -1,8 +1,8 @@
 """impl="xformers": the attention by memory_efficient_attention, the contrast by Triton kernels.
 
 xformers takes the length of every page as a Python list, so this implementation synchronises with
-the device and cannot be captured in a CUDA graph. Only pages with both a wanted PV row and a history
-row are gathered: no sequence of length zero reaches xformers, and no padding. Its backward may use
+the device and cannot be captured in a CUDA graph. Only pages with both a wanted PV row and a history row
+are gathered: no sequence of length zero reaches xformers, and no padding. Its backward may use
 atomics: two runs need not give the same bits.
 """
 
@@ -45,7 +45,7 @@ def _pipeline() -> ModuleType:
 
 @functools.cache
 def _refusal(device: int, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why xformers has no operator for this GPU, type and size: asked by running a small attention."""
+    """Why xformers has no operator for this GPU, type and size: asked by running one."""
     x = torch.ones(2, head_dim, dtype=dtype, device=torch.device("cuda", device))
     try:
         out, lse = attend(x, x, x, [1, 1], [1, 1], 1.0, 1)

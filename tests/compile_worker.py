@@ -1,6 +1,7 @@
-"""Compiles kernels for a GPU that need not be there, and reports what came out as JSON. Run by test_compile_targets.py.
+"""Compiles kernels for a GPU that need not be there, and reports what came out as JSON.
 
-A process of its own: in one with TRITON_INTERPRET=1, @triton.jit gives something that cannot be compiled.
+Run by test_compile_targets.py, as a process of its own: in one with TRITON_INTERPRET=1, @triton.jit
+gives something that cannot be compiled.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from triton.compiler import ASTSource
 
 @triton.jit
 def product(x_ptr, y_ptr, out_ptr, steps, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """x y^T, accumulated over `steps`; with WIDE = 512 the accumulator needs more registers than there are."""
+    """x y^T, accumulated over `steps`; with WIDE = 512 there are too few registers for it."""
     row = tl.arange(0, BLOCK)[:, None]
     x = tl.load(x_ptr + row * BLOCK + tl.arange(0, BLOCK)[None, :])
     column = tl.arange(0, WIDE)[:, None]
@@ -69,7 +70,7 @@ def cases(which: str) -> list[Any]:
 
 
 def source_of(case: Any) -> ASTSource:
-    """Pointers are multiples of 16 bytes, as a launch with torch's tensors finds them: it decides how loads compile."""
+    """Pointers are multiples of 16 bytes, as torch's are: it decides how loads compile."""
     signature, attributes = {}, {}
     missing = [n for n in case.fn.arg_names if n not in case.signature and n not in case.constexprs]
     if missing:
@@ -83,14 +84,14 @@ def source_of(case: Any) -> ASTSource:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and shared memory of a kernel, as cuobjdump reads them; spilled registers are on the stack."""
+    """Registers, stack and shared memory, from cuobjdump; spilled registers are on the stack."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [str(tool), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    # cuobjdump counts what every function has in common as one more function: the kernel is the largest.
+    # What functions have in common is listed as one more function: the kernel is the largest.
     found: dict[str, int] = {}
     for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text):
         found[key] = max(found.get(key, 0), int(value))

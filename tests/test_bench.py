@@ -29,14 +29,16 @@ def wrong(batch: Batch) -> Tensor:
 
 def test_a_right_result_gets_a_speed_up(capsys: pytest.CaptureFixture[str]) -> None:
     right = Candidate("right", lambda b: call(b, "reference"))
-    assert loss.main([*FAST, "--impl", "eager"], [right]) == 0
+    assert loss.main([*FAST, "--impl", "reference"], [right]) == 0
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("right"))
     assert line.rstrip().endswith("x]") and "REFUSED" not in line
 
 
 def test_a_wrong_result_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "result.json"
-    code = loss.main([*FAST, "--impl", "eager", "--json", str(file)], [Candidate("wrong", wrong)])
+    code = loss.main(
+        [*FAST, "--impl", "reference", "--json", str(file)], [Candidate("wrong", wrong)]
+    )
     captured = capsys.readouterr()
     line = next(x for x in captured.out.splitlines() if x.startswith("wrong"))
     assert code == 1
@@ -48,7 +50,7 @@ def test_a_wrong_result_is_refused(capsys: pytest.CaptureFixture[str], tmp_path:
 
 def test_not_finite_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     poisoned = Candidate("poisoned", lambda b: call(b, "reference") * torch.nan)
-    assert loss.main([*FAST, "--impl", "eager"], [poisoned]) == 1
+    assert loss.main([*FAST, "--impl", "reference"], [poisoned]) == 1
     assert "REFUSED" in capsys.readouterr().out
 
 
@@ -90,15 +92,15 @@ def test_exact_in_chunks_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(x, whole[name])
 
 
-def test_errors_are_measured_on_fewer_pages_where_eager_does_not_fit(
+def test_errors_are_measured_on_fewer_pages_where_the_reference_does_not_fit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "free_memory", lambda device: 200_000)
     right = Candidate("right", lambda b: call(b, "reference"))
-    assert loss.main([*FAST, "--impl", "eager"], [right]) == 0
+    assert loss.main([*FAST, "--impl", "reference"], [right]) == 0
     out = capsys.readouterr().out
     assert "left out: its logits take about" in out
-    assert "fewer pages (N = " in out and "eager does not fit" in out
+    assert "fewer pages (N = " in out and "the reference does not fit" in out
     assert "[-]" in out, "a speed-up over what was not measured"
 
 
@@ -107,15 +109,24 @@ def test_peak_memory_sees_the_logits() -> None:
     shape = SHAPES["tiny"]
     shape = type(shape)(600, shape.items, shape.longest_history, shape.dim, 1.0)
     batch = make_batch(shape, Options(), torch.float32, CPU)
-    made = make("eager", batch)
+    made = make("reference", batch)
     assert isinstance(made, Candidate)
     logits = 4 * batch.rows * batch.anchors
-    assert 2 * logits < measure.peak_memory("eager", made.loss, shape, batch) < 12 * logits
+    assert 2 * logits < measure.peak_memory("reference", made.loss, shape, batch) < 12 * logits
 
 
 def test_command_line(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
-    command = [sys.executable, "-m", "bench.loss", *FAST, "--impl", "eager", "--json", str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.loss",
+        *FAST,
+        "--impl",
+        "reference",
+        "--json",
+        str(file),
+    ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "forward + backward" in run.stdout and "tiny on cpu" in run.stdout

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for GPUs that need not be there; on sm_90 the tiles in use keep their sums in registers."""
+"""Every Triton kernel compiles for GPUs that need not be there; sums stay in registers on sm_90."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 CAPABILITIES = (80, 90, 100)
-# Shared memory a block can have, in bytes: a kernel that wants more compiles but cannot be launched.
+# Bytes of shared memory a block can have: a kernel that wants more compiles, but cannot start.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 HERE = Path(__file__).parent
 

@@ -1,4 +1,4 @@
-"""impl="xformers" without xformers and without a GPU: the reasons, and the gathering around a stand-in attention."""
+"""impl="xformers" without xformers and a GPU: the reasons, and the gathering around a stand-in."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_problem(case: str, dtype: torch.dtype = torch.float32, dim: int = 12) -> Problem:
-    """Pages without PV items, without history, with neither; rows past the last offset and masked ones hold NaN."""
+    """Pages without PV items, without history, with neither; padding holds NaN."""
     generator = torch.Generator().manual_seed(3)
 
     def randn(rows: int) -> Tensor:
@@ -159,7 +159,7 @@ def zeros_for_none(inputs: list[Tensor], grads: Sequence[Tensor | None]) -> list
 
 
 def assert_in_budget(fused: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """|fused - exact| <= 2 |eager - exact| + one rounding, in the relative l2 and in the max norm."""
+    """|fused - exact| <= 2 |eager - exact| + one rounding, in the l2 and in the max norm."""
     roundoff = torch.finfo(fused.dtype).eps / 2
     for norm in (torch.linalg.vector_norm, lambda x: x.abs().max()):
         limit = 2 * norm(eager.double() - exact) + roundoff * norm(exact)
