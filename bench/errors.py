@@ -1,8 +1,9 @@
-"""Errors against float64, and the budget: twice the reference's in the same type, plus a rounding."""
+"""Errors against float64, and the budget: twice the reference's, plus one rounding."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,16 +22,19 @@ def loss_and_gradients(loss: Loss, batch: Batch) -> dict[str, Tensor]:
     return {"loss": value.detach()} | dict(zip(batch.inputs, gradients, strict=True))
 
 
+def _sum_over(anchors: Tensor, batch: Batch) -> Tensor:
+    """The summed loss of some anchors."""
+    clicked = torch.zeros_like(batch.clicked).index_fill(0, anchors, True)
+    return call(batch, "reference", clicked=clicked, reduction="sum")
+
+
 def exact(batch: Batch) -> dict[str, Tensor]:
     """The reference in float64, some anchors at a time: the loss is a sum over them."""
     double = batch.to(torch.float64)
     anchors = batch.clicked.nonzero().squeeze(1)
     total: dict[str, Tensor] = {}
     for some in anchors.split(max(1, CHUNK_ELEMENTS // batch.rows)):
-        clicked = torch.zeros_like(batch.clicked).index_fill(0, some, True)
-        part = loss_and_gradients(
-            lambda b, c=clicked: call(b, "reference", clicked=c, reduction="sum"), double
-        )
+        part = loss_and_gradients(partial(_sum_over, some), double)
         total = {name: total.get(name, 0) + x for name, x in part.items()}
     return {name: x / len(anchors) for name, x in total.items()}
 

@@ -89,6 +89,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--json", type=Path, metavar="FILE", help="write everything that was measured")
     options = parser.parse_args(arguments)
+    if options.clicked is not None and not 0 < options.clicked <= 1:
+        parser.error(f"--clicked: expected a share in (0, 1], got {options.clicked}")
     on_gpu = options.device == "cuda"
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     options.repeats = options.repeats or (50 if on_gpu else 5)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ def interleaved_times(
         for name, loss in losses.items():
             gc.collect()
             seconds[name].append(
-                run_time(lambda f=loss: loss_and_gradients(f, batch), batch.clicked.device)
+                run_time(partial(loss_and_gradients, loss, batch), batch.clicked.device)
             )
     points = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     return {
@@ -123,7 +124,8 @@ def peak_memory(name: str, loss: Loss, shape: Shape, batch: Batch) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + cached
     try:
         text = Path("/proc/meminfo").read_text()
         return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,9 @@ class Batch:
 
     def to(self, dtype: torch.dtype) -> Batch:
         """The same values in another type, as fresh leaves."""
-        leaves = {k: v.detach().to(dtype).clone().requires_grad_() for k, v in self.inputs.items()}
+        leaves: dict[str, Any] = {
+            k: v.detach().to(dtype).clone().requires_grad_() for k, v in self.inputs.items()
+        }
         return replace(self, **leaves)
 
 
