@@ -37,7 +37,13 @@ def unavailable_reasons(impl: str, p: Problem | SequenceProblem) -> list[str]:
     return module.unavailable_reasons(p)
 
 
-_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "float": "float", "int": "int", "str": "str"}
+_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "float": "float",
+    "int": "int",
+    "str": "str",
+}
 
 
 def _schema_of(problem: type) -> str:
@@ -70,11 +76,17 @@ def _dense(grads: Sequence[Tensor | None]) -> list[Tensor]:
     return [g for g in grads if g is not None]
 
 
-def _like_inputs(p: Problem | SequenceProblem, names: Sequence[str], needs: Sequence[bool]) -> list[Tensor]:
-    return [torch.empty_like(getattr(p, name)) for name, need in zip(names, needs, strict=True) if need]
+def _like_inputs(
+    p: Problem | SequenceProblem, names: Sequence[str], needs: Sequence[bool]
+) -> list[Tensor]:
+    return [
+        torch.empty_like(getattr(p, name)) for name, need in zip(names, needs, strict=True) if need
+    ]
 
 
-def _scatter_grads(problem: type, names: Sequence[str], needs: Sequence[bool], grads: Sequence[Tensor]) -> list[Any]:
+def _scatter_grads(
+    problem: type, names: Sequence[str], needs: Sequence[bool], grads: Sequence[Tensor]
+) -> list[Any]:
     """Gradients by field of the problem dataclass, None elsewhere."""
     remaining = iter(grads)
     by_name = {name: next(remaining) for name, need in zip(names, needs, strict=True) if need}
@@ -176,9 +188,14 @@ def _loss_grad(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
     return (*_scatter_grads(Problem, _LOSS_GRADS, ctx.needs, grads), None, None, None)
 
 
-torch.library.register_autograd("courier_fast::reconstruction_loss", _loss_grad, setup_context=_loss_context, lib=_lib)
 torch.library.register_autograd(
-    "courier_fast::reconstruction_loss_backward", _refuse_double_backward, setup_context=_no_context, lib=_lib
+    "courier_fast::reconstruction_loss", _loss_grad, setup_context=_loss_context, lib=_lib
+)
+torch.library.register_autograd(
+    "courier_fast::reconstruction_loss_backward",
+    _refuse_double_backward,
+    setup_context=_no_context,
+    lib=_lib,
 )
 
 
@@ -212,7 +229,10 @@ def _reconstruct_backward_fake(*args: Any) -> list[Tensor]:
 
 
 _reconstruct_op = _define(
-    "reconstruct", f"{_schema_of(Problem)}, bool[] needs, str impl) -> Tensor", _reconstruct_run, _reconstruct_fake
+    "reconstruct",
+    f"{_schema_of(Problem)}, bool[] needs, str impl) -> Tensor",
+    _reconstruct_run,
+    _reconstruct_fake,
 )
 _reconstruct_backward_op = _define(
     "reconstruct_backward",
@@ -237,7 +257,10 @@ torch.library.register_autograd(
     "courier_fast::reconstruct", _reconstruct_grad, setup_context=_reconstruct_context, lib=_lib
 )
 torch.library.register_autograd(
-    "courier_fast::reconstruct_backward", _refuse_double_backward, setup_context=_no_context, lib=_lib
+    "courier_fast::reconstruct_backward",
+    _refuse_double_backward,
+    setup_context=_no_context,
+    lib=_lib,
 )
 
 
@@ -257,7 +280,9 @@ def _sequence_run(*args: Any) -> Any:
 def _sequence_fake(*args: Any) -> Any:
     *flat, needs, impl = args
     p = SequenceProblem(*flat)
-    loss = p.history.new_empty((p.num_history,) if p.reduction == "none" else (), dtype=torch.float32)
+    loss = p.history.new_empty(
+        (p.num_history,) if p.reduction == "none" else (), dtype=torch.float32
+    )
     spec = _module(impl).sequence_saved_spec(p, needs)
     return loss, [p.history.new_empty(shape, dtype=dtype) for shape, dtype in spec]
 
@@ -304,7 +329,10 @@ torch.library.register_autograd(
     "courier_fast::click_sequence_loss", _sequence_grad, setup_context=_sequence_context, lib=_lib
 )
 torch.library.register_autograd(
-    "courier_fast::click_sequence_loss_backward", _refuse_double_backward, setup_context=_no_context, lib=_lib
+    "courier_fast::click_sequence_loss_backward",
+    _refuse_double_backward,
+    setup_context=_no_context,
+    lib=_lib,
 )
 
 

@@ -78,7 +78,9 @@ def normalize(x: Tensor) -> Tensor:
 def _pad_pages(values: Tensor, rows: _Rows, length: int) -> Tensor:
     """[n_real, D] -> [B, length, D], zeros where a page is shorter."""
     start = rows.counts.cumsum(0) - rows.counts
-    slot = rows.page * length + torch.arange(len(rows.page), device=values.device) - start[rows.page]
+    slot = (
+        rows.page * length + torch.arange(len(rows.page), device=values.device) - start[rows.page]
+    )
     padded = values.new_zeros(len(rows.counts) * length, values.shape[1])
     return padded.index_copy(0, slot, values).view(len(rows.counts), length, values.shape[1])
 
@@ -101,13 +103,21 @@ def _attend(p: Problem, pv: _Rows, history: _Rows) -> tuple[Tensor, Tensor]:
         nothing = (k.sum() + v.sum()) * 0
         return q * 0 + nothing, q.new_zeros(len(q), heads, longest, dtype=_compute_dtype(q))
 
-    def split(x: Tensor, rows: _Rows, length: int) -> Tensor:  # [n_real, D] -> [B, heads, length, D / heads]
-        return _pad_pages(x, rows, length).view(len(rows.counts), length, heads, dim // heads).transpose(1, 2)
+    def split(
+        x: Tensor, rows: _Rows, length: int
+    ) -> Tensor:  # [n_real, D] -> [B, heads, length, D / heads]
+        return (
+            _pad_pages(x, rows, length)
+            .view(len(rows.counts), length, heads, dim // heads)
+            .transpose(1, 2)
+        )
 
     present = torch.arange(longest, device=q.device) < history.counts[:, None]  # [B, longest]
     # A page without history is let see its zero padding, so that no softmax is over nothing; R is then exactly 0.
     visible = present | (history.counts == 0)[:, None]
-    scores = (split(q, pv, most) @ split(k, history, longest).mT).to(_compute_dtype(q)) * p.attention_scale
+    scores = (split(q, pv, most) @ split(k, history, longest).mT).to(
+        _compute_dtype(q)
+    ) * p.attention_scale
     weights = scores.masked_fill(~visible[:, None, None, :], -torch.inf).softmax(-1)
     out = weights.to(q.dtype) @ split(v, history, longest)  # [B, heads, most, D / heads]
 
@@ -163,7 +173,9 @@ def _contrast(
     return _Contrast(lse - s_positive, lse, cosine.gather(1, positive[:, None]).squeeze(1), rank)
 
 
-def _allowed(p: Problem, page: Tensor, ids: Tensor | None, anchor: Tensor, column: Tensor) -> Tensor:
+def _allowed(
+    p: Problem, page: Tensor, ids: Tensor | None, anchor: Tensor, column: Tensor
+) -> Tensor:
     """cand(i) as a mask [M, n]; `anchor` [M] and `column` [n] are positions among the real PV rows."""
     itself = anchor[:, None] == column
     other = torch.ones_like(itself)
@@ -211,7 +223,14 @@ def reconstruction_loss(p: Problem) -> LossOutput:
         positive = torch.searchsorted(reconstructed, anchor)
         r = normalize(r_raw[reconstructed])
         results.append(
-            _contrast(e[anchor], r, positive, allowed, inverse_tau, None if log_q is None else log_q[reconstructed])
+            _contrast(
+                e[anchor],
+                r,
+                positive,
+                allowed,
+                inverse_tau,
+                None if log_q is None else log_q[reconstructed],
+            )
         )
     loss_i = sum((c.loss for c in results), torch.zeros_like(inverse_tau)) / len(results)  # [M]
 
@@ -239,7 +258,9 @@ def reconstruction_loss(p: Problem) -> LossOutput:
         log_sum_exp=spread(first.log_sum_exp.detach()),
         positive_similarity=spread(first.positive_similarity.detach()),
         rank=spread(first.rank),
-        is_anchor=torch.zeros(p.num_pv, dtype=torch.bool, device=where.device).index_fill(0, where, True),
+        is_anchor=torch.zeros(p.num_pv, dtype=torch.bool, device=where.device).index_fill(
+            0, where, True
+        ),
         num_skipped=(clicked & ~has_history).sum(),
     )
 

@@ -8,7 +8,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .contrast import MASK_OTHER_PAGES, MASK_PAGE, MASK_SEQUENCE, MASK_SEQUENCE_IDS, add_in, candidate_mask
+from .contrast import (
+    MASK_OTHER_PAGES,
+    MASK_PAGE,
+    MASK_SEQUENCE,
+    MASK_SEQUENCE_IDS,
+    add_in,
+    candidate_mask,
+)
 from .tl_common import LOG2E, score_scale
 
 
@@ -60,7 +67,9 @@ def scores(
     y_place = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     x_count = tl.load(x_count_ptr)
     y_count = tl.load(y_count_ptr)
-    if (first_row + (tl.program_id(0) % tiles_m) * BLOCK_M >= x_count) | (tile_n * BLOCK_N >= y_count):
+    if (first_row + (tl.program_id(0) % tiles_m) * BLOCK_M >= x_count) | (
+        tile_n * BLOCK_N >= y_count
+    ):
         return
     scale = score_scale(tau, TAU_IS_TENSOR)
     x_valid = (x_place < x_count) & (local < chunk_rows)
@@ -69,10 +78,14 @@ def scores(
     t = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, STRIDE, BLOCK_K):
         x = tl.load(
-            x_ptr + x_place.to(tl.int64)[:, None] * STRIDE + start + dims[None, :], mask=x_valid[:, None], other=0.0
+            x_ptr + x_place.to(tl.int64)[:, None] * STRIDE + start + dims[None, :],
+            mask=x_valid[:, None],
+            other=0.0,
         )
         y = tl.load(
-            y_ptr + y_place.to(tl.int64)[:, None] * STRIDE + start + dims[None, :], mask=y_valid[:, None], other=0.0
+            y_ptr + y_place.to(tl.int64)[:, None] * STRIDE + start + dims[None, :],
+            mask=y_valid[:, None],
+            other=0.0,
         )
         t = tl.dot(x, tl.trans(y), t, input_precision=PRECISION)
     t = t * scale
@@ -154,7 +167,9 @@ def reduce_parts(
     for tile in range(tl.cdiv(tl.load(y_count_ptr), BLOCK_N)):
         part = tl.full([BLOCK], tile, tl.int64) * chunk_rows + local
         part_top = tl.load(part_top_ptr + part, mask=valid, other=-float("inf"))
-        top, total = add_in(top, total, part_top, tl.load(part_total_ptr + part, mask=valid, other=0.0))
+        top, total = add_in(
+            top, total, part_top, tl.load(part_total_ptr + part, mask=valid, other=0.0)
+        )
         if NEED_RANK:
             above += tl.load(part_above_ptr + part, mask=valid, other=0)
     tl.store(top_ptr + first_row + local, top, mask=valid)
@@ -190,7 +205,9 @@ def scale_rows(
     factor = tl.where(tl.load(g_ptr + row, mask=valid, other=0.0) == 0.0, 0.0, factor)
     dims = tl.arange(0, BLOCK_D)
     inside = (dims < STRIDE)[None, :]
-    x = tl.load(x_ptr + row[:, None] * STRIDE + dims[None, :], mask=valid[:, None] & inside, other=0.0)
+    x = tl.load(
+        x_ptr + row[:, None] * STRIDE + dims[None, :], mask=valid[:, None] & inside, other=0.0
+    )
     scaled = x.to(tl.float32) * factor[:, None]
     tl.store(
         out_ptr + local[:, None] * STRIDE + dims[None, :],
@@ -229,7 +246,9 @@ def product(
     p_row = p_ptr + local.to(tl.int64)[:, None] * y_capacity
     for start in range(0, y_count, BLOCK_K):
         place = start + inner
-        p = tl.load(p_row + place[None, :], mask=valid[:, None] & (place < y_count)[None, :], other=0.0)
+        p = tl.load(
+            p_row + place[None, :], mask=valid[:, None] & (place < y_count)[None, :], other=0.0
+        )
         y = tl.load(
             y_ptr + place.to(tl.int64)[:, None] * STRIDE + column[None, :],
             mask=(place < y_count)[:, None] & (column < STRIDE)[None, :],

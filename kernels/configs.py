@@ -118,7 +118,11 @@ def product_tile(dtype: torch.dtype) -> ProductTile:
         return ProductTile(32, 32, 4, 1, 32)
     if dtype != torch.float32:
         return ProductTile(128, 128, 8, 3, 64)
-    return ProductTile(64, 64, 8, 2, 16) if dot_precision(dtype) == "ieee" else ProductTile(128, 128, 8, 3, 32)
+    return (
+        ProductTile(64, 64, 8, 2, 16)
+        if dot_precision(dtype) == "ieee"
+        else ProductTile(128, 128, 8, 3, 32)
+    )
 
 
 def chunk_rows(columns: int, dtype: torch.dtype, workspace: int, tile: ProductTile) -> int:

@@ -28,7 +28,9 @@ def candidate_mask(x_id, y_id, x_page, y_page, x_place, y_place, MASK: tl.conste
         return x_place[:, None] != y_place[None, :]
     if MASK == MASK_SEQUENCE_IDS:
         other = x_id[:, None] != y_id[None, :]
-        return other | ((x_page[:, None] == y_page[None, :]) & (x_place[:, None] != y_place[None, :]))
+        return other | (
+            (x_page[:, None] == y_page[None, :]) & (x_place[:, None] != y_place[None, :])
+        )
     allowed = x_id[:, None] != y_id[None, :]
     if MASK == MASK_PAGE:
         allowed = allowed & (x_page[:, None] == y_page[None, :])
@@ -98,7 +100,9 @@ def contrast_step(
                 count = (tl.exp2(y_offset) + 0.5).to(tl.int32)
                 above += tl.sum(tl.where(allowed & (t > near[:, None]), count[None, :], 0), axis=1)
             else:
-                above += tl.sum((allowed & (t + y_offset[None, :] > near[:, None])).to(tl.int32), axis=1)
+                above += tl.sum(
+                    (allowed & (t + y_offset[None, :] > near[:, None])).to(tl.int32), axis=1
+                )
         t += y_offset[None, :]
     elif NEED_RANK:
         near = rank_score + 1e-6 * scale

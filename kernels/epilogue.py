@@ -98,7 +98,15 @@ def row_gradients(
 
 @triton.jit
 def combined_rows(
-    acc_ptr, top_ptr, lse_ptr, row, valid, splits, STRIDE: tl.constexpr, TILE_M: tl.constexpr, BLOCK_D: tl.constexpr
+    acc_ptr,
+    top_ptr,
+    lse_ptr,
+    row,
+    valid,
+    splits,
+    STRIDE: tl.constexpr,
+    TILE_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """sum_j p_ij y_j of rows [BLOCK_M], from the parts that the forward pass left."""
     dims = tl.arange(0, BLOCK_D)
@@ -115,7 +123,9 @@ def combined_rows(
 
 
 @triton.jit
-def summed_rows(acc_ptr, row, valid, splits, STRIDE: tl.constexpr, TILE_M: tl.constexpr, BLOCK_D: tl.constexpr):
+def summed_rows(
+    acc_ptr, row, valid, splits, STRIDE: tl.constexpr, TILE_M: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Rows of a transposed pass: the plain sum of its parts."""
     dims = tl.arange(0, BLOCK_D)
     base = (row // TILE_M).to(tl.int64) * splits * TILE_M + row % TILE_M
@@ -180,7 +190,7 @@ def reconstruction_gradient(
     valid = row < count
     position = tl.load(list_ptr + row, mask=valid, other=0)
     anchor_count = tl.load(anchor_count_ptr)
-    inverse_tau = (score_scale(tau, TAU_IS_TENSOR) * LN2)
+    inverse_tau = score_scale(tau, TAU_IS_TENSOR) * LN2
     is_anchor = valid & (tl.load(anchor_flag_ptr + position, mask=valid, other=0) != 0)
     anchor = tl.load(anchor_rank_ptr + position, mask=is_anchor, other=1) - 1
     g = tl.load(g_ptr + anchor, mask=is_anchor, other=0.0)
@@ -188,9 +198,19 @@ def reconstruction_gradient(
     dr = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     miss = tl.zeros([BLOCK_M], tl.float32)
     if RECONSTRUCT:
-        splits = splits_of(anchor_count, tl.load(column_count_ptr), forward_slots, FORWARD_M, FORWARD_N)
+        splits = splits_of(
+            anchor_count, tl.load(column_count_ptr), forward_slots, FORWARD_M, FORWARD_N
+        )
         dr += g[:, None] * combined_rows(
-            forward_acc_ptr, forward_top_ptr, forward_lse_ptr, anchor, is_anchor, splits, STRIDE, FORWARD_M, BLOCK_D
+            forward_acc_ptr,
+            forward_top_ptr,
+            forward_lse_ptr,
+            anchor,
+            is_anchor,
+            splits,
+            STRIDE,
+            FORWARD_M,
+            BLOCK_D,
         )
         miss += tl.load(forward_miss_ptr + anchor, mask=is_anchor, other=0.0)
     if IDENTIFY:
@@ -205,7 +225,9 @@ def reconstruction_gradient(
     dr = (dr - (g * miss)[:, None] * e) * inverse_tau
 
     mask = valid[:, None] & (dims < D)[None, :]
-    r = tl.load(unit_ptr + row[:, None] * STRIDE + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    r = tl.load(unit_ptr + row[:, None] * STRIDE + dims[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
     norm = tl.load(norm_ptr + row, mask=valid, other=0.0)
     tl.store(tau_part_ptr + tl.program_id(0), tl.sum(tl.sum(dr * r, axis=1), axis=0))
     d_reconstruction = normalize_backward(dr, r, norm)
@@ -217,7 +239,9 @@ def reconstruction_gradient(
     along = d_reconstruction * r * norm[:, None]
     for head in range(HEADS):
         own = head_mask(dims, head, D // HEADS)[None, :]
-        tl.store(delta_ptr + head * capacity + row, tl.sum(tl.where(own, along, 0.0), axis=1), mask=valid)
+        tl.store(
+            delta_ptr + head * capacity + row, tl.sum(tl.where(own, along, 0.0), axis=1), mask=valid
+        )
 
 
 @triton.jit
@@ -242,7 +266,20 @@ def given_rows(
     position = tl.load(list_ptr + row, mask=valid, other=0)
     r = load_rows(r_ptr, list_ptr, position, valid, D, BLOCK_D, False).to(tl.float32)
     store_unit_rows(
-        r, e_ptr, e_index_ptr, unit_ptr, norm_ptr, positive_ptr, position, row, valid, D, STRIDE, BLOCK_D, HAS_E_INDEX, True
+        r,
+        e_ptr,
+        e_index_ptr,
+        unit_ptr,
+        norm_ptr,
+        positive_ptr,
+        position,
+        row,
+        valid,
+        D,
+        STRIDE,
+        BLOCK_D,
+        HAS_E_INDEX,
+        True,
     )
 
 
@@ -269,12 +306,16 @@ def given_gradient(
     grad = load_rows(grad_ptr, list_ptr, position, valid, D, BLOCK_D, False)
     r = load_rows(r_ptr, list_ptr, position, valid, D, BLOCK_D, False)
     tl.store(
-        dr_ptr + row[:, None] * STRIDE + dims[None, :], grad, mask=valid[:, None] & (dims < STRIDE)[None, :]
+        dr_ptr + row[:, None] * STRIDE + dims[None, :],
+        grad,
+        mask=valid[:, None] & (dims < STRIDE)[None, :],
     )
     along = grad.to(tl.float32) * r.to(tl.float32)
     for head in range(HEADS):
         own = head_mask(dims, head, D // HEADS)[None, :]
-        tl.store(delta_ptr + head * capacity + row, tl.sum(tl.where(own, along, 0.0), axis=1), mask=valid)
+        tl.store(
+            delta_ptr + head * capacity + row, tl.sum(tl.where(own, along, 0.0), axis=1), mask=valid
+        )
 
 
 @triton.jit
@@ -344,18 +385,36 @@ def pv_gradient(
             if COLUMNS:
                 column = tl.load(rank_ptr + 2 * rows64 + row, mask=is_column, other=1) - 1
                 splits = splits_of(
-                    tl.load(column_count_ptr), anchor_count, transposed_slots, TRANSPOSED_M, TRANSPOSED_N
+                    tl.load(column_count_ptr),
+                    anchor_count,
+                    transposed_slots,
+                    TRANSPOSED_M,
+                    TRANSPOSED_N,
                 )
-                part = summed_rows(transposed_acc_ptr, column, is_column, splits, STRIDE, TRANSPOSED_M, BLOCK_D)
+                part = summed_rows(
+                    transposed_acc_ptr, column, is_column, splits, STRIDE, TRANSPOSED_M, BLOCK_D
+                )
                 if HAS_FACTOR:
                     part *= tl.load(transposed_factor_ptr)
                 de += part
         if IDENTIFY:
             splits = splits_of(
-                anchor_count, tl.load(reconstructed_count_ptr), identify_slots, IDENTIFY_M, IDENTIFY_N
+                anchor_count,
+                tl.load(reconstructed_count_ptr),
+                identify_slots,
+                IDENTIFY_M,
+                IDENTIFY_N,
             )
             de += g[:, None] * combined_rows(
-                identify_acc_ptr, identify_top_ptr, identify_lse_ptr, anchor, is_anchor, splits, STRIDE, IDENTIFY_M, BLOCK_D
+                identify_acc_ptr,
+                identify_top_ptr,
+                identify_lse_ptr,
+                anchor,
+                is_anchor,
+                splits,
+                STRIDE,
+                IDENTIFY_M,
+                BLOCK_D,
             )
             miss += tl.load(identify_miss_ptr + anchor, mask=is_anchor, other=0.0)
         r = tl.load(
@@ -421,7 +480,9 @@ def table_gradient(
         if HAS_PV:
             is_pv = (occurrence >= 0) & (occurrence < rows)
             total += tl.load(
-                pv_ptr + occurrence[:, None] * D + dims[None, :], mask=is_pv[:, None] & (dims < D)[None, :], other=0.0
+                pv_ptr + occurrence[:, None] * D + dims[None, :],
+                mask=is_pv[:, None] & (dims < D)[None, :],
+                other=0.0,
             )
         if HAS_HISTORY:
             total += tl.load(
@@ -434,13 +495,21 @@ def table_gradient(
         if tl.load(item_count_ptr + item) > 0:
             column = tl.load(column_rank_ptr + item) - 1 + tl.arange(0, 1)
             splits = splits_of(
-                tl.load(column_count_ptr), tl.load(anchor_count_ptr), transposed_slots, TRANSPOSED_M, TRANSPOSED_N
+                tl.load(column_count_ptr),
+                tl.load(anchor_count_ptr),
+                transposed_slots,
+                TRANSPOSED_M,
+                TRANSPOSED_N,
             )
-            de = summed_rows(transposed_acc_ptr, column, column >= 0, splits, STRIDE, TRANSPOSED_M, BLOCK_D)
+            de = summed_rows(
+                transposed_acc_ptr, column, column >= 0, splits, STRIDE, TRANSPOSED_M, BLOCK_D
+            )
             if HAS_FACTOR:
                 de *= tl.load(transposed_factor_ptr)
             de = de * (score_scale(tau, TAU_IS_TENSOR) * LN2)
-            e = tl.load(table_ptr + item * D + dims[None, :], mask=(dims < D)[None, :], other=0.0).to(tl.float32)
+            e = tl.load(
+                table_ptr + item * D + dims[None, :], mask=(dims < D)[None, :], other=0.0
+            ).to(tl.float32)
             norm = tl.sqrt(tl.sum(e * e, axis=1))
             result += tl.sum(normalize_backward(de, e * unit_scale(norm)[:, None], norm), axis=0)
     tl.store(out_ptr + item * D + dims, result.to(out_ptr.dtype.element_ty), mask=dims < D)
@@ -536,7 +605,7 @@ def sequence_losses(
 ):
     """Mean over the anchors k (rows with a positive) of logsumexp_l s_kl - mean_p s_kp, in one program."""
     count = tl.load(count_ptr)
-    inverse_tau = (score_scale(tau, TAU_IS_TENSOR) * LN2)
+    inverse_tau = score_scale(tau, TAU_IS_TENSOR) * LN2
     losses = tl.zeros([BLOCK], tl.float32)
     anchors = tl.zeros([BLOCK], tl.float32)
     for start in range(0, count, BLOCK):
@@ -627,14 +696,18 @@ def sequence_gradient(
     count = tl.load(count_ptr)
     valid = row < count
     position = tl.load(list_ptr + row, mask=valid, other=0)
-    inverse_tau = (score_scale(tau, TAU_IS_TENSOR) * LN2)
+    inverse_tau = score_scale(tau, TAU_IS_TENSOR) * LN2
     g = tl.load(g_ptr + row, mask=valid, other=0.0)
     anchor = valid & (g != 0.0)
     splits = splits_of(count, count, slots, TILE_M, TILE_N)
     where = row[:, None] * STRIDE + dims[None, :]
     mask = valid[:, None] & (dims < STRIDE)[None, :]
-    as_anchor = combined_rows(forward_acc_ptr, forward_top_ptr, lse_ptr, row, anchor, splits, STRIDE, TILE_M, BLOCK_D)
-    as_anchor = g[:, None] * (as_anchor - tl.load(mean_ptr + where, mask=mask, other=0.0)) * inverse_tau
+    as_anchor = combined_rows(
+        forward_acc_ptr, forward_top_ptr, lse_ptr, row, anchor, splits, STRIDE, TILE_M, BLOCK_D
+    )
+    as_anchor = (
+        g[:, None] * (as_anchor - tl.load(mean_ptr + where, mask=mask, other=0.0)) * inverse_tau
+    )
     splits = splits_of(count, count, slots, TRANSPOSED_M, TRANSPOSED_N)
     others = summed_rows(transposed_acc_ptr, row, valid, splits, STRIDE, TRANSPOSED_M, BLOCK_D)
     if HAS_FACTOR:

@@ -52,7 +52,9 @@ class _Recorder:
             values = dict(zip(names, args, strict=False)) | kwargs
             missing, extra = set(names) - set(values), set(values) - set(names)
             if missing or extra:
-                raise TypeError(f"{self._name}: missing arguments {sorted(missing)}, unknown arguments {sorted(extra)}")
+                raise TypeError(
+                    f"{self._name}: missing arguments {sorted(missing)}, unknown arguments {sorted(extra)}"
+                )
             constant = {p.name for p in self._fn.params if p.is_constexpr}
             signature: dict[str, str] = {}
             aligned = []
@@ -71,7 +73,16 @@ class _Recorder:
                     signature[name] = "fp32"
             constexprs = {name: values[name] for name in names if name in constant}
             self._launches.append(
-                Launch(self._name, self._fn, signature, constexprs, tuple(aligned), num_warps, num_stages, tuple(grid))
+                Launch(
+                    self._name,
+                    self._fn,
+                    signature,
+                    constexprs,
+                    tuple(aligned),
+                    num_warps,
+                    num_stages,
+                    tuple(grid),
+                )
             )
 
         return launch
@@ -85,7 +96,10 @@ def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
     try:
         for module in modules:
             for name, value in list(vars(module).items()):
-                if isinstance(value, (JITFunction, KernelInterface)) and value.__module__ == module.__name__:
+                if (
+                    isinstance(value, (JITFunction, KernelInterface))
+                    and value.__module__ == module.__name__
+                ):
                     replaced.append((module, name, value))
                     setattr(module, name, _Recorder(name, value, launches))
         yield launches

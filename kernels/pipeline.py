@@ -38,12 +38,18 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
     device = source.device
     if device.type != "cuda" and not (device.type == "cpu" and configs.interpreted()):
         reasons.append(f"the tensors are on {device.type!r}; Triton kernels need a CUDA device")
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) < (8, 0)
+    ):
         reasons.append("the GPU is older than compute capability 8.0")
     if source.dtype not in _DTYPES:
         reasons.append(f"dtype is {source.dtype}; float32, float16 or bfloat16 is needed")
     if not 1 <= source.shape[1] <= configs.LARGEST_DIM:
-        reasons.append(f"the embedding dimension is {source.shape[1]}; 1 to {configs.LARGEST_DIM} is supported")
+        reasons.append(
+            f"the embedding dimension is {source.shape[1]}; 1 to {configs.LARGEST_DIM} is supported"
+        )
     return reasons
 
 
@@ -184,7 +190,10 @@ def _state_spec(p: Problem) -> _Spec:
         spec |= _pass_spec(name, s.flat(rows, device), s.stride, rows)
         if s.early:
             columns_of = columns if name == "reconstruct" else rows
-            spec |= {f"{name}_dy": ((columns_of, s.stride), torch.float32), f"{name}_factor": ((), torch.float32)}
+            spec |= {
+                f"{name}_dy": ((columns_of, s.stride), torch.float32),
+                f"{name}_factor": ((), torch.float32),
+            }
     return spec
 
 
@@ -201,7 +210,10 @@ def _is_empty(p: Problem) -> bool:
 
 
 def _empty(spec: _Spec, device: torch.device) -> dict[str, Tensor]:
-    return {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in spec.items()}
+    return {
+        name: torch.empty(shape, dtype=dtype, device=device)
+        for name, (shape, dtype) in spec.items()
+    }
 
 
 def _prefix_sums(flags: Tensor, out: Tensor) -> Tensor:
@@ -210,12 +222,16 @@ def _prefix_sums(flags: Tensor, out: Tensor) -> Tensor:
 
 def _temperature(p: Problem | SequenceProblem) -> tuple[Any, bool]:
     """What `score_scale` of the kernels takes."""
-    return (1.0 / (p.tau * math.log(2.0)), False) if p.temperature is None else (p.temperature, True)
+    return (
+        (1.0 / (p.tau * math.log(2.0)), False) if p.temperature is None else (p.temperature, True)
+    )
 
 
 def _online(p: Problem | SequenceProblem, dtype: torch.dtype, log_q: bool) -> bool:
     """Whether the running maximum is needed: tau unknown here or small, biases of unknown size, or float16 products."""
-    return p.temperature is not None or p.tau < _SMALLEST_FIXED_TAU or log_q or dtype == torch.float16
+    return (
+        p.temperature is not None or p.tau < _SMALLEST_FIXED_TAU or log_q or dtype == torch.float16
+    )
 
 
 def _steps(pages: int) -> int:
@@ -334,7 +350,9 @@ def _sides(p: Problem, s: _Shape, t: dict[str, Tensor], direction: str) -> tuple
             t[f"{name}_list"],
             t[f"{name}_page"],
             # Without ids an item is itself alone; a merged column's list holds item numbers, which are the ids.
-            t[f"{name}_id"] if has_ids and not (name == "column" and s.merged) else t[f"{name}_list"],
+            t[f"{name}_id"]
+            if has_ids and not (name == "column" and s.merged)
+            else t[f"{name}_list"],
             t.get(f"{name}_bias"),
             t["ranks"][flag],
         )
@@ -374,7 +392,9 @@ def _reconstructed(s: _Shape, t: dict[str, Tensor]) -> tuple[Tensor, Tensor, Ten
     return t[f"{name}_list"], t[f"{name}_page"], t["counts"][flag : flag + 1]
 
 
-def _attend(p: Problem, s: _Shape, t: dict[str, Tensor], positive: Tensor, raw: Tensor | None) -> None:
+def _attend(
+    p: Problem, s: _Shape, t: dict[str, Tensor], positive: Tensor, raw: Tensor | None
+) -> None:
     rows, pages, count = _reconstructed(s, t)
     reconstruct.attend[(_cdiv(s.rows, s.attention.block_m),)](
         **_attention_inputs(p),
@@ -404,7 +424,9 @@ def _attend(p: Problem, s: _Shape, t: dict[str, Tensor], positive: Tensor, raw: 
     )
 
 
-def _normalize(p: Problem, s: _Shape, unit: Tensor, rows: Tensor, count: Tensor, through_index: bool) -> None:
+def _normalize(
+    p: Problem, s: _Shape, unit: Tensor, rows: Tensor, count: Tensor, through_index: bool
+) -> None:
     index = p.pv_index if through_index else None
     epilogue.normalize_rows[(_cdiv(unit.shape[0], s.small.block_m),)](
         p.pv,
@@ -463,7 +485,12 @@ def _run_contrast(
         ).split(),
         dummy,
     )
-    unused |= {"HAS_Q_INDEX": False, "HAS_K_INDEX": False, "HAS_V_INDEX": False, "HAS_E_INDEX": False}
+    unused |= {
+        "HAS_Q_INDEX": False,
+        "HAS_K_INDEX": False,
+        "HAS_V_INDEX": False,
+        "HAS_E_INDEX": False,
+    }
     unused |= {"capacity": 0, "attention_scale": 1.0}
 
     def pick(tensor: Tensor | None) -> Tensor:
@@ -551,17 +578,30 @@ def _run_chunks(
     device = x.unit.device
     tile = s.product
     capacity, columns = x.unit.shape[0], y.unit.shape[0]
-    rows = min(configs.chunk_rows(columns, x.unit.dtype, workspace, tile), _cdiv(capacity, tile.block_m) * tile.block_m)
+    rows = min(
+        configs.chunk_rows(columns, x.unit.dtype, workspace, tile),
+        _cdiv(capacity, tile.block_m) * tile.block_m,
+    )
     tiles_n = _cdiv(columns, tile.block_n)
     store = transposed is not None or need_values
     p = torch.empty((rows, columns) if store else (1, 1), dtype=x.unit.dtype, device=device)
     part_top = torch.empty(tiles_n, rows, dtype=torch.float32, device=device)
     part_total = torch.empty_like(part_top)
-    part_above = torch.empty((tiles_n, rows) if need_rank else (1, 1), dtype=torch.int32, device=device)
-    scaled = torch.empty(rows, s.stride, dtype=x.unit.dtype, device=device) if transposed is not None else p
+    part_above = torch.empty(
+        (tiles_n, rows) if need_rank else (1, 1), dtype=torch.int32, device=device
+    )
+    scaled = (
+        torch.empty(rows, s.stride, dtype=x.unit.dtype, device=device)
+        if transposed is not None
+        else p
+    )
     lift = _HALF_LIFT if x.unit.dtype == torch.float16 else 0.0
     launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    block: dict[str, Any] = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    block: dict[str, Any] = {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+    }
     block["PRECISION"] = s.precision
     small = {"BLOCK_M": s.small.block_m, "BLOCK_D": configs.next_power_of_2(s.stride)}
 
@@ -633,7 +673,17 @@ def _run_chunks(
                 last = min(first_row + rows, capacity)
                 torch.sub(lse[first_row:last], lift, out=out.top[first_row:last])
             chunked.product[(_cdiv(rows, tile.block_m) * _cdiv(s.stride, tile.block_n),)](
-                p, y.unit, x.count, y.count, out.acc, first_row, rows, columns, STRIDE=s.stride, **block, **launch
+                p,
+                y.unit,
+                x.count,
+                y.count,
+                out.acc,
+                first_row,
+                rows,
+                columns,
+                STRIDE=s.stride,
+                **block,
+                **launch,
             )
         if transposed is not None:
             chunked.scale_rows[(_cdiv(rows, s.small.block_m),)](
@@ -650,7 +700,9 @@ def _run_chunks(
                 **small,
                 num_warps=s.small.num_warps,
             )
-            chunked.transposed_product[(_cdiv(columns, tile.block_m) * _cdiv(s.stride, tile.block_n),)](
+            chunked.transposed_product[
+                (_cdiv(columns, tile.block_m) * _cdiv(s.stride, tile.block_n),)
+            ](
                 p,
                 scaled,
                 x.count,
@@ -678,7 +730,9 @@ def loss_forward(p: Problem, needs: Sequence[bool], stats: bool) -> tuple[Any, .
     return _forward(p, needs, stats, None)
 
 
-def _forward(p: Problem, needs: Sequence[bool], stats: bool, given: Tensor | None) -> tuple[Any, ...]:
+def _forward(
+    p: Problem, needs: Sequence[bool], stats: bool, given: Tensor | None
+) -> tuple[Any, ...]:
     """The loss; `given` is R [N, D] where another implementation computes the attention."""
     device = p.pv.device
     item_loss, item_lse, item_positive, item_rank = _stats_buffers(p.num_pv, stats, device)
@@ -686,7 +740,11 @@ def _forward(p: Problem, needs: Sequence[bool], stats: bool, given: Tensor | Non
     if _is_empty(p):
         loss = torch.zeros((p.num_pv,) if per_item else (), dtype=torch.float32, device=device)
         is_anchor = torch.zeros(p.num_pv if stats else 0, dtype=torch.bool, device=device)
-        skipped = _skipped_without_history(p) if stats else torch.zeros(0, dtype=torch.int64, device=device)
+        skipped = (
+            _skipped_without_history(p)
+            if stats
+            else torch.zeros(0, dtype=torch.int64, device=device)
+        )
         return loss, item_loss, item_lse, item_positive, item_rank, is_anchor, skipped, []
 
     s = _shape(p)
@@ -695,7 +753,9 @@ def _forward(p: Problem, needs: Sequence[bool], stats: bool, given: Tensor | Non
     _make_plan(p, s, t, p.clicked)
     tau, tau_is_tensor = _temperature(p)
     positive = torch.empty(s.rows, 2, dtype=torch.float32, device=device)
-    fuse = given is None and configs.fuse_attention(s.stride, s.chunked, s.both_lists, p.num_heads, stats)
+    fuse = given is None and configs.fuse_attention(
+        s.stride, s.chunked, s.both_lists, p.num_heads, stats
+    )
     if "reconstruct" in s.directions:
         _normalize(p, s, t["e"], t["column_list"], t["counts"][2:3], not s.merged)
     if given is not None:
@@ -760,7 +820,9 @@ def _forward(p: Problem, needs: Sequence[bool], stats: bool, given: Tensor | Non
             "need_rank": first_stats,
         }
 
-        def finish(first_row: int, rows: int, x: Any = x, y: Any = y, out: Any = out, loss: Any = loss) -> None:
+        def finish(
+            first_row: int, rows: int, x: Any = x, y: Any = y, out: Any = out, loss: Any = loss
+        ) -> None:
             contrast.finish_rows[(_cdiv(rows, 256),)](
                 out.top,
                 out.total,
@@ -795,7 +857,9 @@ def _forward(p: Problem, needs: Sequence[bool], stats: bool, given: Tensor | Non
                 g, factor = _early_row_gradients(p, s, t, direction)
                 transposed = _Transposed(g, t[f"{direction}_dy"])
                 t[f"{direction}_factor"].copy_(factor)
-            _run_chunks(s, x, y, out, t[f"{direction}_lse"], finish, transposed, p.workspace, **options)
+            _run_chunks(
+                s, x, y, out, t[f"{direction}_lse"], finish, transposed, p.workspace, **options
+            )
         else:
             fused = None
             if fuse:
@@ -810,7 +874,14 @@ def _forward(p: Problem, needs: Sequence[bool], stats: bool, given: Tensor | Non
                     "attention_scale": p.attention_scale,
                 }
             _run_contrast(
-                s, x, y, out=out, page_offsets=p.pv_offsets, fixed_shift=not online, fused=fused, **options
+                s,
+                x,
+                y,
+                out=out,
+                page_offsets=p.pv_offsets,
+                fixed_shift=not online,
+                fused=fused,
+                **options,
             )
             finish(0, s.rows)
         losses.append(loss)
@@ -837,7 +908,11 @@ def _forward(p: Problem, needs: Sequence[bool], stats: bool, given: Tensor | Non
     if per_item:
         loss = items.clone() if stats else items
     is_anchor = t["flags"][0] != 0 if stats else torch.zeros(0, dtype=torch.bool, device=device)
-    skipped = t["counts"][3].to(torch.int64) if stats else torch.zeros(0, dtype=torch.int64, device=device)
+    skipped = (
+        t["counts"][3].to(torch.int64)
+        if stats
+        else torch.zeros(0, dtype=torch.int64, device=device)
+    )
     saved = list(t.values()) if grads else []
     return loss, item_loss, item_lse, item_positive, item_rank, is_anchor, skipped, saved
 
@@ -850,7 +925,9 @@ def _skipped_without_history(p: Problem) -> Tensor:
     return (clicked & inside).sum()
 
 
-def loss_backward(p: Problem, needs: Sequence[bool], saved: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
+def loss_backward(
+    p: Problem, needs: Sequence[bool], saved: Sequence[Tensor], grad: Tensor
+) -> list[Tensor | None]:
     """Gradients of (pv, history, query, key, value, temperature)."""
     return _backward(p, needs, saved, grad, False)[0]
 
@@ -861,8 +938,13 @@ def _backward(
     """Gradients, and dL/dR [N, D] where R was given."""
     inputs = (p.pv, p.history, p.query, p.key, p.value, p.temperature)
     if _is_empty(p):
-        zeros = [torch.zeros_like(x) if need and x is not None else None for x, need in zip(inputs, needs, strict=True)]
-        return zeros, torch.zeros(p.num_pv, p.pv.shape[1], dtype=p.pv.dtype, device=p.pv.device) if given else None
+        zeros = [
+            torch.zeros_like(x) if need and x is not None else None
+            for x, need in zip(inputs, needs, strict=True)
+        ]
+        return zeros, torch.zeros(
+            p.num_pv, p.pv.shape[1], dtype=p.pv.dtype, device=p.pv.device
+        ) if given else None
     s = _shape(p)
     device, dtype = p.pv.device, p.pv.dtype
     t = dict(zip(_state_spec(p), saved, strict=True))
@@ -1048,12 +1130,19 @@ def _backward(
             grads[0] = with_contrast(torch.empty_like(p.pv), own_dq)
     elif needs[0]:
         d_pv = with_contrast(new(s.rows, s.dim, dtype=torch.float32, device=device), own_dq)
-        grads[0] = _table_gradient(p, s, t, d_pv, d_history, results.get("reconstruct"), factor, tau, tau_is_tensor)
+        grads[0] = _table_gradient(
+            p, s, t, d_pv, d_history, results.get("reconstruct"), factor, tau, tau_is_tensor
+        )
     return grads, d_rows
 
 
 def _spread(
-    p: Problem, s: _Shape, t: dict[str, Tensor], out: Tensor, dq: Tensor | None, **contrast_inputs: Any
+    p: Problem,
+    s: _Shape,
+    t: dict[str, Tensor],
+    out: Tensor,
+    dq: Tensor | None,
+    **contrast_inputs: Any,
 ) -> Tensor:
     """Rows of the batch [N, D] from the compacted dq; with the contrast's inputs, dL/dE and dq together."""
     dummy = t["ranks"]
@@ -1092,14 +1181,20 @@ def _spread(
     return out
 
 
-def _early_row_gradients(p: Problem, s: _Shape, t: dict[str, Tensor], direction: str) -> tuple[Tensor, Tensor]:
+def _early_row_gradients(
+    p: Problem, s: _Shape, t: dict[str, Tensor], direction: str
+) -> tuple[Tensor, Tensor]:
     """g_i for an upstream gradient of 1, before the losses are known, and the factor that belongs to it."""
     device = p.pv.device
     one = torch.ones((), dtype=torch.float32, device=device)
     weight_sum = one
     if p.reduction == "mean":
         flags = t["flags"][0]
-        weight_sum = flags.sum(dtype=torch.float32) if p.weights is None else torch.where(flags != 0, p.weights, 0).sum()
+        weight_sum = (
+            flags.sum(dtype=torch.float32)
+            if p.weights is None
+            else torch.where(flags != 0, p.weights, 0).sum()
+        )
     g = torch.empty(s.rows, dtype=torch.float32, device=device)
     epilogue.row_gradients[(_cdiv(s.rows, 256),)](
         one,
@@ -1185,7 +1280,11 @@ def _attention_backward(
     dk = output(p.key) if want_key else None
     dv = output(p.value) if want_value and not together else None
     anything = dk if dk is not None else dv
-    part = min(s.block_d, configs.LARGEST_REGISTER_DIM) if common["BLOCK_C"] != s.block_d else s.block_d
+    part = (
+        min(s.block_d, configs.LARGEST_REGISTER_DIM)
+        if common["BLOCK_C"] != s.block_d
+        else s.block_d
+    )
     reconstruct.attend_dkv[(_cdiv(s.history_rows, s.backward.block_n), _cdiv(s.block_d, part))](
         **shared,
         pv_offsets_ptr=p.pv_offsets,
@@ -1228,7 +1327,9 @@ def _table_gradient(
 ) -> Tensor:
     """dL/dU: occurrences summed in a fixed order, and what the merged columns add."""
     assert p.pv_index is not None and p.history_index is not None
-    order, starts = _occurrences(s.items, [(p.pv_index, t["pv_page"]), (p.history_index, t["history_page"])])
+    order, starts = _occurrences(
+        s.items, [(p.pv_index, t["pv_page"]), (p.history_index, t["history_page"])]
+    )
     if not s.merged or result is None:
         return _sum_occurrences(p.pv, s, order, starts, d_pv, d_history, s.rows)
     merged = {
@@ -1262,7 +1363,13 @@ def _sum_occurrences(
     unused = dict.fromkeys(
         ("item_count_ptr", "column_rank_ptr", "column_count_ptr", "anchor_count_ptr"), order
     ) | dict.fromkeys(("transposed_acc_ptr", "transposed_factor_ptr"), out)
-    plain = unused | {"transposed_slots": 1, "tau": 1.0, "TAU_IS_TENSOR": False, "MERGED": False, "HAS_FACTOR": False}
+    plain = unused | {
+        "transposed_slots": 1,
+        "tau": 1.0,
+        "TAU_IS_TENSOR": False,
+        "MERGED": False,
+        "HAS_FACTOR": False,
+    }
     epilogue.table_gradient[(s.items,)](
         out_ptr=out,
         order_ptr=order,
@@ -1310,7 +1417,10 @@ def reconstruct_backward(p: Problem, needs: Sequence[bool], grad: Tensor) -> lis
     """Gradients of (pv, history, query, key, value); the attention is computed again."""
     inputs = (p.pv, p.history, p.query, p.key, p.value)
     if _is_empty(p):
-        return [torch.zeros_like(x) if need and x is not None else None for x, need in zip(inputs, needs, strict=True)]
+        return [
+            torch.zeros_like(x) if need and x is not None else None
+            for x, need in zip(inputs, needs, strict=True)
+        ]
     s, t, r = _reconstruct(p)
     device, dtype = p.pv.device, p.pv.dtype
     rows, _, count = _reconstructed(s, t)
@@ -1413,7 +1523,9 @@ def _sequence_is_empty(p: SequenceProblem) -> bool:
     return p.num_history == 0 or p.history_offsets.shape[0] == 1
 
 
-def sequence_saved_spec(p: SequenceProblem, needs: Sequence[bool]) -> list[tuple[tuple[Any, ...], torch.dtype]]:
+def sequence_saved_spec(
+    p: SequenceProblem, needs: Sequence[bool]
+) -> list[tuple[tuple[Any, ...], torch.dtype]]:
     """As `saved_spec`."""
     return list(_sequence_spec(p).values()) if any(needs) and not _sequence_is_empty(p) else []
 
@@ -1424,7 +1536,11 @@ def _sequence_rows(s: _SequenceShape, t: dict[str, Tensor]) -> _Rows:
 
 
 def _page_mean(
-    p: SequenceProblem, s: _SequenceShape, t: dict[str, Tensor], factor: Tensor | None, cosine: Tensor
+    p: SequenceProblem,
+    s: _SequenceShape,
+    t: dict[str, Tensor],
+    factor: Tensor | None,
+    cosine: Tensor,
 ) -> Tensor:
     out = torch.empty(s.rows, s.stride, dtype=torch.float32, device=cosine.device)
     rows = _sequence_rows(s, t)
@@ -1457,7 +1573,9 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
     device = p.history.device
     per_item = p.reduction == "none"
     if _sequence_is_empty(p):
-        return torch.zeros((p.num_history,) if per_item else (), dtype=torch.float32, device=device), []
+        return torch.zeros(
+            (p.num_history,) if per_item else (), dtype=torch.float32, device=device
+        ), []
     s = _sequence_shape(p)
     t = _empty(_sequence_spec(p), device)
     tau, tau_is_tensor = _temperature(p)
@@ -1544,7 +1662,13 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
         _run_chunks(s, rows, rows, out, t["pass_lse"], finish, None, p.workspace, **options)
     else:
         _run_contrast(
-            s, rows, rows, out=out, page_offsets=p.history_offsets, fixed_shift=not options["online"], **options
+            s,
+            rows,
+            rows,
+            out=out,
+            page_offsets=p.history_offsets,
+            fixed_shift=not options["online"],
+            **options,
         )
         finish(0, s.rows)
     loss = torch.zeros((s.rows,) if per_item else (), dtype=torch.float32, device=device)
@@ -1583,7 +1707,9 @@ def sequence_backward(
     tau, tau_is_tensor = _temperature(p)
     half = p.history.dtype == torch.float16
     rows = _sequence_rows(s, t)
-    g, offset, factor, cosine = (torch.empty(s.rows, dtype=torch.float32, device=device) for _ in range(4))
+    g, offset, factor, cosine = (
+        torch.empty(s.rows, dtype=torch.float32, device=device) for _ in range(4)
+    )
     epilogue.sequence_row_gradients[(_cdiv(s.rows, 256),)](
         grad,
         grad.stride(0) if grad.dim() else 0,
@@ -1605,7 +1731,17 @@ def sequence_backward(
     acc = torch.empty(s.flat(s.rows, device), s.stride, dtype=torch.float32, device=device)
     options = {"mask": s.mask, "tau": tau, "tau_is_tensor": tau_is_tensor}
     if s.chunked:
-        _run_chunks(s, rows, rows, None, t["pass_lse"], None, _Transposed(scale, acc), p.workspace, **options)
+        _run_chunks(
+            s,
+            rows,
+            rows,
+            None,
+            t["pass_lse"],
+            None,
+            _Transposed(scale, acc),
+            p.workspace,
+            **options,
+        )
     else:
         _run_contrast(
             s,
@@ -1621,7 +1757,9 @@ def sequence_backward(
     mean = _page_mean(p, s, scratch, None, cosine)
     pulled = _page_mean(p, s, scratch, factor, cosine)
     table = p.history_index is not None
-    d_rows = torch.zeros(s.rows, s.dim, dtype=torch.float32 if table else p.history.dtype, device=device)
+    d_rows = torch.zeros(
+        s.rows, s.dim, dtype=torch.float32 if table else p.history.dtype, device=device
+    )
     programs = _cdiv(s.rows, s.small.block_m)
     tau_parts = torch.empty(programs, dtype=torch.float32, device=device)
     tiles = {"TILE_M": s.tile.block_m, "TILE_N": s.tile.block_n}

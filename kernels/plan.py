@@ -15,7 +15,18 @@ SKIPPED = tl.constexpr(3)
 
 
 @triton.jit
-def history_pages(offsets_ptr, mask_ptr, page_ptr, live_ptr, rows, pages, steps, HAS_MASK: tl.constexpr, WANT_LIVE: tl.constexpr, BLOCK: tl.constexpr):
+def history_pages(
+    offsets_ptr,
+    mask_ptr,
+    page_ptr,
+    live_ptr,
+    rows,
+    pages,
+    steps,
+    HAS_MASK: tl.constexpr,
+    WANT_LIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Page of every history row, -1 for padding, and its 0/1 flag."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = row < rows
@@ -79,7 +90,9 @@ def pv_flags(
     tl.store(flags_ptr + ANCHOR * rows64 + row, anchor.to(tl.int32), mask=inside)
     tl.store(flags_ptr + RECONSTRUCTED * rows64 + row, reconstructed.to(tl.int32), mask=inside)
     tl.store(flags_ptr + COLUMN * rows64 + row, live.to(tl.int32), mask=inside)
-    tl.store(flags_ptr + SKIPPED * rows64 + row, (clicked & (has_history == 0)).to(tl.int32), mask=inside)
+    tl.store(
+        flags_ptr + SKIPPED * rows64 + row, (clicked & (has_history == 0)).to(tl.int32), mask=inside
+    )
     if COUNT_ITEMS:
         # Atomics on integers: the sum does not depend on their order.
         item = tl.load(index_ptr + row, mask=live, other=0)
@@ -109,9 +122,17 @@ def compact(
     tl.store(list_ptr + place, row.to(tl.int32), mask=flagged)
     tl.store(list_page_ptr + place, tl.load(page_ptr + row, mask=flagged, other=0), mask=flagged)
     if HAS_ID:
-        tl.store(list_id_ptr + place, tl.load(id_ptr + row, mask=flagged, other=0).to(list_id_ptr.dtype.element_ty), mask=flagged)
+        tl.store(
+            list_id_ptr + place,
+            tl.load(id_ptr + row, mask=flagged, other=0).to(list_id_ptr.dtype.element_ty),
+            mask=flagged,
+        )
     if HAS_LOG_Q:
-        tl.store(list_bias_ptr + place, tl.load(log_q_ptr + row, mask=flagged, other=0.0) * -LOG2E, mask=flagged)
+        tl.store(
+            list_bias_ptr + place,
+            tl.load(log_q_ptr + row, mask=flagged, other=0.0) * -LOG2E,
+            mask=flagged,
+        )
 
 
 @triton.jit

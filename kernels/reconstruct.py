@@ -19,11 +19,15 @@ def head_mask(dims, head, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, index_ptr, row, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_INDEX: tl.constexpr):
+def load_rows(
+    ptr, index_ptr, row, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_INDEX: tl.constexpr
+):
     """Rows of a source tensor as [rows, BLOCK_D], zeros beyond D and where the mask is off."""
     dims = tl.arange(0, BLOCK_D)
     start = source_row(index_ptr, row, mask, HAS_INDEX) * D
-    return tl.load(ptr + start[:, None] + dims[None, :], mask=mask[:, None] & (dims < D)[None, :], other=0.0)
+    return tl.load(
+        ptr + start[:, None] + dims[None, :], mask=mask[:, None] & (dims < D)[None, :], other=0.0
+    )
 
 
 @triton.jit
@@ -53,8 +57,16 @@ def products(
         inside = dims < D
         if HEADS > 1:
             inside = inside & head_mask(dims, head, D // HEADS)
-        part_a = tl.load(a_ptr + a_start[:, None] + dims[None, :], mask=a_mask[:, None] & inside[None, :], other=0.0)
-        part_b = tl.load(b_ptr + b_start[:, None] + dims[None, :], mask=b_mask[:, None] & inside[None, :], other=0.0)
+        part_a = tl.load(
+            a_ptr + a_start[:, None] + dims[None, :],
+            mask=a_mask[:, None] & inside[None, :],
+            other=0.0,
+        )
+        part_b = tl.load(
+            b_ptr + b_start[:, None] + dims[None, :],
+            mask=b_mask[:, None] & inside[None, :],
+            other=0.0,
+        )
         s = tl.dot(part_a.to(DOT_TYPE), tl.trans(part_b.to(DOT_TYPE)), s, input_precision=PRECISION)
     return s
 
@@ -143,7 +155,9 @@ def attend_tile(
             total = total * rescale + tl.sum(p, axis=1)
             v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX)
             # A NaN or inf of another page must not come in through 0 * NaN; one of the own page must.
-            bad = tl.max(tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1), axis=1)  # [BLOCK_H]
+            bad = tl.max(
+                tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1), axis=1
+            )  # [BLOCK_H]
             v = tl.where(bad[:, None] != 0, 0.0, v).to(v.dtype)
             poisoned = tl.max(tl.where(mine & (bad[None, :] != 0), 1, 0), axis=1)
             acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
@@ -191,7 +205,9 @@ def store_unit_rows(
         e = e * unit_scale(tl.sqrt(tl.sum(e * e, axis=1)))[:, None]
         tl.store(positive_ptr + place * 2, tl.sum(exact * e, axis=1), mask=valid)
         rounded = e.to(unit_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(positive_ptr + place * 2 + 1, tl.sum(unit.to(tl.float32) * rounded, axis=1), mask=valid)
+        tl.store(
+            positive_ptr + place * 2 + 1, tl.sum(unit.to(tl.float32) * rounded, axis=1), mask=valid
+        )
     return unit
 
 
@@ -247,7 +263,9 @@ def attend(
     count = tl.load(count_ptr)
     if start >= count:
         return
-    place, valid, position, page, first, last = list_tile(list_ptr, list_page_ptr, count, start, BLOCK_M)
+    place, valid, position, page, first, last = list_tile(
+        list_ptr, list_page_ptr, count, start, BLOCK_M
+    )
     r = attend_tile(
         q_ptr,
         q_index_ptr,
@@ -280,7 +298,11 @@ def attend(
     if RAW:
         dims = tl.arange(0, BLOCK_D)
         where = position.to(tl.int64)[:, None] * D + dims[None, :]
-        tl.store(unit_ptr + where, r.to(unit_ptr.dtype.element_ty), mask=valid[:, None] & (dims < D)[None, :])
+        tl.store(
+            unit_ptr + where,
+            r.to(unit_ptr.dtype.element_ty),
+            mask=valid[:, None] & (dims < D)[None, :],
+        )
     else:
         store_unit_rows(
             r,
@@ -344,7 +366,9 @@ def attend_dq(
     if start >= count:
         return
     dims = tl.arange(0, BLOCK_D)
-    place, valid, position, page, first, last = list_tile(list_ptr, list_page_ptr, count, start, BLOCK_M)
+    place, valid, position, page, first, last = list_tile(
+        list_ptr, list_page_ptr, count, start, BLOCK_M
+    )
     low = tl.load(history_offsets_ptr + first)
     high = tl.load(history_offsets_ptr + last + 1)
     q_start = source_row(q_index_ptr, position, valid, HAS_Q_INDEX) * D
@@ -354,7 +378,9 @@ def attend_dq(
     if BLOCK_C == BLOCK_D:
         q = load_rows(q_ptr, q_index_ptr, position, valid, D, BLOCK_D, HAS_Q_INDEX).to(DOT_TYPE)
         dr = tl.load(
-            dr_ptr + dr_start[:, None] + dims[None, :], mask=valid[:, None] & (dims < D)[None, :], other=0.0
+            dr_ptr + dr_start[:, None] + dims[None, :],
+            mask=valid[:, None] & (dims < D)[None, :],
+            other=0.0,
         ).to(DOT_TYPE)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for head in range(HEADS):
@@ -414,7 +440,11 @@ def attend_dq(
             acc = tl.where(head_mask(dims, head, D // HEADS)[None, :], acc, 0.0)
         dq += acc
     where = place.to(tl.int64)[:, None] * D + dims[None, :]
-    tl.store(dq_ptr + where, (dq * scale).to(dq_ptr.dtype.element_ty), mask=valid[:, None] & (dims < D)[None, :])
+    tl.store(
+        dq_ptr + where,
+        (dq * scale).to(dq_ptr.dtype.element_ty),
+        mask=valid[:, None] & (dims < D)[None, :],
+    )
 
 
 @triton.jit
@@ -487,7 +517,9 @@ def attend_dkv(
         dr_start = place.to(tl.int64) * STRIDE
         inside = valid[:, None] & (dims < D)[None, :]
         q = tl.load(q_ptr + q_start[:, None] + dims[None, :], mask=inside, other=0.0).to(DOT_TYPE)
-        dr = tl.load(dr_ptr + dr_start[:, None] + dims[None, :], mask=inside, other=0.0).to(DOT_TYPE)
+        dr = tl.load(dr_ptr + dr_start[:, None] + dims[None, :], mask=inside, other=0.0).to(
+            DOT_TYPE
+        )
         for head in range(HEADS):
             lse = tl.load(attention_lse_ptr + head * capacity + place, mask=valid, other=0.0)
             delta = tl.load(delta_ptr + head * capacity + place, mask=valid, other=0.0)
@@ -515,7 +547,9 @@ def attend_dkv(
                 BLOCK_C,
                 PRECISION,
             )
-            a = tl.exp2(tl.where(mine, s * (scale * LOG2E) - lse[None, :], -float("inf")))  # [BLOCK_H, BLOCK_M]
+            a = tl.exp2(
+                tl.where(mine, s * (scale * LOG2E) - lse[None, :], -float("inf"))
+            )  # [BLOCK_H, BLOCK_M]
             if WANT_DV:
                 dv = tl.dot(a.to(DOT_TYPE), dr_head, dv, input_precision=PRECISION)
             if WANT_DK:

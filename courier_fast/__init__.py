@@ -1,0 +1,21 @@
+"""COURIER training losses: contrastive user intention reconstruction (arXiv 2306.05001), fused and exact."""
+
+from .loss import (
+    ClickSequenceLoss,
+    ReconstructionLoss,
+    ReconstructionStats,
+    click_sequence_loss,
+    reconstruct,
+    reconstruction_loss,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClickSequenceLoss",
+    "ReconstructionLoss",
+    "ReconstructionStats",
+    "click_sequence_loss",
+    "reconstruct",
+    "reconstruction_loss",
+]

@@ -1,0 +1,203 @@
+"""From what users hold (padded, packed, nested, a table of unique items) to rows, offsets and masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+
+
+def describe(x: Any) -> str:
+    """What came, for an error message."""
+    if isinstance(x, Tensor):
+        kind = "nested" if x.is_nested else f"shape {list(x.shape)}"
+        return f"{kind}, {x.dtype}, on {x.device}"
+    return f"{type(x).__name__} {x!r}"
+
+
+def require_tensor(name: str, x: Any) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {describe(x)}")
+    return x
+
+
+def watches_values() -> bool:
+    """Whether tensor values may be looked at: not while torch.compile or torch.export traces."""
+    return not (torch.compiler.is_compiling() or torch.compiler.is_exporting())
+
+
+@dataclass
+class Side:
+    """The layout of one side of the problem, PV or history: how a tensor in that layout becomes rows."""
+
+    name: str  # "pv" or "history"
+    kind: str  # "padded", "packed" or "nested"
+    rows: int
+    offsets: Tensor  # [B + 1] int64
+    mask: Tensor | None  # [rows] bool
+    shape: tuple[int, ...]  # of a tensor with one value per row: [B, L] or [rows]
+    like: Tensor | None = None  # the nested tensor itself
+
+    def flatten(self, name: str, x: Tensor, per_row: tuple[int, ...]) -> Tensor:
+        """A tensor in this layout as [rows, *per_row]; raises ValueError where it is not in this layout."""
+        if self.kind == "nested":
+            assert self.like is not None
+            if not x.is_nested:
+                raise ValueError(
+                    f"{name}: expected a jagged NestedTensor, as {self.name} is one, got {describe(x)}"
+                )
+            values = jagged_values(name, x)
+            same = x.offsets() is self.like.offsets()
+            if not same and watches_values() and not torch.equal(x.offsets(), self.like.offsets()):
+                raise ValueError(f"{name}: expected the offsets of {self.name}, got different ones")
+            x = values
+        elif x.is_nested:
+            raise ValueError(
+                f"{name}: expected a {self.kind} tensor, as {self.name} is one, got {describe(x)}"
+            )
+        expected = (self.rows, *per_row) if self.kind == "nested" else (*self.shape, *per_row)
+        if tuple(x.shape) != expected:
+            raise ValueError(f"{name}: expected shape {list(expected)}, got {list(x.shape)}")
+        return x.reshape(self.rows, *per_row).contiguous()
+
+    def restore(self, x: Tensor) -> Tensor:
+        """[rows, ...] in the layout of the input."""
+        if self.kind == "nested":
+            assert self.like is not None
+            return torch.nested.nested_tensor_from_jagged(
+                x, self.like.offsets(), self.like.lengths()
+            )
+        return x.reshape(*self.shape, *x.shape[1:])
+
+
+def jagged_values(name: str, x: Tensor) -> Tensor:
+    if x.layout != torch.jagged:
+        raise ValueError(
+            f"{name}: expected a NestedTensor of layout torch.jagged, got layout {x.layout}"
+        )
+    return x.values()
+
+
+def as_bool(name: str, x: Any) -> Tensor:
+    """A bool tensor; integers 0 and 1 are accepted, floats are not (a probability is no click)."""
+    x = require_tensor(name, x)
+    if x.dtype == torch.bool:
+        return x
+    if x.dtype in _INTEGERS:
+        return x != 0
+    raise TypeError(f"{name}: expected a bool or integer (0/1) tensor, got {x.dtype}")
+
+
+def as_index(name: str, x: Tensor) -> Tensor:
+    if x.dtype not in _INTEGERS:
+        raise TypeError(f"{name}: expected an integer tensor, got {x.dtype}")
+    return x.to(torch.int64)
+
+
+def side(
+    name: str,
+    x: Tensor,
+    features: int,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    device: torch.device,
+    validate: bool,
+) -> Side:
+    """The layout of `pv` or `history`: x has `features` (0 or 1) dimensions beside those of the layout."""
+    if x.is_nested:
+        if mask is not None or offsets is not None:
+            raise ValueError(
+                f"{name}: a NestedTensor brings its own offsets; expected no {name}_mask and no {name}_offsets"
+            )
+        values = jagged_values(name, x)
+        starts = x.offsets().to(device=device, dtype=torch.int64)
+        if x.dim() != 2 + features:
+            raise ValueError(f"{name}: expected {2 + features} dimensions, got {x.dim()}")
+        lengths = x.lengths()
+        rows = values.shape[0]
+        holes = None
+        if lengths is not None:
+            # With holes, a page ends before the next one begins: what lies between is padding.
+            row = torch.arange(rows, device=device)
+            page = (torch.searchsorted(starts, row, right=True) - 1).clamp(
+                0, max(starts.shape[0] - 2, 0)
+            )
+            holes = (
+                row < starts[page] + lengths.to(device)[page] if starts.shape[0] > 1 else row < 0
+            )
+        return Side(name, "nested", rows, starts, holes, (rows,), x)
+    if offsets is not None:
+        if mask is not None:
+            raise ValueError(
+                f"{name}: expected {name}_mask (padded) or {name}_offsets (packed), got both"
+            )
+        if x.dim() != 1 + features:
+            what = "[rows, D]" if features else "[rows]"
+            raise ValueError(
+                f"{name}: with {name}_offsets expected shape {what}, got {list(x.shape)}"
+            )
+        return Side(
+            name,
+            "packed",
+            x.shape[0],
+            _offsets(f"{name}_offsets", offsets, x.shape[0], device, validate),
+            None,
+            (x.shape[0],),
+        )
+    if x.dim() != 2 + features:
+        what = f"[pages, length{', D' if features else ''}]"
+        raise ValueError(
+            f"{name}: expected padded shape {what}, or packed rows with {name}_offsets, got {list(x.shape)}"
+        )
+    pages, length = x.shape[0], x.shape[1]
+    flat = None
+    if mask is not None:
+        mask = as_bool(f"{name}_mask", mask)
+        if tuple(mask.shape) != (pages, length):
+            raise ValueError(
+                f"{name}_mask: expected shape {[pages, length]}, got {list(mask.shape)}"
+            )
+        if mask.device != device:
+            raise ValueError(f"{name}_mask: expected a tensor on {device}, got {mask.device}")
+        flat = mask.reshape(-1).contiguous()
+    starts = torch.arange(pages + 1, device=device) * length
+    return Side(name, "padded", pages * length, starts, flat, (pages, length))
+
+
+def _offsets(name: str, offsets: Any, rows: int, device: torch.device, validate: bool) -> Tensor:
+    offsets = as_index(name, require_tensor(name, offsets))
+    if offsets.dim() != 1 or offsets.shape[0] < 1:
+        raise ValueError(f"{name}: expected shape [pages + 1], got {list(offsets.shape)}")
+    if offsets.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got {offsets.device}")
+    if watches_values() and (validate or offsets.device.type == "cpu"):
+        if int(offsets[0]) != 0:
+            raise ValueError(f"{name}: expected to start at 0, got {int(offsets[0])}")
+        steps = offsets.diff()
+        if bool((steps < 0).any()):
+            page = int((steps < 0).nonzero()[0])
+            raise ValueError(
+                f"{name}: expected non-decreasing values, got {int(offsets[page])} before {int(offsets[page + 1])}"
+            )
+        if int(offsets[-1]) > rows:
+            raise ValueError(
+                f"{name}: expected to end at {rows} rows or before, got {int(offsets[-1])}"
+            )
+    return offsets.contiguous()
+
+
+def check_index(name: str, index: Tensor, mask: Tensor | None, size: int, validate: bool) -> Tensor:
+    """Indices into the table, padding pointed at row 0; out of range is an error where values may be looked at."""
+    if mask is not None:
+        index = torch.where(mask, index, 0)
+    if watches_values() and (validate or index.device.type == "cpu") and index.numel():
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"{name}: expected indices from 0 to {size - 1}, got {low if low < 0 else high}"
+            )
+    return index
