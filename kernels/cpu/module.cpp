@@ -1,0 +1,246 @@
+// Python module courier_fast._native: the CPU stages on torch tensors, through DLPack. No torch headers: any torch will do.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <functional>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "stages.h"
+
+namespace nb = nanobind;
+using courier::Stages;
+using courier::Type;
+
+namespace {
+
+using Array = nb::ndarray<nb::device::cpu, nb::c_contig>;
+using Strided = nb::ndarray<nb::device::cpu>;
+using Floats = nb::ndarray<float, nb::device::cpu, nb::c_contig>;
+using Rows = nb::ndarray<int64_t, nb::device::cpu, nb::c_contig>;
+
+constexpr uint8_t kDlpackBfloat = 4;
+
+bool supported(const std::string& name) {
+    if (name == "portable") return true;
+#ifdef COURIER_X86
+    __builtin_cpu_init();
+    if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (name == "avx512")
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+    return false;
+}
+
+const Stages* by_name(const std::string& name) {
+#ifdef COURIER_X86
+    if (name == "avx512") return &courier::avx512_stages();
+    if (name == "avx2") return &courier::avx2_stages();
+#endif
+    return &courier::portable_stages();
+}
+
+std::vector<std::string> variants() {
+    std::vector<std::string> found;
+    for (const char* name : {"avx512", "avx2", "portable"})
+        if (supported(name)) found.emplace_back(name);
+    return found;
+}
+
+const Stages& stages_of(const std::optional<std::string>& name) {
+    static const Stages* best = by_name(variants().front());
+    if (!name) return *best;
+    const auto all = variants();
+    if (std::find(all.begin(), all.end(), *name) == all.end())
+        throw std::invalid_argument("variant: this CPU does not run '" + *name + "'");
+    return *by_name(*name);
+}
+
+template <class A>
+Type type_of(const A& x, const char* name) {
+    const auto t = x.dtype();
+    if (t.code == uint8_t(nb::dlpack::dtype_code::Float) && t.bits == 32) return Type::f32;
+    if (t.code == kDlpackBfloat && t.bits == 16) return Type::bf16;
+    throw std::invalid_argument(std::string(name) + ": expected float32 or bfloat16");
+}
+
+// [0, n) in contiguous parts, one thread each, the first on the caller's. `cuts`: only these places may divide it.
+void parallel(int64_t n, int threads, const std::function<void(int64_t, int64_t)>& run, const int64_t* cuts = nullptr,
+              int64_t n_cuts = 0) {
+    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, n / 8)));
+    std::vector<int64_t> ends;
+    for (int t = 1; t <= threads; ++t) {
+        int64_t end = n * t / threads;
+        if (cuts && t < threads) {
+            const int64_t* cut = std::lower_bound(cuts, cuts + n_cuts, end);
+            end = cut == cuts + n_cuts ? n : *cut;
+        }
+        ends.push_back(end);
+    }
+    std::vector<std::thread> others;
+    for (int t = 1; t < threads; ++t)
+        if (ends[t - 1] < ends[t]) others.emplace_back(run, ends[t - 1], ends[t]);
+    if (n > 0) run(0, ends[0]);
+    for (auto& other : others) other.join();
+}
+
+template <class A>
+auto* data_or_null(const std::optional<A>& x) {
+    return x ? x->data() : nullptr;
+}
+
+void normalize(Array source, Rows row, Array unit, Floats norm, int threads, std::optional<std::string> variant) {
+    courier::Normalize a{};
+    a.type = type_of(source, "source");
+    a.source = source.data();
+    a.row = row.data();
+    a.unit = unit.data();
+    a.norm = norm.data();
+    a.dim = int64_t(source.shape(1));
+    const Stages& s = stages_of(variant);
+    const int64_t n = int64_t(row.shape(0));
+    nb::gil_scoped_release release;
+    parallel(n, threads, [&](int64_t b, int64_t e) { s.normalize(a, b, e); });
+}
+
+courier::Attend attention(const Array& q, const Rows& q_row, const Array& k, const Rows& k_row, const Array& v,
+                          const Rows& v_row, const Rows& first, const Rows& last, const Rows& weights_at,
+                          const Floats& weights, double scale, int64_t heads) {
+    courier::Attend a{};
+    a.type = type_of(q, "q");
+    a.q = q.data();
+    a.k = k.data();
+    a.v = v.data();
+    a.q_row = q_row.data();
+    a.k_row = k_row.data();
+    a.v_row = v_row.data();
+    a.first = first.data();
+    a.last = last.data();
+    a.weights_at = weights_at.data();
+    a.weights = weights.data();
+    a.dim = int64_t(q.shape(1));
+    a.heads = heads;
+    a.scale = float(scale);
+    return a;
+}
+
+void attend(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_row, Rows first, Rows last, Rows weights_at,
+            Floats weights, Array e, Rows e_row, Array out, Floats norm, Floats positive, double scale, int64_t heads,
+            bool raw, int threads, std::optional<std::string> variant) {
+    courier::Attend a = attention(q, q_row, k, k_row, v, v_row, first, last, weights_at, weights, scale, heads);
+    a.e = e.data();
+    a.e_row = e_row.data();
+    a.out = out.data();
+    a.norm = norm.data();
+    a.positive = positive.data();
+    a.raw = raw;
+    const Stages& s = stages_of(variant);
+    const int64_t n = int64_t(q_row.shape(0));
+    nb::gil_scoped_release release;
+    parallel(n, threads, [&](int64_t b, int64_t e) { s.attend(a, b, e); });
+}
+
+void attend_backward(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_row, Rows first, Rows last,
+                     Rows weights_at, Floats weights, Floats d_r, std::optional<Floats> d_q, std::optional<Floats> d_k,
+                     std::optional<Floats> d_v, Rows page_starts, double scale, int64_t heads, int threads,
+                     std::optional<std::string> variant) {
+    courier::Attend a = attention(q, q_row, k, k_row, v, v_row, first, last, weights_at, weights, scale, heads);
+    a.d_r = d_r.data();
+    a.d_q = data_or_null(d_q);
+    a.d_k = data_or_null(d_k);
+    a.d_v = data_or_null(d_v);
+    const Stages& s = stages_of(variant);
+    const int64_t n = int64_t(q_row.shape(0));
+    nb::gil_scoped_release release;
+    parallel(
+        n, threads, [&](int64_t b, int64_t e) { s.attend_backward(a, b, e); }, page_starts.data(),
+        int64_t(page_starts.shape(0)));
+}
+
+void contrast(Strided scores, double inverse_tau, std::optional<Floats> bias, std::optional<Floats> count,
+              std::optional<Rows> positive, Rows excluded_at, Rows excluded, std::optional<Rows> range_first,
+              std::optional<Rows> range_last, std::optional<Floats> rank_bias, std::optional<double> fixed_top,
+              Floats top, Floats total, std::optional<Rows> above, int threads, std::optional<std::string> variant) {
+    if (scores.ndim() != 2 || scores.stride(1) != 1)
+        throw std::invalid_argument("scores: expected rows of consecutive numbers");
+    courier::Contrast a{};
+    a.type = type_of(scores, "scores");
+    a.scores = scores.data();
+    a.stride = scores.stride(0);
+    a.columns = int64_t(scores.shape(1));
+    a.inverse_tau = float(inverse_tau);
+    a.bias = data_or_null(bias);
+    a.count = data_or_null(count);
+    a.positive = data_or_null(positive);
+    a.excluded_at = excluded_at.data();
+    a.excluded = excluded.data();
+    a.range_first = data_or_null(range_first);
+    a.range_last = data_or_null(range_last);
+    a.rank_bias = data_or_null(rank_bias);
+    a.use_fixed_top = fixed_top.has_value();
+    a.fixed_top = float(fixed_top.value_or(0.0));
+    a.top = top.data();
+    a.total = total.data();
+    a.above = data_or_null(above);
+    const Stages& s = stages_of(variant);
+    const int64_t n = int64_t(scores.shape(0));
+    nb::gil_scoped_release release;
+    parallel(n, threads, [&](int64_t b, int64_t e) { s.contrast(a, b, e); });
+}
+
+void normalize_backward(Floats d_unit, Array unit, Floats norm, Array out, int threads,
+                        std::optional<std::string> variant) {
+    courier::NormalizeBackward a{};
+    a.type = type_of(unit, "unit");
+    a.out_type = type_of(out, "out");
+    a.d_unit = d_unit.data();
+    a.unit = unit.data();
+    a.norm = norm.data();
+    a.out = out.data();
+    a.dim = int64_t(unit.shape(1));
+    const Stages& s = stages_of(variant);
+    const int64_t n = int64_t(unit.shape(0));
+    nb::gil_scoped_release release;
+    parallel(n, threads, [&](int64_t b, int64_t e) { s.normalize_backward(a, b, e); });
+}
+
+}  // namespace
+
+// Arrays are written in place: a silent copy of a non-contiguous one would lose the result, hence noconvert.
+NB_MODULE(_native, m) {
+    m.def("variants", &variants, "Instruction sets this CPU runs, the best first.");
+    m.def("normalize", &normalize, nb::arg("source").noconvert(), nb::arg("row").noconvert(),
+          nb::arg("unit").noconvert(), nb::arg("norm").noconvert(), nb::arg("threads"),
+          nb::arg("variant").none() = nb::none());
+    m.def("attend", &attend, nb::arg("q").noconvert(), nb::arg("q_row").noconvert(), nb::arg("k").noconvert(),
+          nb::arg("k_row").noconvert(), nb::arg("v").noconvert(), nb::arg("v_row").noconvert(),
+          nb::arg("first").noconvert(), nb::arg("last").noconvert(), nb::arg("weights_at").noconvert(),
+          nb::arg("weights").noconvert(), nb::arg("e").noconvert(), nb::arg("e_row").noconvert(),
+          nb::arg("out").noconvert(), nb::arg("norm").noconvert(), nb::arg("positive").noconvert(), nb::arg("scale"),
+          nb::arg("heads"), nb::arg("raw"), nb::arg("threads"), nb::arg("variant").none() = nb::none());
+    m.def("attend_backward", &attend_backward, nb::arg("q").noconvert(), nb::arg("q_row").noconvert(),
+          nb::arg("k").noconvert(), nb::arg("k_row").noconvert(), nb::arg("v").noconvert(),
+          nb::arg("v_row").noconvert(), nb::arg("first").noconvert(), nb::arg("last").noconvert(),
+          nb::arg("weights_at").noconvert(), nb::arg("weights").noconvert(), nb::arg("d_r").noconvert(),
+          nb::arg("d_q").noconvert().none(), nb::arg("d_k").noconvert().none(), nb::arg("d_v").noconvert().none(),
+          nb::arg("page_starts").noconvert(), nb::arg("scale"), nb::arg("heads"), nb::arg("threads"),
+          nb::arg("variant").none() = nb::none());
+    m.def("contrast", &contrast, nb::arg("scores").noconvert(), nb::arg("inverse_tau"),
+          nb::arg("bias").noconvert().none(), nb::arg("count").noconvert().none(),
+          nb::arg("positive").noconvert().none(), nb::arg("excluded_at").noconvert(),
+          nb::arg("excluded").noconvert(), nb::arg("range_first").noconvert().none(),
+          nb::arg("range_last").noconvert().none(), nb::arg("rank_bias").noconvert().none(),
+          nb::arg("fixed_top").none(), nb::arg("top").noconvert(), nb::arg("total").noconvert(),
+          nb::arg("above").noconvert().none(), nb::arg("threads"), nb::arg("variant").none() = nb::none());
+    m.def("normalize_backward", &normalize_backward, nb::arg("d_unit").noconvert(), nb::arg("unit").noconvert(),
+          nb::arg("norm").noconvert(), nb::arg("out").noconvert(), nb::arg("threads"),
+          nb::arg("variant").none() = nb::none());
+}

@@ -1,0 +1,84 @@
+// The stages of the CPU path: what happens between two matrix products, a range of rows at a time.
+#pragma once
+
+#include <cstdint>
+
+namespace courier {
+
+enum class Type : int { f32 = 0, bf16 = 1 };
+
+// e = E / |E| of listed rows. unit [n, dim], norm [n].
+struct Normalize {
+    Type type;
+    const void* source;
+    const int64_t* row;  // [n] rows of source
+    void* unit;
+    float* norm;
+    int64_t dim;
+};
+
+// Attention of listed PV rows over their page's history, and its gradients. History is listed too, page after page.
+struct Attend {
+    Type type;
+    const void *q, *k, *v, *e;
+    const int64_t *q_row, *e_row;          // [M]
+    const int64_t *k_row, *v_row;          // [K]
+    const int64_t *first, *last;           // [M] range of each row's page in the history list
+    const int64_t* weights_at;             // [M] where the row's attention weights begin: heads x history
+    float* weights;
+    void* out;                             // [M, dim] R / |R|, or R itself with raw
+    float *norm, *positive;                // [M] |R|, cos(R, E)
+    int64_t dim, heads;
+    float scale;
+    bool raw;
+    // Gradients.
+    const float* d_r;                      // [M, dim]
+    float *d_q, *d_k, *d_v;                // [M, dim], [K, dim], [K, dim]; may be null. d_k = d_v: their sum
+};
+
+// Scores to probabilities, in place: P_ij = exp(s_ij - top_i) with s_ij = cos_ij / tau + bias_j.
+struct Contrast {
+    Type type;
+    void* scores;                          // [rows, columns] with stride
+    int64_t stride, columns;
+    float inverse_tau;
+    const float* bias;                     // [columns] or null
+    const float* count;                    // [columns] or null: how many candidates a column stands for
+    const int64_t* positive;               // [rows] column of the positive, or null: the rank is not wanted
+    const int64_t* excluded_at;            // [rows + 1]
+    const int64_t* excluded;               // columns that are no candidates
+    const int64_t *range_first, *range_last;  // [rows] or null: a range of columns that are none either
+    const float* rank_bias;                // [columns] or null: the part of the bias that ranks see
+    float fixed_top;
+    bool use_fixed_top;
+    float *top, *total;                    // [rows]
+    int64_t* above;                        // [rows]
+};
+
+// dL/dx = (dL/du - (dL/du . u) u) / |x| for u = x / |x|.
+struct NormalizeBackward {
+    Type type;
+    const float* d_unit;                   // [n, dim]
+    const void* unit;
+    const float* norm;
+    void* out;                             // [n, dim] of out_type
+    Type out_type;
+    int64_t dim;
+};
+
+struct Stages {
+    const char* name;
+    void (*normalize)(const Normalize&, int64_t begin, int64_t end);
+    void (*attend)(const Attend&, int64_t begin, int64_t end);
+    void (*attend_backward)(const Attend&, int64_t begin, int64_t end);
+    void (*contrast)(const Contrast&, int64_t begin, int64_t end);
+    void (*normalize_backward)(const NormalizeBackward&, int64_t begin, int64_t end);
+};
+
+const Stages& portable_stages();
+#ifdef COURIER_X86
+const Stages& avx2_stages();
+const Stages& avx512_stages();
+#endif
+
+}  // namespace courier

@@ -1,0 +1,355 @@
+// Body of every variant: included once per instruction set, compiled with that set's flags. Vectors are the
+// compiler's own (16 floats), so one text serves AVX-512, AVX2, NEON and anything else.
+//
+// No templates of the standard library here: the linker keeps one copy of each, and it might be the AVX-512 one.
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#include "stages.h"
+
+namespace courier {
+namespace {
+
+constexpr int64_t W = 16;
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kNormEps = 1e-12f;
+
+template <class X>
+inline X larger(X a, X b) {
+    return b > a ? b : a;
+}
+template <class X>
+inline X smaller(X a, X b) {
+    return b < a ? b : a;
+}
+
+// Floats of a call, given back at its end.
+struct Scratch {
+    float* data = nullptr;
+    int64_t size = 0;
+    float* get(int64_t n) {
+        if (n > size) {
+            std::free(data);
+            data = static_cast<float*>(std::malloc(sizeof(float) * n));
+            if (!data) std::abort();
+            size = n;
+        }
+        return data;
+    }
+    ~Scratch() { std::free(data); }
+};
+
+inline vf splat(float x) { return vf{} + x; }
+
+// bfloat16 <-> float32
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+    uint32_t u = uint32_t(x.bits) << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+inline bf16 round_bf16(float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    if (x != x) return {uint16_t((u >> 16) | 0x40)};
+    return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+}
+inline void narrow(float x, float* out) { *out = x; }
+inline void narrow(float x, bf16* out) { *out = round_bf16(x); }
+
+inline vf load(const float* p) {
+    vf x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+}
+inline vf load(const bf16* p) {
+    vh h;
+    std::memcpy(&h, p, sizeof(h));
+    return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof(x)); }
+inline void store(bf16* p, vf x) {
+    vu u = (vu)x;
+    vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    vu nan = (u >> 16) | 0x40u;
+    vu bits = (vu)((x != x) ? (vi)nan : (vi)rounded);
+    vh h = __builtin_convertvector(bits, vh);
+    std::memcpy(p, &h, sizeof(h));
+}
+
+inline float lanes_sum(vf x) {
+    float s = 0;
+    for (int i = 0; i < W; ++i) s += x[i];
+    return s;
+}
+
+// exp to about one ulp: 2^n * polynomial(f), x = n ln2 + f. Below -87.3 it is 0; NaN stays NaN.
+inline vf exp_vector(vf x) {
+    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    vf lowest = splat(-87.3f);
+    vi underflow = x < lowest;
+    x = underflow ? lowest : x;
+    vi overflow = x > 88.7f;
+    x = overflow ? splat(88.0f) : x;
+    vf n = x * 1.44269504088896341f + magic;
+    vi exponent = (vi)n - (vi)magic;
+    n = n - magic;
+    vf f = x - n * 0.693359375f;
+    f = f - n * -2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * (f * f) + f + 1.0f;
+    vf y = (vf)((vi)p + (exponent << 23));
+    y = underflow ? vf{} : y;
+    return overflow ? splat(kInfinity) : y;
+}
+
+// Sums over `dim` numbers, sixteen at a time and the rest one by one.
+template <class A, class B>
+inline float dot(const A* a, const B* b, int64_t dim) {
+    vf acc = {}, acc2 = {};
+    int64_t d = 0;
+    for (; d + 2 * W <= dim; d += 2 * W) {
+        acc += load(a + d) * load(b + d);
+        acc2 += load(a + d + W) * load(b + d + W);
+    }
+    for (; d + W <= dim; d += W) acc += load(a + d) * load(b + d);
+    float s = lanes_sum(acc + acc2);
+    for (; d < dim; ++d) s += widen(a[d]) * widen(b[d]);
+    return s;
+}
+
+// y += c x
+template <class X>
+inline void add_scaled(float* y, float c, const X* x, int64_t dim) {
+    int64_t d = 0;
+    for (; d + W <= dim; d += W) store(y + d, load(y + d) + c * load(x + d));
+    for (; d < dim; ++d) y[d] += c * widen(x[d]);
+}
+
+// y = c x
+template <class X, class Y>
+inline void scaled(Y* y, float c, const X* x, int64_t dim) {
+    int64_t d = 0;
+    for (; d + W <= dim; d += W) store(y + d, c * load(x + d));
+    for (; d < dim; ++d) narrow(c * widen(x[d]), y + d);
+}
+
+// 1 / norm, 0 for a zero vector; NaN stays NaN.
+inline float unit_scale(float norm) { return norm <= kNormEps ? 0.0f : 1.0f / norm; }
+
+template <class T>
+void normalize_rows(const Normalize& a, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+        const T* x = static_cast<const T*>(a.source) + a.row[i] * a.dim;
+        float norm = sqrtf(dot(x, x, a.dim));
+        a.norm[i] = norm;
+        scaled(static_cast<T*>(a.unit) + i * a.dim, unit_scale(norm), x, a.dim);
+    }
+}
+
+template <class T>
+void attend_rows(const Attend& a, int64_t begin, int64_t end) {
+    const int64_t head_dim = a.dim / a.heads;
+    Scratch scratch;
+    float* r = scratch.get(a.dim);
+    for (int64_t i = begin; i < end; ++i) {
+        const T* q = static_cast<const T*>(a.q) + a.q_row[i] * a.dim;
+        const int64_t first = a.first[i], n = a.last[i] - first;
+        std::memset(r, 0, sizeof(float) * a.dim);
+        for (int64_t h = 0; h < a.heads; ++h) {
+            float* w = a.weights + a.weights_at[i] + h * n;
+            const int64_t at = h * head_dim;
+            float top = -kInfinity;
+            for (int64_t k = 0; k < n; ++k) {
+                const T* key = static_cast<const T*>(a.k) + a.k_row[first + k] * a.dim;
+                w[k] = a.scale * dot(q + at, key + at, head_dim);
+                top = larger(top, w[k]);
+            }
+            float total = 0;
+            for (int64_t k = 0; k < n; ++k) total += w[k] = expf(w[k] - top);
+            for (int64_t k = 0; k < n; ++k) {
+                w[k] /= total;
+                const T* value = static_cast<const T*>(a.v) + a.v_row[first + k] * a.dim;
+                add_scaled(r + at, w[k], value + at, head_dim);
+            }
+        }
+        T* out = static_cast<T*>(a.out) + i * a.dim;
+        if (a.raw) {
+            scaled(out, 1.0f, r, a.dim);
+            continue;
+        }
+        float norm = sqrtf(dot(r, r, a.dim));
+        a.norm[i] = norm;
+        scaled(out, unit_scale(norm), r, a.dim);
+        const T* e = static_cast<const T*>(a.e) + a.e_row[i] * a.dim;
+        float e_norm = sqrtf(dot(e, e, a.dim));
+        a.positive[i] = dot(r, e, a.dim) * unit_scale(norm) * unit_scale(e_norm);
+    }
+}
+
+// Rows of one page must all be in one range: they add to the same history rows.
+template <class T>
+void attend_backward_rows(const Attend& a, int64_t begin, int64_t end) {
+    const int64_t head_dim = a.dim / a.heads;
+    Scratch scratch;
+    for (int64_t i = begin; i < end; ++i) {
+        const T* q = static_cast<const T*>(a.q) + a.q_row[i] * a.dim;
+        const float* dr = a.d_r + i * a.dim;
+        const int64_t first = a.first[i], n = a.last[i] - first;
+        float* da = scratch.get(n);
+        for (int64_t h = 0; h < a.heads; ++h) {
+            const float* w = a.weights + a.weights_at[i] + h * n;
+            const int64_t at = h * head_dim;
+            float delta = 0;
+            for (int64_t k = 0; k < n; ++k) {
+                const T* value = static_cast<const T*>(a.v) + a.v_row[first + k] * a.dim;
+                da[k] = dot(dr + at, value + at, head_dim);
+                delta += w[k] * da[k];
+            }
+            for (int64_t k = 0; k < n; ++k) {
+                const int64_t at_k = (first + k) * a.dim + at;
+                const float ds = a.scale * w[k] * (da[k] - delta);
+                if (a.d_v) add_scaled(a.d_v + at_k, w[k], dr + at, head_dim);
+                if (a.d_k) add_scaled(a.d_k + at_k, ds, q + at, head_dim);
+                if (a.d_q) {
+                    const T* key = static_cast<const T*>(a.k) + a.k_row[first + k] * a.dim;
+                    add_scaled(a.d_q + i * a.dim + at, ds, key + at, head_dim);
+                }
+            }
+        }
+    }
+}
+
+// One row: the largest score, then the probabilities and their sum. BIAS and RANK are compile-time, so that the plain loop
+// is one multiply-add and one exp a number.
+template <class T, bool BIAS>
+float row_maximum(const Contrast& a, const T* s) {
+    vf top = splat(-kInfinity);
+    float rest = -kInfinity;
+    int64_t j = 0;
+    for (; j + W <= a.columns; j += W) {
+        vf t = load(s + j) * a.inverse_tau;
+        if (BIAS) t += load(a.bias + j);
+        top = t > top ? t : top;
+    }
+    for (; j < a.columns; ++j) rest = larger(rest, widen(s[j]) * a.inverse_tau + (BIAS ? a.bias[j] : 0.0f));
+    for (int l = 0; l < W; ++l) rest = larger(rest, top[l]);
+    return rest;
+}
+
+template <class T, bool BIAS>
+double row_probabilities(const Contrast& a, T* s, float top) {
+    constexpr int64_t kBlock = 64 * W;  // float32 sums over a block, float64 over blocks
+    double total = 0;
+    int64_t j = 0;
+    while (j + W <= a.columns) {
+        const int64_t stop = smaller(j + kBlock, a.columns - a.columns % W);
+        vf sum = {};
+        for (; j < stop; j += W) {
+            vf t = load(s + j) * a.inverse_tau;
+            if (BIAS) t += load(a.bias + j);
+            vf p = exp_vector(t - top);
+            sum += p;
+            store(s + j, p);
+        }
+        total += lanes_sum(sum);
+    }
+    if (j < a.columns) {
+        vf t = splat(-kInfinity);
+        for (int64_t l = 0; j + l < a.columns; ++l) t[l] = widen(s[j + l]) * a.inverse_tau + (BIAS ? a.bias[j + l] : 0.0f);
+        vf p = exp_vector(t - top);
+        for (int64_t l = 0; j + l < a.columns; ++l) {
+            narrow(p[l], s + j + l);
+            total += p[l];
+        }
+    }
+    return total;
+}
+
+template <class T>
+int64_t row_rank(const Contrast& a, const T* s, float positive) {
+    // Compared as the product gave them, scores of equal items are equal and not above each other.
+    double above = 0;
+    for (int64_t j = 0; j < a.columns; ++j) {
+        float t = widen(s[j]) * a.inverse_tau + (a.rank_bias ? a.rank_bias[j] : 0.0f);
+        above += t > positive ? (a.count ? a.count[j] : 1.0f) : 0.0f;
+    }
+    return int64_t(above);
+}
+
+template <class T>
+void contrast_rows(const Contrast& a, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+        T* s = static_cast<T*>(a.scores) + i * a.stride;
+        float positive = 0;
+        if (a.positive) {
+            const int64_t j = a.positive[i];
+            positive = widen(s[j]) * a.inverse_tau + (a.rank_bias ? a.rank_bias[j] : 0.0f);
+        }
+        for (int64_t x = a.excluded_at[i]; x < a.excluded_at[i + 1]; ++x) narrow(-kInfinity, s + a.excluded[x]);
+        if (a.range_first)
+            for (int64_t j = a.range_first[i]; j < a.range_last[i]; ++j) narrow(-kInfinity, s + j);
+        if (a.positive) a.above[i] = row_rank(a, s, positive);
+        float top = a.fixed_top;
+        if (!a.use_fixed_top) {
+            top = a.bias ? row_maximum<T, true>(a, s) : row_maximum<T, false>(a, s);
+            if (top == -kInfinity) top = 0;  // no candidate
+        }
+        a.top[i] = top;
+        a.total[i] = float(a.bias ? row_probabilities<T, true>(a, s, top) : row_probabilities<T, false>(a, s, top));
+    }
+}
+
+template <class T, class O>
+void normalize_backward_rows(const NormalizeBackward& a, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+        const float* g = a.d_unit + i * a.dim;
+        const T* u = static_cast<const T*>(a.unit) + i * a.dim;
+        O* out = static_cast<O*>(a.out) + i * a.dim;
+        const float along = dot(g, u, a.dim), c = unit_scale(a.norm[i]);
+        int64_t d = 0;
+        for (; d + W <= a.dim; d += W) store(out + d, c * (load(g + d) - along * load(u + d)));
+        for (; d < a.dim; ++d) narrow(c * (g[d] - along * widen(u[d])), out + d);
+    }
+}
+
+void normalize(const Normalize& a, int64_t begin, int64_t end) {
+    a.type == Type::f32 ? normalize_rows<float>(a, begin, end) : normalize_rows<bf16>(a, begin, end);
+}
+void attend(const Attend& a, int64_t begin, int64_t end) {
+    a.type == Type::f32 ? attend_rows<float>(a, begin, end) : attend_rows<bf16>(a, begin, end);
+}
+void attend_backward(const Attend& a, int64_t begin, int64_t end) {
+    a.type == Type::f32 ? attend_backward_rows<float>(a, begin, end) : attend_backward_rows<bf16>(a, begin, end);
+}
+void contrast(const Contrast& a, int64_t begin, int64_t end) {
+    a.type == Type::f32 ? contrast_rows<float>(a, begin, end) : contrast_rows<bf16>(a, begin, end);
+}
+void normalize_backward(const NormalizeBackward& a, int64_t begin, int64_t end) {
+    if (a.type == Type::f32) return normalize_backward_rows<float, float>(a, begin, end);
+    a.out_type == Type::f32 ? normalize_backward_rows<bf16, float>(a, begin, end)
+                            : normalize_backward_rows<bf16, bf16>(a, begin, end);
+}
+
+constexpr Stages make_stages(const char* name) {
+    return {name, normalize, attend, attend_backward, contrast, normalize_backward};
+}
+
+}  // namespace
+}  // namespace courier

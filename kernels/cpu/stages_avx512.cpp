@@ -1,0 +1,8 @@
+#include "stages.inl.h"
+
+namespace courier {
+const Stages& avx512_stages() {
+    static const Stages stages = make_stages("avx512");
+    return stages;
+}
+}  // namespace courier

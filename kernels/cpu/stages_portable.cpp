@@ -1,0 +1,8 @@
+#include "stages.inl.h"
+
+namespace courier {
+const Stages& portable_stages() {
+    static const Stages stages = make_stages("portable");
+    return stages;
+}
+}  // namespace courier
