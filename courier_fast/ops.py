@@ -23,6 +23,9 @@ IMPLEMENTATIONS = {
     "xformers": "courier_fast.kernels.xformers_attention",
 }
 
+# Embeddings an implementation takes at most; none: any.
+LARGEST_DIM = {"triton": 1024, "xformers": 1024}
+
 
 def _module(impl: str) -> ModuleType:
     return importlib.import_module(IMPLEMENTATIONS[impl])
@@ -30,6 +33,34 @@ def _module(impl: str) -> ModuleType:
 
 def unavailable_reasons(impl: str, p: Problem | SequenceProblem) -> list[str]:
     """Every reason why `impl` cannot run `p` here; empty if it can."""
+    if not torch.compiler.is_compiling():
+        return _reasons(impl, p)
+    # Imports and device queries cannot be traced: ask them once, about an empty problem of this kind.
+    source = p.pv if isinstance(p, Problem) else p.history
+    reasons = _reasons_while_tracing(
+        impl, isinstance(p, Problem), str(source.device), source.dtype, getattr(p, "num_heads", 1)
+    )
+    limit = LARGEST_DIM.get(impl)
+    if limit is not None and source.shape[1] > limit:
+        reasons = [*reasons, f"the embedding dimension is above {limit}"]
+    return reasons
+
+
+@torch.compiler.assume_constant_result
+def _reasons_while_tracing(
+    impl: str, is_loss: bool, device: str, dtype: torch.dtype, heads: int
+) -> list[str]:
+    kind = Problem if is_loss else SequenceProblem
+    rows = torch.empty(0, 64 * heads, dtype=dtype, device=device)
+    offsets = torch.zeros(1, dtype=torch.int64, device=device)
+    values: dict[str, Any] = dict.fromkeys((f.name for f in fields(kind)), None)
+    values |= {"history": rows, "history_offsets": offsets, "tau": 1.0}
+    if is_loss:
+        values |= {"pv": rows, "pv_offsets": offsets, "attention_scale": 1.0, "num_heads": heads}
+    return _reasons(impl, kind(**values))
+
+
+def _reasons(impl: str, p: Problem | SequenceProblem) -> list[str]:
     try:
         module = _module(impl)
     except ImportError as error:
