@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 import courier_fast
 
@@ -68,7 +68,9 @@ def _unit_rows(batch: Batch, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     scores = (q @ c.mT).to(_logit_type(e)) * e.shape[1] ** -0.5
     a = scores.masked_fill(~present[:, None, :], -torch.inf).softmax(-1)
     r = (a.to(c.dtype) @ c).view_as(e)
-    return F.normalize(r if rows is None else r[rows], dim=-1), F.normalize(e, dim=-1)
+    return functional.normalize(r if rows is None else r[rows], dim=-1), functional.normalize(
+        e, dim=-1
+    )
 
 
 def eager_logits(batch: Batch, rows: Tensor | None) -> Tensor:
@@ -93,7 +95,7 @@ def eager_logits(batch: Batch, rows: Tensor | None) -> Tensor:
         if ids is not None:
             other = other & (ids[anchor][:, None] != ids)
         s = s.masked_fill(~(itself | other), -torch.inf)
-    loss = F.cross_entropy(s, anchor, reduction="none")
+    loss = functional.cross_entropy(s, anchor, reduction="none")
     if rows is not None:
         return loss.mean()
     return torch.where(batch.clicked, loss, 0).sum() / batch.clicked.sum()
@@ -102,7 +104,7 @@ def eager_logits(batch: Batch, rows: Tensor | None) -> Tensor:
 def _linear_cross_entropy(batch: Batch, **options: Any) -> Tensor:
     rows = batch.clicked.nonzero().squeeze(1)
     r, e = _unit_rows(batch, rows)
-    function: Any = vars(F)["linear_cross_entropy"]  # older torch has none
+    function: Any = vars(functional)["linear_cross_entropy"]  # older torch has none
     return function(r / batch.options.tau, e, rows, **options)
 
 
@@ -131,7 +133,7 @@ def make(name: str, batch: Batch) -> Candidate | str:
         if name == "compile":
             return Candidate(name, lambda b: compiled(b, None), full=True)
         return Candidate(name, lambda b: compiled(b, b.clicked.nonzero().squeeze(1)))
-    if not hasattr(F, "linear_cross_entropy"):
+    if not hasattr(functional, "linear_cross_entropy"):
         return "this torch has no linear_cross_entropy"
     plain = options.negatives == "batch" and not options.log_q
     if not plain or batch.item_ids is not None or batch.embeddings is not None:

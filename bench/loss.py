@@ -102,7 +102,7 @@ def first_run(candidate: Candidate, batch: Batch) -> str | None:
     try:
         for _ in range(3 if batch.clicked.is_cuda else 1):
             loss_and_gradients(candidate.loss, batch)
-    except Exception as error:  # noqa: BLE001  the other candidates are still worth measuring
+    except Exception as error:  # the other candidates are still worth measuring
         if candidate.name == "reference":
             raise
         return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
@@ -212,7 +212,8 @@ def report(rows: list[Row], about: dict[str, Any], args: argparse.Namespace) -> 
         if row.left_out is not None:
             lines.append(f"{row.name:<19}left out: {row.left_out}")
             continue
-        assert row.times is not None and row.errors is not None
+        assert row.times is not None
+        assert row.errors is not None
         times = "".join(f"{t * 1e3:>10.3f}" for t in row.times)
         memory = "-" if row.memory is None else f"{row.memory / measure.MIB:.0f}"
         each = ", ".join(f"{e.tensor} {e.error:.1e}" for e in row.errors if e.norm == "l2")

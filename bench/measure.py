@@ -37,7 +37,8 @@ def run_time(work: Callable[[], object], device: torch.device) -> float:
     work()
     last.record()
     last.synchronize()
-    return first.elapsed_time(last) / 1e3
+    milliseconds: float = first.elapsed_time(last)
+    return milliseconds / 1e3
 
 
 def interleaved_times(
@@ -107,31 +108,27 @@ def peak_memory(name: str, loss: Loss, shape: Shape, batch: Batch) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before: int = torch.cuda.memory_allocated()
         loss_and_gradients(loss, batch)
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        peak: int = torch.cuda.max_memory_allocated()
+        return peak - before
     dtype = next(iter(batch.inputs.values())).dtype
-    context = multiprocessing.get_context(
-        "spawn"
-    )  # a fork would inherit thread pools that do not run
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(
-            _child, name, shape, batch.options, dtype, torch.get_num_threads()
-        ).result()
+    # Spawned: a fork would inherit thread pools that do not run.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        threads = torch.get_num_threads()
+        return pool.submit(_child, name, shape, batch.options, dtype, threads).result()
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated."""
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return torch.cuda.mem_get_info()[0] + cached
+        free: int = torch.cuda.mem_get_info()[0]
+        unused: int = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return free + unused
     try:
-        text = Path("/proc/meminfo").read_text()
-        return (
-            next(int(x.split()[1]) for x in text.splitlines() if x.startswith("MemAvailable"))
-            * 1024
-        )
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 8 * 2**30
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from courier_fast import ReconstructionLoss
 
@@ -18,10 +18,12 @@ def eager_loss(pv: Tensor, history: Tensor, clicked: Tensor, history_mask: Tenso
     """What is replaced: attention over the history, and a softmax over all items of the batch."""
     scores = pv @ history.mT / pv.shape[-1] ** 0.5  # [B, P, H]
     weights = scores.masked_fill(~history_mask[:, None], -torch.inf).softmax(-1)
-    r = F.normalize(weights @ history, dim=-1).flatten(0, 1)  # [N, D]
-    e = F.normalize(pv, dim=-1).flatten(0, 1)  # [N, D]
+    r = functional.normalize(weights @ history, dim=-1).flatten(0, 1)  # [N, D]
+    e = functional.normalize(pv, dim=-1).flatten(0, 1)  # [N, D]
     logits = r @ e.T / TAU  # [N, N]
-    return F.cross_entropy(logits, torch.arange(len(e)), reduction="none")[clicked.flatten()].mean()
+    return functional.cross_entropy(logits, torch.arange(len(e)), reduction="none")[
+        clicked.flatten()
+    ].mean()
 
 
 def main() -> None:

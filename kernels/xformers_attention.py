@@ -62,7 +62,7 @@ def _xformers_reasons(x: Tensor, heads: int) -> list[str]:
         if (error.name or "").split(".")[0] == "xformers":
             return ['xformers is not installed: pip install "courier-fast[xformers]"']
         return [f"xformers cannot be imported: {error}"]
-    except Exception as error:  # noqa: BLE001  a wheel built for another torch fails in many ways
+    except Exception as error:  # a wheel built for another torch fails in many ways
         return [f"xformers cannot be imported: {type(error).__name__}: {error}"]
     refusal = None
     if x.is_cuda:
@@ -275,7 +275,7 @@ def _add_attention_gradients(
 
 
 def _contrast_forward(p: Problem, needs: Sequence[bool], stats: bool, r: Tensor) -> tuple[Any, ...]:
-    return _pipeline()._forward(p, needs, stats, r)
+    return _pipeline().forward(p, needs, stats, r)
 
 
 def _contrast_backward(
@@ -283,7 +283,7 @@ def _contrast_backward(
 ) -> tuple[list[Tensor | None], Tensor]:
     """Gradients [6] without what flows through R, and dL/dR [N, D]."""
     own = [needs[0], False, False, False, False, needs[5]]
-    return _pipeline()._backward(p, own, saved, grad, True)
+    return _pipeline().backward(p, own, saved, grad, True)
 
 
 # ---- what ops.py calls ---------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 
 @triton.jit
-def product(x_ptr, y_ptr, out_ptr, steps, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def product(x_ptr, y_ptr, out_ptr, steps, BLOCK: tl.constexpr, WIDE: tl.constexpr):  # noqa: N803
     """x y^T, accumulated over `steps`; with WIDE = 512 there are too few registers for it."""
     row = tl.arange(0, BLOCK)[:, None]
     x = tl.load(x_ptr + row * BLOCK + tl.arange(0, BLOCK)[None, :])

@@ -31,7 +31,8 @@ def test_a_right_result_gets_a_speed_up(capsys: pytest.CaptureFixture[str]) -> N
     right = Candidate("right", lambda b: call(b, "reference"))
     assert loss.main([*FAST, "--impl", "reference"], [right]) == 0
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("right"))
-    assert line.rstrip().endswith("x]") and "REFUSED" not in line
+    assert line.rstrip().endswith("x]")
+    assert "REFUSED" not in line
 
 
 def test_a_wrong_result_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -42,7 +43,9 @@ def test_a_wrong_result_is_refused(capsys: pytest.CaptureFixture[str], tmp_path:
     captured = capsys.readouterr()
     line = next(x for x in captured.out.splitlines() if x.startswith("wrong"))
     assert code == 1
-    assert "REFUSED" in line and "x its budget" in line and not line.rstrip().endswith("x]")
+    assert "REFUSED" in line
+    assert "x its budget" in line
+    assert not line.rstrip().endswith("x]")
     assert "over the error budget: wrong" in captured.err
     failed = {e["tensor"] for r in json.loads(file.read_text())["results"] for e in r["failures"]}
     assert failed == {"loss", "pv", "history"}
@@ -100,7 +103,8 @@ def test_errors_are_measured_on_fewer_pages_where_the_reference_does_not_fit(
     assert loss.main([*FAST, "--impl", "reference"], [right]) == 0
     out = capsys.readouterr().out
     assert "left out: its logits take about" in out
-    assert "fewer pages (N = " in out and "the reference does not fit" in out
+    assert "fewer pages (N = " in out
+    assert "the reference does not fit" in out
     assert "[-]" in out, "a speed-up over what was not measured"
 
 
@@ -129,5 +133,6 @@ def test_command_line(tmp_path: Path) -> None:
     ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert "forward + backward" in run.stdout and "tiny on cpu" in run.stdout
+    assert "forward + backward" in run.stdout
+    assert "tiny on cpu" in run.stdout
     assert json.loads(file.read_text())["results"][0]["times"]

@@ -51,7 +51,8 @@ def compiled(which: str) -> dict[tuple[str, int], dict[str, Any]]:
 def test_detects_spills_and_wgmma() -> None:
     own = compiled("own")
     assert own["fits", 90]["error"] is None
-    assert own["fits", 90]["wgmma"] and own["fits", 90]["spilled"] == 0
+    assert own["fits", 90]["wgmma"]
+    assert own["fits", 90]["spilled"] == 0
     assert not own["fits", 80]["wgmma"]
     assert own["spills", 90]["spilled"] > 0
 

@@ -34,4 +34,5 @@ def test_first_example_of_the_readme() -> None:
     names: dict[str, Any] = {"encoder": encoder, **images}
     exec(compile(code[1], "README.md", "exec"), names)
     assert names["loss"] > 0
-    assert encoder.weight.grad is not None and encoder.weight.grad.any()
+    assert encoder.weight.grad is not None
+    assert encoder.weight.grad.any()

@@ -24,7 +24,8 @@ def block_mask(bias: Any) -> Tensor:
 
 def check(*tensors: Tensor) -> None:
     for x in tensors:
-        assert x.dim() == 4 and x.shape[0] == 1
+        assert x.dim() == 4
+        assert x.shape[0] == 1
         assert x.shape[-1] % 8 == 0, "xformers wants aligned rows"
         assert x.isfinite().all(), "padding reached xformers"
 
@@ -132,7 +133,9 @@ def make_problem(case: str, dtype: torch.dtype = torch.float32, dim: int = 12) -
         reduction="none",
     )
     if not table:
-        assert p.history is not None and p.pv_mask is not None and p.history_mask is not None
+        assert p.history is not None
+        assert p.pv_mask is not None
+        assert p.history_mask is not None
         p.pv[~p.pv_mask] = torch.nan
         p.pv[-2:] = torch.nan
         p.history[~p.history_mask] = torch.nan
@@ -193,7 +196,9 @@ def test_no_page_with_both_gives_zeros(stand_in: None) -> None:
     grads = xformers_attention.reconstruct_backward(
         p, [True, True, False, False, False], torch.ones_like(p.pv)
     )
-    assert not grads[0].any() and not grads[1].any()
+    for grad in grads[:2]:
+        assert grad is not None
+        assert not grad.any()
 
 
 @pytest.mark.parametrize("case", CASES)
