@@ -66,7 +66,7 @@ class Batch:
 
     @property
     def rows(self) -> int:
-        return self.pv.shape[0]
+        return len(self.pv)
 
     @property
     def anchors(self) -> int:
@@ -81,7 +81,8 @@ class Batch:
 
     @property
     def dim(self) -> int:
-        return next(iter(self.inputs.values())).shape[1]
+        dim: int = next(iter(self.inputs.values())).shape[1]
+        return dim
 
     def to(self, dtype: torch.dtype) -> Batch:
         """The same values in another type, as fresh leaves."""
