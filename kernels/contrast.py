@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .reconstruct import attend_tile, list_tile, store_unit_rows
-from .tl_common import LN2, LOG2E, score_scale, rank_before, splits_of
+from .tl_common import LN2, LOG2E, rank_before, score_scale, splits_of
 
 # Which candidates a row has, its positive always apart (`candidate_mask`).
 MASK_BATCH = tl.constexpr(0)

@@ -1,0 +1,310 @@
+"""impl="triton": the click-sequence loss. Every history item is a row and a column of the same contrast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import click_sequence, configs, contrast, epilogue, plan
+from .passes import lowered, run_chunks, run_contrast
+from .stages import mark_history, occurrences, prefix_sums, sum_occurrences
+from .state import (
+    HALF_LIFT,
+    Pass,
+    Rows,
+    SequenceShape,
+    Transposed,
+    cdiv,
+    empty_tensors,
+    needs_running_maximum,
+    sequence_is_empty,
+    sequence_shape,
+    sequence_spec,
+    temperature_argument,
+)
+
+if TYPE_CHECKING:
+    from courier_fast.problem import SequenceProblem
+
+
+def sequence_saved_spec(
+    p: SequenceProblem, needs: Sequence[bool]
+) -> list[tuple[tuple[Any, ...], torch.dtype]]:
+    """As `saved_spec`."""
+    return list(sequence_spec(p).values()) if any(needs) and not sequence_is_empty(p) else []
+
+
+def _sequence_rows(s: SequenceShape, t: dict[str, Tensor]) -> Rows:
+    ids = t["row_id"] if s.mask == 4 else t["row_list"]
+    return Rows(t["c"], t["rank"][-1:], t["row_list"], t["row_page"], ids, None, t["rank"])
+
+
+def _page_mean(
+    p: SequenceProblem,
+    s: SequenceShape,
+    t: dict[str, Tensor],
+    factor: Tensor | None,
+    cosine: Tensor,
+) -> Tensor:
+    out = torch.empty(s.rows, s.stride, dtype=torch.float32, device=cosine.device)
+    rows = _sequence_rows(s, t)
+    click_sequence.page_mean[(cdiv(s.rows, s.attention.block_m),)](
+        t["c"],
+        rows.ids,
+        rows.page,
+        rows.count,
+        p.history_offsets,
+        t["rank"],
+        factor if factor is not None else cosine,
+        out,
+        t["number"],
+        cosine,
+        STRIDE=s.stride,
+        HAS_ID=s.mask == 4,
+        TRANSPOSED=factor is not None,
+        BLOCK_M=s.attention.block_m,
+        BLOCK_H=s.attention.block_n,
+        BLOCK_D=configs.next_power_of_2(s.stride),
+        PRECISION=s.precision,
+        num_warps=s.attention.num_warps,
+        num_stages=1,
+    )
+    return out
+
+
+def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor]]:
+    """(loss, saved) of the click-sequence loss."""
+    device = p.history.device
+    per_item = p.reduction == "none"
+    if sequence_is_empty(p):
+        return torch.zeros(
+            (p.num_history,) if per_item else (), dtype=torch.float32, device=device
+        ), []
+    s = sequence_shape(p)
+    t = empty_tensors(sequence_spec(p), device)
+    tau, tau_is_tensor = temperature_argument(p)
+    live = torch.empty_like(t["history_page"])
+    mark_history(p, t["history_page"], live)
+    prefix_sums(live, t["rank"])
+    ids = p.ids
+    plan.compact[(cdiv(s.rows, configs.BLOCK_PLAN),)](
+        t["rank"],
+        live,
+        t["history_page"],
+        ids if ids is not None else live,
+        live,
+        t["row_list"],
+        t["row_page"],
+        t["row_id"],
+        live,
+        s.rows,
+        HAS_ID=ids is not None,
+        HAS_LOG_Q=False,
+        BLOCK=configs.BLOCK_PLAN,
+    )
+    rows = _sequence_rows(s, t)
+    epilogue.normalize_rows[(cdiv(s.rows, s.small.block_m),)](
+        p.history,
+        p.history_index if p.history_index is not None else rows.list,
+        rows.list,
+        rows.count,
+        t["c"],
+        D=s.dim,
+        STRIDE=s.stride,
+        HAS_INDEX=p.history_index is not None,
+        BLOCK_M=s.small.block_m,
+        BLOCK_D=s.block_d,
+        num_warps=s.small.num_warps,
+    )
+    cosine = torch.empty(s.rows, dtype=torch.float32, device=device)
+    _page_mean(p, s, t, None, cosine)
+    out = Pass(
+        t["pass_acc"],
+        t["pass_top"],
+        torch.empty(s.flat(s.rows, device), dtype=torch.float32, device=device),
+        live,
+        s.slots(s.rows, device),
+    )
+    options = {
+        "mask": s.mask,
+        "tau": tau,
+        "tau_is_tensor": tau_is_tensor,
+        "online": needs_running_maximum(p, p.history.dtype, False),
+        "need_values": any(needs),
+    }
+
+    def finish(first_row: int, number: int) -> None:
+        contrast.finish_rows[(cdiv(number, 256),)](
+            out.top,
+            out.total,
+            live,
+            rows.count,
+            rows.count,
+            cosine,
+            rows.list,
+            cosine,
+            cosine,
+            t["pass_lse"],
+            t["pass_miss"],
+            cosine,
+            cosine,
+            live,
+            out.slots,
+            first_row,
+            first_row + number,
+            tau,
+            TAU_IS_TENSOR=tau_is_tensor,
+            HAS_LOG_Q=False,
+            HAS_POSITIVE=False,
+            STATS=False,
+            BLOCK_M=s.tile.block_m,
+            BLOCK_N=s.tile.block_n,
+            BLOCK=256,
+        )
+
+    if s.chunked:
+        run_chunks(s, rows, rows, out, t["pass_lse"], finish, None, p.workspace, **options)
+    else:
+        run_contrast(
+            s,
+            rows,
+            rows,
+            out=out,
+            page_offsets=p.history_offsets,
+            fixed_shift=not options["online"],
+            **options,
+        )
+        finish(0, s.rows)
+    loss = torch.zeros((s.rows,) if per_item else (), dtype=torch.float32, device=device)
+    click_sequence.sequence_losses[(1,)](
+        t["pass_lse"],
+        cosine,
+        t["number"],
+        rows.list,
+        rows.count,
+        cosine if per_item else loss,
+        t["anchors"],
+        loss,
+        tau,
+        TAU_IS_TENSOR=tau_is_tensor,
+        MEAN=p.reduction == "mean",
+        ITEMS=per_item,
+        BLOCK=1024,
+    )
+    return loss, list(t.values()) if any(needs) else []
+
+
+def sequence_backward(
+    p: SequenceProblem, needs: Sequence[bool], saved: Sequence[Tensor], grad: Tensor
+) -> list[Tensor | None]:
+    """Gradients of (history or the table, temperature)."""
+    device = p.history.device
+    if sequence_is_empty(p):
+        return [
+            torch.zeros_like(p.history) if needs[0] else None,
+            torch.zeros_like(p.temperature) if needs[1] and p.temperature is not None else None,
+        ]
+    s = sequence_shape(p)
+    t = dict(zip(sequence_spec(p), saved, strict=True))
+    # `page_mean` counts the positives again: not into what was saved.
+    scratch = t | {"number": torch.empty_like(t["number"])}
+    tau, tau_is_tensor = temperature_argument(p)
+    half = p.history.dtype == torch.float16
+    rows = _sequence_rows(s, t)
+    g, offset, factor, cosine = (
+        torch.empty(s.rows, dtype=torch.float32, device=device) for _ in range(4)
+    )
+    click_sequence.sequence_row_gradients[(cdiv(s.rows, 256),)](
+        grad,
+        grad.stride(0) if grad.dim() else 0,
+        t["anchors"],
+        t["number"],
+        t["pass_lse"],
+        rows.list,
+        rows.count,
+        g,
+        offset,
+        factor,
+        s.rows,
+        HALF_LIFT if half else 0.0,
+        PER_ROW=p.reduction == "none",
+        BLOCK=256,
+    )
+    scale, lower = lowered(g) if half else (g, None)
+    slots = s.slots(s.rows, device)
+    acc = torch.empty(s.flat(s.rows, device), s.stride, dtype=torch.float32, device=device)
+    options = {"mask": s.mask, "tau": tau, "tau_is_tensor": tau_is_tensor}
+    if s.chunked:
+        run_chunks(
+            s,
+            rows,
+            rows,
+            None,
+            t["pass_lse"],
+            None,
+            Transposed(scale, acc),
+            p.workspace,
+            **options,
+        )
+    else:
+        run_contrast(
+            s,
+            rows,
+            rows,
+            out=Pass(acc, g, g, g, slots),
+            page_offsets=p.history_offsets,
+            y_offset=offset,
+            y_scale=scale,
+            need_sum=False,
+            **options,
+        )
+    mean = _page_mean(p, s, scratch, None, cosine)
+    pulled = _page_mean(p, s, scratch, factor, cosine)
+    table = p.history_index is not None
+    d_rows = torch.zeros(
+        s.rows, s.dim, dtype=torch.float32 if table else p.history.dtype, device=device
+    )
+    programs = cdiv(s.rows, s.small.block_m)
+    tau_parts = torch.empty(programs, dtype=torch.float32, device=device)
+    tiles = {"TILE_M": s.tile.block_m, "TILE_N": s.tile.block_n}
+    tiles |= {"TRANSPOSED_M": s.tile.block_m, "TRANSPOSED_N": s.tile.block_n}
+    click_sequence.sequence_gradient[(programs,)](
+        rows.list,
+        rows.count,
+        p.history,
+        p.history_index if p.history_index is not None else rows.list,
+        g,
+        t["pass_lse"],
+        mean,
+        pulled,
+        t["pass_acc"],
+        t["pass_top"],
+        acc,
+        lower if lower is not None else g,
+        d_rows,
+        tau_parts,
+        slots,
+        tau,
+        TAU_IS_TENSOR=tau_is_tensor,
+        HAS_INDEX=table,
+        HAS_FACTOR=lower is not None,
+        D=s.dim,
+        STRIDE=s.stride,
+        **tiles,
+        BLOCK_M=s.small.block_m,
+        BLOCK_D=s.block_d,
+        num_warps=s.small.num_warps,
+    )
+    d_temperature = None
+    if needs[1]:
+        assert p.temperature is not None
+        d_temperature = -tau_parts.sum() / p.temperature
+    if not needs[0]:
+        return [None, d_temperature]
+    if not table:
+        return [d_rows, d_temperature]
+    order, starts = occurrences(s.items, [(p.history_index, t["history_page"])])
+    return [sum_occurrences(p.history, s, order, starts, None, d_rows, 0), d_temperature]

@@ -1,0 +1,396 @@
+"""Launches of what stands around the contrast: bookkeeping, attention, normalisation, gradients of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import configs, epilogue, plan, reconstruct
+from .state import Rows, Shape, cdiv
+
+if TYPE_CHECKING:
+    from courier_fast.problem import Problem, SequenceProblem
+
+
+def prefix_sums(flags: Tensor, out: Tensor) -> Tensor:
+    return torch.cumsum(flags, -1, dtype=torch.int32, out=out)
+
+
+def _steps(pages: int) -> int:
+    return (pages + 1).bit_length()
+
+
+def mark_history(p: Problem | SequenceProblem, page: Tensor, live: Tensor | None) -> None:
+    rows = page.shape[0]
+    pages = p.history_offsets.shape[0] - 1
+    plan.history_pages[(cdiv(rows, configs.BLOCK_PLAN),)](
+        p.history_offsets,
+        p.history_mask if p.history_mask is not None else page,
+        page,
+        live if live is not None else page,
+        rows,
+        pages,
+        _steps(pages),
+        HAS_MASK=p.history_mask is not None,
+        WANT_LIVE=live is not None,
+        BLOCK=configs.BLOCK_PLAN,
+    )
+
+
+def make_plan(p: Problem, s: Shape, t: dict[str, Tensor], clicked: Tensor | None) -> None:
+    """Pages, flags, prefix sums and compacted lists; the counts stay on the device."""
+    live = None
+    if p.history_mask is not None:
+        live = torch.empty_like(t["history_page"])
+    mark_history(p, t["history_page"], live)
+    if live is not None:
+        live = torch.cumsum(live, 0, dtype=torch.int32)
+    dummy = t["flags"]
+    merged = "item_count" in t
+    if merged:
+        t["item_count"].zero_()
+    grid = (cdiv(s.rows, configs.BLOCK_PLAN),)
+    plan.pv_flags[grid](
+        p.pv_offsets,
+        p.pv_mask if p.pv_mask is not None else dummy,
+        clicked if clicked is not None else dummy,
+        p.weights if p.weights is not None else dummy,
+        p.history_offsets,
+        live if live is not None else dummy,
+        p.pv_index if p.pv_index is not None else dummy,
+        t["pv_page"],
+        t["flags"],
+        t["item_count"] if merged else dummy,
+        s.rows,
+        s.pages,
+        _steps(s.pages),
+        HAS_MASK=p.pv_mask is not None,
+        HAS_WEIGHTS=p.weights is not None,
+        HAS_CLICKED=clicked is not None,
+        HAS_HISTORY_MASK=live is not None,
+        EVERY_RECONSTRUCTION=s.every,
+        COUNT_ITEMS=merged,
+        BLOCK=configs.BLOCK_PLAN,
+    )
+    prefix_sums(t["flags"], t["ranks"])
+    t["counts"].copy_(t["ranks"][:, -1])
+    ids = p.item_ids if p.item_ids is not None else p.pv_index
+    for flag, name in enumerate(("anchor", "reconstructed", "column")):
+        if f"{name}_list" not in t or (name == "column" and merged):
+            continue
+        bias = t.get(f"{name}_bias")
+        plan.compact[grid](
+            t["ranks"][flag],
+            t["flags"][flag],
+            t["pv_page"],
+            ids if ids is not None else dummy,
+            p.log_q if bias is not None else dummy,
+            t[f"{name}_list"],
+            t[f"{name}_page"],
+            t[f"{name}_id"],
+            bias if bias is not None else dummy,
+            s.rows,
+            HAS_ID=ids is not None,
+            HAS_LOG_Q=bias is not None,
+            BLOCK=configs.BLOCK_PLAN,
+        )
+    if merged:
+        present = (t["item_count"] > 0).to(torch.int32)
+        prefix_sums(present, t["item_rank"])
+        t["counts"][2:3].copy_(t["item_rank"][-1:])
+        plan.compact_items[(cdiv(s.items, configs.BLOCK_PLAN),)](
+            t["item_rank"],
+            t["item_count"],
+            t["column_list"],
+            t["column_bias"],
+            s.items,
+            BLOCK=configs.BLOCK_PLAN,
+        )
+
+
+def sides(p: Problem, s: Shape, t: dict[str, Tensor], direction: str) -> tuple[Rows, Rows]:
+    """(anchors, candidates) of a direction."""
+    has_ids = p.item_ids is not None or p.pv_index is not None
+
+    def side(unit: str, name: str, flag: int) -> Rows:
+        return Rows(
+            t[unit],
+            t["counts"][flag : flag + 1],
+            t[f"{name}_list"],
+            t[f"{name}_page"],
+            # Without ids an item is itself alone; a merged column's list holds item numbers, which are the ids.
+            t[f"{name}_id"]
+            if has_ids and not (name == "column" and s.merged)
+            else t[f"{name}_list"],
+            t.get(f"{name}_bias"),
+            t["ranks"][flag],
+        )
+
+    if direction == "reconstruct":
+        return side("r_anchor" if s.both_lists else "r", "anchor", 0), side("e", "column", 2)
+    return side("e_anchor", "anchor", 0), side("r", "reconstructed", 1)
+
+
+def attention_inputs(p: Problem) -> dict[str, Any]:
+    """q, k, v and the index each is read through."""
+    history = p.pv if p.history is None else p.history
+    inputs: dict[str, Any] = {}
+    for name, given, default, index in (
+        ("q", p.query, p.pv, p.pv_index),
+        ("k", p.key, history, p.history_index),
+        ("v", p.value, history, p.history_index),
+    ):
+        indexed = given is None and index is not None
+        inputs[f"{name}_ptr"] = default if given is None else given
+        inputs[f"{name}_index_ptr"] = index if indexed else p.history_offsets
+        inputs[f"HAS_{name.upper()}_INDEX"] = indexed
+    return inputs
+
+
+def e_inputs(p: Problem) -> dict[str, Any]:
+    return {
+        "e_ptr": p.pv,
+        "e_index_ptr": p.pv_index if p.pv_index is not None else p.pv_offsets,
+        "HAS_E_INDEX": p.pv_index is not None,
+    }
+
+
+def reconstructed(s: Shape, t: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """List, pages and count of the rows that have an R."""
+    name, flag = ("reconstructed", 1) if s.both_lists else ("anchor", 0)
+    return t[f"{name}_list"], t[f"{name}_page"], t["counts"][flag : flag + 1]
+
+
+def attend(
+    p: Problem, s: Shape, t: dict[str, Tensor], positive: Tensor, raw: Tensor | None
+) -> None:
+    rows, pages, count = reconstructed(s, t)
+    reconstruct.attend[(cdiv(s.rows, s.attention.block_m),)](
+        **attention_inputs(p),
+        **e_inputs(p),
+        history_offsets_ptr=p.history_offsets,
+        history_page_ptr=t["history_page"],
+        list_ptr=rows,
+        list_page_ptr=pages,
+        count_ptr=count,
+        attention_lse_ptr=t["attention_lse"],
+        unit_ptr=t["r"] if raw is None else raw,
+        norm_ptr=t["norm"],
+        positive_ptr=positive,
+        capacity=s.rows,
+        scale=p.attention_scale,
+        D=s.dim,
+        STRIDE=s.stride,
+        HEADS=p.num_heads,
+        RAW=raw is not None,
+        BLOCK_M=s.attention.block_m,
+        BLOCK_H=s.attention.block_n,
+        BLOCK_D=s.block_d,
+        BLOCK_C=configs.attention_part(s.block_d),
+        PRECISION=s.precision,
+        num_warps=s.attention.num_warps,
+        num_stages=s.attention.num_stages,
+    )
+
+
+def normalize(
+    p: Problem, s: Shape, unit: Tensor, rows: Tensor, count: Tensor, through_index: bool
+) -> None:
+    index = p.pv_index if through_index else None
+    epilogue.normalize_rows[(cdiv(unit.shape[0], s.small.block_m),)](
+        p.pv,
+        index if index is not None else rows,
+        rows,
+        count,
+        unit,
+        D=s.dim,
+        STRIDE=s.stride,
+        HAS_INDEX=index is not None,
+        BLOCK_M=s.small.block_m,
+        BLOCK_D=s.block_d,
+        num_warps=s.small.num_warps,
+    )
+
+
+def spread(
+    p: Problem,
+    s: Shape,
+    t: dict[str, Tensor],
+    out: Tensor,
+    dq: Tensor | None,
+    **contrast_inputs: Any,
+) -> Tensor:
+    """Rows of the batch [N, D] from the compacted dq; with the contrast's inputs, dL/dE and dq together."""
+    dummy = t["ranks"]
+    unused: dict[str, Any] = dict.fromkeys(
+        (
+            "anchor_count_ptr column_count_ptr reconstructed_count_ptr transposed_acc_ptr transposed_factor_ptr "
+            "identify_acc_ptr identify_top_ptr identify_lse_ptr forward_miss_ptr identify_miss_ptr g_ptr"
+        ).split(),
+        dummy,
+    )
+    unused |= {"transposed_slots": 1, "identify_slots": 1, "tau": 1.0, "TAU_IS_TENSOR": False}
+    flags = ("CONTRAST", "COLUMNS", "RECONSTRUCT", "IDENTIFY", "HAS_FACTOR")
+    unused |= dict.fromkeys(flags, False)
+    tile = s.tile
+    epilogue.pv_gradient[(cdiv(s.rows, s.small.block_m),)](
+        out_ptr=out,
+        rank_ptr=t["ranks"],
+        flag_ptr=t["flags"],
+        **e_inputs(p),
+        unit_ptr=t["r"],
+        dq_ptr=dq if dq is not None else dummy,
+        rows=s.rows,
+        **(unused | contrast_inputs),
+        D=s.dim,
+        STRIDE=s.stride,
+        DQ_STRIDE=dq.shape[1] if dq is not None else s.dim,
+        ADD_DQ=dq is not None,
+        TRANSPOSED_M=tile.block_m,
+        TRANSPOSED_N=tile.block_n,
+        IDENTIFY_M=tile.block_m,
+        IDENTIFY_N=tile.block_n,
+        BLOCK_M=s.small.block_m,
+        BLOCK_D=s.block_d,
+        num_warps=s.small.num_warps,
+    )
+    return out
+
+
+def attention_backward(
+    p: Problem, s: Shape, t: dict[str, Tensor], needs: Sequence[bool], dr: Tensor, delta: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dq of the listed rows, dk, dv); where key and value are both the history, dk is their sum and dv None."""
+    device, dtype = p.pv.device, p.pv.dtype
+    table = p.history is None
+    rows, pages, count = reconstructed(s, t)
+    shared = attention_inputs(p)
+    # float16 has too little range for gradients of a mean over many anchors: their products run in tf32.
+    dot_type = tl.float32 if dtype != torch.bfloat16 else tl.bfloat16
+    common = {
+        "capacity": s.rows,
+        "scale": p.attention_scale,
+        "D": s.dim,
+        "STRIDE": s.stride,
+        "HEADS": p.num_heads,
+        "DOT_TYPE": dot_type,
+        "BLOCK_M": s.backward.block_m,
+        "BLOCK_H": s.backward.block_n,
+        "BLOCK_D": s.block_d,
+        "BLOCK_C": configs.attention_part(s.block_d),
+        "PRECISION": s.precision,
+        "num_warps": s.backward.num_warps,
+        "num_stages": s.backward.num_stages,
+    }
+    dq = None
+    if needs[2] if p.query is not None else needs[0]:
+        # Occurrences of a table's items are summed: keep them in float32 until then.
+        dq_dtype = torch.float32 if table or p.query is None else dtype
+        dq = torch.empty(s.rows, s.dim, dtype=dq_dtype, device=device)
+        reconstruct.attend_dq[(cdiv(s.rows, s.backward.block_m),)](
+            **shared,
+            history_offsets_ptr=p.history_offsets,
+            history_page_ptr=t["history_page"],
+            list_ptr=rows,
+            list_page_ptr=pages,
+            count_ptr=count,
+            attention_lse_ptr=t["attention_lse"],
+            dr_ptr=dr,
+            delta_ptr=delta,
+            dq_ptr=dq,
+            **common,
+        )
+    history_need = needs[0] if table else needs[1]
+    want_key = needs[3] if p.key is not None else history_need
+    want_value = needs[4] if p.value is not None else history_need
+    if not want_key and not want_value:
+        return dq, None, None
+    together = p.key is None and p.value is None
+
+    def output(given: Tensor | None) -> Tensor:
+        kind = torch.float32 if table and given is None else dtype
+        return torch.empty(s.history_rows, s.dim, dtype=kind, device=device)
+
+    dk = output(p.key) if want_key else None
+    dv = output(p.value) if want_value and not together else None
+    anything = dk if dk is not None else dv
+    part = (
+        min(s.block_d, configs.LARGEST_REGISTER_DIM)
+        if common["BLOCK_C"] != s.block_d
+        else s.block_d
+    )
+    reconstruct.attend_dkv[(cdiv(s.history_rows, s.backward.block_n), cdiv(s.block_d, part))](
+        **shared,
+        pv_offsets_ptr=p.pv_offsets,
+        rank_ptr=t["ranks"][1 if s.both_lists else 0],
+        history_page_ptr=t["history_page"],
+        list_ptr=rows,
+        list_page_ptr=pages,
+        attention_lse_ptr=t["attention_lse"],
+        dr_ptr=dr,
+        delta_ptr=delta,
+        dk_ptr=dk if dk is not None else anything,
+        dv_ptr=dv if dv is not None else anything,
+        history_rows=s.history_rows,
+        WANT_DK=want_key,
+        WANT_DV=want_value,
+        SUM_KV=together,
+        BLOCK_O=part,
+        **common,
+    )
+    return dq, dk, dv
+
+
+def occurrences(items: int, rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Row numbers sorted by item, and where each item's begin [items + 1]; padding (page < 0) comes last."""
+    keys = torch.cat([torch.where(page >= 0, index, items) for index, page in rows])
+    ordered, order = torch.sort(keys, stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(items + 1, device=keys.device))
+
+
+def sum_occurrences(
+    table: Tensor,
+    s: Shape,
+    order: Tensor,
+    starts: Tensor,
+    d_pv: Tensor | None,
+    d_history: Tensor | None,
+    rows: int,
+    merged: dict[str, Any] | None = None,
+) -> Tensor:
+    """The gradient of a table from those of its occurrences; the first `rows` of them are PV rows."""
+    out = torch.empty_like(table)
+    unused = dict.fromkeys(
+        ("item_count_ptr", "column_rank_ptr", "column_count_ptr", "anchor_count_ptr"), order
+    ) | dict.fromkeys(("transposed_acc_ptr", "transposed_factor_ptr"), out)
+    plain = unused | {
+        "transposed_slots": 1,
+        "tau": 1.0,
+        "TAU_IS_TENSOR": False,
+        "MERGED": False,
+        "HAS_FACTOR": False,
+    }
+    epilogue.table_gradient[(s.items,)](
+        out_ptr=out,
+        order_ptr=order,
+        starts_ptr=starts,
+        pv_ptr=d_pv if d_pv is not None else out,
+        history_ptr=d_history if d_history is not None else out,
+        table_ptr=table,
+        rows=rows,
+        **(plain if merged is None else merged),
+        D=s.dim,
+        STRIDE=s.stride,
+        HAS_PV=d_pv is not None,
+        HAS_HISTORY=d_history is not None,
+        TRANSPOSED_M=s.tile.block_m,
+        TRANSPOSED_N=s.tile.block_n,
+        BLOCK_R=16,
+        BLOCK_D=s.block_d,
+        num_warps=4,
+    )
+    return out

@@ -1,0 +1,273 @@
+"""Shapes, types and names that the stages of one problem share: pure arithmetic, no data, no launch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import configs
+
+if TYPE_CHECKING:
+    from courier_fast.problem import Problem, SequenceProblem
+
+# A fixed shift of 1/tau replaces the running maximum where exp(-2/tau) is far from float32's smallest number.
+_SMALLEST_FIXED_TAU = 0.05
+
+
+# float16 probabilities of many candidates would be subnormal: they are lifted by 2^12 and lowered again in float32.
+HALF_LIFT = 12.0
+
+
+_Spec = dict[str, tuple[tuple[Any, ...], torch.dtype]]
+
+
+def cdiv(a: Any, b: int) -> Any:
+    return (a + b - 1) // b
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the launches of one problem have in common."""
+
+    dim: int
+    stride: int
+    block_d: int
+    rows: int  # N
+    history_rows: int  # K
+    pages: int
+    items: int  # n of the table, 0 without one
+    merged: bool  # equal candidates are one column
+    every: bool  # R of every item with a history, not of the anchors only
+    both_lists: bool  # anchors and reconstructed rows are different lists
+    directions: tuple[str, ...]
+    id_dtype: torch.dtype
+    chunked: bool  # P of a chunk of rows is stored, instead of sums over D in registers
+    early: bool  # ... and used at once for the gradient of the columns: the weights of the rows are known
+    tile: configs.Tile
+    product: configs.ProductTile
+    attention: configs.Tile
+    backward: configs.Tile
+    small: configs.Tile
+    precision: str
+
+    def slots(self, capacity: Any, device: torch.device) -> Any:
+        """Programs of a contrast pass over at most `capacity` rows, and so the tiles of partial sums it writes."""
+        if self.chunked:
+            return 1
+        return torch.sym_max(cdiv(capacity, self.tile.block_m), configs.programs(device))
+
+    def flat(self, capacity: Any, device: torch.device) -> Any:
+        """Rows of what such a pass writes."""
+        return capacity if self.chunked else self.slots(capacity, device) * self.tile.block_m
+
+
+def loss_shape(p: Problem) -> Shape:
+    dim = p.pv.shape[1]
+    chunks = configs.use_chunks(p.pv.dtype, dim)
+    stride = configs.row_stride(dim, chunks)
+    table = p.pv_index is not None
+    every = p.direction != "reconstruct"
+    return Shape(
+        dim=dim,
+        stride=stride,
+        block_d=configs.block_dim(stride),
+        rows=p.num_pv,
+        history_rows=p.num_history,
+        pages=p.pv_offsets.shape[0] - 1,
+        items=p.pv.shape[0] if table else 0,
+        # Columns can be merged where every page sees the same candidates, known by the index alone; a table much
+        # larger than the batch is not worth a column list of its own.
+        merged=table
+        and p.item_ids is None
+        and p.log_q is None
+        and p.negatives == "batch"
+        and p.direction != "identify"
+        and p.pv.shape[0] <= p.num_pv,
+        every=every,
+        both_lists=every,
+        directions=("reconstruct", "identify") if p.direction == "both" else (p.direction,),
+        id_dtype=torch.int64 if p.item_ids is not None else torch.int32,
+        chunked=chunks,
+        early=chunks and p.reduction != "none",
+        tile=configs.contrast_tile(p.pv.dtype, stride),
+        product=configs.product_tile(p.pv.dtype),
+        attention=configs.attention_tile(p.pv.dtype, stride, False),
+        backward=configs.attention_tile(p.pv.dtype, stride, True),
+        small=configs.rows_tile(stride),
+        precision=configs.dot_precision(p.pv.dtype),
+    )
+
+
+def _list_spec(name: str, capacity: Any, id_dtype: torch.dtype, bias: bool) -> _Spec:
+    spec: _Spec = {
+        f"{name}_list": ((capacity,), torch.int32),
+        f"{name}_page": ((capacity,), torch.int32),
+        f"{name}_id": ((capacity,), id_dtype),
+    }
+    if bias:
+        spec[f"{name}_bias"] = ((capacity,), torch.float32)
+    return spec
+
+
+def _pass_spec(name: str, flat: Any, stride: int, rows: Any) -> _Spec:
+    return {
+        f"{name}_acc": ((flat, stride), torch.float32),
+        f"{name}_top": ((flat,), torch.float32),
+        f"{name}_lse": ((rows,), torch.float32),
+        f"{name}_miss": ((rows,), torch.float32),
+    }
+
+
+def plan_spec(p: Problem, s: Shape) -> _Spec:
+    """Pages, lists and the attention's log-sum-exp."""
+    spec: _Spec = {
+        "history_page": ((s.history_rows,), torch.int32),
+        "pv_page": ((s.rows,), torch.int32),
+        "flags": ((4, s.rows), torch.int32),
+        "ranks": ((4, s.rows), torch.int32),
+        "counts": ((4,), torch.int32),
+        "attention_lse": ((p.num_heads, s.rows), torch.float32),
+    }
+    return spec | _list_spec("anchor", s.rows, s.id_dtype, False)
+
+
+def state_spec(p: Problem) -> _Spec:
+    """Name, shape and type of every tensor that the backward needs, in the order of `saved`."""
+    s = loss_shape(p)
+    device, dtype, rows = p.pv.device, p.pv.dtype, s.rows
+    columns = s.items if s.merged else rows
+    spec = plan_spec(p, s) | {
+        "r": ((rows, s.stride), dtype),
+        "norm": ((rows,), torch.float32),
+        "weight_sum": ((), torch.float32),
+    }
+    if s.both_lists:
+        spec |= _list_spec("reconstructed", rows, s.id_dtype, p.log_q is not None)
+        spec |= {"r_anchor": ((rows, s.stride), dtype), "e_anchor": ((rows, s.stride), dtype)}
+    if "reconstruct" in s.directions:
+        spec |= _list_spec("column", columns, s.id_dtype, p.log_q is not None or s.merged)
+        spec |= {"e": ((columns, s.stride), dtype)}
+    if s.merged:
+        spec |= {"item_count": ((s.items,), torch.int32), "item_rank": ((s.items,), torch.int32)}
+    for name in s.directions:
+        spec |= _pass_spec(name, s.flat(rows, device), s.stride, rows)
+        if s.early:
+            columns_of = columns if name == "reconstruct" else rows
+            spec |= {
+                f"{name}_dy": ((columns_of, s.stride), torch.float32),
+                f"{name}_factor": ((), torch.float32),
+            }
+    return spec
+
+
+def is_empty(p: Problem) -> bool:
+    return p.num_pv == 0 or p.num_history == 0 or p.pv_offsets.shape[0] == 1
+
+
+def empty_tensors(spec: _Spec, device: torch.device) -> dict[str, Tensor]:
+    return {
+        name: torch.empty(shape, dtype=dtype, device=device)
+        for name, (shape, dtype) in spec.items()
+    }
+
+
+def temperature_argument(p: Problem | SequenceProblem) -> tuple[Any, bool]:
+    """What `score_scale` of the kernels takes."""
+    return (
+        (1.0 / (p.tau * math.log(2.0)), False) if p.temperature is None else (p.temperature, True)
+    )
+
+
+def needs_running_maximum(p: Problem | SequenceProblem, dtype: torch.dtype, log_q: bool) -> bool:
+    """Whether the running maximum is needed: tau unknown here or small, biases of unknown size, or float16 products."""
+    return (
+        p.temperature is not None or p.tau < _SMALLEST_FIXED_TAU or log_q or dtype == torch.float16
+    )
+
+
+@dataclass
+class Rows:
+    """One side of a contrast pass: unit rows and what masks and offsets them. `ids` None: the list itself."""
+
+    unit: Tensor
+    count: Tensor
+    list: Tensor
+    page: Tensor
+    ids: Tensor
+    bias: Tensor | None
+    rank: Tensor  # prefix sums that made the list
+
+
+@dataclass
+class Pass:
+    """Partial results of one contrast pass."""
+
+    acc: Tensor
+    top: Tensor
+    total: Tensor
+    above: Tensor
+    slots: int
+
+
+@dataclass
+class Transposed:
+    """sum_i g_i p_ij x_i, into `out` [y capacity, STRIDE]; g may be in units of its largest entry (float16)."""
+
+    g: Tensor
+    out: Tensor
+
+
+@dataclass(frozen=True)
+class SequenceShape(Shape):
+    mask: int = 0
+
+
+def sequence_shape(p: SequenceProblem) -> SequenceShape:
+    dim = p.history.shape[1]
+    chunks = configs.use_chunks(p.history.dtype, dim)
+    stride = configs.row_stride(dim, chunks)
+    dtype = p.history.dtype
+    return SequenceShape(
+        dim=dim,
+        stride=stride,
+        block_d=configs.block_dim(stride),
+        rows=p.num_history,
+        history_rows=p.num_history,
+        pages=p.history_offsets.shape[0] - 1,
+        items=0 if p.history_index is None else p.history.shape[0],
+        merged=False,
+        every=False,
+        both_lists=False,
+        directions=(),
+        id_dtype=torch.int64 if p.item_ids is not None else torch.int32,
+        chunked=chunks,
+        early=False,
+        tile=configs.contrast_tile(dtype, stride),
+        product=configs.product_tile(dtype),
+        attention=configs.attention_tile(dtype, stride, False),
+        backward=configs.attention_tile(dtype, stride, True),
+        small=configs.rows_tile(stride),
+        precision=configs.dot_precision(dtype),
+        mask=3 if p.ids is None else 4,
+    )
+
+
+def sequence_spec(p: SequenceProblem) -> _Spec:
+    s = sequence_shape(p)
+    spec: _Spec = {
+        "history_page": ((s.rows,), torch.int32),
+        "rank": ((s.rows,), torch.int32),
+        "c": ((s.rows, s.stride), p.history.dtype),
+        "number": ((s.rows,), torch.float32),
+        "anchors": ((), torch.float32),
+    }
+    spec |= _list_spec("row", s.rows, s.id_dtype, False)
+    return spec | _pass_spec("pass", s.flat(s.rows, p.history.device), s.stride, s.rows)
+
+
+def sequence_is_empty(p: SequenceProblem) -> bool:
+    return p.num_history == 0 or p.history_offsets.shape[0] == 1
