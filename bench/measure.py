@@ -198,4 +198,5 @@ def surroundings(device: torch.device) -> dict[str, str | int | None]:
         "gpu": gpu,
         "cpu": _processor(),
         "threads": torch.get_num_threads(),
+        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else None,
     }
