@@ -56,26 +56,36 @@ def programs(device: torch.device) -> int:
     return _processors(device) if device.type == "cuda" else 4
 
 
-def contrast_tile(dtype: torch.dtype, stride: int) -> Tile:
-    """The streaming pass. 16-bit rows: the fastest measured on an H100 (README.md); float32 rows: what fits."""
+def contrast_tile(
+    dtype: torch.dtype, stride: int, fused: bool = False, sequence_ids: bool = False
+) -> Tile:
+    """The streaming pass. 16-bit rows: the fastest measured on an H100 (README.md); float32 rows: what fits.
+
+    The tile is smaller with the attention in the prologue, whose accumulator must fit beside, and with the click
+    sequence's masks by id, page and place.
+    """
     if interpreted():
         return Tile(32, 32, 4, 1)
     if dtype == torch.float32:
         return Tile(64, 32, 8, 2) if stride > 64 else Tile(64, 32, 4, 2)
     if stride > 128:
-        return Tile(128, 64, 8, 3)
+        if sequence_ids:
+            return Tile(128, 32, 8, 3)
+        return Tile(64, 64, 8, 3) if fused else Tile(128, 64, 8, 3)
     if stride > 64:
-        return Tile(64, 128, 4, 2)
+        return Tile(64, 64, 4, 2) if fused else Tile(64, 128, 4, 2)
     return Tile(64, 64, 4, 2)
 
 
-def attention_tile(dtype: torch.dtype, stride: int, backward: bool) -> Tile:
+def attention_tile(dtype: torch.dtype, stride: int, heads: int, backward: bool) -> Tile:
     """Attention over short histories: block_m PV rows by block_n history rows."""
     if stride > 256:
         return Tile(16, 16, 8, 1)
-    # The backward's products run in float32 unless the rows are bfloat16 (pipeline.py).
-    wide = dtype == torch.float32 or (backward and dtype == torch.float16)
-    return Tile(16, 16, 4, 1) if wide and stride > 64 else Tile(16, 32, 4, 2)
+    # The backward's products run in float32 unless the rows are bfloat16 (pipeline.py); heads take masked copies.
+    wide = dtype == torch.float32 or (backward and (dtype == torch.float16 or heads > 1))
+    if wide:
+        return Tile(16, 16, 4, 1)
+    return Tile(16, 16, 4, 2) if stride > 128 else Tile(16, 32, 4, 2)
 
 
 def attention_part(block_d: int) -> int:
@@ -95,14 +105,13 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32"
 
 
-def fuse_attention(stride: int, chunked: bool, both_lists: bool, heads: int, stats: bool) -> bool:
+def fuse_attention(stride: int, chunked: bool, both_lists: bool, heads: int) -> bool:
     """Whether the attention runs in the prologue of the contrast's row tile, so that R does not travel through memory.
 
-    It can where every row of the pass is an anchor and no rank is asked for (a rank needs the positive's score first).
-    Where it pays is a measured table; it has no entry yet, so the separate kernel is used (README.md).
+    It can where every row of the pass is an anchor. Where it pays is a measured table; it has no entry yet, so the
+    separate kernel is used (README.md).
     """
-    possible = not chunked and not both_lists and heads == 1 and not stats
-    return possible and stride in FUSED_STRIDES
+    return not chunked and not both_lists and heads == 1 and stride in FUSED_STRIDES
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ def product_tile(dtype: torch.dtype) -> ProductTile:
     if dtype != torch.float32:
         return ProductTile(128, 128, 8, 3, 64)
     return (
-        ProductTile(64, 64, 8, 2, 16)
+        ProductTile(64, 64, 4, 2, 16)
         if dot_precision(dtype) == "ieee"
         else ProductTile(128, 128, 8, 3, 32)
     )

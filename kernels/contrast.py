@@ -25,16 +25,15 @@ def candidate_mask(x_id, y_id, x_page, y_page, x_place, y_place, MASK: tl.conste
     """Pairs [BLOCK_M, BLOCK_N] whose exp(s) counts. An item with the id of the row's item, itself included, does not;
     in the click sequence only the row itself and its id's re-occurrences on other pages do not."""
     if MASK == MASK_SEQUENCE:
-        return x_place[:, None] != y_place[None, :]
+        allowed = x_place[:, None] != y_place[None, :]
+    else:
+        allowed = x_id[:, None] != y_id[None, :]
     if MASK == MASK_SEQUENCE_IDS:
-        other = x_id[:, None] != y_id[None, :]
-        return other | (
-            (x_page[:, None] == y_page[None, :]) & (x_place[:, None] != y_place[None, :])
-        )
-    allowed = x_id[:, None] != y_id[None, :]
-    if MASK == MASK_PAGE:
+        itself = x_place[:, None] == y_place[None, :]
+        allowed = allowed | ((x_page[:, None] == y_page[None, :]) & (itself == 0))
+    elif MASK == MASK_PAGE:
         allowed = allowed & (x_page[:, None] == y_page[None, :])
-    if MASK == MASK_OTHER_PAGES:
+    elif MASK == MASK_OTHER_PAGES:
         allowed = allowed & (x_page[:, None] != y_page[None, :])
     return allowed
 
@@ -42,7 +41,7 @@ def candidate_mask(x_id, y_id, x_page, y_page, x_place, y_place, MASK: tl.conste
 @triton.jit
 def contrast_step(
     x,  # [BLOCK_M, BLOCK_D]
-    top,  # [BLOCK_M] running maximum, or the fixed shift
+    top,  # [BLOCK_M] running maximum
     total,  # [BLOCK_M]
     acc,  # [BLOCK_M, BLOCK_D]
     above,  # [BLOCK_M] int32
@@ -65,6 +64,7 @@ def contrast_step(
     HAS_Y_OFFSET: tl.constexpr,
     HAS_Y_SCALE: tl.constexpr,
     Y_OFFSET_IS_COUNT: tl.constexpr,
+    FIXED_SHIFT: tl.constexpr,
     ONLINE: tl.constexpr,
     NEED_SUM: tl.constexpr,
     NEED_VALUES: tl.constexpr,
@@ -81,8 +81,8 @@ def contrast_step(
         y = tl.load(y_ptr + where, mask=inside[:, None], other=0.0)
     else:
         y = tl.load(y_ptr + where)
-    y_id = x_id
-    y_page = x_page
+    y_id = place
+    y_page = place
     if MASK != MASK_SEQUENCE:
         y_id = tl.load(y_id_ptr + place, mask=inside, other=0)
     if MASK == MASK_PAGE or MASK == MASK_OTHER_PAGES or MASK == MASK_SEQUENCE_IDS:
@@ -120,8 +120,10 @@ def contrast_step(
             total = total * rescale
         if NEED_VALUES:
             acc = acc * rescale[:, None]
+    elif FIXED_SHIFT:
+        p = tl.exp2(t - scale)  # no score is above 1/tau
     else:
-        p = tl.exp2(t - top[:, None])
+        p = tl.exp2(t)
     if NEED_SUM:
         total += tl.sum(p, axis=1)
     if HAS_Y_SCALE:
@@ -178,9 +180,11 @@ def contrast(
     HAS_E_INDEX: tl.constexpr,
     FUSED: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     TAU_IS_TENSOR: tl.constexpr,
     MASK: tl.constexpr,
     HAS_X_OFFSET: tl.constexpr,
+    X_OFFSET_AFTER: tl.constexpr,
     HAS_Y_OFFSET: tl.constexpr,
     HAS_Y_SCALE: tl.constexpr,
     Y_OFFSET_IS_COUNT: tl.constexpr,
@@ -242,7 +246,7 @@ def contrast(
             BLOCK_M,
             BLOCK_H,
             BLOCK_D,
-            BLOCK_D,
+            BLOCK_C,
             PRECISION,
         )
         # Every part of a split tile computes the same r; each writes the same bits.
@@ -293,12 +297,7 @@ def contrast(
     low = low + (pid % splits) * part
     high = tl.minimum(low + part, high)
 
-    if ONLINE:
-        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    elif FIXED_SHIFT:
-        top = tl.zeros([BLOCK_M], tl.float32) + scale
-    else:
-        top = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     above = tl.zeros([BLOCK_M], tl.int32)
@@ -326,10 +325,11 @@ def contrast(
             scale,
             False,
             MASK,
-            HAS_X_OFFSET,
+            HAS_X_OFFSET and not X_OFFSET_AFTER,
             HAS_Y_OFFSET,
             HAS_Y_SCALE,
             Y_OFFSET_IS_COUNT,
+            FIXED_SHIFT,
             ONLINE,
             NEED_SUM,
             NEED_VALUES,
@@ -360,10 +360,11 @@ def contrast(
             scale,
             True,
             MASK,
-            HAS_X_OFFSET,
+            HAS_X_OFFSET and not X_OFFSET_AFTER,
             HAS_Y_OFFSET,
             HAS_Y_SCALE,
             Y_OFFSET_IS_COUNT,
+            FIXED_SHIFT,
             ONLINE,
             NEED_SUM,
             NEED_VALUES,
@@ -372,8 +373,13 @@ def contrast(
             BLOCK_D,
             PRECISION,
         )
+    if HAS_X_OFFSET and X_OFFSET_AFTER:
+        # log m of a column that stands for m items: a factor of its row, outside the loop.
+        acc = acc * tl.exp2(x_offset)[:, None]
     slot = pid.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     if NEED_SUM:
+        if FIXED_SHIFT:
+            top = tl.zeros([BLOCK_M], tl.float32) + scale
         tl.store(total_ptr + slot, total)
         tl.store(top_ptr + slot, top)
     if NEED_RANK:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +25,8 @@ _TYPES = {
     torch.bool: "i1",
 }
 
+_CONTRAST = ("contrast", "scores", "product", "transposed_product")
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -37,7 +39,12 @@ class Launch:
     aligned: tuple[str, ...]  # arguments known to be multiples of 16
     num_warps: int
     num_stages: int
-    grid: tuple[int, ...]
+
+    @property
+    def needs_wgmma(self) -> bool:
+        """Whether Hopper's fast matrix instructions are expected: the contrast, unless float32 must be exact."""
+        wide = self.constexprs.get("BLOCK_M", 0) >= 64
+        return self.name in _CONTRAST and wide and self.constexprs["PRECISION"] != "ieee"
 
 
 class _Recorder:
@@ -81,7 +88,6 @@ class _Recorder:
                     tuple(aligned),
                     num_warps,
                     num_stages,
-                    tuple(grid),
                 )
             )
 
@@ -106,3 +112,114 @@ def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
     finally:
         for module, name, value in replaced:
             setattr(module, name, value)
+
+
+# Problems that between them launch every kernel in every way that changes its code: (embedding dimension, type, options).
+# The first few are what users run most; the others vary one thing each.
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+COMMON: dict[str, tuple[int, torch.dtype, dict[str, Any]]] = {
+    "bf16-256": (256, _BF16, {}),
+    "fp32-256": (256, _FP32, {}),
+    "bf16-768": (768, _BF16, {"reduction": "none"}),
+    "items": (256, _BF16, {"table": True}),
+}
+SPECIAL: dict[str, tuple[int, torch.dtype, dict[str, Any]]] = {
+    "bf16-64": (64, _BF16, {}),
+    "bf16-128": (128, _BF16, {}),
+    "bf16-200": (200, _BF16, {}),
+    "bf16-1024": (1024, _BF16, {}),
+    "fp16-256": (256, _FP16, {}),
+    "fp16-1024": (1024, _FP16, {}),
+    "tf32-64": (64, _FP32, {"tf32": True}),
+    "tf32-256": (256, _FP32, {"tf32": True}),
+    "tf32-768": (768, _FP32, {"tf32": True}),
+    "fp32-64": (64, _FP32, {}),
+    "fp32-1024": (1024, _FP32, {}),
+    "learned-temperature": (256, _BF16, {"tensor_tau": True}),
+    "both": (256, _BF16, {"direction": "both"}),
+    "page": (256, _BF16, {"negatives": "page"}),
+    "other-pages": (256, _BF16, {"negatives": "other_pages"}),
+    "ids": (256, _BF16, {"ids": True}),
+    "log-q": (256, _BF16, {"log_q": True}),
+    "stats": (256, _BF16, {"stats": True}),
+    "heads": (256, _BF16, {"num_heads": 4, "projected": True}),
+    "fused-attention-128": (128, _BF16, {"fused": True}),
+    "fused-attention-256": (256, _BF16, {"fused": True}),
+}
+
+
+def launches_of(label: str) -> list[Launch]:
+    """The launches of the loss on one of these problems, forward and backward; with COMMON ones also those of
+    `reconstruct` and the click-sequence loss. Without repeats."""
+    from courier_fast.problem import Problem, SequenceProblem
+
+    from . import chunked, click_sequence, configs, contrast, epilogue, pipeline, plan, reconstruct
+
+    dim, dtype, options = (COMMON | SPECIAL)[label]
+    options = dict(options)
+    stats, ids = options.pop("stats", False), options.pop("ids", False)
+    log_q, table = options.pop("log_q", False), options.pop("table", False)
+    tf32, fused = options.pop("tf32", False), options.pop("fused", False)
+    projected, tensor_tau = options.pop("projected", False), options.pop("tensor_tau", False)
+    pages, items, past = 512, 4, 16
+    rows, history_rows = pages * items, pages * past
+
+    def embeddings(count: int) -> torch.Tensor:
+        return torch.empty(count, dim, dtype=dtype)
+
+    p = Problem(
+        pv=embeddings(rows // 2 if table else rows),
+        history=None if table else embeddings(history_rows),
+        query=embeddings(rows) if projected else None,
+        key=embeddings(history_rows) if projected else None,
+        value=embeddings(history_rows) if projected else None,
+        pv_index=torch.zeros(rows, dtype=torch.int64) if table else None,
+        history_index=torch.zeros(history_rows, dtype=torch.int64) if table else None,
+        pv_offsets=torch.arange(pages + 1) * items,
+        history_offsets=torch.arange(pages + 1) * past,
+        pv_mask=torch.ones(rows, dtype=torch.bool) if table else None,
+        history_mask=torch.ones(history_rows, dtype=torch.bool) if table else None,
+        clicked=torch.ones(rows, dtype=torch.bool),
+        item_ids=torch.zeros(rows, dtype=torch.int64) if ids else None,
+        log_q=torch.zeros(rows) if log_q else None,
+        weights=torch.ones(rows) if log_q else None,
+        temperature=torch.tensor(0.1) if tensor_tau else None,
+        tau=0.1,
+        attention_scale=dim**-0.5,
+        **options,
+    )
+    history = p.pv if p.history is None else p.history
+    sequence = SequenceProblem(
+        history=history,
+        history_index=p.history_index,
+        history_offsets=p.history_offsets,
+        history_mask=p.history_mask,
+        item_ids=torch.zeros(history_rows, dtype=torch.int64) if ids else None,
+        temperature=p.temperature,
+        tau=p.tau,
+    )
+    needs = [
+        getattr(p, name) is not None
+        for name in ("pv", "history", "query", "key", "value", "temperature")
+    ]
+    before = torch.get_float32_matmul_precision(), configs.FUSED_STRIDES
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    if fused:
+        configs.FUSED_STRIDES = frozenset({dim})
+    one = torch.ones(()) if p.reduction != "none" else torch.ones(rows)
+    try:
+        with recorded(plan, reconstruct, contrast, chunked, epilogue, click_sequence) as launches:
+            pipeline.loss_forward(p, [False] * 6, stats)
+            saved = pipeline.loss_forward(p, needs, stats)[-1]
+            pipeline.loss_backward(p, needs, saved, one)
+            if label in COMMON:
+                p = replace(p, direction="reconstruct")
+                pipeline.reconstruct_forward(p)
+                pipeline.reconstruct_backward(p, needs[:5], embeddings(rows))
+                _, saved = pipeline.sequence_forward(sequence, [True, needs[5]])
+                pipeline.sequence_backward(sequence, [True, needs[5]], saved, torch.ones(()))
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        configs.FUSED_STRIDES = before[1]
+    distinct = {repr((x.name, x.signature, x.constexprs, x.aligned)): x for x in launches}
+    return list(distinct.values())

@@ -127,9 +127,8 @@ def forward(
     make_plan(p, s, t, p.clicked)
     tau, tau_is_tensor = temperature_argument(p)
     positive = torch.empty(s.rows, 2, dtype=torch.float32, device=device)
-    fuse = given is None and configs.fuse_attention(
-        s.stride, s.chunked, s.both_lists, p.num_heads, stats
-    )
+    # A rank needs the positive's score before the pass.
+    fuse = given is None and s.fused and not stats
     if "reconstruct" in s.directions:
         normalize(p, s, t["e"], t["column_list"], t["counts"][2:3], not s.merged)
     if given is not None:
@@ -393,6 +392,7 @@ def backward(
             y_offset=offset,
             y_scale=scale,
             x_offset=y.bias,
+            x_offset_after=s.merged and not half,
             need_sum=False,
         )
 

@@ -69,7 +69,7 @@ def _page_mean(
         BLOCK_H=s.attention.block_n,
         BLOCK_D=configs.next_power_of_2(s.stride),
         PRECISION=s.precision,
-        num_warps=s.attention.num_warps,
+        num_warps=8 if s.stride > 128 else 4,
         num_stages=1,
     )
     return out

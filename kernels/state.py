@@ -46,6 +46,7 @@ class Shape:
     directions: tuple[str, ...]
     id_dtype: torch.dtype
     chunked: bool  # P of a chunk of rows is stored, instead of sums over D in registers
+    fused: bool  # the attention may run in the prologue of the contrast's row tile
     early: bool  # ... and used at once for the gradient of the columns: the weights of the rows are known
     tile: configs.Tile
     product: configs.ProductTile
@@ -71,6 +72,7 @@ def loss_shape(p: Problem) -> Shape:
     stride = configs.row_stride(dim, chunks)
     table = p.pv_index is not None
     every = p.direction != "reconstruct"
+    fused = configs.fuse_attention(stride, chunks, every, p.num_heads)
     return Shape(
         dim=dim,
         stride=stride,
@@ -92,11 +94,12 @@ def loss_shape(p: Problem) -> Shape:
         directions=("reconstruct", "identify") if p.direction == "both" else (p.direction,),
         id_dtype=torch.int64 if p.item_ids is not None else torch.int32,
         chunked=chunks,
+        fused=fused,
         early=chunks and p.reduction != "none",
-        tile=configs.contrast_tile(p.pv.dtype, stride),
+        tile=configs.contrast_tile(p.pv.dtype, stride, fused),
         product=configs.product_tile(p.pv.dtype),
-        attention=configs.attention_tile(p.pv.dtype, stride, False),
-        backward=configs.attention_tile(p.pv.dtype, stride, True),
+        attention=configs.attention_tile(p.pv.dtype, stride, p.num_heads, False),
+        backward=configs.attention_tile(p.pv.dtype, stride, p.num_heads, True),
         small=configs.rows_tile(stride),
         precision=configs.dot_precision(p.pv.dtype),
     )
@@ -245,11 +248,12 @@ def sequence_shape(p: SequenceProblem) -> SequenceShape:
         directions=(),
         id_dtype=torch.int64 if p.item_ids is not None else torch.int32,
         chunked=chunks,
+        fused=False,
         early=False,
-        tile=configs.contrast_tile(dtype, stride),
+        tile=configs.contrast_tile(dtype, stride, sequence_ids=p.ids is not None),
         product=configs.product_tile(dtype),
-        attention=configs.attention_tile(dtype, stride, False),
-        backward=configs.attention_tile(dtype, stride, True),
+        attention=configs.attention_tile(dtype, stride, 1, False),
+        backward=configs.attention_tile(dtype, stride, 1, True),
         small=configs.rows_tile(stride),
         precision=configs.dot_precision(dtype),
         mask=3 if p.ids is None else 4,
