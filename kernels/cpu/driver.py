@@ -7,6 +7,8 @@ saved. README.md has the measurements.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,10 +27,15 @@ except ImportError as error:
 else:
     _NATIVE_ERROR = ""
 
+# One of _native.variants(), in place of the best that this CPU runs.
+VARIANT_VARIABLE = "COURIER_FAST_CPU_VARIANT"
 _DTYPES = (torch.float32, torch.bfloat16)
 _NORM_EPS = 1e-12
-# A chunk of P should stay in the last-level cache between the pass over it and the products.
-CHUNK_BYTES = 16 << 20
+# Rows of P held at a time: as many as fit here, but enough that the products stay efficient (README.md).
+CHUNK_BYTES = 32 << 20
+LEAST_CHUNK_ROWS = 256
+# With negatives of the own page only, a chunk of rows meets the columns of its pages: fewer rows, narrower products.
+PAGE_CHUNK_ROWS = 64
 # A fixed shift of 1/tau (plus the largest bias) replaces the row maximum where float32 has the range for it.
 _LARGEST_FIXED_RANGE = 60.0
 
@@ -41,6 +48,11 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
         reasons.append(
             f"the native library courier_fast._native is missing or does not load: {_NATIVE_ERROR}"
         )
+    else:
+        variant = os.environ.get(VARIANT_VARIABLE)
+        if variant is not None and variant not in _native.variants():
+            runs = ", ".join(_native.variants())
+            reasons.append(f"{VARIANT_VARIABLE} is {variant!r}, and this CPU runs {runs}")
     if source.device.type != "cpu":
         reasons.append(f"the tensors are on {source.device.type!r}, not on the CPU")
     if source.dtype not in _DTYPES:
@@ -63,6 +75,11 @@ def saved_spec(p: Problem, needs: Sequence[bool]) -> list[tuple[Any, torch.dtype
     return [] if p.reduction == "none" else _gradient_shapes(p, _LOSS_INPUTS, needs)
 
 
+def _how() -> tuple[int, str | None]:
+    """Last arguments of every native stage: threads, and the instruction set."""
+    return torch.get_num_threads(), os.environ.get(VARIANT_VARIABLE)
+
+
 # ---- stages -------------------------------------------------------------------------------------------------------
 
 
@@ -70,12 +87,12 @@ def _normalize(source: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     """Unit rows of source[row] in its type, and their norms in float32."""
     unit = torch.empty(row.shape[0], source.shape[1], dtype=source.dtype)
     norm = torch.empty(row.shape[0], dtype=torch.float32)
-    _native.normalize(source, row, unit, norm, torch.get_num_threads())
+    _native.normalize(source, row, unit, norm, *_how())
     return unit, norm
 
 
 def _normalize_backward(d_unit: Tensor, unit: Tensor, norm: Tensor, out: Tensor) -> Tensor:
-    _native.normalize_backward(d_unit, unit, norm, out, torch.get_num_threads())
+    _native.normalize_backward(d_unit, unit, norm, out, *_how())
     return out
 
 
@@ -131,7 +148,7 @@ class _Attention:
             self.page_starts,
             self.scale,
             self.heads,
-            torch.get_num_threads(),
+            *_how(),
         )
         return d_q, d_k, d_v
 
@@ -169,9 +186,8 @@ def _attend(p: Problem, pv: _Rows, history: _Rows, rows: Tensor, raw: bool) -> _
     unit = torch.empty(count, dim, dtype=p.pv.dtype)
     norm = torch.empty(count, dtype=torch.float32)
     positive = torch.empty(count, dtype=torch.float32)
-    threads = torch.get_num_threads()
     _native.attend(
-        *arguments, p.pv, e_row, unit, norm, positive, p.attention_scale, p.num_heads, raw, threads
+        *arguments, p.pv, e_row, unit, norm, positive, p.attention_scale, p.num_heads, raw, *_how()
     )
     change = torch.ones_like(page, dtype=torch.bool)
     torch.ne(page[1:], page[:-1], out=change[1:])
@@ -189,19 +205,17 @@ def _attend(p: Problem, pv: _Rows, history: _Rows, rows: Tensor, raw: bool) -> _
 
 @dataclass
 class _Candidates:
-    """The columns of one direction and which of them each row may not use; its positive is always among these."""
+    """The columns of one direction, and which of them are no candidates of a row beside its own column."""
 
     unit: Tensor  # [n, D]
-    bias: Tensor | None  # [n] float32
-    count: Tensor | None  # [n] float32, candidates that a column stands for
-    rank_bias: Tensor | None  # [n]
-    positive: Tensor  # [M] column of each row's positive
-    excluded_at: Tensor  # [M + 1]
-    excluded: Tensor
-    range_first: Tensor | None  # [M]
-    range_last: Tensor | None
-    page_first: Tensor | None  # [M]: with negatives "page", the columns of the row's page
-    page_last: Tensor | None
+    own: Tensor  # [M] column of each row's positive, or of the row itself
+    bias: Tensor | None = None  # [n] float32
+    rank_bias: Tensor | None = None  # [n] the part of it that ranks see
+    count: Tensor | None = None  # [n] float32, candidates that a column stands for
+    order: Tensor | None = None  # [n] columns by item id
+    same: Tensor | None = None  # [M, ranges, 2] ranges of `order`: the row's item again
+    page: Tensor | None = None  # [M, 2] columns of the row's page
+    page_only: bool = False  # these alone are candidates; else they are none
 
 
 @dataclass
@@ -215,6 +229,21 @@ class _Scores:
     d_y: Tensor | None  # [n, D] sum_i g_i p_ij x_i
 
 
+def _chunks(m: int, y: _Candidates) -> list[tuple[int, int, int, int]]:
+    """(first row, end, first column, end) of each chunk."""
+    n = y.unit.shape[0]
+    if y.page is not None and y.page_only:
+        # Rows and columns are in the order of pages.
+        starts = range(0, m, PAGE_CHUNK_ROWS)
+        stops = [min(start + PAGE_CHUNK_ROWS, m) for start in starts]
+        lows = y.page[list(starts), 0].tolist()
+        highs = y.page[[stop - 1 for stop in stops], 1].tolist()
+        return list(zip(starts, stops, lows, highs, strict=True))
+    most = max(LEAST_CHUNK_ROWS, CHUNK_BYTES // max(n * y.unit.element_size(), 1))
+    rows = max(1, math.ceil(m / max(1, math.ceil(m / most))))
+    return [(start, min(start + rows, m), 0, n) for start in range(0, m, rows)]
+
+
 def _contrast(
     x: Tensor,
     y: _Candidates,
@@ -222,75 +251,56 @@ def _contrast(
     positive: Tensor | None,
     g: Tensor | None,
     want_rank: bool,
+    want_y: bool = True,
     add_to: Tensor | None = None,
 ) -> _Scores:
     """One direction, chunk by chunk: scores, probabilities, and with g (weights of the rows) both gradients.
 
-    `positive` [M]: scores of the positives, biases included, in float32; None: the positives are among the candidates.
+    `positive` [M]: scores of the positives, biases included, in float32; None: they are among the other columns.
+    `add_to`: where d_y is to be added.
     """
     m, dim = x.shape
     n = y.unit.shape[0]
-    lse, miss = torch.empty(m), torch.zeros(m)
+    lse, miss, top, total = torch.empty(m), torch.zeros(m), torch.empty(m), torch.empty(m)
     above = torch.empty(m, dtype=torch.int64) if want_rank else None
-    d_x = torch.empty(m, dim) if g is not None else None
-    d_y = None
-    if g is not None:
-        d_y = torch.zeros(n, dim) if add_to is None else add_to
     largest = float(y.bias.max()) if y.bias is not None and n else 0.0
     spread = largest - float(y.bias.min()) if y.bias is not None and n else 0.0
     fixed = 2 * inverse_tau + spread <= _LARGEST_FIXED_RANGE
-    fixed_top = inverse_tau + max(largest, 0.0) if fixed else None
-    chunk = max(32, CHUNK_BYTES // max(n * x.element_size(), 1))
-    if y.page_first is not None:
-        # Few columns belong to a few pages: small chunks keep the products small.
-        chunk = min(chunk, 64)
-    chunk = max(min(chunk, m), 1)
-    buffer = torch.empty(chunk * n, dtype=x.dtype) if y.page_first is None else None
-    threads = torch.get_num_threads()
+    fixed_top = inverse_tau + largest if fixed else None
+    chunks = _chunks(m, y)
+    # One workspace for all chunks: a fresh one each time would cost more in page faults than the pass over it.
+    workspace = x.new_empty(max(((b - a) * (d - c) for a, b, c, d in chunks), default=0))
     half = x.dtype != torch.float32
-    out = torch.empty(chunk, dim, dtype=x.dtype) if g is not None else None
-    top, total = torch.empty(m), torch.empty(m)
-    for start in range(0, m, chunk):
-        stop = min(start + chunk, m)
-        rows = slice(start, stop)
-        low, high = 0, n
-        excluded_at, excluded = y.excluded_at[start : stop + 1], y.excluded
-        range_first, range_last, pos = y.range_first, y.range_last, y.positive[rows]
-        if y.page_first is not None and y.page_last is not None:
-            low, high = int(y.page_first[start]), int(y.page_last[stop - 1])
-            if high <= low:
-                high = low + 1
-        columns = high - low
-        xs, ys = x[rows], y.unit[low:high]
-        scores = (
-            buffer[: (stop - start) * n]
-            if buffer is not None
-            else x.new_empty((stop - start) * columns)
-        ).view(stop - start, columns)
+    d_x = d_y = part_x = part_y = None
+    if g is not None:
+        d_x = torch.empty(m, dim)
+        part_x = x.new_empty(max((b - a for a, b, _, _ in chunks), default=0), dim) if half else d_x
+        if want_y:
+            d_y = torch.zeros(n, dim) if add_to is None else add_to
+            widest = max((d - c for _, _, c, d in chunks), default=0)
+            part_y = x.new_empty(widest, dim) if half else None
+    for start, stop, low, high in chunks:
+        rows, columns = slice(start, stop), slice(low, high)
+        xs, ys = x[rows], y.unit[columns]
+        scores = workspace[: (stop - start) * (high - low)].view(stop - start, high - low)
         torch.mm(xs, ys.T, out=scores)
-        if y.page_first is not None and y.page_last is not None:
-            excluded_at, excluded = _outside_page(y, start, stop, low, high)
-            pos = pos - low
-
-        def part(t: Tensor | None, low: int = low, high: int = high) -> Tensor | None:
-            return None if t is None else t[low:high]
-
         _native.contrast(
             scores,
+            low,
             inverse_tau,
-            part(y.bias),
-            part(y.count),
-            pos if want_rank else None,
-            excluded_at,
-            excluded,
-            range_first[rows] if range_first is not None else None,
-            range_last[rows] if range_last is not None else None,
-            part(y.rank_bias),
+            _part(y.bias, columns),
+            _part(y.rank_bias, columns),
+            _part(y.count, columns),
+            y.own[rows],
+            y.order,
+            _part(y.same, rows),
+            _part(y.page, rows),
+            y.page_only,
             fixed_top,
             top[rows],
             total[rows],
-            above[rows] if above is not None else None,
-            threads,
+            _part(above, rows),
+            *_how(),
         )
         if positive is None:
             lse[rows] = top[rows] + total[rows].log()
@@ -300,47 +310,36 @@ def _contrast(
             everything = others + (positive[rows] - highest).exp()
             lse[rows] = highest + everything.log()
             miss[rows] = others / everything
-        if g is None or d_x is None or d_y is None or out is None:
+        if g is None or d_x is None or part_x is None:
             continue
         factor = g[rows] * (top[rows] - lse[rows]).exp()
         # A row without weight has no share, also where its log-sum-exp is over nothing.
         factor = torch.where(g[rows] == 0, 0.0, factor)[:, None]
-        torch.mm(scores, ys, out=out[: stop - start])
-        torch.mul(out[: stop - start], factor, out=d_x[rows])
+        product = part_x[: stop - start] if half else d_x[rows]
+        torch.mm(scores, ys, out=product)
+        torch.mul(product, factor, out=d_x[rows])
+        if d_y is None:
+            continue
         weighted = (xs * factor).to(x.dtype)
-        if half:
-            d_y[low:high] += torch.mm(scores.T, weighted)
+        if part_y is None:
+            d_y[columns].addmm_(scores.T, weighted)
         else:
-            d_y[low:high].addmm_(scores.T, weighted)
+            # Sums over chunks stay in float32.
+            product = part_y[: high - low]
+            torch.mm(scores.T, weighted, out=product)
+            d_y[columns] += product
     return _Scores(lse, miss, above, d_x, d_y)
 
 
-def _outside_page(
-    y: _Candidates, start: int, stop: int, low: int, high: int
-) -> tuple[Tensor, Tensor]:
-    """The excluded columns of each row of a chunk, in the chunk's columns: other pages', and its own exclusions."""
-    assert y.page_first is not None and y.page_last is not None
-    column = torch.arange(low, high)
-    outside = (column < y.page_first[start:stop, None]) | (column >= y.page_last[start:stop, None])
-    at = y.excluded_at[start : stop + 1]
-    row = torch.repeat_interleave(torch.arange(stop - start), at.diff())
-    own = y.excluded[int(at[0]) : int(at[-1])]
-    inside = (own >= low) & (own < high)
-    outside[row[inside], own[inside] - low] = True
-    ends = torch.zeros(stop - start + 1, dtype=torch.int64)
-    torch.cumsum(outside.sum(1), 0, out=ends[1:])
-    return ends, outside.nonzero()[:, 1].contiguous()
+def _part(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
 
 
 def _same_id(ids: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-    """For each id in `of` the positions with that id, as (starts [M + 1], positions)."""
+    """Positions ordered by id [n], and for each id in `of` its range among them [M, 2]."""
     ordered, order = torch.sort(ids, stable=True)
     first = torch.searchsorted(ordered, of)
-    counts = torch.searchsorted(ordered, of, right=True) - first
-    at = torch.zeros(of.shape[0] + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=at[1:])
-    place = torch.arange(int(at[-1])) - torch.repeat_interleave(at[:-1] - first, counts)
-    return at, order[place]
+    return order, torch.stack([first, torch.searchsorted(ordered, of, right=True)], 1)
 
 
 # ---- reconstruction loss ------------------------------------------------------------------------------------------
@@ -396,42 +395,47 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
 
     log_q = None if p.log_q is None else p.log_q[pv.keep]
     ids = None if p.ids is None else p.ids[pv.keep]
-    e_columns = _item_columns(p, pv, anchor, ids, log_q) if "reconstruct" in directions else None
+    columns = _item_columns(p, pv, anchor, ids, log_q) if "reconstruct" in directions else None
     scores, items = [], torch.zeros(anchor.shape[0])
-    d_r = torch.zeros(listed.shape[0], p.pv.shape[1]) if grads else None
-    d_e_anchor = torch.zeros(anchor.shape[0], p.pv.shape[1]) if grads else None
+    d_r: Tensor | None = None  # [listed, D], without the 1/tau as the next two
+    d_e_anchor: Tensor | None = None  # [M, D]
+    d_columns: Tensor | None = None
     r_anchor = r.unit if listed is anchor else r.unit[place]
     e_anchor, e_anchor_norm = _normalize(p.pv, pv.source[anchor])
     positive_score = cosine * inverse_tau
     if log_q is not None:
         positive_score = positive_score - log_q[anchor]
-    d_columns = None
     for direction in directions:
         rank = want_rank and not scores
         if direction == "reconstruct":
-            assert e_columns is not None
-            x, y, own = r_anchor, e_columns[0], e_anchor
-        else:
-            x, y, own = (
-                e_anchor,
-                _reconstruction_columns(p, pv, r.unit, listed, anchor, place, ids, log_q),
-                r_anchor,
+            assert columns is not None
+            s = _contrast(
+                r_anchor, columns.candidates, inverse_tau, positive_score, g, rank, needs[0]
             )
-        to_r = d_r if direction == "identify" else None
-        s = _contrast(x, y, inverse_tau, positive_score, g, rank, to_r)
+        else:
+            y = _masked(p, pv, r.unit, listed, anchor, place, ids, log_q)
+            if grads and d_r is None:
+                d_r = torch.zeros(listed.shape[0], p.pv.shape[1])
+            s = _contrast(e_anchor, y, inverse_tau, positive_score, g, rank, add_to=d_r)
         scores.append(s)
         items += (s.lse - positive_score) / len(directions)
-        if g is None or s.d_x is None or d_r is None or d_e_anchor is None:
+        if g is None or s.d_x is None:
             continue
+        # The positive's own terms, in float32: 1 - p is `miss`.
         pull = (g * s.miss)[:, None]
-        s.d_x -= pull * own
         if direction == "reconstruct":
+            s.d_x -= pull * e_anchor
+            d_e_anchor = -pull * r_anchor
+            if listed is anchor:
+                d_r = s.d_x
+            else:
+                d_r = torch.zeros(listed.shape[0], p.pv.shape[1]).index_add_(0, place, s.d_x)
             d_columns = s.d_y
-            d_r.index_add_(0, place, s.d_x)
-            d_e_anchor -= pull * x
         else:
-            d_e_anchor += s.d_x
-            d_r.index_add_(0, place, -pull * x)
+            assert d_r is not None
+            s.d_x -= pull * r_anchor
+            d_e_anchor = s.d_x if d_e_anchor is None else d_e_anchor.add_(s.d_x)
+            d_r.index_add_(0, place, pull * e_anchor, alpha=-1)
         s.d_x = s.d_y = None
 
     gradients: list[Tensor | None] = [None] * 6
@@ -446,45 +450,37 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
         scale = torch.where(r.norm <= _NORM_EPS, 0.0, 1.0 / r.norm)[:, None]
         d_r -= along * r.unit
         d_r *= scale
-        _spread_gradients(
-            p,
-            needs,
-            gradients,
-            pv,
-            history,
-            listed,
-            anchor,
-            r.attention,
-            d_r,
-            d_e_anchor,
-            d_columns,
-            e_columns,
-            e_anchor,
-            e_anchor_norm,
-            inverse_tau,
-        )
+        total = None
+        if needs[0]:
+            total = _column_gradients(p, columns, d_columns, inverse_tau)
+            d_e_anchor *= inverse_tau
+            _normalize_backward(d_e_anchor, e_anchor, e_anchor_norm, d_e_anchor)
+            total.index_add_(0, pv.source[anchor], d_e_anchor)
+        columns = d_columns = d_e_anchor = None
+        _reconstruction_gradients(p, needs, gradients, total, pv, history, listed, r.attention, d_r)
     skipped = (clicked & ~has_history).sum()
     return _Result(items, scores[0], cosine, anchor, pv, skipped, weight, gradients)
 
 
-def _spread_gradients(
+def _placed(like: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """`values` at `rows` (ascending) of a tensor as `like`, zeros elsewhere; `values` itself if these are all rows."""
+    if rows.shape[0] == like.shape[0]:
+        return values.to(like.dtype)
+    return torch.zeros_like(like).index_copy_(0, rows, values.to(like.dtype))
+
+
+def _reconstruction_gradients(
     p: Problem,
     needs: Sequence[bool],
     gradients: list[Tensor | None],
+    total: Tensor | None,  # float32, what pv (or the table) has got so far
     pv: _Rows,
     history: _Rows,
     listed: Tensor,
-    anchor: Tensor,
     attention: _Attention,
     d_r: Tensor,  # [listed, D] gradient of R
-    d_e_anchor: Tensor,  # [M, D] gradient of the anchors' unit e, without the 1/tau
-    d_columns: Tensor | None,  # [n, D] gradient of the columns' unit e, without the 1/tau
-    e_columns: tuple[_Candidates, Tensor, Tensor, Tensor] | None,
-    e_anchor: Tensor,
-    e_anchor_norm: Tensor,
-    inverse_tau: float,
 ) -> None:
-    """From gradients of unit rows and reconstructions to those of the inputs."""
+    """Through the attention: fills in the gradients of all inputs but the temperature."""
     table = p.history is None
     own_history = needs[0] if table else needs[1]
     want_q = needs[2] if p.query is not None else needs[0]
@@ -492,85 +488,67 @@ def _spread_gradients(
     want_v = needs[4] if p.value is not None else own_history
     together = p.key is None and p.value is None and want_k
     d_q, d_k, d_v = attention.gradients(d_r, want_q, want_k, want_v, together)
-
-    def place_rows(shape_of: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-        return torch.zeros_like(shape_of).index_copy_(0, rows, values.to(shape_of.dtype))
-
     if needs[2]:
-        gradients[2] = place_rows(p.query, pv.keep[listed], d_q)
+        gradients[2] = _placed(p.query, pv.keep[listed], d_q)
     if needs[3]:
-        gradients[3] = place_rows(p.key, history.keep, d_k)
+        gradients[3] = _placed(p.key, history.keep, d_k)
     if needs[4]:
-        gradients[4] = place_rows(p.value, history.keep, d_v)
+        gradients[4] = _placed(p.value, history.keep, d_v)
     d_history = d_k if p.key is None else d_v if p.value is None else None
     if not table and needs[1]:
         gradients[1] = (
-            place_rows(p.history, history.keep, d_history)
-            if d_history is not None
-            else torch.zeros_like(p.history)
+            torch.zeros_like(p.history)
+            if d_history is None
+            else _placed(p.history, history.keep, d_history)
         )
-    if not needs[0]:
+    if total is None:
         return
-    # Through the normalisation: columns first (all PV rows or unique items), then the anchors' own share.
-    if d_columns is not None and e_columns is not None:
-        y, row, norm, source = e_columns
-        d_columns *= inverse_tau
-        whole = row.shape[0] == p.pv.shape[0] and p.pv.dtype == torch.float32
-        d_columns = _normalize_backward(d_columns, y.unit, norm, d_columns)
-        if whole:
-            total = d_columns  # every row of pv is a column, in order
-        else:
-            total = torch.zeros(p.pv.shape, dtype=torch.float32)
-            total.index_add_(0, source, d_columns)
-    else:
-        total = torch.zeros(p.pv.shape, dtype=torch.float32)
-    d_e_anchor *= inverse_tau
-    total.index_add_(
-        0, pv.source[anchor], _normalize_backward(d_e_anchor, e_anchor, e_anchor_norm, d_e_anchor)
-    )
-    if p.query is None and d_q is not None:
+    if p.query is None:
         total.index_add_(0, pv.source[listed], d_q)
     if table and d_history is not None:
         total.index_add_(0, history.source, d_history)
     gradients[0] = total.to(p.pv.dtype)
 
 
+@dataclass
+class _ItemColumns:
+    """The columns of direction "reconstruct": PV items, or the unique items among them."""
+
+    candidates: _Candidates
+    norm: Tensor  # [n]
+    source: Tensor  # [n] rows of pv or of the table
+    every_row: bool  # `source` is all of them, in order
+
+
+def _column_gradients(
+    p: Problem, columns: _ItemColumns | None, d_columns: Tensor | None, inverse_tau: float
+) -> Tensor:
+    """float32 gradient of pv (or of the table) as columns; in the memory of `d_columns` where that has its shape."""
+    if columns is None or d_columns is None:
+        return torch.zeros(p.pv.shape, dtype=torch.float32)
+    d_columns *= inverse_tau
+    _normalize_backward(d_columns, columns.candidates.unit, columns.norm, d_columns)
+    if columns.every_row:
+        return d_columns
+    return torch.zeros(p.pv.shape, dtype=torch.float32).index_add_(0, columns.source, d_columns)
+
+
 def _item_columns(
     p: Problem, pv: _Rows, anchor: Tensor, ids: Tensor | None, log_q: Tensor | None
-) -> tuple[_Candidates, Tensor, Tensor, Tensor]:
-    """Candidates of direction "reconstruct": (columns, their rows, norms, rows of the source)."""
+) -> _ItemColumns:
     if p.pv_index is not None and p.item_ids is None and log_q is None and p.negatives == "batch":
-        # Equal candidates are one column with the bias log m.
+        # Equal candidates are one column with the bias log m; the anchor's own item is the positive, whatever its m.
         counts = torch.bincount(pv.source, minlength=p.pv.shape[0])
         source = counts.nonzero().squeeze(1)
-        column_of = torch.zeros(p.pv.shape[0], dtype=torch.int64).index_copy_(
-            0, source, torch.arange(len(source))
-        )
         unit, norm = _normalize(p.pv, source)
         count = counts[source].to(torch.float32)
-        positive = column_of[pv.source[anchor]]
-        every = torch.arange(anchor.shape[0] + 1)
-        y = _Candidates(
-            unit, count.log(), count, None, positive, every, positive, None, None, None, None
-        )
-        return y, source, norm, source
+        own = torch.searchsorted(source, pv.source[anchor])
+        y = _Candidates(unit, own, bias=count.log(), count=count)
+        return _ItemColumns(y, norm, source, source.shape[0] == p.pv.shape[0])
     unit, norm = _normalize(p.pv, pv.source)
     y = _masked(p, pv, unit, torch.arange(len(pv.keep)), anchor, anchor, ids, log_q)
-    return y, pv.source, norm, pv.source
-
-
-def _reconstruction_columns(
-    p: Problem,
-    pv: _Rows,
-    unit: Tensor,
-    listed: Tensor,
-    anchor: Tensor,
-    place: Tensor,
-    ids: Tensor | None,
-    log_q: Tensor | None,
-) -> _Candidates:
-    """Candidates of direction "identify": the reconstructions."""
-    return _masked(p, pv, unit, listed, anchor, place, ids, log_q)
+    every_row = p.pv_index is None and len(pv.keep) == p.pv.shape[0]
+    return _ItemColumns(y, norm, pv.source, every_row)
 
 
 def _masked(
@@ -579,34 +557,21 @@ def _masked(
     unit: Tensor,
     column: Tensor,  # [n] real PV rows of the columns
     anchor: Tensor,  # [M] real PV rows of the anchors
-    positive: Tensor,  # [M] columns of the anchors
+    own: Tensor,  # [M] columns of the anchors
     ids: Tensor | None,
     log_q: Tensor | None,
 ) -> _Candidates:
-    if ids is None:
-        excluded_at, excluded = torch.arange(anchor.shape[0] + 1), positive
-    else:
-        excluded_at, excluded = _same_id(ids[column], ids[anchor])
-    bias = None if log_q is None else -log_q[column].to(torch.float32)
-    first = last = None
+    y = _Candidates(unit, own, page_only=p.negatives == "page")
+    if ids is not None:
+        y.order, same = _same_id(ids[column], ids[anchor])
+        y.same = same[:, None]
+    if log_q is not None:
+        y.bias = y.rank_bias = -log_q[column].to(torch.float32)
     if p.negatives != "batch":
-        page = pv.page[column]
-        first = torch.searchsorted(page, pv.page[anchor])
-        last = torch.searchsorted(page, pv.page[anchor], right=True)
-    others, own = p.negatives == "other_pages", p.negatives == "page"
-    return _Candidates(
-        unit,
-        bias,
-        None,
-        bias,
-        positive,
-        excluded_at,
-        excluded,
-        first if others else None,
-        last if others else None,
-        first if own else None,
-        last if own else None,
-    )
+        page, of = pv.page[column], pv.page[anchor]
+        first, last = torch.searchsorted(page, of), torch.searchsorted(page, of, right=True)
+        y.page = torch.stack([first, last], 1)
+    return y
 
 
 def _reduced(p: Problem, result: _Result) -> Tensor:
@@ -680,26 +645,8 @@ def reconstruct_backward(p: Problem, needs: Sequence[bool], grad: Tensor) -> lis
     pv, history, listed, r = _reconstructed(p)
     gradients: list[Tensor | None] = [None] * 6
     d_r = grad[pv.keep[listed]].to(torch.float32).contiguous()
-    nothing = torch.zeros(0, p.pv.shape[1])
-    no_anchor = torch.zeros(0, dtype=torch.int64)
-    unit, norm = nothing.to(p.pv.dtype), torch.zeros(0)
-    _spread_gradients(
-        p,
-        [*needs, False],
-        gradients,
-        pv,
-        history,
-        listed,
-        no_anchor,
-        r.attention,
-        d_r,
-        nothing,
-        None,
-        None,
-        unit,
-        norm,
-        1.0,
-    )
+    total = torch.zeros(p.pv.shape, dtype=torch.float32) if needs[0] else None
+    _reconstruction_gradients(p, needs, gradients, total, pv, history, listed, r.attention, d_r)
     return gradients[:5]
 
 
@@ -742,16 +689,18 @@ def _run_sequence(
         by_group = torch.zeros(groups, values.shape[1]).index_add_(0, group, values)
         return _page_sums(values, rows)[rows.page] - by_group[group]
 
-    if ids is None:
-        excluded_at, excluded = torch.arange(anchor.shape[0] + 1), anchor
-    else:
-        # The item's occurrences on other pages and the row itself.
-        at, same = _same_id(ids, ids[anchor])
-        row = torch.repeat_interleave(torch.arange(anchor.shape[0]), at.diff())
-        out = (rows.page[same] != rows.page[anchor][row]) | (same == anchor[row])
-        excluded = same[out]
-        excluded_at = torch.zeros(anchor.shape[0] + 1, dtype=torch.int64)
-        torch.cumsum(torch.bincount(row[out], minlength=anchor.shape[0]), 0, out=excluded_at[1:])
+    y = _Candidates(c, anchor)
+    if ids is not None:
+        # Left out: the item's occurrences on other pages. Those of one item are in the order of pages.
+        y.order, same = _same_id(ids, ids[anchor])
+        place = torch.empty_like(y.order).scatter_(0, y.order, every)
+        ordered_page = rows.page[y.order] + rows.start.shape[0] * torch.searchsorted(
+            ids[y.order], ids[y.order]
+        )
+        own_page = ordered_page[place[anchor]]
+        first = torch.searchsorted(ordered_page, own_page)
+        last = torch.searchsorted(ordered_page, own_page, right=True)
+        y.same = torch.stack([same[:, 0], first, last, same[:, 1]], 1).view(-1, 2, 2)
     c32 = c.to(torch.float32)
     mean = sum_of_positives(c32)[anchor] / number[anchor][:, None]
     g = None
@@ -762,7 +711,6 @@ def _run_sequence(
             g = torch.full(
                 (anchor.shape[0],), 1.0 / max(anchor.shape[0], 1) if p.reduction == "mean" else 1.0
             )
-    y = _Candidates(c, None, None, None, anchor, excluded_at, excluded, None, None, None, None)
     s = _contrast(c[anchor], y, inverse_tau, None, g, False)
     loss = s.lse - (c32[anchor] * mean).sum(1) * inverse_tau
 

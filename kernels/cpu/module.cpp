@@ -5,12 +5,18 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#ifdef __linux__
+#include <dlfcn.h>
+#endif
+
 #include <algorithm>
+#include <atomic>
 #include <functional>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "stages.h"
@@ -72,23 +78,51 @@ Type type_of(const A& x, const char* name) {
     throw std::invalid_argument(std::string(name) + ": expected float32 or bfloat16");
 }
 
-// [0, n) in contiguous parts, one thread each, the first on the caller's. `cuts`: only these places may divide it.
-void parallel(int64_t n, int threads, const std::function<void(int64_t, int64_t)>& run, const int64_t* cuts = nullptr,
-              int64_t n_cuts = 0) {
+using Range = std::function<void(int64_t, int64_t)>;
+
+// Parts of a range, taken one after the other by whichever thread is free.
+struct Job {
+    const Range* run;
+    std::vector<std::pair<int64_t, int64_t>> parts;
+    std::atomic<size_t> next{0};
+    void work() {
+        for (size_t i; (i = next.fetch_add(1)) < parts.size();) (*run)(parts[i].first, parts[i].second);
+    }
+};
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+// The OpenMP runtime that torch has loaded, if it is one. Its threads spin for a while after each product; threads of our
+// own would compete with them for the cores. Looked up by name: nothing is linked, and nothing is missing without it.
+GompParallel openmp() {
+#ifdef __linux__
+    static const auto found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return found;
+#else
+    return nullptr;
+#endif
+}
+
+// [0, n) in contiguous parts, one a thread. `cuts`: only these places may divide it.
+void parallel(int64_t n, int threads, const Range& run, const int64_t* cuts = nullptr, int64_t n_cuts = 0) {
     threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, n / 8)));
-    std::vector<int64_t> ends;
-    for (int t = 1; t <= threads; ++t) {
+    Job job;
+    job.run = &run;
+    for (int64_t t = 1, begin = 0; t <= threads; ++t) {
         int64_t end = n * t / threads;
         if (cuts && t < threads) {
             const int64_t* cut = std::lower_bound(cuts, cuts + n_cuts, end);
             end = cut == cuts + n_cuts ? n : *cut;
         }
-        ends.push_back(end);
+        if (begin < end) job.parts.emplace_back(begin, end);
+        begin = end;
     }
+    if (job.parts.size() < 2) return job.work();
+    if (const auto in_openmp = openmp())
+        return in_openmp([](void* x) { static_cast<Job*>(x)->work(); }, &job, unsigned(job.parts.size()), 0);
     std::vector<std::thread> others;
-    for (int t = 1; t < threads; ++t)
-        if (ends[t - 1] < ends[t]) others.emplace_back(run, ends[t - 1], ends[t]);
-    if (n > 0) run(0, ends[0]);
+    for (size_t t = 1; t < job.parts.size(); ++t) others.emplace_back(&Job::work, &job);
+    job.work();
     for (auto& other : others) other.join();
 }
 
@@ -165,9 +199,9 @@ void attend_backward(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_r
         int64_t(page_starts.shape(0)));
 }
 
-void contrast(Strided scores, double inverse_tau, std::optional<Floats> bias, std::optional<Floats> count,
-              std::optional<Rows> positive, Rows excluded_at, Rows excluded, std::optional<Rows> range_first,
-              std::optional<Rows> range_last, std::optional<Floats> rank_bias, std::optional<double> fixed_top,
+void contrast(Strided scores, int64_t low, double inverse_tau, std::optional<Floats> bias,
+              std::optional<Floats> rank_bias, std::optional<Floats> count, Rows own, std::optional<Rows> order,
+              std::optional<Rows> same, std::optional<Rows> page, bool page_only, std::optional<double> fixed_top,
               Floats top, Floats total, std::optional<Rows> above, int threads, std::optional<std::string> variant) {
     if (scores.ndim() != 2 || scores.stride(1) != 1)
         throw std::invalid_argument("scores: expected rows of consecutive numbers");
@@ -175,16 +209,18 @@ void contrast(Strided scores, double inverse_tau, std::optional<Floats> bias, st
     a.type = type_of(scores, "scores");
     a.scores = scores.data();
     a.stride = scores.stride(0);
+    a.low = low;
     a.columns = int64_t(scores.shape(1));
     a.inverse_tau = float(inverse_tau);
     a.bias = data_or_null(bias);
-    a.count = data_or_null(count);
-    a.positive = data_or_null(positive);
-    a.excluded_at = excluded_at.data();
-    a.excluded = excluded.data();
-    a.range_first = data_or_null(range_first);
-    a.range_last = data_or_null(range_last);
     a.rank_bias = data_or_null(rank_bias);
+    a.count = data_or_null(count);
+    a.own = own.data();
+    a.order = data_or_null(order);
+    a.same = data_or_null(same);
+    a.same_ranges = same ? int64_t(same->shape(1)) : 0;
+    a.page = data_or_null(page);
+    a.page_only = page_only;
     a.use_fixed_top = fixed_top.has_value();
     a.fixed_top = float(fixed_top.value_or(0.0));
     a.top = top.data();
@@ -233,11 +269,10 @@ NB_MODULE(_native, m) {
           nb::arg("d_q").noconvert().none(), nb::arg("d_k").noconvert().none(), nb::arg("d_v").noconvert().none(),
           nb::arg("page_starts").noconvert(), nb::arg("scale"), nb::arg("heads"), nb::arg("threads"),
           nb::arg("variant").none() = nb::none());
-    m.def("contrast", &contrast, nb::arg("scores").noconvert(), nb::arg("inverse_tau"),
-          nb::arg("bias").noconvert().none(), nb::arg("count").noconvert().none(),
-          nb::arg("positive").noconvert().none(), nb::arg("excluded_at").noconvert(),
-          nb::arg("excluded").noconvert(), nb::arg("range_first").noconvert().none(),
-          nb::arg("range_last").noconvert().none(), nb::arg("rank_bias").noconvert().none(),
+    m.def("contrast", &contrast, nb::arg("scores").noconvert(), nb::arg("low"), nb::arg("inverse_tau"),
+          nb::arg("bias").noconvert().none(), nb::arg("rank_bias").noconvert().none(),
+          nb::arg("count").noconvert().none(), nb::arg("own").noconvert(), nb::arg("order").noconvert().none(),
+          nb::arg("same").noconvert().none(), nb::arg("page").noconvert().none(), nb::arg("page_only"),
           nb::arg("fixed_top").none(), nb::arg("top").noconvert(), nb::arg("total").noconvert(),
           nb::arg("above").noconvert().none(), nb::arg("threads"), nb::arg("variant").none() = nb::none());
     m.def("normalize_backward", &normalize_backward, nb::arg("d_unit").noconvert(), nb::arg("unit").noconvert(),

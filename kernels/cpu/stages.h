@@ -36,23 +36,26 @@ struct Attend {
     float *d_q, *d_k, *d_v;                // [M, dim], [K, dim], [K, dim]; may be null. d_k = d_v: their sum
 };
 
-// Scores to probabilities, in place: P_ij = exp(s_ij - top_i) with s_ij = cos_ij / tau + bias_j.
+// Scores to probabilities, in place: P_ij = exp(s_ij - top_i) with s_ij = cos_ij / tau + bias_j, 0 where the row has no
+// such candidate. Columns are numbered among all; the tile begins at column `low`.
 struct Contrast {
     Type type;
     void* scores;                          // [rows, columns] with stride
-    int64_t stride, columns;
+    int64_t stride, low, columns;
     float inverse_tau;
     const float* bias;                     // [columns] or null
-    const float* count;                    // [columns] or null: how many candidates a column stands for
-    const int64_t* positive;               // [rows] column of the positive, or null: the rank is not wanted
-    const int64_t* excluded_at;            // [rows + 1]
-    const int64_t* excluded;               // columns that are no candidates
-    const int64_t *range_first, *range_last;  // [rows] or null: a range of columns that are none either
     const float* rank_bias;                // [columns] or null: the part of the bias that ranks see
+    const float* count;                    // [columns] or null: how many candidates a column stands for
+    const int64_t* own;                    // [rows] the row's own column, left out: its positive, or the row itself
+    const int64_t* order;                  // columns by item id, or null
+    const int64_t* same;                   // [rows, same_ranges, 2] ranges of `order` that are left out
+    int64_t same_ranges;
+    const int64_t* page;                   // [rows, 2] columns of the row's page, or null
+    bool page_only;                        // these are the candidates; else they are left out
     float fixed_top;
     bool use_fixed_top;
     float *top, *total;                    // [rows]
-    int64_t* above;                        // [rows]
+    int64_t* above;                        // [rows] candidates that score above the row's own column, or null
 };
 
 // dL/dx = (dL/du - (dL/du . u) u) / |x| for u = x / |x|.

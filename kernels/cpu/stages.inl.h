@@ -1,5 +1,6 @@
 // Body of every variant: included once per instruction set, compiled with that set's flags. Vectors are the
-// compiler's own (16 floats), so one text serves AVX-512, AVX2, NEON and anything else.
+// compiler's own, COURIER_LANES floats wide, so one text serves AVX-512, AVX2, SSE2, NEON and anything else. Wider than a
+// register they become scalar code: as slow as no vectors at all.
 //
 // No templates of the standard library here: the linker keeps one copy of each, and it might be the AVX-512 one.
 #include <cmath>
@@ -11,7 +12,7 @@
 namespace courier {
 namespace {
 
-constexpr int64_t W = 16;
+constexpr int64_t W = COURIER_LANES;
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
@@ -282,30 +283,65 @@ double row_probabilities(const Contrast& a, T* s, float top) {
     return total;
 }
 
-template <class T>
+template <class T, bool BIAS, bool COUNT>
 int64_t row_rank(const Contrast& a, const T* s, float positive) {
     // Compared as the product gave them, scores of equal items are equal and not above each other.
+    constexpr int64_t kBlock = 1024 * W;  // counts of a block are exact in float32 up to 2^24 a lane
     double above = 0;
-    for (int64_t j = 0; j < a.columns; ++j) {
-        float t = widen(s[j]) * a.inverse_tau + (a.rank_bias ? a.rank_bias[j] : 0.0f);
-        above += t > positive ? (a.count ? a.count[j] : 1.0f) : 0.0f;
+    int64_t j = 0;
+    while (j + W <= a.columns) {
+        const int64_t stop = smaller(j + kBlock, a.columns - a.columns % W);
+        vf sum = {};
+        for (; j < stop; j += W) {
+            vf t = load(s + j) * a.inverse_tau;
+            if (BIAS) t += load(a.rank_bias + j);
+            sum += t > positive ? (COUNT ? load(a.count + j) : splat(1.0f)) : vf{};
+        }
+        for (int l = 0; l < W; ++l) above += sum[l];
+    }
+    for (; j < a.columns; ++j) {
+        float t = widen(s[j]) * a.inverse_tau + (BIAS ? a.rank_bias[j] : 0.0f);
+        above += t > positive ? (COUNT ? a.count[j] : 1.0f) : 0.0f;
     }
     return int64_t(above);
+}
+
+template <class T>
+int64_t rank_of(const Contrast& a, const T* s, float positive) {
+    if (a.rank_bias)
+        return a.count ? row_rank<T, true, true>(a, s, positive) : row_rank<T, true, false>(a, s, positive);
+    return a.count ? row_rank<T, false, true>(a, s, positive) : row_rank<T, false, false>(a, s, positive);
+}
+
+template <class T>
+void leave_out(T* s, int64_t first, int64_t last, int64_t columns) {
+    last = smaller(last, columns);
+    for (int64_t j = larger(first, int64_t(0)); j < last; ++j) narrow(-kInfinity, s + j);
 }
 
 template <class T>
 void contrast_rows(const Contrast& a, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
         T* s = static_cast<T*>(a.scores) + i * a.stride;
-        float positive = 0;
-        if (a.positive) {
-            const int64_t j = a.positive[i];
-            positive = widen(s[j]) * a.inverse_tau + (a.rank_bias ? a.rank_bias[j] : 0.0f);
+        const int64_t own = a.own[i] - a.low;
+        const float own_score =
+            a.above ? widen(s[own]) * a.inverse_tau + (a.rank_bias ? a.rank_bias[own] : 0.0f) : 0.0f;
+        leave_out(s, own, own + 1, a.columns);
+        for (int64_t r = 0; r < a.same_ranges; ++r) {
+            const int64_t* range = a.same + (i * a.same_ranges + r) * 2;
+            for (int64_t x = range[0]; x < range[1]; ++x)
+                leave_out(s, a.order[x] - a.low, a.order[x] - a.low + 1, a.columns);
         }
-        for (int64_t x = a.excluded_at[i]; x < a.excluded_at[i + 1]; ++x) narrow(-kInfinity, s + a.excluded[x]);
-        if (a.range_first)
-            for (int64_t j = a.range_first[i]; j < a.range_last[i]; ++j) narrow(-kInfinity, s + j);
-        if (a.positive) a.above[i] = row_rank(a, s, positive);
+        if (a.page) {
+            const int64_t first = a.page[2 * i] - a.low, last = a.page[2 * i + 1] - a.low;
+            if (a.page_only) {
+                leave_out(s, 0, first, a.columns);
+                leave_out(s, last, a.columns, a.columns);
+            } else {
+                leave_out(s, first, last, a.columns);
+            }
+        }
+        if (a.above) a.above[i] = rank_of(a, s, own_score);
         float top = a.fixed_top;
         if (!a.use_fixed_top) {
             top = a.bias ? row_maximum<T, true>(a, s) : row_maximum<T, false>(a, s);

@@ -1,3 +1,4 @@
+#define COURIER_LANES 8
 #include "stages.inl.h"
 
 namespace courier {

@@ -1,3 +1,4 @@
+#define COURIER_LANES 16
 #include "stages.inl.h"
 
 namespace courier {

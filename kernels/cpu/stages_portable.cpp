@@ -1,3 +1,4 @@
+#define COURIER_LANES 4  // what SSE2 and NEON have
 #include "stages.inl.h"
 
 namespace courier {
