@@ -39,7 +39,7 @@ def product(x_ptr, y_ptr, out_ptr, steps, BLOCK: tl.constexpr, WIDE: tl.constexp
 
 @dataclass
 class Case:
-    """The same attributes as the cases of kernels/configs.py."""
+    """The same attributes as the launches of kernels/launches.py."""
 
     name: str
     fn: Any
@@ -64,9 +64,9 @@ def own_cases() -> list[Case]:
 def cases(which: str) -> list[Any]:
     if which == "own":
         return own_cases()
-    from courier_fast.kernels.configs import compile_cases
+    from courier_fast.kernels.launches import launches_of
 
-    return list(compile_cases())
+    return launches_of(which)
 
 
 def source_of(case: Any) -> ASTSource:
@@ -102,6 +102,7 @@ def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
     which, index, capability = job
     case = cases(which)[index]
     result: dict[str, Any] = {"name": case.name, "capability": capability}
+    result["needs_wgmma"] = case.needs_wgmma
     try:
         compiled = triton.compile(
             source_of(case),

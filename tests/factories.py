@@ -1,0 +1,273 @@
+"""Random ragged problems, and the error budget that every implementation is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from courier_fast import ops, reference
+from courier_fast.problem import Problem, SequenceProblem
+
+GPU = torch.cuda.is_available()
+DEVICES = {"cpu": "cpu"} | dict.fromkeys(("triton", "xformers"), "cuda" if GPU else "cpu")
+IMPLS = ("cpu", "triton", "xformers")
+LOSS_INPUTS = ("pv", "history", "query", "key", "value", "temperature")
+SEQUENCE_INPUTS = ("history", "temperature")
+
+
+def poison(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta":
+        return x
+    if x.is_floating_point():
+        return x.fill_(torch.nan)
+    return x if x.dtype == torch.bool else x.fill_(torch.iinfo(x.dtype).max)
+
+
+def skip_unless_available(impl: str, p: Problem | SequenceProblem) -> None:
+    """Skip with the reasons; `p` decides on type and device."""
+    if impl != "reference" and (reasons := ops.unavailable_reasons(impl, p)):
+        pytest.skip(f"{impl}: {'; '.join(reasons)}")
+
+
+def lengths(generator: torch.Generator, pages: int, longest: int) -> Tensor:
+    """Ragged lengths with zeros among them."""
+    return torch.randint(0, longest + 1, (pages,), generator=generator)
+
+
+def offsets_of(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def make(
+    seed: int = 0,
+    *,
+    impl: str = "cpu",
+    pages: int = 9,
+    longest_pv: int = 6,
+    longest_history: int = 9,
+    dim: int = 24,
+    dtype: torch.dtype = torch.float32,
+    clicked: float = 0.5,
+    table: bool = False,
+    mask: bool = False,
+    ids: bool = False,
+    log_q: bool = False,
+    weights: bool = False,
+    projected: bool = False,
+    tau: float = 0.1,
+    tensor_tau: bool = False,
+    **options: Any,
+) -> Problem:
+    """A random problem: ragged pages, some empty; with `mask` NaN in rows that are padding."""
+    g = torch.Generator().manual_seed(seed)
+    pv_counts, history_counts = lengths(g, pages, longest_pv), lengths(g, pages, longest_history)
+    rows, history_rows = int(pv_counts.sum()), int(history_counts.sum())
+    if mask:  # also rows past the last offset
+        rows, history_rows = rows + 3, history_rows + 2
+    items = max(rows // 2, 1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    def leaf(*shape: int) -> Tensor:
+        return normal(*shape).to(dtype)
+
+    pv_mask = torch.rand(rows, generator=g) < 0.8 if mask else None
+    history_mask = torch.rand(history_rows, generator=g) < 0.8 if mask else None
+    pv = leaf(items if table else rows, dim)
+    history = None if table else leaf(history_rows, dim)
+    pv_index = torch.randint(0, items, (rows,), generator=g) if table else None
+    history_index = torch.randint(0, items, (history_rows,), generator=g) if table else None
+    query = leaf(rows, dim) if projected else None
+    key = leaf(history_rows, dim) if projected else None
+    value = leaf(history_rows, dim) if projected else None
+    if pv_mask is not None and history_mask is not None and not table:
+        for x, real in ((pv, pv_mask), (history, history_mask)):
+            assert x is not None
+            x[~real] = torch.nan
+            x[-2:] = torch.inf
+    w = torch.rand(rows, generator=g) * (torch.rand(rows, generator=g) < 0.8) if weights else None
+    p = Problem(
+        pv=pv,
+        history=history,
+        query=query,
+        key=key,
+        value=value,
+        pv_index=pv_index,
+        history_index=history_index,
+        pv_offsets=offsets_of(pv_counts),
+        history_offsets=offsets_of(history_counts),
+        pv_mask=pv_mask,
+        history_mask=history_mask,
+        clicked=torch.rand(rows, generator=g) < clicked,
+        item_ids=torch.randint(0, max(rows // 2, 1), (rows,), generator=g) if ids else None,
+        log_q=normal(rows) * 0.5 - 3 if log_q else None,
+        weights=w,
+        temperature=torch.tensor(tau) if tensor_tau else None,
+        tau=tau,
+        attention_scale=dim**-0.5,
+        **options,
+    )
+    return with_gradients(to_device(p, DEVICES[impl]), LOSS_INPUTS)
+
+
+def make_sequence(
+    seed: int = 0, *, ids: bool = False, reduction: str = "mean", **options: Any
+) -> SequenceProblem:
+    """The histories of such a problem, for the click-sequence loss."""
+    p = make(seed, **options)
+    g = torch.Generator().manual_seed(seed + 1000)
+    rows = p.num_history
+    item_ids = torch.randint(0, max(rows // 3, 1), (rows,), generator=g) if ids else None
+    q = SequenceProblem(
+        history=p.pv if p.history is None else p.history,
+        history_index=p.history_index,
+        history_offsets=p.history_offsets,
+        history_mask=p.history_mask,
+        item_ids=None if item_ids is None else item_ids.to(p.pv.device),
+        temperature=p.temperature,
+        tau=p.tau,
+        reduction=reduction,
+    )
+    return with_gradients(q, SEQUENCE_INPUTS)
+
+
+def mapped(p: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
+    tensors = {f.name: getattr(p, f.name) for f in fields(p)}
+    return replace(p, **{k: change(k, x) for k, x in tensors.items() if isinstance(x, Tensor)})
+
+
+def to_device(p: Any, device: str) -> Any:
+    return mapped(p, lambda _, x: x.to(device))
+
+
+def with_gradients(p: Any, inputs: Sequence[str]) -> Any:
+    return mapped(p, lambda k, x: x.detach().requires_grad_() if k in inputs else x)
+
+
+def in_float64(p: Any, inputs: Sequence[str]) -> Any:
+    def change(name: str, x: Tensor) -> Tensor:
+        x = x.detach().double() if x.is_floating_point() else x
+        return x.requires_grad_() if name in inputs else x
+
+    return mapped(p, change)
+
+
+def upstream_for(loss: Tensor) -> Tensor:
+    """A gradient per entry that is neither 1 nor equal."""
+    g = torch.Generator().manual_seed(7)
+    return torch.randn(loss.shape, generator=g).to(loss.device, loss.dtype)
+
+
+def results(run: Callable[[Any], Tensor], p: Any, inputs: Sequence[str]) -> dict[str, Tensor]:
+    """The output and the gradient of every input that is there."""
+    present = {name: getattr(p, name) for name in inputs if getattr(p, name) is not None}
+    out = run(p)
+    grads = torch.autograd.grad(out, list(present.values()), upstream_for(out), allow_unused=True)
+    found = {"output": out.detach()}
+    for (name, x), grad in zip(present.items(), grads, strict=True):
+        found[name] = torch.zeros_like(x) if grad is None else grad
+        assert found[name].dtype == x.dtype
+        assert found[name].shape == x.shape
+    return found
+
+
+def _norms(x: Tensor) -> tuple[float, float]:
+    x = x.double()
+    if not x.numel():
+        return 0.0, 0.0
+    return float(torch.linalg.vector_norm(x) / x.numel() ** 0.5), float(x.abs().max())
+
+
+class Budget:
+    """|fused - exact| <= 2 |eager - exact| + one rounding, in the l2 and in the max norm.
+
+    exact: the reference in float64; eager: the reference in the input type. Errors are root mean squares over the
+    draws that were added: of a scalar, a single eager error may be zero by luck.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.rounding = torch.finfo(dtype).eps / 2
+        self.sums: dict[tuple[str, str], list[float]] = {}
+        self.draws = 0
+
+    def add(
+        self, exact: dict[str, Tensor], eager: dict[str, Tensor], fused: dict[str, Tensor]
+    ) -> None:
+        self.draws += 1
+        for name, truth in exact.items():
+            truth = truth.double()
+            for kind, size, e, f in zip(
+                ("l2", "max"),
+                _norms(truth),
+                _norms(eager[name].double() - truth),
+                _norms(fused[name].double() - truth),
+                strict=True,
+            ):
+                total = self.sums.setdefault((name, kind), [0.0, 0.0, 0.0])
+                for i, x in enumerate((size, e, f)):
+                    total[i] += x * x
+
+    def check(self) -> None:
+        assert self.draws
+        over = []
+        for (name, kind), total in self.sums.items():
+            size, eager, fused = ((x / self.draws) ** 0.5 for x in total)
+            if not fused <= 2 * eager + self.rounding * size:  # NaN is over, too
+                over.append(
+                    f"{name} ({kind}): error {fused:.3e}, eager {eager:.3e}, size {size:.3e}"
+                )
+        assert not over, "over the error budget: " + "; ".join(over)
+
+
+def check_loss(impl: str, draws: int = 4, **case: Any) -> None:
+    """Loss and every gradient of `draws` random problems within the budget."""
+    check_problems(impl, [make(seed, impl=impl, **case) for seed in range(draws)])
+
+
+def check_problems(impl: str, problems: Sequence[Problem]) -> None:
+    skip_unless_available(impl, problems[0])
+    budget = Budget(problems[0].pv.dtype)
+    for p in problems:
+        budget.add(
+            results(
+                lambda q: reference.reconstruction_loss(q).loss,
+                in_float64(p, LOSS_INPUTS),
+                LOSS_INPUTS,
+            ),
+            results(lambda q: reference.reconstruction_loss(q).loss, p, LOSS_INPUTS),
+            results(lambda q: ops.reconstruction_loss(q, impl, False)[0], p, LOSS_INPUTS),
+        )
+    budget.check()
+
+
+def check_reconstruct(impl: str, draws: int = 3, **case: Any) -> None:
+    inputs = LOSS_INPUTS[:5]
+    problems = [make(seed, impl=impl, **case) for seed in range(draws)]
+    skip_unless_available(impl, problems[0])
+    budget = Budget(problems[0].pv.dtype)
+    for p in problems:
+        budget.add(
+            results(lambda q: reference.reconstruct(q)[0], in_float64(p, LOSS_INPUTS), inputs),
+            results(lambda q: reference.reconstruct(q)[0], p, inputs),
+            results(lambda q: ops.reconstruct(q, impl), p, inputs),
+        )
+    budget.check()
+
+
+def check_sequence(impl: str, draws: int = 4, **case: Any) -> None:
+    problems = [make_sequence(seed, impl=impl, **case) for seed in range(draws)]
+    skip_unless_available(impl, problems[0])
+    budget = Budget(problems[0].history.dtype)
+    for p in problems:
+        budget.add(
+            results(reference.click_sequence_loss, in_float64(p, SEQUENCE_INPUTS), SEQUENCE_INPUTS),
+            results(reference.click_sequence_loss, p, SEQUENCE_INPUTS),
+            results(lambda q: ops.click_sequence_loss(q, impl), p, SEQUENCE_INPUTS),
+        )
+    budget.check()

@@ -1,0 +1,254 @@
+"""Every implementation against the reference: the loss and every gradient, within the error budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from factories import (
+    GPU,
+    IMPLS,
+    LOSS_INPUTS,
+    Budget,
+    check_loss,
+    check_problems,
+    check_reconstruct,
+    check_sequence,
+    in_float64,
+    make,
+    results,
+    skip_unless_available,
+)
+
+from courier_fast import ops, reference
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "identify": {"direction": "identify"},
+    "both": {"direction": "both"},
+    "page": {"negatives": "page"},
+    "other-pages": {"negatives": "other_pages"},
+    "page-both": {"negatives": "page", "direction": "both", "pages": 30},
+    "other-pages-identify": {"negatives": "other_pages", "direction": "identify"},
+    "ids": {"ids": True},
+    "ids-both-page": {"ids": True, "direction": "both", "negatives": "page"},
+    "log-q": {"log_q": True},
+    "log-q-both": {"log_q": True, "direction": "both"},
+    "weights": {"weights": True},
+    "weights-sum": {"weights": True, "reduction": "sum"},
+    "none": {"reduction": "none"},
+    "none-weights-both": {"reduction": "none", "weights": True, "direction": "both"},
+    "heads": {"num_heads": 4},
+    "projected": {"projected": True},
+    "projected-heads": {"projected": True, "num_heads": 3, "direction": "both"},
+    "padding": {"mask": True},
+    "padding-both-ids": {"mask": True, "direction": "both", "ids": True},
+    "items": {"table": True},
+    "items-both": {"table": True, "direction": "both"},
+    "items-page": {"table": True, "negatives": "page"},
+    "items-ids": {"table": True, "ids": True},
+    "items-log-q": {"table": True, "log_q": True},
+    "items-padding-weights": {"table": True, "mask": True, "weights": True},
+    "items-projected": {"table": True, "projected": True},
+    "items-none": {"table": True, "reduction": "none"},
+    "tensor-tau": {"tensor_tau": True},
+    "tensor-tau-both-log-q": {"tensor_tau": True, "direction": "both", "log_q": True},
+    "tau-0.005": {"tau": 0.005},
+    "tau-0.02-items": {"tau": 0.02, "table": True},
+    "tau-2": {"tau": 2.0},
+    "long-histories": {"longest_history": 60, "pages": 5},
+    "several-tiles": {"pages": 40},
+    "one-page": {"pages": 1, "longest_pv": 12, "longest_history": 12},
+    "dim-1": {"dim": 1},
+    "dim-17": {"dim": 17},
+    "dim-100": {"dim": 100, "pages": 6},
+    "dim-256": {"dim": 256, "pages": 6},
+    "dim-300": {"dim": 300, "pages": 6},
+    "dim-1024": {"dim": 1024, "pages": 4},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_float32(impl: str, case: str) -> None:
+    check_loss(impl, **CASES[case])
+
+
+HALF = {
+    "cpu": [torch.bfloat16],
+    "triton": [torch.float16] + [torch.bfloat16] * GPU,
+    "xformers": [torch.float16, torch.bfloat16],
+}
+HALF_CASES = (
+    "plain",
+    "both",
+    "items",
+    "padding",
+    "none-weights-both",
+    "tensor-tau",
+    "tau-0.02-items",
+    "projected-heads",
+    "dim-300",
+    "several-tiles",
+)
+
+
+@pytest.mark.parametrize("case", HALF_CASES)
+@pytest.mark.parametrize(("impl", "dtype"), [(i, t) for i in IMPLS for t in HALF[i]], ids=str)
+def test_half(impl: str, dtype: torch.dtype, case: str) -> None:
+    check_loss(impl, dtype=dtype, **({"pages": 14} | CASES[case]))
+
+
+CHUNKED = (
+    "plain",
+    "both",
+    "items-both",
+    "none-weights-both",
+    "log-q-both",
+    "tensor-tau",
+    "page-both",
+    "ids",
+    "padding-both-ids",
+)
+
+
+@pytest.mark.parametrize("case", CHUNKED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_triton_in_several_chunks(
+    monkeypatch: pytest.MonkeyPatch, case: str, dtype: torch.dtype
+) -> None:
+    """The three-product path, which is otherwise for D > 256, with a workspace of one row tile."""
+    configs = pytest.importorskip("courier_fast.kernels.configs")
+    monkeypatch.setattr(configs, "LARGEST_REGISTER_DIM", 8)
+    check_loss("triton", dtype=dtype, workspace=1, draws=3, **({"pages": 20} | CASES[case]))
+
+
+@pytest.mark.parametrize(
+    "case", ["plain", "items", "weights-sum", "none", "padding", "several-tiles", "dim-100"]
+)
+def test_triton_attention_in_the_prologue(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """The variant in which R does not travel through memory."""
+    configs = pytest.importorskip("courier_fast.kernels.configs")
+    monkeypatch.setattr(configs, "FUSED_STRIDES", frozenset({16, 32, 64, 128, 256}))
+    check_loss("triton", **CASES[case])
+
+
+RECONSTRUCT = (
+    "plain",
+    "heads",
+    "projected-heads",
+    "padding",
+    "items",
+    "items-projected",
+    "long-histories",
+    "dim-17",
+    "dim-300",
+)
+
+
+@pytest.mark.parametrize("case", RECONSTRUCT)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_reconstruct(impl: str, case: str) -> None:
+    options = {k: v for k, v in CASES[case].items() if k != "direction"}
+    check_reconstruct(impl, **options)
+
+
+SEQUENCE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "ids": {"ids": True},
+    "padding-ids": {"mask": True, "ids": True},
+    "items": {"table": True},
+    "items-padding": {"table": True, "mask": True},
+    "tensor-tau": {"tensor_tau": True},
+    "tau-0.005": {"tau": 0.005},
+    "none": {"reduction": "none", "ids": True},
+    "sum": {"reduction": "sum"},
+    "several-tiles": {"pages": 25, "ids": True},
+    "dim-300": {"dim": 300, "pages": 5},
+}
+
+
+@pytest.mark.parametrize("case", SEQUENCE)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_click_sequence(impl: str, case: str) -> None:
+    check_sequence(impl, **SEQUENCE[case])
+
+
+@pytest.mark.parametrize(("impl", "dtype"), [(i, t) for i in IMPLS for t in HALF[i]], ids=str)
+def test_click_sequence_half(impl: str, dtype: torch.dtype) -> None:
+    check_sequence(impl, dtype=dtype, ids=True, pages=16)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize(
+    "options", [{}, {"table": True, "direction": "both"}], ids=["plain", "items-both"]
+)
+def test_two_runs_give_the_same_bits(impl: str, options: dict[str, Any]) -> None:
+    p = make(3, impl=impl, pages=30, **options)
+    skip_unless_available(impl, p)
+    runs = [
+        results(lambda q: ops.reconstruction_loss(q, impl, False)[0], p, LOSS_INPUTS)
+        for _ in range(2)
+    ]
+    for name, x in runs[0].items():
+        assert torch.equal(x, runs[1][name]), name
+
+
+def test_merged_columns_equal_expanded_rows() -> None:
+    """Equal candidates as one column change nothing: the table's loss is that of its expanded rows with ids."""
+    for impl in IMPLS[:2]:
+        p = make(5, impl=impl, table=True, pages=20)
+        skip_unless_available(impl, p)
+        assert p.pv_index is not None
+        assert p.history_index is not None
+        expanded = replace(
+            p,
+            pv=p.pv[p.pv_index].detach().requires_grad_(),
+            history=p.pv[p.history_index].detach().requires_grad_(),
+            pv_index=None,
+            history_index=None,
+            item_ids=p.pv_index,
+        )
+        merged = results(lambda q: ops.reconstruction_loss(q, impl, False)[0], p, LOSS_INPUTS)  # noqa: B023
+        rows = results(lambda q: ops.reconstruction_loss(q, impl, False)[0], expanded, LOSS_INPUTS)  # noqa: B023
+        table = (
+            torch.zeros_like(p.pv)
+            .index_add_(0, p.pv_index, rows["pv"])
+            .index_add_(0, p.history_index, rows["history"])
+        )
+        exact = results(
+            lambda q: reference.reconstruction_loss(q).loss, in_float64(p, LOSS_INPUTS), LOSS_INPUTS
+        )
+        budget = Budget(p.pv.dtype)
+        budget.add(exact, {"output": rows["output"], "pv": table}, merged)
+        budget.check()
+
+
+def test_tf32_setting_is_followed() -> None:
+    """float32 products follow torch's matmul precision; on a GPU the result must then be that of tf32 rows."""
+    configs = pytest.importorskip("courier_fast.kernels.configs")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        assert configs.dot_precision(torch.float32) == "ieee"
+        torch.set_float32_matmul_precision("high")
+        assert configs.dot_precision(torch.float32) == "tf32"
+        if GPU:
+            check_problems("triton", [make(seed, impl="triton") for seed in range(4)])
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_budget_refuses_a_wrong_gradient() -> None:
+    p = make(0)
+    exact = results(
+        lambda q: reference.reconstruction_loss(q).loss, in_float64(p, LOSS_INPUTS), LOSS_INPUTS
+    )
+    eager = results(lambda q: reference.reconstruction_loss(q).loss, p, LOSS_INPUTS)
+    for change in (lambda x: x * (1 + 1e-5), lambda x: x.masked_fill(x == x.max(), torch.nan)):
+        budget = Budget(torch.float32)
+        budget.add(exact, eager, eager | {"history": change(eager["history"])})
+        with pytest.raises(AssertionError, match="history"):
+            budget.check()
