@@ -7,6 +7,7 @@ saved. README.md has the measurements.
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from collections.abc import Sequence
@@ -19,13 +20,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from courier_fast.problem import Problem, SequenceProblem
 
+_native: Any = None
+_NATIVE_ERROR = ""
 try:
-    from courier_fast import _native
+    _native = importlib.import_module("courier_fast._native")
 except ImportError as error:
-    _native = None
     _NATIVE_ERROR = str(error)
-else:
-    _NATIVE_ERROR = ""
 
 # One of _native.variants(), in place of the best that this CPU runs.
 VARIANT_VARIABLE = "COURIER_FAST_CPU_VARIANT"
@@ -324,10 +324,10 @@ def _contrast(
         if part_y is None:
             d_y[columns].addmm_(scores.T, weighted)
         else:
-            # Sums over chunks stay in float32.
+            # Sums over chunks stay in float32; torch's += would first make a float32 copy of the product.
             product = part_y[: high - low]
             torch.mm(scores.T, weighted, out=product)
-            d_y[columns] += product
+            _native.add(d_y[columns], product, *_how())
     return _Scores(lse, miss, above, d_x, d_y)
 
 
@@ -396,7 +396,8 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
     log_q = None if p.log_q is None else p.log_q[pv.keep]
     ids = None if p.ids is None else p.ids[pv.keep]
     columns = _item_columns(p, pv, anchor, ids, log_q) if "reconstruct" in directions else None
-    scores, items = [], torch.zeros(anchor.shape[0])
+    scores: list[_Scores] = []
+    items = torch.zeros(anchor.shape[0])
     d_r: Tensor | None = None  # [listed, D], without the 1/tau as the next two
     d_e_anchor: Tensor | None = None  # [M, D]
     d_columns: Tensor | None = None
@@ -683,11 +684,12 @@ def _run_sequence(
     number = page_size - torch.bincount(group, minlength=groups)[group]
     anchor = (number > 0).nonzero().squeeze(1)
 
-    def sum_of_positives(
-        values: Tensor,
-    ) -> Tensor:  # [n, D] -> for each row the sum over its positives
-        by_group = torch.zeros(groups, values.shape[1]).index_add_(0, group, values)
-        return _page_sums(values, rows)[rows.page] - by_group[group]
+    def sum_of_positives(values: Tensor) -> Tensor:
+        """[n, D]: for each row the sum over its positives."""
+        own = values
+        if ids is not None:
+            own = torch.zeros(groups, values.shape[1]).index_add_(0, group, values)[group]
+        return _page_sums(values, rows)[rows.page] - own
 
     y = _Candidates(c, anchor)
     if ids is not None:

@@ -248,6 +248,15 @@ void normalize_backward(Floats d_unit, Array unit, Floats norm, Array out, int t
     parallel(n, threads, [&](int64_t b, int64_t e) { s.normalize_backward(a, b, e); });
 }
 
+void add(Floats sum, Array part, int threads, std::optional<std::string> variant) {
+    if (sum.size() != part.size()) throw std::invalid_argument("part: expected as many numbers as in sum");
+    courier::Add a{sum.data(), part.data(), type_of(part, "part")};
+    const Stages& s = stages_of(variant);
+    const int64_t n = int64_t(sum.size());
+    nb::gil_scoped_release release;
+    parallel(n, threads, [&](int64_t b, int64_t e) { s.add(a, b, e); });
+}
+
 }  // namespace
 
 // Arrays are written in place: a silent copy of a non-contiguous one would lose the result, hence noconvert.
@@ -277,5 +286,7 @@ NB_MODULE(_native, m) {
           nb::arg("above").noconvert().none(), nb::arg("threads"), nb::arg("variant").none() = nb::none());
     m.def("normalize_backward", &normalize_backward, nb::arg("d_unit").noconvert(), nb::arg("unit").noconvert(),
           nb::arg("norm").noconvert(), nb::arg("out").noconvert(), nb::arg("threads"),
+          nb::arg("variant").none() = nb::none());
+    m.def("add", &add, nb::arg("sum").noconvert(), nb::arg("part").noconvert(), nb::arg("threads"),
           nb::arg("variant").none() = nb::none());
 }

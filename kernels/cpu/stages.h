@@ -69,6 +69,13 @@ struct NormalizeBackward {
     int64_t dim;
 };
 
+// sum += part
+struct Add {
+    float* sum;
+    const void* part;
+    Type type;
+};
+
 struct Stages {
     const char* name;
     void (*normalize)(const Normalize&, int64_t begin, int64_t end);
@@ -76,6 +83,7 @@ struct Stages {
     void (*attend_backward)(const Attend&, int64_t begin, int64_t end);
     void (*contrast)(const Contrast&, int64_t begin, int64_t end);
     void (*normalize_backward)(const NormalizeBackward&, int64_t begin, int64_t end);
+    void (*add)(const Add&, int64_t begin, int64_t end);
 };
 
 const Stages& portable_stages();

@@ -383,8 +383,15 @@ void normalize_backward(const NormalizeBackward& a, int64_t begin, int64_t end) 
                             : normalize_backward_rows<bf16, bf16>(a, begin, end);
 }
 
+void add(const Add& a, int64_t begin, int64_t end) {
+    if (a.type == Type::f32)
+        add_scaled(a.sum + begin, 1.0f, static_cast<const float*>(a.part) + begin, end - begin);
+    else
+        add_scaled(a.sum + begin, 1.0f, static_cast<const bf16*>(a.part) + begin, end - begin);
+}
+
 constexpr Stages make_stages(const char* name) {
-    return {name, normalize, attend, attend_backward, contrast, normalize_backward};
+    return {name, normalize, attend, attend_backward, contrast, normalize_backward, add};
 }
 
 }  // namespace

@@ -1,0 +1,270 @@
+"""What only impl="cpu" has: instruction sets, threads, a bounded workspace, chunks of rows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from factories import (
+    LOSS_INPUTS,
+    SEQUENCE_INPUTS,
+    check_loss,
+    check_problems,
+    check_reconstruct,
+    check_sequence,
+    make,
+    make_sequence,
+    results,
+    skip_unless_available,
+)
+from torch import Tensor
+
+from courier_fast import ops
+from courier_fast.kernels.cpu import driver
+from courier_fast.problem import Problem
+
+needs_native = pytest.mark.skipif(driver._native is None, reason="the native library is not built")
+VARIANTS = () if driver._native is None else tuple(driver._native.variants())
+
+
+def loss_results(p: Problem) -> dict[str, Tensor]:
+    return results(lambda q: ops.reconstruction_loss(q, "cpu", False)[0], p, LOSS_INPUTS)
+
+
+def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, x in expected.items():
+        assert torch.equal(found[name].nan_to_num(), x.nan_to_num()), name
+
+
+# ---- the native library ------------------------------------------------------------------------------------------
+
+
+def test_missing_native_library_is_the_reason() -> None:
+    code = """
+        import sys
+        sys.modules["courier_fast._native"] = None
+        import torch, courier_fast
+        from courier_fast import ops
+        pv, clicked, offsets = torch.randn(4, 8), torch.ones(4, dtype=torch.bool), torch.tensor([0, 4])
+        arguments = dict(pv_offsets=offsets, history_offsets=offsets)
+        courier_fast.reconstruction_loss(pv, pv, clicked, **arguments)
+        try:
+            courier_fast.reconstruction_loss(pv, pv, clicked, impl="cpu", **arguments)
+        except Exception as error:
+            print(error)
+    """
+    run = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert "native library courier_fast._native is missing" in done.stdout
+
+
+@needs_native
+def test_every_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(driver.VARIANT_VARIABLE, "mmx")
+    p = replace(make(), pv=torch.zeros(3, 4, dtype=torch.float16, device="meta"))
+    reasons = " ".join(driver.unavailable_reasons(p))
+    for part in ("'mmx'", *driver._native.variants(), "'meta'", "torch.float16"):
+        assert part in reasons
+
+
+# ---- instruction sets --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv(driver.VARIANT_VARIABLE, request.param)
+    return request.param
+
+
+# Dimensions and numbers of columns around the vectors of 4, 8 and 16, so that each loop has its rest.
+VARIANT_CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dim-35": {"dim": 35},
+    "small-tau-log-q": {"tau": 0.005, "log_q": True, "pages": 20},
+    "both-page-ids": {"direction": "both", "negatives": "page", "ids": True},
+    "items": {"table": True, "tensor_tau": True, "pages": 30},
+    "heads-projected": {"num_heads": 3, "projected": True, "dim": 33},
+    "bfloat16": {"dtype": torch.bfloat16, "pages": 40, "ids": True},
+    "bfloat16-items": {"dtype": torch.bfloat16, "pages": 40, "table": True, "direction": "both"},
+}
+
+
+@pytest.mark.parametrize("case", VARIANT_CASES)
+def test_variant(variant: str, case: str) -> None:
+    check_loss("cpu", **VARIANT_CASES[case])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_variant_of_the_other_operators(variant: str, dtype: torch.dtype) -> None:
+    check_sequence("cpu", dtype=dtype, ids=True, pages=30)
+    check_reconstruct("cpu", dtype=dtype, num_heads=2, dim=34)
+
+
+def test_ranks_of_a_variant(variant: str) -> None:
+    from courier_fast import reference
+
+    for case in ({}, {"log_q": True}, {"table": True}, {"ids": True, "negatives": "other_pages"}):
+        p = make(3, pages=60, **case)
+        rank = ops.reconstruction_loss(p, "cpu", True)[4]
+        assert torch.equal(rank, reference.reconstruction_loss(p).rank)
+
+
+@needs_native
+def test_probabilities_of_extreme_scores() -> None:
+    """exp over the whole range of float32: 0 below it, NaN and infinity where they belong."""
+    row = torch.tensor(
+        [0.0, -87.0, -88.0, -1e4, -torch.inf, 30.0, 88.5, 1e4, torch.nan, -0.5, 5e-8]
+    )
+    row = row.repeat(5)[:53]
+    for variant in VARIANTS:
+        scores = torch.cat([torch.zeros(1), row])[None].clone()
+        top, total, own = torch.empty(1), torch.empty(1), torch.zeros(1, dtype=torch.int64)
+        nothing = (None,) * 3
+        driver._native.contrast(
+            scores, 0, 1.0, *nothing, own, *nothing, False, 0.0, top, total, None, 1, variant
+        )
+        expected = row.double().exp()
+        expected[row < -87.3] = 0
+        found = scores[0, 1:].double()
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.isinf(), expected > torch.finfo(torch.float32).max)
+        finite = expected <= torch.finfo(torch.float32).max
+        error = (found[finite] / expected[finite] - 1)[expected[finite] > 0].abs().max()
+        assert error <= 2 * torch.finfo(torch.float32).eps
+        assert total.isnan()
+
+
+# ---- chunks, threads, workspace ----------------------------------------------------------------------------------
+
+
+@needs_native
+@pytest.mark.parametrize("case", ["plain", "both-page-ids", "items", "bfloat16", "small-tau-log-q"])
+def test_several_chunks(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    monkeypatch.setattr(driver, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(driver, "LEAST_CHUNK_ROWS", 5)
+    monkeypatch.setattr(driver, "PAGE_CHUNK_ROWS", 5)
+    check_loss("cpu", **VARIANT_CASES[case])
+    check_sequence("cpu", ids=True, pages=20)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"table": True}], ids=str)
+def test_two_runs_and_any_threads(options: dict[str, Any]) -> None:
+    """Two runs give the same bits; the stages also on any number of threads, the products may differ in rounding."""
+    problems = [make(seed, pages=60, dim=64, **options) for seed in range(3)]
+    p = problems[0]
+    torch.set_num_threads(1)
+    alone = ops.reconstruct(p, "cpu")
+    assert_same_bits(loss_results(p), loss_results(p))
+    check_problems("cpu", problems)
+    for count in (2, 3):
+        torch.set_num_threads(count)
+        assert torch.equal(ops.reconstruct(p, "cpu"), alone)
+        assert_same_bits(loss_results(p), loss_results(p))
+        check_problems("cpu", problems)
+
+
+PEAK = """
+    import ctypes, gc, sys
+    from pathlib import Path
+    import torch
+    sys.path.insert(0, {tests!r})
+    from factories import LOSS_INPUTS, make, results
+    from courier_fast import ops
+
+    def status(field):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(x.split()[1]) << 10 for x in lines if x.startswith(field + ":"))
+
+    def run(p):
+        return results(lambda q: ops.reconstruction_loss(q, "cpu", False)[0], p, LOSS_INPUTS)
+
+    torch.set_num_threads(2)
+    options = dict(longest_pv=10, longest_history=10, dim=64, clicked={clicked}, ids={ids})
+    options["dtype"] = getattr(torch, {dtype!r})
+    p = make(pages=3000, **options)
+    if {ids}:
+        p.item_ids.zero_()
+    run(make(pages=200, **options))  # loads libraries, starts threads
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    grads = run(p)
+    peak = status("VmHWM") - before
+    print(peak - sum(x.nbytes for x in grads.values()))
+"""
+
+
+@needs_native
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    ("dtype", "ids"), [("float32", False), ("float32", True), ("bfloat16", False)]
+)
+def test_memory_does_not_grow_with_rows_times_columns(dtype: str, ids: bool) -> None:
+    """All of 15,000 rows as anchors: the similarities are 900 MB in float32, with every item the same one too."""
+    code = PEAK.format(tests=os.path.dirname(__file__), dtype=dtype, clicked=1.0, ids=ids)
+    run = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    # One chunk of rows, and a few copies of the inputs (4 MB each in float32), which all rows are here.
+    assert int(done.stdout) <= driver.CHUNK_BYTES + (64 << 20)
+
+
+# ---- regressions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{"log_q": True}, {"negatives": "page"}, {"ids": True}], ids=str
+)
+def test_table_with_as_many_items_as_rows(options: dict[str, Any]) -> None:
+    """Columns in the order of rows were taken for the table's rows where there were as many."""
+    problems = []
+    for seed in range(3):
+        p = make(seed, table=True, **options)
+        g = torch.Generator().manual_seed(seed)
+        table = torch.randn(p.num_pv, p.pv.shape[1], generator=g).requires_grad_()
+        problems.append(replace(p, pv=table))
+    check_problems("cpu", problems)
+
+
+def test_frozen_inputs() -> None:
+    """A product that no wanted gradient needs is left out; the others keep their values."""
+    p = make(1, direction="both", tensor_tau=True)
+    skip_unless_available("cpu", p)
+    everything = loss_results(p)
+    for name in LOSS_INPUTS:
+        x = getattr(p, name)
+        if x is None:
+            continue
+        alone = {n: getattr(p, n).detach() for n in LOSS_INPUTS if getattr(p, n) is not None}
+        alone[name] = x.detach().requires_grad_()
+        q = replace(p, **alone)
+        loss = ops.reconstruction_loss(q, "cpu", False)[0]
+        g = torch.Generator().manual_seed(7)
+        upstream = torch.randn(loss.shape, generator=g)
+        (grad,) = torch.autograd.grad(loss, [alone[name]], upstream)
+        assert torch.equal(grad, everything[name]), name
+
+
+@needs_native
+def test_click_sequence_none_equals_mean() -> None:
+    p = make_sequence(2, ids=True, pages=20)
+    skip_unless_available("cpu", p)
+    mean = results(lambda q: ops.click_sequence_loss(q, "cpu"), p, SEQUENCE_INPUTS)["output"]
+    each = ops.click_sequence_loss(replace(p, reduction="none"), "cpu").detach()
+    torch.testing.assert_close(each.sum() / (each != 0).sum(), mean)
