@@ -46,7 +46,6 @@ def unavailable_reasons(impl: str, p: Problem | SequenceProblem) -> list[str]:
     return reasons
 
 
-@torch.compiler.assume_constant_result
 def _reasons_while_tracing(
     impl: str, is_loss: bool, device: str, dtype: torch.dtype, heads: int
 ) -> list[str]:
@@ -58,6 +57,10 @@ def _reasons_while_tracing(
     if is_loss:
         values |= {"pv": rows, "pv_offsets": offsets, "attention_scale": 1.0, "num_heads": heads}
     return _reasons(impl, kind(**values))
+
+
+# What torch.compiler.assume_constant_result does; calling that here would import all of Dynamo, over a second.
+_reasons_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _reasons(impl: str, p: Problem | SequenceProblem) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from factories import DEVICES, poison  # noqa: E402
+from factories import DEVICES, poison
 
 
 @pytest.fixture(autouse=True)

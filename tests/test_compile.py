@@ -1,0 +1,212 @@
+"""torch's machinery around the operators: compile, opcheck, autocast, accumulation, second derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from factories import DEVICES, LOSS_INPUTS, make, make_sequence, skip_unless_available
+from torch import Tensor
+
+import courier_fast as cf
+from courier_fast import ops
+
+IMPLS = ("cpu", "triton")
+
+
+def batch(impl: str, pages: int, seed: int = 0) -> tuple[Tensor, ...]:
+    skip_unless_available(impl, make(0, impl=impl))
+    g = torch.Generator().manual_seed(seed)
+    pv, history = torch.randn(pages, 4, 16, generator=g), torch.randn(pages, 5, 16, generator=g)
+    clicked, mask = torch.rand(pages, 4, generator=g) < 0.5, torch.rand(pages, 5, generator=g) < 0.8
+    return tuple(x.to(DEVICES[impl]) for x in (pv, history, clicked, mask))
+
+
+def model(impl: str) -> tuple[torch.nn.Module, Callable[..., Tensor]]:
+    encoder = torch.nn.Linear(16, 16).to(DEVICES[impl])
+    loss = cf.ReconstructionLoss(learnable_temperature=True, impl=impl).to(DEVICES[impl])
+    sequence = cf.ClickSequenceLoss(impl=impl)
+
+    def step(pv: Tensor, history: Tensor, clicked: Tensor, mask: Tensor) -> Tensor:
+        e, c = encoder(pv), encoder(history)
+        r = cf.reconstruct(e, c, history_mask=mask, impl=impl)
+        return (
+            loss(e, c, clicked, history_mask=mask) + 0.1 * sequence(c, history_mask=mask) + r.mean()
+        )
+
+    return torch.nn.ModuleList([encoder, loss]), step
+
+
+@pytest.mark.parametrize(
+    ("impl", "backend"), [("cpu", "aot_eager"), ("cpu", "inductor"), ("triton", "aot_eager")]
+)
+def test_compiles_without_graph_breaks_and_for_any_number_of_pages(impl: str, backend: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    parameters, step = model(impl)
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    graphs = torch._dynamo.utils.counters["stats"]
+    for pages in (6, 5, 7, 3):
+        inputs = batch(impl, pages)
+        expected = torch.autograd.grad(step(*inputs), list(parameters.parameters()))
+        found = compiled(*inputs)
+        torch.testing.assert_close(found, step(*inputs))
+        for a, b in zip(
+            torch.autograd.grad(found, list(parameters.parameters())), expected, strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert graphs["unique_graphs"] <= 3  # one for the first size, one for any size
+
+
+def test_compiles_with_every_layout() -> None:
+    torch._dynamo.reset()
+    pv, history, clicked, _ = batch("cpu", 6)
+
+    def step(
+        pv: Tensor,
+        history: Tensor,
+        clicked: Tensor,
+        starts: Tensor,
+        past: Tensor,
+        table: Tensor,
+        index: Tensor,
+    ) -> Tensor:
+        packed = cf.reconstruction_loss(
+            pv, history, clicked, pv_offsets=starts, history_offsets=past
+        )
+        items = cf.reconstruction_loss(
+            index[:, :4],
+            index[:, 4:],
+            clicked.view(-1, 4),
+            embeddings=table,
+            return_stats=True,
+            direction="both",
+        )
+        return packed + items[0] + items[1].mrr()
+
+    args = (
+        pv.flatten(0, 1),
+        history.flatten(0, 1),
+        clicked.flatten(),
+        torch.arange(7) * 4,
+        torch.arange(7) * 5,
+        torch.randn(12, 16, requires_grad=True),
+        torch.randint(0, 12, (6, 9), generator=torch.Generator().manual_seed(1)),
+    )
+    torch.testing.assert_close(
+        torch.compile(step, fullgraph=True, backend="aot_eager")(*args), step(*args)
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"table": True, "reduction": "none"}, {"direction": "both", "tensor_tau": True}],
+    ids=str,
+)
+def test_opcheck(impl: str, options: dict[str, Any]) -> None:
+    p = make(1, impl=impl, **options)
+    skip_unless_available(impl, p)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if impl != "triton":
+        # Not for buffers of which only part is written: the check compares all of what an operator returns.
+        checks.append("test_aot_dispatch_dynamic")
+    needs = [getattr(p, name) is not None for name in LOSS_INPUTS]
+    loss = torch.ops.courier_fast.reconstruction_loss.default
+    assert set(
+        torch.library.opcheck(loss, (*ops._flat(p), needs, True, impl), test_utils=checks).values()
+    ) == {"SUCCESS"}
+    reconstruct = torch.ops.courier_fast.reconstruct.default
+    assert set(
+        torch.library.opcheck(
+            reconstruct, (*ops._flat(p), needs[:5], impl), test_utils=checks
+        ).values()
+    ) == {"SUCCESS"}
+    q = make_sequence(
+        1, impl=impl, table=bool(options.get("table")), tensor_tau=bool(options.get("tensor_tau"))
+    )
+    sequence = torch.ops.courier_fast.click_sequence_loss.default
+    arguments = (*ops._flat(q), [True, q.temperature is not None], impl)
+    assert set(torch.library.opcheck(sequence, arguments, test_utils=checks).values()) == {
+        "SUCCESS"
+    }
+
+
+def test_autocast_casts_the_embeddings_and_keeps_the_loss() -> None:
+    pv, history, clicked, mask = batch("cpu", 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = cf.reconstruction_loss(pv, history, clicked, history_mask=mask)
+        mixed = cf.reconstruction_loss(pv.bfloat16(), history, clicked, history_mask=mask)
+    expected = cf.reconstruction_loss(pv.bfloat16(), history.bfloat16(), clicked, history_mask=mask)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert torch.equal(mixed, expected)
+
+
+def test_autocast_gives_gradients_in_the_type_of_the_parameters() -> None:
+    parameters, step = model("cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step(*batch("cpu", 8)).backward()
+    for x in parameters.parameters():
+        assert x.grad is not None
+        assert x.grad.dtype == torch.float32
+        assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_accumulate(impl: str) -> None:
+    parameters, step = model(impl)
+    parts = []
+    for seed in (1, 2):
+        parameters.zero_grad()
+        step(*batch(impl, 5, seed)).backward()
+        parts.append([x.grad.clone() for x in parameters.parameters()])
+    parameters.zero_grad()
+    for seed in (1, 2):
+        step(*batch(impl, 5, seed)).backward()
+    for x, a, b in zip(parameters.parameters(), *parts, strict=True):
+        torch.testing.assert_close(x.grad, a + b)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_double_backward_is_refused_clearly(impl: str) -> None:
+    p = make(1, impl=impl)
+    skip_unless_available(impl, p)
+    q = make_sequence(1, impl=impl)
+    for out, x in (
+        (ops.reconstruction_loss(p, impl, False)[0], p.pv),
+        (ops.reconstruct(p, impl).sum(), p.pv),
+        (ops.click_sequence_loss(q, impl), q.history),
+    ):
+        (grad,) = torch.autograd.grad(out, x, create_graph=True)
+        with pytest.raises(RuntimeError, match='double backward .*impl="reference"'):
+            grad.sum().backward()
+
+
+def test_reference_has_double_backward() -> None:
+    p = make(1)
+    loss = cf.reconstruction_loss(
+        p.pv,
+        p.history,
+        p.clicked,
+        pv_offsets=p.pv_offsets,
+        history_offsets=p.history_offsets,
+        impl="reference",
+    )
+    (grad,) = torch.autograd.grad(loss, p.pv, create_graph=True)
+    grad.square().sum().backward()
+    assert p.pv.grad is not None
+    assert p.pv.grad.any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_graph_without_gradients(impl: str) -> None:
+    p = make(1, impl=impl)
+    skip_unless_available(impl, p)
+    with torch.no_grad():
+        loss = ops.reconstruction_loss(p, impl, False)[0]
+    assert not loss.requires_grad
+    with_grad = ops.reconstruction_loss(p, impl, False)[0]
+    torch.testing.assert_close(loss, with_grad.detach())

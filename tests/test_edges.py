@@ -1,0 +1,314 @@
+"""What each edge of the definition must give, on every implementation."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factories import (
+    DEVICES,
+    GPU,
+    LOSS_INPUTS,
+    make,
+    mapped,
+    results,
+    skip_unless_available,
+    to_device,
+    with_gradients,
+)
+from torch import Tensor
+
+import courier_fast as cf
+from courier_fast import ops, reference
+from courier_fast.kernels import configs
+from courier_fast.problem import Problem
+
+IMPLS = ("reference", "cpu", "triton")
+
+
+def loss_of(impl: str, p: Problem) -> Tensor:
+    if impl == "reference":
+        return reference.reconstruction_loss(p).loss
+    skip_unless_available(impl, p)
+    return ops.reconstruction_loss(p, impl, False)[0]
+
+
+def run(impl: str, p: Problem) -> dict[str, Tensor]:
+    return results(lambda q: loss_of(impl, q), p, LOSS_INPUTS)
+
+
+def build(
+    impl: str,
+    pv: Tensor,
+    history: Tensor,
+    pages: list[tuple[int, int]],
+    clicked: list[int],
+    **options: Any,
+) -> Problem:
+    """Pages as (PV items, history items)."""
+    counts = torch.tensor(pages, dtype=torch.int64).reshape(-1, 2)
+    starts = torch.cat([torch.zeros(1, 2, dtype=torch.int64), counts.cumsum(0)])
+    p = make(0)
+    p = replace(
+        p,
+        pv=pv,
+        history=history,
+        pv_offsets=starts[:, 0].contiguous(),
+        history_offsets=starts[:, 1].contiguous(),
+        clicked=torch.tensor(clicked, dtype=torch.bool),
+        attention_scale=pv.shape[1] ** -0.5,
+        **options,
+    )
+    return with_gradients(to_device(p, DEVICES.get(impl, "cpu")), LOSS_INPUTS)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "no click",
+        "clicked page without history",
+        "no PV item",
+        "no history",
+        "no page",
+        "all weights zero",
+    ],
+)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_anchor_gives_zero_attached_to_every_input(impl: str, case: str, reduction: str) -> None:
+    pages, clicked, weights = [(3, 2), (2, 0)], [1, 0, 1, 0, 0], None
+    if case == "no click":
+        clicked = [0] * 5
+    elif case == "clicked page without history":
+        clicked = [0, 0, 0, 1, 1]
+    elif case == "no PV item":
+        pages, clicked = [(0, 2)], []
+    elif case == "no history":
+        pages = [(3, 0), (2, 0)]
+    elif case == "no page":
+        pages, clicked = [], []
+    else:
+        weights = torch.zeros(5)
+    rows, history_rows = sum(n for n, _ in pages), sum(k for _, k in pages)
+    options = {
+        "weights": weights,
+        "reduction": reduction,
+        "temperature": torch.tensor(0.1),
+        "direction": "both",
+    }
+    p = build(impl, normal(rows, 8), normal(history_rows, 8), pages, clicked, **options)
+    loss = loss_of(impl, p)
+    assert loss.requires_grad
+    assert not loss.any()
+    assert loss.shape == ((rows,) if reduction == "none" else ())
+    grads = torch.autograd.grad(loss.sum(), [p.pv, p.history, p.temperature])
+    for grad in grads:
+        assert not grad.any()  # NaN would count
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_page_without_history_has_candidates_but_no_anchors(impl: str) -> None:
+    pv, history = normal(5, 8), normal(2, 8, seed=1)
+    both = build(impl, pv, history, [(3, 2), (2, 0)], [1, 0, 0, 1, 1])
+    alone = build(impl, pv[:3], history, [(3, 2)], [1, 0, 0])
+    assert loss_of(impl, both) > loss_of(impl, alone)  # two more negatives
+    assert run(impl, both)["pv"][3:].any()
+    if impl != "reference":
+        out = ops.reconstruction_loss(both, impl, True)
+        assert (int(out[5].sum()), int(out[6])) == (1, 2)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_page_without_pv_items_is_ignored(impl: str) -> None:
+    pv, history = normal(3, 8), normal(4, 8, seed=1)
+    found = run(impl, build(impl, pv, history, [(3, 2), (0, 2)], [1, 0, 1]))
+    expected = run(impl, build(impl, pv, history[:2], [(3, 2)], [1, 0, 1]))
+    torch.testing.assert_close(found["output"], expected["output"])
+    assert not found["history"][2:].any()
+
+
+@pytest.mark.parametrize("negatives", ["batch", "page", "other_pages"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_candidate_only_gives_zero(impl: str, negatives: str) -> None:
+    found = run(
+        impl,
+        build(
+            impl,
+            normal(1, 8),
+            normal(2, 8, seed=1),
+            [(1, 2)],
+            [1],
+            negatives=negatives,
+            direction="both",
+        ),
+    )
+    assert float(found["output"]) == pytest.approx(0, abs=1e-6)
+    assert found["pv"].abs().max() < 1e-5
+    assert found["history"].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_zero_weights_are_no_anchors(impl: str) -> None:
+    pv, history, pages = normal(5, 8), normal(4, 8, seed=1), [(3, 2), (2, 2)]
+    weighted = run(
+        impl,
+        build(impl, pv, history, pages, [1, 1, 0, 1, 0], weights=torch.tensor([1.0, 0, 1, 1, 1])),
+    )
+    dropped = run(impl, build(impl, pv, history, pages, [1, 0, 0, 1, 0]))
+    for name, x in weighted.items():
+        torch.testing.assert_close(x, dropped[name])
+
+
+@pytest.mark.parametrize("direction", ["reconstruct", "both"])
+@pytest.mark.parametrize("filler", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_padding_has_no_influence(impl: str, filler: float, direction: str) -> None:
+    p = make(3, mask=True, direction=direction, impl=impl if impl != "reference" else "cpu")
+    assert p.pv_mask is not None
+    assert p.history_mask is not None
+    dead = {"pv": ~p.pv_mask, "history": ~p.history_mask}
+    for mask in dead.values():
+        mask[-1] = True  # past the last offset
+
+    def filled(value: float) -> dict[str, Tensor]:
+        def change(name: str, x: Tensor) -> Tensor:
+            return x.detach().masked_fill(dead[name][:, None], value) if name in dead else x
+
+        return run(impl, with_gradients(mapped(p, change), LOSS_INPUTS))
+
+    found, clean = filled(filler), filled(0.0)
+    for name, x in found.items():
+        assert torch.equal(x, clean[name]), name
+        assert x.isfinite().all()
+    assert not found["pv"][dead["pv"]].any()
+    assert not found["history"][dead["history"]].any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["pv", "history"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_non_finite_live_rows_reach_the_loss(impl: str, name: str, value: float) -> None:
+    tensors = {"pv": normal(5, 8), "history": normal(4, 8, seed=1)}
+    tensors[name][0, 3] = value
+    p = build(
+        impl, tensors["pv"], tensors["history"], [(3, 2), (2, 2)], [1, 0, 0, 1, 0], reduction="none"
+    )
+    expected = reference.reconstruction_loss(p).loss
+    found = loss_of(impl, p)
+    assert expected.isnan().any()
+    assert found.isnan().tolist() == expected.isnan().tolist()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_zero_vectors(impl: str) -> None:
+    """cos with a zero vector is 0, and so is its gradient."""
+    pv, history = normal(5, 8), normal(4, 8, seed=1)
+    pv[1] = 0
+    history[2:] = 0  # the reconstruction of page 1 is zero
+    p = build(impl, pv, history, [(3, 2), (2, 2)], [1, 1, 0, 1, 0], direction="both")
+    found, expected = run(impl, p), run("reference", p)
+    torch.testing.assert_close(found["output"], expected["output"])
+    assert not found["pv"][1].any() or p.query is None
+    assert all(x.isfinite().all() for x in found.values())
+    torch.testing.assert_close(found["history"], expected["history"])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_upstream_gradient_scales_each_anchor_by_its_own(impl: str) -> None:
+    p = make(1, reduction="none", impl=impl if impl != "reference" else "cpu")
+    loss = loss_of(impl, p)
+    anchors = (loss != 0).nonzero().squeeze(1)
+    assert len(anchors) > 2
+    weights = torch.linspace(-2, 3, len(loss), device=loss.device)
+    together = torch.autograd.grad(loss, p.history, weights, retain_graph=True)[0]
+    apart = torch.zeros_like(together)
+    for i in anchors:
+        one = torch.zeros_like(loss).index_fill(0, i, 1)
+        apart += weights[i] * torch.autograd.grad(loss, p.history, one, retain_graph=True)[0]
+    torch.testing.assert_close(together, apart)
+    scalar = replace(p, reduction="sum")
+    whole = torch.autograd.grad(loss_of(impl, scalar) * 3, p.history)[0]
+    torch.testing.assert_close(whole, 3 * torch.autograd.grad(loss_of(impl, scalar), p.history)[0])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_temperature_of_0_005_is_right(impl: str) -> None:
+    """exp(2/tau) overflows float32 there."""
+    p = make(4, tau=0.005, impl=impl if impl != "reference" else "cpu")
+    exact = reference.reconstruction_loss(
+        mapped(p, lambda _, x: x.double() if x.is_floating_point() else x)
+    ).loss
+    torch.testing.assert_close(loss_of(impl, p).double(), exact, rtol=1e-4, atol=0)
+
+
+STRIDES = {"D", "STRIDE", "DQ_STRIDE", "BLOCK_D", "y_capacity", "chunk_rows"}
+
+
+def narrow_products(source: str) -> list[str]:
+    """Products of row numbers with a stride in which nothing is known to have 64 bits."""
+    tree = ast.parse(source)
+    wide = {"rows64", "occurrence"}  # the latter: positions from torch.sort
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            names = {x.id for x in ast.walk(node.value) if isinstance(x, ast.Name)}
+            text = ast.unparse(node.value)
+            if "int64" in text or "source_row" in text or names & wide:
+                wide.add(node.targets[0].id)
+    found = []
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)):
+            continue
+        names = {x.id for x in ast.walk(node.left) if isinstance(x, ast.Name)}
+        is_row = "[" in ast.unparse(node.left) and ast.unparse(node.right) in STRIDES
+        if is_row and "int64" not in ast.unparse(node.left) and not names & wide:
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_narrow_products_are_found() -> None:
+    assert narrow_products("row = tl.arange(0, 4)\nx = ptr + row[:, None] * STRIDE")
+    assert not narrow_products(
+        "row = tl.arange(0, 4)\nx = ptr + row.to(tl.int64)[:, None] * STRIDE"
+    )
+
+
+@pytest.mark.parametrize(
+    "kernel", ["contrast", "reconstruct", "epilogue", "chunked", "click_sequence"]
+)
+def test_row_offsets_are_64_bit(kernel: str) -> None:
+    """No kernel multiplies a 32-bit row number by a stride."""
+    assert not narrow_products((Path(configs.__file__).parent / f"{kernel}.py").read_text())
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU with 30 GiB: a table of more than 2^31 numbers")
+def test_more_than_2_31_elements() -> None:
+    items, dim = 2**31 // 256 + 1000, 256
+    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        pytest.skip("less than 30 GiB of GPU memory free")
+    table = torch.zeros(items, dim, dtype=torch.bfloat16, device="cuda")
+    table[-64:] = torch.randn(64, dim, device="cuda").to(torch.bfloat16)
+    index = torch.arange(items - 64, items, device="cuda").reshape(8, 8)
+    clicked = torch.ones(8, 4, dtype=torch.bool, device="cuda")
+    big = table.requires_grad_()
+    loss = cf.reconstruction_loss(
+        index[:, :4], index[:, 4:], clicked, embeddings=big, impl="triton"
+    )
+    loss.backward()
+    small = table.detach()[-64:].clone().requires_grad_()
+    local = index - (items - 64)
+    expected = cf.reconstruction_loss(
+        local[:, :4], local[:, 4:], clicked, embeddings=small, impl="triton"
+    )
+    expected.backward()
+    assert torch.equal(loss, expected)
+    assert big.grad is not None
+    assert small.grad is not None
+    assert torch.equal(big.grad[-64:], small.grad)

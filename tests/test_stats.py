@@ -1,0 +1,95 @@
+"""The statistics against brute force over the similarity matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from factories import in_float64, make, skip_unless_available
+
+import courier_fast as cf
+from courier_fast import ops, reference
+
+IMPLS = ("cpu", "triton")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ids": True},
+        {"table": True},
+        {"log_q": True},
+        {"direction": "both"},
+        {"direction": "identify", "mask": True},
+        {"negatives": "page"},
+        {"dim": 300},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_per_row_statistics(impl: str, options: dict[str, Any]) -> None:
+    p = make(6, impl=impl, pages=14, **options)
+    skip_unless_available(impl, p)
+    _, item, lse, positive, rank, is_anchor, skipped = ops.reconstruction_loss(p, impl, True)
+    expected = reference.reconstruction_loss(in_float64(p, ()))
+    assert torch.equal(is_anchor, expected.is_anchor)
+    assert int(is_anchor.sum()) > 3
+    assert torch.equal(rank, expected.rank)
+    assert int(skipped) == int(expected.num_skipped)
+    for found, exact in (
+        (item, expected.item_loss),
+        (lse, expected.log_sum_exp),
+        (positive, expected.positive_similarity),
+    ):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ("reference", *IMPLS))
+def test_equal_scores_are_not_above_the_positive(impl: str) -> None:
+    """The same embedding three times without ids: each is a candidate, none ranks above the others."""
+    row = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    pv = torch.stack([row, row, row, -row])[None]
+    clicked = torch.tensor([[True, True, False, False]])
+    if impl == "triton":
+        pytest.importorskip("triton")
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    history = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(1))
+    _, stats = cf.reconstruction_loss(
+        pv.to(device), history.to(device), clicked.to(device), return_stats=True, impl=impl
+    )
+    ranks = stats.rank[0, :2].tolist()
+    assert ranks[0] == ranks[1]
+    assert ranks[0] in (1, 2)
+
+
+def test_recall_and_mrr() -> None:
+    p = make(6, pages=14)
+    args = {"pv_offsets": p.pv_offsets, "history_offsets": p.history_offsets}
+    _, stats = cf.reconstruction_loss(
+        p.pv, p.history, p.clicked, return_stats=True, impl="reference", **args
+    )
+    ranks = stats.rank[stats.is_anchor].tolist()
+    assert len(ranks) == int(stats.num_anchors) > 3
+    for k in (1, 5, 20):
+        assert float(stats.recall_at(k)) == pytest.approx(sum(r <= k for r in ranks) / len(ranks))
+    assert float(stats.mrr()) == pytest.approx(sum(1 / r for r in ranks) / len(ranks))
+
+
+def test_stats_keep_the_layout_of_clicked() -> None:
+    pv, history, clicked = (
+        torch.randn(3, 4, 8),
+        torch.randn(3, 5, 8),
+        torch.ones(3, 4, dtype=torch.bool),
+    )
+    _, stats = cf.reconstruction_loss(pv, history, clicked, return_stats=True)
+    for x in (
+        stats.item_loss,
+        stats.log_sum_exp,
+        stats.positive_similarity,
+        stats.rank,
+        stats.is_anchor,
+    ):
+        assert x.shape == (3, 4)
+        assert not x.requires_grad

@@ -1,0 +1,288 @@
+"""Bad input gets an error that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import courier_fast as cf
+
+PADDED = {
+    "pv": torch.randn(3, 4, 8),
+    "history": torch.randn(3, 5, 8),
+    "clicked": torch.ones(3, 4, dtype=torch.bool),
+}
+PACKED = {
+    "pv": torch.randn(6, 8),
+    "history": torch.randn(5, 8),
+    "clicked": torch.ones(6, dtype=torch.bool),
+    "pv_offsets": torch.tensor([0, 2, 6]),
+    "history_offsets": torch.tensor([0, 5, 5]),
+}
+ITEMS = {
+    "pv": torch.tensor([[0, 1], [2, 3]]),
+    "history": torch.tensor([[4, 4], [1, 0]]),
+    "clicked": torch.ones(2, 2, dtype=torch.bool),
+    "embeddings": torch.randn(5, 8),
+}
+
+BAD: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
+    (PADDED, {"pv": [1.0]}, TypeError, "pv: expected a torch.Tensor, got list"),
+    (
+        PADDED,
+        {"pv": torch.ones(3, 4, 8, dtype=torch.int64)},
+        TypeError,
+        "pv: expected a floating tensor",
+    ),
+    (PADDED, {"pv": torch.randn(3, 4)}, ValueError, r"pv: expected padded shape .* got \[3, 4\]"),
+    (
+        PADDED,
+        {"history": torch.randn(2, 5, 8)},
+        ValueError,
+        "history: expected 3 pages, as in pv, got 2",
+    ),
+    (
+        PADDED,
+        {"history": torch.randn(3, 5, 7)},
+        ValueError,
+        r"history: expected shape \[3, 5, 8\], got \[3, 5, 7\]",
+    ),
+    (
+        PADDED,
+        {"history": torch.randn(3, 5, 8, dtype=torch.float64)},
+        TypeError,
+        "history: expected torch.float32",
+    ),
+    (PADDED, {"clicked": torch.rand(3, 4)}, TypeError, "clicked: expected a bool or integer"),
+    (
+        PADDED,
+        {"clicked": torch.ones(3, 5, dtype=torch.bool)},
+        ValueError,
+        r"clicked: expected shape \[3, 4\], got \[3, 5\]",
+    ),
+    (
+        PADDED,
+        {"pv_mask": torch.ones(3, 3, dtype=torch.bool)},
+        ValueError,
+        r"pv_mask: expected shape \[3, 4\]",
+    ),
+    (PADDED, {"pv_mask": torch.ones(3, 4)}, TypeError, "pv_mask: expected a bool"),
+    (PADDED, {"pv_offsets": torch.tensor([0, 3])}, ValueError, "expected the same layout"),
+    (PADDED, {"query": torch.randn(3, 4, 7)}, ValueError, r"query: expected shape \[3, 4, 8\]"),
+    (PADDED, {"key": torch.randn(3, 4, 8)}, ValueError, r"key: expected shape \[3, 5, 8\]"),
+    (PADDED, {"value": torch.randn(3, 5, 8).half()}, TypeError, "value: expected torch.float32"),
+    (PADDED, {"item_ids": torch.rand(3, 4)}, TypeError, "item_ids: expected an integer tensor"),
+    (
+        PADDED,
+        {"item_ids": torch.ones(12, dtype=torch.int64)},
+        ValueError,
+        r"item_ids: expected shape \[3, 4\]",
+    ),
+    (
+        PADDED,
+        {"log_q": torch.ones(3, 4, dtype=torch.int64)},
+        TypeError,
+        "log_q: expected a floating tensor",
+    ),
+    (
+        PADDED,
+        {"weights": torch.full((3, 4), -1.0)},
+        ValueError,
+        "weights: expected finite values of at least 0, got -1",
+    ),
+    (
+        PADDED,
+        {"weights": torch.full((3, 4), torch.inf)},
+        ValueError,
+        "weights: expected finite values .* got inf",
+    ),
+    (
+        PADDED,
+        {"weights": torch.full((3, 4), torch.nan)},
+        ValueError,
+        "weights: expected finite values .* got nan",
+    ),
+    (
+        PADDED,
+        {"temperature": 0.0},
+        ValueError,
+        "temperature: expected a finite value above 0, got 0",
+    ),
+    (PADDED, {"temperature": -1}, ValueError, "temperature: .* got -1"),
+    (PADDED, {"temperature": float("nan")}, ValueError, "temperature: .* got nan"),
+    (
+        PADDED,
+        {"temperature": torch.tensor(-0.5)},
+        ValueError,
+        "temperature: expected a value above 0, got -0.5",
+    ),
+    (PADDED, {"temperature": torch.ones(2)}, ValueError, "temperature: expected a float or a 0-d"),
+    (
+        PADDED,
+        {"temperature": "warm"},
+        TypeError,
+        "temperature: expected a float or a 0-d tensor, got str",
+    ),
+    (
+        PADDED,
+        {"num_heads": 3},
+        ValueError,
+        "num_heads: expected a divisor of the embedding dimension 8, got 3",
+    ),
+    (PADDED, {"num_heads": 0}, ValueError, "num_heads"),
+    (PADDED, {"attention_scale": "x"}, TypeError, "attention_scale: expected a float"),
+    (
+        PADDED,
+        {"negatives": "all"},
+        ValueError,
+        "negatives: expected one of 'batch', 'page', 'other_pages', got 'all'",
+    ),
+    (PADDED, {"direction": "up"}, ValueError, "direction: expected one of"),
+    (PADDED, {"reduction": "max"}, ValueError, "reduction: expected one of"),
+    (PADDED, {"impl": "cuda"}, ValueError, "impl: expected one of 'auto', 'reference'"),
+    (
+        PACKED,
+        {"pv_offsets": torch.tensor([1, 2, 6])},
+        ValueError,
+        "pv_offsets: expected to start at 0, got 1",
+    ),
+    (
+        PACKED,
+        {"pv_offsets": torch.tensor([0, 4, 2])},
+        ValueError,
+        "pv_offsets: expected non-decreasing values, got 4 before 2",
+    ),
+    (
+        PACKED,
+        {"pv_offsets": torch.tensor([0, 2, 7])},
+        ValueError,
+        "pv_offsets: expected to end at 6 rows or before, got 7",
+    ),
+    (
+        PACKED,
+        {"pv_offsets": torch.tensor([0.0, 2, 6])},
+        TypeError,
+        "pv_offsets: expected an integer tensor",
+    ),
+    (
+        PACKED,
+        {"history_offsets": torch.tensor([0, 5])},
+        ValueError,
+        "history: expected 2 pages, as in pv, got 1",
+    ),
+    (
+        PACKED,
+        {"history_offsets": torch.tensor([[0, 5, 5]])},
+        ValueError,
+        "history_offsets: expected shape",
+    ),
+    (
+        PACKED,
+        {"pv_mask": torch.ones(6, dtype=torch.bool)},
+        ValueError,
+        "pv: expected pv_mask .* or pv_offsets .* got both",
+    ),
+    (
+        ITEMS,
+        {"pv": torch.tensor([[0, 1], [2, 5]])},
+        ValueError,
+        "pv: expected indices from 0 to 4, got 5",
+    ),
+    (
+        ITEMS,
+        {"history": torch.tensor([[-1, 4], [1, 0]])},
+        ValueError,
+        "history: expected indices from 0 to 4, got -1",
+    ),
+    (ITEMS, {"pv": torch.rand(2, 2)}, TypeError, "pv: expected an integer tensor"),
+    (ITEMS, {"embeddings": torch.randn(5)}, ValueError, r"embeddings: expected shape \[items, D\]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("good", "change", "error", "message"), BAD, ids=lambda x: x if isinstance(x, str) else None
+)
+def test_bad_input(
+    good: dict[str, Any], change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        cf.reconstruction_loss(**(good | change))
+
+
+@pytest.mark.parametrize("good", [PADDED, PACKED, ITEMS], ids=["padded", "packed", "items"])
+def test_good_input(good: dict[str, Any]) -> None:
+    assert cf.reconstruction_loss(**good).isfinite()
+
+
+def test_padding_may_hold_any_index_and_any_weight() -> None:
+    mask = torch.tensor([[True, True], [True, False]])
+    wild = {
+        "pv": torch.tensor([[0, 1], [2, 99]]),
+        "weights": torch.tensor([[1.0, 1], [1, torch.nan]]),
+    }
+    expected = cf.reconstruction_loss(**ITEMS, pv_mask=mask)
+    assert torch.equal(cf.reconstruction_loss(**(ITEMS | wild), pv_mask=mask), expected)
+
+
+def test_explicit_impl_never_falls_back_and_lists_every_reason() -> None:
+    double = {k: v.double() if v.is_floating_point() else v for k, v in PADDED.items()}
+    with pytest.raises(RuntimeError, match="impl='cpu' cannot run .*torch.float64"):
+        cf.reconstruction_loss(**double, impl="cpu")
+    wide = {
+        "pv": torch.randn(1, 2, 2000).double(),
+        "history": torch.randn(1, 2, 2000).double(),
+        "clicked": torch.ones(1, 2) > 0,
+    }
+    with pytest.raises(RuntimeError, match="(?s)impl='triton'.*") as caught:
+        cf.reconstruction_loss(**wide, impl="triton")
+    if "cannot be imported" not in str(caught.value):
+        assert "float64" in str(caught.value)
+        assert "2000" in str(caught.value)
+    assert cf.reconstruction_loss(**double).dtype == torch.float64  # auto: the reference
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"temperature": torch.tensor(0.1)}, TypeError, "temperature: expected a float"),
+        ({"temperature": -1.0}, ValueError, "temperature"),
+        ({"min_temperature": 0.0}, ValueError, "min_temperature: expected a finite value above 0"),
+        (
+            {"temperature": 0.001, "learnable_temperature": True},
+            ValueError,
+            "temperature: expected at least min_temperature",
+        ),
+        ({"negatives": "none"}, ValueError, "negatives"),
+        ({"impl": "fast"}, ValueError, "impl"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)
+def test_bad_module_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        cf.ReconstructionLoss(**options)
+
+
+def test_click_sequence_input() -> None:
+    with pytest.raises(ValueError, match="history: expected padded shape"):
+        cf.click_sequence_loss(torch.randn(4, 8))
+    with pytest.raises(ValueError, match="reduction"):
+        cf.click_sequence_loss(torch.randn(2, 4, 8), reduction="all")
+    with pytest.raises(TypeError, match="item_ids"):
+        cf.click_sequence_loss(torch.randn(2, 4, 8), item_ids=torch.rand(2, 4))
+
+
+def test_learned_temperature_can_leave_its_limit() -> None:
+    """An ordinary clamp has no gradient beyond the limit and would be stuck there."""
+    module = cf.ReconstructionLoss(0.02, learnable_temperature=True, min_temperature=0.02)
+    assert list(module.state_dict()) == ["log_inverse_temperature"]
+    weight = module.log_inverse_temperature
+    assert weight is not None
+    with torch.no_grad():
+        weight += 1  # an optimizer's step past the limit
+    assert float(module.temperature) == pytest.approx(0.02)
+    for direction, moves in ((1, True), (-1, False)):  # descending raises or lowers the temperature
+        weight.grad = None
+        (-direction * module.temperature).backward()
+        assert bool(weight.grad.any()) == moves
