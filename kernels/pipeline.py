@@ -8,6 +8,7 @@ README.md has the notation and the derivation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -581,6 +582,7 @@ def _table_gradient(
 
 def _reconstruct(p: Problem) -> tuple[Shape, dict[str, Tensor], Tensor]:
     """The lists of all PV rows with a history, and their R [N, D]."""
+    p = replace(p, direction="reconstruct")  # a single list
     s = loss_shape(p)
     t = empty_tensors(plan_spec(p, s), p.pv.device)
     make_plan(p, s, t, None)

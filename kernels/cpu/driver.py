@@ -305,7 +305,9 @@ def _contrast(
         if positive is None:
             lse[rows] = top[rows] + total[rows].log()
         else:
-            highest = torch.maximum(top[rows], positive[rows])
+            # Of a row without candidates `top` says nothing; NaN must stay.
+            alone = total[rows] == 0
+            highest = torch.where(alone, positive[rows], torch.maximum(top[rows], positive[rows]))
             others = total[rows] * (top[rows] - highest).exp()
             everything = others + (positive[rows] - highest).exp()
             lse[rows] = highest + everything.log()
