@@ -428,7 +428,8 @@ def reconstruction_loss(
     if not return_stats:
         return loss
     num_anchors = rows[-1].sum()
-    stats = ReconstructionStats(*(pv_side.restore(x.detach()) for x in rows), num_anchors, skipped)
+    item_loss, lse, positive, rank, is_anchor = (pv_side.restore(x.detach()) for x in rows)
+    stats = ReconstructionStats(item_loss, lse, positive, rank, is_anchor, num_anchors, skipped)
     return loss, stats
 
 

@@ -188,7 +188,7 @@ def _loss_backward_run(*args: Any) -> list[Tensor]:
 
 
 def _loss_backward_fake(*args: Any) -> list[Tensor]:
-    *flat, needs, impl, saved, grad = args
+    *flat, needs, _impl, _saved, _grad = args
     return _like_inputs(Problem(*flat), _LOSS_GRADS, needs)
 
 
@@ -242,12 +242,12 @@ def reconstruction_loss(p: Problem, impl: str, stats: bool) -> tuple[Tensor, ...
 
 
 def _reconstruct_run(*args: Any) -> Tensor:
-    *flat, needs, impl = args
+    *flat, _needs, impl = args
     return _module(impl).reconstruct_forward(Problem(*flat))
 
 
 def _reconstruct_fake(*args: Any) -> Tensor:
-    *flat, needs, impl = args
+    *flat, _needs, _impl = args
     p = Problem(*flat)
     return p.pv.new_empty((p.num_pv, p.pv.shape[1]))
 
@@ -258,7 +258,7 @@ def _reconstruct_backward_run(*args: Any) -> list[Tensor]:
 
 
 def _reconstruct_backward_fake(*args: Any) -> list[Tensor]:
-    *flat, needs, impl, grad = args
+    *flat, needs, _impl, _grad = args
     return _like_inputs(Problem(*flat), _RECONSTRUCT_GRADS, needs)
 
 
@@ -327,7 +327,7 @@ def _sequence_backward_run(*args: Any) -> list[Tensor]:
 
 
 def _sequence_backward_fake(*args: Any) -> list[Tensor]:
-    *flat, needs, impl, saved, grad = args
+    *flat, needs, _impl, _saved, _grad = args
     return _like_inputs(SequenceProblem(*flat), _SEQUENCE_GRADS, needs)
 
 

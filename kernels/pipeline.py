@@ -397,7 +397,7 @@ def backward(
             need_sum=False,
         )
 
-    rows, pages, count = reconstructed(s, t)
+    rows, _pages, count = reconstructed(s, t)
     tile = {"FORWARD_M": s.tile.block_m, "FORWARD_N": s.tile.block_n}
     tile |= {"TRANSPOSED_M": s.tile.block_m, "TRANSPOSED_N": s.tile.block_n}
     forward = "reconstruct" in s.directions
