@@ -105,6 +105,11 @@ def _wanted(p: Problem | SequenceProblem, names: Sequence[str]) -> list[bool]:
     return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
 
 
+def _device_of(x: Tensor) -> Any:
+    """Kernels are launched on the current GPU: make it the inputs' one. On the CPU, nothing."""
+    return torch.cuda.device_of(x)
+
+
 def _dense(grads: Sequence[Tensor | None]) -> list[Tensor]:
     """An operator returns tensors only: drop the gradients nobody asked for."""
     return [g for g in grads if g is not None]
@@ -165,7 +170,8 @@ def _restore(ctx: Any) -> tuple[list[Any], list[Tensor]]:
 
 def _loss_run(*args: Any) -> Any:
     *flat, needs, stats, impl = args
-    return _module(impl).loss_forward(Problem(*flat), needs, stats)
+    with _device_of(flat[0]):
+        return _module(impl).loss_forward(Problem(*flat), needs, stats)
 
 
 def _loss_fake(*args: Any) -> Any:
@@ -184,7 +190,8 @@ def _loss_fake(*args: Any) -> Any:
 
 def _loss_backward_run(*args: Any) -> list[Tensor]:
     *flat, needs, impl, saved, grad = args
-    return _dense(_module(impl).loss_backward(Problem(*flat), needs, saved, grad))
+    with _device_of(flat[0]):
+        return _dense(_module(impl).loss_backward(Problem(*flat), needs, saved, grad))
 
 
 def _loss_backward_fake(*args: Any) -> list[Tensor]:
@@ -243,7 +250,8 @@ def reconstruction_loss(p: Problem, impl: str, stats: bool) -> tuple[Tensor, ...
 
 def _reconstruct_run(*args: Any) -> Tensor:
     *flat, _needs, impl = args
-    return _module(impl).reconstruct_forward(Problem(*flat))
+    with _device_of(flat[0]):
+        return _module(impl).reconstruct_forward(Problem(*flat))
 
 
 def _reconstruct_fake(*args: Any) -> Tensor:
@@ -254,7 +262,8 @@ def _reconstruct_fake(*args: Any) -> Tensor:
 
 def _reconstruct_backward_run(*args: Any) -> list[Tensor]:
     *flat, needs, impl, grad = args
-    return _dense(_module(impl).reconstruct_backward(Problem(*flat), needs, grad))
+    with _device_of(flat[0]):
+        return _dense(_module(impl).reconstruct_backward(Problem(*flat), needs, grad))
 
 
 def _reconstruct_backward_fake(*args: Any) -> list[Tensor]:
@@ -308,7 +317,8 @@ def reconstruct(p: Problem, impl: str) -> Tensor:
 
 def _sequence_run(*args: Any) -> Any:
     *flat, needs, impl = args
-    return _module(impl).sequence_forward(SequenceProblem(*flat), needs)
+    with _device_of(flat[0]):
+        return _module(impl).sequence_forward(SequenceProblem(*flat), needs)
 
 
 def _sequence_fake(*args: Any) -> Any:
@@ -323,7 +333,8 @@ def _sequence_fake(*args: Any) -> Any:
 
 def _sequence_backward_run(*args: Any) -> list[Tensor]:
     *flat, needs, impl, saved, grad = args
-    return _dense(_module(impl).sequence_backward(SequenceProblem(*flat), needs, saved, grad))
+    with _device_of(flat[0]):
+        return _dense(_module(impl).sequence_backward(SequenceProblem(*flat), needs, saved, grad))
 
 
 def _sequence_backward_fake(*args: Any) -> list[Tensor]:
