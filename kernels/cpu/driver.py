@@ -30,14 +30,11 @@ except ImportError as error:
 # One of _native.variants(), in place of the best that this CPU runs.
 VARIANT_VARIABLE = "COURIER_FAST_CPU_VARIANT"
 _DTYPES = (torch.float32, torch.bfloat16)
-_NORM_EPS = 1e-12
 # Rows of P held at a time: as many as fit here, but enough that the products stay efficient (README.md).
 CHUNK_BYTES = 32 << 20
 LEAST_CHUNK_ROWS = 256
 # With negatives of the own page only, a chunk of rows meets the columns of its pages: fewer rows, narrower products.
 PAGE_CHUNK_ROWS = 64
-# A fixed shift of 1/tau (plus the largest bias) replaces the row maximum where float32 has the range for it.
-_LARGEST_FIXED_RANGE = 60.0
 
 
 def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
@@ -91,9 +88,10 @@ def _normalize(source: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     return unit, norm
 
 
-def _normalize_backward(d_unit: Tensor, unit: Tensor, norm: Tensor, out: Tensor) -> Tensor:
-    _native.normalize_backward(d_unit, unit, norm, out, *_how())
-    return out
+def _normalize_backward(gradient: Tensor, unit: Tensor, norm: Tensor, scale: float) -> Tensor:
+    """The gradient of unit rows, scaled, becomes in place that of the rows."""
+    _native.normalize_backward(gradient, unit, norm, gradient, scale, *_how())
+    return gradient
 
 
 @dataclass
@@ -157,7 +155,7 @@ class _Attention:
 class _Reconstruction:
     unit: Tensor  # [M, D] r, or R itself
     norm: Tensor  # [M]
-    positive: Tensor  # [M] cos(R, E) in float32
+    positive: Tensor  # [M] cos(R, E) in float64
     attention: _Attention
 
 
@@ -185,7 +183,7 @@ def _attend(p: Problem, pv: _Rows, history: _Rows, rows: Tensor, raw: bool) -> _
     count, dim = rows.shape[0], p.pv.shape[1]
     unit = torch.empty(count, dim, dtype=p.pv.dtype)
     norm = torch.empty(count, dtype=torch.float32)
-    positive = torch.empty(count, dtype=torch.float32)
+    positive = torch.empty(count, dtype=torch.float64)
     _native.attend(
         *arguments, p.pv, e_row, unit, norm, positive, p.attention_scale, p.num_heads, raw, *_how()
     )
@@ -220,12 +218,13 @@ class _Candidates:
 
 @dataclass
 class _Scores:
-    """What a direction gives for each row, in float32."""
+    """What a direction gives for each row; numbers in float64, vectors in float32."""
 
     lse: Tensor  # [M], the positive included
-    miss: Tensor  # [M] 1 - p of the positive
+    loss: Tensor  # [M] lse - positive
     above: Tensor | None  # [M]
-    d_x: Tensor | None  # [M, D] g_i sum_{j != i} p_ij y_j (without the 1/tau)
+    d_x: Tensor | None  # [M, D] g_i (sum_j p_ij y_j - own_i), as the next two without the 1/tau
+    d_own: Tensor | None  # [M, D] the positive's own terms apart from d_y: -g_i (1 - p_i) x_i
     d_y: Tensor | None  # [n, D] sum_i g_i p_ij x_i
 
 
@@ -249,6 +248,7 @@ def _contrast(
     y: _Candidates,
     inverse_tau: float,
     positive: Tensor | None,
+    own_unit: Tensor | None,
     g: Tensor | None,
     want_rank: bool,
     want_y: bool = True,
@@ -256,25 +256,27 @@ def _contrast(
 ) -> _Scores:
     """One direction, chunk by chunk: scores, probabilities, and with g (weights of the rows) both gradients.
 
-    `positive` [M]: scores of the positives, biases included, in float32; None: they are among the other columns.
+    `positive` [M]: scores of the positives, biases included, in float64, and `own_unit` [M, D] their unit
+    vectors, whose terms stay apart in float32; None: the positives are among the other columns.
     `add_to`: where d_y is to be added.
     """
     m, dim = x.shape
     n = y.unit.shape[0]
-    lse, miss, top, total = torch.empty(m), torch.zeros(m), torch.empty(m), torch.empty(m)
+    # A few numbers a row in float64: the loss is a difference of scores of 1/tau.
+    lse, loss, miss, total = torch.zeros(4, m, dtype=torch.float64)
+    top = torch.empty(m)
     above = torch.empty(m, dtype=torch.int64) if want_rank else None
-    largest = float(y.bias.max()) if y.bias is not None and n else 0.0
-    spread = largest - float(y.bias.min()) if y.bias is not None and n else 0.0
-    fixed = 2 * inverse_tau + spread <= _LARGEST_FIXED_RANGE
-    fixed_top = inverse_tau + largest if fixed else None
     chunks = _chunks(m, y)
     # One workspace for all chunks: a fresh one each time would cost more in page faults than the pass over it.
     workspace = x.new_empty(max(((b - a) * (d - c) for a, b, c, d in chunks), default=0))
     half = x.dtype != torch.float32
-    d_x = d_y = part_x = part_y = None
+    d_x = d_y = d_own = part_x = part_y = part_weighted = None
     if g is not None:
         d_x = torch.empty(m, dim)
-        part_x = x.new_empty(max((b - a for a, b, _, _ in chunks), default=0), dim) if half else d_x
+        longest = max((b - a for a, b, _, _ in chunks), default=0)
+        part_x = x.new_empty(longest, dim) if half else d_x
+        part_weighted = x.new_empty(longest, dim)
+        d_own = torch.empty(m, dim) if own_unit is not None else None
         if want_y:
             d_y = torch.zeros(n, dim) if add_to is None else add_to
             widest = max((d - c for _, _, c, d in chunks), default=0)
@@ -296,33 +298,50 @@ def _contrast(
             _part(y.same, rows),
             _part(y.page, rows),
             y.page_only,
-            fixed_top,
             top[rows],
             total[rows],
             _part(above, rows),
             *_how(),
         )
+        shift, others = top[rows].double(), total[rows]
         if positive is None:
-            lse[rows] = top[rows] + total[rows].log()
+            lse[rows] = shift + others.log()
+            scale = others.reciprocal()
         else:
-            # Of a row without candidates `top` says nothing; NaN must stay.
-            alone = total[rows] == 0
-            highest = torch.where(alone, positive[rows], torch.maximum(top[rows], positive[rows]))
-            others = total[rows] * (top[rows] - highest).exp()
-            everything = others + (positive[rows] - highest).exp()
+            # P is relative to `shift`, the rest to the highest score. Without other candidates the loss is exactly 0.
+            shift = shift.masked_fill(others == 0, -torch.inf)
+            own = positive[rows]
+            highest = torch.maximum(shift, own)
+            scale = (shift - highest).exp()
+            others = others * scale
+            everything = others + (own - highest).exp()
             lse[rows] = highest + everything.log()
+            loss[rows] = torch.where(
+                highest == own, others.log1p(), everything.log() + (highest - own)
+            )
             miss[rows] = others / everything
-        if g is None or d_x is None or part_x is None:
+            scale = scale / everything
+        if g is None or d_x is None or part_x is None or part_weighted is None:
             continue
-        factor = g[rows] * (top[rows] - lse[rows]).exp()
         # A row without weight has no share, also where its log-sum-exp is over nothing.
-        factor = torch.where(g[rows] == 0, 0.0, factor)[:, None]
+        factor = torch.where(g[rows] == 0, 0.0, g[rows] * scale).float()
         product = part_x[: stop - start] if half else d_x[rows]
         torch.mm(scores, ys, out=product)
-        torch.mul(product, factor, out=d_x[rows])
+        weighted = part_weighted[: stop - start]
+        # One pass, not five small ones: where cores are shared, each start of all threads may wait for a slice of time.
+        _native.weigh(
+            product,
+            xs,
+            _part(own_unit, rows),
+            factor,
+            (g[rows] * miss[rows]).float() if own_unit is not None else None,
+            d_x[rows],
+            weighted,
+            _part(d_own, rows),
+            *_how(),
+        )
         if d_y is None:
             continue
-        weighted = (xs * factor).to(x.dtype)
         if part_y is None:
             d_y[columns].addmm_(scores.T, weighted)
         else:
@@ -330,7 +349,7 @@ def _contrast(
             product = part_y[: high - low]
             torch.mm(scores.T, weighted, out=product)
             _native.add(d_y[columns], product, *_how())
-    return _Scores(lse, miss, above, d_x, d_y)
+    return _Scores(lse, loss, above, d_x, d_own, d_y)
 
 
 def _part(x: Tensor | None, rows: slice) -> Tensor | None:
@@ -349,9 +368,9 @@ def _same_id(ids: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class _Result:
-    item: Tensor  # [M] loss of each anchor
+    item: Tensor  # [M] loss of each anchor, float64
     scores: _Scores
-    cosine: Tensor  # [M]
+    cosine: Tensor  # [M] float64
     anchor: Tensor  # [M] positions among the real PV rows
     pv: _Rows
     skipped: Tensor
@@ -399,7 +418,7 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
     ids = None if p.ids is None else p.ids[pv.keep]
     columns = _item_columns(p, pv, anchor, ids, log_q) if "reconstruct" in directions else None
     scores: list[_Scores] = []
-    items = torch.zeros(anchor.shape[0])
+    items = torch.zeros(anchor.shape[0], dtype=torch.float64)
     d_r: Tensor | None = None  # [listed, D], without the 1/tau as the next two
     d_e_anchor: Tensor | None = None  # [M, D]
     d_columns: Tensor | None = None
@@ -413,33 +432,35 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
         if direction == "reconstruct":
             assert columns is not None
             s = _contrast(
-                r_anchor, columns.candidates, inverse_tau, positive_score, g, rank, needs[0]
+                r_anchor,
+                columns.candidates,
+                inverse_tau,
+                positive_score,
+                e_anchor,
+                g,
+                rank,
+                needs[0],
             )
         else:
             y = _masked(p, pv, r.unit, listed, anchor, place, ids, log_q)
             if grads and d_r is None:
                 d_r = torch.zeros(listed.shape[0], p.pv.shape[1])
-            s = _contrast(e_anchor, y, inverse_tau, positive_score, g, rank, add_to=d_r)
+            s = _contrast(e_anchor, y, inverse_tau, positive_score, r_anchor, g, rank, add_to=d_r)
         scores.append(s)
-        items += (s.lse - positive_score) / len(directions)
-        if g is None or s.d_x is None:
+        items += s.loss / len(directions)
+        if s.d_x is None or s.d_own is None:
             continue
-        # The positive's own terms, in float32: 1 - p is `miss`.
-        pull = (g * s.miss)[:, None]
         if direction == "reconstruct":
-            s.d_x -= pull * e_anchor
-            d_e_anchor = -pull * r_anchor
+            d_e_anchor, d_columns = s.d_own, s.d_y
             if listed is anchor:
                 d_r = s.d_x
             else:
                 d_r = torch.zeros(listed.shape[0], p.pv.shape[1]).index_add_(0, place, s.d_x)
-            d_columns = s.d_y
         else:
             assert d_r is not None
-            s.d_x -= pull * r_anchor
             d_e_anchor = s.d_x if d_e_anchor is None else d_e_anchor.add_(s.d_x)
-            d_r.index_add_(0, place, pull * e_anchor, alpha=-1)
-        s.d_x = s.d_y = None
+            d_r.index_add_(0, place, s.d_own)
+        s.d_x = s.d_own = s.d_y = None
 
     gradients: list[Tensor | None] = [None] * 6
     if d_r is not None and d_e_anchor is not None:
@@ -448,16 +469,11 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
             # Every score is r . e / tau: the sum of dL/dr . r is dL/d(1/tau).
             slope = (d_r * r.unit).sum(dtype=torch.float64)
             gradients[5] = (-slope * inverse_tau**2).to(p.temperature.dtype)
-        d_r *= inverse_tau
-        along = (d_r * r.unit).sum(1, keepdim=True)
-        scale = torch.where(r.norm <= _NORM_EPS, 0.0, 1.0 / r.norm)[:, None]
-        d_r -= along * r.unit
-        d_r *= scale
+        _normalize_backward(d_r, r.unit, r.norm, inverse_tau)
         total = None
         if needs[0]:
             total = _column_gradients(p, columns, d_columns, inverse_tau)
-            d_e_anchor *= inverse_tau
-            _normalize_backward(d_e_anchor, e_anchor, e_anchor_norm, d_e_anchor)
+            _normalize_backward(d_e_anchor, e_anchor, e_anchor_norm, inverse_tau)
             total.index_add_(0, pv.source[anchor], d_e_anchor)
         columns = d_columns = d_e_anchor = None
         _reconstruction_gradients(p, needs, gradients, total, pv, history, listed, r.attention, d_r)
@@ -529,8 +545,7 @@ def _column_gradients(
     """float32 gradient of pv (or of the table) as columns; in the memory of `d_columns` where that has its shape."""
     if columns is None or d_columns is None:
         return torch.zeros(p.pv.shape, dtype=torch.float32)
-    d_columns *= inverse_tau
-    _normalize_backward(d_columns, columns.candidates.unit, columns.norm, d_columns)
+    _normalize_backward(d_columns, columns.candidates.unit, columns.norm, inverse_tau)
     if columns.every_row:
         return d_columns
     return torch.zeros(p.pv.shape, dtype=torch.float32).index_add_(0, columns.source, d_columns)
@@ -579,7 +594,8 @@ def _masked(
 
 def _reduced(p: Problem, result: _Result) -> Tensor:
     if p.reduction == "none":
-        return torch.zeros(p.num_pv).index_copy_(0, result.pv.keep[result.anchor], result.item)
+        item = result.item.float()
+        return torch.zeros(p.num_pv).index_copy_(0, result.pv.keep[result.anchor], item)
     weight = torch.ones_like(result.item) if result.weight is None else result.weight
     loss = (weight.double() * result.item).sum()
     if p.reduction == "mean" and len(weight):
@@ -596,7 +612,8 @@ def loss_forward(p: Problem, needs: Sequence[bool], stats: bool) -> tuple[Any, .
     def spread(x: Tensor | None) -> Tensor:
         if not stats or x is None:
             return torch.zeros(0)
-        return torch.zeros(p.num_pv, dtype=x.dtype).index_copy_(0, where, x)
+        dtype = torch.float32 if x.is_floating_point() else x.dtype
+        return torch.zeros(p.num_pv, dtype=dtype).index_copy_(0, where, x.to(dtype))
 
     rank = torch.zeros(0, dtype=torch.int64)
     is_anchor, skipped = torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
@@ -715,8 +732,8 @@ def _run_sequence(
             g = torch.full(
                 (anchor.shape[0],), 1.0 / max(anchor.shape[0], 1) if p.reduction == "mean" else 1.0
             )
-    s = _contrast(c[anchor], y, inverse_tau, None, g, False)
-    loss = s.lse - (c32[anchor] * mean).sum(1) * inverse_tau
+    s = _contrast(c[anchor], y, inverse_tau, None, None, g, False)
+    loss = s.lse - (c32[anchor] * mean).sum(1, dtype=torch.float64) * inverse_tau
 
     gradients: list[Tensor | None] = [None, None]
     if g is not None and s.d_x is not None and s.d_y is not None:
@@ -729,8 +746,7 @@ def _run_sequence(
             pulled = torch.zeros(count, c.shape[1])
             pulled[anchor] = (g / number[anchor])[:, None] * c32[anchor]
             d_c = s.d_y.index_add_(0, anchor, s.d_x) - sum_of_positives(pulled)
-            d_c *= inverse_tau
-            d_rows = _normalize_backward(d_c, c, norm, d_c)
+            d_rows = _normalize_backward(d_c, c, norm, inverse_tau)
             target = rows.keep if p.history_index is None else rows.source
             total = torch.zeros(p.history.shape, dtype=torch.float32).index_add_(0, target, d_rows)
             gradients[0] = total.to(p.history.dtype)
@@ -742,7 +758,7 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
     early = p.reduction != "none"
     losses, where, gradients = _run_sequence(p, needs if early else [False, False], None)
     if p.reduction == "none":
-        return torch.zeros(p.num_history).index_copy_(0, where, losses), []
+        return torch.zeros(p.num_history).index_copy_(0, where, losses.float()), []
     loss = losses.sum(dtype=torch.float64)
     if p.reduction == "mean":
         loss = loss / max(len(losses), 1)

@@ -30,6 +30,7 @@ namespace {
 using Array = nb::ndarray<nb::device::cpu, nb::c_contig>;
 using Strided = nb::ndarray<nb::device::cpu>;
 using Floats = nb::ndarray<float, nb::device::cpu, nb::c_contig>;
+using Doubles = nb::ndarray<double, nb::device::cpu, nb::c_contig>;
 using Rows = nb::ndarray<int64_t, nb::device::cpu, nb::c_contig>;
 
 constexpr uint8_t kDlpackBfloat = 4;
@@ -167,7 +168,7 @@ courier::Attend attention(const Array& q, const Rows& q_row, const Array& k, con
 }
 
 void attend(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_row, Rows first, Rows last, Rows weights_at,
-            Floats weights, Array e, Rows e_row, Array out, Floats norm, Floats positive, double scale, int64_t heads,
+            Floats weights, Array e, Rows e_row, Array out, Floats norm, Doubles positive, double scale, int64_t heads,
             bool raw, int threads, std::optional<std::string> variant) {
     courier::Attend a = attention(q, q_row, k, k_row, v, v_row, first, last, weights_at, weights, scale, heads);
     a.e = e.data();
@@ -201,8 +202,8 @@ void attend_backward(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_r
 
 void contrast(Strided scores, int64_t low, double inverse_tau, std::optional<Floats> bias,
               std::optional<Floats> rank_bias, std::optional<Floats> count, Rows own, std::optional<Rows> order,
-              std::optional<Rows> same, std::optional<Rows> page, bool page_only, std::optional<double> fixed_top,
-              Floats top, Floats total, std::optional<Rows> above, int threads, std::optional<std::string> variant) {
+              std::optional<Rows> same, std::optional<Rows> page, bool page_only, Floats top,
+              Doubles total, std::optional<Rows> above, int threads, std::optional<std::string> variant) {
     if (scores.ndim() != 2 || scores.stride(1) != 1)
         throw std::invalid_argument("scores: expected rows of consecutive numbers");
     courier::Contrast a{};
@@ -221,8 +222,6 @@ void contrast(Strided scores, int64_t low, double inverse_tau, std::optional<Flo
     a.same_ranges = same ? int64_t(same->shape(1)) : 0;
     a.page = data_or_null(page);
     a.page_only = page_only;
-    a.use_fixed_top = fixed_top.has_value();
-    a.fixed_top = float(fixed_top.value_or(0.0));
     a.top = top.data();
     a.total = total.data();
     a.above = data_or_null(above);
@@ -232,11 +231,31 @@ void contrast(Strided scores, int64_t low, double inverse_tau, std::optional<Flo
     parallel(n, threads, [&](int64_t b, int64_t e) { s.contrast(a, b, e); });
 }
 
-void normalize_backward(Floats d_unit, Array unit, Floats norm, Array out, int threads,
+void weigh(Array product, Array x, std::optional<Array> own, Floats factor, std::optional<Floats> pull, Floats d_x,
+           Array weighted, std::optional<Floats> d_own, int threads, std::optional<std::string> variant) {
+    courier::Weigh a{};
+    a.type = type_of(x, "x");
+    a.product = product.data();
+    a.x = x.data();
+    a.own = data_or_null(own);
+    a.factor = factor.data();
+    a.pull = data_or_null(pull);
+    a.d_x = d_x.data();
+    a.weighted = weighted.data();
+    a.d_own = data_or_null(d_own);
+    a.dim = int64_t(x.shape(1));
+    const Stages& s = stages_of(variant);
+    const int64_t n = int64_t(x.shape(0));
+    nb::gil_scoped_release release;
+    parallel(n, threads, [&](int64_t b, int64_t e) { s.weigh(a, b, e); });
+}
+
+void normalize_backward(Floats d_unit, Array unit, Floats norm, Array out, double scale, int threads,
                         std::optional<std::string> variant) {
     courier::NormalizeBackward a{};
     a.type = type_of(unit, "unit");
     a.out_type = type_of(out, "out");
+    a.scale = float(scale);
     a.d_unit = d_unit.data();
     a.unit = unit.data();
     a.norm = norm.data();
@@ -282,10 +301,14 @@ NB_MODULE(_native, m) {
           nb::arg("bias").noconvert().none(), nb::arg("rank_bias").noconvert().none(),
           nb::arg("count").noconvert().none(), nb::arg("own").noconvert(), nb::arg("order").noconvert().none(),
           nb::arg("same").noconvert().none(), nb::arg("page").noconvert().none(), nb::arg("page_only"),
-          nb::arg("fixed_top").none(), nb::arg("top").noconvert(), nb::arg("total").noconvert(),
+          nb::arg("top").noconvert(), nb::arg("total").noconvert(),
           nb::arg("above").noconvert().none(), nb::arg("threads"), nb::arg("variant").none() = nb::none());
+    m.def("weigh", &weigh, nb::arg("product").noconvert(), nb::arg("x").noconvert(), nb::arg("own").noconvert().none(),
+          nb::arg("factor").noconvert(), nb::arg("pull").noconvert().none(), nb::arg("d_x").noconvert(),
+          nb::arg("weighted").noconvert(), nb::arg("d_own").noconvert().none(), nb::arg("threads"),
+          nb::arg("variant").none() = nb::none());
     m.def("normalize_backward", &normalize_backward, nb::arg("d_unit").noconvert(), nb::arg("unit").noconvert(),
-          nb::arg("norm").noconvert(), nb::arg("out").noconvert(), nb::arg("threads"),
+          nb::arg("norm").noconvert(), nb::arg("out").noconvert(), nb::arg("scale"), nb::arg("threads"),
           nb::arg("variant").none() = nb::none());
     m.def("add", &add, nb::arg("sum").noconvert(), nb::arg("part").noconvert(), nb::arg("threads"),
           nb::arg("variant").none() = nb::none());

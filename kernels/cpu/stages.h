@@ -27,7 +27,8 @@ struct Attend {
     const int64_t* weights_at;             // [M] where the row's attention weights begin: heads x history
     float* weights;
     void* out;                             // [M, dim] R / |R|, or R itself with raw
-    float *norm, *positive;                // [M] |R|, cos(R, E)
+    float* norm;                           // [M] |R|
+    double* positive;                      // [M] cos(R, E)
     int64_t dim, heads;
     float scale;
     bool raw;
@@ -52,15 +53,27 @@ struct Contrast {
     int64_t same_ranges;
     const int64_t* page;                   // [rows, 2] columns of the row's page, or null
     bool page_only;                        // these are the candidates; else they are left out
-    float fixed_top;
-    bool use_fixed_top;
-    float *top, *total;                    // [rows]
+    float* top;                            // [rows]
+    double* total;                         // [rows]
     int64_t* above;                        // [rows] candidates that score above the row's own column, or null
 };
 
-// dL/dx = (dL/du - (dL/du . u) u) / |x| for u = x / |x|.
+// What follows the product P y of a chunk: d_x = factor P y - pull own, weighted = factor x, d_own = -pull x.
+struct Weigh {
+    Type type;
+    const void *product, *x;               // [rows, dim]; the product may be d_x itself
+    const void* own;                       // [rows, dim] or null: no pull
+    const float *factor, *pull;            // [rows]
+    float* d_x;                            // [rows, dim]
+    void* weighted;                        // [rows, dim]
+    float* d_own;                          // [rows, dim] or null
+    int64_t dim;
+};
+
+// dL/dx = scale (dL/du - (dL/du . u) u) / |x| for u = x / |x|.
 struct NormalizeBackward {
     Type type;
+    float scale;
     const float* d_unit;                   // [n, dim]
     const void* unit;
     const float* norm;
@@ -82,6 +95,7 @@ struct Stages {
     void (*attend)(const Attend&, int64_t begin, int64_t end);
     void (*attend_backward)(const Attend&, int64_t begin, int64_t end);
     void (*contrast)(const Contrast&, int64_t begin, int64_t end);
+    void (*weigh)(const Weigh&, int64_t begin, int64_t end);
     void (*normalize_backward)(const NormalizeBackward&, int64_t begin, int64_t end);
     void (*add)(const Add&, int64_t begin, int64_t end);
 };

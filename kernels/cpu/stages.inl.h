@@ -151,8 +151,20 @@ inline void scaled(Y* y, float c, const X* x, int64_t dim) {
     for (; d < dim; ++d) narrow(c * widen(x[d]), y + d);
 }
 
-// 1 / norm, 0 for a zero vector; NaN stays NaN.
-inline float unit_scale(float norm) { return norm <= kNormEps ? 0.0f : 1.0f / norm; }
+// y = x / c
+template <class X, class Y>
+inline void divided(Y* y, float c, const X* x, int64_t dim) {
+    int64_t d = 0;
+    for (; d + W <= dim; d += W) store(y + d, load(x + d) / c);
+    for (; d < dim; ++d) narrow(widen(x[d]) / c, y + d);
+}
+
+// What a vector is divided by to be a unit vector: its norm, or infinity for a zero vector; NaN stays NaN. (A product with
+// the reciprocal would round twice, and the gradient across the vector is a difference in which that shows.)
+template <class X>
+inline X divisor(X norm) {
+    return norm <= X(kNormEps) ? X(kInfinity) : norm;
+}
 
 template <class T>
 void normalize_rows(const Normalize& a, int64_t begin, int64_t end) {
@@ -160,7 +172,7 @@ void normalize_rows(const Normalize& a, int64_t begin, int64_t end) {
         const T* x = static_cast<const T*>(a.source) + a.row[i] * a.dim;
         float norm = sqrtf(dot(x, x, a.dim));
         a.norm[i] = norm;
-        scaled(static_cast<T*>(a.unit) + i * a.dim, unit_scale(norm), x, a.dim);
+        divided(static_cast<T*>(a.unit) + i * a.dim, divisor(norm), x, a.dim);
     }
 }
 
@@ -197,10 +209,16 @@ void attend_rows(const Attend& a, int64_t begin, int64_t end) {
         }
         float norm = sqrtf(dot(r, r, a.dim));
         a.norm[i] = norm;
-        scaled(out, unit_scale(norm), r, a.dim);
+        divided(out, divisor(norm), r, a.dim);
         const T* e = static_cast<const T*>(a.e) + a.e_row[i] * a.dim;
-        float e_norm = sqrtf(dot(e, e, a.dim));
-        a.positive[i] = dot(r, e, a.dim) * unit_scale(norm) * unit_scale(e_norm);
+        double re = 0, rr = 0, ee = 0;
+        for (int64_t d = 0; d < a.dim; ++d) {
+            const double x = r[d], y = widen(e[d]);
+            re += x * y;
+            rr += x * x;
+            ee += y * y;
+        }
+        a.positive[i] = re / divisor(sqrt(rr)) / divisor(sqrt(ee));
     }
 }
 
@@ -342,13 +360,24 @@ void contrast_rows(const Contrast& a, int64_t begin, int64_t end) {
             }
         }
         if (a.above) a.above[i] = rank_of(a, s, own_score);
-        float top = a.fixed_top;
-        if (!a.use_fixed_top) {
-            top = a.bias ? row_maximum<T, true>(a, s) : row_maximum<T, false>(a, s);
-            if (top == -kInfinity) top = 0;  // no candidate
-        }
+        // The largest score, not the 1/tau that bounds all: rounding of s - top then is least where P is largest.
+        float top = a.bias ? row_maximum<T, true>(a, s) : row_maximum<T, false>(a, s);
+        if (top == -kInfinity) top = 0;  // no candidate: the sum is 0
         a.top[i] = top;
-        a.total[i] = float(a.bias ? row_probabilities<T, true>(a, s, top) : row_probabilities<T, false>(a, s, top));
+        a.total[i] = a.bias ? row_probabilities<T, true>(a, s, top) : row_probabilities<T, false>(a, s, top);
+    }
+}
+
+template <class T>
+void weigh_rows(const Weigh& a, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+        const int64_t at = i * a.dim;
+        const T* x = static_cast<const T*>(a.x) + at;
+        const float factor = a.factor[i], pull = a.own ? a.pull[i] : 0.0f;
+        scaled(a.d_x + at, factor, static_cast<const T*>(a.product) + at, a.dim);
+        scaled(static_cast<T*>(a.weighted) + at, factor, x, a.dim);
+        if (a.own) add_scaled(a.d_x + at, -pull, static_cast<const T*>(a.own) + at, a.dim);
+        if (a.d_own) scaled(a.d_own + at, -pull, x, a.dim);
     }
 }
 
@@ -358,7 +387,7 @@ void normalize_backward_rows(const NormalizeBackward& a, int64_t begin, int64_t 
         const float* g = a.d_unit + i * a.dim;
         const T* u = static_cast<const T*>(a.unit) + i * a.dim;
         O* out = static_cast<O*>(a.out) + i * a.dim;
-        const float along = dot(g, u, a.dim), c = unit_scale(a.norm[i]);
+        const float along = dot(g, u, a.dim), c = a.scale / divisor(a.norm[i]);
         int64_t d = 0;
         for (; d + W <= a.dim; d += W) store(out + d, c * (load(g + d) - along * load(u + d)));
         for (; d < a.dim; ++d) narrow(c * (g[d] - along * widen(u[d])), out + d);
@@ -377,6 +406,9 @@ void attend_backward(const Attend& a, int64_t begin, int64_t end) {
 void contrast(const Contrast& a, int64_t begin, int64_t end) {
     a.type == Type::f32 ? contrast_rows<float>(a, begin, end) : contrast_rows<bf16>(a, begin, end);
 }
+void weigh(const Weigh& a, int64_t begin, int64_t end) {
+    a.type == Type::f32 ? weigh_rows<float>(a, begin, end) : weigh_rows<bf16>(a, begin, end);
+}
 void normalize_backward(const NormalizeBackward& a, int64_t begin, int64_t end) {
     if (a.type == Type::f32) return normalize_backward_rows<float, float>(a, begin, end);
     a.out_type == Type::f32 ? normalize_backward_rows<bf16, float>(a, begin, end)
@@ -391,7 +423,7 @@ void add(const Add& a, int64_t begin, int64_t end) {
 }
 
 constexpr Stages make_stages(const char* name) {
-    return {name, normalize, attend, attend_backward, contrast, normalize_backward, add};
+    return {name, normalize, attend, attend_backward, contrast, weigh, normalize_backward, add};
 }
 
 }  // namespace
