@@ -119,27 +119,22 @@ def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 COMMON: dict[str, tuple[int, torch.dtype, dict[str, Any]]] = {
     "bf16-256": (256, _BF16, {}),
-    "fp32-256": (256, _FP32, {}),
     "bf16-768": (768, _BF16, {"reduction": "none"}),
     "items": (256, _BF16, {"table": True}),
 }
 SPECIAL: dict[str, tuple[int, torch.dtype, dict[str, Any]]] = {
+    "fp32-256": (256, _FP32, {}),
     "bf16-64": (64, _BF16, {}),
     "bf16-128": (128, _BF16, {}),
-    "bf16-200": (200, _BF16, {}),
     "bf16-1024": (1024, _BF16, {}),
     "fp16-256": (256, _FP16, {}),
     "fp16-1024": (1024, _FP16, {}),
-    "tf32-64": (64, _FP32, {"tf32": True}),
     "tf32-256": (256, _FP32, {"tf32": True}),
-    "tf32-768": (768, _FP32, {"tf32": True}),
     "fp32-64": (64, _FP32, {}),
     "fp32-1024": (1024, _FP32, {}),
     "learned-temperature": (256, _BF16, {"tensor_tau": True}),
     "both": (256, _BF16, {"direction": "both"}),
     "page": (256, _BF16, {"negatives": "page"}),
-    "other-pages": (256, _BF16, {"negatives": "other_pages"}),
-    "ids": (256, _BF16, {"ids": True}),
     "log-q": (256, _BF16, {"log_q": True}),
     "stats": (256, _BF16, {"stats": True}),
     "heads": (256, _BF16, {"num_heads": 4, "projected": True}),

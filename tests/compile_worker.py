@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -123,6 +124,7 @@ def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
 
 def main() -> None:
     which, workers, *capabilities = sys.argv[1:]
+    torch.set_num_threads(1)  # a forked process would wait forever for the threads of this one
     jobs = [(which, i, int(c)) for c in capabilities for i in range(len(cases(which)))]
     context = multiprocessing.get_context("fork")  # a spawned process would import torch again
     with ProcessPoolExecutor(int(workers), mp_context=context) as pool:

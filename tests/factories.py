@@ -225,7 +225,7 @@ class Budget:
         assert not over, "over the error budget: " + "; ".join(over)
 
 
-def check_loss(impl: str, draws: int = 4, **case: Any) -> None:
+def check_loss(impl: str, draws: int = 3, **case: Any) -> None:
     """Loss and every gradient of `draws` random problems within the budget."""
     check_problems(impl, [make(seed, impl=impl, **case) for seed in range(draws)])
 
