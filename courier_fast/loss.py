@@ -74,6 +74,13 @@ def _check_choices(**values: Any) -> None:
             )
 
 
+def _check_workspace(workspace: Any) -> None:
+    if isinstance(workspace, bool) or not isinstance(workspace, int):
+        raise TypeError(f"workspace: expected an int (bytes), got {describe(workspace)}")
+    if workspace < 1:
+        raise ValueError(f"workspace: expected at least 1 byte, got {workspace}")
+
+
 def _check_temperature(
     temperature: Any, device: torch.device, validate: bool
 ) -> tuple[Tensor | None, float]:
@@ -107,10 +114,11 @@ def _check_temperature(
     return None, float(temperature)
 
 
-def _check_weights(weights: Tensor, live: Tensor | None, validate: bool) -> None:
+def _check_weights(weights: Tensor, layout: Side, validate: bool) -> None:
     if not (watches_values() and (validate or weights.device.type == "cpu")):
         return
     bad = ~(torch.isfinite(weights) & (weights >= 0))
+    live = layout.live()
     if live is not None:
         bad = bad & live
     if bool(bad.any()):
@@ -122,7 +130,7 @@ def _check_weights(weights: Tensor, live: Tensor | None, validate: bool) -> None
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Floating inputs in the autocast type, where autocast is on: the loss is a matrix product at heart."""
     device = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -276,6 +284,8 @@ def _build(
         attention_scale = (dim // num_heads) ** -0.5
     elif isinstance(attention_scale, bool) or not isinstance(attention_scale, (int, float)):
         raise TypeError(f"attention_scale: expected a float, got {describe(attention_scale)}")
+    elif not math.isfinite(attention_scale):
+        raise ValueError(f"attention_scale: expected a finite value, got {attention_scale}")
 
     def projection(name: str, x: Tensor | None, layout: Side) -> Tensor | None:
         return None if x is None else layout.flatten(name, _float_rows(name, x, source), (dim,))
@@ -290,7 +300,9 @@ def _build(
         "history_mask": history_side.mask,
         "clicked": None
         if clicked is None
-        else _per_item("clicked", as_bool("clicked", clicked), pv_side, device),
+        else as_bool(
+            "clicked", _per_item("clicked", clicked, pv_side, device), pv_side.live(), validate
+        ),
         "attention_scale": float(attention_scale),
         "num_heads": num_heads,
     }
@@ -306,7 +318,7 @@ def _build(
         for name, x, layout in (("pv", pv_in, pv_side), ("history", history_in, history_side)):
             index = as_index(name, layout.flatten(name, x, ()))
             fields[f"{name}_index"] = check_index(
-                name, index, layout.mask, table.shape[0], validate
+                name, index, layout.live(), table.shape[0], validate
             )
     return fields, pv_side, history_side
 
@@ -349,7 +361,7 @@ def reconstruction_loss(
         pv: embeddings E of the PV items: padded [B, P, D] (with `pv_mask` [B, P], True = real), packed [N, D] with
             `pv_offsets` [B + 1], or a torch.jagged NestedTensor [B, *, D]. With `embeddings`: integer indices instead.
         history: embeddings C of the history items, in the same kind of layout: [B, H, D] or [K, D].
-        clicked: bool (or integers 0/1), one per PV item: [B, P] or [N].
+        clicked: bool, or integers 0 and 1, one per PV item: [B, P] or [N].
         pv_mask, history_mask: which padded rows are real; None: all. What padding holds has no influence.
         pv_offsets, history_offsets: first row of each page and the end; rows past the end are padding.
         embeddings: a table [n, D] of unique items that `pv` and `history` index; it takes the gradient, and each item is
@@ -378,6 +390,7 @@ def reconstruction_loss(
         RuntimeError: the requested impl cannot run here; the message lists every reason.
     """
     _check_choices(negatives=negatives, direction=direction, reduction=reduction, impl=impl)
+    _check_workspace(workspace)
     fields, pv_side, _ = _build(
         pv,
         history,
@@ -401,7 +414,7 @@ def reconstruction_loss(
         tau_tensor = tau_tensor.to(torch.float64 if double else torch.float32)
     weight_rows = _optional_float("weights", weights, pv_side, device, double)
     if weight_rows is not None:
-        _check_weights(weight_rows, pv_side.mask, validate)
+        _check_weights(weight_rows, pv_side, validate)
     p = Problem(
         **fields,
         item_ids=_optional_ids("item_ids", item_ids, pv_side, device),
@@ -533,6 +546,7 @@ def click_sequence_loss(
         The loss, float32 (float64 for float64 inputs): 0-d, or one value per history item.
     """
     _check_choices(reduction=reduction, impl=impl)
+    _check_workspace(workspace)
     history = require_tensor("history", history)
     table = None if embeddings is None else _table(embeddings)
     if table is None:
@@ -565,7 +579,7 @@ def click_sequence_loss(
     else:
         rows = table.contiguous()
         index = as_index("history", layout.flatten("history", history_in, ()))
-        index = check_index("history", index, layout.mask, table.shape[0], validate)
+        index = check_index("history", index, layout.live(), table.shape[0], validate)
     if rows.shape[1] == 0:
         raise ValueError("history: expected an embedding dimension of at least 1, got 0")
     p = SequenceProblem(
@@ -630,6 +644,7 @@ class _WithTemperature(nn.Module):
                 f"temperature: expected at least min_temperature {minimum}, got {temperature}"
             )
         _check_choices(**{name: options[name] for name in _CHOICES if name in options})
+        _check_workspace(options["workspace"])
         self._fixed, self._minimum = float(temperature), float(minimum)
         self._options = options
         start = nn.Parameter(torch.tensor(-math.log(temperature))) if learnable else None

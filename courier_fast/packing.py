@@ -40,7 +40,15 @@ class Side:
     offsets: Tensor  # [B + 1] int64
     mask: Tensor | None  # [rows] bool
     shape: tuple[int, ...]  # of a tensor with one value per row: [B, L] or [rows]
+    watch: bool  # whether values may be looked at, for checks
     like: Tensor | None = None  # the nested tensor itself
+
+    def live(self) -> Tensor | None:
+        """Which rows are real [rows] bool; None: all."""
+        if self.kind == "padded":
+            return self.mask
+        inside = torch.arange(self.rows, device=self.offsets.device) < self.offsets[-1]
+        return inside if self.mask is None else inside & self.mask
 
     def flatten(self, name: str, x: Tensor, per_row: tuple[int, ...]) -> Tensor:
         """A tensor in this layout as [rows, *per_row]; raises ValueError where it is not in this layout."""
@@ -51,9 +59,11 @@ class Side:
                     f"{name}: expected a jagged NestedTensor, as {self.name} is one, got {describe(x)}"
                 )
             values = jagged_values(name, x)
-            same = x.offsets() is self.like.offsets()
-            if not same and watches_values() and not torch.equal(x.offsets(), self.like.offsets()):
-                raise ValueError(f"{name}: expected the offsets of {self.name}, got different ones")
+            for what in ("offsets", "lengths"):
+                if not self._same(getattr(x, what)(), getattr(self.like, what)()):
+                    raise ValueError(
+                        f"{name}: expected the {what} of {self.name}, got different ones"
+                    )
             x = values
         elif x.is_nested:
             raise ValueError(
@@ -63,6 +73,11 @@ class Side:
         if tuple(x.shape) != expected:
             raise ValueError(f"{name}: expected shape {list(expected)}, got {list(x.shape)}")
         return x.reshape(self.rows, *per_row).contiguous()
+
+    def _same(self, a: Tensor | None, b: Tensor | None) -> bool:
+        if a is None or b is None:
+            return a is b
+        return a is b or not self.watch or torch.equal(a, b)
 
     def restore(self, x: Tensor) -> Tensor:
         """[rows, ...] in the layout of the input."""
@@ -79,17 +94,30 @@ def jagged_values(name: str, x: Tensor) -> Tensor:
         raise ValueError(
             f"{name}: expected a NestedTensor of layout torch.jagged, got layout {x.layout}"
         )
+    if getattr(x, "_ragged_idx", 1) != 1:
+        raise ValueError(
+            f"{name}: expected the ragged dimension to be dimension 1, got {x._ragged_idx}"
+        )
     return x.values()
 
 
-def as_bool(name: str, x: Any) -> Tensor:
-    """A bool tensor; integers 0 and 1 are accepted, floats are not (a probability is no click)."""
+def as_bool(name: str, x: Any, live: Tensor | None, validate: bool) -> Tensor:
+    """A bool tensor; integers 0 and 1 are accepted, floats are not (a probability is no click).
+
+    `live`: where values count, None everywhere; another integer there (a label of -100, say) is an error.
+    """
     x = require_tensor(name, x)
     if x.dtype == torch.bool:
         return x
-    if x.dtype in _INTEGERS:
-        return x != 0
-    raise TypeError(f"{name}: expected a bool or integer (0/1) tensor, got {x.dtype}")
+    if x.dtype not in _INTEGERS:
+        raise TypeError(f"{name}: expected a bool or integer (0/1) tensor, got {x.dtype}")
+    if watches_values() and (validate or x.device.type == "cpu"):
+        bad = (x != 0) & (x != 1)
+        if live is not None:
+            bad = bad & live
+        if bool(bad.any()):
+            raise ValueError(f"{name}: expected bool or integers 0 and 1, got {int(x[bad][0])}")
+    return x != 0
 
 
 def as_index(name: str, x: Tensor) -> Tensor:
@@ -108,6 +136,7 @@ def side(
     validate: bool,
 ) -> Side:
     """The layout of `pv` or `history`: x has `features` (0 or 1) dimensions beside those of the layout."""
+    watch = watches_values() and (validate or device.type == "cpu")
     if x.is_nested:
         if mask is not None or offsets is not None:
             raise ValueError(
@@ -129,7 +158,7 @@ def side(
             holes = (
                 row < starts[page] + lengths.to(device)[page] if starts.shape[0] > 1 else row < 0
             )
-        return Side(name, "nested", rows, starts, holes, (rows,), x)
+        return Side(name, "nested", rows, starts, holes, (rows,), watch, x)
     if offsets is not None:
         if mask is not None:
             raise ValueError(
@@ -147,6 +176,7 @@ def side(
             _offsets(f"{name}_offsets", offsets, x.shape[0], device, validate),
             None,
             (x.shape[0],),
+            watch,
         )
     if x.dim() != 2 + features:
         what = f"[pages, length{', D' if features else ''}]"
@@ -156,7 +186,7 @@ def side(
     pages, length = x.shape[0], x.shape[1]
     flat = None
     if mask is not None:
-        mask = as_bool(f"{name}_mask", mask)
+        mask = as_bool(f"{name}_mask", mask, None, validate)
         if tuple(mask.shape) != (pages, length):
             raise ValueError(
                 f"{name}_mask: expected shape {[pages, length]}, got {list(mask.shape)}"
@@ -165,7 +195,7 @@ def side(
             raise ValueError(f"{name}_mask: expected a tensor on {device}, got {mask.device}")
         flat = mask.reshape(-1).contiguous()
     starts = torch.arange(pages + 1, device=device) * length
-    return Side(name, "padded", pages * length, starts, flat, (pages, length))
+    return Side(name, "padded", pages * length, starts, flat, (pages, length), watch)
 
 
 def _offsets(name: str, offsets: Any, rows: int, device: torch.device, validate: bool) -> Tensor:
@@ -190,10 +220,10 @@ def _offsets(name: str, offsets: Any, rows: int, device: torch.device, validate:
     return offsets.contiguous()
 
 
-def check_index(name: str, index: Tensor, mask: Tensor | None, size: int, validate: bool) -> Tensor:
+def check_index(name: str, index: Tensor, live: Tensor | None, size: int, validate: bool) -> Tensor:
     """Indices into the table, padding pointed at row 0; out of range is an error where values may be looked at."""
-    if mask is not None:
-        index = torch.where(mask, index, 0)
+    if live is not None:
+        index = torch.where(live, index, 0)
     if watches_values() and (validate or index.device.type == "cpu") and index.numel():
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= size:

@@ -19,13 +19,13 @@ from factories import DEVICES, poison
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch.empty gives NaN and huge integers: nothing may depend on what was there before."""
-    for name in ("empty", "empty_like"):
-        original = getattr(torch, name)
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        original = getattr(owner, name)
 
         def poisoned(*args: Any, _original: Any = original, **kwargs: Any) -> torch.Tensor:
             return poison(_original(*args, **kwargs))
 
-        monkeypatch.setattr(torch, name, poisoned)
+        monkeypatch.setattr(owner, name, poisoned)
     return
 
 

@@ -145,6 +145,67 @@ def test_autocast_casts_the_embeddings_and_keeps_the_loss() -> None:
     assert torch.equal(mixed, expected)
 
 
+@pytest.mark.parametrize("backward_inside", [False, True])
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [("reference", torch.bfloat16), ("cpu", torch.bfloat16), ("triton", torch.float16)],
+    ids=str,
+)
+def test_autocast_is_a_cast_of_the_inputs(
+    impl: str, dtype: torch.dtype, backward_inside: bool
+) -> None:
+    """Same bits as inputs cast by hand, gradients included: autocast reaches no product of float32 inside."""
+    pv, history, clicked, mask = batch("cpu" if impl == "reference" else impl, 9)
+
+    def run(cast: bool) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (pv, history)]
+        tau = torch.tensor(0.1, device=pv.device, requires_grad=True)
+
+        def to(x: Tensor) -> Tensor:  # at each use, as autocast does
+            return x.to(dtype) if cast else x
+
+        with torch.autocast(pv.device.type, dtype=dtype, enabled=not cast):
+            e, c = leaves
+            options: dict[str, Any] = {"history_mask": mask, "impl": impl}
+            loss = cf.reconstruction_loss(
+                to(e), to(c), clicked, temperature=tau, direction="both", **options
+            )
+            sequence = cf.click_sequence_loss(to(c), temperature=tau, **options)
+            r = cf.reconstruct(to(e), to(c), **options)
+            assert loss.dtype == sequence.dtype == torch.float32
+            assert r.dtype == dtype
+            total = loss + sequence + r.float().square().sum()
+            if backward_inside:
+                total.backward()
+        if not backward_inside:
+            total.backward()
+        return [loss, sequence, r, *(x.grad for x in (*leaves, tau))]
+
+    for found, expected in zip(run(False), run(True), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_nested_inputs_compile() -> None:
+    torch._dynamo.reset()
+    g = torch.Generator().manual_seed(0)
+
+    def step(pv: Tensor, history: Tensor, clicked: Tensor) -> Tensor:
+        return cf.reconstruction_loss(pv, history, clicked, impl="cpu")
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for counts in ([2, 0, 3], [4, 1, 1, 2]):
+        starts = torch.tensor([0, *counts]).cumsum(0)
+        pv, history = (
+            torch.nested.nested_tensor_from_jagged(torch.randn(sum(counts), 8, generator=g), starts)
+            for _ in range(2)
+        )
+        clicked = torch.nested.nested_tensor_from_jagged(torch.ones(sum(counts)) > 0, starts)
+        skip_unless_available("cpu", make(0))
+        torch.testing.assert_close(
+            compiled(pv, history, clicked), step(pv, history, clicked), rtol=1e-5, atol=1e-6
+        )
+
+
 def test_autocast_gives_gradients_in_the_type_of_the_parameters() -> None:
     parameters, step = model("cpu")
     with torch.autocast("cpu", dtype=torch.bfloat16):

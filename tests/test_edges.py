@@ -284,12 +284,42 @@ def test_narrow_products_are_found() -> None:
     "kernel", ["contrast", "reconstruct", "epilogue", "chunked", "click_sequence"]
 )
 def test_row_offsets_are_64_bit(kernel: str) -> None:
-    """No kernel multiplies a 32-bit row number by a stride."""
+    """No kernel multiplies a 32-bit row number by a stride (flash-linear-attention #1080, FBGEMM #5755)."""
     assert not narrow_products((Path(configs.__file__).parent / f"{kernel}.py").read_text())
+
+
+def test_more_than_2_31_similarities() -> None:
+    """N x M above 2^31 on the CPU, against counts: of 16 different rows, shown again and again, the sum is known."""
+    rows = 46400
+    assert rows * rows > 2**31
+    g = torch.Generator().manual_seed(0)
+    kinds = torch.nn.functional.normalize(torch.randn(16, 4, generator=g, dtype=torch.float64))
+    kind = torch.randint(0, 16, (rows,), generator=g)
+    starts = torch.arange(rows + 1)
+    e = kinds[kind].float()
+    p = replace(
+        make(0),
+        pv=e,
+        history=e.roll(1, 0),
+        pv_offsets=starts,
+        history_offsets=starts,
+        clicked=torch.ones(rows, dtype=torch.bool),
+        attention_scale=0.5,
+        tau=0.5,
+        reduction="none",
+    )
+    skip_unless_available("cpu", p)
+    with torch.no_grad():
+        found = ops.reconstruction_loss(p, "cpu", False)[0]
+    s = kinds @ kinds.T / 0.5  # a single history item is its own reconstruction
+    lse = (s + torch.bincount(kind, minlength=16).log()).logsumexp(1)
+    before = kind.roll(1)
+    torch.testing.assert_close(found, (lse[before] - s[before, kind]).float())
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU with 30 GiB: a table of more than 2^31 numbers")
 def test_more_than_2_31_elements() -> None:
+    """flash-linear-attention #1080, FBGEMM #5755: 32-bit offsets overflow silently."""
     items, dim = 2**31 // 256 + 1000, 256
     if torch.cuda.mem_get_info()[0] < 30 * 2**30:
         pytest.skip("less than 30 GiB of GPU memory free")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -198,7 +200,108 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
     ),
     (ITEMS, {"pv": torch.rand(2, 2)}, TypeError, "pv: expected an integer tensor"),
     (ITEMS, {"embeddings": torch.randn(5)}, ValueError, r"embeddings: expected shape \[items, D\]"),
+    (
+        PADDED,
+        {"clicked": torch.full((3, 4), -100)},
+        ValueError,
+        "clicked: expected bool or integers 0 and 1, got -100",
+    ),
+    (
+        PADDED,
+        {"pv_mask": torch.full((3, 4), 2)},
+        ValueError,
+        "pv_mask: expected bool or integers 0 and 1, got 2",
+    ),
+    (
+        PADDED,
+        {"attention_scale": float("nan")},
+        ValueError,
+        "attention_scale: expected a finite value, got nan",
+    ),
+    (PADDED, {"workspace": 0}, ValueError, "workspace: expected at least 1 byte, got 0"),
+    (PADDED, {"workspace": "1G"}, TypeError, r"workspace: expected an int \(bytes\), got str"),
+    (PADDED, {"pv": torch.randn(3, 4, 0), "history": torch.randn(3, 5, 0)}, ValueError, "got 0"),
 ]
+
+# Every tensor argument on another device; "meta" is one that every build of torch has.
+ELSEWHERE: list[tuple[dict[str, Any], str, Any]] = [
+    (PADDED, "history", PADDED["history"]),
+    (PADDED, "clicked", PADDED["clicked"]),
+    (PADDED, "pv_mask", torch.ones(3, 4, dtype=torch.bool)),
+    (PADDED, "history_mask", torch.ones(3, 5, dtype=torch.bool)),
+    (PADDED, "query", torch.randn(3, 4, 8)),
+    (PADDED, "key", torch.randn(3, 5, 8)),
+    (PADDED, "value", torch.randn(3, 5, 8)),
+    (PADDED, "item_ids", torch.ones(3, 4, dtype=torch.int64)),
+    (PADDED, "log_q", torch.ones(3, 4)),
+    (PADDED, "weights", torch.ones(3, 4)),
+    (PADDED, "temperature", torch.tensor(0.1)),
+    (PACKED, "pv_offsets", PACKED["pv_offsets"]),
+    (PACKED, "history_offsets", PACKED["history_offsets"]),
+    (ITEMS, "pv", ITEMS["pv"]),
+    (ITEMS, "history", ITEMS["history"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("good", "name", "value"), ELSEWHERE, ids=[name for _, name, _ in ELSEWHERE]
+)
+def test_tensors_on_another_device(good: dict[str, Any], name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected a tensor on cpu, got meta"):
+        cf.reconstruction_loss(**(good | {name: value.to("meta")}))
+
+
+def jagged(counts: list[int], *shape: int) -> torch.Tensor:
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    return torch.nested.nested_tensor_from_jagged(torch.ones(sum(counts), *shape), starts)
+
+
+NESTED = {"pv": jagged([2, 3], 8), "history": jagged([1, 4], 8), "clicked": jagged([2, 3]) > 0}
+HOLES = (torch.ones(6), torch.tensor([0, 3, 6]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"history": torch.randn(2, 4, 8)}, "pv and history: expected the same layout"),
+        ({"clicked": torch.ones(5) > 0}, "clicked: expected a jagged NestedTensor, as pv is one"),
+        ({"clicked": jagged([3, 2]) > 0}, "clicked: expected the offsets of pv"),
+        ({"weights": jagged([2, 2])}, "weights: expected the offsets of pv"),
+        ({"pv": jagged([2, 3], 8).transpose(1, 2)}, "pv: expected the ragged dimension"),
+        ({"pv": jagged([2, 3])}, "pv: expected 3 dimensions, got 2"),
+        ({"history": jagged([1, 4, 1], 8)}, "history: expected 2 pages, as in pv, got 3"),
+        ({"pv_mask": torch.ones(2, 3) > 0}, "pv: a NestedTensor brings its own offsets"),
+        ({"pv_offsets": torch.tensor([0, 2, 5])}, "expected the same layout"),
+        (
+            {
+                "pv": torch.nested.nested_tensor_from_jagged(
+                    torch.ones(6, 8), HOLES[1], torch.tensor([2, 3])
+                ),
+                "clicked": torch.nested.nested_tensor_from_jagged(
+                    HOLES[0] > 0, HOLES[1], torch.tensor([3, 2])
+                ),
+            },
+            "clicked: expected the lengths of pv",
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)
+def test_bad_nested_input(change: dict[str, Any], message: str) -> None:
+    assert cf.reconstruction_loss(**NESTED).isfinite()
+    with pytest.raises(ValueError, match=message):
+        cf.reconstruction_loss(**(NESTED | change))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: checks that synchronise")
+def test_values_on_a_gpu_are_checked_on_demand() -> None:
+    for good, change, error, message in BAD:
+        if not {"pv_offsets", "weights"} & set(change) or error is not ValueError:
+            continue
+        moved = {
+            k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in (good | change).items()
+        }
+        with pytest.raises(error, match=message):
+            cf.reconstruction_loss(**moved, validate=True)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +327,42 @@ def test_padding_may_hold_any_index_and_any_weight() -> None:
     }
     expected = cf.reconstruction_loss(**ITEMS, pv_mask=mask)
     assert torch.equal(cf.reconstruction_loss(**(ITEMS | wild), pv_mask=mask), expected)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_rows_past_the_last_offset_may_hold_anything(impl: str) -> None:
+    """As padding by a mask: any index, any weight, any label."""
+    g = torch.Generator().manual_seed(0)
+    pages = {
+        "pv_offsets": torch.tensor([0, 2, 4]),
+        "history_offsets": torch.tensor([0, 2, 3]),
+        "embeddings": torch.randn(5, 8, generator=g),
+        "impl": impl,
+    }
+    live = {
+        "pv": torch.tensor([0, 1, 2, 3]),
+        "history": torch.tensor([0, 1, 4]),
+        "clicked": torch.tensor([1, 0, 1, 1]),
+        "weights": torch.tensor([1.0, 1, 2, 1]),
+        "log_q": torch.tensor([1.0, 0, 1, 1]),
+        "item_ids": torch.tensor([4, 4, 5, 6]),
+    }
+    wild = {
+        "pv": 99,
+        "history": -7,
+        "clicked": -100,
+        "weights": torch.nan,
+        "log_q": torch.nan,
+        "item_ids": 4,
+    }
+    longer = {k: torch.cat([x, torch.tensor([wild[k], wild[k]])]) for k, x in live.items()}
+    expected = cf.reconstruction_loss(**live, **pages)
+    assert torch.equal(cf.reconstruction_loss(**longer, **pages), expected)
+    history = {"embeddings": pages["embeddings"], "history_offsets": pages["history_offsets"]}
+    assert torch.equal(
+        cf.click_sequence_loss(longer["history"], impl=impl, **history),
+        cf.click_sequence_loss(live["history"], impl=impl, **history),
+    )
 
 
 def test_explicit_impl_never_falls_back_and_lists_every_reason() -> None:
@@ -256,6 +395,7 @@ def test_explicit_impl_never_falls_back_and_lists_every_reason() -> None:
         ),
         ({"negatives": "none"}, ValueError, "negatives"),
         ({"impl": "fast"}, ValueError, "impl"),
+        ({"workspace": -1}, ValueError, "workspace"),
     ],
     ids=lambda x: x if isinstance(x, str) else None,
 )
@@ -273,6 +413,38 @@ def test_click_sequence_input() -> None:
         cf.click_sequence_loss(torch.randn(2, 4, 8), item_ids=torch.rand(2, 4))
 
 
+def test_modules_print_and_travel() -> None:
+    """extra_repr, state_dict, deepcopy and pickle keep the options and the learned temperature."""
+    module = cf.ReconstructionLoss(0.2, True, 0.05, negatives="page", num_heads=2)
+    assert "temperature=0.2, learnable_temperature=True, min_temperature=0.05" in repr(module)
+    assert "num_heads=2, negatives='page'" in repr(module)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert repr(other) == repr(module)
+    fresh = cf.ReconstructionLoss(0.1, True)
+    fresh.load_state_dict(module.state_dict())
+    assert float(fresh.temperature.detach()) == pytest.approx(0.2)
+    assert not cf.ReconstructionLoss(0.005).state_dict()  # a fixed temperature has no limit
+    assert repr(cf.ClickSequenceLoss()).startswith("ClickSequenceLoss(temperature=0.1, reduction=")
+
+
+def test_module_is_the_function() -> None:
+    options: dict[str, Any] = {"negatives": "page", "direction": "both", "reduction": "sum"}
+    expected = cf.reconstruction_loss(**PADDED, temperature=0.2, **options)
+    assert torch.equal(cf.ReconstructionLoss(0.2, **options)(**PADDED), expected)
+    learned = cf.ReconstructionLoss(0.2, learnable_temperature=True, **options)
+    found = learned(**PADDED)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    weight = learned.log_inverse_temperature
+    assert weight is not None
+    assert weight.grad is not None
+    # d loss / d log(1/tau) = -tau d loss / d tau
+    tau = torch.tensor(0.2, requires_grad=True)
+    cf.reconstruction_loss(**PADDED, temperature=tau, **options).backward()
+    assert tau.grad is not None
+    torch.testing.assert_close(weight.grad, -0.2 * tau.grad)
+
+
 def test_learned_temperature_can_leave_its_limit() -> None:
     """An ordinary clamp has no gradient beyond the limit and would be stuck there."""
     module = cf.ReconstructionLoss(0.02, learnable_temperature=True, min_temperature=0.02)
@@ -281,7 +453,7 @@ def test_learned_temperature_can_leave_its_limit() -> None:
     assert weight is not None
     with torch.no_grad():
         weight += 1  # an optimizer's step past the limit
-    assert float(module.temperature) == pytest.approx(0.02)
+    assert float(module.temperature.detach()) == pytest.approx(0.02)
     for direction, moves in ((1, True), (-1, False)):  # descending raises or lowers the temperature
         weight.grad = None
         (-direction * module.temperature).backward()
