@@ -32,7 +32,9 @@ class ReconstructionStats:
     """What one loss evaluation tells about its anchors; nothing here needs another pass or carries a gradient.
 
     Tensors "in the layout of clicked" are 0 (False) where an item is no anchor. With direction "both",
-    log_sum_exp, positive_similarity and rank are those of direction "reconstruct".
+    log_sum_exp, positive_similarity and rank are those of direction "reconstruct". Candidates that tie with the positive
+    (equal rows with different ids, or with "identify" the items of a page with a single history item) are not above it,
+    but for rounding.
     """
 
     item_loss: Tensor  # layout of clicked, float32: loss of each anchor before weights

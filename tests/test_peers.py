@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -277,7 +278,8 @@ def test_log_q_has_the_right_sign(impl: str) -> None:
     plain = loss([0.0, 0.0, 0.0])
     assert loss([0.0, 5.0, 0.0]) < plain  # a frequent negative is discounted
     assert loss([5.0, 0.0, 0.0]) > plain  # so is a frequent positive
-    assert loss([3.0, 3.0, 3.0]) == pytest.approx(plain, rel=1e-5)  # only differences matter
+    # Only differences matter, but for the rounding of scores of up to 1/tau + 3.
+    assert abs(loss([3.0, 3.0, 3.0]) - plain) <= 13 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("impl", ("reference", *IMPLS))
@@ -294,13 +296,12 @@ def test_accidental_hits_are_told_by_id_not_by_similarity(impl: str) -> None:
         torch.tensor([[True, False]], device=device),
     )
     options: dict[str, Any] = {"impl": impl}
-    assert float(cf.reconstruction_loss(pv, history, clicked, **options)) == pytest.approx(
-        0.6931, abs=1e-3
-    )
+    rounding = torch.finfo(torch.float32).eps / 0.1  # of a score, at the default temperature
+    both = float(cf.reconstruction_loss(pv, history, clicked, **options))
+    assert abs(both - math.log(2)) <= rounding
     same = torch.tensor([[7, 7]], device=device)
-    assert float(
-        cf.reconstruction_loss(pv, history, clicked, item_ids=same, **options)
-    ) == pytest.approx(0, abs=1e-6)
+    alone = float(cf.reconstruction_loss(pv, history, clicked, item_ids=same, **options))
+    assert abs(alone) <= rounding
 
 
 @pytest.mark.parametrize(
