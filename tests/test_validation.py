@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import courier_fast as cf
+from courier_fast import ops
 
 PADDED = {
     "pv": torch.randn(3, 4, 8),
@@ -458,3 +460,29 @@ def test_learned_temperature_can_leave_its_limit() -> None:
         weight.grad = None
         (-direction * module.temperature).backward()
         assert bool(weight.grad.any()) == moves
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "items"])
+def test_gpu_inputs_are_not_read_back(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    """Nothing waits for a GPU between the call and the operator: a tensor without data raises where its values are read."""
+    asked = []
+
+    def operator(p: Any, impl: str, stats: bool) -> tuple[torch.Tensor, ...]:
+        asked.append(impl)
+        rows = [torch.zeros(p.num_pv, device="cuda") for _ in range(5)]
+        return torch.zeros((), device="cuda"), *rows, torch.zeros((), device="cuda")
+
+    monkeypatch.setattr(ops, "unavailable_reasons", lambda impl, p: [])
+    monkeypatch.setattr(ops, "reconstruction_loss", operator)
+    good = {"padded": PADDED, "packed": PACKED, "items": ITEMS}[layout]
+    shape = good["clicked"].shape
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        batch = {k: torch.empty(v.shape, dtype=v.dtype, device="cuda") for k, v in good.items()}
+        for name, dtype in (("weights", torch.float32), ("item_ids", torch.int64)):
+            batch[name] = torch.empty(shape, dtype=dtype, device="cuda")
+        batch["clicked"] = batch["item_ids"]
+        temperature = torch.empty((), device="cuda")
+        cf.reconstruction_loss(**batch, temperature=temperature, return_stats=True)
+        with pytest.raises(DataDependentOutputException):
+            cf.reconstruction_loss(**batch, validate=True)
+    assert asked == ["triton"]
