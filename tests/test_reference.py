@@ -75,7 +75,7 @@ def naive_loss(p: Problem) -> dict[int, float]:
 
     r = [reconstruct(j) for j in range(len(e))]
     ids = list(range(len(e))) if p.ids is None else p.ids.tolist()
-    tau = p.tau if p.temperature is None else float(p.temperature)
+    tau = p.tau if p.temperature is None else float(p.temperature.detach())
     log_q = [0.0] * len(e) if p.log_q is None else p.log_q.tolist()
     assert p.clicked is not None
 
@@ -115,7 +115,7 @@ def naive_sequence(p: SequenceProblem) -> dict[int, float]:
     c = rows_of(p.history, p.history_index)
     page = pages_of(p.history_offsets, p.history_mask, p.num_history)
     ids = list(range(len(c))) if p.ids is None else p.ids.tolist()
-    tau = p.tau if p.temperature is None else float(p.temperature)
+    tau = p.tau if p.temperature is None else float(p.temperature.detach())
     losses = {}
     for k in range(len(c)):
         if page[k] is None:
