@@ -1,0 +1,55 @@
+"""The command `courier-fast`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+
+from . import __version__
+
+# Each is a module with add_arguments(parser) and run(args); imported when asked for, so --help and the others need none of its packages.
+COMMANDS = {
+    "train": ("courier_fast.train.command", "a dataset folder -> an encoder"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a subcommand; wrong input is one line on stderr and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="courier-fast", description="Item embeddings from clicks (COURIER, arXiv 2306.05001)."
+    )
+    parser.add_argument("--version", action="version", version=f"courier_fast {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    asked = next((a for a in argv if not a.startswith("-")), None)
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name == asked:
+            try:
+                importlib.import_module(module).add_arguments(command)
+            except ModuleNotFoundError as error:
+                if error.name is None or error.name.startswith("courier_fast"):
+                    raise
+                print(
+                    f'courier-fast {name} needs {error.name}: pip install "courier_fast[train]"',
+                    file=sys.stderr,
+                )
+                return 2
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        return importlib.import_module(COMMANDS[args.command][0]).run(args)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if args.debug:
+            raise
+        print(f"courier-fast {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

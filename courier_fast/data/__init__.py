@@ -1,0 +1,1 @@
+"""From interactions and JPEGs to batches of unique images."""

@@ -1,0 +1,1 @@
+"""The trainer: from a dataset folder to an encoder."""

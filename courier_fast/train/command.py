@@ -1,0 +1,34 @@
+"""`courier-fast train`."""
+
+from __future__ import annotations
+
+import argparse
+
+from . import config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", nargs="?", help="TOML file; without one, --data.dataset is enough"
+    )
+    config.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = config.Config.load(args.config, config.overrides_of(args))
+    from .trainer import Trainer
+
+    trainer = Trainer(settings)
+    try:
+        last = trainer.fit()
+    finally:
+        trainer.close()
+    if trainer.processes.rank == 0:
+        where = (
+            f"step {trainer.progress.step}, loss {last['loss']:.4f}"
+            if "loss" in last
+            else "nothing left to do"
+        )
+        print(f"{where}; encoder and checkpoints in {trainer.out}")
+    # As the shell reports it: 128 + SIGTERM, so that a scheduler knows the run is not complete.
+    return 143 if last["stopped"] else 0

@@ -1,0 +1,232 @@
+"""The settings of a training run: one TOML file, checked by pydantic, every value overridable on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Section(BaseModel):
+    """A table of the TOML file: unknown names are errors."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class DataConfig(Section):
+    dataset: Path = Field(description="folder written by `courier-fast prepare`")
+    features: Path | None = Field(
+        None,
+        description="train a projection on these embeddings (.npy rows as items, or .parquet) and no images",
+    )
+    pages: int = Field(64, ge=0, description="pages per step and process; 0 with data.images")
+    images: int = Field(
+        0, ge=0, description="unique images per step and process, in place of data.pages"
+    )
+    history: int = Field(20, ge=1, description="most recent history items used")
+    size: int = Field(
+        0, ge=0, description="side of the images in pixels; 0: 224 on a GPU, 96 on a CPU"
+    )
+    scale: tuple[float, float] = Field(
+        (0.5, 1.0), description="random crop: least and largest share of the area"
+    )
+    ratio: tuple[float, float] = Field(
+        (0.75, 4 / 3), description="random crop: aspect ratio, width over height"
+    )
+    flip: bool = Field(True, description="random horizontal flips")
+    decoder: Literal["auto", "dali", "dali-cpu", "software", "pillow"] = "auto"
+    threads: int = Field(0, ge=0, description="decoding threads; 0: as many as cores")
+    ahead: int = Field(2, ge=1, description="batches decoded in advance")
+    buckets: tuple[int, ...] = Field(
+        (),
+        description="numbers of images that batches are padded to; empty: chosen, on a GPU or with model.compile",
+    )
+    max_damaged: float = Field(
+        0.01, ge=0, le=1, description="share of images that may be undecodable before the run stops"
+    )
+
+
+class ModelConfig(Section):
+    backbone: str = Field(
+        "auto",
+        description="any timm model, or small_conv; auto: Swin-T on a GPU, small_conv on a CPU",
+    )
+    pretrained: bool = Field(False, description="timm's pre-trained weights (downloads them)")
+    weights: Path | None = Field(
+        None, description="safetensors file with weights of the backbone to start from"
+    )
+    dim: int = Field(256, ge=1, description="dimensions of the embedding")
+    checkpointing: bool = Field(
+        False, description="gradient checkpointing: less memory, a second forward pass"
+    )
+    compile: bool = Field(False, description="torch.compile the encoder")
+    slice: int = Field(
+        0,
+        ge=0,
+        description="two-pass gradient cache: images in one slice of the encoder; 0: one pass",
+    )
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of an average of the weights that is then the exported encoder; 0: none",
+    )
+
+
+class LossConfig(Section):
+    temperature: float = Field(0.1, gt=0)
+    learnable_temperature: bool = False
+    min_temperature: float = Field(0.01, gt=0)
+    negatives: Literal["batch", "page", "other_pages"] = "batch"
+    direction: Literal["reconstruct", "identify", "both"] = "reconstruct"
+    sequence_weight: float = Field(0.5, ge=0, description="weight of the click-sequence loss")
+    sequence_temperature: float = Field(0.1, gt=0)
+    impl: Literal["auto", "reference", "triton", "cpu", "xformers"] = "auto"
+
+
+class OptimConfig(Section):
+    epochs: int = Field(0, ge=0, description="passes over the training pages")
+    steps: int = Field(0, ge=0, description="updates, in place of epochs")
+    lr: float = Field(5e-4, gt=0, description="peak learning rate of AdamW")
+    min_lr: float = Field(0.01, ge=0, le=1, description="last learning rate as a share of the peak")
+    warmup: float = Field(
+        0.05, ge=0, lt=1, description="share of the run over which the learning rate rises"
+    )
+    weight_decay: float = Field(0.05, ge=0, description="for matrices; never for biases and norms")
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: none")
+
+    @model_validator(mode="after")
+    def one_length(self) -> OptimConfig:
+        if self.epochs and self.steps:
+            raise ValueError(
+                f"expected one of epochs and steps, got epochs={self.epochs}, steps={self.steps}"
+            )
+        if not self.epochs and not self.steps:
+            self.epochs = 10
+        return self
+
+
+class RunConfig(Section):
+    out: Path = Field(
+        Path("run"), description="folder of the run; one that has checkpoints is resumed"
+    )
+    seed: int = Field(0, ge=0)
+    device: str = Field("auto", description="cuda, cpu; auto: the GPU where there is one")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the encoder; auto: bfloat16 on a GPU"
+    )
+    save_steps: int = Field(
+        0,
+        ge=0,
+        description="a checkpoint every so many steps; 0: by minutes and at the end of an epoch",
+    )
+    save_minutes: float = Field(
+        10.0, ge=0, description="a checkpoint every so many minutes; 0: by steps alone"
+    )
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    log_steps: int = Field(20, ge=1, description="steps between two lines of metrics.jsonl")
+    tensorboard: bool = True
+    progress: bool = True
+
+
+class Config(Section):
+    """Everything about a run. `Config.load` reads TOML and overrides; `save` writes what was resolved."""
+
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def one_batch_size(self) -> Config:
+        if self.data.images and self.data.pages and "pages" not in self.data.model_fields_set:
+            self.data.pages = 0
+        if bool(self.data.images) == bool(self.data.pages):
+            raise ValueError(
+                f"data: expected one of pages and images above 0, got pages={self.data.pages}, images={self.data.images}"
+            )
+        return self
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str] | None = None, overrides: dict[str, Any] | None = None
+    ) -> Config:
+        """Settings from a TOML file, then `overrides` such as {"optim.lr": "1e-3"}.
+
+        Raises ValueError with a line for every wrong name or value.
+        """
+        values: dict[str, Any] = {}
+        if path is not None:
+            try:
+                values = tomllib.loads(Path(path).read_text())
+            except tomllib.TOMLDecodeError as error:
+                raise ValueError(f"{path}: {error}") from None
+        for name, value in (overrides or {}).items():
+            section, _, key = name.partition(".")
+            table = values.setdefault(section, {})
+            # The other way to give the same thing in the file gives way to the command line.
+            for other in {
+                "data.pages": ["images"],
+                "data.images": ["pages"],
+                "optim.steps": ["epochs"],
+                "optim.epochs": ["steps"],
+            }.get(name, []):
+                if f"{section}.{other}" not in (overrides or {}):
+                    table.pop(other, None)
+            table[key] = value
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            lines = [
+                f"  {'.'.join(str(part) for part in e['loc']) or 'config'}: {e['msg']}"
+                + (f", got {e['input']!r}" if e["type"] not in ("missing", "value_error") else "")
+                for e in error.errors()
+            ]
+            raise ValueError("\n".join([f"config{f' {path}' if path else ''}:", *lines])) from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes every value, defaults too, as TOML."""
+        Path(path).write_text(tomli_w.dumps(self.model_dump(mode="json", exclude_none=True)))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option per setting, `--section.name`, with its description and default."""
+    for section, field in Config.model_fields.items():
+        group = parser.add_argument_group(section)
+        model = field.annotation
+        assert isinstance(model, type) and issubclass(model, Section)
+        for name, setting in model.model_fields.items():
+            choices = [c for c in get_args(setting.annotation) if isinstance(c, str)]
+            values = "|".join(choices)
+            several = str(setting.annotation).startswith("tuple")
+            default = (
+                ""
+                if setting.is_required() or setting.default is None
+                else f" (default {setting.default})"
+            )
+            text = f"{setting.description or values}{default}"
+            group.add_argument(
+                f"--{section}.{name}",
+                dest=f"{section}.{name}",
+                default=argparse.SUPPRESS,
+                help=text.replace("%", "%%"),
+                metavar=name.upper(),
+                nargs="*" if several else None,
+            )
+
+
+def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line gave."""
+    return {name: value for name, value in vars(args).items() if "." in name}

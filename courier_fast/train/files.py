@@ -1,0 +1,40 @@
+"""Files that are complete or not there, whenever the process or the machine stops."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or a folder with everything in it, to the disk."""
+    if path.is_dir():
+        for child in path.iterdir():
+            sync(child)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` fills a file or folder beside `path`, which is then flushed and renamed to it."""
+    partial = path.with_name(f".{path.name}.partial")
+    remove(partial)
+    write(partial)
+    sync(partial)
+    if path.is_dir():
+        remove(path)
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

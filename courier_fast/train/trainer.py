@@ -1,0 +1,656 @@
+"""The training loop: L_rec + weight * L_seq over unique images, on one process or many.
+
+from courier_fast.train.config import Config
+from courier_fast.train.trainer import Trainer
+
+Trainer(Config.load("config.toml")).fit()
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..data.batches import BatchPlan
+from ..data.dataset import Dataset
+from ..data.loader import Augmentation, Batch, Features, Images, Loader
+from ..loss import ClickSequenceLoss, ReconstructionLoss, ReconstructionStats
+from .checkpoint import Checkpoints, optimizer_tensors
+from .config import Config
+from .encoder import SMALL_CONV, Encoder, build_encoder, build_projection, save_encoder
+from .gradient_cache import cached_backward, check_sliceable
+from .monitor import effective_rank, uniformity
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where the run is: with the settings, all that is needed to go on beside the tensors."""
+
+    step: int = 0  # updates done
+    epoch: int = 0
+    step_in_epoch: int = 0  # updates done in this epoch
+    images: int = 0  # unique images, occurrences and damaged images so far
+    occurrences: int = 0
+    damaged: int = 0
+
+
+@dataclass
+class StepResult:
+    """Sums of this process's anchors over the anchors of all, so that the ranks' values add up."""
+
+    loss: Tensor
+    rec: Tensor
+    seq: Tensor
+    embeddings: Tensor
+    stats: ReconstructionStats | None
+    anchors: int  # of all processes
+
+
+class Objective(nn.Module):
+    """L_rec + weight * L_seq of a batch, from its unique embeddings.
+
+    Each process sums its own anchors (their candidates are those of its batch) and divides by the anchors of all, so the sum of the
+    processes' gradients is that of the mean over all anchors, however unequal the shards.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        c = config.loss
+        self.weight = c.sequence_weight
+        self.rec = ReconstructionLoss(
+            c.temperature, c.learnable_temperature, c.min_temperature,
+            negatives=c.negatives, direction=c.direction, reduction="sum", impl=c.impl,
+        )  # fmt: skip
+        self.seq = ClickSequenceLoss(c.sequence_temperature, reduction="sum", impl=c.impl)
+
+    def forward(
+        self, embeddings: Tensor, batch: Batch, anchors: int, sequence_anchors: int, stats: bool
+    ) -> StepResult:
+        table = embeddings[: batch.num_items]
+        rec = self.rec(
+            batch.pv_index, batch.history_index, batch.clicked, embeddings=table,
+            pv_offsets=batch.pv_offsets, history_offsets=batch.history_offsets, return_stats=stats,
+        )  # fmt: skip
+        rec, found = rec if stats else (rec, None)
+        rec = rec / max(anchors, 1)
+        seq = rec.new_zeros(())
+        if self.weight:
+            seq = self.seq(
+                batch.history_index, history_offsets=batch.history_offsets, embeddings=table
+            )
+            seq = seq / max(sequence_anchors, 1)
+        return StepResult(rec + self.weight * seq, rec, seq, embeddings.detach(), found, anchors)
+
+
+class Processes:
+    """The processes of a torchrun job; one alone without it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.owned = self.world > 1 and not dist.is_initialized()
+        if self.owned:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over the processes, on the host: a GPU is not waited for."""
+        if self.world == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Sums all gradients in one collective; a process without pages joins with zeros."""
+        if self.world == 1:
+            return
+        flat = torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+        )
+        dist.all_reduce(flat)
+        for p, gradient in zip(
+            parameters, flat.split([p.numel() for p in parameters]), strict=True
+        ):
+            p.grad = gradient.view_as(p)
+
+    def broadcast(self, tensors: list[Tensor]) -> None:
+        """Rank 0's values on every rank."""
+        for tensor in tensors if self.world > 1 else []:
+            dist.broadcast(tensor, 0)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self.owned:
+            dist.destroy_process_group()
+
+
+class Trainer:
+    """A training run in the folder `config.run.out`; one with checkpoints is resumed from the newest.
+
+    Random numbers come from (seed, step, rank) and batches from (seed, epoch, step, rank), so a run stopped at any moment and resumed is, on a
+    CPU, the same run bit for bit.
+
+    Attributes:
+        encoder: the encoder being trained; `exported` is the one that is saved (the average of the weights with model.ema).
+        progress: how far the run is.
+
+    Raises:
+        ValueError: settings that do not fit each other or the dataset.
+        FileNotFoundError: no dataset in the folder given.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.device = torch.device(
+            config.run.device
+            if config.run.device != "auto"
+            else "cuda"
+            if torch.cuda.is_available()
+            else "cpu"
+        )
+        if self.device.type == "cuda":
+            self.device = torch.device(
+                "cuda",
+                int(os.environ.get("LOCAL_RANK", 0))
+                if self.device.index is None
+                else self.device.index,
+            )
+            torch.cuda.set_device(self.device)
+        self.config = config = self._resolve(config)
+        self.processes = Processes(self.device)
+        torch.manual_seed(config.run.seed)
+        self.dataset = Dataset(config.data.dataset)
+        self.plan = BatchPlan(
+            self.dataset, pages=config.data.pages, images=config.data.images, history=config.data.history,
+            seed=config.run.seed, rank=self.processes.rank, world=self.processes.world,
+        )  # fmt: skip
+        self._build_model()
+        self._build_loader()
+        self.progress = Progress()
+        self.out = config.run.out
+        self.checkpoints = Checkpoints(self.out / "checkpoints", config.run.keep)
+        self._stop = False
+        self._resume()
+
+    # ---- building -------------------------------------------------------------------------------------------------
+
+    def _resolve(self, config: Config) -> Config:
+        """Every "auto" replaced by what it means on this device."""
+        config = config.model_copy(deep=True)
+        gpu = self.device.type == "cuda"
+        config.run.device = self.device.type
+        config.data.size = config.data.size or (224 if gpu else 96)
+        if config.model.backbone == "auto":
+            config.model.backbone = "swin_tiny_patch4_window7_224" if gpu else SMALL_CONV
+        if config.run.precision == "auto":
+            config.run.precision = "bfloat16" if gpu else "float32"
+        return config
+
+    def _build_model(self) -> None:
+        c = self.config
+        self.table = (
+            None if c.data.features is None else read_features(c.data.features, self.dataset)
+        )
+        if self.table is not None:
+            self.encoder = build_projection(
+                self.table.shape[1], c.model.dim, torch.from_numpy(self.table)
+            )
+        else:
+            self.encoder = build_encoder(
+                c.model.backbone,
+                c.model.dim,
+                c.data.size,
+                pretrained=c.model.pretrained,
+                weights=c.model.weights,
+            )
+        self.encoder.to(self.device).train()
+        if self.table is None:
+            self.encoder.to(memory_format=torch.channels_last)
+        if c.model.checkpointing:
+            enable = getattr(self.encoder.backbone, "set_grad_checkpointing", None)
+            if enable is None:
+                raise ValueError(
+                    f"model.checkpointing: the backbone {c.model.backbone} has no gradient checkpointing"
+                )
+            enable()
+        if c.model.slice:
+            check_sliceable(self.encoder)
+        self.objective = Objective(c).to(self.device)
+        self.model = nn.ModuleDict({"encoder": self.encoder, "objective": self.objective})
+        self.processes.broadcast(list(self.model.state_dict().values()))
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": c.optim.weight_decay},
+                {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+            ],
+            lr=c.optim.lr, betas=c.optim.betas, fused=self.device.type == "cuda",
+        )  # fmt: skip
+        self.average = (
+            AveragedModel(
+                self.encoder, multi_avg_fn=get_ema_multi_avg_fn(c.model.ema), use_buffers=True
+            )
+            if c.model.ema
+            else None
+        )
+        self.forward: Any = (
+            torch.compile(self.encoder, dynamic=False) if c.model.compile else self.encoder
+        )
+
+    def _build_loader(self) -> None:
+        c = self.config
+        source: Images | Features
+        if self.table is not None:
+            source = Features(self.table, self.device)
+        else:
+            from ..data.decode import make_decoder
+
+            decoder = make_decoder(
+                c.data.decoder, c.data.size, device=self.device, threads=c.data.threads,
+                mean=self.encoder.mean, std=self.encoder.std,
+            )  # fmt: skip
+            augmentation = Augmentation(c.data.scale, c.data.ratio, c.data.flip)
+            source = Images(self.plan, decoder, augmentation, max_damaged=c.data.max_damaged)
+        pad = self.device.type == "cuda" or c.model.compile or bool(c.data.buckets)
+        self.loader = Loader(
+            self.plan,
+            source,
+            device=self.device,
+            pad=pad,
+            buckets=c.data.buckets,
+            ahead=c.data.ahead,
+        )
+
+    @property
+    def exported(self) -> Encoder:
+        return self.encoder if self.average is None else self.average.module
+
+    # ---- one step -------------------------------------------------------------------------------------------------
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, then a cosine to min_lr, by the share of the run that is done."""
+        c, p = self.config.optim, self.progress
+        if c.steps:
+            done = p.step / c.steps
+        else:
+            done = (p.epoch + p.step_in_epoch / self.plan.steps(p.epoch)) / c.epochs
+        if done < c.warmup:
+            # Half a step ahead, so that the first update is not lost to a rate of 0.
+            return c.lr * min(1.0, (done + 0.5 / max(self._steps_estimate(), 1)) / c.warmup)
+        share = 0.5 * (1 + math.cos(math.pi * min(1.0, (done - c.warmup) / (1 - c.warmup))))
+        return c.lr * (c.min_lr + (1 - c.min_lr) * share)
+
+    def _steps_estimate(self) -> int:
+        c = self.config.optim
+        return c.steps or c.epochs * self.plan.steps(self.progress.epoch)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Embeddings [n, D] in float32 by the encoder in the run's precision."""
+        bf16 = self.config.run.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            embeddings = self.forward(images)
+        return embeddings if self.device.type == "cuda" else embeddings.float()
+
+    def backward(self, batch: Batch, stats: bool = False) -> StepResult:
+        """Gradients of one batch, summed over the processes, in the parameters' `.grad`."""
+        anchors, sequence_anchors = self.processes.sum(
+            [batch.plan.num_anchors, batch.plan.num_sequence_anchors]
+        )
+        seed = _mix(self.config.run.seed, self.progress.step, self.processes.rank)
+        torch.manual_seed(seed)
+        results: list[StepResult] = []
+
+        def loss_of(embeddings: Tensor) -> Tensor:
+            results.append(
+                self.objective(embeddings, batch, int(anchors), int(sequence_anchors), stats)
+            )
+            return results[0].loss
+
+        for p in self.parameters:
+            p.grad = None
+        if not batch.num_items:
+            zero = torch.zeros((), device=self.device)
+            results.append(
+                StepResult(
+                    zero, zero, zero, zero.new_zeros(0, self.encoder.dim), None, int(anchors)
+                )
+            )
+        elif self.config.model.slice and len(batch.images) > self.config.model.slice:
+            cached_backward(self.encode, batch.images, loss_of, self.config.model.slice, seed)
+        else:
+            loss_of(self.encode(batch.images)).backward()
+        self.processes.sum_gradients(self.parameters)
+        return results[0]
+
+    def step(self, batch: Batch, stats: bool = False) -> tuple[StepResult, Tensor]:
+        """One update; also gives the norm of the gradient, 0-d on the device."""
+        lr = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        result = self.backward(batch, stats)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip or math.inf)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.encoder)
+        p = self.progress
+        p.step += 1
+        p.step_in_epoch += 1
+        p.images += batch.num_items
+        p.occurrences += batch.plan.occurrences
+        p.damaged += batch.damaged
+        return result, norm
+
+    # ---- the run --------------------------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        """Trains to the end of the run; gives the last line of metrics.jsonl and whether a signal ended it early.
+
+        SIGTERM and SIGINT save a checkpoint and return.
+
+        Raises:
+            RuntimeError: the loss is no longer finite (checkpoints stay), or too many images are damaged.
+        """
+        c, p = self.config, self.progress
+        saved_at, last = time.monotonic(), {}
+        with (
+            self._signals(),
+            Journal(self) if self.processes.rank == 0 else nullcontext() as journal,
+        ):
+            while not self._finished():
+                for batch in self.loader.epoch(p.epoch, p.step_in_epoch):
+                    lr = self.learning_rate()
+                    logs = p.step % c.run.log_steps == 0
+                    result, norm = self.step(batch, stats=logs)
+                    finished = self._finished()
+                    minutes = (time.monotonic() - saved_at) / 60
+                    due = (
+                        c.run.save_minutes > 0
+                        and minutes >= c.run.save_minutes
+                        and self.processes.rank == 0
+                    )
+                    # One collective: any process may have been told to stop, the first one keeps the time.
+                    stop, due_now = self.processes.sum([self._stop, due])
+                    if logs or finished or stop:
+                        line = self._measure(result, norm, lr)
+                        if journal:
+                            journal.write(line)
+                        last = line
+                    if journal:
+                        journal.advance()
+                    if (
+                        stop
+                        or due_now
+                        or finished
+                        or (c.run.save_steps and p.step % c.run.save_steps == 0)
+                    ):
+                        self.save()
+                        saved_at = time.monotonic()
+                    if stop or finished:
+                        break
+                if stop or finished:
+                    break
+                p.epoch, p.step_in_epoch = p.epoch + 1, 0
+                if not c.run.save_steps and not c.run.save_minutes:
+                    self.save()
+        return {**last, "stopped": bool(self._stop and not self._finished())}
+
+    def _finished(self) -> bool:
+        c, p = self.config.optim, self.progress
+        if c.steps:
+            return p.step >= c.steps
+        return p.epoch >= c.epochs or (
+            p.epoch == c.epochs - 1 and p.step_in_epoch >= self.plan.steps(p.epoch)
+        )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def stop(number: int, frame: Any) -> None:
+            log.warning("signal %d: saving and stopping after this step", number)
+            self._stop = True
+
+        try:
+            before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread: signals are its owner's
+            before = {}
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _measure(self, result: StepResult, norm: Tensor, lr: float) -> dict[str, Any]:
+        """A line of the journal. Values of the loss are over all processes, those of the embeddings of this one."""
+        p = self.progress
+        loss, rec, seq, images, occurrences, damaged = self.processes.sum(
+            [
+                result.loss.item(),
+                result.rec.item(),
+                result.seq.item(),
+                p.images,
+                p.occurrences,
+                p.damaged,
+            ]
+        )
+        line: dict[str, Any] = {
+            "step": p.step, "epoch": p.epoch, "loss": loss, "loss_rec": rec, "loss_seq": seq, "lr": lr,
+            "temperature": float(self.objective.rec.temperature), "grad_norm": norm.item(),
+            "images": int(images), "occurrences": int(occurrences), "damaged_share": damaged / max(images, 1),
+        }  # fmt: skip
+        if len(result.embeddings) > 1:
+            line["uniformity"] = uniformity(result.embeddings).item()
+            line["effective_rank"] = effective_rank(result.embeddings).item()
+        if result.stats is not None and int(result.stats.num_anchors):
+            line["top1"] = result.stats.recall_at(1).item()
+            cosine = result.stats.positive_similarity.sum() / result.stats.num_anchors
+            line["alignment"] = 2 - 2 * cosine.item()
+        if not math.isfinite(loss) or not math.isfinite(line["grad_norm"]):
+            raise RuntimeError(
+                f"loss {loss:g}, gradient norm {line['grad_norm']:g} at step {p.step}: training has diverged. Lower optim.lr "
+                f"(now {lr:g}) or raise optim.warmup; the checkpoints in {self.checkpoints.folder} are untouched"
+            )
+        return line
+
+    def close(self) -> None:
+        """Ends the decoder and, where this trainer began it, the process group."""
+        if isinstance(self.loader.source, Images):
+            self.loader.source.decoder.close()
+        self.processes.close()
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{n}": t for n, t in self.model.state_dict().items()}
+        tensors |= {
+            f"optimizer.{n}": t for n, t in optimizer_tensors(self.model, self.optimizer).items()
+        }
+        if self.average is not None:
+            tensors |= {f"average.{n}": t for n, t in self.average.state_dict().items()}
+        return tensors
+
+    def _identity(self) -> dict[str, Any]:
+        """What has to be the same for batches and schedule to go on where they were."""
+        c = self.config
+        return {
+            "seed": c.run.seed, "world": self.processes.world, "pages": c.data.pages, "images": c.data.images,
+            "history": c.data.history, "dataset_pages": len(self.plan.rows), "items": self.dataset.num_items,
+        }  # fmt: skip
+
+    def save(self) -> None:
+        """Writes a checkpoint now. Every process calls it; the first one writes."""
+        if self.processes.rank == 0:
+            tensors = self._tensors()
+            if not all(
+                t.isfinite().all()
+                for n, t in tensors.items()
+                if n.startswith("model.") and t.is_floating_point()
+            ):
+                raise RuntimeError(
+                    f"parameters are no longer finite at step {self.progress.step}: no checkpoint was written"
+                )
+            state = {"progress": vars(self.progress), "identity": self._identity()}
+            self.checkpoints.save(self.progress.step, tensors, state)
+            save_encoder(self.exported, self.out)
+        self.processes.barrier()
+
+    def _resume(self) -> None:
+        found = self.checkpoints.all()
+        if not found:
+            return
+        state = self.checkpoints.load(found[-1], self._tensors())
+        here = self._identity()
+        if state["identity"] != here:
+            differ = {k: (v, here.get(k)) for k, v in state["identity"].items() if v != here.get(k)}
+            raise ValueError(
+                f"run.out: {self.out} has a run with other settings (there, here): {differ}; expected the same, or another folder"
+            )
+        self.progress = Progress(**state["progress"])
+        if self.progress.step_in_epoch >= self.plan.steps(self.progress.epoch):
+            self.progress.epoch, self.progress.step_in_epoch = self.progress.epoch + 1, 0
+        log.info("resumed from %s", found[-1])
+
+
+class Journal:
+    """metrics.jsonl, TensorBoard and the progress bar of a run."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, config = trainer, trainer.config
+        trainer.out.mkdir(parents=True, exist_ok=True)
+        config.save(trainer.out / "config.toml")
+        self.path = trainer.out / "metrics.jsonl"
+        self._forget_after(trainer.progress.step)
+        self.file = self.path.open("a", buffering=1)
+        self.started, self.images, self.occurrences = (
+            time.monotonic(),
+            trainer.progress.images,
+            trainer.progress.occurrences,
+        )
+        self.board: Any = None
+        if config.run.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(
+                str(trainer.out / "tensorboard"), purge_step=trainer.progress.step + 1
+            )
+        self.bar: Any = None
+        if config.run.progress:
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+
+            self.bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
+            self.task = self.bar.add_task(
+                "", total=trainer._steps_estimate(), completed=trainer.progress.step, text=""
+            )
+            self.bar.start()
+
+    def _forget_after(self, step: int) -> None:
+        """Drops lines of steps that were done after the checkpoint that is resumed: they are done again."""
+        if self.path.is_file():
+            lines = [
+                x
+                for x in self.path.read_text().splitlines()
+                if x.endswith("}") and json.loads(x)["step"] <= step
+            ]
+            self.path.write_text("".join(f"{x}\n" for x in lines))
+
+    def write(self, line: dict[str, Any]) -> None:
+        """One JSON line; rates are since the last one."""
+        now = time.monotonic()
+        seconds = max(now - self.started, 1e-9)
+        line |= {
+            "images_per_s": (line["images"] - self.images) / seconds,
+            "occurrences_per_s": (line["occurrences"] - self.occurrences) / seconds,
+            "time": time.time(),
+        }
+        self.started, self.images, self.occurrences = now, line["images"], line["occurrences"]
+        self.file.write(json.dumps(line) + "\n")
+        if self.board:
+            for name, value in line.items():
+                if name not in ("step", "time"):
+                    self.board.add_scalar(name, value, line["step"])
+        if self.bar:
+            text = f"loss {line['loss']:.3f}  top-1 {line.get('top1', math.nan):.2f}  {line['images_per_s']:.0f} images/s"
+            self.bar.update(self.task, text=text)
+
+    def advance(self) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=self.trainer.progress.step)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+        if self.bar:
+            self.bar.stop()
+
+
+def _mix(*values: int) -> int:
+    """A seed from several numbers, without the collisions of their sum."""
+    return int(np.random.SeedSequence(values).generate_state(1, np.uint64)[0] >> np.uint64(2))
+
+
+def read_features(path: str | os.PathLike[str], dataset: Dataset) -> np.ndarray:
+    """Precomputed embeddings [items, F] float32 in the dataset's order, from .npy (rows in that order) or .parquet (item_id, embedding).
+
+    Items without a row are NaN. ValueError where the shape is another or an item of a page has no row.
+    """
+    path = Path(path)
+    if path.suffix == ".npy":
+        table = np.load(path, allow_pickle=False).astype(np.float32, copy=False)
+        if table.ndim != 2 or len(table) != dataset.num_items:
+            raise ValueError(
+                f"features: expected [{dataset.num_items}, F] (a row per item of the dataset), got {list(table.shape)} in {path}"
+            )
+    elif path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        read = pq.read_table(path, columns=["item_id", "embedding"])
+        values = read["embedding"].combine_chunks()
+        rows = np.asarray(values.flatten(), np.float32).reshape(len(read), -1)
+        where = pc.index_in(dataset.item_ids, read["item_id"].combine_chunks().cast(pa.string()))
+        table = np.full((dataset.num_items, rows.shape[1]), np.nan, np.float32)
+        have = where.is_valid().to_numpy(zero_copy_only=False)
+        table[have] = rows[where.drop_null().to_numpy()]
+    else:
+        raise ValueError(f"features: expected a .npy or .parquet file, got {path}")
+    used = np.unique(np.concatenate([dataset.pv_item, dataset.event_item]))
+    lacking = used[~np.isfinite(table[used]).all(1)]
+    if len(lacking):
+        ids = [str(dataset.item_ids[i]) for i in lacking[:5].tolist()]
+        raise ValueError(
+            f"features: {len(lacking)} items on pages or in histories have no finite row in {path}, such as {', '.join(ids)}"
+        )
+    return table
