@@ -11,6 +11,7 @@ from . import __version__
 
 # Each is a module with add_arguments(parser) and run(args); imported when asked for, so --help and the others need none of its packages.
 COMMANDS = {
+    "prepare": ("courier_fast.data.prepare", "interactions and images -> a dataset folder"),
     "train": ("courier_fast.train.command", "a dataset folder -> an encoder"),
 }
 

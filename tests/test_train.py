@@ -122,7 +122,7 @@ def test_slices_in_the_trainer(dataset: Dataset, tmp_path: Path) -> None:
     )
     batch = one.loader.load(0, 0)
     exact.model.double()
-    exact.encode = exact.encoder  # type: ignore[method-assign]  # which would give float32
+    exact.head = exact.encoder.head  # type: ignore[method-assign]  # which would give float32
     exact.backward(replace(batch, images=batch.images.double()))
     a, b = one.backward(batch), two.backward(batch)
     torch.testing.assert_close(a.loss, b.loss)
@@ -436,8 +436,8 @@ def test_average_of_the_weights_is_what_is_exported(
     trainer = Trainer(settings(dataset, tmp_path, data__features=features, model__ema=0.5))
     trainer.fit()
     exported = load_encoder(tmp_path)
-    assert torch.equal(exported.projection.weight, trainer.average.module.projection.weight)
-    assert not torch.equal(exported.projection.weight, trainer.encoder.projection.weight)
+    assert torch.equal(exported.head[1].weight, trainer.average.module.head[1].weight)
+    assert not torch.equal(exported.head[1].weight, trainer.encoder.head[1].weight)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,10 @@ class ModelConfig(Section):
         None, description="safetensors file with weights of the backbone to start from"
     )
     dim: int = Field(256, ge=1, description="dimensions of the embedding")
+    batch_norm: bool | None = Field(
+        None,
+        description="batch norm before the projection, against early collapse; default: for a backbone without pre-trained weights",
+    )
     checkpointing: bool = Field(
         False, description="gradient checkpointing: less memory, a second forward pass"
     )

@@ -20,10 +20,7 @@ SMALL_CONV = "small_conv"
 
 
 class SmallConvNet(nn.Module):
-    """Four stages of convolution, group norm and ReLU, each halving the picture: a backbone for CPUs (0.4 M parameters at width 32).
-
-    No batch statistics, so an image's features do not depend on the batch it is in.
-    """
+    """Four stages of convolution, batch norm and ReLU, each halving the picture: a backbone for CPUs (0.4 M parameters at width 32)."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -31,7 +28,7 @@ class SmallConvNet(nn.Module):
         self.stages = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False),
-                nn.GroupNorm(b // 16, b),
+                nn.BatchNorm2d(b),
                 nn.ReLU(inplace=True),
             )
             for a, b in pairwise(widths)
@@ -75,8 +72,12 @@ class Standardise(nn.Module):
 class Encoder(nn.Module):
     """Images [n, 3, size, size], normalised by `mean` and `std`, or feature rows [n, F], to embeddings [n, dim].
 
+    The head is a projection, after a batch norm without parameters where `about["batch_norm"]` says so: features of a network that starts from
+    scratch are nearly the same for all images, and the contrast would collapse before it has told them apart.
+
     Attributes:
-        features: F of the backbone's pooled output, which the projection takes.
+        backbone, head: the two halves; `head(backbone(x))` is `forward(x)`.
+        features: F of the backbone's pooled output.
         about: what `load_encoder` needs to build it again.
     """
 
@@ -84,7 +85,12 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.features = int(backbone.num_features)
-        self.projection = nn.Linear(self.features, dim)
+        norm = (
+            nn.BatchNorm1d(self.features, affine=False)
+            if about.get("batch_norm")
+            else nn.Identity()
+        )
+        self.head = nn.Sequential(norm, nn.Linear(self.features, dim))
         self.about = {**about, "dim": dim}
         self.dim = dim
         self.size: int = about.get("size", 0)
@@ -92,7 +98,7 @@ class Encoder(nn.Module):
         self.std: tuple[float, ...] = tuple(about.get("std", IMAGENET_STD))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.projection(self.backbone(images))
+        return self.head(self.backbone(images))
 
 
 def build_encoder(
@@ -102,11 +108,13 @@ def build_encoder(
     *,
     pretrained: bool = False,
     weights: str | os.PathLike[str] | None = None,
+    batch_norm: bool = False,
 ) -> Encoder:
     """An encoder with a backbone of timm by its name, or "small_conv".
 
     Args:
         weights: a safetensors file with the backbone's weights; a classifier in it is left out.
+        batch_norm: a batch norm before the projection.
 
     Raises:
         ValueError: timm has no such model, or `weights` do not fit it.
@@ -140,7 +148,13 @@ def build_encoder(
             raise ValueError(
                 f"model.weights: expected the parameters of {backbone}, got a file without {missing[:5]} and with {unexpected[:5]}"
             )
-    about = {"backbone": backbone, "size": size, "mean": list(mean), "std": list(std)}
+    about = {
+        "backbone": backbone,
+        "size": size,
+        "mean": list(mean),
+        "std": list(std),
+        "batch_norm": batch_norm,
+    }
     return Encoder(model, dim, about)
 
 
@@ -176,7 +190,9 @@ def load_encoder(folder: str | os.PathLike[str], device: str | torch.device = "c
     if about["backbone"] is None:
         encoder = build_projection(about["features"], about["dim"])
     else:
-        encoder = build_encoder(about["backbone"], about["dim"], about["size"])
+        encoder = build_encoder(
+            about["backbone"], about["dim"], about["size"], batch_norm=about["batch_norm"]
+        )
         encoder.about = about
         encoder.mean, encoder.std = tuple(about["mean"]), tuple(about["std"])
     encoder.load_state_dict(load_file(os.fspath(folder / "encoder.safetensors")))

@@ -32,7 +32,8 @@ def cached_backward(
 
     Args:
         images: [n, ...]; only `size` of them are in a graph at a time.
-        loss_of: embeddings [n, D] to a scalar; its own parameters get their gradients too.
+        encode: the part that is too large for one graph, on a slice.
+        loss_of: its output for all images to a scalar; parameters in it get their gradients too.
         seed: random numbers (dropout, stochastic depth) are drawn from (seed, slice), the same in both passes.
     """
     slices = images.split(size)

@@ -200,6 +200,10 @@ class Trainer:
         config.data.size = config.data.size or (224 if gpu else 96)
         if config.model.backbone == "auto":
             config.model.backbone = "swin_tiny_patch4_window7_224" if gpu else SMALL_CONV
+        if config.model.batch_norm is None:
+            config.model.batch_norm = not (
+                config.model.pretrained or config.model.weights or config.data.features
+            )
         if config.run.precision == "auto":
             config.run.precision = "bfloat16" if gpu else "float32"
         return config
@@ -220,6 +224,7 @@ class Trainer:
                 c.data.size,
                 pretrained=c.model.pretrained,
                 weights=c.model.weights,
+                batch_norm=bool(c.model.batch_norm),
             )
         self.encoder.to(self.device).train()
         if self.table is None:
@@ -232,7 +237,7 @@ class Trainer:
                 )
             enable()
         if c.model.slice:
-            check_sliceable(self.encoder)
+            check_sliceable(self.encoder.backbone)
         self.objective = Objective(c).to(self.device)
         self.model = nn.ModuleDict({"encoder": self.encoder, "objective": self.objective})
         self.processes.broadcast(list(self.model.state_dict().values()))
@@ -251,9 +256,8 @@ class Trainer:
             if c.model.ema
             else None
         )
-        self.forward: Any = (
-            torch.compile(self.encoder, dynamic=False) if c.model.compile else self.encoder
-        )
+        backbone = self.encoder.backbone
+        self.backbone: Any = torch.compile(backbone, dynamic=False) if c.model.compile else backbone
 
     def _build_loader(self) -> None:
         c = self.config
@@ -303,11 +307,24 @@ class Trainer:
         return c.steps or c.epochs * self.plan.steps(self.progress.epoch)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Embeddings [n, D] in float32 by the encoder in the run's precision."""
-        bf16 = self.config.run.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            embeddings = self.forward(images)
+        """Embeddings [n, D]."""
+        return self.head(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """The backbone's output [n, F], in the run's precision."""
+        with self._autocast():
+            return self.backbone(images)
+
+    def head(self, features: Tensor) -> Tensor:
+        """Embeddings [n, D] of the backbone's output; on a CPU in float32."""
+        with self._autocast():
+            embeddings = self.encoder.head(features)
         return embeddings if self.device.type == "cuda" else embeddings.float()
+
+    def _autocast(self) -> Any:
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bfloat16"
+        )
 
     def backward(self, batch: Batch, stats: bool = False) -> StepResult:
         """Gradients of one batch, summed over the processes, in the parameters' `.grad`."""
@@ -318,11 +335,13 @@ class Trainer:
         torch.manual_seed(seed)
         results: list[StepResult] = []
 
-        def loss_of(embeddings: Tensor) -> Tensor:
-            results.append(
-                self.objective(embeddings, batch, int(anchors), int(sequence_anchors), stats)
+        def loss_of(features: Tensor) -> Tensor:
+            # The head sees the whole batch, also where the backbone sees slices.
+            found = self.objective(
+                self.head(features), batch, int(anchors), int(sequence_anchors), stats
             )
-            return results[0].loss
+            results.append(found)
+            return found.loss
 
         for p in self.parameters:
             p.grad = None
@@ -334,9 +353,9 @@ class Trainer:
                 )
             )
         elif self.config.model.slice and len(batch.images) > self.config.model.slice:
-            cached_backward(self.encode, batch.images, loss_of, self.config.model.slice, seed)
+            cached_backward(self.features, batch.images, loss_of, self.config.model.slice, seed)
         else:
-            loss_of(self.encode(batch.images)).backward()
+            loss_of(self.features(batch.images)).backward()
         self.processes.sum_gradients(self.parameters)
         return results[0]
 
@@ -423,6 +442,8 @@ class Trainer:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         def stop(number: int, frame: Any) -> None:
+            if self._stop and number == signal.SIGINT:  # asked for twice: now
+                raise KeyboardInterrupt
             log.warning("signal %d: saving and stopping after this step", number)
             self._stop = True
 

@@ -1,0 +1,153 @@
+"""The loader alone, with each decoder, against the rate at which the backbone trains. `python -m bench.loader --dataset DIR`
+
+Everything decodes the same batches in turns in one run: random crop, resize, flip, normalise. "plain" is a DataLoader with Pillow and
+torchvision's transforms that opens every occurrence of an item. Occurrences/s is what counts for training; images/s what a decoder does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from courier_fast.data.dataset import Dataset
+from courier_fast.data.loader import Augmentation, Images, Loader
+from courier_fast.train.config import Config
+from courier_fast.train.trainer import Trainer
+
+from .measure import surroundings
+from .step import Pages, Rate, bare, collate, turn
+
+KINDS = ("dali", "software", "dali-cpu", "pillow")
+
+
+def batches(loader: Loader) -> Iterator[tuple[int, int]]:
+    """Occurrences and images of one batch after another."""
+    epoch = 0
+    while True:
+        for batch in loader.epoch(epoch):
+            yield batch.plan.occurrences, batch.num_items
+        epoch += 1
+
+
+def plain_batches(loader: DataLoader) -> Iterator[tuple[int, int]]:
+    while True:
+        for shown, past, *_ in loader:
+            yield len(shown) + len(past), len(shown) + len(past)
+
+
+def measure(
+    config: Config, kinds: Sequence[str], *, turns: int, steps: int, workers: int
+) -> dict[str, Any]:
+    """Rates of each decoder's loader, the plain loader, and the backbone; and why a decoder was left out."""
+    from courier_fast.data.decode import make_decoder
+
+    trainer = Trainer(config)
+    c, encoder = trainer.config.data, trainer.encoder
+    candidates: dict[str, Callable[[], tuple[int, int]]] = {}
+    left_out = {}
+    for kind in kinds:
+        try:
+            decoder = make_decoder(
+                kind, c.size, device=trainer.device, mean=encoder.mean, std=encoder.std
+            )
+        except (ValueError, ModuleNotFoundError) as reason:
+            left_out[kind] = str(reason)
+            continue
+        source = Images(trainer.plan, decoder, Augmentation(), max_damaged=1.0)
+        candidates[kind] = batches(
+            Loader(trainer.plan, source, device=trainer.device, ahead=1)
+        ).__next__
+    pages = Pages(trainer.plan, c.size, encoder.mean, encoder.std)
+    plain = DataLoader(
+        pages, c.pages, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0
+    )
+    candidates["plain"] = plain_batches(plain).__next__
+    batch = trainer.loader.load(0, 0)
+    candidates["backbone training"] = lambda: bare(trainer, batch)
+    for step in candidates.values():
+        turn(step, 2, trainer.device, None)
+    rates = {name: Rate() for name in candidates}
+    for _ in range(turns):
+        for name, step in candidates.items():
+            turn(step, steps, trainer.device, rates[name])
+    return {
+        "rates": {
+            name: {
+                "occurrences_per_s": r.per_second("occurrences"),
+                "images_per_s": r.per_second("images"),
+            }
+            for name, r in rates.items()
+        },
+        "left_out": left_out,
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    rates = result["rates"]
+    base = rates["backbone training"]["images_per_s"]
+    lines = [", ".join(f"{k} {v}" for k, v in result["surroundings"].items() if v is not None), ""]
+    lines.append(
+        f"{'':<20}{'images/s':>10}{'occurrences/s':>15}{'images/s over the backbone in training':>42}"
+    )
+    for name, r in rates.items():
+        lines.append(
+            f"{name:<20}{r['images_per_s']:>10,.0f}{r['occurrences_per_s']:>15,.0f}{r['images_per_s'] / base:>41.2f}x"
+        )
+    lines += [f"{kind}: left out: {reason}" for kind, reason in result["left_out"].items()]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.loader")
+    parser.add_argument(
+        "--dataset",
+        type=Path,
+        help="a prepared dataset; without one, that of the quickstart is drawn",
+    )
+    parser.add_argument("--decoders", nargs="+", default=KINDS, choices=KINDS)
+    parser.add_argument("--pages", type=int, default=64)
+    parser.add_argument("--size", type=int, default=0)
+    parser.add_argument("--backbone", default="auto")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="batches per turn")
+    parser.add_argument("--workers", type=int, default=0, help="of the plain DataLoader")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.dataset is None:
+            from .datasets import quickstart_dataset
+
+            args.dataset = quickstart_dataset(Path(folder))
+        overrides = {
+            "data.dataset": args.dataset, "data.pages": args.pages, "data.size": args.size, "model.backbone": args.backbone,
+            "run.out": Path(folder) / "run",
+        }  # fmt: skip
+        result = measure(
+            Config.load(None, overrides),
+            args.decoders,
+            turns=args.turns,
+            steps=args.steps,
+            workers=args.workers,
+        )
+        dataset = Dataset(args.dataset)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        result |= {
+            "surroundings": surroundings(device),
+            "dataset": {"pages": dataset.num_pages, "items": dataset.num_items},
+        }
+    print(report(result))
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

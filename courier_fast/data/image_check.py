@@ -1,0 +1,126 @@
+"""What an item's image is worth: found by one look at the folder, decoded once in full, so that training meets no surprise."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Container, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageOps
+
+from .decode import MAX_PIXELS, exif_orientation, rgb
+
+# An item with several files uses the first of these.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif")
+_KEPT = ("JPEG", "PNG", "WEBP")  # every decoder reads these; others are written anew as JPEG
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A usable image: its bytes, and its size in pixels as seen, after EXIF rotation. Or the reason why there is none."""
+
+    image: bytes | None = None
+    height: int = 0
+    width: int = 0
+    reason: str = ""
+
+
+def index_images(folder: Path, stems: Container[str]) -> dict[str, str]:
+    """Paths of the image files under `folder` (with its subfolders) by the stem of their name, for the stems wanted."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"images: expected a folder, got {folder}")
+    found: dict[str, tuple[int, str]] = {}
+    folders = [os.fspath(folder)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                stem, suffix = os.path.splitext(entry.name)
+                if suffix.lower() in SUFFIXES and stem in stems:
+                    candidate = (SUFFIXES.index(suffix.lower()), entry.path)
+                    found[stem] = min(found.get(stem, candidate), candidate)
+                elif entry.is_dir():
+                    folders.append(entry.path)
+    return {stem: path for stem, (_, path) in found.items()}
+
+
+def check_image(data: bytes, shrink: int = 0) -> Checked:
+    """Decodes an image in full. With `shrink`, one whose short side is longer is scaled down to it and written as JPEG (quality 90).
+
+    Never raises for what the bytes hold: the reason is in the result.
+    """
+    if not data:
+        return Checked(reason="empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _check(data, shrink)
+    except Exception as error:  # decoders raise whatever they like on damaged data
+        text = str(error).split("\n")[0].replace("<_io.BytesIO object at ", "<")
+        if data[:256].lstrip()[:1] == b"<":
+            text = "text (HTML or XML), not an image"
+        elif text.startswith("cannot identify image file"):
+            text = "not an image"
+        return Checked(reason=text or type(error).__name__)
+
+
+def _check(data: bytes, shrink: int) -> Checked:
+    with Image.open(io.BytesIO(data)) as file:
+        if file.width * file.height > MAX_PIXELS:
+            raise ValueError(f"{file.width} x {file.height} pixels are over {MAX_PIXELS}")
+        small = shrink and min(file.size) > shrink
+        if not small and file.format == "JPEG":
+            return _check_jpeg(data, file)
+        if small and file.format == "JPEG":
+            _entropy_decode(data)
+            file.draft("RGB", (2 * shrink, 2 * shrink))
+        seen = rgb(ImageOps.exif_transpose(file))
+        if not small and file.format in _KEPT:
+            return Checked(data, seen.height, seen.width)
+        if small:
+            scale = shrink / min(seen.size)
+            seen = seen.resize(
+                (max(1, round(seen.width * scale)), max(1, round(seen.height * scale))),
+                Image.Resampling.LANCZOS,
+            )
+        out = io.BytesIO()
+        seen.save(out, "JPEG", quality=90)
+        return Checked(out.getvalue(), seen.height, seen.width)
+
+
+def _check_jpeg(data: bytes, file: Image.Image) -> Checked:
+    height, width = file.height, file.width
+    if file.mode in ("RGB", "L"):
+        _entropy_decode(data)
+    else:  # CMYK and other spaces
+        file.load()
+    rotated = exif_orientation(np.frombuffer(data, np.uint8)) >= 5
+    return Checked(data, *((width, height) if rotated else (height, width)))
+
+
+def _entropy_decode(data: bytes) -> None:
+    """Reads every coefficient, at an eighth of the size; raises at a warning of libjpeg (truncated, corrupt)."""
+    simplejpeg.decode_jpeg(data, "GRAY", fastdct=True, min_height=1, min_width=1, min_factor=8)
+
+
+def check_images(
+    paths: Sequence[str | None], *, shrink: int = 0, threads: int = 0
+) -> Iterator[Checked]:
+    """`check_image` of each file in order, in threads; `None` gives the reason "missing". Holds a few hundred images at most."""
+
+    def check(path: str | None) -> Checked:
+        if path is None:
+            return Checked(reason="missing")
+        try:
+            return check_image(Path(path).read_bytes(), shrink)
+        except OSError as error:
+            return Checked(reason=f"unreadable: {error.strerror}")
+
+    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), "courier-check") as pool:
+        for start in range(0, len(paths), 256):
+            yield from pool.map(check, paths[start : start + 256])

@@ -1,0 +1,444 @@
+"""Importers: the published files of known datasets, and your own, as one `Source` of lazy tables.
+
+Only headers are read here. Ids are text throughout, so that leading zeros stay.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import polars as pl
+
+Schema = dict[str, pl.DataType | type[pl.DataType]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an importer gives. Ids are text; times are int64 seconds since 1970 (UTC), null where they could not be read.
+
+    Args:
+        layout: the importer's name, for the record.
+        events: user_id, item_id, time: clicks, purchases, ratings. Without impressions, pages are made from them.
+        impressions: a row per item shown: page_id, user_id, item_id, time, clicked (bool). Their clicks are events too.
+        items: item_id and, each optional, category, image (a file's stem where it is not the id), first_seen and
+            last_seen (int64 seconds: when the item was on offer).
+        files: what is read, for the record.
+    """
+
+    layout: str
+    events: pl.LazyFrame | None = None
+    impressions: pl.LazyFrame | None = None
+    items: pl.LazyFrame | None = None
+    files: list[Path] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of columns in files of one's own; with `page`, a row is an item shown on that page, `clicked` or not."""
+
+    user: str = "user_id"
+    item: str = "item_id"
+    time: str = "timestamp"
+    category: str = "category"
+    page: str | None = None
+    clicked: str = "clicked"
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def scan(path: Path) -> pl.LazyFrame:
+    """A lazy table of a .csv, .tsv, .parquet or .jsonl file (.gz where text); columns of .csv and .tsv are text."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there")
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        return pl.scan_parquet(path)
+    if name.endswith((".jsonl", ".ndjson")):
+        return pl.scan_ndjson(path, infer_schema_length=1000)
+    if name.endswith((".csv", ".tsv", ".txt")):
+        separator = "\t" if name.endswith(".tsv") else ","
+        return pl.scan_csv(path, separator=separator, infer_schema=False)
+    raise ValueError(f"{path}: expected a .csv, .tsv, .parquet or .jsonl file (.gz where text)")
+
+
+def scan_json(path: Path, schema: Schema) -> pl.LazyFrame:
+    """Some fields of a .jsonl file, with their types; its other fields may hold anything."""
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+        first = json.loads(next(lines, "") or "{}")
+    _check(path, list(first), schema)
+    return pl.scan_ndjson(path, schema=schema)
+
+
+def scan_lines(path: Path, separator: str, columns: Sequence[str]) -> pl.LazyFrame:
+    """A text file without a header whose separator may have several characters; columns past a line's end are null."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there")
+    lines = pl.scan_csv(
+        path, separator="\x01", has_header=False, new_columns=["line"], infer_schema=False, quote_char=None,
+        encoding="utf8-lossy",
+    )  # fmt: skip
+    parts = pl.col("line").str.split(separator)
+    return lines.select(
+        parts.list.get(i, null_on_oob=True).alias(name) for i, name in enumerate(columns)
+    )
+
+
+def need(frame: pl.LazyFrame, path: Path, *columns: str) -> pl.LazyFrame:
+    """The frame; ValueError naming the columns that are not there and those that are."""
+    _check(path, frame.collect_schema().names(), columns)
+    return frame
+
+
+def _check(path: Path, found: Sequence[str], columns: Sequence[str] | dict) -> None:
+    missing = [c for c in columns if c not in found]
+    if missing:
+        raise ValueError(
+            f"{path}: expected the columns {', '.join(columns)}, got {', '.join(found) or 'an empty file'} ({', '.join(missing)} missing)"
+        )
+
+
+def find(folder: Path, *patterns: str) -> list[Path]:
+    """The files of a folder that match the first pattern with a match; FileNotFoundError without any."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"source: expected a folder, got {folder}")
+    for pattern in patterns:
+        if matches := sorted(p for p in folder.glob(pattern) if p.is_file()):
+            return matches
+    inside = sorted(p.name for p in folder.iterdir())
+    shown = ", ".join(inside[:20]) + (", ..." if len(inside) > 20 else "")
+    raise FileNotFoundError(
+        f"{folder}: expected {' or '.join(patterns)}, got {shown or 'an empty folder'}"
+    )
+
+
+def find_one(folder: Path, *patterns: str) -> Path:
+    """The one file of `find`; ValueError where several match."""
+    matches = find(folder, *patterns)
+    if len(matches) > 1:
+        raise ValueError(
+            f"{folder}: expected one of {' or '.join(patterns)}, got {', '.join(p.name for p in matches)}"
+        )
+    return matches[0]
+
+
+def find_any(folder: Path, *patterns: str) -> list[Path]:
+    """As `find`, but no file is no error."""
+    try:
+        return find(folder, *patterns)
+    except FileNotFoundError:
+        return []
+
+
+TIME_FORMS = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S%z", "%Y-%m-%d %H:%M:%S%.f%z")  # fmt: skip
+
+
+# ---- columns --------------------------------------------------------------------------------------------------------
+
+
+def text(column: str, name: str) -> pl.Expr:
+    return pl.col(column).cast(pl.String).alias(name)
+
+
+def seconds(frame: pl.LazyFrame, column: str) -> pl.Expr:
+    """A column as "time": dates, ISO 8601 text, or numbers of seconds, milli-, micro- or nanoseconds (told by their size)."""
+    kind = frame.collect_schema()[column]
+    values = pl.col(column)
+    if kind.is_temporal():
+        return values.dt.epoch("s").alias("time")
+    if kind != pl.String:
+        return _by_size(values.cast(pl.Float64)).alias("time")
+    return values.map_batches(_parse_times, pl.Int64, is_elementwise=True).alias("time")
+
+
+def _parse_times(values: pl.Series) -> pl.Series:
+    """Text as seconds; each form is tried on what the ones before left."""
+    text = values.rename("text").str.strip_chars()
+    number = pl.col("text").cast(pl.Float64, strict=False)
+    times = text.to_frame().select(_by_size(number)).to_series()
+    if times.null_count() == values.null_count():
+        return times
+    # One form out of many: "T" or a blank, with or without a fraction and a zone.
+    plain = text.str.replace(r"^(\d+-\d+-\d+)T", "${1} ").str.replace(r" ?(Z|UTC)$", "+00:00")
+    for form in TIME_FORMS:
+        left = (times.is_null() & plain.is_not_null()).arg_true()
+        if not len(left):
+            break
+        parsed = plain.gather(left).str.to_datetime(form, strict=False, time_unit="us")
+        times = times.scatter(left, parsed.dt.epoch("s"))
+    return times
+
+
+def _by_size(x: pl.Expr) -> pl.Expr:
+    # Seconds up to the year 5138 have at most 11 digits.
+    size = x.abs()
+    scale = (
+        pl.when(size >= 1e17)
+        .then(1e9)
+        .when(size >= 1e14)
+        .then(1e6)
+        .when(size >= 1e11)
+        .then(1e3)
+        .otherwise(1.0)
+    )
+    return (x / scale).floor().cast(pl.Int64, strict=False)
+
+
+def _truth(frame: pl.LazyFrame, column: str) -> pl.Expr:
+    """A column of 0/1, false/true or no/yes as bool, null taken for false."""
+    if frame.collect_schema()[column] == pl.Boolean:
+        return pl.col(column).fill_null(False).alias("clicked")
+    words = pl.col(column).cast(pl.String).str.strip_chars().str.to_lowercase()
+    number = words.cast(pl.Float64, strict=False).fill_null(0) > 0
+    return (number | words.is_in(["true", "yes"]).fill_null(False)).alias("clicked")
+
+
+def _events(frame: pl.LazyFrame, path: Path, user: str, item: str, time: str) -> pl.LazyFrame:
+    frame = need(frame, path, user, item, time)
+    return frame.select(text(user, "user_id"), text(item, "item_id"), seconds(frame, time))
+
+
+def _rated(frame: pl.LazyFrame, least: float | None) -> pl.LazyFrame:
+    if least is None:
+        return frame
+    return frame.filter(pl.col("rating").cast(pl.Float64, strict=False) >= least)
+
+
+# ---- layouts --------------------------------------------------------------------------------------------------------
+
+
+def generic(
+    interactions: Sequence[Path], items: Path | None = None, columns: Columns | None = None
+) -> Source:
+    """Files of one's own: .csv, .tsv, .parquet or .jsonl.
+
+    Args:
+        interactions: a row per event or, with `columns.page`, per item shown.
+        items: a row per item; its columns category, first_seen, last_seen are used where they are there.
+        columns: what the columns are called.
+    """
+    c = columns or Columns()
+    if not interactions:
+        raise ValueError("interactions: expected at least one file, got none")
+    frames = []
+    for path in interactions:
+        frame = scan(path)
+        if c.page is None:
+            frames.append(_events(frame, path, c.user, c.item, c.time))
+            continue
+        frame = need(frame, path, c.page, c.user, c.item, c.time, c.clicked)
+        frames.append(
+            frame.select(
+                text(c.page, "page_id"),
+                text(c.user, "user_id"),
+                text(c.item, "item_id"),
+                seconds(frame, c.time),
+                _truth(frame, c.clicked),
+            )
+        )
+    about = None
+    if items is not None:
+        frame = need(scan(items), items, c.item)
+        found = frame.collect_schema().names()
+        chosen = [text(c.item, "item_id")]
+        if c.category in found:
+            chosen.append(text(c.category, "category"))
+        elif c.category != Columns.category:  # asked for by name
+            need(frame, items, c.category)
+        chosen += [seconds(frame, n).alias(n) for n in ("first_seen", "last_seen") if n in found]
+        about = frame.select(chosen)
+    table = pl.concat(frames)
+    files = [*interactions, *([items] if items else [])]
+    if c.page is None:
+        return Source("generic", events=table, items=about, files=files)
+    return Source("generic", impressions=table, items=about, files=files)
+
+
+def hm(folder: Path) -> Source:
+    """H&M Personalized Fashion Recommendations: transactions_train.csv, articles.csv, images/0xx/0xxxxxxxxx.jpg."""
+    path = find_one(folder, "transactions_train.csv", "transactions_train.parquet")
+    events = _events(scan(path), path, "customer_id", "article_id", "t_dat")
+    items, files = None, [path]
+    for about in find_any(folder, "articles.csv", "articles.parquet"):
+        frame = need(scan(about), about, "article_id", "product_group_name")
+        items = frame.select(text("article_id", "item_id"), text("product_group_name", "category"))
+        files.append(about)
+    return Source("hm", events=events, items=items, files=files)
+
+
+def movielens(folder: Path, min_rating: float | None = None) -> Source:
+    """MovieLens, all sizes: ratings.csv (20M, 25M, 32M, latest), ratings.dat (1M, 10M) or u.data (100K), and movies.csv or .dat.
+
+    Ratings of at least `min_rating` are clicks (default: all); posters are called <movieId>.jpg. An item's category is its first genre.
+    """
+    path = find_one(folder, "ratings.csv", "ratings.dat", "u.data")
+    names = ("userId", "movieId", "rating", "timestamp")
+    if path.suffix == ".csv":
+        frame = need(scan(path), path, *names)
+    else:
+        frame = scan_lines(path, "::" if path.suffix == ".dat" else "\t", names)
+    events = _events(_rated(frame, min_rating), path, "userId", "movieId", "timestamp")
+    items, files = None, [path]
+    for about in find_any(folder, "movies.csv", "movies.dat"):
+        fields = ("movieId", "title", "genres")
+        table = scan_lines(about, "::", fields) if about.suffix == ".dat" else scan(about)
+        genre = pl.col("genres").str.split("|").list.first().alias("category")
+        items = need(table, about, *fields).select(text("movieId", "item_id"), genre)
+        files.append(about)
+    return Source("movielens", events=events, items=items, files=files)
+
+
+def amazon_reviews_2023(folder: Path, min_rating: float | None = None) -> Source:
+    """Amazon Reviews 2023, one or more categories in a folder.
+
+    Reads <Category>.csv (user_id, parent_asin, rating, timestamp in ms) or else <Category>.jsonl (also .gz), and
+    meta_<Category>.jsonl. Reviews of at least `min_rating` stars are clicks (default: all); images are called <parent_asin>.jpg. An
+    item's category is the second of its "categories", or main_category.
+    """
+    kinds: Schema = {"user_id": pl.String, "parent_asin": pl.String, "rating": pl.Float64, "timestamp": pl.Int64}  # fmt: skip
+    ratings = find_any(folder, "*.csv*")
+    texts = find_any(folder, "*.jsonl*")
+    reviews = [p for p in texts if not p.name.startswith("meta_")]
+    if not ratings and not reviews:
+        raise FileNotFoundError(
+            f"{folder}: expected <Category>.csv or <Category>.jsonl, got {', '.join(sorted(p.name for p in folder.glob('*'))) or 'nothing'}"
+        )
+    frames = []
+    for path in ratings or reviews:
+        if path.name.removesuffix(".gz").endswith(".csv"):
+            frame = need(scan(path), path, *kinds)
+        else:
+            frame = scan_json(path, kinds)
+        frames.append(
+            _events(_rated(frame, min_rating), path, "user_id", "parent_asin", "timestamp")
+        )
+    about = find_any(folder, "meta_*.jsonl*")
+    about_kinds: Schema = {
+        "parent_asin": pl.String,
+        "main_category": pl.String,
+        "categories": pl.List(pl.String),
+    }
+    category = pl.coalesce(pl.col("categories").list.get(1, null_on_oob=True), "main_category")
+    metas = [
+        scan_json(path, about_kinds).select(
+            text("parent_asin", "item_id"), category.alias("category")
+        )
+        for path in about
+    ]
+    return Source(
+        "amazon-reviews-2023",
+        events=pl.concat(frames),
+        items=pl.concat(metas) if metas else None,
+        files=[*(ratings or reviews), *about],
+    )
+
+
+def microlens(folder: Path) -> Source:
+    """MicroLens: MicroLens-*_pairs.csv (user, item, timestamp) or MicroLens-*_pairs.tsv; covers are called <item>.jpg.
+
+    A line of the .tsv is a user, a tab, and items in order without times. Their times become whole seconds that end at 0 for every
+    user's last item, so that a split by time holds out everyone's last items.
+    """
+    path = find_one(folder, "*_pairs.csv", "*_pairs.tsv")
+    if path.suffix == ".csv":
+        return Source(
+            "microlens", events=_events(scan(path), path, "user", "item", "timestamp"), files=[path]
+        )
+    events = (
+        scan_lines(path, "\t", ("user_id", "items"))
+        .with_columns(pl.col("items").str.split(" ").alias("item_id"))
+        .with_columns(
+            pl.int_ranges(1 - pl.col("item_id").list.len().cast(pl.Int64), 1).alias("time")
+        )
+        .select("user_id", "item_id", "time")
+        .explode("item_id", "time")
+    )
+    return Source("microlens", events=events, files=[path])
+
+
+def pixelrec(folder: Path) -> Source:
+    """PixelRec: Pixel200K.csv (1M, 8M, PixelRec.csv: item_id, user_id, timestamp), item_info.csv (item_id, tag); covers <item_id>.jpg."""
+    path = find_one(folder, "Pixel*.csv", "pixel*.csv", "interaction*.csv")
+    items, files = None, [path]
+    for about in find_any(folder, "item_info.csv", "*item_info*.csv"):
+        frame = need(scan(about), about, "item_id", "tag")
+        items = frame.select(text("item_id", "item_id"), text("tag", "category"))
+        files.append(about)
+    events = _events(scan(path), path, "user_id", "item_id", "timestamp")
+    return Source("pixelrec", events=events, items=items, files=files)
+
+
+def ebnerd(folder: Path) -> Source:
+    """EB-NeRD: a bundle (train/, validation/, articles.parquet) or one of its splits; images by article id or by first image id.
+
+    behaviors.parquet has what was in view and clicked, history.parquet the clicks before.
+    """
+    parts = find(folder, "behaviors.parquet", "*/behaviors.parquet")
+    shown, past = [], []
+    files = list(parts)
+    for path in parts:
+        columns = (
+            "impression_id",
+            "user_id",
+            "impression_time",
+            "article_ids_inview",
+            "article_ids_clicked",
+        )
+        frame = need(scan(path), path, *columns)
+        shown.append(
+            frame.select(
+                text("impression_id", "page_id"),
+                text("user_id", "user_id"),
+                pl.col("article_ids_inview").alias("item"),
+                seconds(frame, "impression_time"),
+                pl.col("article_ids_clicked").alias("hits"),
+            )
+            .explode("item")
+            .select(
+                "page_id",
+                "user_id",
+                text("item", "item_id"),
+                "time",
+                pl.col("item").is_in(pl.col("hits")).fill_null(False).alias("clicked"),
+            )
+        )
+        for before in find_any(path.parent, "history.parquet"):
+            lists = need(
+                scan(before), before, "user_id", "article_id_fixed", "impression_time_fixed"
+            )
+            rows = lists.select("user_id", "article_id_fixed", "impression_time_fixed").explode(
+                "article_id_fixed", "impression_time_fixed"
+            )
+            past.append(
+                _events(rows, before, "user_id", "article_id_fixed", "impression_time_fixed")
+            )
+            files.append(before)
+    items = None
+    for about in find_any(folder, "articles.parquet", "../articles.parquet")[:1]:
+        table = need(scan(about), about, "article_id", "category_str")
+        chosen = [text("article_id", "item_id"), text("category_str", "category")]
+        if "image_ids" in table.collect_schema().names():
+            chosen.append(pl.col("image_ids").list.first().cast(pl.String).alias("image"))
+        items = table.select(chosen)
+        files.append(about)
+    return Source(
+        "ebnerd",
+        events=pl.concat(past) if past else None,
+        impressions=pl.concat(shown),
+        items=items,
+        files=files,
+    )
+
+
+LAYOUTS: dict[str, Callable[..., Source]] = {
+    "hm": hm,
+    "movielens": movielens,
+    "amazon-reviews-2023": amazon_reviews_2023,
+    "microlens": microlens,
+    "pixelrec": pixelrec,
+    "ebnerd": ebnerd,
+}

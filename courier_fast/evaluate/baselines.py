@@ -1,0 +1,233 @@
+"""Baselines on the same pages, and the comparison of all methods with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..data.dataset import Dataset
+from ..data.decode import Decoder, make_decoder
+from .embed import DatasetImages, Source, encode_all
+from .metrics import bootstrap_means, count_ranks, interval, page_values
+from .ranking import (
+    CANDIDATES,
+    SCORES,
+    Candidates,
+    Targets,
+    check_embeddings,
+    find_targets,
+    history_scores,
+    page_candidates,
+    sampled_candidates,
+)
+
+Array = npt.NDArray
+
+BASELINES = ("random", "popularity", "pixels", "backbone")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to score candidates: `embeddings` [items, D], compared with the history's, or `scores` [items], the same for everybody."""
+
+    name: str
+    embeddings: Array | None = None
+    scores: Array | None = None
+
+    def __post_init__(self) -> None:
+        if (self.embeddings is None) == (self.scores is None):
+            raise ValueError(f"{self.name}: expected either embeddings or scores")
+
+
+def random_order(dataset: Dataset) -> Method:
+    """Chance, exactly: all candidates tie, and ties count by their expectation."""
+    return Method("random", scores=np.zeros(dataset.num_items))
+
+
+def popularity(dataset: Dataset) -> Method:
+    """Clicks on pages of the train split."""
+    return Method("popularity", scores=dataset.item_clicks)
+
+
+def pixels(dataset: Dataset, side: int = 8, decoder: Decoder | None = None) -> Method:
+    """The image shrunk to `side` x `side` pixels, red, green and blue in [0, 1]."""
+    made = decoder or make_decoder("auto", side, mean=(0, 0, 0), std=(1, 1, 1))
+    try:
+        table = encode_all(lambda x: x.flatten(1), DatasetImages(dataset, made), batch=1024)
+    finally:
+        if decoder is None:
+            made.close()
+    return Method(f"pixels {side}x{side}", table)
+
+
+def features(
+    name: str,
+    backbone: Callable[[Tensor], Tensor],
+    source: Source,
+    *,
+    batch: int = 256,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Method:
+    """What a backbone gives for every item before any training on clicks."""
+    return Method(name, encode_all(backbone, source, batch=batch, device=device, dtype=dtype))
+
+
+def standardised(method: Method) -> Method:
+    """Embeddings with mean 0 and standard deviation 1 in each dimension over the items; a constant dimension becomes 0.
+
+    Frozen features have a large common part, which makes all cosines alike: without it they are a far stronger baseline.
+    """
+    if method.embeddings is None:
+        raise ValueError(f"{method.name}: expected embeddings, got scores")
+    table = np.asarray(method.embeddings, np.float64)
+    rows = table[np.isfinite(table).all(1)]
+    deviation = rows.std(0)
+    # A constant column's deviation is rounding, not exactly 0.
+    varies = deviation > 1e-7 * (1 + np.abs(rows).max(0, initial=0))
+    scaled = np.where(varies, (table - rows.mean(0)) / np.where(varies, deviation, 1), 0.0)
+    scaled[~np.isfinite(table).all(1)] = np.nan
+    return replace(
+        method, name=f"{method.name}, standardised", embeddings=scaled.astype(np.float32)
+    )
+
+
+def compare(
+    dataset: Dataset,
+    methods: Sequence[Method],
+    *,
+    split: str = "test",
+    candidates: Sequence[str] = ("page", "sampled"),
+    count: int = 100,
+    k: Sequence[int] = (1, 5, 10),
+    history: int = 20,
+    score: str = "mean",
+    bootstrap: int = 1000,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Ranks each held-out click by every method; the first method is the main one, the others are compared with it.
+
+    Values are means over pages, intervals are 95 % percentile intervals of a bootstrap over users (see metrics.py). All methods rank the same
+    candidates and share the bootstrap's draws, so differences are paired by user.
+
+    Args:
+        candidates: "page": the page's items that were not clicked; "sampled": items the user had not clicked, drawn uniformly; "popular":
+            the same, drawn by popularity.
+        count: candidates in all of "sampled" and "popular".
+        k: of HR@k.
+        history: most recent events that candidates are compared with.
+        score: "mean", "max" or "reconstruction", see `history_scores`.
+        bootstrap: samples of the bootstrap.
+
+    Returns:
+        A dict fit for JSON: `settings`, and by candidate set in `sets`: numbers of pages, clicks and users and mean number of candidates;
+        `methods` {name: {metric: {"mean", "low", "high"}}} and `differences` {name: ...}, main minus other, in the same form; `unranked`
+        {name: clicked items without an embedding of their own or in their history, which come last or tie}.
+
+    Raises:
+        ValueError: methods of one name or of another number of items, an unknown split, candidate set or score, nothing to rank.
+    """
+    names = [method.name for method in methods]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"methods: expected at least one, with different names, got {names}")
+    for method in methods:
+        if method.embeddings is not None:
+            check_embeddings(method.embeddings, dataset)
+        elif method.scores is not None and method.scores.shape != (dataset.num_items,):
+            raise ValueError(
+                f"{method.name}: expected scores [{dataset.num_items}] (one per item of the dataset), got {list(method.scores.shape)}"
+            )
+    unknown = sorted(set(candidates) - set(CANDIDATES))
+    if unknown or not candidates:
+        raise ValueError(f"candidates: expected some of {', '.join(CANDIDATES)}, got {unknown}")
+    if score not in SCORES:
+        raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
+    if not k or min(k) < 1:
+        raise ValueError(f"k: expected numbers of at least 1, got {list(k)}")
+    targets = find_targets(dataset, split, history)
+    sets: dict[str, Any] = {}
+    for name in dict.fromkeys(candidates):
+        drawn = _draw(dataset, targets, name, count, seed)
+        sets[name] = _compare(
+            dataset, methods, drawn, sorted(set(k)), score, bootstrap, seed, device
+        )
+    return {
+        "settings": {
+            "dataset": str(dataset.path), "split": split, "main": names[0], "count": count, "k": sorted(set(k)),
+            "history": history, "score": score, "bootstrap": bootstrap, "seed": seed,
+            "mean": "over pages", "interval": "95 %, percentile bootstrap over users",
+        },
+        "sets": sets,
+        "missing": {m.name: _missing(m) for m in methods},
+    }  # fmt: skip
+
+
+def _draw(dataset: Dataset, targets: Targets, name: str, count: int, seed: int) -> Candidates:
+    if name == "page":
+        return page_candidates(dataset, targets)
+    return sampled_candidates(dataset, targets, count, popular=name == "popular", seed=seed)
+
+
+def _missing(method: Method) -> int:
+    """Items without an embedding."""
+    if method.embeddings is None:
+        return 0
+    return int((~np.isfinite(method.embeddings).all(1)).sum())
+
+
+def _compare(
+    dataset: Dataset,
+    methods: Sequence[Method],
+    drawn: Candidates,
+    k: Sequence[int],
+    score: str,
+    bootstrap: int,
+    seed: int,
+    device: torch.device | str,
+) -> dict[str, Any]:
+    pages, page = np.unique(drawn.targets.page, return_inverse=True)
+    first = drawn.offsets[:-1]
+    columns, unranked = [], {}
+    for method in methods:
+        if method.embeddings is None:
+            assert method.scores is not None
+            scores = np.asarray(method.scores)[drawn.items]
+        else:
+            scores = history_scores(dataset, drawn, method.embeddings, score=score, device=device)
+        unranked[method.name] = int(np.isnan(scores[first]).sum())
+        values = page_values(count_ranks(scores, drawn.offsets), page, len(pages), k)
+        columns.append(np.stack(list(values.values()), 1))
+    metrics, table = list(values), np.stack(columns, 1)  # [pages, methods, metrics]
+    user = dataset.page_user[pages]
+    samples = bootstrap_means(
+        table.reshape(len(pages), -1), user, samples=bootstrap, seed=seed
+    ).reshape(bootstrap, *table.shape[1:])
+    means = table.mean(0)
+
+    def named(mean: Array, drawn: Array) -> dict[str, dict[str, float]]:
+        low, high = interval(drawn)
+        return {
+            metric: {"mean": float(mean[i]), "low": float(low[i]), "high": float(high[i])}
+            for i, metric in enumerate(metrics)
+        }
+
+    return {
+        "pages": len(pages),
+        "clicks": len(drawn.targets),
+        "users": len(np.unique(user)),
+        "mean_candidates": len(drawn.items) / len(drawn.targets),
+        "methods": {m.name: named(means[i], samples[:, i]) for i, m in enumerate(methods)},
+        "differences": {
+            m.name: named(means[0] - means[i], samples[:, 0] - samples[:, i])
+            for i, m in enumerate(methods)
+            if i
+        },
+        "unranked": unranked,
+    }

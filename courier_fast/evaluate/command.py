@@ -1,0 +1,182 @@
+"""`courier-fast evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..data.dataset import Dataset
+from ..train.files import write_atomically
+from . import baselines
+from .baselines import BASELINES, Method, compare
+from .embed import (
+    DatasetImages,
+    Source,
+    add_device_arguments,
+    device_of,
+    encode_all,
+    make_decoder_for,
+    run_source,
+)
+from .ranking import CANDIDATES, SCORES, has_images, read_embeddings
+
+log = logging.getLogger(__name__)
+
+TITLES = {
+    "page": "against the page's items that were not clicked",
+    "sampled": "among items drawn uniformly",
+    "popular": "among items drawn by popularity",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", type=Path, required=True, help="folder written by `courier-fast prepare`")  # fmt: skip
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, help="folder of a training run: its encoder is evaluated")
+    what.add_argument("--embeddings", type=Path, help=".npy (rows as items of the dataset) or .parquet (item_id, embedding)")  # fmt: skip
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--baselines", nargs="*", choices=BASELINES, help="default: all that the dataset allows")  # fmt: skip
+    parser.add_argument("--backbone", help="of that baseline, untrained or with --weights; default: as the run began, or small_conv")  # fmt: skip
+    parser.add_argument("--weights", type=Path, help="safetensors file for --backbone")
+    parser.add_argument("--pretrained", action="store_true", help="timm's weights for --backbone (downloads them)")  # fmt: skip
+    parser.add_argument("--size", type=int, default=96, help="of the images for --backbone, in pixels")  # fmt: skip
+    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=["page", "sampled"])
+    parser.add_argument("--count", type=int, default=100, help="sampled candidates, the clicked item included")  # fmt: skip
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 5, 10], help="of HR@k")
+    parser.add_argument("--history", type=int, default=20, help="most recent history items used")
+    parser.add_argument("--score", choices=SCORES, default="mean", help="similarity to the history")
+    parser.add_argument("--bootstrap", type=int, default=1000, help="samples of the bootstrap over users")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also write the result there")
+    add_device_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    dataset = Dataset(args.dataset)
+    dataset.split(args.split)  # a wrong name is an error before the work, not after
+    wanted = args.baselines
+    if wanted is None:
+        wanted = BASELINES if has_images(dataset) or args.run else ("random", "popularity")
+    result = compare(
+        dataset,
+        [_main_method(args, dataset), *_baselines(args, dataset, wanted)],
+        split=args.split,
+        candidates=args.candidates,
+        count=args.count,
+        k=args.k,
+        history=args.history,
+        score=args.score,
+        bootstrap=args.bootstrap,
+        seed=args.seed,
+        device=device_of(args)[0],
+    )
+    print_result(result)
+    if args.json is not None:
+        write_atomically(args.json, lambda path: path.write_text(json.dumps(result, indent=1)))
+    return 0
+
+
+def _encode(name: str, model: Any, source: Source, args: argparse.Namespace) -> Method:
+    device, dtype = device_of(args)
+    model.to(device)
+    return Method(name, encode_all(model, source, batch=args.batch, device=device, dtype=dtype))
+
+
+def _main_method(args: argparse.Namespace, dataset: Dataset) -> Method:
+    if args.embeddings is not None:
+        return Method(args.embeddings.stem, read_embeddings(args.embeddings, dataset))
+    from ..train.encoder import load_encoder
+
+    encoder = load_encoder(args.run)
+    return _encode("trained", encoder, run_source(encoder, args.run, dataset, args), args)
+
+
+def _baselines(args: argparse.Namespace, dataset: Dataset, wanted: list[str]) -> list[Method]:
+    methods = []
+    for name in wanted:
+        if name == "random":
+            methods.append(baselines.random_order(dataset))
+        elif name == "popularity":
+            methods.append(baselines.popularity(dataset))
+        elif name in ("pixels", "backbone"):
+            method = baselines.pixels(dataset) if name == "pixels" else _backbone(args, dataset)
+            methods += [method, baselines.standardised(method)]
+    return methods
+
+
+def _backbone(args: argparse.Namespace, dataset: Dataset) -> Method:
+    """Features of the backbone as it was before training: the run's own (same seed), or the one named on the command line."""
+    from ..train.config import Config
+    from ..train.encoder import SMALL_CONV, build_encoder
+
+    name, size = args.backbone or SMALL_CONV, args.size
+    pretrained, weights, seed = args.pretrained, args.weights, args.seed
+    if args.run is not None and args.backbone is None:
+        config = Config.load(args.run / "config.toml")
+        if config.data.features is not None:
+            return Method("features", read_embeddings(config.data.features, dataset))
+        name, size = config.model.backbone, config.data.size
+        pretrained, weights, seed = config.model.pretrained, config.model.weights, config.run.seed
+    torch.manual_seed(seed)
+    encoder = build_encoder(name, 1, size, pretrained=pretrained, weights=weights).eval()
+    kind = "pre-trained" if pretrained or weights else "untrained"
+    device, _ = device_of(args)
+    decoder = make_decoder_for(encoder, device, args)
+    return _encode(f"{kind} backbone", encoder.backbone, DatasetImages(dataset, decoder), args)
+
+
+def print_result(result: dict[str, Any], console: Console | None = None) -> None:
+    """Prints what `compare` gave: for each candidate set a table of values and one of differences, with 95 % intervals."""
+    if console is None:
+        console = Console()
+        if not console.is_terminal:
+            console.width = 100
+    settings = result["settings"]
+    main = settings["main"]
+    for name, missing in result["missing"].items():
+        if missing:
+            log.warning("%s: %d items have no embedding; they come last", name, missing)
+    for name, one in result["sets"].items():
+        console.print(
+            f"\nHeld-out clicks {TITLES[name]} (split {settings['split']}): {one['clicks']:,} clicks on {one['pages']:,} pages of "
+            f"{one['users']:,} users, {one['mean_candidates']:.1f} candidates on average; by {settings['score']} over the last "
+            f"{settings['history']} events of the history",
+            style="bold",
+            highlight=False,
+        )
+        console.print(_table("", one["methods"]))
+        if one["differences"]:
+            console.print(_table(f"{main} minus", one["differences"], differences=True))
+    console.print(
+        "Means over pages, 95 % intervals below them (users resampled); differences are paired, green or red where 0 is outside.",
+        highlight=False,
+    )
+
+
+def _table(
+    corner: str, rows: dict[str, dict[str, dict[str, float]]], differences: bool = False
+) -> Table:
+    metrics = list(next(iter(rows.values())))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(Text(corner))
+    for name in metrics:
+        table.add_column(name, no_wrap=True)
+    sign = "+" if differences else ""
+    for method, values in rows.items():
+        table.add_row(Text(method), *(_cell(values[m], sign) for m in metrics))
+    return table
+
+
+def _cell(value: dict[str, float], sign: str) -> Text:
+    mean, low, high = f"{value['mean']:{sign}.3f}", f"{value['low']:.3f}", f"{value['high']:.3f}"
+    colour = "green" if value["low"] > 0 else "red" if value["high"] < 0 else ""
+    return Text.assemble((f"{mean}\n", colour if sign else "bold"), (f"{low} {high}", "dim"))

@@ -1,0 +1,506 @@
+"""`courier-fast embed`: a trained encoder over a dataset or a folder of images, into one file of embeddings."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from ..data.dataset import Dataset
+from ..data.decode import KINDS, Decoder, jpeg_header, make_decoder
+from ..data.transforms import eval_windows
+from ..train.files import remove, sync, write_atomically
+
+log = logging.getLogger(__name__)
+
+Array = npt.NDArray
+
+
+class Source(Protocol):
+    """The inputs of an encoder, by row.
+
+    `load(rows)` gives inputs [n, ...] and damaged [n] bool, whose inputs mean nothing; `fingerprint` changes when the inputs may have.
+    """
+
+    ids: Sequence[Any]  # [rows] text
+    present: Array  # [rows] bool
+
+    def load(self, rows: Array) -> tuple[Tensor, Array]: ...
+
+    def fingerprint(self) -> str: ...
+
+
+class DatasetImages:
+    """The images of a dataset's items, centre crops."""
+
+    def __init__(self, dataset: Dataset, decoder: Decoder) -> None:
+        self.ids, self.store, self.decoder = dataset.item_ids, dataset.images, decoder
+        self.present = self.store.present
+
+    def load(self, rows: Array) -> tuple[Tensor, Array]:
+        windows = eval_windows(self.store.shapes[rows])
+        return self.decoder.decode(
+            self.store.take(rows.tolist()), windows, np.zeros(len(rows), bool)
+        )
+
+    def fingerprint(self) -> str:
+        about = os.stat(self.store.path)
+        ids = [str(i) for i in self.ids]
+        return _hash([ids, about.st_size, about.st_mtime_ns], self.store.shapes)
+
+
+class FolderImages:
+    """The image files of a folder and its subfolders, centre crops; ids are the files' names without suffix, sorted."""
+
+    def __init__(self, folder: str | os.PathLike[str], decoder: Decoder) -> None:
+        from ..data.image_check import index_images
+
+        paths = index_images(Path(folder), _Everything())
+        if not paths:
+            raise ValueError(f"images: expected a folder with images, got none in {folder}")
+        self.ids: Sequence[Any] = sorted(paths)
+        self.paths = [paths[i] for i in self.ids]
+        self.decoder = decoder
+        self.present = np.ones(len(self.ids), bool)
+
+    def load(self, rows: Array) -> tuple[Tensor, Array]:
+        images = [_read(self.paths[row]) for row in rows.tolist()]
+        windows = eval_windows(np.array([_seen_size(image) for image in images]))
+        return self.decoder.decode(images, windows, np.zeros(len(rows), bool))
+
+    def fingerprint(self) -> str:
+        stats = [os.stat(path) for path in self.paths]
+        return _hash([self.paths, [[s.st_size, s.st_mtime_ns] for s in stats]])
+
+
+class FeatureRows:
+    """Precomputed features [rows, F]; a row that is not finite is missing."""
+
+    def __init__(self, table: Array, ids: Sequence[Any]) -> None:
+        self.table, self.ids = table, ids
+        self.present = np.isfinite(table).all(1)
+
+    def load(self, rows: Array) -> tuple[Tensor, Array]:
+        return torch.from_numpy(self.table[rows]), np.zeros(len(rows), bool)
+
+    def fingerprint(self) -> str:
+        return _hash([str(i) for i in self.ids], self.table)
+
+
+class _Everything:
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+def _read(path: str) -> Array:
+    """A file's bytes; none where it is gone or unreadable, which is a damaged image."""
+    try:
+        return np.fromfile(path, np.uint8)
+    except OSError:
+        return np.zeros(0, np.uint8)
+
+
+def _seen_size(image: Array) -> tuple[int, int]:
+    """Height and width in pixels after EXIF rotation; (0, 0) where the header says nothing."""
+    header = jpeg_header(image)
+    if header is not None:
+        size = header.height, header.width
+        return size[::-1] if header.orientation >= 5 else size
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(image.tobytes())) as file:
+            turned = file.getexif().get(0x0112, 1) >= 5
+            return (file.width, file.height) if turned else (file.height, file.width)
+    except Exception:  # the decoder will flag it
+        return 0, 0
+
+
+def _hash(about: Any, *arrays: Array) -> str:
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
+# ---- encoding -----------------------------------------------------------------------------------------------------
+
+
+def encode(
+    model: Callable[[Tensor], Tensor],
+    source: Source,
+    rows: Array,
+    *,
+    batch: int = 256,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[Array, Array, Array]]:
+    """Batches (rows [n], embeddings [n, D] float32 with NaN for damaged images, damaged [n]) of some rows of `source`, in their order.
+
+    The next batch is decoded while one is encoded. Batches are cut from the start of `rows`, so an interrupted pass that goes on at a multiple
+    of `batch` does the same arithmetic.
+
+    Args:
+        dtype: autocast to it; None: as the model is.
+    """
+    device = torch.device(device)
+    training = isinstance(model, nn.Module) and model.training
+    bounds = [*range(0, len(rows), batch), len(rows)]
+    parts = [rows[a:b] for a, b in pairwise(bounds)]
+    with ThreadPoolExecutor(1, "courier-embed") as ahead:
+        if isinstance(model, nn.Module):
+            model.eval()
+        try:
+            loading = ahead.submit(source.load, parts[0]) if parts else None
+            for part, following in zip(parts, [*parts[1:], None], strict=True):
+                assert loading is not None
+                inputs, damaged = loading.result()
+                if following is not None:
+                    loading = ahead.submit(source.load, following)
+                context = torch.autocast(device.type, dtype) if dtype else nullcontext()
+                with torch.inference_mode(), context:
+                    found = model(inputs.to(device, non_blocking=True)).float().cpu().numpy()
+                wrong = ~np.isfinite(found).all(1) & ~damaged
+                if wrong.any():
+                    raise RuntimeError(
+                        f"encoder: expected finite embeddings, got NaN or infinity for {source.ids[int(part[wrong.argmax()])]}"
+                    )
+                found[damaged] = np.nan
+                yield part, found, damaged
+        finally:
+            if isinstance(model, nn.Module):
+                model.train(training)
+
+
+def encode_all(
+    model: Callable[[Tensor], Tensor],
+    source: Source,
+    *,
+    batch: int = 256,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Array:
+    """Embeddings [rows, D] float32 of everything in `source`, in memory; NaN where an image is missing or damaged. ValueError without any."""
+    table: Array | None = None
+    rows = np.flatnonzero(source.present)
+    for part, found, _ in encode(model, source, rows, batch=batch, device=device, dtype=dtype):
+        if table is None:
+            table = np.full((len(source.ids), found.shape[1]), np.nan, np.float32)
+        table[part] = found
+    if table is None:
+        raise ValueError("images: expected at least one, got none")
+    return table
+
+
+# ---- to a file ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EmbedReport:
+    """What `embed_*` wrote; also in the JSON file beside the output (with `item_ids` for .npy)."""
+
+    path: Path
+    rows: int
+    dim: int
+    missing: list[str]  # ids without an image
+    damaged: list[str]  # ids whose image cannot be decoded
+    resumed: int  # rows that an earlier, interrupted run had done
+    seconds: float
+
+
+def embed_dataset(
+    encoder: nn.Module,
+    dataset: Dataset,
+    out: str | os.PathLike[str],
+    *,
+    batch: int = 256,
+    decoder: Decoder | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    save_seconds: float = 5.0,
+) -> EmbedReport:
+    """Embeds every item of a dataset, in its order; see `embed_source`."""
+    with _own_or_made(decoder, encoder, device) as using:
+        return embed_source(
+            encoder, DatasetImages(dataset, using), out,
+            batch=batch, device=device, dtype=dtype, save_seconds=save_seconds,
+        )  # fmt: skip
+
+
+def embed_folder(
+    encoder: nn.Module,
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    batch: int = 256,
+    decoder: Decoder | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    save_seconds: float = 5.0,
+) -> EmbedReport:
+    """Embeds the images of a folder and its subfolders, sorted by their names without suffix, which are their ids; see `embed_source`."""
+    with _own_or_made(decoder, encoder, device) as using:
+        return embed_source(
+            encoder, FolderImages(folder, using), out,
+            batch=batch, device=device, dtype=dtype, save_seconds=save_seconds,
+        )  # fmt: skip
+
+
+@contextmanager
+def _own_or_made(
+    decoder: Decoder | None, encoder: Any, device: torch.device | str
+) -> Iterator[Decoder]:
+    """The decoder given, or one made for the encoder and closed at the end."""
+    if decoder is not None:
+        yield decoder
+        return
+    made = make_decoder("auto", encoder.size, device=device, mean=encoder.mean, std=encoder.std)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def embed_source(
+    encoder: nn.Module,
+    source: Source,
+    out: str | os.PathLike[str],
+    *,
+    batch: int = 256,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    save_seconds: float = 5.0,
+) -> EmbedReport:
+    """Writes embeddings of every row of `source` to `out`, and a JSON file of the same name with ".json" added.
+
+    `out` is .npy ([rows, D] float32 in the source's order) or .parquet (item_id string, embedding fixed_size_list<float32>[D]). Items
+    without an image or with a damaged one have NaN there. Until it is complete the rows lie in `out`.partial; a run that was killed goes on
+    from there, on a CPU to the same bits. If the encoder, the inputs or a setting is another, it says so and starts over.
+
+    Args:
+        encoder: a module with `dim`; with images also `size`, `mean` and `std`.
+        batch: images encoded at once.
+        dtype: autocast to it; None: as the encoder is.
+        save_seconds: how often progress is saved.
+
+    Raises:
+        ValueError: `out` is neither .npy nor .parquet, or batch is below 1.
+        RuntimeError: the encoder gives NaN for a good image.
+    """
+    out, began = Path(out), time.monotonic()
+    if out.suffix not in (".npy", ".parquet"):
+        raise ValueError(f"out: expected a .npy or .parquet file, got {out}")
+    if batch < 1:
+        raise ValueError(f"batch: expected at least 1, got {batch}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    size, dim = len(source.ids), int(encoder.dim)  # type: ignore[arg-type]
+    rows = np.flatnonzero(source.present)
+    partial, progress = (out.with_name(f"{out.name}.{end}") for end in ("partial", "progress"))
+    about = {
+        "encoder": _encoder_fingerprint(encoder),
+        "input": source.fingerprint(),
+        "settings": {
+            "rows": size, "dim": dim, "batch": batch, "device": torch.device(device).type, "dtype": str(dtype),
+            "decoder": type(getattr(source, "decoder", None)).__name__, "torch": torch.__version__,
+        },
+    }  # fmt: skip
+    done, damaged = _resume(partial, progress, about)
+    encoder.to(device)
+    table: np.memmap
+    if done:
+        table = np.lib.format.open_memmap(partial, "r+")
+    else:
+        table = _allocate(partial, size, dim)
+        table[~source.present] = np.nan
+
+    def save() -> None:
+        table.flush()
+        state = {"about": about, "done": done, "damaged": damaged}
+        write_atomically(progress, lambda path: path.write_text(json.dumps(state)))
+
+    resumed, saved = done, time.monotonic()
+    try:
+        for part, found, bad in encode(
+            encoder, source, rows[done:], batch=batch, device=device, dtype=dtype
+        ):
+            table[part] = found
+            damaged += part[bad].tolist()
+            done += len(part)
+            if time.monotonic() - saved >= save_seconds:
+                save()
+                saved = time.monotonic()
+    finally:
+        save()
+    names = source.ids
+    report = EmbedReport(
+        out, size, dim, [str(names[i]) for i in np.flatnonzero(~source.present).tolist()],
+        [str(names[i]) for i in damaged], resumed, time.monotonic() - began,
+    )  # fmt: skip
+    beside = {"rows": size, "dim": dim, "missing": report.missing, "damaged": report.damaged}
+    if out.suffix == ".npy":
+        beside["item_ids"] = [str(name) for name in names]
+    write_atomically(
+        out.with_name(f"{out.name}.json"),
+        lambda path: path.write_text(json.dumps(beside, indent=1, ensure_ascii=False), "utf-8"),
+    )
+    if out.suffix == ".parquet":
+        write_atomically(out, lambda path: _write_parquet(path, names, table))
+        remove(partial)
+    else:
+        sync(partial)
+        os.replace(partial, out)
+        sync(out.parent)
+    remove(progress)
+    return report
+
+
+def _encoder_fingerprint(encoder: nn.Module) -> str:
+    state = {name: value.detach().cpu() for name, value in encoder.state_dict().items()}
+    about = [
+        type(encoder).__name__,
+        *(getattr(encoder, n, None) for n in ("about", "size", "mean", "std")),
+    ]
+    about += [[name, str(value.dtype)] for name, value in state.items()]
+    # Bytes, since NumPy has no bfloat16.
+    return _hash(
+        about, *(v.contiguous().reshape(-1).view(torch.uint8).numpy() for v in state.values())
+    )
+
+
+def _resume(partial: Path, progress: Path, about: dict[str, Any]) -> tuple[int, list[int]]:
+    """Rows done by an earlier run with the same encoder, inputs and settings, and those of them that are damaged."""
+    if not (partial.is_file() and progress.is_file()):
+        return 0, []
+    try:
+        state = json.loads(progress.read_text())
+        changed = [name for name in about if state["about"].get(name) != about[name]]
+        done, damaged = int(state["done"]), list(state["damaged"])
+    except (ValueError, KeyError, AttributeError):
+        changed, done, damaged = ["progress file"], 0, []
+    if changed:
+        log.warning(
+            "%s was begun with another %s: starting over",
+            partial.name,
+            " and another ".join(changed),
+        )
+        return 0, []
+    if done:
+        log.info("%s: %d rows are done, going on from there", partial.name, done)
+    return done, damaged
+
+
+def _allocate(path: Path, rows: int, dim: int) -> np.memmap:
+    remove(path)
+    table = np.lib.format.open_memmap(path, "w+", np.float32, (rows, dim))
+    # A full disk is an error now, and not a crash at some later write into the map.
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, path.stat().st_size))
+    return table
+
+
+def _write_parquet(path: Path, ids: Sequence[Any], table: Array, rows: int = 1 << 16) -> None:
+    import pyarrow.parquet as pq
+
+    dim = table.shape[1]
+    schema = pa.schema([("item_id", pa.string()), ("embedding", pa.list_(pa.float32(), dim))])
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(table), rows):
+            values = pa.array(np.asarray(table[start : start + rows]).reshape(-1))
+            columns = [
+                pa.array([str(i) for i in ids[start : start + rows]], pa.string()),
+                pa.FixedSizeListArray.from_arrays(values, dim),
+            ]
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """How images are decoded and encoded: shared with `evaluate`."""
+    parser.add_argument("--batch", type=int, default=256, help="images encoded at once")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 autocast on a GPU")  # fmt: skip
+    parser.add_argument("--decoder", choices=KINDS, default="auto")
+    parser.add_argument("--threads", type=int, default=0, help="decoding threads; 0: all cores")
+
+
+def device_of(args: argparse.Namespace) -> tuple[torch.device, torch.dtype | None]:
+    """Device and autocast type that the arguments ask for."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    bfloat16 = args.precision == "bfloat16" or (args.precision == "auto" and device.type == "cuda")
+    return device, torch.bfloat16 if bfloat16 else None
+
+
+def run_source(encoder: Any, run: Path, dataset: Dataset, args: argparse.Namespace) -> Source:
+    """What the encoder of a run takes: the dataset's images, or the features that a projection was trained on."""
+    device, _ = device_of(args)
+    if encoder.about["backbone"] is not None:
+        return DatasetImages(dataset, make_decoder_for(encoder, device, args))
+    from ..train.config import Config
+    from .ranking import read_embeddings
+
+    features = Config.load(run / "config.toml").data.features
+    if features is None:
+        raise ValueError(f"run: expected data.features in {run / 'config.toml'}, got none")
+    return FeatureRows(read_embeddings(features, dataset), dataset.item_ids)
+
+
+def make_decoder_for(encoder: Any, device: torch.device, args: argparse.Namespace) -> Decoder:
+    """The decoder that `args` ask for, with the encoder's size and normalisation."""
+    return make_decoder(
+        args.decoder, encoder.size, device=device, threads=args.threads, mean=encoder.mean, std=encoder.std
+    )  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, required=True, help="folder of a training run")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--dataset", type=Path, help="folder written by `courier-fast prepare`")
+    what.add_argument("--images", type=Path, help="any folder of images; ids are the files' names without suffix")  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="embeddings.npy or embeddings.parquet")  # fmt: skip
+    add_device_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..train.encoder import load_encoder
+
+    device, dtype = device_of(args)
+    encoder = load_encoder(args.run, device)
+    source: Source
+    if args.dataset is not None:
+        source = run_source(encoder, args.run, Dataset(args.dataset), args)
+    elif encoder.about["backbone"] is None:
+        raise ValueError(
+            f"run: expected an encoder of images with --images, got one of features in {args.run}"
+        )
+    else:
+        source = FolderImages(args.images, make_decoder_for(encoder, device, args))
+    report = embed_source(encoder, source, args.out, batch=args.batch, device=device, dtype=dtype)
+    print(
+        f"{report.path}: {report.rows:,} embeddings of {report.dim} dimensions in {report.seconds:.1f} s"
+        f" ({report.resumed:,} from an interrupted run); {len(report.missing):,} items without an image and"
+        f" {len(report.damaged):,} with a damaged one are NaN and listed in {report.path.name}.json"
+    )
+    return 0

@@ -1,0 +1,272 @@
+"""`courier-fast quickstart`: everything once, on drawn products and simulated users: draw, prepare, train, embed, evaluate, report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..train.files import remove, write_atomically
+from .catalogue import draw_catalogue
+from .users import Behaviour, simulate
+
+if TYPE_CHECKING:
+    from ..data.dataset import Dataset
+    from ..train.config import Config
+
+Array = npt.NDArray
+
+MARK = "quickstart.json"  # says that a folder is a quickstart's, and may be written anew
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """What is run.
+
+    Attributes:
+        items, users: sizes of the drawn catalogue and of the crowd.
+        steps: updates of the encoder; `minutes`, if above 0, sets them from the time that the first ones take.
+        pages, history, size, lr: of training, see `courier_fast.train.config`.
+        behaviour: how users shop.
+    """
+
+    items: int = 1200
+    users: int = 800
+    steps: int = 150
+    minutes: float = 0.0
+    pages: int = 24
+    history: int = 12
+    size: int = 64
+    dim: int = 128
+    lr: float = 2e-3
+    seed: int = 0
+    behaviour: Behaviour = field(default_factory=Behaviour)
+
+
+SHORT = Quickstart(items=240, users=60, steps=6, pages=16, size=32, behaviour=Behaviour(pages=8))
+
+
+@dataclass
+class Stages:
+    """Prints each stage as it begins and keeps its seconds."""
+
+    console: Console
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str, what: str) -> Iterator[None]:
+        self.console.print(f"[bold]{name}[/bold]  {what}")
+        began = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - began
+        self.console.print(f"      [dim]{self.seconds[name]:.1f} s[/dim]")
+
+
+def draw(out: Path, q: Quickstart, console: Console) -> None:
+    """Pictures in images/, items.parquet and the page views, views.parquet."""
+    import pyarrow.parquet as pq
+
+    bar = Progress(
+        TextColumn("     "), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("", total=q.items)
+        catalogue = draw_catalogue(out / "images", q.items, q.seed, lambda: bar.advance(task))
+    views, _ = simulate(catalogue, q.users, q.seed, q.behaviour)
+    pq.write_table(catalogue, out / "items.parquet")
+    pq.write_table(views, out / "views.parquet")
+
+
+def prepare_dataset(out: Path, q: Quickstart) -> Dataset:
+    """The dataset folder, a fifth of the pages held out: few pages would make wide intervals."""
+    from ..data.dataset import Dataset
+    from ..data.layouts import Columns, generic
+    from ..data.prepare import PrepareOptions, prepare
+
+    source = generic([out / "views.parquet"], out / "items.parquet", Columns(page="page_id"))
+    options = PrepareOptions(page_size=q.behaviour.shown, min_history=1, validation_share=0.05, test_share=0.2, seed=q.seed)  # fmt: skip
+    prepare(out / "dataset", source=source, images=out / "images", options=options)
+    return Dataset(out / "dataset")
+
+
+def settings(out: Path, q: Quickstart, steps: int) -> Config:
+    """What `courier-fast train` would be given."""
+    from ..train.config import Config
+
+    return Config.load(
+        None,
+        {
+            "data.dataset": str(out / "dataset"),
+            "data.pages": q.pages,
+            "data.history": q.history,
+            "data.size": q.size,
+            "model.backbone": "small_conv",
+            "model.dim": q.dim,
+            "optim.steps": steps,
+            "optim.lr": q.lr,
+            "run.out": str(out / "run"),
+            "run.seed": q.seed,
+            "run.log_steps": max(1, steps // 40),
+            "run.tensorboard": False,
+        },
+    )
+
+
+def train(out: Path, q: Quickstart) -> int:
+    """Trains into run/; gives the number of steps."""
+    from ..train.trainer import Trainer
+
+    steps = _steps_for(out, q) if q.minutes else q.steps
+    trainer = Trainer(settings(out, q, steps))
+    try:
+        if trainer.fit().get("stopped"):
+            raise KeyboardInterrupt
+    finally:
+        trainer.close()
+    return steps
+
+
+def _steps_for(out: Path, q: Quickstart, trial: int = 5) -> int:
+    """How many steps fit into q.minutes, from the time of a few in a run that is thrown away."""
+    from ..train.trainer import Trainer
+
+    config = settings(out, q, trial)
+    config.run.out, config.run.progress = out / "trial", False
+    trainer = Trainer(config)
+    batches = trainer.loader.epoch(0, 0)
+    try:
+        trainer.step(next(batches))  # the first one also warms up
+        began = time.monotonic()
+        for _ in range(trial):
+            trainer.step(next(batches))
+        each = (time.monotonic() - began) / trial
+    finally:
+        batches.close()  # type: ignore[attr-defined]
+        trainer.close()
+        remove(out / "trial")
+    return max(1, round(60 * q.minutes / each))
+
+
+def encode(dataset: Dataset, model: Any, encoder: Any) -> Array:
+    """[items, D] embeddings by `model` of the pictures as `encoder` takes them."""
+    from ..data.decode import make_decoder
+    from ..evaluate.embed import DatasetImages, encode_all
+
+    device = next(encoder.parameters()).device
+    decoder = make_decoder("auto", encoder.size, device=device, mean=encoder.mean, std=encoder.std)
+    try:
+        return encode_all(model, DatasetImages(dataset, decoder), device=device)
+    finally:
+        decoder.close()
+
+
+def embed(out: Path, dataset: Dataset) -> Array:
+    """The trained encoder's embeddings, also in embeddings.npy."""
+    from ..train.encoder import load_encoder
+
+    encoder = load_encoder(out / "run")
+    table = encode(dataset, encoder, encoder)
+    np.save(out / "embeddings.npy", table)
+    return table
+
+
+def evaluate(out: Path, dataset: Dataset, embeddings: Array, q: Quickstart) -> dict[str, Any]:
+    """The trained embedding beside what needs no training, also in results.json."""
+    import torch
+
+    from ..evaluate import baselines
+    from ..train.encoder import build_encoder
+
+    torch.manual_seed(q.seed)  # as the run began
+    before = build_encoder("small_conv", q.dim, q.size).eval()
+    backbone = baselines.Method("untrained backbone", encode(dataset, before.backbone, before))
+    pixels = baselines.pixels(dataset)
+    results = baselines.compare(
+        dataset,
+        [
+            baselines.Method("trained", embeddings),
+            backbone, baselines.standardised(backbone),
+            pixels, baselines.standardised(pixels),
+            baselines.popularity(dataset), baselines.random_order(dataset),
+        ],
+        k=(1, 3, 10), history=q.history, seed=q.seed,
+    )  # fmt: skip
+    write_atomically(out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))  # fmt: skip
+    return results
+
+
+def quickstart(out: Path, q: Quickstart, console: Console | None = None) -> Path:
+    """Runs every stage in the folder `out` and gives the report's path.
+
+    Raises:
+        FileExistsError: `out` has something else in it than an earlier quickstart.
+    """
+    from .report import headline, margins, write_report
+
+    console = console or Console()
+    if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
+        raise FileExistsError(f"--out: expected an empty folder or that of an earlier quickstart, got {out}")  # fmt: skip
+    remove(out)
+    out.mkdir(parents=True)
+    (out / MARK).write_text(json.dumps({"items": q.items, "users": q.users, "seed": q.seed}))
+    stages = Stages(console)
+    with stages("Draw", f"{q.items:,} products, {q.users:,} shoppers"):
+        draw(out, q, console)
+    with stages("Prepare", "page views and pictures to a dataset"):
+        dataset = prepare_dataset(out, q)
+    with stages("Train", f"{len(dataset.split('train')):,} pages, pictures of {q.size} px"):
+        steps = train(out, q)
+    with stages("Embed", "every product"):
+        embeddings = embed(out, dataset)
+    with stages("Evaluate", f"{len(dataset.split('test')):,} held-out pages"):
+        results = evaluate(out, dataset, embeddings, q)
+    path = out / "report.html"
+    about = {
+        "Catalogue": f"{q.items:,} items drawn, seed {q.seed}",
+        "Shoppers": f"{q.users:,}, {q.behaviour.pages} pages each, {q.behaviour.shown} items a page",
+        "Network": f"small_conv at {q.size} px, {q.dim} dimensions",
+        "Training": f"{steps:,} steps of {q.pages} pages, histories of {q.history}, AdamW at {q.lr:g}",
+    }
+    with stages("Report", "pictures, curves and numbers in one file"):
+        write_report(
+            path, run_dir=out / "run", dataset=dataset, embeddings=embeddings, results=results,
+            seconds=stages.seconds, settings=about, history=q.history, seed=q.seed,
+        )  # fmt: skip
+    console.print(f"\n[bold]{headline(results, 'page', 'HR@1')}[/bold]")
+    for margin in margins(results, "page", "HR@1"):
+        console.print(f"  minus {margin['name'].lower()}: {margin['text']} points", highlight=False)  # fmt: skip
+    console.print(f"\n{sum(stages.seconds.values()):.0f} s in all. Open {path}", soft_wrap=True)
+    return path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    d = Quickstart()
+    parser.add_argument("--out", type=Path, default=Path("courier-quickstart"), help="folder for everything (default ./courier-quickstart)")  # fmt: skip
+    parser.add_argument("--items", type=int, help=f"products drawn (default {d.items})")
+    parser.add_argument("--users", type=int, help=f"shoppers (default {d.users})")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help=f"training steps (default {d.steps})")
+    length.add_argument("--minutes", type=float, help="of training, in place of steps; then no two machines train alike")  # fmt: skip
+    parser.add_argument("--short", action="store_true", help="some seconds of everything, to see that it runs; learns nothing")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=d.seed)
+
+
+def run(args: argparse.Namespace) -> int:
+    given = {n: v for n in ("items", "users", "steps", "minutes") if (v := getattr(args, n)) is not None}  # fmt: skip
+    for name, value in given.items():
+        if value <= 0:
+            raise ValueError(f"--{name}: expected more than 0, got {value}")
+    logging.getLogger("courier_fast").setLevel(logging.WARNING)
+    quickstart(args.out, replace(SHORT if args.short else Quickstart(), seed=args.seed, **given))
+    return 0

@@ -1,0 +1,290 @@
+"""Every importer on small files in the published format, written here."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from datetime import datetime
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from courier_fast.data import layouts
+from courier_fast.data.layouts import Columns, Source
+
+NOON = 1_600_000_000  # 2020-09-13 12:26:40 UTC
+
+
+def events(source: Source) -> list[tuple[str, str, int]]:
+    assert source.events is not None
+    frame = source.events.select("user_id", "item_id", "time").collect(engine="streaming")
+    assert frame.dtypes == [pl.String, pl.String, pl.Int64]
+    return frame.rows()
+
+
+def categories(source: Source) -> dict[str, str | None]:
+    assert source.items is not None
+    return dict(source.items.select("item_id", "category").collect().rows())
+
+
+def test_hm(tmp_path: Path) -> None:
+    (tmp_path / "transactions_train.csv").write_text(
+        "t_dat,customer_id,article_id,price,sales_channel_id\n"
+        "2018-09-20,000058a12d5b43e6,0663713001,0.050830508474576264,2\n"
+        "2018-09-20,000058a12d5b43e6,0541518023,0.03049152542372881,2\n"
+    )
+    (tmp_path / "articles.csv").write_text(
+        "article_id,product_code,prod_name,product_group_name\n"
+        '0663713001,0663713,"Atlanta, Push",Underwear\n'
+    )
+    source = layouts.hm(tmp_path)
+    day = 1_537_401_600
+    user = "000058a12d5b43e6"
+    assert events(source) == [(user, "0663713001", day), (user, "0541518023", day)]
+    assert categories(source) == {"0663713001": "Underwear"}
+
+
+def test_movielens_csv(tmp_path: Path) -> None:
+    (tmp_path / "ratings.csv").write_text(
+        f"userId,movieId,rating,timestamp\n1,296,5.0,{NOON}\n1,306,3.5,{NOON + 1}\n"
+    )
+    (tmp_path / "movies.csv").write_text(
+        'movieId,title,genres\n296,"Pulp Fiction, The",Comedy|Crime\n306,Red,(no genres listed)\n'
+    )
+    source = layouts.movielens(tmp_path)
+    assert events(source) == [("1", "296", NOON), ("1", "306", NOON + 1)]
+    assert categories(source)["296"] == "Comedy"
+    assert events(layouts.movielens(tmp_path, min_rating=4)) == [("1", "296", NOON)]
+
+
+def test_movielens_dat(tmp_path: Path) -> None:
+    (tmp_path / "ratings.dat").write_text(f"1::1193::5::{NOON}\n2::661::3::{NOON}\n")
+    # Latin-1, as published.
+    (tmp_path / "movies.dat").write_bytes(b"1193::Mis\xe9rables, Les (1995)::Drama|Musical\n")
+    source = layouts.movielens(tmp_path, min_rating=4)
+    assert events(source) == [("1", "1193", NOON)]
+    assert categories(source) == {"1193": "Drama"}
+
+
+def test_movielens_100k(tmp_path: Path) -> None:
+    (tmp_path / "u.data").write_text(f"196\t242\t3\t{NOON}\n")
+    assert events(layouts.movielens(tmp_path)) == [("196", "242", NOON)]
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_amazon_reviews_2023(tmp_path: Path, zipped: bool) -> None:
+    review = {
+        "rating": 5.0,
+        "title": "ok",
+        "text": "t",
+        "images": [{"small_image_url": "u"}],
+        "asin": "B1",
+        "parent_asin": "0001",
+        "user_id": "AEY",
+        "timestamp": NOON * 1000 + 7,
+        "verified_purchase": True,
+    }
+    about = {
+        "main_category": "All Beauty",
+        "title": "x",
+        "price": "None",
+        "parent_asin": "0001",
+        "categories": ["Beauty", "Hair Care", "Brushes"],
+    }
+    bare = {"main_category": "All Beauty", "parent_asin": "0002", "categories": [], "price": 3.2}
+    texts = {
+        "All_Beauty.jsonl": [review, {**review, "rating": 1.0}],
+        "meta_All_Beauty.jsonl": [about, bare],
+    }
+    for name, rows in texts.items():
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        if zipped:
+            (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
+        else:
+            (tmp_path / name).write_bytes(data)
+    source = layouts.amazon_reviews_2023(tmp_path, min_rating=4)
+    assert events(source) == [("AEY", "0001", NOON)]
+    assert categories(source) == {"0001": "Hair Care", "0002": "All Beauty"}
+    # The ratings alone, where they are there, are read in place of the reviews.
+    (tmp_path / "All_Beauty.csv").write_text(
+        f"user_id,parent_asin,rating,timestamp\nAEZ,0002,4.0,{NOON}123\n"
+    )
+    assert events(layouts.amazon_reviews_2023(tmp_path)) == [("AEZ", "0002", NOON)]
+
+
+def test_microlens(tmp_path: Path) -> None:
+    (tmp_path / "MicroLens-50k_pairs.csv").write_text(
+        f"user,item,timestamp\n36121,9580,{NOON}999\n"
+    )
+    assert events(layouts.microlens(tmp_path)) == [("36121", "9580", NOON)]
+
+
+def test_microlens_sequences_end_together(tmp_path: Path) -> None:
+    (tmp_path / "MicroLens-100k_pairs.tsv").write_text("u1\t3 1 2\nu2\t9\n")
+    found = events(layouts.microlens(tmp_path))
+    assert found == [("u1", "3", -2), ("u1", "1", -1), ("u1", "2", 0), ("u2", "9", 0)]
+
+
+def test_pixelrec(tmp_path: Path) -> None:
+    (tmp_path / "Pixel200K.csv").write_text(f"item_id,user_id,timestamp\ni007,u1,{NOON}\n")
+    (tmp_path / "item_info.csv").write_text(
+        'item_id,view_number,title,tag,description\ni007,3,"a\nb",Pet Reptiles,\n'
+    )
+    source = layouts.pixelrec(tmp_path)
+    assert events(source) == [("u1", "i007", NOON)]
+    assert categories(source) == {"i007": "Pet Reptiles"}
+
+
+def write_ebnerd(folder: Path) -> None:
+    when = datetime(2020, 9, 13, 12, 26, 40)
+    pl.DataFrame(
+        {
+            "article_id": [3, 4],
+            "category_str": ["sport", "krimi"],
+            "image_ids": [[77, 78], None],
+        },
+        schema_overrides={"article_id": pl.Int32},
+    ).write_parquet(folder / "articles.parquet")
+    for number, split in enumerate(("train", "validation")):
+        (folder / split).mkdir()
+        pl.DataFrame(
+            {
+                "impression_id": [10 + number],
+                "article_id": [None],
+                "impression_time": [when],
+                "article_ids_inview": [[3, 4, 5]],
+                "article_ids_clicked": [[4]],
+                "user_id": [1],
+            },
+            schema_overrides={
+                "article_ids_inview": pl.List(pl.Int32),
+                "article_ids_clicked": pl.List(pl.Int32),
+            },
+        ).write_parquet(folder / split / "behaviors.parquet")
+        pl.DataFrame(
+            {
+                "user_id": [1],
+                "impression_time_fixed": [[when, when]],
+                "article_id_fixed": [[3, 5]],
+                "scroll_percentage_fixed": [[1.0, None]],
+            }
+        ).write_parquet(folder / split / "history.parquet")
+
+
+def test_ebnerd(tmp_path: Path) -> None:
+    write_ebnerd(tmp_path)
+    source = layouts.ebnerd(tmp_path)
+    assert source.impressions is not None and source.items is not None
+    columns = ("page_id", "user_id", "item_id", "time", "clicked")
+    shown = source.impressions.select(columns).collect(engine="streaming").rows()
+    assert shown == [
+        (page, "1", item, NOON, item == "4") for page in ("10", "11") for item in ("3", "4", "5")
+    ]
+    assert events(source) == [("1", "3", NOON), ("1", "5", NOON)] * 2
+    assert source.items.collect().rows() == [("3", "sport", "77"), ("4", "krimi", None)]
+    one = layouts.ebnerd(tmp_path / "validation")
+    assert one.impressions is not None and one.items is not None
+    assert one.impressions.collect()["page_id"].unique().to_list() == ["11"]
+
+
+@pytest.mark.parametrize(
+    ("text", "time"),
+    [
+        (str(NOON), NOON),
+        (f"{NOON}.75", NOON),
+        (f"{NOON}123", NOON),
+        (f"{NOON}123456", NOON),
+        (f"{NOON}123456789", NOON),
+        ("-1500", -1500),
+        ("2020-09-13", 1_599_955_200),
+        ("2020-09-13 12:26:40", NOON),
+        ("2020-09-13T12:26:40", NOON),
+        ("2020-09-13T12:26:40Z", NOON),
+        (" 2020-09-13 12:26:40 UTC ", NOON),
+        ("2020-09-13T12:26:40.999Z", NOON),
+        ("2020-09-13T14:26:40+02:00", NOON),
+        ("2020-09-13 12:26", NOON - 40),
+        ("yesterday", None),
+        ("2020-13-13", None),
+        ("", None),
+    ],
+)
+def test_generic_reads_times_in_every_form(tmp_path: Path, text: str, time: int | None) -> None:
+    # Next to another form: what one row holds must not decide for all.
+    path = tmp_path / "own.csv"
+    path.write_text(f"user_id,item_id,timestamp\n007,0001,{text}\nu,i,5\nu,i,2000-01-01\n")
+    found = events(layouts.generic([path]))
+    assert found == [("007", "0001", time), ("u", "i", 5), ("u", "i", 946_684_800)]
+
+
+@pytest.mark.parametrize("unit", ["ms", "us", "ns"])
+@pytest.mark.parametrize("zone", [None, "Europe/Copenhagen"])
+def test_generic_reads_parquet_times(tmp_path: Path, unit: str, zone: str | None) -> None:
+    moment = pl.Series([datetime(2020, 9, 13, 12, 26, 40)]).cast(pl.Datetime(unit))  # type: ignore[arg-type]
+    if zone:
+        moment = moment.dt.replace_time_zone("UTC").dt.convert_time_zone(zone)
+    path = tmp_path / "own.parquet"
+    pl.DataFrame({"user_id": [7], "item_id": [1], "timestamp": moment}).write_parquet(path)
+    assert events(layouts.generic([path])) == [("7", "1", NOON)]
+
+
+def test_generic_pages_and_items(tmp_path: Path) -> None:
+    path, about = tmp_path / "shown.tsv", tmp_path / "items.jsonl"
+    path.write_text(
+        "who\tsku\twhen\tview\tbought\n"
+        + "".join(
+            f"a\t0{i}\t{NOON}\tp\t{mark}\n"
+            for i, mark in enumerate(["1", "0", "true", "no", "2.0"])
+        )
+    )
+    about.write_text('{"sku": "00", "kind": "shoe", "first_seen": "2020-09-13"}\n')
+    columns = Columns("who", "sku", "when", "kind", page="view", clicked="bought")
+    source = layouts.generic([path, path], about, columns)
+    assert source.events is None and source.impressions is not None and source.items is not None
+    shown = source.impressions.collect()
+    assert len(shown) == 10
+    assert shown["clicked"].to_list()[:5] == [True, False, True, False, True]
+    assert source.items.collect().rows() == [("00", "shoe", 1_599_955_200)]
+
+
+def test_errors_name_the_file_and_the_columns(tmp_path: Path) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text("user,item_id,timestamp\n1,2,3\n")
+    with pytest.raises(
+        ValueError, match=r"own.csv: expected .*user_id.*got user, item_id.*missing"
+    ):
+        layouts.generic([path])
+    other = tmp_path / "own.xlsx"
+    other.write_text("")
+    with pytest.raises(ValueError, match="expected a .csv"):
+        layouts.generic([other])
+    with pytest.raises(FileNotFoundError, match="not there"):
+        layouts.generic([tmp_path / "none.csv"])
+    with pytest.raises(ValueError, match="at least one file"):
+        layouts.generic([])
+
+
+@pytest.mark.parametrize("name", layouts.LAYOUTS)
+def test_a_folder_of_something_else_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "readme.md").write_text("hello")
+    with pytest.raises(FileNotFoundError, match=r"expected .*got .*readme.md"):
+        layouts.LAYOUTS[name](tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        layouts.LAYOUTS[name](tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("hm", "transactions_train.csv"),
+        ("movielens", "ratings.csv"),
+        ("amazon-reviews-2023", "All_Beauty.csv"),
+        ("microlens", "MicroLens-50k_pairs.csv"),
+        ("pixelrec", "Pixel1M.csv"),
+    ],
+)
+def test_another_header_is_refused(name: str, file: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=rf"{file}: expected the columns .*, got a, b"):
+        layouts.LAYOUTS[name](tmp_path)

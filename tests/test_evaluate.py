@@ -1,0 +1,597 @@
+"""Metrics against brute force, intervals on known cases, candidates and scores against loops, and the whole comparison."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise, permutations
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from dataset_factory import make_dataset
+
+from courier_fast import reconstruct
+from courier_fast.data.dataset import Dataset, ImageStoreWriter
+from courier_fast.evaluate import baselines, command
+from courier_fast.evaluate.baselines import Method, compare
+from courier_fast.evaluate.metrics import (
+    Ranks,
+    bootstrap_means,
+    count_ranks,
+    group_mean,
+    interval,
+    page_values,
+)
+from courier_fast.evaluate.ranking import (
+    find_targets,
+    history_scores,
+    page_candidates,
+    read_embeddings,
+    sampled_candidates,
+)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return make_dataset(
+        tmp_path_factory.mktemp("shop") / "d", users=40, items=60, pages=600, images=False
+    )
+
+
+# ---- metrics ------------------------------------------------------------------------------------------------------
+
+
+def ranks_of(*segments: list[float]) -> Ranks:
+    offsets = np.cumsum([0, *map(len, segments)])
+    return count_ranks(np.array([s for segment in segments for s in segment]), offsets)
+
+
+def in_all_orders(scores: list[float]) -> list[int]:
+    """The first score's rank in every order of the candidates, sorted by a stable sort: all ways to break ties."""
+    found = []
+    for order in permutations(range(len(scores))):
+        ranked = sorted(order, key=lambda i: -scores[i])
+        found.append(ranked.index(0) + 1)
+    return found
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [3, 1, 2],
+        [1, 3, 2, 1],
+        [2, 2, 2, 2, 2],
+        [1, 2, 1, 1, 0, 2],
+        [0, 5, 5, 0],
+        [7],
+        [0.1, 0.1],
+    ],
+)
+def test_metrics_are_expectations_over_tie_breaking(scores: list[float]) -> None:
+    ranks, all_ranks = ranks_of(scores), np.array(in_all_orders(scores))
+    assert ranks.expected_rank()[0] == pytest.approx(all_ranks.mean())
+    assert ranks.reciprocal()[0] == pytest.approx((1 / all_ranks).mean())
+    for k in range(1, len(scores) + 2):
+        assert ranks.hit(k)[0] == pytest.approx((all_ranks <= k).mean())
+    if len(scores) > 1:
+        pairs = [(scores[0] > s) + 0.5 * (scores[0] == s) for s in scores[1:]]
+        assert ranks.auc()[0] == pytest.approx(np.mean(pairs))
+    else:
+        assert math.isnan(ranks.auc()[0])
+
+
+def test_nan_is_last_and_ties_with_nan() -> None:
+    nan = math.nan
+    ranks = ranks_of([nan, 1.0, nan, -np.inf], [0.0, nan, nan], [nan, nan])
+    assert ranks.above.tolist() == [0 + 1, 0, 0]
+    assert ranks.tied.tolist() == [2, 0, 1]
+    assert ranks.others.tolist() == [3, 2, 1]
+
+
+@pytest.mark.parametrize("offsets", [[0, 2, 2, 3], [0, 2], [1, 3]])
+def test_segments_must_cover_the_scores(offsets: list[int]) -> None:
+    with pytest.raises(ValueError, match="offsets: expected"):
+        count_ranks(np.zeros(3), np.array(offsets))
+
+
+def test_a_page_is_the_mean_of_its_clicks() -> None:
+    ranks = ranks_of([3, 1, 2], [1, 1, 2], [5, 0])  # two clicks on page 0, one on page 1
+    values = page_values(ranks, np.array([0, 0, 1]), 2, (1,))
+    assert values["HR@1"].tolist() == [0.5, 1.0]
+    assert values["AUC"].tolist() == [(1 + 0.25) / 2, 1.0]
+    assert values["MRR"][0] == pytest.approx((1 + (1 / 2 + 1 / 3) / 2) / 2)
+    assert np.isnan(group_mean(np.ones(1), np.array([1]), 2)[0])
+
+
+# ---- bootstrap ----------------------------------------------------------------------------------------------------
+
+
+def test_bootstrap_draws_users_with_all_their_pages() -> None:
+    rng = np.random.default_rng(0)
+    user = rng.integers(0, 5, 30) * 7  # any integers
+    values = rng.random((30, 2))
+    found = bootstrap_means(values, user, samples=4, seed=3)
+    draws = np.random.default_rng(3)
+    names = np.unique(user)
+    for row in found:
+        drawn = draws.integers(0, len(names), len(names))
+        pages = np.concatenate([np.flatnonzero(user == names[u]) for u in drawn])
+        np.testing.assert_allclose(row, values[pages].mean(0))
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    covered, runs = 0, 200
+    user = np.repeat(np.arange(80), 3)
+    for run in range(runs):
+        effect = rng.normal(0.5, 1, 80)  # pages of a user are alike
+        values = effect[user] + rng.normal(0, 0.2, len(user))
+        low, high = interval(bootstrap_means(values[:, None], user, samples=300, seed=run))
+        covered += bool(low[0] <= 0.5 <= high[0])
+    assert abs(covered / runs - 0.95) < 4 * math.sqrt(0.95 * 0.05 / runs)
+
+
+def width(values: np.ndarray, user: np.ndarray) -> float:
+    low, high = interval(bootstrap_means(values[:, None], user, samples=1000))
+    return float(high[0] - low[0])
+
+
+def test_interval_width_falls_with_the_square_root_of_users_not_pages() -> None:
+    rng = np.random.default_rng(2)
+    effect = rng.normal(size=3200)
+    once, many = np.arange(200), np.arange(3200)
+    base = width(effect[:200], once)
+    assert width(effect, many) == pytest.approx(base / 4, rel=0.2)
+    # Sixteen identical pages of each user are no new evidence.
+    assert width(np.repeat(effect[:200], 16), np.repeat(once, 16)) == pytest.approx(base, rel=1e-9)
+
+
+def test_paired_difference_is_narrower_than_unpaired() -> None:
+    rng = np.random.default_rng(3)
+    a = rng.normal(size=500)
+    b = a + rng.normal(0.1, 0.1, size=500)
+    user = np.arange(500)
+    samples = bootstrap_means(np.stack([a, b], 1), user, samples=1000)
+    low, high = interval(samples[:, 1] - samples[:, 0])
+    unpaired = math.hypot(width(a, user), width(b, user))
+    assert high - low < 0.2 * unpaired
+    assert low < 0.1 < high and low > 0
+
+
+@pytest.mark.parametrize(
+    ("values", "user", "samples", "message"),
+    [
+        (np.zeros((3, 1)), np.zeros(2, int), 5, "expected values"),
+        (np.zeros((0, 1)), np.zeros(0, int), 5, "expected values"),
+        (np.zeros(3), np.zeros(3, int), 5, "expected values"),
+        (np.zeros((3, 1)), np.zeros(3, int), 0, "samples: expected at least 1"),
+    ],
+)
+def test_bootstrap_refuses(
+    values: np.ndarray, user: np.ndarray, samples: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        bootstrap_means(values, user, samples=samples)
+
+
+# ---- targets and candidates ---------------------------------------------------------------------------------------
+
+
+def segments(values: np.ndarray, offsets: np.ndarray) -> list[list[int]]:
+    return [values[a:b].tolist() for a, b in pairwise(offsets)]
+
+
+def test_targets_are_the_clicks_of_the_split(dataset: Dataset) -> None:
+    targets = find_targets(dataset, "test", history=3)
+    expected = []
+    for page in dataset.split("test"):
+        rows = slice(dataset.pv_start[page], dataset.pv_end[page])
+        for item in sorted(set(dataset.pv_item[rows][dataset.pv_clicked[rows]].tolist())):
+            expected.append((page, item))
+    assert list(zip(targets.page.tolist(), targets.item.tolist(), strict=True)) == expected
+    lengths = targets.history_end - targets.history_start
+    assert lengths.max() == 3 and lengths.min() >= 1
+    times = dataset.event_time[targets.history_end - 1]
+    assert (times < dataset.page_time[targets.page]).all()
+
+
+def test_page_candidates_are_what_was_not_clicked(dataset: Dataset) -> None:
+    targets = find_targets(dataset)
+    drawn = page_candidates(dataset, targets)
+    found = dict(
+        zip(
+            zip(drawn.targets.page.tolist(), drawn.targets.item.tolist(), strict=True),
+            segments(drawn.items, drawn.offsets),
+            strict=True,
+        )
+    )
+    left_out = 0
+    for page, item in zip(targets.page.tolist(), targets.item.tolist(), strict=True):
+        rows = slice(dataset.pv_start[page], dataset.pv_end[page])
+        others = dataset.pv_item[rows][~dataset.pv_clicked[rows]].tolist()
+        if others:
+            assert found[page, item] == [item, *others]
+        else:
+            assert (page, item) not in found
+            left_out += 1
+    assert left_out > 0  # pages of one item occur
+
+
+@pytest.mark.parametrize("popular", [False, True])
+def test_sampled_candidates_are_new_to_the_user(dataset: Dataset, popular: bool) -> None:
+    targets = find_targets(dataset)
+    drawn = sampled_candidates(dataset, targets, 10, popular=popular, seed=5)
+    assert len(drawn.targets) == len(targets)
+    for t, items in enumerate(segments(drawn.items, drawn.offsets)):
+        page = targets.page[t]
+        shown = slice(dataset.pv_start[page], dataset.pv_end[page])
+        past = dataset.event_item[dataset.history_start[page] : dataset.history_end[page]]
+        known = {*past.tolist(), *dataset.pv_item[shown][dataset.pv_clicked[shown]].tolist()}
+        assert len(items) == len(set(items)) == 10
+        assert items[0] == targets.item[t]
+        assert not known & set(items[1:])
+        if popular:
+            assert (dataset.item_clicks[items[1:]] > 0).all()
+
+
+def test_sampled_candidates_depend_on_the_seed_alone(dataset: Dataset) -> None:
+    targets = find_targets(dataset)
+    one, two, other = (sampled_candidates(dataset, targets, 10, seed=s).items for s in (1, 1, 2))
+    assert (one == two).all() and (one != other).any()
+
+
+def test_sampled_candidates_have_the_distribution_asked_for(dataset: Dataset) -> None:
+    """One negative per target: an item's share is its weight among the items new to that user."""
+    targets = find_targets(dataset, "train")
+    for popular in (False, True):
+        weight = dataset.item_clicks.astype(float) if popular else np.ones(dataset.num_items)
+        expected, variance = np.zeros((2, dataset.num_items))
+        for page in targets.page.tolist():
+            shown = slice(dataset.pv_start[page], dataset.pv_end[page])
+            p = weight.copy()
+            p[dataset.event_item[dataset.history_start[page] : dataset.history_end[page]]] = 0
+            p[dataset.pv_item[shown][dataset.pv_clicked[shown]]] = 0
+            p /= p.sum()
+            expected += p
+            variance += p * (1 - p)
+        drawn = sampled_candidates(dataset, targets, 2, popular=popular, seed=9)
+        counts = np.bincount(drawn.items[drawn.offsets[:-1] + 1], minlength=dataset.num_items)
+        assert (np.abs(counts - expected) < 4.5 * np.sqrt(variance) + 1e-9).all()
+
+
+def test_all_items_are_taken_where_fewer_are_left(dataset: Dataset) -> None:
+    """Also the path by exponential keys: the last items are rarely drawn."""
+    targets = find_targets(dataset)
+    drawn = sampled_candidates(dataset, targets, 1000, popular=True)
+    for t, items in enumerate(segments(drawn.items, drawn.offsets)):
+        page = targets.page[t]
+        shown = slice(dataset.pv_start[page], dataset.pv_end[page])
+        known = {
+            *dataset.event_item[dataset.history_start[page] : dataset.history_end[page]].tolist(),
+            *dataset.pv_item[shown][dataset.pv_clicked[shown]].tolist(),
+        }
+        left = set(np.flatnonzero(dataset.item_clicks).tolist()) - known
+        assert set(items[1:]) == left and len(items) == len(left) + 1
+
+
+def test_rare_items_are_drawn_by_their_weight_too(tmp_path: Path) -> None:
+    """Of one item with nearly all of the weight and many light ones, the light ones are still drawn uniformly (exponential keys)."""
+    data = make_dataset(tmp_path / "d", users=300, items=30, pages=2000, history=1, images=False)
+    weight = np.ones(30, np.int64)
+    weight[0] = 10**9
+    data.item_clicks = weight
+    targets = find_targets(data, "train")
+    drawn = sampled_candidates(data, targets, 3, popular=True, seed=1)
+    light = drawn.items[np.setdiff1d(np.arange(len(drawn.items)), drawn.offsets[:-1])]
+    counts = np.bincount(light, minlength=30)
+    free = counts[1:]
+    assert counts[0] > 0.8 * len(targets)
+    assert np.abs(free - free.mean()).max() < 5 * math.sqrt(free.mean())
+
+
+def test_only_items_with_images_are_sampled(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "d", items=40, images=False)
+    with ImageStoreWriter(tmp_path / "d" / "images.arrow") as store:
+        for item in range(40):
+            store.append(b"not looked at" if item % 2 else None, 8, 8)
+    drawn = sampled_candidates(Dataset(data.path), find_targets(data), 12)
+    others = np.setdiff1d(np.arange(len(drawn.items)), drawn.offsets[:-1])
+    assert (drawn.items[others] % 2 == 1).all()
+
+
+# ---- scores -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", ["mean", "max", "reconstruction"])
+@pytest.mark.parametrize("chunk", [1, 37, 1 << 14])
+def test_scores_equal_a_loop(dataset: Dataset, score: str, chunk: int) -> None:
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(dataset.num_items, 6)).astype(np.float32)
+    table[rng.random(dataset.num_items) < 0.3] = np.nan
+    targets = find_targets(dataset, history=4)
+    drawn = page_candidates(dataset, targets)
+    found = history_scores(dataset, drawn, table, score=score, chunk=chunk)
+    unit = table.astype(np.float64) / np.linalg.norm(table.astype(np.float64), axis=1)[:, None]
+    for t, (items, own) in enumerate(
+        zip(segments(drawn.items, drawn.offsets), segments(found, drawn.offsets), strict=True)
+    ):
+        past = dataset.event_item[drawn.targets.history_start[t] : drawn.targets.history_end[t]]
+        past = past[np.isfinite(table[past]).all(1)]
+        for item, value in zip(items, own, strict=True):
+            if not len(past) or np.isnan(table[item]).any():
+                assert math.isnan(value)
+                continue
+            if score == "reconstruction":
+                e, c = (torch.from_numpy(table[i]).double() for i in ([item], past))
+                r = reconstruct(
+                    e, c, pv_offsets=torch.tensor([0, 1]), history_offsets=torch.tensor([0, len(c)])
+                )
+                assert isinstance(r, torch.Tensor)
+                expected = torch.cosine_similarity(r, e).item()
+            else:
+                similar = unit[past] @ unit[item]
+                expected = similar.mean() if score == "mean" else similar.max()
+            assert value == pytest.approx(expected, abs=1e-6)
+
+
+def test_equal_embeddings_tie(dataset: Dataset) -> None:
+    rng = np.random.default_rng(1)
+    table = rng.normal(size=(3, 129)).astype(np.float32)[rng.integers(0, 3, dataset.num_items)]
+    drawn = sampled_candidates(dataset, find_targets(dataset), 30)
+    for score in ("mean", "max", "reconstruction"):
+        scores = history_scores(dataset, drawn, table, score=score)
+        for own in segments(scores, drawn.offsets):
+            assert len(set(own)) <= 3
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (np.zeros((59, 4)), r"expected \[60, D\].*got \[59, 4\]"),
+        (np.zeros(60), r"got \[60\]"),
+        (np.full((60, 4), np.nan), "at least one finite row"),
+    ],
+)
+def test_embeddings_must_fit_the_dataset(
+    dataset: Dataset, tmp_path: Path, table: np.ndarray, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare(dataset, [Method("m", table)])
+    np.save(tmp_path / "e.npy", table)
+    with pytest.raises(ValueError, match=message):
+        read_embeddings(tmp_path / "e.npy", dataset)
+
+
+# ---- embeddings from files ----------------------------------------------------------------------------------------
+
+
+def write_parquet(
+    path: Path, ids: list[str], rows: list[list[float] | None], size: int = -1
+) -> None:
+    kind = pa.list_(pa.float32(), size) if size > 0 else pa.list_(pa.float32())
+    pq.write_table(pa.table({"item_id": ids, "embedding": pa.array(rows, kind)}), path)
+
+
+@pytest.mark.parametrize("size", [-1, 2])
+def test_parquet_is_matched_by_id_as_text(dataset: Dataset, tmp_path: Path, size: int) -> None:
+    ids = ["000007", "000003", "7", "unknown", "000009"]
+    write_parquet(tmp_path / "e.parquet", ids, [[1, 2], [3, 4], [5, 6], [7, 8], None], size)
+    table = read_embeddings(tmp_path / "e.parquet", dataset)
+    assert table.shape == (60, 2)
+    assert table[7].tolist() == [1, 2] and table[3].tolist() == [3, 4]
+    assert np.isnan(np.delete(table, [3, 7], 0)).all()
+
+
+def test_parquet_with_an_id_twice_or_ragged_rows(dataset: Dataset, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "twice.parquet", ["000001", "000001"], [[1.0], [2.0]])
+    with pytest.raises(ValueError, match="each item_id once"):
+        read_embeddings(tmp_path / "twice.parquet", dataset)
+    write_parquet(tmp_path / "ragged.parquet", ["000001", "000002"], [[1.0], [2.0, 3.0]])
+    with pytest.raises(ValueError, match="rows of one length"):
+        read_embeddings(tmp_path / "ragged.parquet", dataset)
+
+
+def test_other_files(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected a .npy or .parquet file"):
+        read_embeddings(tmp_path / "none.npy", dataset)
+    (tmp_path / "e.csv").write_text("1")
+    with pytest.raises(ValueError, match="expected a .npy or .parquet file"):
+        read_embeddings(tmp_path / "e.csv", dataset)
+
+
+# ---- the comparison -----------------------------------------------------------------------------------------------
+
+
+def oracle(data: Dataset) -> Dataset:
+    """Every history is of item 0 alone, so that an embedding can know everything."""
+    data.event_item = np.zeros_like(data.event_item)
+    return data
+
+
+def test_perfect_embeddings_hit_always(dataset: Dataset) -> None:
+    targets = find_targets(dataset)
+    clicked = np.unique(targets.item)
+    data = oracle(Dataset(dataset.path))
+    table = np.tile(np.array([[0.0, 1.0]], np.float32), (data.num_items, 1))
+    table[np.append(clicked, 0)] = (1.0, 0.0)
+    one_each = np.flatnonzero(~np.isin(np.arange(data.num_items), np.append(clicked, 0)))
+    assert len(one_each)  # else there is nothing to beat
+    # Only items that nobody clicks are negatives.
+    data.item_clicks = np.isin(np.arange(data.num_items), one_each).astype(np.int64)
+    result = compare(data, [Method("perfect", table)], candidates=["popular"], bootstrap=20)
+    for metric in ("HR@1", "HR@5", "HR@10", "MRR", "AUC"):
+        value = result["sets"]["popular"]["methods"]["perfect"][metric]
+        assert value == {"mean": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_random_embeddings_hit_by_chance(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "d", users=200, items=3000, pages=4000, images=False)
+    table = np.random.default_rng(0).normal(size=(3000, 64)).astype(np.float32)
+    result = compare(
+        data,
+        [Method("noise", table), baselines.random_order(data)],
+        split="train",
+        candidates=["sampled"],
+        count=50,
+        bootstrap=50,
+    )
+    sampled = result["sets"]["sampled"]
+    # A history may hold the clicked item itself, which the factory does not exclude: with 3000 items that is rare.
+    for k in (1, 5, 10):
+        error = math.sqrt(k / 50 * (1 - k / 50) / sampled["pages"])
+        assert abs(sampled["methods"]["noise"][f"HR@{k}"]["mean"] - k / 50) < 4 * error + 0.003
+        assert sampled["methods"]["random"][f"HR@{k}"]["mean"] == pytest.approx(k / 50)
+    assert sampled["methods"]["random"]["AUC"]["mean"] == 0.5
+    assert sampled["methods"]["random"]["MRR"]["mean"] == pytest.approx(
+        sum(1 / r for r in range(1, 51)) / 50
+    )
+
+
+def test_result_is_json_with_paired_differences(dataset: Dataset) -> None:
+    rng = np.random.default_rng(0)
+    good = rng.normal(size=(dataset.num_items, 8)).astype(np.float32)
+    methods = [Method("a", good), Method("b", good), Method("c", rng.normal(size=good.shape))]
+    result = compare(dataset, methods, candidates=["page", "sampled"], count=20, bootstrap=100)
+    assert json.loads(json.dumps(result)) == result
+    for one in result["sets"].values():
+        assert one["methods"]["a"] == one["methods"]["b"]
+        assert one["differences"]["b"]["MRR"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+        a, c, gap = (one["methods"]["a"], one["methods"]["c"], one["differences"]["c"])
+        assert gap["AUC"]["mean"] == pytest.approx(a["AUC"]["mean"] - c["AUC"]["mean"])
+        assert gap["AUC"]["low"] <= gap["AUC"]["mean"] <= gap["AUC"]["high"]
+        assert "a" not in one["differences"]
+        assert 0 < one["users"] <= one["pages"] <= one["clicks"]
+
+
+def test_comparison_is_the_mean_over_pages(dataset: Dataset) -> None:
+    """Every number of "popularity" on the page, by a loop."""
+    one = compare(dataset, [baselines.popularity(dataset)], candidates=["page"], bootstrap=2)
+    one = one["sets"]["page"]
+    by_page = []
+    for page in dataset.split("test"):
+        rows = slice(dataset.pv_start[page], dataset.pv_end[page])
+        clicks = dataset.item_clicks[dataset.pv_item[rows]]
+        clicked = dataset.pv_clicked[rows]
+        if clicked.all():
+            continue
+        pairs = [(a > b) + 0.5 * (a == b) for a in clicks[clicked] for b in clicks[~clicked]]
+        by_page.append(np.mean(pairs))
+    assert one["pages"] == len(by_page)
+    assert one["methods"]["popularity"]["AUC"]["mean"] == pytest.approx(np.mean(by_page))
+
+
+def test_popularity_knows_the_train_split_alone(dataset: Dataset) -> None:
+    train = dataset.split("train")
+    rows = slice(dataset.pv_start[train.start], dataset.pv_end[train.stop - 1])
+    clicks = np.bincount(
+        dataset.pv_item[rows][dataset.pv_clicked[rows]], minlength=dataset.num_items
+    )
+    scores = baselines.popularity(dataset).scores
+    assert scores is not None and (scores == clicks).all()
+    assert clicks.sum() < dataset.pv_clicked.sum()
+
+
+def test_items_without_an_embedding_are_reported_and_come_last(dataset: Dataset) -> None:
+    table = np.random.default_rng(0).normal(size=(dataset.num_items, 4)).astype(np.float32)
+    gone = np.unique(find_targets(dataset).item)[::2]
+    table[gone] = np.nan
+    result = compare(dataset, [Method("m", table)], candidates=["sampled"], count=20, bootstrap=2)
+    assert result["missing"] == {"m": len(gone)}
+    targets = find_targets(dataset)
+    past = [
+        table[dataset.event_item[a:b]]
+        for a, b in zip(targets.history_start, targets.history_end, strict=True)
+    ]
+    lost = [i in gone or np.isnan(p).any(1).all() for i, p in zip(targets.item, past, strict=True)]
+    assert result["sets"]["sampled"]["unranked"]["m"] == sum(lost)
+
+
+def test_standardised_columns() -> None:
+    rng = np.random.default_rng(0)
+    table = rng.normal(5, [1, 20, 0.01, 0], (50, 4)).astype(np.float32)
+    table[7] = np.nan
+    found = baselines.standardised(Method("m", table)).embeddings
+    assert found is not None and np.isnan(found[7]).all()
+    rest = np.delete(found, 7, 0)
+    np.testing.assert_allclose(rest.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(rest.std(0), [1, 1, 1, 0], atol=1e-3)
+    with pytest.raises(ValueError, match="expected embeddings, got scores"):
+        baselines.standardised(Method("p", scores=np.zeros(3)))
+
+
+def test_pixels_are_the_small_picture(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "d", items=12, pages=30)
+    method = baselines.pixels(data)
+    assert method.embeddings is not None and method.embeddings.shape == (12, 192)
+    assert method.embeddings.min() >= 0 and method.embeddings.max() <= 1
+    assert np.ptp(method.embeddings, 0).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "dev"}, "split: expected one of"),
+        ({"candidates": ["pages"]}, "candidates: expected some of page, sampled, popular"),
+        ({"candidates": []}, "candidates: expected"),
+        ({"score": "median"}, "score: expected one of mean, max, reconstruction"),
+        ({"k": [0]}, "k: expected numbers of at least 1"),
+        ({"count": 1}, "count: expected at least 2"),
+        ({"history": 0}, "history: expected at least 1"),
+        ({"bootstrap": 0}, "samples: expected at least 1"),
+    ],
+)
+def test_comparison_refuses(dataset: Dataset, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare(dataset, [baselines.random_order(dataset)], **options)
+
+
+def test_methods_must_differ_and_be_one_thing(dataset: Dataset) -> None:
+    with pytest.raises(ValueError, match="different names"):
+        compare(dataset, [baselines.random_order(dataset)] * 2)
+    with pytest.raises(ValueError, match=r"expected scores \[60\].*got \[5\]"):
+        compare(dataset, [Method("m", scores=np.zeros(5))])
+    with pytest.raises(ValueError, match="either embeddings or scores"):
+        Method("m")
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: object) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(a) for a in arguments]))
+
+
+def test_command_with_embeddings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_dataset(tmp_path / "d", items=30, pages=200)
+    table = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
+    np.save(tmp_path / "mine.npy", table)
+    out = tmp_path / "result.json"
+    code = run(
+        "--dataset", data.path, "--embeddings", tmp_path / "mine.npy", "--size", 32, "--count", 10,
+        "--bootstrap", 50, "--json", out, "--device", "cpu", "--threads", 1,
+    )  # fmt: skip
+    assert code == 0
+    result = json.loads(out.read_text())
+    assert list(result["sets"]["page"]["methods"]) == [
+        "mine", "random", "popularity", "pixels 8x8", "pixels 8x8, standardised",
+        "untrained backbone", "untrained backbone, standardised",
+    ]  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "mine minus" in printed and "HR@10" in printed and "users" in printed
+
+
+def test_command_without_images(tmp_path: Path, dataset: Dataset) -> None:
+    np.save(tmp_path / "e.npy", np.eye(60, dtype=np.float32))
+    out = tmp_path / "result.json"
+    assert run("--dataset", dataset.path, "--embeddings", tmp_path / "e.npy", "--json", out) == 0
+    assert list(json.loads(out.read_text())["missing"]) == ["e", "random", "popularity"]
+    with pytest.raises(FileNotFoundError, match="without --images"):
+        run("--dataset", dataset.path, "--embeddings", tmp_path / "e.npy", "--baselines", "pixels")

@@ -1,0 +1,643 @@
+"""prepare against brute force on random data, and on damaged images, interruptions and a million events."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+
+from courier_fast.data import prepare as module
+from courier_fast.data.dataset import Dataset
+from courier_fast.data.image_check import check_image
+from courier_fast.data.layouts import Columns, Source, generic
+from courier_fast.data.prepare import PrepareOptions, prepare
+
+HM = Path(__file__).parents[2] / "shared/data/hm-fashion"
+Event = tuple[str, str, int]
+
+
+def source_of(events: list[Event], categories: dict[str, str] | None = None) -> Source:
+    schema = {"user_id": pl.String, "item_id": pl.String, "time": pl.Int64}
+    about = None
+    if categories:
+        about = pl.LazyFrame({"item_id": list(categories), "category": list(categories.values())})
+    return Source("test", pl.LazyFrame(events, schema, orient="row"), items=about)
+
+
+def random_events(seed: int, users: int = 12, items: int = 25, n: int = 260) -> list[Event]:
+    """Few distinct times, so that ties and duplicates abound; ids whose text order is not that of their numbers."""
+    rng = np.random.default_rng(seed)
+    popularity = rng.dirichlet(np.full(items, 0.4))
+    return [
+        (
+            f"u{rng.integers(users)}",
+            f"{rng.choice(items, p=popularity):04}",
+            int(rng.integers(40)) * 86_400,
+        )
+        for _ in range(n)
+    ]
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """All files but dataset.json, which has the paths."""
+    files = [p for p in sorted(folder.iterdir()) if p.name != "dataset.json"]
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def page_rows(data: Dataset) -> list[dict[str, Any]]:
+    items, users = data.item_ids.to_pylist(), data.user_ids.to_pylist()
+    return [
+        {
+            "user": users[data.page_user[p]],
+            "time": int(data.page_time[p]),
+            "history": [
+                (items[data.event_item[e]], int(data.event_time[e]))
+                for e in range(data.history_start[p], data.history_end[p])
+            ],
+            "items": [items[i] for i in data.pv_item[data.pv_start[p] : data.pv_end[p]]],
+            "clicked": data.pv_clicked[data.pv_start[p] : data.pv_end[p]].tolist(),
+        }
+        for p in range(data.num_pages)
+    ]
+
+
+# ---- made pages -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repeats", ["drop", "keep"])
+@pytest.mark.parametrize("negatives", ["uniform", "popularity", "category"])
+@pytest.mark.parametrize("seed", range(4))
+def test_pages_are_those_of_brute_force(
+    tmp_path: Path, seed: int, negatives: str, repeats: str
+) -> None:
+    events = random_events(seed)
+    kinds = {item: f"kind{int(item) % 3}" for _, item, _ in events if int(item) % 5}
+    options = PrepareOptions(
+        page_size=4, negatives=negatives, min_history=2, max_history=5, repeats=repeats, seed=seed
+    )
+    report = prepare(tmp_path / "out", source=source_of(events, kinds), options=options)
+    data = Dataset(tmp_path / "out")
+
+    unique = sorted(set(events), key=lambda e: (e[0], e[2], e[1]))
+    of_user = defaultdict(list)
+    seen = defaultdict(list)
+    for user, item, when in unique:
+        of_user[user].append((item, when))
+        seen[item].append(when)
+    users, items = sorted(of_user), sorted(seen)
+    assert data.user_ids.to_pylist() == users
+    assert data.item_ids.to_pylist() == items
+    assert data.categories.to_pylist() == [kinds.get(i) for i in items]
+    table = [(items[i], int(t)) for i, t in zip(data.event_item, data.event_time, strict=True)]
+    assert table == [e for u in users for e in of_user[u]]
+    assert data._items.column("first_seen").to_pylist() == [min(seen[i]) for i in items]
+    assert data._items.column("last_seen").to_pylist() == [max(seen[i]) for i in items]
+
+    expected = []
+    for user, item, when in sorted(unique, key=lambda e: (e[2], e[0], e[1])):
+        before = [(i, t) for i, t in of_user[user] if t < when]
+        if len(before) >= 2 and (repeats == "keep" or item not in [i for i, _ in before]):
+            expected.append((user, item, when, before[-5:]))
+    rows = page_rows(data)
+    found = [
+        (r["user"], r["items"][r["clicked"].index(True)], r["time"], r["history"]) for r in rows
+    ]
+
+    def others_at(user: str, when: int) -> set[str]:
+        own = {i for i, t in of_user[user] if t <= when}
+        return {i for i in items if min(seen[i]) <= when <= max(seen[i])} - own
+
+    alone = [e for e in expected if not others_at(e[0], e[2])]
+    if negatives == "popularity":  # finds only what its draws happen to meet
+        alone = [e for e in expected if e not in found]
+    assert report["pages"]["dropped"].get("nothing else to show", 0) == len(alone)
+    assert found == [e for e in expected if e not in alone]
+
+    for row in rows:
+        when = row["time"]
+        live = others_at(row["user"], when)
+        clicked = row["items"][row["clicked"].index(True)]
+        others = [i for i in row["items"] if i != clicked]
+        assert sum(row["clicked"]) == 1
+        assert all(t < when for _, t in row["history"])
+        assert len(set(others)) == len(others) == len(row["items"]) - 1
+        assert set(others) <= live
+        if negatives == "popularity":
+            past = Counter(i for _, i, t in unique if t < when)
+            assert all(past[i] for i in others)
+        else:
+            assert len(others) == min(3, len(live))
+        if negatives == "category":
+            kin = {i for i in live if kinds.get(i) == kinds.get(clicked) is not None}
+            assert len(kin & set(others)) >= min(3, len(kin))
+
+    # Splits: in order of time, together all pages, never inside a timestamp.
+    bounds = [data.split(name) for name in ("train", "validation", "test")]
+    assert [b.start for b in bounds] == [0, bounds[0].stop, bounds[1].stop]
+    assert bounds[2].stop == len(rows)
+    for split in bounds[1:]:
+        if len(split):
+            assert data.page_time[split.start - 1] < data.page_time[split.start]
+    train = Counter(found[p][1] for p in bounds[0])
+    assert data.item_clicks.tolist() == [train[i] for i in items]
+    assert report["events"] == {
+        "read": len(events),
+        "kept": len(unique),
+        "dropped": {"the same user, item and time again": len(events) - len(unique)},
+    }
+    assert report["pages"]["candidates"] == len(unique)
+    assert sum(report["pages"]["dropped"].values()) + len(rows) == len(unique)
+    lengths = sorted(len(r["history"]) for r in rows)
+    assert report["pages"]["median_history"] == lengths[(len(lengths) - 1) // 2]
+
+
+def crowd(pages: int = 4000) -> tuple[list[Event], dict[str, int], dict[str, str]]:
+    """Single events of a crowd give items their popularity; every page has the same past and the same items on offer."""
+    counts = {f"c{k:02}": 3 * k + 1 for k in range(24)}
+    events = [(f"{i}-{n}", i, 10) for i, count in counts.items() for n in range(count)]
+    events += [(f"{i}-late", i, 90) for i in counts]
+    for page in range(pages):
+        events += [(f"v{page}", "own", 20), (f"v{page}", "target", 30)]
+    kinds = {"target": "a", "own": "a", **{i: "ab"[k % 2] for k, i in enumerate(counts)}}
+    return events, counts, kinds
+
+
+@pytest.mark.parametrize("negatives", ["uniform", "popularity", "category"])
+def test_negatives_follow_their_distribution(tmp_path: Path, negatives: str) -> None:
+    events, counts, kinds = crowd()
+    options = PrepareOptions(
+        page_size=2, negatives=negatives, min_history=1, validation_share=0, test_share=0
+    )
+    prepare(tmp_path / "out", source=source_of(events, kinds), options=options)
+    data = Dataset(tmp_path / "out")
+    weight = {
+        "uniform": dict.fromkeys(counts, 1),
+        "popularity": counts,
+        "category": {i: 1 for i in counts if kinds[i] == "a"},
+    }[negatives]
+    items = data.item_ids.to_pylist()
+    drawn = Counter(items[i] for i in data.pv_item[~data.pv_clicked])
+    assert set(drawn) <= set(weight)
+    share = data.num_pages / sum(weight.values())
+    chi2 = sum((drawn[i] - w * share) ** 2 / (w * share) for i, w in weight.items())
+    freedom = len(weight) - 1
+    assert data.num_pages == 4000
+    assert abs(chi2 - freedom) < 5 * (2 * freedom) ** 0.5
+    # The clicked item is as often first as second.
+    first = data.pv_clicked[data.pv_start].mean()
+    assert abs(first - 0.5) < 5 * 0.5 / 4000**0.5
+
+
+@pytest.mark.parametrize("negatives", ["uniform", "popularity", "category"])
+def test_same_bytes_for_any_order_of_rows_and_any_bucket_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, negatives: str
+) -> None:
+    events = random_events(5)
+    kinds = {item: f"kind{int(item) % 3}" for _, item, _ in events}
+
+    def made(name: str, events: list[Event], seed: int = 0) -> dict[str, str]:
+        options = PrepareOptions(page_size=5, min_history=1, negatives=negatives, seed=seed)
+        prepare(tmp_path / name, source=source_of(events, kinds), options=options)
+        return digest(tmp_path / name)
+
+    first = made("first", events)
+    assert made("again", events) == first
+    assert made("backwards", events[::-1]) == first
+    monkeypatch.setattr(module, "BATCH", 17)
+    monkeypatch.setattr(module, "BUCKET", 23)
+    assert made("buckets", events) == first
+    other = made("seed", events, seed=1)
+    assert other["page_items.arrow"] != first["page_items.arrow"]
+    assert other["events.arrow"] == first["events.arrow"]
+
+
+def test_splits_by_date_and_by_share(tmp_path: Path) -> None:
+    events = random_events(6)
+    options = PrepareOptions(
+        min_history=1, validation_from="1970-01-20", test_from="1970-01-30T12:00:00Z"
+    )
+    report = prepare(tmp_path / "dates", source=source_of(events), options=options)
+    data = Dataset(tmp_path / "dates")
+    day = data.page_time // 86_400
+    assert day[data.split("train")].max() < 19
+    assert day[data.split("validation")].min() >= 19
+    assert day[data.split("validation")].max() <= 29
+    assert day[data.split("test")].min() >= 30
+    assert report["splits"]["train"]["from"].startswith("1970-01-")
+
+    share = PrepareOptions(min_history=1, validation_share=0, test_share=0.3)
+    prepare(tmp_path / "share", source=source_of(events), options=share)
+    data = Dataset(tmp_path / "share")
+    assert len(data.split("validation")) == 0
+    assert 0.29 <= len(data.split("test")) / data.num_pages < 0.4
+
+
+# ---- given pages ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_given_pages_are_those_of_brute_force(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BUCKET", 50)
+    rng = np.random.default_rng(seed)
+    rows, before = [], random_events(seed, users=6, n=30)
+    for page in range(80):
+        user, when = f"u{rng.integers(6)}", int(rng.integers(50)) * 43_200
+        for item in rng.integers(0, 25, rng.integers(1, 9)):
+            late = int(rng.integers(3))
+            rows.append((f"p{page}", user, f"{item:04}", when + late, bool(rng.random() < 0.2)))
+    names = ("page_id", "user_id", "item_id", "time", "clicked")
+    source = source_of(before)
+    shown = pl.LazyFrame(rows, names, orient="row")
+    source = Source("test", source.events, shown)
+    options = PrepareOptions(page_size=4, min_history=1, max_history=3)
+    report = prepare(tmp_path / "out", source=source, options=options)
+    data = Dataset(tmp_path / "out")
+
+    clicks = {(u, i, t) for _, u, i, t, hit in rows if hit} | set(before)
+    expected = {}
+    reasons: Counter[str] = Counter()
+    for page in range(80):
+        mine = [r for r in rows if r[0] == f"p{page}"]
+        items = list(dict.fromkeys(r[2] for r in mine))
+        hits = {r[2] for r in mine if r[4]}
+        user, when = mine[0][1], min(r[3] for r in mine)
+        past = sorted((t, i) for u, i, t in clicks if u == user and t < when)
+        if not hits:
+            reasons["nothing clicked"] += 1
+        elif len(hits) == len(items):
+            reasons["nothing else to show"] += 1
+        elif not past:
+            reasons["fewer earlier events than --min-history"] += 1
+        else:
+            expected[f"p{page}"] = (user, when, items, hits, [(i, t) for t, i in past[-3:]])
+    assert report["pages"]["dropped"] == dict(reasons)
+    assert report["pages"]["candidates"] == 80
+    found = page_rows(data)
+    assert [r["time"] for r in found] == sorted(r["time"] for r in found)
+    assert len(found) == len(expected)
+    left = list(expected.values())
+    for row in found:
+        hits = {i for i, c in zip(row["items"], row["clicked"], strict=True) if c}
+        match = next(
+            e
+            for e in left
+            if e[:2] == (row["user"], row["time"])
+            and e[3] == hits
+            and set(row["items"]) <= set(e[2])
+        )
+        left.remove(match)
+        _, _, items, _, history = match
+        assert row["history"] == history
+        assert len(row["items"]) == min(len(items), max(4, len(hits) + 1))
+        assert row["items"] == [i for i in items if i in row["items"]]  # as shown
+    assert not left
+
+
+# ---- images ---------------------------------------------------------------------------------------------------------
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pictures() -> tuple[dict[str, tuple[bytes, tuple[int, int]]], dict[str, tuple[bytes, str]]]:
+    """Usable files with their (height, width) as seen, and unusable ones with a part of the reason."""
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(0, 256, (60, 40, 3), np.uint8)).resize((80, 120))
+    jpeg = encoded(photo, "JPEG")
+    upright, turned = (120, 80), (80, 120)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    good = {
+        "01.jpg": (jpeg, upright),
+        "02.JPG": (encoded(photo, "JPEG", progressive=True), upright),
+        "03.jpeg": (encoded(photo.convert("L"), "JPEG"), upright),
+        "04.jpg": (encoded(photo.convert("CMYK"), "JPEG"), upright),
+        "05.jpg": (encoded(photo, "JPEG", exif=exif), turned),
+        "06.png": (encoded(photo.convert("RGBA"), "PNG"), upright),
+        "07.png": (encoded(photo.quantize(16), "PNG"), upright),
+        "08.png": (encoded(Image.fromarray(np.full((5, 7), 40_000, np.uint16)), "PNG"), (5, 7)),
+        "09.webp": (encoded(photo, "WEBP"), upright),
+        "10.gif": (encoded(photo, "GIF"), upright),
+        "11.bmp": (encoded(photo, "BMP"), upright),
+        "12.jpg": (encoded(photo, "PNG"), upright),  # the name says otherwise
+        "13.jpg": (encoded(photo.resize((1, 1)), "JPEG"), (1, 1)),
+    }
+    bad = {
+        "20.jpg": (b"", "empty"),
+        "21.jpg": (jpeg[: len(jpeg) // 2], "Premature end"),
+        "22.jpg": (b"<!DOCTYPE html><html>404</html>", "HTML"),
+        "23.jpg": (bytes(rng.integers(0, 256, 3000, np.uint8)), "not an image"),
+        "24.png": (encoded(photo, "PNG")[:4000], "truncated"),
+        "25.jpg": (jpeg[:900] + bytes(400) + jpeg[1300:], "Corrupt JPEG"),
+        "26.jpg": (b"\xff\xd8\xff\xe0", ""),
+        "27.webp": (encoded(photo, "WEBP")[:300], ""),
+        "28.jpg": (encoded(photo, "JPEG", progressive=True)[:-300], "Premature end"),
+    }
+    return good, bad
+
+
+def test_items_without_a_usable_image_are_nowhere(tmp_path: Path) -> None:
+    good, bad = pictures()
+    folder = tmp_path / "images" / "0"
+    folder.mkdir(parents=True)
+    for name, (data, _) in {**good, **bad}.items():
+        (folder / name).write_bytes(data)
+    (folder / "01.png").write_bytes(b"a .jpg comes first")
+    (folder / "notes.txt").write_text("no image")
+    ids = [name.split(".")[0] for name in (*good, *bad)] + ["98", "99"]
+    rng = np.random.default_rng(0)
+    events = [
+        (f"u{n % 9}", ids[n % len(ids)], int(t)) for n, t in enumerate(rng.integers(0, 500, 600))
+    ]
+    options = PrepareOptions(min_history=1, repeats="keep")
+    out = tmp_path / "out"
+    report = prepare(out, source=source_of(events), images=tmp_path / "images", options=options)
+
+    data = Dataset(out)
+    usable = [name.split(".")[0] for name in good]
+    assert data.item_ids.to_pylist() == usable
+    assert len(data.images) == len(usable)
+    assert data.images.shapes.tolist() == [list(shape) for _, shape in good.values()]
+    for row, (name, (file, _)) in enumerate(good.items()):
+        if name not in ("10.gif", "11.bmp"):  # written anew, as JPEG
+            assert data.images[row].tobytes() == file
+        else:
+            assert data.images[row].tobytes()[:2] == b"\xff\xd8"
+    images = report["images"]
+    assert images == json.loads((out / "report.json").read_text())["images"]
+    assert images["missing"] == ["98", "99"]
+    assert list(images["undecodable"]) == [name.split(".")[0] for name in bad]
+    for reason, (_, part) in zip(images["undecodable"].values(), bad.values(), strict=True):
+        assert reason and part in reason
+    lost = sum(e[1] not in usable for e in events)
+    assert report["events"]["dropped"]["item without a usable image"] == lost
+    # Gone before pages were made: as if they had never been there.
+    rest = source_of([e for e in events if e[1] in usable])
+    prepare(tmp_path / "rest", source=rest, options=options)
+    tables = digest(tmp_path / "rest")
+    assert {**digest(out), "report.json": tables["report.json"]} == {
+        **tables,
+        "images.arrow": digest(out)["images.arrow"],
+    }
+
+
+def test_every_kept_image_decodes_in_training(tmp_path: Path) -> None:
+    from courier_fast.data.decode import make_decoder
+    from courier_fast.data.transforms import eval_windows
+
+    good, _ = pictures()
+    checked = [check_image(data) for data, _ in good.values()]
+    images = [np.frombuffer(c.image or b"", np.uint8) for c in checked]
+    windows = eval_windows(np.array([(c.height, c.width) for c in checked]))
+    for kind in ("software", "pillow"):
+        decoder = make_decoder(kind, 32, threads=1)
+        _, damaged = decoder.decode(images, windows, np.zeros(len(images), bool))
+        decoder.close()
+        assert not damaged.any()
+
+
+def test_shrink_scales_the_short_side() -> None:
+    good, _ = pictures()
+    for name, (data, (height, width)) in good.items():
+        checked = check_image(data, shrink=40)
+        if min(height, width) <= 40:
+            assert checked.image == data
+            continue
+        assert (checked.height, checked.width) == (height // 2, width // 2), name
+        with Image.open(io.BytesIO(checked.image or b"")) as image:
+            assert image.format == "JPEG"
+            assert image.size == (checked.width, checked.height)
+    _, bad = pictures()
+    for name, (data, part) in bad.items():
+        reason = check_image(data, shrink=40).reason
+        assert reason and part in reason, name
+
+
+def test_images_of_another_catalogue_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    events = [("u", f"{i}", i) for i in range(25)]
+    with pytest.raises(ValueError, match=r"called after items such as .*25 have none"):
+        prepare(tmp_path / "out", source=source_of(events), images=tmp_path / "images")
+    with pytest.raises(FileNotFoundError, match="images: expected a folder"):
+        prepare(tmp_path / "out", source=source_of(events), images=tmp_path / "none")
+    assert [p.name for p in tmp_path.iterdir()] == ["images"]
+
+
+# ---- rows, folders, the command -------------------------------------------------------------------------------------
+
+
+def test_rows_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
+    good = [f"{n % 3},00{(n // 3 + 4 * (n % 3)) % 9},{n}" for n in range(27)]
+    path = tmp_path / "own.csv"
+    path.write_text(
+        "\n".join(["user_id,item_id,timestamp", *good, ",001,5", "1,,5", "1,001,never", "1,001,"])
+    )
+    report = prepare(
+        tmp_path / "out", source=generic([path]), options=PrepareOptions(min_history=1)
+    )
+    assert report["events"]["read"] == 31
+    assert report["events"]["kept"] == 27
+    assert report["events"]["dropped"] == {
+        "no user, item or page id": 2,
+        "time missing or unreadable": 2,
+    }
+    assert Dataset(tmp_path / "out").item_ids.to_pylist() == [f"00{i}" for i in range(9)]
+
+
+def test_metadata_widens_when_an_item_is_on_offer(tmp_path: Path) -> None:
+    events = [("u", "a", 100), ("u", "b", 200), ("v", "c", 150)]
+    about = pl.LazyFrame({"item_id": ["c"], "first_seen": [160], "last_seen": [200]})
+    source = Source("test", source_of(events).events, items=about)
+    options = PrepareOptions(min_history=1, validation_share=0, test_share=0)
+    prepare(tmp_path / "out", source=source, options=options)
+    data = Dataset(tmp_path / "out")
+    (row,) = page_rows(data)
+    assert sorted(row["items"]) == ["b", "c"]
+    assert data._items.column("first_seen").to_pylist() == [100, 200, 150]
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, source = tmp_path / "out", source_of(random_events(0))
+    options = PrepareOptions(min_history=1)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_table", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(out, source=source, options=options)
+    assert not list(tmp_path.iterdir())
+
+    prepare(out, source=source, options=options)
+    before = digest(out)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        prepare(out, source=source, options=options)
+    again = PrepareOptions(min_history=1, seed=3, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_table", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(out, source=source, options=again)
+    assert digest(out) == before
+    prepare(out, source=source, options=again)
+    assert digest(out) != before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_run_leaves_no_dataset(tmp_path: Path) -> None:
+    script = """
+import sys, time
+from pathlib import Path
+import polars as pl
+from courier_fast.data import prepare as module
+from courier_fast.data.layouts import Source
+def wait(*_):
+    print("writing", flush=True)
+    time.sleep(60)
+module.write_table = wait
+columns = {"user_id": list("uuuvvv"), "item_id": list("abccba"), "time": [0, 2, 4, 1, 3, 5]}
+options = module.PrepareOptions(min_history=1)
+module.prepare(Path(sys.argv[1]), source=Source("test", pl.LazyFrame(columns)), options=options)
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "out")], stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"writing\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert not (tmp_path / "out").exists()
+    prepare(
+        tmp_path / "out", source=source_of(random_events(0)), options=PrepareOptions(min_history=1)
+    )
+    assert Dataset(tmp_path / "out").num_pages
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"page_size": 1}, "page_size: expected at least 2, got 1"),
+        ({"negatives": "hard"}, "negatives: expected one of"),
+        ({"min_history": 0}, "min_history: expected at least 1, got 0"),
+        ({"test_share": 0.95}, "leave something for train"),
+        ({"test_from": "2020-01-01"}, "expected both or neither"),
+        (
+            {"validation_from": "soon", "test_from": "2020-01-01"},
+            "validation_from: expected a date",
+        ),
+        ({"validation_from": "2021-01-01", "test_from": "2020-01-01"}, "no date before"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PrepareOptions(**options)
+
+
+def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"pages: expected at least one, got none.*min-history"):
+        prepare(tmp_path / "a", source=source_of([("u", "i", 1), ("v", "j", 2)]))
+    with pytest.raises(ValueError, match="expected events, got none"):
+        prepare(tmp_path / "b", source=source_of([]))
+    options = PrepareOptions(min_history=1, validation_from="1960-01-01", test_from="1960-01-01")
+    with pytest.raises(ValueError, match="pages to train on"):
+        prepare(tmp_path / "c", source=source_of(random_events(0)), options=options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "own.csv"
+    rows = [f"{u},{i},{t}" for u, i, t in random_events(1)]
+    path.write_text("\n".join(["who,what,timestamp", *rows]))
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+
+    def run(*arguments: str) -> int:
+        return module.run(parser.parse_args([str(tmp_path / "out"), *arguments]))
+
+    own = ["--interactions", str(path), "--user-column", "who", "--item-column", "what"]
+    assert run(*own, "--min-history", "1", "--page-size", "5") == 0
+    data = Dataset(tmp_path / "out")
+    assert data.info["options"]["page_size"] == 5
+    assert data.info["source"] == {"layout": "generic", "files": [str(path)], "images": None}
+    text = capsys.readouterr().out
+    assert f"{data.num_pages:,}" in text
+    assert "validation: " in text
+    with pytest.raises(ValueError, match="expected --source"):
+        run("--layout", "hm")
+    with pytest.raises(ValueError, match="min_rating: expected --layout movielens"):
+        run("--layout", "hm", "--source", str(tmp_path), "--min-rating", "3")
+
+
+def test_memory_stays_bounded(tmp_path: Path) -> None:
+    """A million events in a process of its own: what it takes beyond its imports is far less than the rows would as objects."""
+    rng = np.random.default_rng(0)
+    n = 1_000_000
+    frame = pl.DataFrame(
+        {
+            "user_id": rng.integers(0, n // 10, n),
+            "item_id": rng.integers(0, n // 50, n),
+            "timestamp": rng.integers(1_500_000_000, 1_600_000_000, n),
+        }
+    )
+    frame.write_csv(tmp_path / "own.csv")
+    script = """
+import resource, sys
+from pathlib import Path
+from courier_fast.data.layouts import generic
+from courier_fast.data.prepare import prepare
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+before = peak()
+prepare(Path(sys.argv[2]), source=generic([Path(sys.argv[1])]))
+print(before, peak())
+"""
+    arguments = [sys.executable, "-c", script, str(tmp_path / "own.csv"), str(tmp_path / "out")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    before, after = map(float, done.stdout.split())
+    assert after - before < 0.8, (before, after)  # GiB
+    assert Dataset(tmp_path / "out").num_pages > n / 2
+
+
+@pytest.mark.skipif(not HM.is_dir(), reason="the hm-fashion data are not here")
+@pytest.mark.parametrize("negatives", ["uniform", "popularity", "category"])
+def test_hm_fashion(tmp_path: Path, negatives: str) -> None:
+    columns = Columns(category="product_code")
+    interactions = pl.read_csv(HM / "interactions.csv", infer_schema=False)
+    some = interactions.filter(pl.col("user_id").cast(pl.Int64) <= 60)
+    some.write_csv(tmp_path / "some.csv")
+    source = generic([tmp_path / "some.csv"], HM / "items.csv", columns)
+    options = PrepareOptions(negatives=negatives, shrink=96)
+    report = prepare(tmp_path / "out", source=source, images=HM / "images", options=options)
+    data = Dataset(tmp_path / "out")
+    assert report["events"] == {"read": len(some), "kept": len(some), "dropped": {}}
+    assert report["users"] == some["user_id"].n_unique()
+    assert data.num_items == some["item_id"].n_unique() == report["images"]["usable"]
+    assert report["images"]["missing"] == []
+    assert report["images"]["undecodable"] == {}
+    assert data.images.present.all()
+    assert data.images.shapes.min(1).max() == 96
+    assert data.item_ids.to_pylist() == sorted(set(some["item_id"]))
+    assert [len(i) for i in data.item_ids.to_pylist()] == [10] * data.num_items
+    assert (data.event_time[data.history_end - 1] < data.page_time).all()
+    codes = np.array([i[:-3] for i in data.item_ids.to_pylist()])
+    if negatives == "category":  # product_code joins colour variants
+        page = np.repeat(np.arange(data.num_pages), data.pv_end - data.pv_start)
+        clicked = data.pv_item[data.pv_clicked][page]
+        assert (codes[data.pv_item] == codes[clicked])[~data.pv_clicked].any()
