@@ -11,8 +11,17 @@ from . import __version__
 
 # Each is a module with add_arguments(parser) and run(args); imported when asked for, so --help and the others need none of its packages.
 COMMANDS = {
+    "quickstart": (
+        "courier_fast.quickstart.command",
+        "draw a catalogue, train on it, evaluate, and write a report: no data, no GPU",
+    ),
     "prepare": ("courier_fast.data.prepare", "interactions and images -> a dataset folder"),
     "train": ("courier_fast.train.command", "a dataset folder -> an encoder"),
+    "embed": ("courier_fast.evaluate.embed", "an encoder and images -> embeddings"),
+    "evaluate": (
+        "courier_fast.evaluate.command",
+        "embeddings against the held-out clicks, beside baselines",
+    ),
 }
 
 

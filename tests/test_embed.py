@@ -369,11 +369,11 @@ def test_commands_with_a_run_on_features(tmp_path: Path) -> None:
     found = tmp_path / "r.json"
     code = command(
         evaluate, "--dataset", data.path, "--run", tmp_path / "run", "--json", found,
-        "--baselines", "random", "backbone", "--count", 5, "--bootstrap", 5,
+        "--count", 5, "--bootstrap", 5,
     )  # fmt: skip
     assert code == 0
     assert list(json.loads(found.read_text())["missing"]) == [
-        "trained", "random", "features", "features, standardised",
+        "trained", "random", "popularity", "features", "features, standardised",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="expected an encoder of images with --images"):
         command(embed, "--run", tmp_path / "run", "--images", tmp_path, "--out", out)

@@ -84,9 +84,10 @@ def test_pages_are_those_of_brute_force(
 ) -> None:
     events = random_events(seed)
     kinds = {item: f"kind{int(item) % 3}" for _, item, _ in events if int(item) % 5}
+    live_days = (0, 3)[seed % 2]
     options = PrepareOptions(
-        page_size=4, negatives=negatives, min_history=2, max_history=5, repeats=repeats, seed=seed
-    )
+        page_size=4, negatives=negatives, min_history=2, max_history=5, repeats=repeats, seed=seed, live_days=live_days
+    )  # fmt: skip
     report = prepare(tmp_path / "out", source=source_of(events, kinds), options=options)
     data = Dataset(tmp_path / "out")
 
@@ -117,7 +118,8 @@ def test_pages_are_those_of_brute_force(
 
     def others_at(user: str, when: int) -> set[str]:
         own = {i for i, t in of_user[user] if t <= when}
-        return {i for i in items if min(seen[i]) <= when <= max(seen[i])} - own
+        margin = live_days * 86_400
+        return {i for i in items if min(seen[i]) - margin <= when <= max(seen[i]) + margin} - own
 
     alone = [e for e in expected if not others_at(e[0], e[2])]
     if negatives == "popularity":  # finds only what its draws happen to meet

@@ -269,7 +269,7 @@ def test_headline_has_the_numbers_of_the_results(tmp_path: Path, tiny: Dataset) 
     sentence = report.headline(results(), "page", "HR@1")
     assert sentence in words
     # Of each baseline the better of raw and standardised: nothing is compared with its weaker form.
-    assert re.findall(r"[\d.]+(?= %)", sentence) == ["41.3", "15.8", "17.1"]
+    assert re.findall(r"[\d.]+(?=\s%)", sentence) == ["41.3", "15.8", "17.1"]
     leads = report.margins(results(), "page", "HR@1")
     assert leads[0] == {"name": "Untrained backbone, standardised", "text": "+24.2 (22.0 to 26.1)"}
     assert leads[0]["text"] in words

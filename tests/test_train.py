@@ -68,8 +68,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("size", [1, 5, 8, 100])
 def test_gradient_in_slices_is_that_in_one_pass(size: int) -> None:
     torch.manual_seed(0)
-    encoder = build_encoder("small_conv", 6, 16).double()
-    images, target = torch.randn(21, 3, 16, 16).double(), torch.randn(21, 21).double()
+    encoder = build_encoder("test_convnext", 6, 32).double()
+    images, target = torch.randn(21, 3, 32, 32).double(), torch.randn(21, 21).double()
 
     def loss_of(e: Tensor) -> Tensor:  # every pair counts, as in a contrastive loss
         return ((e @ e.T).softmax(1) * target).sum()
@@ -117,7 +117,7 @@ def test_batch_norm_is_refused_in_slices() -> None:
 def test_slices_in_the_trainer(dataset: Dataset, tmp_path: Path) -> None:
     """In float32 by the error budget: the slices' error against float64 is at most twice that of one pass, plus a rounding."""
     one, two, exact = (
-        Trainer(settings(dataset, tmp_path / name, model__slice=size))
+        Trainer(settings(dataset, tmp_path / name, model__slice=size, model__backbone="test_convnext"))
         for name, size in (("one", 0), ("two", 7), ("exact", 0))
     )
     batch = one.loader.load(0, 0)
@@ -257,6 +257,7 @@ def uninterrupted(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) ->
         run__save_steps=4,
         model__ema=0.9,
         loss__learnable_temperature=True,
+        model__backbone="test_convnext",
         model__slice=30,
     )
     config.save(folder / "config.toml")

@@ -73,6 +73,8 @@ class PrepareOptions:
         page_size: items of a made page, the clicked one included; the most of a given page (all clicked ones stay).
         negatives: for made pages: "uniform" over the items on offer at the time, "popularity" (an event drawn from all those before),
             "category" (the clicked item's, filled up uniformly).
+        live_days: an item is on offer from so many days before its first event until so many after its last; where its first_seen and
+            last_seen are given, those hold.
         min_history: earlier events that the user of a page needs.
         max_history: the most recent events that are a page's history.
         repeats: "drop" made pages whose clicked item the user had before, or "keep" them.
@@ -84,6 +86,7 @@ class PrepareOptions:
 
     page_size: int = 10
     negatives: str = "uniform"
+    live_days: float = 30.0
     min_history: int = 3
     max_history: int = 50
     repeats: str = "drop"
@@ -106,6 +109,8 @@ class PrepareOptions:
         for name, least in (("min_history", 1), ("max_history", 1), ("shrink", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if not self.live_days >= 0:
+            raise ValueError(f"live_days: expected at least 0, got {self.live_days}")
         shares = (self.validation_share, self.test_share)
         if min(shares) < 0 or sum(shares) >= 1:
             raise ValueError(
@@ -494,11 +499,15 @@ def pages_of_events(
     """A page for each event, in order of time."""
     events = sorted_.events
     pages = PageSpools(folder, "made")
-    live = live_items(sorted_.first_seen, sorted_.last_seen)
+    # Most items of a long tail are sold once: they were on offer for longer than that second.
+    margin = round(86_400 * options.live_days)
+    first = sorted_.first_seen - np.where(items.table["first_seen"].is_null(), margin, 0)
+    last = sorted_.last_seen + np.where(items.table["last_seen"].is_null(), margin, 0)
+    live = live_items(first, last)
     category = items.table["category"]
     group = category.rank("dense").cast(pl.Int64).fill_null(0).to_numpy() - 1
     kind = NEGATIVES.index(options.negatives)
-    kin = live_items(sorted_.first_seen, sorted_.last_seen, group) if kind == 2 else live
+    kin = live_items(first, last, group) if kind == 2 else live
     total, size = len(events.item), options.page_size
     pool = np.zeros(0, np.int32)
     if kind == 1 and total:
@@ -819,6 +828,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pages = parser.add_argument_group("pages")
     pages.add_argument("--page-size", type=int, default=options.page_size, help="items of a page")
     pages.add_argument("--negatives", choices=NEGATIVES, default=options.negatives)
+    pages.add_argument(
+        "--live-days", type=float, default=options.live_days, help="an item is on offer so long before its first and after its last event"
+    )
     pages.add_argument(
         "--min-history",
         type=int,

@@ -127,9 +127,10 @@ def compare(
         bootstrap: samples of the bootstrap.
 
     Returns:
-        A dict fit for JSON: `settings`, and by candidate set in `sets`: numbers of pages, clicks and users and mean number of candidates;
-        `methods` {name: {metric: {"mean", "low", "high"}}} and `differences` {name: ...}, main minus other, in the same form; `unranked`
-        {name: clicked items without an embedding of their own or in their history, which come last or tie}.
+        A dict fit for JSON: `settings`; `clicks` of the split, with and without a history; `missing` {name: items without an embedding}; and
+        by candidate set in `sets`: numbers of pages, clicks and users that were ranked and mean number of candidates; `methods` {name: {metric:
+        {"mean", "low", "high"}}}; `differences` {name: ...}, main minus other, in the same form; `unranked` {name: clicks without an
+        embedding of the item or of its history}, which come last or tie.
 
     Raises:
         ValueError: methods of one name or of another number of items, an unknown split, candidate set or score, nothing to rank.
@@ -152,6 +153,9 @@ def compare(
     if not k or min(k) < 1:
         raise ValueError(f"k: expected numbers of at least 1, got {list(k)}")
     targets = find_targets(dataset, split, history)
+    pages = dataset.split(split)
+    rows = slice(int(dataset.pv_start[pages.start]), int(dataset.pv_end[pages.stop - 1]))
+    clicks = int(dataset.pv_clicked[rows].sum())
     sets: dict[str, Any] = {}
     for name in dict.fromkeys(candidates):
         drawn = _draw(dataset, targets, name, count, seed)
@@ -164,6 +168,7 @@ def compare(
             "history": history, "score": score, "bootstrap": bootstrap, "seed": seed,
             "mean": "over pages", "interval": "95 %, percentile bootstrap over users",
         },
+        "clicks": clicks,
         "sets": sets,
         "missing": {m.name: _missing(m) for m in methods},
     }  # fmt: skip

@@ -65,7 +65,10 @@ def run(args: argparse.Namespace) -> int:
     dataset.split(args.split)  # a wrong name is an error before the work, not after
     wanted = args.baselines
     if wanted is None:
-        wanted = BASELINES if has_images(dataset) or args.run else ("random", "popularity")
+        # A run on a dataset without images was trained on features, which then are the backbone's.
+        images = has_images(dataset)
+        possible = {"pixels": images, "backbone": images or args.run is not None}
+        wanted = [name for name in BASELINES if possible.get(name, True)]
     result = compare(
         dataset,
         [_main_method(args, dataset), *_baselines(args, dataset, wanted)],
@@ -147,7 +150,7 @@ def print_result(result: dict[str, Any], console: Console | None = None) -> None
             log.warning("%s: %d items have no embedding; they come last", name, missing)
     for name, one in result["sets"].items():
         console.print(
-            f"\nHeld-out clicks {TITLES[name]} (split {settings['split']}): {one['clicks']:,} clicks on {one['pages']:,} pages of "
+            f"\nHeld-out clicks {TITLES[name]} (split {settings['split']}): {one['clicks']:,} of {result['clicks']:,} clicks, on {one['pages']:,} pages of "
             f"{one['users']:,} users, {one['mean_candidates']:.1f} candidates on average; by {settings['score']} over the last "
             f"{settings['history']} events of the history",
             style="bold",

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ..data.dataset import Dataset
@@ -288,6 +289,7 @@ def embed_source(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     save_seconds: float = 5.0,
+    bar: bool = False,
 ) -> EmbedReport:
     """Writes embeddings of every row of `source` to `out`, and a JSON file of the same name with ".json" added.
 
@@ -300,6 +302,7 @@ def embed_source(
         batch: images encoded at once.
         dtype: autocast to it; None: as the encoder is.
         save_seconds: how often progress is saved.
+        bar: shows progress in the terminal.
 
     Raises:
         ValueError: `out` is neither .npy nor .parquet, or batch is below 1.
@@ -333,26 +336,32 @@ def embed_source(
 
     def save() -> None:
         table.flush()
-        state = {"about": about, "done": done, "damaged": damaged}
+        state = {"about": about, "done": done, "damaged": sorted(damaged)}
         write_atomically(progress, lambda path: path.write_text(json.dumps(state)))
 
     resumed, saved = done, time.monotonic()
+    columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
+    display = Progress(*columns, disable=not bar)
+    task = display.add_task("images", total=len(rows), completed=done)
+    display.start()
     try:
         for part, found, bad in encode(
             encoder, source, rows[done:], batch=batch, device=device, dtype=dtype
         ):
             table[part] = found
-            damaged += part[bad].tolist()
+            damaged.update(part[bad].tolist())
             done += len(part)
+            display.update(task, completed=done)
             if time.monotonic() - saved >= save_seconds:
                 save()
                 saved = time.monotonic()
     finally:
+        display.stop()
         save()
     names = source.ids
     report = EmbedReport(
         out, size, dim, [str(names[i]) for i in np.flatnonzero(~source.present).tolist()],
-        [str(names[i]) for i in damaged], resumed, time.monotonic() - began,
+        [str(names[i]) for i in sorted(damaged)], resumed, time.monotonic() - began,
     )  # fmt: skip
     beside = {"rows": size, "dim": dim, "missing": report.missing, "damaged": report.damaged}
     if out.suffix == ".npy":
@@ -385,23 +394,23 @@ def _encoder_fingerprint(encoder: nn.Module) -> str:
     )
 
 
-def _resume(partial: Path, progress: Path, about: dict[str, Any]) -> tuple[int, list[int]]:
+def _resume(partial: Path, progress: Path, about: dict[str, Any]) -> tuple[int, set[int]]:
     """Rows done by an earlier run with the same encoder, inputs and settings, and those of them that are damaged."""
     if not (partial.is_file() and progress.is_file()):
-        return 0, []
+        return 0, set()
     try:
         state = json.loads(progress.read_text())
         changed = [name for name in about if state["about"].get(name) != about[name]]
-        done, damaged = int(state["done"]), list(state["damaged"])
+        done, damaged = int(state["done"]), set(state["damaged"])
     except (ValueError, KeyError, AttributeError):
-        changed, done, damaged = ["progress file"], 0, []
+        changed, done, damaged = ["progress file"], 0, set()
     if changed:
         log.warning(
             "%s was begun with another %s: starting over",
             partial.name,
             " and another ".join(changed),
         )
-        return 0, []
+        return 0, set()
     if done:
         log.info("%s: %d rows are done, going on from there", partial.name, done)
     return done, damaged
@@ -497,7 +506,9 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         source = FolderImages(args.images, make_decoder_for(encoder, device, args))
-    report = embed_source(encoder, source, args.out, batch=args.batch, device=device, dtype=dtype)
+    report = embed_source(
+        encoder, source, args.out, batch=args.batch, device=device, dtype=dtype, bar=True
+    )
     print(
         f"{report.path}: {report.rows:,} embeddings of {report.dim} dimensions in {report.seconds:.1f} s"
         f" ({report.resumed:,} from an interrupted run); {len(report.missing):,} items without an image and"

@@ -43,7 +43,7 @@ class Quickstart:
 
     items: int = 1200
     users: int = 800
-    steps: int = 150
+    steps: int = 300
     minutes: float = 0.0
     pages: int = 24
     history: int = 12

@@ -36,7 +36,7 @@ TITLES = {
     "sampled": "items drawn uniformly",
     "popular": "items drawn by popularity",
 }
-MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
+MINUS, NONE, SPACE = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{NO-BREAK SPACE}"
 THUMBNAIL = 112  # pixels: twice the side they are shown at on most screens
 
 
@@ -51,7 +51,9 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None) -> str:
-    return NONE if value is None or not math.isfinite(value) else number(100 * value, 1) + " %"
+    return (
+        NONE if value is None or not math.isfinite(value) else number(100 * value, 1) + SPACE + "%"
+    )
 
 
 def name_of(method: str) -> str:
