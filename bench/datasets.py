@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow.parquet as pq
+from rich.console import Console
 
-from courier_fast.data.layouts import Columns, generic
-from courier_fast.data.prepare import PrepareOptions, prepare
-from courier_fast.quickstart.catalogue import draw_catalogue
-from courier_fast.quickstart.users import simulate
+from courier_fast.quickstart.command import Quickstart, draw, prepare_dataset
+
+QUICKSTART = Quickstart()
 
 
-def quickstart_dataset(folder: Path, items: int = 1200, users: int = 1000, seed: int = 0) -> Path:
+def quickstart_dataset(folder: Path) -> Path:
     """Draws, simulates and prepares under `folder`; gives the dataset's folder."""
-    catalogue = draw_catalogue(folder / "images", items, seed)
-    pages, _ = simulate(catalogue, users, seed)
-    pq.write_table(pages, folder / "pages.parquet")
-    pq.write_table(catalogue, folder / "items.parquet")
-    source = generic([folder / "pages.parquet"], folder / "items.parquet", Columns(page="page_id"))
-    prepare(folder / "dataset", source=source, images=folder / "images", options=PrepareOptions())
-    return folder / "dataset"
+    draw(folder, QUICKSTART, Console(quiet=True))
+    return prepare_dataset(folder, QUICKSTART).path

@@ -22,6 +22,7 @@ from courier_fast.data.loader import Augmentation, Images, Loader
 from courier_fast.train.config import Config
 from courier_fast.train.trainer import Trainer
 
+from .datasets import QUICKSTART, quickstart_dataset
 from .measure import surroundings
 from .step import Pages, Rate, bare, collate, turn
 
@@ -113,9 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a prepared dataset; without one, that of the quickstart is drawn",
     )
     parser.add_argument("--decoders", nargs="+", default=KINDS, choices=KINDS)
-    parser.add_argument("--pages", type=int, default=64)
-    parser.add_argument("--size", type=int, default=0)
+    parser.add_argument("--pages", type=int, default=QUICKSTART.pages)
+    parser.add_argument(
+        "--size", type=int, default=QUICKSTART.size, help="pixels; 0: the trainer's default"
+    )
     parser.add_argument("--backbone", default="auto")
+    parser.add_argument("--history", type=int, default=QUICKSTART.history)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="batches per turn")
     parser.add_argument("--workers", type=int, default=0, help="of the plain DataLoader")
@@ -123,11 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         if args.dataset is None:
-            from .datasets import quickstart_dataset
-
             args.dataset = quickstart_dataset(Path(folder))
         overrides = {
-            "data.dataset": args.dataset, "data.pages": args.pages, "data.size": args.size, "model.backbone": args.backbone,
+            "data.dataset": args.dataset, "data.pages": args.pages, "data.size": args.size, "data.history": args.history, "model.backbone": args.backbone,
             "run.out": Path(folder) / "run",
         }  # fmt: skip
         result = measure(

@@ -31,6 +31,7 @@ from courier_fast.data.loader import Batch
 from courier_fast.train.config import Config
 from courier_fast.train.trainer import Trainer
 
+from .datasets import QUICKSTART, quickstart_dataset
 from .measure import surroundings
 
 
@@ -252,10 +253,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         help="a prepared dataset; without one, that of the quickstart is drawn",
     )
-    parser.add_argument("--pages", type=int, default=64, help="per step")
+    parser.add_argument(
+        "--pages", type=int, default=QUICKSTART.pages, help="per step (default: the quickstart's)"
+    )
     parser.add_argument("--backbone", default="auto")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--size", type=int, default=0)
+    parser.add_argument(
+        "--size", type=int, default=QUICKSTART.size, help="pixels; 0: the trainer's default"
+    )
+    parser.add_argument("--history", type=int, default=QUICKSTART.history)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="per turn")
     parser.add_argument(
@@ -293,11 +299,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     with tempfile.TemporaryDirectory() as folder:
         if args.dataset is None:
-            from .datasets import quickstart_dataset
-
             args.dataset = quickstart_dataset(Path(folder))
         overrides = {
-            "data.dataset": args.dataset, "data.pages": args.pages, "data.size": args.size, "model.backbone": args.backbone,
+            "data.dataset": args.dataset, "data.pages": args.pages, "data.size": args.size, "data.history": args.history, "model.backbone": args.backbone,
             "model.compile": args.compile, "run.out": Path(folder) / "run", "optim.steps": 10**6,
         }  # fmt: skip
         config = Config.load(None, overrides)

@@ -197,6 +197,25 @@ def test_a_change_starts_over_and_says_so(
     )
 
 
+def test_progress_of_another_partial_file_is_gone_first(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed right after starting over, the next run would have taken the new file's empty rows for done."""
+    out = tmp_path / "e.npy"
+    with pytest.raises(KeyboardInterrupt):
+        embed_dataset(Tiny(fail_at=3), dataset, out, batch=8)
+
+    def killed(*arguments: object) -> np.memmap:
+        assert not (tmp_path / "e.npy.progress").exists()
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "_allocate", killed)
+        with pytest.raises(OSError, match="no space left"):
+            embed_dataset(Tiny(seed=1), dataset, out, batch=8)
+    assert embed_dataset(Tiny(), dataset, out, batch=8).resumed == 0
+
+
 def test_parquet_goes_round_with_ids_as_text(dataset: Dataset, tmp_path: Path) -> None:
     embed_dataset(Tiny(), dataset, tmp_path / "e.parquet", batch=8)
     embed_dataset(Tiny(), dataset, tmp_path / "e.npy", batch=8)

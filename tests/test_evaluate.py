@@ -307,7 +307,7 @@ def test_only_items_with_images_are_sampled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("score", ["mean", "max", "reconstruction"])
-@pytest.mark.parametrize("chunk", [1, 37, 1 << 14])
+@pytest.mark.parametrize("chunk", [1, 222, 1 << 21])
 def test_scores_equal_a_loop(dataset: Dataset, score: str, chunk: int) -> None:
     rng = np.random.default_rng(0)
     table = rng.normal(size=(dataset.num_items, 6)).astype(np.float32)

@@ -117,7 +117,9 @@ def test_batch_norm_is_refused_in_slices() -> None:
 def test_slices_in_the_trainer(dataset: Dataset, tmp_path: Path) -> None:
     """In float32 by the error budget: the slices' error against float64 is at most twice that of one pass, plus a rounding."""
     one, two, exact = (
-        Trainer(settings(dataset, tmp_path / name, model__slice=size, model__backbone="test_convnext"))
+        Trainer(
+            settings(dataset, tmp_path / name, model__slice=size, model__backbone="test_convnext")
+        )
         for name, size in (("one", 0), ("two", 7), ("exact", 0))
     )
     batch = one.loader.load(0, 0)

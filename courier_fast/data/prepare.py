@@ -829,7 +829,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pages.add_argument("--page-size", type=int, default=options.page_size, help="items of a page")
     pages.add_argument("--negatives", choices=NEGATIVES, default=options.negatives)
     pages.add_argument(
-        "--live-days", type=float, default=options.live_days, help="an item is on offer so long before its first and after its last event"
+        "--live-days",
+        type=float,
+        default=options.live_days,
+        help="an item is on offer so long before its first and after its last event",
     )
     pages.add_argument(
         "--min-history",

@@ -331,6 +331,7 @@ def embed_source(
     if done:
         table = np.lib.format.open_memmap(partial, "r+")
     else:
+        remove(progress)  # first: it must never speak of another partial file
         table = _allocate(partial, size, dim)
         table[~source.present] = np.nan
 

@@ -218,7 +218,7 @@ def history_scores(
     *,
     score: str = "mean",
     device: torch.device | str = "cpu",
-    chunk: int = 1 << 14,
+    chunk: int = 1 << 20,
 ) -> Array:
     """Scores [C] float32 of all candidates: the similarity of E_j to the target's history items C_k, both rows of `embeddings`.
 
@@ -231,7 +231,7 @@ def history_scores(
     Args:
         embeddings: [items, D]; a row that is not finite is an item without an embedding: left out of histories, and as a candidate NaN, as
             are all candidates of a target without any embedding in its history.
-        chunk: candidates at once, which bounds the memory.
+        chunk: numbers in the candidates' embeddings at once, which bounds the memory.
 
     Raises:
         ValueError: another shape, no finite row, or an unknown score.
@@ -246,7 +246,7 @@ def history_scores(
     # Targets with equally many candidates together: little padding.
     sizes = np.diff(offsets)
     order = np.argsort(sizes, kind="stable")
-    first = 0
+    chunk, first = max(1, chunk // embeddings.shape[1]), 0
     while first < len(order):
         window = sizes[order[first : first + chunk]]
         padded = window * np.arange(1, len(window) + 1)
@@ -276,7 +276,8 @@ def _similarities(items: Tensor, history: Tensor, known: Tensor, score: str) -> 
     if score == "reconstruction":
         rebuilt = reconstruct(items, history, history_mask=known)
         return functional.cosine_similarity(rebuilt, items, dim=2)
-    similar = functional.normalize(items, dim=2) @ functional.normalize(history, dim=2).mT
+    rows, columns = (torch.linalg.vector_norm(x, dim=2).clamp_min(1e-12) for x in (items, history))
+    similar = items @ history.mT / rows[:, :, None] / columns[:, None]
     if score == "max":
         return similar.masked_fill(~known[:, None], -torch.inf).amax(2)
     weight = known.double() / known.sum(1, keepdim=True).clamp_min(1)

@@ -396,7 +396,7 @@ class Trainer:
             while not self._finished():
                 for batch in self.loader.epoch(p.epoch, p.step_in_epoch):
                     lr = self.learning_rate()
-                    logs = p.step % c.run.log_steps == 0
+                    logs = p.step % c.run.log_steps == 0 or self._finished(1)
                     result, norm = self.step(batch, stats=logs)
                     finished = self._finished()
                     minutes = (time.monotonic() - saved_at) / 60
@@ -431,13 +431,13 @@ class Trainer:
                     self.save()
         return {**last, "stopped": bool(self._stop and not self._finished())}
 
-    def _finished(self) -> bool:
+    def _finished(self, more: int = 0) -> bool:
+        """Whether the run is at its end, or will be after so many more steps of this epoch."""
         c, p = self.config.optim, self.progress
         if c.steps:
-            return p.step >= c.steps
-        return p.epoch >= c.epochs or (
-            p.epoch == c.epochs - 1 and p.step_in_epoch >= self.plan.steps(p.epoch)
-        )
+            return p.step + more >= c.steps
+        last = p.epoch == c.epochs - 1
+        return p.epoch >= c.epochs or (last and p.step_in_epoch + more >= self.plan.steps(p.epoch))
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
