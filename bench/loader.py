@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from courier_fast.data.dataset import Dataset
-from courier_fast.data.loader import Augmentation, Images, Loader
+from courier_fast.data.loader import Augmentation, Batch, Images, Loader
 from courier_fast.train.config import Config
 from courier_fast.train.trainer import Trainer
 
@@ -29,13 +29,23 @@ from .step import Pages, Rate, bare, collate, turn
 KINDS = ("dali", "software", "dali-cpu", "pillow")
 
 
-def batches(loader: Loader) -> Iterator[tuple[int, int]]:
-    """Occurrences and images of one batch after another."""
-    epoch = 0
-    while True:
-        for batch in loader.epoch(epoch):
-            yield batch.plan.occurrences, batch.num_items
-        epoch += 1
+class Drained:
+    """A loader that is asked for batch after batch; its thread lives for one turn."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader, self.epoch = loader, 0
+        self.batches: Iterator[Batch] = iter(())
+
+    def begin(self) -> None:
+        self.batches = self.loader.epoch(self.epoch)
+        self.epoch += 1
+
+    def end(self) -> None:
+        self.batches.close()  # type: ignore[attr-defined]
+
+    def step(self) -> tuple[int, int]:
+        batch = next(self.batches)
+        return batch.plan.occurrences, batch.num_items
 
 
 def plain_batches(loader: DataLoader) -> Iterator[tuple[int, int]]:
@@ -63,9 +73,9 @@ def measure(
             left_out[kind] = str(reason)
             continue
         source = Images(trainer.plan, decoder, Augmentation(), max_damaged=1.0)
-        candidates[kind] = batches(
+        candidates[kind] = Drained(
             Loader(trainer.plan, source, device=trainer.device, ahead=1)
-        ).__next__
+        ).step
     pages = Pages(trainer.plan, c.size, encoder.mean, encoder.std)
     plain = DataLoader(
         pages, c.pages, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0
@@ -120,8 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--backbone", default="auto")
     parser.add_argument("--history", type=int, default=QUICKSTART.history)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="batches per turn")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10, help="batches per turn")
     parser.add_argument("--workers", type=int, default=0, help="of the plain DataLoader")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)

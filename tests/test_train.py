@@ -30,7 +30,7 @@ from courier_fast.train.gradient_cache import cached_backward, check_sliceable
 from courier_fast.train.monitor import effective_rank, uniformity
 from courier_fast.train.trainer import Trainer, read_features
 
-TESTS = Path(__file__).parent
+PURCHASES = Path(__file__).parents[2] / "shared" / "data" / "hm-fashion"
 
 
 @pytest.fixture(scope="module")
@@ -679,3 +679,40 @@ def test_uniformity_and_rank_tell_collapse() -> None:
     assert effective_rank(one).item() == 0
     assert effective_rank(line).item() == pytest.approx(1, rel=1e-3)
     assert effective_rank(spread).item() == pytest.approx(16, rel=0.02)
+
+
+# ---- real photos ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not PURCHASES.is_dir(), reason="no purchases at ../shared/data/hm-fashion")
+def test_real_purchases_and_photos(tmp_path: Path) -> None:
+    """A few hundred pages of real photos, small: the loss of the click sequences falls, and the embeddings do not collapse."""
+    from courier_fast.data.layouts import generic
+    from courier_fast.data.prepare import prepare
+
+    lines = (PURCHASES / "interactions.csv").read_text().splitlines()
+    users = sorted({x.split(",")[0] for x in lines[1:]})[:40]
+    (tmp_path / "some.csv").write_text(
+        "\n".join([lines[0], *(x for x in lines[1:] if x.split(",")[0] in users)]) + "\n"
+    )
+    prepare(tmp_path / "data", source=generic([tmp_path / "some.csv"]), images=PURCHASES / "images")
+    dataset = Dataset(tmp_path / "data")
+    assert 200 < len(dataset.split("train")) < 2000
+    config = settings(
+        dataset,
+        tmp_path / "run",
+        data__pages=24,
+        data__size=32,
+        optim__steps=30,
+        optim__lr=3e-3,
+        loss__sequence_weight=1.0,
+        loss__temperature=0.2,
+        loss__sequence_temperature=0.3,
+    )
+    last = Trainer(config).fit()
+    lines = metrics(tmp_path / "run")
+    assert last["damaged_share"] == 0
+    assert np.mean([x["loss_seq"] for x in lines[-5:]]) < np.mean(
+        [x["loss_seq"] for x in lines[:5]]
+    )
+    assert last["effective_rank"] > 2

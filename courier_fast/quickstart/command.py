@@ -43,13 +43,13 @@ class Quickstart:
 
     items: int = 1200
     users: int = 800
-    steps: int = 300
+    steps: int = 180
     minutes: float = 0.0
-    pages: int = 24
+    pages: int = 64
     history: int = 12
     size: int = 64
     dim: int = 128
-    lr: float = 2e-3
+    lr: float = 3e-3
     seed: int = 0
     behaviour: Behaviour = field(default_factory=Behaviour)
 
@@ -115,6 +115,10 @@ def settings(out: Path, q: Quickstart, steps: int) -> Config:
             "model.dim": q.dim,
             "optim.steps": steps,
             "optim.lr": q.lr,
+            # Soft at first: a network that starts from scratch is overwhelmed by items that merely look alike.
+            "loss.temperature": 0.2,
+            "loss.sequence_temperature": 0.3,
+            "loss.sequence_weight": 1.0,
             "run.out": str(out / "run"),
             "run.seed": q.seed,
             "run.log_steps": max(1, steps // 40),
