@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from courier_fast.data.dataset import Dataset, ImageStoreWriter
 from courier_fast.data.decode import make_decoder
+from courier_fast.data.embeddings import read_embeddings
 from courier_fast.evaluate import embed
 from courier_fast.evaluate.embed import embed_dataset, embed_folder
-from courier_fast.evaluate.ranking import read_embeddings
 
 SIZE = 16
 

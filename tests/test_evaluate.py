@@ -16,6 +16,7 @@ from dataset_factory import make_dataset
 
 from courier_fast import reconstruct
 from courier_fast.data.dataset import Dataset, ImageStoreWriter
+from courier_fast.data.embeddings import read_embeddings
 from courier_fast.evaluate import baselines, command
 from courier_fast.evaluate.baselines import Method, compare
 from courier_fast.evaluate.metrics import (
@@ -30,7 +31,6 @@ from courier_fast.evaluate.ranking import (
     find_targets,
     history_scores,
     page_candidates,
-    read_embeddings,
     sampled_candidates,
 )
 

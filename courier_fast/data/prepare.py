@@ -29,6 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 from .. import __version__
+from ..files import sync
 from .dataset import FORMAT, SPLITS, ImageStoreWriter, write_table
 from .image_check import check_images, index_images
 from .layouts import LAYOUTS, Columns, Source, generic
@@ -626,6 +627,7 @@ def prepare(
     try:
         report = _write(partial, source, images, options)
         shutil.rmtree(partial / "scratch")
+        sync(partial)
         if out.exists():
             old = out.with_name(f"{out.name}.old-{os.getpid()}")
             out.rename(old)

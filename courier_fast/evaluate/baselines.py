@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data.dataset import Dataset
 from ..data.decode import Decoder, make_decoder
+from ..data.embeddings import check_embeddings
 from .embed import DatasetImages, Source, encode_all
 from .metrics import bootstrap_means, count_ranks, interval, page_values
 from .ranking import (
@@ -20,7 +21,6 @@ from .ranking import (
     SCORES,
     Candidates,
     Targets,
-    check_embeddings,
     find_targets,
     history_scores,
     page_candidates,

@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..data.dataset import Dataset
-from ..train.files import write_atomically
+from ..data.embeddings import read_embeddings
+from ..files import write_atomically
 from . import baselines
 from .baselines import BASELINES, Method, compare
 from .embed import (
@@ -27,7 +28,7 @@ from .embed import (
     make_decoder_for,
     run_source,
 )
-from .ranking import CANDIDATES, SCORES, has_images, read_embeddings
+from .ranking import CANDIDATES, SCORES, has_images
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..data.dataset import Dataset
 from ..data.decode import KINDS, Decoder, jpeg_header, make_decoder
 from ..data.transforms import eval_windows
-from ..train.files import remove, sync, write_atomically
+from ..files import remove, sync, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -468,8 +468,8 @@ def run_source(encoder: Any, run: Path, dataset: Dataset, args: argparse.Namespa
     device, _ = device_of(args)
     if encoder.about["backbone"] is not None:
         return DatasetImages(dataset, make_decoder_for(encoder, device, args))
+    from ..data.embeddings import read_embeddings
     from ..train.config import Config
-    from .ranking import read_embeddings
 
     features = Config.load(run / "config.toml").data.features
     if features is None:

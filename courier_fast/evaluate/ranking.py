@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +13,7 @@ from torch.nn import functional
 
 from .. import reconstruct
 from ..data.dataset import Dataset
+from ..data.embeddings import check_embeddings
 
 Array = npt.NDArray
 
@@ -282,51 +281,3 @@ def _similarities(items: Tensor, history: Tensor, known: Tensor, score: str) -> 
         return similar.masked_fill(~known[:, None], -torch.inf).amax(2)
     weight = known.double() / known.sum(1, keepdim=True).clamp_min(1)
     return (similar @ weight[:, :, None]).squeeze(2)
-
-
-def check_embeddings(embeddings: Array, dataset: Dataset) -> None:
-    """ValueError unless `embeddings` has a row for every item, at least one of them finite."""
-    if embeddings.ndim != 2 or len(embeddings) != dataset.num_items:
-        raise ValueError(
-            f"embeddings: expected [{dataset.num_items}, D] (a row per item of the dataset), got {list(embeddings.shape)}"
-        )
-    if not np.isfinite(embeddings).all(1).any():
-        raise ValueError("embeddings: expected at least one finite row, got none")
-
-
-def read_embeddings(path: str | os.PathLike[str], dataset: Dataset) -> Array:
-    """Embeddings [items, D] float32 in the dataset's order, from .npy (rows in that order) or .parquet (item_id, embedding).
-
-    Items without a row in the Parquet file are NaN, its other items are left out. ValueError where the shape is another or an id comes twice.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"embeddings: expected a .npy or .parquet file, got {path}")
-    if path.suffix == ".npy":
-        table = np.load(path, allow_pickle=False).astype(np.float32, copy=False)
-    elif path.suffix == ".parquet":
-        table = _read_parquet(path, dataset)
-    else:
-        raise ValueError(f"embeddings: expected a .npy or .parquet file, got {path}")
-    check_embeddings(table, dataset)
-    return table
-
-
-def _read_parquet(path: Path, dataset: Dataset) -> Array:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    read = pq.read_table(path, columns=["item_id", "embedding"])
-    read = read.filter(pc.is_valid(read["embedding"]))
-    widths = pc.unique(pc.list_value_length(read["embedding"])).to_pylist()
-    if len(widths) != 1:
-        raise ValueError(f"embeddings: expected rows of one length, got {widths} in {path}")
-    ids = read["item_id"].cast(pa.string()).combine_chunks()
-    if len(ids.unique()) != len(ids):
-        raise ValueError(f"embeddings: expected each item_id once, got one twice in {path}")
-    values = pc.list_flatten(read["embedding"]).to_numpy()
-    where = pc.fill_null(pc.index_in(ids, dataset.item_ids), -1).to_numpy()
-    table = np.full((dataset.num_items, widths[0]), np.nan, np.float32)
-    table[where[where >= 0]] = values.reshape(len(ids), -1)[where >= 0]
-    return table

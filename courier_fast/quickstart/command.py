@@ -17,7 +17,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..train.files import remove, write_atomically
+from ..files import remove, write_atomically
 from .catalogue import draw_catalogue
 from .users import Behaviour, simulate
 

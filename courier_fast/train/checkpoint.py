@@ -18,7 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from .files import remove, write_atomically
+from ..files import remove, write_atomically
 
 _NAME = re.compile(r"step-(\d+)")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from .files import write_atomically
+from ..files import write_atomically
 
 SMALL_CONV = "small_conv"
 

@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data.batches import BatchPlan
 from ..data.dataset import Dataset
+from ..data.embeddings import read_embeddings
 from ..data.loader import Augmentation, Batch, Features, Images, Loader
 from ..loss import ClickSequenceLoss, ReconstructionLoss, ReconstructionStats
 from .checkpoint import Checkpoints, optimizer_tensors
@@ -642,31 +642,8 @@ def _mix(*values: int) -> int:
 
 
 def read_features(path: str | os.PathLike[str], dataset: Dataset) -> np.ndarray:
-    """Precomputed embeddings [items, F] float32 in the dataset's order, from .npy (rows in that order) or .parquet (item_id, embedding).
-
-    Items without a row are NaN. ValueError where the shape is another or an item of a page has no row.
-    """
-    path = Path(path)
-    if path.suffix == ".npy":
-        table = np.load(path, allow_pickle=False).astype(np.float32, copy=False)
-        if table.ndim != 2 or len(table) != dataset.num_items:
-            raise ValueError(
-                f"features: expected [{dataset.num_items}, F] (a row per item of the dataset), got {list(table.shape)} in {path}"
-            )
-    elif path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.compute as pc
-        import pyarrow.parquet as pq
-
-        read = pq.read_table(path, columns=["item_id", "embedding"])
-        values = read["embedding"].combine_chunks()
-        rows = np.asarray(values.flatten(), np.float32).reshape(len(read), -1)
-        where = pc.index_in(dataset.item_ids, read["item_id"].combine_chunks().cast(pa.string()))
-        table = np.full((dataset.num_items, rows.shape[1]), np.nan, np.float32)
-        have = where.is_valid().to_numpy(zero_copy_only=False)
-        table[have] = rows[where.drop_null().to_numpy()]
-    else:
-        raise ValueError(f"features: expected a .npy or .parquet file, got {path}")
+    """Precomputed embeddings [items, F] as `read_embeddings` gives them; ValueError also where an item that is used has none."""
+    table = read_embeddings(path, dataset)
     used = np.unique(np.concatenate([dataset.pv_item, dataset.event_item]))
     lacking = used[~np.isfinite(table[used]).all(1)]
     if len(lacking):
