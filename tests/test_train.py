@@ -648,6 +648,19 @@ def test_command_line_overrides_the_file(
     assert len(metrics(tmp_path / "b")) == 2
 
 
+def test_tensorboard_gets_what_the_journal_gets(
+    dataset: Dataset, features: Path, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Trainer(
+        settings(dataset, tmp_path, data__features=features, optim__steps=3, run__tensorboard=True)
+    ).fit()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = [(e.step, e.value) for e in events.Scalars("loss")]
+    assert found == [(x["step"], pytest.approx(x["loss"], rel=1e-6)) for x in metrics(tmp_path)]
+
+
 def test_command_line_errors_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
