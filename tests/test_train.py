@@ -583,7 +583,7 @@ def test_features_by_id_or_by_row(dataset: Dataset, tmp_path: Path) -> None:
     assert np.array_equal(read_features(tmp_path / "t.npy", dataset), table)
     assert np.array_equal(read_features(tmp_path / "t.parquet", dataset), table)
     np.save(tmp_path / "short.npy", table[:-1])
-    with pytest.raises(ValueError, match=r"embeddings: expected \[50, F\] .* got \[49, 3\]"):
+    with pytest.raises(ValueError, match=r"embeddings: expected \[50, D\] .* got \[49, 3\]"):
         read_features(tmp_path / "short.npy", dataset)
     table[int(dataset.pv_item[0])] = math.nan
     np.save(tmp_path / "nan.npy", table)
