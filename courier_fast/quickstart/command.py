@@ -43,9 +43,9 @@ class Quickstart:
 
     items: int = 1200
     users: int = 800
-    steps: int = 180
+    steps: int = 130
     minutes: float = 0.0
-    pages: int = 64
+    pages: int = 96
     history: int = 12
     size: int = 64
     dim: int = 128
