@@ -222,7 +222,7 @@ def product(
     y_ptr,  # [y capacity, STRIDE]
     x_count_ptr,
     y_count_ptr,
-    out_ptr,  # [x capacity, STRIDE] float32
+    out_ptr,  # [x capacity, STRIDE]
     first_row,
     chunk_rows,
     y_capacity,
@@ -257,7 +257,7 @@ def product(
         acc = tl.dot(p, y, acc, input_precision=PRECISION)
     tl.store(
         out_ptr + (first_row + local).to(tl.int64)[:, None] * STRIDE + column[None, :],
-        acc,
+        acc.to(out_ptr.dtype.element_ty),
         mask=valid[:, None] & (column < STRIDE)[None, :],
     )
 

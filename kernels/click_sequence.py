@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .epilogue import combined_rows, summed_rows
 from .reconstruct import load_rows
-from .tl_common import LN2, normalize_backward, score_scale, splits_of, unit_scale
+from .tl_common import LN2, normalize_backward, score_scale, unit_scale
 
 
 @triton.jit
@@ -172,12 +172,16 @@ def sequence_gradient(
     out_ptr,  # [K, D], zeroed
     tau_part_ptr,
     slots,
+    transposed_slots,
+    programs,
+    transposed_programs,
     tau,
     TAU_IS_TENSOR: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
+    STREAM: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TRANSPOSED_M: tl.constexpr,
@@ -194,17 +198,41 @@ def sequence_gradient(
     inverse_tau = score_scale(tau, TAU_IS_TENSOR) * LN2
     g = tl.load(g_ptr + row, mask=valid, other=0.0)
     anchor = valid & (g != 0.0)
-    splits = splits_of(count, count, slots, TILE_M, TILE_N)
     where = row[:, None] * STRIDE + dims[None, :]
     mask = valid[:, None] & (dims < STRIDE)[None, :]
     as_anchor = combined_rows(
-        forward_acc_ptr, forward_top_ptr, lse_ptr, row, anchor, splits, STRIDE, TILE_M, BLOCK_D
+        forward_acc_ptr,
+        forward_top_ptr,
+        lse_ptr,
+        row,
+        anchor,
+        count_ptr,
+        count_ptr,
+        slots,
+        programs,
+        STREAM,
+        STRIDE,
+        TILE_M,
+        TILE_N,
+        BLOCK_D,
     )
     as_anchor = (
         g[:, None] * (as_anchor - tl.load(mean_ptr + where, mask=mask, other=0.0)) * inverse_tau
     )
-    splits = splits_of(count, count, slots, TRANSPOSED_M, TRANSPOSED_N)
-    others = summed_rows(transposed_acc_ptr, row, valid, splits, STRIDE, TRANSPOSED_M, BLOCK_D)
+    others = summed_rows(
+        transposed_acc_ptr,
+        row,
+        valid,
+        count_ptr,
+        count_ptr,
+        transposed_slots,
+        transposed_programs,
+        STREAM,
+        STRIDE,
+        TRANSPOSED_M,
+        TRANSPOSED_N,
+        BLOCK_D,
+    )
     if HAS_FACTOR:
         others *= tl.load(transposed_factor_ptr)
     others = (others - tl.load(pulled_ptr + where, mask=mask, other=0.0)) * inverse_tau

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .reconstruct import attend_tile, list_tile, store_unit_rows
-from .tl_common import LN2, LOG2E, rank_before, score_scale, splits_of
+from .tl_common import LN2, LOG2E, parts_of, rank_before, schedule, score_scale
 
 # Which candidates a row has, its positive always apart (`candidate_mask`).
 MASK_BATCH = tl.constexpr(0)
@@ -64,6 +64,8 @@ def contrast_step(
     HAS_Y_OFFSET: tl.constexpr,
     HAS_Y_SCALE: tl.constexpr,
     Y_OFFSET_IS_COUNT: tl.constexpr,
+    Y_OFFSET_IS_LSE: tl.constexpr,
+    LIFT: tl.constexpr,
     FIXED_SHIFT: tl.constexpr,
     ONLINE: tl.constexpr,
     NEED_SUM: tl.constexpr,
@@ -93,6 +95,8 @@ def contrast_step(
     t = tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale
     if HAS_Y_OFFSET:
         y_offset = tl.load(y_offset_ptr + place, mask=inside, other=0.0)
+        if Y_OFFSET_IS_LSE:
+            y_offset = LIFT - y_offset
         if NEED_RANK:
             # Exact ties are not above; the two sums of the same products may differ in their last bits.
             near = rank_score + 1e-6 * scale
@@ -151,11 +155,12 @@ def contrast(
     page_offsets_ptr,  # with MASK_PAGE: pv offsets [B + 1] ...
     y_rank_ptr,  # ... and the prefix sums that made the list of y
     tau,
-    acc_ptr,  # [slots * BLOCK_M, BLOCK_D]
+    acc_ptr,  # [slots * BLOCK_M, BLOCK_D]; with TO_LIST [N, BLOCK_D], each row at its place in the batch
     top_ptr,  # [slots * BLOCK_M]
     total_ptr,  # [slots * BLOCK_M]
     above_ptr,  # [slots * BLOCK_M]
     slots,
+    programs,
     # The attention, when it is the prologue of the row tile (FUSED), otherwise unused:
     q_ptr,
     q_index_ptr,
@@ -189,11 +194,15 @@ def contrast(
     HAS_Y_SCALE: tl.constexpr,
     Y_OFFSET_IS_COUNT: tl.constexpr,
     HAS_RANK_LOG_Q: tl.constexpr,
+    Y_OFFSET_IS_LSE: tl.constexpr,
+    LIFT: tl.constexpr,
     FIXED_SHIFT: tl.constexpr,
     ONLINE: tl.constexpr,
     NEED_SUM: tl.constexpr,
     NEED_VALUES: tl.constexpr,
     NEED_RANK: tl.constexpr,
+    STREAM: tl.constexpr,
+    TO_LIST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -207,185 +216,210 @@ def contrast(
     pid = tl.program_id(0)
     x_count = tl.load(x_count_ptr)
     y_count = tl.load(y_count_ptr)
-    splits = splits_of(x_count, y_count, slots, BLOCK_M, BLOCK_N)
-    first = (pid // splits) * BLOCK_M
-    if first >= x_count:
-        return
+    tiles, blocks, parts, share = schedule(
+        x_count, y_count, slots, programs, BLOCK_M, BLOCK_N, STREAM
+    )
+    if TO_LIST:
+        parts = tl.minimum(parts, 1)
     scale = score_scale(tau, TAU_IS_TENSOR)
+    begin = pid * share
+    end = tl.minimum(begin + share, tiles * blocks)
+    first_tile = pid // parts
+    last_tile = tl.minimum(first_tile, tl.cdiv(x_count, BLOCK_M) - 1)
+    if share > 0:
+        first_tile = begin // blocks
+        last_tile = tl.cdiv(end, blocks) - 1
+    for tile in range(first_tile, last_tile + 1):
+        first = tile * BLOCK_M
+        x_place = first + tl.arange(0, BLOCK_M)
+        valid = x_place < x_count
+        dims = tl.arange(0, BLOCK_D)
+        if FUSED:
+            place, valid, position, page, first_page, last_page = list_tile(
+                list_ptr, x_page_ptr, x_count, first, BLOCK_M
+            )
+            r = attend_tile(
+                q_ptr,
+                q_index_ptr,
+                k_ptr,
+                k_index_ptr,
+                v_ptr,
+                v_index_ptr,
+                history_offsets_ptr,
+                history_page_ptr,
+                attention_lse_ptr,
+                position,
+                page,
+                place,
+                first_page,
+                last_page,
+                capacity,
+                attention_scale * LOG2E,
+                NEED_VALUES,
+                D,
+                1,
+                HAS_Q_INDEX,
+                HAS_K_INDEX,
+                HAS_V_INDEX,
+                BLOCK_M,
+                BLOCK_H,
+                BLOCK_D,
+                BLOCK_C,
+                PRECISION,
+            )
+            # Every part of a split tile computes the same r; each writes the same bits.
+            x = store_unit_rows(
+                r,
+                e_ptr,
+                e_index_ptr,
+                x_ptr,
+                norm_ptr,
+                positive_ptr,
+                position,
+                place,
+                valid,
+                D,
+                BLOCK_D,
+                BLOCK_D,
+                HAS_E_INDEX,
+                True,
+            )
+        else:
+            where = x_place.to(tl.int64)[:, None] * BLOCK_D + dims[None, :]
+            x = tl.load(x_ptr + where, mask=valid[:, None], other=0.0)
 
-    x_place = first + tl.arange(0, BLOCK_M)
-    valid = x_place < x_count
-    dims = tl.arange(0, BLOCK_D)
-    if FUSED:
-        place, valid, position, page, first_page, last_page = list_tile(
-            list_ptr, x_page_ptr, x_count, first, BLOCK_M
-        )
-        r = attend_tile(
-            q_ptr,
-            q_index_ptr,
-            k_ptr,
-            k_index_ptr,
-            v_ptr,
-            v_index_ptr,
-            history_offsets_ptr,
-            history_page_ptr,
-            attention_lse_ptr,
-            position,
-            page,
-            place,
-            first_page,
-            last_page,
-            capacity,
-            attention_scale * LOG2E,
-            NEED_VALUES,
-            D,
-            1,
-            HAS_Q_INDEX,
-            HAS_K_INDEX,
-            HAS_V_INDEX,
-            BLOCK_M,
-            BLOCK_H,
-            BLOCK_D,
-            BLOCK_C,
-            PRECISION,
-        )
-        # Every part of a split tile computes the same r; each writes the same bits.
-        x = store_unit_rows(
-            r,
-            e_ptr,
-            e_index_ptr,
-            x_ptr,
-            norm_ptr,
-            positive_ptr,
-            position,
-            place,
-            valid,
-            D,
-            BLOCK_D,
-            BLOCK_D,
-            HAS_E_INDEX,
-            True,
-        )
-    else:
-        where = x_place.to(tl.int64)[:, None] * BLOCK_D + dims[None, :]
-        x = tl.load(x_ptr + where, mask=valid[:, None], other=0.0)
+        x_id = x_place
+        x_page = x_place
+        if MASK != MASK_SEQUENCE:
+            x_id = tl.load(x_id_ptr + x_place, mask=valid, other=0)
+        if MASK == MASK_PAGE or MASK == MASK_OTHER_PAGES or MASK == MASK_SEQUENCE_IDS:
+            x_page = tl.load(x_page_ptr + x_place, mask=valid, other=-2)
+        rank_score = tl.zeros([BLOCK_M], tl.float32)
+        x_offset = rank_score
+        if HAS_X_OFFSET:
+            x_offset = tl.load(x_offset_ptr + x_place, mask=valid, other=0.0)
+        if NEED_RANK:
+            rank_score = tl.load(x_rank_score_ptr + x_place * 2 + 1, mask=valid, other=0.0) * scale
+            if HAS_RANK_LOG_Q:
+                position = tl.load(list_ptr + x_place, mask=valid, other=0)
+                rank_score -= tl.load(log_q_ptr + position, mask=valid, other=0.0) * LOG2E
 
-    x_id = x_place
-    x_page = x_place
-    if MASK != MASK_SEQUENCE:
-        x_id = tl.load(x_id_ptr + x_place, mask=valid, other=0)
-    if MASK == MASK_PAGE or MASK == MASK_OTHER_PAGES or MASK == MASK_SEQUENCE_IDS:
-        x_page = tl.load(x_page_ptr + x_place, mask=valid, other=-2)
-    rank_score = tl.zeros([BLOCK_M], tl.float32)
-    x_offset = rank_score
-    if HAS_X_OFFSET:
-        x_offset = tl.load(x_offset_ptr + x_place, mask=valid, other=0.0)
-    if NEED_RANK:
-        rank_score = tl.load(x_rank_score_ptr + x_place * 2 + 1, mask=valid, other=0.0) * scale
-        if HAS_RANK_LOG_Q:
-            position = tl.load(list_ptr + x_place, mask=valid, other=0)
-            rank_score -= tl.load(log_q_ptr + position, mask=valid, other=0.0) * LOG2E
+        low = 0
+        high = y_count
+        if MASK == MASK_PAGE:
+            page_first = tl.load(x_page_ptr + first)
+            page_last = tl.load(x_page_ptr + tl.minimum(first + BLOCK_M, x_count) - 1)
+            low = rank_before(y_rank_ptr, tl.load(page_offsets_ptr + page_first))
+            high = rank_before(y_rank_ptr, tl.load(page_offsets_ptr + page_last + 1))
+        slot = pid
+        if share > 0:
+            low = tl.maximum(begin - tile * blocks, 0) * BLOCK_N
+            high = tl.minimum(tl.minimum(end - tile * blocks, blocks) * BLOCK_N, high)
+            slot = tile + pid
+        else:
+            part = tl.cdiv(tl.cdiv(high - low, BLOCK_N), parts) * BLOCK_N
+            low = low + (pid % parts) * part
+            high = tl.minimum(low + part, high)
 
-    low = 0
-    high = y_count
-    if MASK == MASK_PAGE:
-        page_first = tl.load(x_page_ptr + first)
-        page_last = tl.load(x_page_ptr + tl.minimum(first + BLOCK_M, x_count) - 1)
-        low = rank_before(y_rank_ptr, tl.load(page_offsets_ptr + page_first))
-        high = rank_before(y_rank_ptr, tl.load(page_offsets_ptr + page_last + 1))
-    part = tl.cdiv(tl.cdiv(high - low, BLOCK_N), splits) * BLOCK_N
-    low = low + (pid % splits) * part
-    high = tl.minimum(low + part, high)
-
-    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    above = tl.zeros([BLOCK_M], tl.int32)
-    # The tail is peeled: a mask on every load of the inner loop costs several percent.
-    whole = low + tl.maximum(high - low, 0) // BLOCK_N * BLOCK_N
-    for start in range(low, whole, BLOCK_N):
-        top, total, acc, above = contrast_step(
-            x,
-            top,
-            total,
-            acc,
-            above,
-            x_id,
-            x_page,
-            x_place,
-            x_offset,
-            rank_score,
-            y_ptr,
-            y_id_ptr,
-            y_page_ptr,
-            y_offset_ptr,
-            y_scale_ptr,
-            start,
-            high,
-            scale,
-            False,
-            MASK,
-            HAS_X_OFFSET and not X_OFFSET_AFTER,
-            HAS_Y_OFFSET,
-            HAS_Y_SCALE,
-            Y_OFFSET_IS_COUNT,
-            FIXED_SHIFT,
-            ONLINE,
-            NEED_SUM,
-            NEED_VALUES,
-            NEED_RANK,
-            BLOCK_N,
-            BLOCK_D,
-            PRECISION,
-        )
-    if whole < high:
-        top, total, acc, above = contrast_step(
-            x,
-            top,
-            total,
-            acc,
-            above,
-            x_id,
-            x_page,
-            x_place,
-            x_offset,
-            rank_score,
-            y_ptr,
-            y_id_ptr,
-            y_page_ptr,
-            y_offset_ptr,
-            y_scale_ptr,
-            whole,
-            high,
-            scale,
-            True,
-            MASK,
-            HAS_X_OFFSET and not X_OFFSET_AFTER,
-            HAS_Y_OFFSET,
-            HAS_Y_SCALE,
-            Y_OFFSET_IS_COUNT,
-            FIXED_SHIFT,
-            ONLINE,
-            NEED_SUM,
-            NEED_VALUES,
-            NEED_RANK,
-            BLOCK_N,
-            BLOCK_D,
-            PRECISION,
-        )
-    if HAS_X_OFFSET and X_OFFSET_AFTER:
-        # log m of a column that stands for m items: a factor of its row, outside the loop.
-        acc = acc * tl.exp2(x_offset)[:, None]
-    slot = pid.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    if NEED_SUM:
-        if FIXED_SHIFT:
-            top = tl.zeros([BLOCK_M], tl.float32) + scale
-        tl.store(total_ptr + slot, total)
-        tl.store(top_ptr + slot, top)
-    if NEED_RANK:
-        tl.store(above_ptr + slot, above)
-    if NEED_VALUES:
-        tl.store(acc_ptr + slot[:, None] * BLOCK_D + dims[None, :], acc)
+        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        above = tl.zeros([BLOCK_M], tl.int32)
+        # The tail is peeled: a mask on every load of the inner loop costs several percent.
+        whole = low + tl.maximum(high - low, 0) // BLOCK_N * BLOCK_N
+        for start in range(low, whole, BLOCK_N):
+            top, total, acc, above = contrast_step(
+                x,
+                top,
+                total,
+                acc,
+                above,
+                x_id,
+                x_page,
+                x_place,
+                x_offset,
+                rank_score,
+                y_ptr,
+                y_id_ptr,
+                y_page_ptr,
+                y_offset_ptr,
+                y_scale_ptr,
+                start,
+                high,
+                scale,
+                False,
+                MASK,
+                HAS_X_OFFSET and not X_OFFSET_AFTER,
+                HAS_Y_OFFSET,
+                HAS_Y_SCALE,
+                Y_OFFSET_IS_COUNT,
+                Y_OFFSET_IS_LSE,
+                LIFT,
+                FIXED_SHIFT,
+                ONLINE,
+                NEED_SUM,
+                NEED_VALUES,
+                NEED_RANK,
+                BLOCK_N,
+                BLOCK_D,
+                PRECISION,
+            )
+        if whole < high:
+            top, total, acc, above = contrast_step(
+                x,
+                top,
+                total,
+                acc,
+                above,
+                x_id,
+                x_page,
+                x_place,
+                x_offset,
+                rank_score,
+                y_ptr,
+                y_id_ptr,
+                y_page_ptr,
+                y_offset_ptr,
+                y_scale_ptr,
+                whole,
+                high,
+                scale,
+                True,
+                MASK,
+                HAS_X_OFFSET and not X_OFFSET_AFTER,
+                HAS_Y_OFFSET,
+                HAS_Y_SCALE,
+                Y_OFFSET_IS_COUNT,
+                Y_OFFSET_IS_LSE,
+                LIFT,
+                FIXED_SHIFT,
+                ONLINE,
+                NEED_SUM,
+                NEED_VALUES,
+                NEED_RANK,
+                BLOCK_N,
+                BLOCK_D,
+                PRECISION,
+            )
+        if HAS_X_OFFSET and X_OFFSET_AFTER:
+            # log m of a column that stands for m items: a factor of its row, outside the loop.
+            acc = acc * tl.exp2(x_offset)[:, None]
+        row = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        if NEED_SUM:
+            if FIXED_SHIFT:
+                top = tl.zeros([BLOCK_M], tl.float32) + scale
+            tl.store(total_ptr + row, total)
+            tl.store(top_ptr + row, top)
+        if NEED_RANK:
+            tl.store(above_ptr + row, above)
+        if NEED_VALUES:
+            if TO_LIST:
+                row = tl.load(list_ptr + x_place, mask=valid, other=0).to(tl.int64)
+            where = row[:, None] * BLOCK_D + dims[None, :]
+            if TO_LIST:
+                tl.store(acc_ptr + where, acc.to(acc_ptr.dtype.element_ty), mask=valid[:, None])
+            else:
+                tl.store(acc_ptr + where, acc.to(acc_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -413,6 +447,7 @@ def finish_rows(
     item_positive_ptr,
     item_rank_ptr,
     slots,
+    programs,
     first_row,
     last_row,
     tau,
@@ -420,6 +455,7 @@ def finish_rows(
     HAS_LOG_Q: tl.constexpr,
     HAS_POSITIVE: tl.constexpr,
     STATS: tl.constexpr,
+    STREAM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -431,19 +467,23 @@ def finish_rows(
     row = first_row + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x_count = tl.load(x_count_ptr)
     valid = row < tl.minimum(x_count, last_row)
-    splits = splits_of(x_count, tl.load(y_count_ptr), slots, BLOCK_M, BLOCK_N)
+    _tiles, blocks, parts, share = schedule(
+        x_count, tl.load(y_count_ptr), slots, programs, BLOCK_M, BLOCK_N, STREAM
+    )
     scale = score_scale(tau, TAU_IS_TENSOR)
-    base = (row // BLOCK_M).to(tl.int64) * splits * BLOCK_M + row % BLOCK_M
+    first, number = parts_of((row // BLOCK_M).to(tl.int64), blocks, parts, share)
+    most = tl.max(tl.where(valid, number, 0), axis=0)
     top = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     above = tl.zeros([BLOCK], tl.int32)
-    for split in range(splits):
-        slot = base + split * BLOCK_M
-        part_top = tl.load(top_ptr + slot, mask=valid, other=-float("inf"))
-        part = tl.load(total_ptr + slot, mask=valid, other=0.0)
-        top, total = add_in(top, total, part_top, part)
+    for part in range(most):
+        slot = (first + part) * BLOCK_M + row % BLOCK_M
+        there = valid & (part < number)
+        part_top = tl.load(top_ptr + slot, mask=there, other=-float("inf"))
+        part_total = tl.load(total_ptr + slot, mask=there, other=0.0)
+        top, total = add_in(top, total, part_top, part_total)
         if STATS:
-            above += tl.load(above_ptr + slot, mask=valid, other=0)
+            above += tl.load(above_ptr + slot, mask=there, other=0)
     if HAS_POSITIVE:
         position = tl.load(list_ptr + row, mask=valid, other=0)
         cosine = tl.load(positive_ptr + row * 2, mask=valid, other=0.0)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .reconstruct import head_mask, load_rows, store_unit_rows
-from .tl_common import LN2, normalize_backward, score_scale, splits_of, unit_scale
+from .tl_common import LN2, normalize_backward, parts_of, schedule, score_scale, unit_scale
 
 
 @triton.jit
@@ -69,19 +69,16 @@ def row_gradients(
     upstream_stride,
     weights_ptr,  # [N]
     weight_sum_ptr,  # 0-d
-    lse_ptr,  # [capacity], in powers of two
     list_ptr,
     count_ptr,
     g_ptr,  # [capacity]
-    offset_ptr,  # [capacity]
     rows,
     share,
-    lift,
     PER_ROW: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """g_i, the upstream gradient of anchor i's loss, and -lse_i + lift, its offset in the transposed pass."""
+    """g_i, the upstream gradient of anchor i's loss."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     count = tl.load(count_ptr)
     valid = row < count
@@ -93,7 +90,24 @@ def row_gradients(
         if HAS_WEIGHTS:
             g *= tl.load(weights_ptr + position, mask=valid, other=0.0)
     tl.store(g_ptr + row, tl.where(valid, g * share, 0.0), mask=row < rows)
-    tl.store(offset_ptr + row, lift - tl.load(lse_ptr + row, mask=valid, other=0.0), mask=valid)
+
+
+@triton.jit
+def uniform_gradient(upstream_ptr, weight_sum_ptr, share):
+    """g where it is the same for every anchor: a mean or a sum without weights."""
+    return tl.load(upstream_ptr) / tl.load(weight_sum_ptr) * share
+
+
+@triton.jit
+def anchor_gradient(
+    g_ptr, upstream_ptr, weight_sum_ptr, share, anchor, is_anchor, UNIFORM: tl.constexpr
+):
+    """g_i of anchors, 0 for other rows."""
+    if UNIFORM:
+        g = uniform_gradient(upstream_ptr, weight_sum_ptr, share)
+        return tl.where(is_anchor, g, 0.0)
+    else:
+        return tl.load(g_ptr + anchor, mask=is_anchor, other=0.0)
 
 
 @triton.jit
@@ -103,37 +117,67 @@ def combined_rows(
     lse_ptr,
     row,
     valid,
-    splits,
+    count_ptr,
+    other_count_ptr,
+    slots,
+    programs,
+    STREAM: tl.constexpr,
     STRIDE: tl.constexpr,
     TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """sum_j p_ij y_j of rows [BLOCK_M], from the parts that the forward pass left."""
     dims = tl.arange(0, BLOCK_D)
     lse = tl.load(lse_ptr + row, mask=valid, other=0.0)
-    base = (row // TILE_M).to(tl.int64) * splits * TILE_M + row % TILE_M
-    mask = valid[:, None] & (dims < STRIDE)[None, :]
+    _tiles, blocks, parts, share = schedule(
+        tl.load(count_ptr), tl.load(other_count_ptr), slots, programs, TILE_M, TILE_N, STREAM
+    )
+    first, number = parts_of((row // TILE_M).to(tl.int64), blocks, parts, share)
     result = tl.zeros([row.shape[0], BLOCK_D], tl.float32)
-    for split in range(splits):
-        slot = base + split * TILE_M
-        factor = tl.exp2(tl.load(top_ptr + slot, mask=valid, other=0.0) - lse)
-        part = tl.load(acc_ptr + slot[:, None] * STRIDE + dims[None, :], mask=mask, other=0.0)
-        result += part * factor[:, None]
+    for part in range(tl.max(tl.where(valid, number, 0), axis=0)):
+        slot = (first + part) * TILE_M + row % TILE_M
+        there = valid & (part < number)
+        factor = tl.exp2(tl.load(top_ptr + slot, mask=there, other=0.0) - lse)
+        x = tl.load(
+            acc_ptr + slot[:, None] * STRIDE + dims[None, :],
+            mask=there[:, None] & (dims < STRIDE)[None, :],
+            other=0.0,
+        )
+        result += x.to(tl.float32) * tl.where(there, factor, 0.0)[:, None]
     return result
 
 
 @triton.jit
 def summed_rows(
-    acc_ptr, row, valid, splits, STRIDE: tl.constexpr, TILE_M: tl.constexpr, BLOCK_D: tl.constexpr
+    acc_ptr,
+    row,
+    valid,
+    count_ptr,
+    other_count_ptr,
+    slots,
+    programs,
+    STREAM: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """Rows of a transposed pass: the plain sum of its parts."""
     dims = tl.arange(0, BLOCK_D)
-    base = (row // TILE_M).to(tl.int64) * splits * TILE_M + row % TILE_M
-    mask = valid[:, None] & (dims < STRIDE)[None, :]
+    _tiles, blocks, parts, share = schedule(
+        tl.load(count_ptr), tl.load(other_count_ptr), slots, programs, TILE_M, TILE_N, STREAM
+    )
+    first, number = parts_of((row // TILE_M).to(tl.int64), blocks, parts, share)
     result = tl.zeros([row.shape[0], BLOCK_D], tl.float32)
-    for split in range(splits):
-        slot = base + split * TILE_M
-        result += tl.load(acc_ptr + slot[:, None] * STRIDE + dims[None, :], mask=mask, other=0.0)
+    for part in range(tl.max(tl.where(valid, number, 0), axis=0)):
+        slot = (first + part) * TILE_M + row % TILE_M
+        x = tl.load(
+            acc_ptr + slot[:, None] * STRIDE + dims[None, :],
+            mask=(valid & (part < number))[:, None] & (dims < STRIDE)[None, :],
+            other=0.0,
+        )
+        result += x.to(tl.float32)
     return result
 
 
@@ -153,7 +197,9 @@ def reconstruction_gradient(
     forward_top_ptr,
     forward_lse_ptr,
     forward_miss_ptr,
-    g_ptr,
+    g_ptr,  # [capacity]; with UNIFORM unused
+    upstream_ptr,  # 0-d
+    weight_sum_ptr,  # 0-d
     transposed_acc_ptr,  # "identify": the transposed pass over r
     identify_miss_ptr,
     transposed_factor_ptr,  # 0-d factor of the transposed pass
@@ -161,8 +207,12 @@ def reconstruction_gradient(
     delta_ptr,  # [HEADS, capacity]
     tau_part_ptr,  # [programs]
     capacity,
+    share,
+    lower,
     forward_slots,
     transposed_slots,
+    programs,
+    transposed_programs,
     tau,
     TAU_IS_TENSOR: tl.constexpr,
     D: tl.constexpr,
@@ -172,6 +222,8 @@ def reconstruction_gradient(
     RECONSTRUCT: tl.constexpr,
     IDENTIFY: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    STREAM: tl.constexpr,
     FORWARD_M: tl.constexpr,
     FORWARD_N: tl.constexpr,
     TRANSPOSED_M: tl.constexpr,
@@ -189,35 +241,50 @@ def reconstruction_gradient(
     count = tl.load(count_ptr)
     valid = row < count
     position = tl.load(list_ptr + row, mask=valid, other=0)
-    anchor_count = tl.load(anchor_count_ptr)
     inverse_tau = score_scale(tau, TAU_IS_TENSOR) * LN2
     is_anchor = valid & (tl.load(anchor_flag_ptr + position, mask=valid, other=0) != 0)
     anchor = tl.load(anchor_rank_ptr + position, mask=is_anchor, other=1) - 1
-    g = tl.load(g_ptr + anchor, mask=is_anchor, other=0.0)
+    g = anchor_gradient(g_ptr, upstream_ptr, weight_sum_ptr, share, anchor, is_anchor, UNIFORM)
 
     dr = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     miss = tl.zeros([BLOCK_M], tl.float32)
     if RECONSTRUCT:
-        splits = splits_of(
-            anchor_count, tl.load(column_count_ptr), forward_slots, FORWARD_M, FORWARD_N
-        )
         dr += g[:, None] * combined_rows(
             forward_acc_ptr,
             forward_top_ptr,
             forward_lse_ptr,
             anchor,
             is_anchor,
-            splits,
+            anchor_count_ptr,
+            column_count_ptr,
+            forward_slots,
+            programs,
+            STREAM,
             STRIDE,
             FORWARD_M,
+            FORWARD_N,
             BLOCK_D,
         )
         miss += tl.load(forward_miss_ptr + anchor, mask=is_anchor, other=0.0)
     if IDENTIFY:
-        splits = splits_of(count, anchor_count, transposed_slots, TRANSPOSED_M, TRANSPOSED_N)
-        part = summed_rows(transposed_acc_ptr, row, valid, splits, STRIDE, TRANSPOSED_M, BLOCK_D)
+        part = summed_rows(
+            transposed_acc_ptr,
+            row,
+            valid,
+            count_ptr,
+            anchor_count_ptr,
+            transposed_slots,
+            transposed_programs,
+            STREAM,
+            STRIDE,
+            TRANSPOSED_M,
+            TRANSPOSED_N,
+            BLOCK_D,
+        )
         if HAS_FACTOR:
             part *= tl.load(transposed_factor_ptr)
+        elif UNIFORM:
+            part *= uniform_gradient(upstream_ptr, weight_sum_ptr, share) * lower
         dr += part
         miss += tl.load(identify_miss_ptr + anchor, mask=is_anchor, other=0.0)
     e = load_rows(e_ptr, e_index_ptr, position, is_anchor, D, BLOCK_D, HAS_E_INDEX).to(tl.float32)
@@ -337,10 +404,16 @@ def pv_gradient(
     identify_lse_ptr,
     forward_miss_ptr,
     identify_miss_ptr,
-    g_ptr,
+    g_ptr,  # [capacity]; with UNIFORM unused
+    upstream_ptr,  # 0-d
+    weight_sum_ptr,  # 0-d
     rows,
+    share,
+    lower,
     transposed_slots,
     identify_slots,
+    programs,
+    transposed_programs,
     tau,
     TAU_IS_TENSOR: tl.constexpr,
     D: tl.constexpr,
@@ -353,6 +426,9 @@ def pv_gradient(
     IDENTIFY: tl.constexpr,
     ADD_DQ: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    STREAM: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     TRANSPOSED_M: tl.constexpr,
     TRANSPOSED_N: tl.constexpr,
     IDENTIFY_M: tl.constexpr,
@@ -364,6 +440,7 @@ def pv_gradient(
 
     dL/de_j = 1/tau (sum_i g_i p_ij r_i - [j in A] g_j (1 - p_jj) r_j), and for "identify"
     g_j/tau (sum_i p_ij r_i - (1 - p_jj) r_j). COLUMNS off: columns are unique items, the sum over i is added there.
+    IN_PLACE: the transposed pass left its rows where dL/dE goes.
     """
     dims = tl.arange(0, BLOCK_D)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -376,44 +453,54 @@ def pv_gradient(
         is_column = inside & (tl.load(flag_ptr + 2 * rows64 + row, mask=inside, other=0) != 0)
         is_anchor = inside & (tl.load(flag_ptr + row, mask=inside, other=0) != 0)
         anchor = tl.load(rank_ptr + row, mask=is_anchor, other=1) - 1
-        g = tl.load(g_ptr + anchor, mask=is_anchor, other=0.0)
-        anchor_count = tl.load(anchor_count_ptr)
+        g = anchor_gradient(g_ptr, upstream_ptr, weight_sum_ptr, share, anchor, is_anchor, UNIFORM)
         miss = tl.zeros([BLOCK_M], tl.float32)
         de = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         if RECONSTRUCT:
             miss += tl.load(forward_miss_ptr + anchor, mask=is_anchor, other=0.0)
             if COLUMNS:
-                column = tl.load(rank_ptr + 2 * rows64 + row, mask=is_column, other=1) - 1
-                splits = splits_of(
-                    tl.load(column_count_ptr),
-                    anchor_count,
-                    transposed_slots,
-                    TRANSPOSED_M,
-                    TRANSPOSED_N,
-                )
-                part = summed_rows(
-                    transposed_acc_ptr, column, is_column, splits, STRIDE, TRANSPOSED_M, BLOCK_D
-                )
+                if IN_PLACE:
+                    part = tl.load(
+                        out_ptr + row[:, None] * D + dims[None, :],
+                        mask=is_column[:, None] & (dims < D)[None, :],
+                        other=0.0,
+                    ).to(tl.float32)
+                else:
+                    column = tl.load(rank_ptr + 2 * rows64 + row, mask=is_column, other=1) - 1
+                    part = summed_rows(
+                        transposed_acc_ptr,
+                        column,
+                        is_column,
+                        column_count_ptr,
+                        anchor_count_ptr,
+                        transposed_slots,
+                        transposed_programs,
+                        STREAM,
+                        STRIDE,
+                        TRANSPOSED_M,
+                        TRANSPOSED_N,
+                        BLOCK_D,
+                    )
                 if HAS_FACTOR:
                     part *= tl.load(transposed_factor_ptr)
+                elif UNIFORM:
+                    part *= uniform_gradient(upstream_ptr, weight_sum_ptr, share) * lower
                 de += part
         if IDENTIFY:
-            splits = splits_of(
-                anchor_count,
-                tl.load(reconstructed_count_ptr),
-                identify_slots,
-                IDENTIFY_M,
-                IDENTIFY_N,
-            )
             de += g[:, None] * combined_rows(
                 identify_acc_ptr,
                 identify_top_ptr,
                 identify_lse_ptr,
                 anchor,
                 is_anchor,
-                splits,
+                anchor_count_ptr,
+                reconstructed_count_ptr,
+                identify_slots,
+                programs,
+                STREAM,
                 STRIDE,
                 IDENTIFY_M,
+                IDENTIFY_N,
                 BLOCK_D,
             )
             miss += tl.load(identify_miss_ptr + anchor, mask=is_anchor, other=0.0)
@@ -453,8 +540,13 @@ def table_gradient(
     table_ptr,  # [n, D]
     transposed_acc_ptr,
     transposed_factor_ptr,
+    upstream_ptr,
+    weight_sum_ptr,
     rows,
+    share,
+    lower,
     transposed_slots,
+    transposed_programs,
     tau,
     TAU_IS_TENSOR: tl.constexpr,
     D: tl.constexpr,
@@ -463,6 +555,8 @@ def table_gradient(
     HAS_HISTORY: tl.constexpr,
     MERGED: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    STREAM: tl.constexpr,
     TRANSPOSED_M: tl.constexpr,
     TRANSPOSED_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -494,18 +588,24 @@ def table_gradient(
     if MERGED:
         if tl.load(item_count_ptr + item) > 0:
             column = tl.load(column_rank_ptr + item) - 1 + tl.arange(0, 1)
-            splits = splits_of(
-                tl.load(column_count_ptr),
-                tl.load(anchor_count_ptr),
+            de = summed_rows(
+                transposed_acc_ptr,
+                column,
+                column >= 0,
+                column_count_ptr,
+                anchor_count_ptr,
                 transposed_slots,
+                transposed_programs,
+                STREAM,
+                STRIDE,
                 TRANSPOSED_M,
                 TRANSPOSED_N,
-            )
-            de = summed_rows(
-                transposed_acc_ptr, column, column >= 0, splits, STRIDE, TRANSPOSED_M, BLOCK_D
+                BLOCK_D,
             )
             if HAS_FACTOR:
                 de *= tl.load(transposed_factor_ptr)
+            elif UNIFORM:
+                de *= uniform_gradient(upstream_ptr, weight_sum_ptr, share) * lower
             de = de * (score_scale(tau, TAU_IS_TENSOR) * LN2)
             e = tl.load(
                 table_ptr + item * D + dims[None, :], mask=(dims < D)[None, :], other=0.0

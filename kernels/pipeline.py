@@ -42,6 +42,7 @@ from .state import (
     needs_running_maximum,
     plan_spec,
     state_spec,
+    sums_dtype,
     temperature_argument,
 )
 
@@ -171,13 +172,14 @@ def forward(
     online = needs_running_maximum(p, p.pv.dtype, p.log_q is not None)
     for direction in s.directions:
         x, y = sides(p, s, t, direction)
-        flat = s.flat(s.rows, device)
+        flat = s.flat(s.rows, s.tile, device)
         out = Pass(
             t[f"{direction}_acc"],
             t[f"{direction}_top"],
             torch.empty(flat, dtype=torch.float32, device=device),
             torch.empty(flat if stats else 0, dtype=torch.int32, device=device),
-            s.slots(s.rows, device),
+            s.slots(s.rows, s.tile, device),
+            s.tile,
         )
         first_stats = stats and direction == s.directions[0]
         loss = torch.empty(s.rows, dtype=torch.float32, device=device)
@@ -213,6 +215,7 @@ def forward(
                 item_positive,
                 item_rank,
                 out.slots,
+                s.programs(device),
                 first_row,
                 first_row + rows,
                 tau,
@@ -220,8 +223,9 @@ def forward(
                 HAS_LOG_Q=p.log_q is not None,
                 HAS_POSITIVE=True,
                 STATS=first_stats,
-                BLOCK_M=s.tile.block_m,
-                BLOCK_N=s.tile.block_n,
+                STREAM=s.stream,
+                BLOCK_M=out.tile.block_m,
+                BLOCK_N=out.tile.block_n,
                 BLOCK=256,
             )
 
@@ -324,47 +328,63 @@ def backward(
     t = dict(zip(state_spec(p), saved, strict=True))
     tau, tau_is_tensor = temperature_argument(p)
     half = dtype == torch.float16
-    slots = s.slots(s.rows, device)
     new = torch.empty
 
-    # Upstream gradient of each anchor, and the transposed passes.
-    g = new(s.rows, dtype=torch.float32, device=device)
-    results: dict[str, Pass] = {}
-    factor = None
-    scale = g
-    for direction in s.directions:
-        offset = torch.empty_like(g)
+    # Upstream gradient of each anchor. In a mean or a sum without weights it is one number, and stays out of the
+    # transposed pass: a factor of every column costs it 3 percent.
+    uniform = p.weights is None and p.reduction != "none"
+    g = t["weight_sum"]
+    if not uniform:
+        g = new(s.rows, dtype=torch.float32, device=device)
         epilogue.row_gradients[(cdiv(s.rows, 256),)](
             grad,
             grad.stride(0) if grad.dim() else 0,
             p.weights if p.weights is not None else g,
             t["weight_sum"],
-            t[f"{direction}_lse"],
             t["anchor_list"],
             t["counts"][0:1],
             g,
-            offset,
             s.rows,
             1.0 / len(s.directions),
-            HALF_LIFT if half else 0.0,
             PER_ROW=p.reduction == "none",
             HAS_WEIGHTS=p.weights is not None,
             BLOCK=256,
         )
+    scale = None if uniform else g
+    factor = None
+    results: dict[str, Pass] = {}
+    d_pv = torch.empty_like(p.pv) if needs[0] and p.history is not None else None
+    for direction in s.directions:
         x, y = sides(p, s, t, direction)
-        wanted = needs[0] if direction == "reconstruct" else True
-        if not wanted:
+        if direction == "reconstruct" and not needs[0]:
             continue
         if s.early:
             factor = t[f"{direction}_factor"] * grad
-            results[direction] = Pass(t[f"{direction}_dy"], g, g, g, 1)
+            results[direction] = Pass(t[f"{direction}_dy"], g, g, g, 1, s.transposed)
             continue
-        if half and factor is None:
+        if half and scale is not None and factor is None:
             scale, factor = lowered(g)
         capacity = y.unit.shape[0]
-        passes = s.slots(capacity, device)
-        acc = new(s.flat(capacity, device), s.stride, dtype=torch.float32, device=device)
-        results[direction] = result = Pass(acc, g, g, g, passes)
+        tiles = cdiv(capacity, s.transposed.block_m)
+        # Chunks are summed in float32; one pass is rounded once.
+        kind = torch.float32 if s.chunked else sums_dtype(dtype)
+        in_place = (
+            direction == "reconstruct"
+            and d_pv is not None
+            and not s.chunked
+            and d_pv.dtype == kind
+            and s.stride == s.dim
+            and 2 * tiles > s.programs(device)
+        )
+        if in_place:
+            assert d_pv is not None
+            result = Pass(d_pv, g, g, g, tiles, s.transposed, True)
+        else:
+            flat = s.flat(capacity, s.transposed, device)
+            acc = new(flat, s.stride, dtype=kind, device=device)
+            slots = s.slots(capacity, s.transposed, device)
+            result = Pass(acc, g, g, g, slots, s.transposed)
+        results[direction] = result
         if s.chunked:
             run_chunks(
                 s,
@@ -373,7 +393,7 @@ def backward(
                 None,
                 t[f"{direction}_lse"],
                 None,
-                Transposed(scale, acc),
+                Transposed(g if scale is None else scale, result.acc),
                 p.workspace,
                 mask=_MASKS[p.negatives],
                 tau=tau,
@@ -390,7 +410,8 @@ def backward(
             tau=tau,
             tau_is_tensor=tau_is_tensor,
             page_offsets=p.pv_offsets,
-            y_offset=offset,
+            y_offset=t[f"{direction}_lse"],
+            y_offset_is_lse=True,
             y_scale=scale,
             x_offset=y.bias,
             x_offset_after=s.merged and not half,
@@ -399,7 +420,16 @@ def backward(
 
     rows, _pages, count = reconstructed(s, t)
     tile = {"FORWARD_M": s.tile.block_m, "FORWARD_N": s.tile.block_n}
-    tile |= {"TRANSPOSED_M": s.tile.block_m, "TRANSPOSED_N": s.tile.block_n}
+    tile |= {"TRANSPOSED_M": s.transposed.block_m, "TRANSPOSED_N": s.transposed.block_n}
+    forward_slots = s.slots(s.rows, s.tile, device)
+    upstream: dict[str, Any] = {
+        "g_ptr": g,
+        "upstream_ptr": grad,
+        "weight_sum_ptr": t["weight_sum"],
+        "share": 1.0 / len(s.directions),
+        "lower": 2.0**-HALF_LIFT if half else 1.0,
+        "UNIFORM": uniform,
+    }
     forward = "reconstruct" in s.directions
     identify = "identify" in s.directions
     columns = t["counts"][2:3]
@@ -423,7 +453,7 @@ def backward(
         forward_top_ptr=t["reconstruct_top"] if forward else g,
         forward_lse_ptr=t["reconstruct_lse"] if forward else g,
         forward_miss_ptr=t["reconstruct_miss"] if forward else g,
-        g_ptr=g,
+        **upstream,
         transposed_acc_ptr=back.acc if back is not None else g,
         identify_miss_ptr=t["identify_miss"] if identify else g,
         transposed_factor_ptr=factor if factor is not None else g,
@@ -431,8 +461,10 @@ def backward(
         delta_ptr=delta,
         tau_part_ptr=tau_parts,
         capacity=s.rows,
-        forward_slots=slots,
+        forward_slots=forward_slots,
         transposed_slots=back.slots if back is not None else 1,
+        programs=s.programs(device),
+        transposed_programs=s.programs(device),
         tau=tau,
         TAU_IS_TENSOR=tau_is_tensor,
         D=s.dim,
@@ -441,6 +473,7 @@ def backward(
         RECONSTRUCT=forward,
         IDENTIFY=identify,
         HAS_FACTOR=factor is not None,
+        STREAM=s.stream,
         **tile,
         BLOCK_M=s.small.block_m,
         BLOCK_D=s.block_d,
@@ -469,9 +502,9 @@ def backward(
             identify_lse_ptr=t["identify_lse"] if identify else g,
             forward_miss_ptr=t["reconstruct_miss"] if forward else g,
             identify_miss_ptr=t["identify_miss"] if identify else g,
-            g_ptr=g,
+            **upstream,
             transposed_slots=column.slots if column is not None else 1,
-            identify_slots=slots,
+            identify_slots=forward_slots,
             tau=tau,
             TAU_IS_TENSOR=tau_is_tensor,
             CONTRAST=True,
@@ -479,6 +512,7 @@ def backward(
             RECONSTRUCT=forward,
             IDENTIFY=identify,
             HAS_FACTOR=factor is not None,
+            IN_PLACE=column is not None and column.in_place,
         )
 
     if given:
@@ -502,11 +536,15 @@ def backward(
         if needs[1]:
             grads[1] = d_history if d_history is not None else torch.zeros_like(p.history)
         if needs[0]:
-            grads[0] = with_contrast(torch.empty_like(p.pv), own_dq)
+            assert d_pv is not None
+            grads[0] = with_contrast(d_pv, own_dq)
     elif needs[0]:
-        d_pv = with_contrast(new(s.rows, s.dim, dtype=torch.float32, device=device), own_dq)
+        d_rows_pv = with_contrast(new(s.rows, s.dim, dtype=torch.float32, device=device), own_dq)
+        merged = {"TAU_IS_TENSOR": tau_is_tensor, "tau": tau, "HAS_FACTOR": factor is not None}
+        merged |= upstream
+        del merged["g_ptr"]
         grads[0] = _table_gradient(
-            p, s, t, d_pv, d_history, results.get("reconstruct"), factor, tau, tau_is_tensor
+            p, s, t, d_rows_pv, d_history, results.get("reconstruct"), factor, merged
         )
     return grads, d_rows
 
@@ -531,14 +569,11 @@ def _early_row_gradients(
         0,
         p.weights if p.weights is not None else g,
         weight_sum,
-        g,
         t["anchor_list"],
         t["counts"][0:1],
         g,
-        torch.empty_like(g),
         s.rows,
         1.0 / len(s.directions),
-        0.0,
         PER_ROW=False,
         HAS_WEIGHTS=p.weights is not None,
         BLOCK=256,
@@ -554,8 +589,7 @@ def _table_gradient(
     d_history: Tensor | None,
     result: Pass | None,
     factor: Tensor | None,
-    tau: Any,
-    tau_is_tensor: bool,
+    contrast_inputs: dict[str, Any],
 ) -> Tensor:
     """dL/dU: occurrences summed in a fixed order, and what the merged columns add."""
     assert p.pv_index is not None and p.history_index is not None
@@ -572,11 +606,8 @@ def _table_gradient(
         "transposed_acc_ptr": result.acc,
         "transposed_factor_ptr": factor if factor is not None else result.acc,
         "transposed_slots": result.slots,
-        "tau": tau,
-        "TAU_IS_TENSOR": tau_is_tensor,
         "MERGED": True,
-        "HAS_FACTOR": factor is not None,
-    }
+    } | contrast_inputs
     return sum_occurrences(p.pv, s, order, starts, d_pv, d_history, s.rows, merged)
 
 
@@ -650,5 +681,5 @@ def reconstruct_backward(p: Problem, needs: Sequence[bool], grad: Tensor) -> lis
     elif needs[0]:
         if own is None:
             own = torch.zeros(s.rows, s.dim, dtype=torch.float32, device=device)
-        grads[0] = _table_gradient(p, s, t, own, d_history, None, None, 1.0, False)
+        grads[0] = _table_gradient(p, s, t, own, d_history, None, None, {})
     return grads

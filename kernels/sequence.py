@@ -23,6 +23,7 @@ from .state import (
     sequence_is_empty,
     sequence_shape,
     sequence_spec,
+    sums_dtype,
     temperature_argument,
 )
 
@@ -124,9 +125,10 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
     out = Pass(
         t["pass_acc"],
         t["pass_top"],
-        torch.empty(s.flat(s.rows, device), dtype=torch.float32, device=device),
+        torch.empty(s.flat(s.rows, s.tile, device), dtype=torch.float32, device=device),
         live,
-        s.slots(s.rows, device),
+        s.slots(s.rows, s.tile, device),
+        s.tile,
     )
     options = {
         "mask": s.mask,
@@ -153,6 +155,7 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
             cosine,
             live,
             out.slots,
+            s.programs(device),
             first_row,
             first_row + number,
             tau,
@@ -160,6 +163,7 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
             HAS_LOG_Q=False,
             HAS_POSITIVE=False,
             STATS=False,
+            STREAM=s.stream,
             BLOCK_M=s.tile.block_m,
             BLOCK_N=s.tile.block_n,
             BLOCK=256,
@@ -234,8 +238,10 @@ def sequence_backward(
         BLOCK=256,
     )
     scale, lower = lowered(g) if half else (g, None)
-    slots = s.slots(s.rows, device)
-    acc = torch.empty(s.flat(s.rows, device), s.stride, dtype=torch.float32, device=device)
+    slots = s.slots(s.rows, s.transposed, device)
+    # Chunks are summed in float32; one pass is rounded once.
+    kind = torch.float32 if s.chunked else sums_dtype(p.history.dtype)
+    acc = torch.empty(s.flat(s.rows, s.transposed, device), s.stride, dtype=kind, device=device)
     options = {"mask": s.mask, "tau": tau, "tau_is_tensor": tau_is_tensor}
     if s.chunked:
         run_chunks(
@@ -254,7 +260,7 @@ def sequence_backward(
             s,
             rows,
             rows,
-            out=Pass(acc, g, g, g, slots),
+            out=Pass(acc, g, g, g, slots, s.transposed),
             page_offsets=p.history_offsets,
             y_offset=offset,
             y_scale=scale,
@@ -270,7 +276,7 @@ def sequence_backward(
     programs = cdiv(s.rows, s.small.block_m)
     tau_parts = torch.empty(programs, dtype=torch.float32, device=device)
     tiles = {"TILE_M": s.tile.block_m, "TILE_N": s.tile.block_n}
-    tiles |= {"TRANSPOSED_M": s.tile.block_m, "TRANSPOSED_N": s.tile.block_n}
+    tiles |= {"TRANSPOSED_M": s.transposed.block_m, "TRANSPOSED_N": s.transposed.block_n}
     click_sequence.sequence_gradient[(programs,)](
         rows.list,
         rows.count,
@@ -286,13 +292,17 @@ def sequence_backward(
         lower if lower is not None else g,
         d_rows,
         tau_parts,
+        s.slots(s.rows, s.tile, device),
         slots,
+        s.programs(device),
+        s.programs(device),
         tau,
         TAU_IS_TENSOR=tau_is_tensor,
         HAS_INDEX=table,
         HAS_FACTOR=lower is not None,
         D=s.dim,
         STRIDE=s.stride,
+        STREAM=s.stream,
         **tiles,
         BLOCK_M=s.small.block_m,
         BLOCK_D=s.block_d,

@@ -229,14 +229,14 @@ def spread(
     unused: dict[str, Any] = dict.fromkeys(
         (
             "anchor_count_ptr column_count_ptr reconstructed_count_ptr transposed_acc_ptr transposed_factor_ptr "
-            "identify_acc_ptr identify_top_ptr identify_lse_ptr forward_miss_ptr identify_miss_ptr g_ptr"
+            "identify_acc_ptr identify_top_ptr identify_lse_ptr forward_miss_ptr identify_miss_ptr g_ptr "
+            "upstream_ptr weight_sum_ptr"
         ).split(),
         dummy,
     )
-    unused |= {"transposed_slots": 1, "identify_slots": 1, "tau": 1.0, "TAU_IS_TENSOR": False}
-    flags = ("CONTRAST", "COLUMNS", "RECONSTRUCT", "IDENTIFY", "HAS_FACTOR")
-    unused |= dict.fromkeys(flags, False)
-    tile = s.tile
+    unused |= {"transposed_slots": 1, "identify_slots": 1, "share": 1.0, "lower": 1.0, "tau": 1.0}
+    flags = "CONTRAST COLUMNS RECONSTRUCT IDENTIFY HAS_FACTOR UNIFORM IN_PLACE TAU_IS_TENSOR"
+    unused |= dict.fromkeys(flags.split(), False)
     epilogue.pv_gradient[(cdiv(s.rows, s.small.block_m),)](
         out_ptr=out,
         rank_ptr=t["ranks"],
@@ -245,15 +245,18 @@ def spread(
         unit_ptr=t["r"],
         dq_ptr=dq if dq is not None else dummy,
         rows=s.rows,
+        programs=s.programs(out.device),
+        transposed_programs=s.programs(out.device),
         **(unused | contrast_inputs),
+        STREAM=s.stream,
         D=s.dim,
         STRIDE=s.stride,
         DQ_STRIDE=dq.shape[1] if dq is not None else s.dim,
         ADD_DQ=dq is not None,
-        TRANSPOSED_M=tile.block_m,
-        TRANSPOSED_N=tile.block_n,
-        IDENTIFY_M=tile.block_m,
-        IDENTIFY_N=tile.block_n,
+        TRANSPOSED_M=s.transposed.block_m,
+        TRANSPOSED_N=s.transposed.block_n,
+        IDENTIFY_M=s.tile.block_m,
+        IDENTIFY_N=s.tile.block_n,
         BLOCK_M=s.small.block_m,
         BLOCK_D=s.block_d,
         num_warps=s.small.num_warps,
@@ -366,14 +369,11 @@ def sum_occurrences(
     out = torch.empty_like(table)
     unused = dict.fromkeys(
         ("item_count_ptr", "column_rank_ptr", "column_count_ptr", "anchor_count_ptr"), order
-    ) | dict.fromkeys(("transposed_acc_ptr", "transposed_factor_ptr"), out)
-    plain = unused | {
-        "transposed_slots": 1,
-        "tau": 1.0,
-        "TAU_IS_TENSOR": False,
-        "MERGED": False,
-        "HAS_FACTOR": False,
-    }
+    )
+    floats = "transposed_acc_ptr transposed_factor_ptr upstream_ptr weight_sum_ptr"
+    unused |= dict.fromkeys(floats.split(), out)
+    plain = unused | {"transposed_slots": 1, "share": 1.0, "lower": 1.0, "tau": 1.0}
+    plain |= dict.fromkeys(("TAU_IS_TENSOR", "MERGED", "HAS_FACTOR", "UNIFORM"), False)
     epilogue.table_gradient[(s.items,)](
         out_ptr=out,
         order_ptr=order,
@@ -382,13 +382,15 @@ def sum_occurrences(
         history_ptr=d_history if d_history is not None else out,
         table_ptr=table,
         rows=rows,
+        transposed_programs=s.programs(out.device),
         **(plain if merged is None else merged),
+        STREAM=s.stream,
         D=s.dim,
         STRIDE=s.stride,
         HAS_PV=d_pv is not None,
         HAS_HISTORY=d_history is not None,
-        TRANSPOSED_M=s.tile.block_m,
-        TRANSPOSED_N=s.tile.block_n,
+        TRANSPOSED_M=s.transposed.block_m,
+        TRANSPOSED_N=s.transposed.block_n,
         BLOCK_R=16,
         BLOCK_D=s.block_d,
         num_warps=4,

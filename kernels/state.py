@@ -48,22 +48,28 @@ class Shape:
     chunked: bool  # P of a chunk of rows is stored, instead of sums over D in registers
     fused: bool  # the attention may run in the prologue of the contrast's row tile
     early: bool  # ... and used at once for the gradient of the columns: the weights of the rows are known
+    stream: bool  # a tile may be divided between programs anywhere (`schedule` in tl_common.py)
     tile: configs.Tile
+    transposed: configs.Tile
     product: configs.ProductTile
     attention: configs.Tile
     backward: configs.Tile
     small: configs.Tile
     precision: str
 
-    def slots(self, capacity: Any, device: torch.device) -> Any:
+    def programs(self, device: torch.device) -> int:
+        """Programs of a contrast pass that are at work at the same time."""
+        return 1 if self.chunked else configs.programs(device)
+
+    def slots(self, capacity: Any, tile: configs.Tile, device: torch.device) -> Any:
         """Programs of a contrast pass over at most `capacity` rows, and so the tiles of partial sums it writes."""
         if self.chunked:
             return 1
-        return torch.sym_max(cdiv(capacity, self.tile.block_m), configs.programs(device))
+        return torch.sym_max(cdiv(capacity, tile.block_m), self.programs(device))
 
-    def flat(self, capacity: Any, device: torch.device) -> Any:
+    def flat(self, capacity: Any, tile: configs.Tile, device: torch.device) -> Any:
         """Rows of what such a pass writes."""
-        return capacity if self.chunked else self.slots(capacity, device) * self.tile.block_m
+        return capacity if self.chunked else self.slots(capacity, tile, device) * tile.block_m
 
 
 def loss_shape(p: Problem) -> Shape:
@@ -96,7 +102,9 @@ def loss_shape(p: Problem) -> Shape:
         chunked=chunks,
         fused=fused,
         early=chunks and p.reduction != "none",
+        stream=not chunks and not fused and p.negatives != "page",
         tile=configs.contrast_tile(p.pv.dtype, stride, fused),
+        transposed=configs.contrast_tile(p.pv.dtype, stride),
         product=configs.product_tile(p.pv.dtype),
         attention=configs.attention_tile(p.pv.dtype, stride, p.num_heads, False),
         backward=configs.attention_tile(p.pv.dtype, stride, p.num_heads, True),
@@ -116,9 +124,14 @@ def _list_spec(name: str, capacity: Any, id_dtype: torch.dtype, bias: bool) -> _
     return spec
 
 
-def _pass_spec(name: str, flat: Any, stride: int, rows: Any) -> _Spec:
+def sums_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the sums that a contrast pass leaves: they are rounded once. float16 has too little range for them."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _pass_spec(name: str, flat: Any, stride: int, rows: Any, dtype: torch.dtype) -> _Spec:
     return {
-        f"{name}_acc": ((flat, stride), torch.float32),
+        f"{name}_acc": ((flat, stride), sums_dtype(dtype)),
         f"{name}_top": ((flat,), torch.float32),
         f"{name}_lse": ((rows,), torch.float32),
         f"{name}_miss": ((rows,), torch.float32),
@@ -157,7 +170,7 @@ def state_spec(p: Problem) -> _Spec:
     if s.merged:
         spec |= {"item_count": ((s.items,), torch.int32), "item_rank": ((s.items,), torch.int32)}
     for name in s.directions:
-        spec |= _pass_spec(name, s.flat(rows, device), s.stride, rows)
+        spec |= _pass_spec(name, s.flat(rows, s.tile, device), s.stride, rows, dtype)
         if s.early:
             columns_of = columns if name == "reconstruct" else rows
             spec |= {
@@ -214,6 +227,8 @@ class Pass:
     total: Tensor
     above: Tensor
     slots: int
+    tile: configs.Tile
+    in_place: bool = False  # `acc` is where the rows' gradients go, each at its row's place
 
 
 @dataclass
@@ -250,7 +265,9 @@ def sequence_shape(p: SequenceProblem) -> SequenceShape:
         chunked=chunks,
         fused=False,
         early=False,
+        stream=not chunks,
         tile=configs.contrast_tile(dtype, stride, sequence_ids=p.ids is not None),
+        transposed=configs.contrast_tile(dtype, stride, sequence_ids=p.ids is not None),
         product=configs.product_tile(dtype),
         attention=configs.attention_tile(dtype, stride, 1, False),
         backward=configs.attention_tile(dtype, stride, 1, True),
@@ -270,7 +287,8 @@ def sequence_spec(p: SequenceProblem) -> _Spec:
         "anchors": ((), torch.float32),
     }
     spec |= _list_spec("row", s.rows, s.id_dtype, False)
-    return spec | _pass_spec("pass", s.flat(s.rows, p.history.device), s.stride, s.rows)
+    flat = s.flat(s.rows, s.tile, p.history.device)
+    return spec | _pass_spec("pass", flat, s.stride, s.rows, p.history.dtype)
 
 
 def sequence_is_empty(p: SequenceProblem) -> bool:

@@ -60,14 +60,48 @@ def unit_scale(norm):
 
 
 @triton.jit
-def splits_of(count, other_count, slots, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """In how many parts the columns of a row tile are walked, so that `slots` programs are all at work.
+def schedule(
+    count,
+    other_count,
+    slots,
+    programs,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STREAM: tl.constexpr,
+):
+    """How a contrast pass is divided: (row tiles, column blocks of a tile, parts of a tile, blocks of a share).
 
-    Computed from the counts in device memory, by producer and consumer alike.
+    Either every tile has equally many parts, one a program, as many as keep `programs` of them at work; the share is 0
+    then. Or, where that would leave programs idle, each has a share of all blocks of all tiles that ends in the middle
+    of a tile (stream-K). Computed from the counts in device memory, by producer and consumer alike.
     """
     tiles = tl.maximum(tl.cdiv(count, BLOCK_M), 1)
     blocks = tl.maximum(tl.cdiv(other_count, BLOCK_N), 1)
-    return tl.minimum(tl.maximum(slots // tiles, 1), blocks)
+    parts = tl.minimum(tl.maximum(programs // tiles, 1), blocks)
+    share = tiles * 0
+    if STREAM:
+        work = tiles * parts
+        idle = work * 10 < tl.cdiv(work, programs) * programs * 9
+        # A share of every tile's blocks: their number has to fit into 32 bits.
+        small = tiles.to(tl.int64) * blocks < 2147483647 - programs
+        if idle & small & (tiles + programs <= slots):
+            share = tl.cdiv(tiles * blocks, programs)
+    return tiles, blocks, parts, share
+
+
+@triton.jit
+def parts_of(tile, blocks, parts, share):
+    """(slot of the first part, number of parts) of a row tile."""
+    if share > 0:
+        first = tile * blocks // share
+        last = (tile * blocks + blocks - 1) // share
+        # A part is at the sum of its tile and its program: from one part to the next, at least one of the two grows.
+        slot = tile + first
+        number = last - first + 1
+    else:
+        slot = tile * parts
+        number = tile * 0 + parts
+    return slot, number
 
 
 @triton.jit

@@ -1,0 +1,132 @@
+"""How a contrast pass is divided between programs, and results of passes that are divided in the middle of a tile."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from factories import DEVICES, check_problems, check_sequence, make, skip_unless_available
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+
+from courier_fast import reference  # noqa: E402
+from courier_fast.kernels import configs  # noqa: E402
+from courier_fast.kernels.tl_common import parts_of, schedule  # noqa: E402
+
+DEVICE = DEVICES["triton"]
+TILE = 32
+
+
+@triton.jit
+def divide(
+    count,
+    other_count,
+    slots,
+    programs,
+    out_ptr,  # share, blocks, parts, then first slot and number of parts of each tile
+    TILES: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+    STREAM: tl.constexpr,  # noqa: N803
+):
+    _tiles, blocks, parts, share = schedule(
+        count, other_count, slots, programs, BLOCK, BLOCK, STREAM
+    )
+    tile = tl.arange(0, TILES).to(tl.int64)
+    slot, number = parts_of(tile, blocks, parts, share)
+    tl.store(out_ptr, share)
+    tl.store(out_ptr + 1, blocks)
+    tl.store(out_ptr + 2, parts)
+    tl.store(out_ptr + 3 + tile, slot)
+    tl.store(out_ptr + 3 + TILES + tile, number)
+
+
+def divided(
+    count: int, other: int, programs: int, stream: bool = True
+) -> tuple[int, int, int, list[int], list[int], int]:
+    tiles = max(-(-count // TILE), 1)
+    slots = max(2 * tiles + programs // 2, programs)
+    width = 1 << (tiles - 1).bit_length()
+    out = torch.empty(3 + 2 * width, dtype=torch.int64, device=DEVICE)
+    divide[(1,)](count, other, slots, programs, out, TILES=width, BLOCK=TILE, STREAM=stream)
+    share, blocks, parts, *rest = out.tolist()
+    return share, blocks, parts, rest[:tiles], rest[width : width + tiles], slots
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_every_part_has_its_own_slot_and_every_block_is_in_one_part(stream: bool) -> None:
+    streamed = 0
+    for count, other, programs in [
+        (1, 1, 4),
+        (33, 1000, 4),
+        (96, 1000, 4),
+        (130, 999, 4),
+        (300, 31, 7),
+        (700, 5000, 13),
+        (1000, 320, 132),
+        (4000, 777, 132),
+    ]:
+        share, blocks, parts, first, number, slots = divided(count, other, programs, stream)
+        taken = [slot + k for slot, n in zip(first, number, strict=True) for k in range(n)]
+        assert len(set(taken)) == len(taken)
+        assert max(taken) < slots
+        if not share:
+            assert set(number) == {parts}
+            continue
+        streamed += 1
+        # What the programs do, by the kernel's own rule.
+        walked: dict[int, list[int]] = {}
+        for program in range(programs):
+            end = min((program + 1) * share, blocks * len(first))
+            for unit in range(program * share, end):
+                tile = unit // blocks
+                walked.setdefault(tile + program, []).append(unit)
+        assert sorted(walked) == sorted(taken)
+        for tile, (slot, n) in enumerate(zip(first, number, strict=True)):
+            units = [unit for k in range(n) for unit in walked[slot + k]]
+            assert units == list(range(tile * blocks, (tile + 1) * blocks))
+        # Nobody waits for a program with more than its share.
+        assert share == math.ceil(blocks * len(first) / programs)
+    assert (streamed > 2) == stream
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "padding": {"mask": True},
+    "both": {"direction": "both"},
+    "identify-weights": {"direction": "identify", "weights": True},
+    "other-pages-ids": {"negatives": "other_pages", "ids": True},
+    "log-q": {"log_q": True},
+    "none": {"reduction": "none"},
+    "items": {"table": True},
+    "items-identify": {"table": True, "direction": "identify"},
+    "tensor-tau": {"tensor_tau": True},
+    "page": {"negatives": "page"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_tile_divided_between_programs(
+    case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four programs on some three tiles of anchors and six or more of candidates; D = 32 is the length of a row in
+    memory, so that the transposed pass writes where the gradient goes."""
+    monkeypatch.setattr(configs, "programs", lambda _device: 4)
+    problems = [
+        make(seed, impl="triton", pages=90, clicked=0.3, dim=32, dtype=dtype, **CASES[case])
+        for seed in range(2)
+    ]
+    skip_unless_available("triton", problems[0])
+    if case == "plain":
+        for p in problems:
+            anchors = reference.reconstruction_loss(p).is_anchor.sum()
+            assert divided(int(anchors), p.num_pv, 4)[0] > 0
+    check_problems("triton", problems)
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_a_tile_divided_between_programs_in_a_sequence(ids: bool) -> None:
+    check_sequence("triton", draws=2, pages=30, dim=32, ids=ids)
