@@ -344,11 +344,12 @@ def attend_dq(
     attention_lse_ptr,  # [HEADS, capacity]
     dr_ptr,  # [capacity, STRIDE]
     delta_ptr,  # [HEADS, capacity]
-    dq_ptr,  # [capacity, D]
+    dq_ptr,  # [capacity, DQ_STRIDE]; may be dr_ptr: a program reads its own rows of dr, before it writes them
     capacity,
     scale,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
+    DQ_STRIDE: tl.constexpr,
     HEADS: tl.constexpr,
     HAS_Q_INDEX: tl.constexpr,
     HAS_K_INDEX: tl.constexpr,
@@ -439,7 +440,7 @@ def attend_dq(
         if HEADS > 1:
             acc = tl.where(head_mask(dims, head, D // HEADS)[None, :], acc, 0.0)
         dq += acc
-    where = place.to(tl.int64)[:, None] * D + dims[None, :]
+    where = place.to(tl.int64)[:, None] * DQ_STRIDE + dims[None, :]
     tl.store(
         dq_ptr + where,
         (dq * scale).to(dq_ptr.dtype.element_ty),

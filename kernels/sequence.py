@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import click_sequence, configs, contrast, epilogue, plan
+from . import click_sequence, configs, contrast, epilogue
 from .passes import lowered, run_chunks, run_contrast
-from .stages import mark_history, occurrences, prefix_sums, sum_occurrences
+from .stages import occurrences, sequence_plan, sum_occurrences
 from .state import (
     HALF_LIFT,
     Pass,
@@ -40,7 +40,7 @@ def sequence_saved_spec(
 
 def _sequence_rows(s: SequenceShape, t: dict[str, Tensor]) -> Rows:
     ids = t["row_id"] if s.mask == 4 else t["row_list"]
-    return Rows(t["c"], t["rank"][-1:], t["row_list"], t["row_page"], ids, None, t["rank"])
+    return Rows(t["c"], t["counts"], t["row_list"], t["row_page"], ids, None, t["ranks"][0])
 
 
 def _page_mean(
@@ -58,7 +58,7 @@ def _page_mean(
         rows.page,
         rows.count,
         p.history_offsets,
-        t["rank"],
+        t["ranks"],
         factor if factor is not None else cosine,
         out,
         t["number"],
@@ -87,25 +87,7 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
     s = sequence_shape(p)
     t = empty_tensors(sequence_spec(p), device)
     tau, tau_is_tensor = temperature_argument(p)
-    live = torch.empty_like(t["history_page"])
-    mark_history(p, t["history_page"], live)
-    prefix_sums(live, t["rank"])
-    ids = p.ids
-    plan.compact[(cdiv(s.rows, configs.BLOCK_PLAN),)](
-        t["rank"],
-        live,
-        t["history_page"],
-        ids if ids is not None else live,
-        live,
-        t["row_list"],
-        t["row_page"],
-        t["row_id"],
-        live,
-        s.rows,
-        HAS_ID=ids is not None,
-        HAS_LOG_Q=False,
-        BLOCK=configs.BLOCK_PLAN,
-    )
+    sequence_plan(p, t)
     rows = _sequence_rows(s, t)
     epilogue.normalize_rows[(cdiv(s.rows, s.small.block_m),)](
         p.history,
@@ -126,7 +108,7 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
         t["pass_acc"],
         t["pass_top"],
         torch.empty(s.flat(s.rows, s.tile, device), dtype=torch.float32, device=device),
-        live,
+        t["flags"],
         s.slots(s.rows, s.tile, device),
         s.tile,
     )
@@ -142,7 +124,7 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
         contrast.finish_rows[(cdiv(number, 256),)](
             out.top,
             out.total,
-            live,
+            out.above,
             rows.count,
             rows.count,
             cosine,
@@ -153,7 +135,7 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
             t["pass_miss"],
             cosine,
             cosine,
-            live,
+            out.above,
             out.slots,
             s.programs(device),
             first_row,

@@ -16,95 +16,117 @@ if TYPE_CHECKING:
     from courier_fast.problem import Problem, SequenceProblem
 
 
-def prefix_sums(flags: Tensor, out: Tensor) -> Tensor:
-    return torch.cumsum(flags, -1, dtype=torch.int32, out=out)
-
-
 def _steps(pages: int) -> int:
     return (pages + 1).bit_length()
 
 
-def mark_history(p: Problem | SequenceProblem, page: Tensor, live: Tensor | None) -> None:
-    rows = page.shape[0]
-    pages = p.history_offsets.shape[0] - 1
-    plan.history_pages[(cdiv(rows, configs.BLOCK_PLAN),)](
-        p.history_offsets,
-        p.history_mask if p.history_mask is not None else page,
+def _compact(
+    t: dict[str, Tensor],
+    block_counts: Tensor,
+    page: Tensor,
+    ids: Tensor | None,
+    log_q: Tensor | None,
+    names: Sequence[str | None],
+) -> None:
+    """Lists of the rows of each flag, where `names` has a name for it; prefix sums, and the counts."""
+    flags = t["flags"]
+
+    def of(name: str | None, part: str) -> Tensor:
+        return flags if name is None else t.get(f"{name}_{part}", flags)
+
+    first, second, third = names
+    rows, blocks = flags.shape[1], block_counts.shape[1]
+    plan.compact[(blocks,)](
+        flags,
+        block_counts,
         page,
-        live if live is not None else page,
+        ids if ids is not None else flags,
+        log_q if log_q is not None else flags,
+        t["ranks"],
+        t["counts"],
+        *(of(first, part) for part in ("list", "page", "id")),
+        *(of(second, part) for part in ("list", "page", "id", "bias")),
+        *(of(third, part) for part in ("list", "page", "id", "bias")),
         rows,
-        pages,
-        _steps(pages),
-        HAS_MASK=p.history_mask is not None,
-        WANT_LIVE=live is not None,
+        blocks,
+        FLAGS=flags.shape[0],
+        SECOND=second is not None,
+        THIRD=third is not None,
+        HAS_ID=ids is not None,
+        HAS_LOG_Q=log_q is not None,
         BLOCK=configs.BLOCK_PLAN,
     )
+
+
+def sequence_plan(p: SequenceProblem, t: dict[str, Tensor]) -> None:
+    """Page of every history row, and the list of the real ones; their count stays on the device."""
+    page, flags = t["history_page"], t["flags"]
+    pages = p.history_offsets.shape[0] - 1
+    blocks = cdiv(page.shape[0], configs.BLOCK_PLAN)
+    block_counts = torch.empty(1, blocks, dtype=torch.int32, device=page.device)
+    plan.mark_sequence[(blocks,)](
+        p.history_offsets,
+        p.history_mask if p.history_mask is not None else flags,
+        page,
+        flags,
+        block_counts,
+        page.shape[0],
+        pages,
+        _steps(pages),
+        blocks,
+        HAS_MASK=p.history_mask is not None,
+        BLOCK=configs.BLOCK_PLAN,
+    )
+    _compact(t, block_counts, page, p.ids, None, ("row", None, None))
 
 
 def make_plan(p: Problem, s: Shape, t: dict[str, Tensor], clicked: Tensor | None) -> None:
     """Pages, flags, prefix sums and compacted lists; the counts stay on the device."""
-    live = None
-    if p.history_mask is not None:
-        live = torch.empty_like(t["history_page"])
-    mark_history(p, t["history_page"], live)
-    if live is not None:
-        live = torch.cumsum(live, 0, dtype=torch.int32)
     dummy = t["flags"]
     merged = "item_count" in t
     if merged:
         t["item_count"].zero_()
-    grid = (cdiv(s.rows, configs.BLOCK_PLAN),)
-    plan.pv_flags[grid](
+    blocks = cdiv(s.rows, configs.BLOCK_PLAN)
+    block_counts = torch.empty(4, blocks, dtype=torch.int32, device=dummy.device)
+    plan.mark_rows[(blocks + cdiv(s.history_rows, configs.BLOCK_PLAN),)](
         p.pv_offsets,
         p.pv_mask if p.pv_mask is not None else dummy,
         clicked if clicked is not None else dummy,
         p.weights if p.weights is not None else dummy,
-        p.history_offsets,
-        live if live is not None else dummy,
         p.pv_index if p.pv_index is not None else dummy,
         t["pv_page"],
         t["flags"],
+        block_counts,
         t["item_count"] if merged else dummy,
+        p.history_offsets,
+        p.history_mask if p.history_mask is not None else dummy,
+        t["history_page"],
         s.rows,
+        s.history_rows,
         s.pages,
         _steps(s.pages),
+        blocks,
         HAS_MASK=p.pv_mask is not None,
         HAS_WEIGHTS=p.weights is not None,
         HAS_CLICKED=clicked is not None,
-        HAS_HISTORY_MASK=live is not None,
+        HAS_HISTORY_MASK=p.history_mask is not None,
         EVERY_RECONSTRUCTION=s.every,
         COUNT_ITEMS=merged,
         BLOCK=configs.BLOCK_PLAN,
     )
-    prefix_sums(t["flags"], t["ranks"])
-    t["counts"].copy_(t["ranks"][:, -1])
     ids = p.item_ids if p.item_ids is not None else p.pv_index
-    for flag, name in enumerate(("anchor", "reconstructed", "column")):
-        if f"{name}_list" not in t or (name == "column" and merged):
-            continue
-        bias = t.get(f"{name}_bias")
-        plan.compact[grid](
-            t["ranks"][flag],
-            t["flags"][flag],
-            t["pv_page"],
-            ids if ids is not None else dummy,
-            p.log_q if bias is not None else dummy,
-            t[f"{name}_list"],
-            t[f"{name}_page"],
-            t[f"{name}_id"],
-            bias if bias is not None else dummy,
-            s.rows,
-            HAS_ID=ids is not None,
-            HAS_LOG_Q=bias is not None,
-            BLOCK=configs.BLOCK_PLAN,
-        )
+    biased = any(f"{name}_bias" in t for name in ("reconstructed", "column"))
+    names = (
+        "anchor",
+        "reconstructed" if "reconstructed_list" in t else None,
+        "column" if "column_list" in t and not merged else None,
+    )
+    _compact(t, block_counts, t["pv_page"], ids, p.log_q if biased else None, names)
     if merged:
-        present = (t["item_count"] > 0).to(torch.int32)
-        prefix_sums(present, t["item_rank"])
-        t["counts"][2:3].copy_(t["item_rank"][-1:])
         plan.compact_items[(cdiv(s.items, configs.BLOCK_PLAN),)](
-            t["item_rank"],
             t["item_count"],
+            t["item_rank"],
+            t["counts"][2:3],
             t["column_list"],
             t["column_bias"],
             s.items,
@@ -267,7 +289,10 @@ def spread(
 def attention_backward(
     p: Problem, s: Shape, t: dict[str, Tensor], needs: Sequence[bool], dr: Tensor, delta: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dq of the listed rows, dk, dv); where key and value are both the history, dk is their sum and dv None."""
+    """(dq of the listed rows, dk, dv); where key and value are both the history, dk is their sum and dv None.
+
+    dr is lost: dq takes its place where it can.
+    """
     device, dtype = p.pv.device, p.pv.dtype
     table = p.history is None
     rows, pages, count = reconstructed(s, t)
@@ -289,11 +314,49 @@ def attention_backward(
         "num_warps": s.backward.num_warps,
         "num_stages": s.backward.num_stages,
     }
+    history_need = needs[0] if table else needs[1]
+    want_key = needs[3] if p.key is not None else history_need
+    want_value = needs[4] if p.value is not None else history_need
+    want_query = needs[2] if p.query is not None else needs[0]
+    together = p.key is None and p.value is None
+
+    def output(given: Tensor | None) -> Tensor:
+        kind = torch.float32 if table and given is None else dtype
+        return torch.empty(s.history_rows, s.dim, dtype=kind, device=device)
+
+    dk = output(p.key) if want_key else None
+    dv = output(p.value) if want_value and not together else None
+    if dk is not None or dv is not None:
+        anything = dk if dk is not None else dv
+        part = (
+            min(s.block_d, configs.LARGEST_REGISTER_DIM)
+            if common["BLOCK_C"] != s.block_d
+            else s.block_d
+        )
+        reconstruct.attend_dkv[(cdiv(s.history_rows, s.backward.block_n), cdiv(s.block_d, part))](
+            **shared,
+            pv_offsets_ptr=p.pv_offsets,
+            rank_ptr=t["ranks"][1 if s.both_lists else 0],
+            history_page_ptr=t["history_page"],
+            list_ptr=rows,
+            list_page_ptr=pages,
+            attention_lse_ptr=t["attention_lse"],
+            dr_ptr=dr,
+            delta_ptr=delta,
+            dk_ptr=dk if dk is not None else anything,
+            dv_ptr=dv if dv is not None else anything,
+            history_rows=s.history_rows,
+            WANT_DK=want_key,
+            WANT_DV=want_value,
+            SUM_KV=together,
+            BLOCK_O=part,
+            **common,
+        )
     dq = None
-    if needs[2] if p.query is not None else needs[0]:
-        # Occurrences of a table's items are summed: keep them in float32 until then.
-        dq_dtype = torch.float32 if table or p.query is None else dtype
-        dq = torch.empty(s.rows, s.dim, dtype=dq_dtype, device=device)
+    if want_query:
+        # Occurrences of a table's items are summed: they stay in float32 until then, and so does what float16 cannot hold.
+        wide = (table and p.query is None) or dtype == torch.float16
+        dq = torch.empty(s.rows, s.dim, dtype=torch.float32, device=device) if wide else dr
         reconstruct.attend_dq[(cdiv(s.rows, s.backward.block_m),)](
             **shared,
             history_offsets_ptr=p.history_offsets,
@@ -305,46 +368,9 @@ def attention_backward(
             dr_ptr=dr,
             delta_ptr=delta,
             dq_ptr=dq,
+            DQ_STRIDE=dq.shape[1],
             **common,
         )
-    history_need = needs[0] if table else needs[1]
-    want_key = needs[3] if p.key is not None else history_need
-    want_value = needs[4] if p.value is not None else history_need
-    if not want_key and not want_value:
-        return dq, None, None
-    together = p.key is None and p.value is None
-
-    def output(given: Tensor | None) -> Tensor:
-        kind = torch.float32 if table and given is None else dtype
-        return torch.empty(s.history_rows, s.dim, dtype=kind, device=device)
-
-    dk = output(p.key) if want_key else None
-    dv = output(p.value) if want_value and not together else None
-    anything = dk if dk is not None else dv
-    part = (
-        min(s.block_d, configs.LARGEST_REGISTER_DIM)
-        if common["BLOCK_C"] != s.block_d
-        else s.block_d
-    )
-    reconstruct.attend_dkv[(cdiv(s.history_rows, s.backward.block_n), cdiv(s.block_d, part))](
-        **shared,
-        pv_offsets_ptr=p.pv_offsets,
-        rank_ptr=t["ranks"][1 if s.both_lists else 0],
-        history_page_ptr=t["history_page"],
-        list_ptr=rows,
-        list_page_ptr=pages,
-        attention_lse_ptr=t["attention_lse"],
-        dr_ptr=dr,
-        delta_ptr=delta,
-        dk_ptr=dk if dk is not None else anything,
-        dv_ptr=dv if dv is not None else anything,
-        history_rows=s.history_rows,
-        WANT_DK=want_key,
-        WANT_DV=want_value,
-        SUM_KV=together,
-        BLOCK_O=part,
-        **common,
-    )
     return dq, dk, dv
 
 

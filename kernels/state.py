@@ -143,7 +143,7 @@ def plan_spec(p: Problem, s: Shape) -> _Spec:
     spec: _Spec = {
         "history_page": ((s.history_rows,), torch.int32),
         "pv_page": ((s.rows,), torch.int32),
-        "flags": ((4, s.rows), torch.int32),
+        "flags": ((4, s.rows), torch.int8),
         "ranks": ((4, s.rows), torch.int32),
         "counts": ((4,), torch.int32),
         "attention_lse": ((p.num_heads, s.rows), torch.float32),
@@ -281,7 +281,9 @@ def sequence_spec(p: SequenceProblem) -> _Spec:
     s = sequence_shape(p)
     spec: _Spec = {
         "history_page": ((s.rows,), torch.int32),
-        "rank": ((s.rows,), torch.int32),
+        "flags": ((1, s.rows), torch.int8),
+        "ranks": ((1, s.rows), torch.int32),
+        "counts": ((1,), torch.int32),
         "c": ((s.rows, s.stride), p.history.dtype),
         "number": ((s.rows,), torch.float32),
         "anchors": ((), torch.float32),
