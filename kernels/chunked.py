@@ -34,7 +34,7 @@ def scores(
     x_list_ptr,
     log_q_ptr,
     shift_ptr,  # [x capacity]: the log-sum-exp, with NORMALISED
-    p_ptr,  # [chunk_rows, y_capacity]
+    p_ptr,  # [chunk_rows, p_stride]
     part_top_ptr,  # [column tiles, chunk_rows]
     part_total_ptr,
     part_above_ptr,
@@ -42,7 +42,7 @@ def scores(
     lift,
     first_row,
     chunk_rows,
-    y_capacity,
+    p_stride,
     STRIDE: tl.constexpr,
     TAU_IS_TENSOR: tl.constexpr,
     MASK: tl.constexpr,
@@ -76,17 +76,12 @@ def scores(
     y_valid = y_place < y_count
     dims = tl.arange(0, BLOCK_K)
     t = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # Past the last row, the last row again: no mask in the loop, and what comes of it is not used.
+    x_row = x_ptr + tl.minimum(x_place, x_count - 1).to(tl.int64)[:, None] * STRIDE
+    y_row = y_ptr + tl.minimum(y_place, y_count - 1).to(tl.int64)[:, None] * STRIDE
     for start in range(0, STRIDE, BLOCK_K):
-        x = tl.load(
-            x_ptr + x_place.to(tl.int64)[:, None] * STRIDE + start + dims[None, :],
-            mask=x_valid[:, None],
-            other=0.0,
-        )
-        y = tl.load(
-            y_ptr + y_place.to(tl.int64)[:, None] * STRIDE + start + dims[None, :],
-            mask=y_valid[:, None],
-            other=0.0,
-        )
+        x = tl.load(x_row + start + dims[None, :])
+        y = tl.load(y_row + start + dims[None, :])
         t = tl.dot(x, tl.trans(y), t, input_precision=PRECISION)
     t = t * scale
 
@@ -136,7 +131,7 @@ def scores(
         tl.store(part_total_ptr + part, tl.sum(p, axis=1), mask=x_valid)
     if STORE:
         tl.store(
-            p_ptr + local.to(tl.int64)[:, None] * y_capacity + y_place[None, :],
+            p_ptr + local.to(tl.int64)[:, None] * p_stride + y_place[None, :],
             p.to(p_ptr.dtype.element_ty),
             mask=x_valid[:, None] & y_valid[None, :],
         )
@@ -217,15 +212,25 @@ def scale_rows(
 
 
 @triton.jit
+def load_columns(ptr, row, column, STRIDE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Some columns of some rows, zeros beyond the last column."""
+    where = ptr + row[:, None] * STRIDE + column[None, :]
+    if STRIDE % BLOCK_N == 0:
+        return tl.load(where)
+    else:
+        return tl.load(where, mask=(column < STRIDE)[None, :], other=0.0)
+
+
+@triton.jit
 def product(
-    p_ptr,  # [chunk_rows, y_capacity]
+    p_ptr,  # [chunk_rows, p_stride]
     y_ptr,  # [y capacity, STRIDE]
     x_count_ptr,
     y_count_ptr,
     out_ptr,  # [x capacity, STRIDE]
     first_row,
     chunk_rows,
-    y_capacity,
+    p_stride,
     STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -243,16 +248,20 @@ def product(
     inner = tl.arange(0, BLOCK_K)
     y_count = tl.load(y_count_ptr)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    p_row = p_ptr + local.to(tl.int64)[:, None] * y_capacity
-    for start in range(0, y_count, BLOCK_K):
+    # Rows past the last one hold anything, and so do their sums, which are not stored.
+    p_row = p_ptr + local.to(tl.int64)[:, None] * p_stride
+    whole = y_count // BLOCK_K * BLOCK_K
+    for start in range(0, whole, BLOCK_K):
         place = start + inner
-        p = tl.load(
-            p_row + place[None, :], mask=valid[:, None] & (place < y_count)[None, :], other=0.0
-        )
-        y = tl.load(
-            y_ptr + place.to(tl.int64)[:, None] * STRIDE + column[None, :],
-            mask=(place < y_count)[:, None] & (column < STRIDE)[None, :],
-            other=0.0,
+        p = tl.load(p_row + place[None, :])
+        y = load_columns(y_ptr, place.to(tl.int64), column, STRIDE, BLOCK_N)
+        acc = tl.dot(p, y, acc, input_precision=PRECISION)
+    if whole < y_count:
+        place = whole + inner
+        inside = place < y_count
+        p = tl.load(p_row + place[None, :], mask=inside[None, :], other=0.0)
+        y = load_columns(
+            y_ptr, tl.minimum(place, y_count - 1).to(tl.int64), column, STRIDE, BLOCK_N
         )
         acc = tl.dot(p, y, acc, input_precision=PRECISION)
     tl.store(
@@ -264,14 +273,14 @@ def product(
 
 @triton.jit
 def transposed_product(
-    p_ptr,  # [chunk_rows, y_capacity]
+    p_ptr,  # [chunk_rows, p_stride]
     x_ptr,  # [chunk_rows, STRIDE] scaled rows
     x_count_ptr,
     y_count_ptr,
     out_ptr,  # [y capacity, STRIDE] float32
     first_row,
     chunk_rows,
-    y_capacity,
+    p_stride,
     STRIDE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -299,17 +308,18 @@ def transposed_product(
         acc = tl.load(out, mask=mask, other=0.0)
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, x_rows, BLOCK_K):
-        row = start + inner
-        p = tl.load(
-            p_ptr + row.to(tl.int64)[:, None] * y_capacity + y_place[None, :],
-            mask=(row < x_rows)[:, None] & y_valid[None, :],
-            other=0.0,
-        )
-        x = tl.load(
-            x_ptr + row.to(tl.int64)[:, None] * STRIDE + column[None, :],
-            mask=(row < x_rows)[:, None] & (column < STRIDE)[None, :],
-            other=0.0,
-        )
+    # Columns past the last one hold anything, up to the end of the tile: their sums are not stored.
+    p_column = p_ptr + y_place[None, :]
+    whole = x_rows // BLOCK_K * BLOCK_K
+    for start in range(0, whole, BLOCK_K):
+        row = (start + inner).to(tl.int64)
+        p = tl.load(p_column + row[:, None] * p_stride)
+        x = load_columns(x_ptr, row, column, STRIDE, BLOCK_N)
+        acc = tl.dot(tl.trans(p), x, acc, input_precision=PRECISION)
+    if whole < x_rows:
+        row = (whole + inner).to(tl.int64)
+        inside = row < x_rows
+        p = tl.load(p_column + row[:, None] * p_stride, mask=inside[:, None], other=0.0)
+        x = load_columns(x_ptr, tl.minimum(row, x_rows - 1), column, STRIDE, BLOCK_N)
         acc = tl.dot(tl.trans(p), x, acc, input_precision=PRECISION)
     tl.store(out, acc, mask=mask)

@@ -138,6 +138,266 @@ def contrast_step(
 
 
 @triton.jit
+def contrast_rows(
+    tile,
+    slot,  # where the sums go
+    low,  # the first and the last block of columns, of this part
+    high,
+    parts,  # with MASK_PAGE: into how many parts the tile's own range of columns is divided, and which one this is
+    part,
+    x_count,
+    y_count,
+    scale,
+    x_ptr,  # [x capacity, BLOCK_D] unit rows
+    y_ptr,  # [y capacity, BLOCK_D] unit rows
+    x_id_ptr,
+    y_id_ptr,
+    x_page_ptr,
+    y_page_ptr,
+    x_offset_ptr,
+    y_offset_ptr,
+    y_scale_ptr,
+    x_rank_score_ptr,  # [x capacity, 2]: the positive's cosine, exact and as the rounded rows give it
+    log_q_ptr,  # [N]
+    page_offsets_ptr,  # with MASK_PAGE: pv offsets [B + 1] ...
+    y_rank_ptr,  # ... and the prefix sums that made the list of y
+    acc_ptr,  # [slots * BLOCK_M, BLOCK_D]; with TO_LIST [N, BLOCK_D], each row at its place in the batch
+    top_ptr,  # [slots * BLOCK_M]
+    total_ptr,  # [slots * BLOCK_M]
+    above_ptr,  # [slots * BLOCK_M]
+    # The attention, when it is the prologue of the row tile (FUSED), otherwise unused:
+    q_ptr,
+    q_index_ptr,
+    k_ptr,
+    k_index_ptr,
+    v_ptr,
+    v_index_ptr,
+    e_ptr,
+    e_index_ptr,
+    history_offsets_ptr,
+    history_page_ptr,
+    attention_lse_ptr,
+    norm_ptr,
+    positive_ptr,
+    list_ptr,
+    capacity,
+    attention_scale,
+    D: tl.constexpr,
+    HAS_Q_INDEX: tl.constexpr,
+    HAS_K_INDEX: tl.constexpr,
+    HAS_V_INDEX: tl.constexpr,
+    HAS_E_INDEX: tl.constexpr,
+    FUSED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_X_OFFSET: tl.constexpr,
+    X_OFFSET_AFTER: tl.constexpr,
+    HAS_Y_OFFSET: tl.constexpr,
+    HAS_Y_SCALE: tl.constexpr,
+    Y_OFFSET_IS_COUNT: tl.constexpr,
+    HAS_RANK_LOG_Q: tl.constexpr,
+    Y_OFFSET_IS_LSE: tl.constexpr,
+    LIFT: tl.constexpr,
+    FIXED_SHIFT: tl.constexpr,
+    ONLINE: tl.constexpr,
+    NEED_SUM: tl.constexpr,
+    NEED_VALUES: tl.constexpr,
+    NEED_RANK: tl.constexpr,
+    TO_LIST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One part of one row tile: see `contrast`."""
+    first = tile * BLOCK_M
+    x_place = first + tl.arange(0, BLOCK_M)
+    valid = x_place < x_count
+    dims = tl.arange(0, BLOCK_D)
+    if FUSED:
+        place, valid, position, page, first_page, last_page = list_tile(
+            list_ptr, x_page_ptr, x_count, first, BLOCK_M
+        )
+        r = attend_tile(
+            q_ptr,
+            q_index_ptr,
+            k_ptr,
+            k_index_ptr,
+            v_ptr,
+            v_index_ptr,
+            history_offsets_ptr,
+            history_page_ptr,
+            attention_lse_ptr,
+            position,
+            page,
+            place,
+            first_page,
+            last_page,
+            capacity,
+            attention_scale * LOG2E,
+            NEED_VALUES,
+            D,
+            1,
+            HAS_Q_INDEX,
+            HAS_K_INDEX,
+            HAS_V_INDEX,
+            BLOCK_M,
+            BLOCK_H,
+            BLOCK_D,
+            BLOCK_C,
+            PRECISION,
+        )
+        # Every part of a split tile computes the same r; each writes the same bits.
+        x = store_unit_rows(
+            r,
+            e_ptr,
+            e_index_ptr,
+            x_ptr,
+            norm_ptr,
+            positive_ptr,
+            position,
+            place,
+            valid,
+            D,
+            BLOCK_D,
+            BLOCK_D,
+            HAS_E_INDEX,
+            True,
+        )
+    else:
+        where = x_place.to(tl.int64)[:, None] * BLOCK_D + dims[None, :]
+        x = tl.load(x_ptr + where, mask=valid[:, None], other=0.0)
+
+    x_id = x_place
+    x_page = x_place
+    if MASK != MASK_SEQUENCE:
+        x_id = tl.load(x_id_ptr + x_place, mask=valid, other=0)
+    if MASK == MASK_PAGE or MASK == MASK_OTHER_PAGES or MASK == MASK_SEQUENCE_IDS:
+        x_page = tl.load(x_page_ptr + x_place, mask=valid, other=-2)
+    rank_score = tl.zeros([BLOCK_M], tl.float32)
+    x_offset = rank_score
+    if HAS_X_OFFSET:
+        x_offset = tl.load(x_offset_ptr + x_place, mask=valid, other=0.0)
+    if NEED_RANK:
+        rank_score = tl.load(x_rank_score_ptr + x_place * 2 + 1, mask=valid, other=0.0) * scale
+        if HAS_RANK_LOG_Q:
+            position = tl.load(list_ptr + x_place, mask=valid, other=0)
+            rank_score -= tl.load(log_q_ptr + position, mask=valid, other=0.0) * LOG2E
+
+    low = low * BLOCK_N
+    high = tl.minimum(high * BLOCK_N, y_count)
+    if MASK == MASK_PAGE:
+        page_first = tl.load(x_page_ptr + first)
+        page_last = tl.load(x_page_ptr + tl.minimum(first + BLOCK_M, x_count) - 1)
+        low = rank_before(y_rank_ptr, tl.load(page_offsets_ptr + page_first))
+        end = rank_before(y_rank_ptr, tl.load(page_offsets_ptr + page_last + 1))
+        columns = tl.cdiv(tl.cdiv(end - low, BLOCK_N), parts) * BLOCK_N
+        low += part * columns
+        high = tl.minimum(low + columns, end)
+
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    above = tl.zeros([BLOCK_M], tl.int32)
+    # The tail is peeled: a mask on every load of the inner loop costs several percent.
+    whole = low + tl.maximum(high - low, 0) // BLOCK_N * BLOCK_N
+    for start in range(low, whole, BLOCK_N):
+        top, total, acc, above = contrast_step(
+            x,
+            top,
+            total,
+            acc,
+            above,
+            x_id,
+            x_page,
+            x_place,
+            x_offset,
+            rank_score,
+            y_ptr,
+            y_id_ptr,
+            y_page_ptr,
+            y_offset_ptr,
+            y_scale_ptr,
+            start,
+            high,
+            scale,
+            False,
+            MASK,
+            HAS_X_OFFSET and not X_OFFSET_AFTER,
+            HAS_Y_OFFSET,
+            HAS_Y_SCALE,
+            Y_OFFSET_IS_COUNT,
+            Y_OFFSET_IS_LSE,
+            LIFT,
+            FIXED_SHIFT,
+            ONLINE,
+            NEED_SUM,
+            NEED_VALUES,
+            NEED_RANK,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+        )
+    if whole < high:
+        top, total, acc, above = contrast_step(
+            x,
+            top,
+            total,
+            acc,
+            above,
+            x_id,
+            x_page,
+            x_place,
+            x_offset,
+            rank_score,
+            y_ptr,
+            y_id_ptr,
+            y_page_ptr,
+            y_offset_ptr,
+            y_scale_ptr,
+            whole,
+            high,
+            scale,
+            True,
+            MASK,
+            HAS_X_OFFSET and not X_OFFSET_AFTER,
+            HAS_Y_OFFSET,
+            HAS_Y_SCALE,
+            Y_OFFSET_IS_COUNT,
+            Y_OFFSET_IS_LSE,
+            LIFT,
+            FIXED_SHIFT,
+            ONLINE,
+            NEED_SUM,
+            NEED_VALUES,
+            NEED_RANK,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+        )
+    if HAS_X_OFFSET and X_OFFSET_AFTER:
+        # log m of a column that stands for m items: a factor of its row, outside the loop.
+        acc = acc * tl.exp2(x_offset)[:, None]
+    row = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if NEED_SUM:
+        if FIXED_SHIFT:
+            top = tl.zeros([BLOCK_M], tl.float32) + scale
+        tl.store(total_ptr + row, total)
+        tl.store(top_ptr + row, top)
+    if NEED_RANK:
+        tl.store(above_ptr + row, above)
+    if NEED_VALUES:
+        if TO_LIST:
+            row = tl.load(list_ptr + x_place, mask=valid, other=0).to(tl.int64)
+        where = row[:, None] * BLOCK_D + dims[None, :]
+        if TO_LIST:
+            tl.store(acc_ptr + where, acc.to(acc_ptr.dtype.element_ty), mask=valid[:, None])
+        else:
+            tl.store(acc_ptr + where, acc.to(acc_ptr.dtype.element_ty))
+
+
+@triton.jit
 def contrast(
     x_ptr,  # [x capacity, BLOCK_D] unit rows
     y_ptr,  # [y capacity, BLOCK_D] unit rows
@@ -222,204 +482,175 @@ def contrast(
     if TO_LIST:
         parts = tl.minimum(parts, 1)
     scale = score_scale(tau, TAU_IS_TENSOR)
-    begin = pid * share
-    end = tl.minimum(begin + share, tiles * blocks)
-    first_tile = pid // parts
-    last_tile = tl.minimum(first_tile, tl.cdiv(x_count, BLOCK_M) - 1)
-    if share > 0:
-        first_tile = begin // blocks
-        last_tile = tl.cdiv(end, blocks) - 1
-    for tile in range(first_tile, last_tile + 1):
-        first = tile * BLOCK_M
-        x_place = first + tl.arange(0, BLOCK_M)
-        valid = x_place < x_count
-        dims = tl.arange(0, BLOCK_D)
-        if FUSED:
-            place, valid, position, page, first_page, last_page = list_tile(
-                list_ptr, x_page_ptr, x_count, first, BLOCK_M
-            )
-            r = attend_tile(
+    if STREAM:
+        # From where to where in the row of all blocks of all tiles. An equal part of a tile is as good as a share.
+        per_part = tl.cdiv(blocks, parts)
+        first_tile = pid // parts
+        last_tile = tl.minimum(first_tile, tl.cdiv(x_count, BLOCK_M) - 1)
+        begin = pid * share
+        end = tl.minimum(begin + share, tiles * blocks)
+        if share > 0:
+            first_tile = begin // blocks
+            last_tile = tl.cdiv(end, blocks) - 1
+        for tile in range(first_tile, last_tile + 1):
+            part = pid % parts
+            low = part * per_part
+            high = tl.minimum(low + per_part, blocks)
+            slot = pid
+            if share > 0:
+                low = tl.maximum(begin - tile * blocks, 0)
+                high = tl.minimum(end - tile * blocks, blocks)
+                slot = tile + pid
+            contrast_rows(
+                tile,
+                slot,
+                low,
+                high,
+                parts,
+                part,
+                x_count,
+                y_count,
+                scale,
+                x_ptr,
+                y_ptr,
+                x_id_ptr,
+                y_id_ptr,
+                x_page_ptr,
+                y_page_ptr,
+                x_offset_ptr,
+                y_offset_ptr,
+                y_scale_ptr,
+                x_rank_score_ptr,
+                log_q_ptr,
+                page_offsets_ptr,
+                y_rank_ptr,
+                acc_ptr,
+                top_ptr,
+                total_ptr,
+                above_ptr,
                 q_ptr,
                 q_index_ptr,
                 k_ptr,
                 k_index_ptr,
                 v_ptr,
                 v_index_ptr,
+                e_ptr,
+                e_index_ptr,
                 history_offsets_ptr,
                 history_page_ptr,
                 attention_lse_ptr,
-                position,
-                page,
-                place,
-                first_page,
-                last_page,
+                norm_ptr,
+                positive_ptr,
+                list_ptr,
                 capacity,
-                attention_scale * LOG2E,
-                NEED_VALUES,
+                attention_scale,
                 D,
-                1,
                 HAS_Q_INDEX,
                 HAS_K_INDEX,
                 HAS_V_INDEX,
-                BLOCK_M,
-                BLOCK_H,
-                BLOCK_D,
-                BLOCK_C,
-                PRECISION,
-            )
-            # Every part of a split tile computes the same r; each writes the same bits.
-            x = store_unit_rows(
-                r,
-                e_ptr,
-                e_index_ptr,
-                x_ptr,
-                norm_ptr,
-                positive_ptr,
-                position,
-                place,
-                valid,
-                D,
-                BLOCK_D,
-                BLOCK_D,
                 HAS_E_INDEX,
-                True,
+                FUSED,
+                BLOCK_H,
+                BLOCK_C,
+                MASK,
+                HAS_X_OFFSET,
+                X_OFFSET_AFTER,
+                HAS_Y_OFFSET,
+                HAS_Y_SCALE,
+                Y_OFFSET_IS_COUNT,
+                HAS_RANK_LOG_Q,
+                Y_OFFSET_IS_LSE,
+                LIFT,
+                FIXED_SHIFT,
+                ONLINE,
+                NEED_SUM,
+                NEED_VALUES,
+                NEED_RANK,
+                TO_LIST,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                PRECISION,
             )
-        else:
-            where = x_place.to(tl.int64)[:, None] * BLOCK_D + dims[None, :]
-            x = tl.load(x_ptr + where, mask=valid[:, None], other=0.0)
-
-        x_id = x_place
-        x_page = x_place
-        if MASK != MASK_SEQUENCE:
-            x_id = tl.load(x_id_ptr + x_place, mask=valid, other=0)
-        if MASK == MASK_PAGE or MASK == MASK_OTHER_PAGES or MASK == MASK_SEQUENCE_IDS:
-            x_page = tl.load(x_page_ptr + x_place, mask=valid, other=-2)
-        rank_score = tl.zeros([BLOCK_M], tl.float32)
-        x_offset = rank_score
-        if HAS_X_OFFSET:
-            x_offset = tl.load(x_offset_ptr + x_place, mask=valid, other=0.0)
-        if NEED_RANK:
-            rank_score = tl.load(x_rank_score_ptr + x_place * 2 + 1, mask=valid, other=0.0) * scale
-            if HAS_RANK_LOG_Q:
-                position = tl.load(list_ptr + x_place, mask=valid, other=0)
-                rank_score -= tl.load(log_q_ptr + position, mask=valid, other=0.0) * LOG2E
-
-        low = 0
-        high = y_count
-        if MASK == MASK_PAGE:
-            page_first = tl.load(x_page_ptr + first)
-            page_last = tl.load(x_page_ptr + tl.minimum(first + BLOCK_M, x_count) - 1)
-            low = rank_before(y_rank_ptr, tl.load(page_offsets_ptr + page_first))
-            high = rank_before(y_rank_ptr, tl.load(page_offsets_ptr + page_last + 1))
+    else:
+        tile = pid // parts
+        if tile * BLOCK_M >= x_count:
+            return
+        part = pid % parts
+        low = part * tl.cdiv(blocks, parts)
+        high = tl.minimum(low + tl.cdiv(blocks, parts), blocks)
         slot = pid
-        if share > 0:
-            low = tl.maximum(begin - tile * blocks, 0) * BLOCK_N
-            high = tl.minimum(tl.minimum(end - tile * blocks, blocks) * BLOCK_N, high)
-            slot = tile + pid
-        else:
-            part = tl.cdiv(tl.cdiv(high - low, BLOCK_N), parts) * BLOCK_N
-            low = low + (pid % parts) * part
-            high = tl.minimum(low + part, high)
-
-        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        above = tl.zeros([BLOCK_M], tl.int32)
-        # The tail is peeled: a mask on every load of the inner loop costs several percent.
-        whole = low + tl.maximum(high - low, 0) // BLOCK_N * BLOCK_N
-        for start in range(low, whole, BLOCK_N):
-            top, total, acc, above = contrast_step(
-                x,
-                top,
-                total,
-                acc,
-                above,
-                x_id,
-                x_page,
-                x_place,
-                x_offset,
-                rank_score,
-                y_ptr,
-                y_id_ptr,
-                y_page_ptr,
-                y_offset_ptr,
-                y_scale_ptr,
-                start,
-                high,
-                scale,
-                False,
-                MASK,
-                HAS_X_OFFSET and not X_OFFSET_AFTER,
-                HAS_Y_OFFSET,
-                HAS_Y_SCALE,
-                Y_OFFSET_IS_COUNT,
-                Y_OFFSET_IS_LSE,
-                LIFT,
-                FIXED_SHIFT,
-                ONLINE,
-                NEED_SUM,
-                NEED_VALUES,
-                NEED_RANK,
-                BLOCK_N,
-                BLOCK_D,
-                PRECISION,
-            )
-        if whole < high:
-            top, total, acc, above = contrast_step(
-                x,
-                top,
-                total,
-                acc,
-                above,
-                x_id,
-                x_page,
-                x_place,
-                x_offset,
-                rank_score,
-                y_ptr,
-                y_id_ptr,
-                y_page_ptr,
-                y_offset_ptr,
-                y_scale_ptr,
-                whole,
-                high,
-                scale,
-                True,
-                MASK,
-                HAS_X_OFFSET and not X_OFFSET_AFTER,
-                HAS_Y_OFFSET,
-                HAS_Y_SCALE,
-                Y_OFFSET_IS_COUNT,
-                Y_OFFSET_IS_LSE,
-                LIFT,
-                FIXED_SHIFT,
-                ONLINE,
-                NEED_SUM,
-                NEED_VALUES,
-                NEED_RANK,
-                BLOCK_N,
-                BLOCK_D,
-                PRECISION,
-            )
-        if HAS_X_OFFSET and X_OFFSET_AFTER:
-            # log m of a column that stands for m items: a factor of its row, outside the loop.
-            acc = acc * tl.exp2(x_offset)[:, None]
-        row = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        if NEED_SUM:
-            if FIXED_SHIFT:
-                top = tl.zeros([BLOCK_M], tl.float32) + scale
-            tl.store(total_ptr + row, total)
-            tl.store(top_ptr + row, top)
-        if NEED_RANK:
-            tl.store(above_ptr + row, above)
-        if NEED_VALUES:
-            if TO_LIST:
-                row = tl.load(list_ptr + x_place, mask=valid, other=0).to(tl.int64)
-            where = row[:, None] * BLOCK_D + dims[None, :]
-            if TO_LIST:
-                tl.store(acc_ptr + where, acc.to(acc_ptr.dtype.element_ty), mask=valid[:, None])
-            else:
-                tl.store(acc_ptr + where, acc.to(acc_ptr.dtype.element_ty))
+        contrast_rows(
+            tile,
+            slot,
+            low,
+            high,
+            parts,
+            part,
+            x_count,
+            y_count,
+            scale,
+            x_ptr,
+            y_ptr,
+            x_id_ptr,
+            y_id_ptr,
+            x_page_ptr,
+            y_page_ptr,
+            x_offset_ptr,
+            y_offset_ptr,
+            y_scale_ptr,
+            x_rank_score_ptr,
+            log_q_ptr,
+            page_offsets_ptr,
+            y_rank_ptr,
+            acc_ptr,
+            top_ptr,
+            total_ptr,
+            above_ptr,
+            q_ptr,
+            q_index_ptr,
+            k_ptr,
+            k_index_ptr,
+            v_ptr,
+            v_index_ptr,
+            e_ptr,
+            e_index_ptr,
+            history_offsets_ptr,
+            history_page_ptr,
+            attention_lse_ptr,
+            norm_ptr,
+            positive_ptr,
+            list_ptr,
+            capacity,
+            attention_scale,
+            D,
+            HAS_Q_INDEX,
+            HAS_K_INDEX,
+            HAS_V_INDEX,
+            HAS_E_INDEX,
+            FUSED,
+            BLOCK_H,
+            BLOCK_C,
+            MASK,
+            HAS_X_OFFSET,
+            X_OFFSET_AFTER,
+            HAS_Y_OFFSET,
+            HAS_Y_SCALE,
+            Y_OFFSET_IS_COUNT,
+            HAS_RANK_LOG_Q,
+            Y_OFFSET_IS_LSE,
+            LIFT,
+            FIXED_SHIFT,
+            ONLINE,
+            NEED_SUM,
+            NEED_VALUES,
+            NEED_RANK,
+            TO_LIST,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+        )
 
 
 @triton.jit

@@ -100,7 +100,7 @@ def run_contrast(
         NEED_SUM=need_sum,
         NEED_VALUES=need_values,
         NEED_RANK=need_rank,
-        STREAM=s.stream,
+        STREAM=s.stream and not out.in_place,
         TO_LIST=out.in_place,
         BLOCK_M=out.tile.block_m,
         BLOCK_N=out.tile.block_n,
@@ -143,7 +143,10 @@ def run_chunks(
     )
     tiles_n = cdiv(columns, tile.block_n)
     store = transposed is not None or need_values
-    p = torch.empty((rows, columns) if store else (1, 1), dtype=x.unit.dtype, device=device)
+    # Rows of P begin at multiples of a tile: loads stay wide, and a tile may be read beyond its last column.
+    p_stride = cdiv(columns, tile.block_n) * tile.block_n
+    p_stride = cdiv(p_stride, tile.block_m) * tile.block_m
+    p = torch.empty((rows, p_stride) if store else (1, 1), dtype=x.unit.dtype, device=device)
     part_top = torch.empty(tiles_n, rows, dtype=torch.float32, device=device)
     part_total = torch.empty_like(part_top)
     part_above = torch.empty(
@@ -188,7 +191,7 @@ def run_chunks(
             lift if normalised else 0.0,
             first_row,
             rows,
-            columns,
+            p_stride,
             STRIDE=s.stride,
             TAU_IS_TENSOR=tau_is_tensor,
             MASK=mask,
@@ -239,7 +242,7 @@ def run_chunks(
                 out.acc,
                 first_row,
                 rows,
-                columns,
+                p_stride,
                 STRIDE=s.stride,
                 **block,
                 **launch,
@@ -269,7 +272,7 @@ def run_chunks(
                 transposed.out,
                 first_row,
                 rows,
-                columns,
+                p_stride,
                 STRIDE=s.stride,
                 ACCUMULATE=first_row > 0,
                 **block,

@@ -372,6 +372,7 @@ def backward(
             direction == "reconstruct"
             and d_pv is not None
             and not s.chunked
+            and p.negatives != "page"
             and d_pv.dtype == kind
             and s.stride == s.dim
             and 2 * tiles > s.programs(device)

@@ -72,6 +72,11 @@ class Shape:
         return capacity if self.chunked else self.slots(capacity, tile, device) * tile.block_m
 
 
+def _divisible(dtype: torch.dtype, chunks: bool) -> bool:
+    """Whether a row tile may be divided anywhere between programs: float32 tiles have no registers left for that."""
+    return not chunks and (dtype != torch.float32 or configs.interpreted())
+
+
 def loss_shape(p: Problem) -> Shape:
     dim = p.pv.shape[1]
     chunks = configs.use_chunks(p.pv.dtype, dim)
@@ -102,7 +107,7 @@ def loss_shape(p: Problem) -> Shape:
         chunked=chunks,
         fused=fused,
         early=chunks and p.reduction != "none",
-        stream=not chunks and not fused and p.negatives != "page",
+        stream=_divisible(p.pv.dtype, chunks) and not fused and p.negatives != "page",
         tile=configs.contrast_tile(p.pv.dtype, stride, fused),
         transposed=configs.contrast_tile(p.pv.dtype, stride),
         product=configs.product_tile(p.pv.dtype),
@@ -265,7 +270,7 @@ def sequence_shape(p: SequenceProblem) -> SequenceShape:
         chunked=chunks,
         fused=False,
         early=False,
-        stream=not chunks,
+        stream=_divisible(dtype, chunks),
         tile=configs.contrast_tile(dtype, stride, sequence_ids=p.ids is not None),
         transposed=configs.contrast_tile(dtype, stride, sequence_ids=p.ids is not None),
         product=configs.product_tile(dtype),
