@@ -124,8 +124,9 @@ def forward(
         return loss, item_loss, item_lse, item_positive, item_rank, is_anchor, skipped, []
 
     s = loss_shape(p)
-    t = empty_tensors(state_spec(p), device)
     grads = any(needs)
+    t = empty_tensors(state_spec(p, grads), device)
+    tile = s.forward(grads)
     make_plan(p, s, t, p.clicked)
     tau, tau_is_tensor = temperature_argument(p)
     positive = torch.empty(s.rows, 2, dtype=torch.float32, device=device)
@@ -172,14 +173,14 @@ def forward(
     online = needs_running_maximum(p, p.pv.dtype, p.log_q is not None)
     for direction in s.directions:
         x, y = sides(p, s, t, direction)
-        flat = s.flat(s.rows, s.tile, device)
+        flat = s.flat(s.rows, tile, device)
         out = Pass(
             t[f"{direction}_acc"],
             t[f"{direction}_top"],
             torch.empty(flat, dtype=torch.float32, device=device),
             torch.empty(flat if stats else 0, dtype=torch.int32, device=device),
-            s.slots(s.rows, s.tile, device),
-            s.tile,
+            s.slots(s.rows, tile, device),
+            tile,
         )
         first_stats = stats and direction == s.directions[0]
         loss = torch.empty(s.rows, dtype=torch.float32, device=device)

@@ -85,7 +85,8 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
             (p.num_history,) if per_item else (), dtype=torch.float32, device=device
         ), []
     s = sequence_shape(p)
-    t = empty_tensors(sequence_spec(p), device)
+    tile = s.forward(any(needs))
+    t = empty_tensors(sequence_spec(p, any(needs)), device)
     tau, tau_is_tensor = temperature_argument(p)
     sequence_plan(p, t)
     rows = _sequence_rows(s, t)
@@ -107,10 +108,10 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
     out = Pass(
         t["pass_acc"],
         t["pass_top"],
-        torch.empty(s.flat(s.rows, s.tile, device), dtype=torch.float32, device=device),
+        torch.empty(s.flat(s.rows, tile, device), dtype=torch.float32, device=device),
         t["flags"],
-        s.slots(s.rows, s.tile, device),
-        s.tile,
+        s.slots(s.rows, tile, device),
+        tile,
     )
     options = {
         "mask": s.mask,
@@ -146,8 +147,8 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
             HAS_POSITIVE=False,
             STATS=False,
             STREAM=s.stream,
-            BLOCK_M=s.tile.block_m,
-            BLOCK_N=s.tile.block_n,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
             BLOCK=256,
         )
 

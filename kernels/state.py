@@ -50,6 +50,7 @@ class Shape:
     early: bool  # ... and used at once for the gradient of the columns: the weights of the rows are known
     stream: bool  # a tile may be divided between programs anywhere (`schedule` in tl_common.py)
     tile: configs.Tile
+    lse: configs.Tile  # of a forward pass whose gradient nobody wants: without values
     transposed: configs.Tile
     product: configs.ProductTile
     attention: configs.Tile
@@ -66,6 +67,9 @@ class Shape:
         if self.chunked:
             return 1
         return torch.sym_max(cdiv(capacity, tile.block_m), self.programs(device))
+
+    def forward(self, values: bool) -> configs.Tile:
+        return self.tile if values else self.lse
 
     def flat(self, capacity: Any, tile: configs.Tile, device: torch.device) -> Any:
         """Rows of what such a pass writes."""
@@ -109,6 +113,7 @@ def loss_shape(p: Problem) -> Shape:
         early=chunks and p.reduction != "none",
         stream=_divisible(p.pv.dtype, chunks) and not fused and p.negatives != "page",
         tile=configs.contrast_tile(p.pv.dtype, stride, fused),
+        lse=configs.contrast_tile(p.pv.dtype, stride, fused),
         transposed=configs.contrast_tile(p.pv.dtype, stride),
         product=configs.product_tile(p.pv.dtype),
         attention=configs.attention_tile(p.pv.dtype, stride, p.num_heads, False),
@@ -134,9 +139,11 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _pass_spec(name: str, flat: Any, stride: int, rows: Any, dtype: torch.dtype) -> _Spec:
+def _pass_spec(
+    name: str, flat: Any, stride: int, rows: Any, dtype: torch.dtype, values: bool
+) -> _Spec:
     return {
-        f"{name}_acc": ((flat, stride), sums_dtype(dtype)),
+        f"{name}_acc": ((flat if values else 0, stride), sums_dtype(dtype)),
         f"{name}_top": ((flat,), torch.float32),
         f"{name}_lse": ((rows,), torch.float32),
         f"{name}_miss": ((rows,), torch.float32),
@@ -156,8 +163,9 @@ def plan_spec(p: Problem, s: Shape) -> _Spec:
     return spec | _list_spec("anchor", s.rows, s.id_dtype, False)
 
 
-def state_spec(p: Problem) -> _Spec:
-    """Name, shape and type of every tensor that the backward needs, in the order of `saved`."""
+def state_spec(p: Problem, values: bool = True) -> _Spec:
+    """Name, shape and type of every tensor that the backward needs, in the order of `saved`; `values` off: of the
+    forward pass alone."""
     s = loss_shape(p)
     device, dtype, rows = p.pv.device, p.pv.dtype, s.rows
     columns = s.items if s.merged else rows
@@ -175,8 +183,9 @@ def state_spec(p: Problem) -> _Spec:
     if s.merged:
         spec |= {"item_count": ((s.items,), torch.int32), "item_rank": ((s.items,), torch.int32)}
     for name in s.directions:
-        spec |= _pass_spec(name, s.flat(rows, s.tile, device), s.stride, rows, dtype)
-        if s.early:
+        flat = s.flat(rows, s.forward(values), device)
+        spec |= _pass_spec(name, flat, s.stride, rows, dtype, values)
+        if s.early and values:
             columns_of = columns if name == "reconstruct" else rows
             spec |= {
                 f"{name}_dy": ((columns_of, s.stride), torch.float32),
@@ -272,6 +281,7 @@ def sequence_shape(p: SequenceProblem) -> SequenceShape:
         early=False,
         stream=_divisible(dtype, chunks),
         tile=configs.contrast_tile(dtype, stride, sequence_ids=p.ids is not None),
+        lse=configs.contrast_tile(dtype, stride, sequence_ids=p.ids is not None),
         transposed=configs.contrast_tile(dtype, stride, sequence_ids=p.ids is not None),
         product=configs.product_tile(dtype),
         attention=configs.attention_tile(dtype, stride, 1, False),
@@ -282,7 +292,7 @@ def sequence_shape(p: SequenceProblem) -> SequenceShape:
     )
 
 
-def sequence_spec(p: SequenceProblem) -> _Spec:
+def sequence_spec(p: SequenceProblem, values: bool = True) -> _Spec:
     s = sequence_shape(p)
     spec: _Spec = {
         "history_page": ((s.rows,), torch.int32),
@@ -294,8 +304,8 @@ def sequence_spec(p: SequenceProblem) -> _Spec:
         "anchors": ((), torch.float32),
     }
     spec |= _list_spec("row", s.rows, s.id_dtype, False)
-    flat = s.flat(s.rows, s.tile, p.history.device)
-    return spec | _pass_spec("pass", flat, s.stride, s.rows, p.history.dtype)
+    flat = s.flat(s.rows, s.forward(values), p.history.device)
+    return spec | _pass_spec("pass", flat, s.stride, s.rows, p.history.dtype, values)
 
 
 def sequence_is_empty(p: SequenceProblem) -> bool:

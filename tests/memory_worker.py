@@ -1,0 +1,94 @@
+"""Walks through the pipeline with tensors that hold nothing, and prints what it would launch and allocate as JSON.
+
+Run by test_memory.py, as a process of its own: in one with TRITON_INTERPRET=1, kernels cannot be recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from courier_fast.kernels import (
+    chunked,
+    click_sequence,
+    configs,
+    contrast,
+    epilogue,
+    pipeline,
+    plan,
+    reconstruct,
+)
+from courier_fast.kernels.launches import recorded
+from courier_fast.problem import Problem
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the storages that are alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if not isinstance(x, torch.Tensor) or x.untyped_storage() in self.seen:
+                continue
+            storage = x.untyped_storage()
+            self.seen.add(storage)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.free, storage.nbytes())
+        return out
+
+    def free(self, size: int) -> None:
+        self.live -= size
+
+
+def walk(pages: int, items: int, history_rows: int, dim: int, gradients: bool) -> dict[str, int]:
+    rows = pages * items
+    with FakeTensorMode():
+        p = Problem(
+            pv=torch.empty(rows, dim, dtype=torch.bfloat16),
+            history=torch.empty(history_rows, dim, dtype=torch.bfloat16),
+            query=None,
+            key=None,
+            value=None,
+            pv_index=None,
+            history_index=None,
+            pv_offsets=torch.empty(pages + 1, dtype=torch.int64),
+            history_offsets=torch.empty(pages + 1, dtype=torch.int64),
+            pv_mask=None,
+            history_mask=None,
+            clicked=torch.empty(rows, dtype=torch.bool),
+            item_ids=None,
+            log_q=None,
+            weights=None,
+            temperature=None,
+            tau=0.1,
+            attention_scale=dim**-0.5,
+        )
+        needs = [gradients, gradients, False, False, False, False]
+        modules = (plan, reconstruct, contrast, chunked, epilogue, click_sequence)
+        with recorded(*modules) as launches, Memory() as memory:
+            loss, *_, saved = pipeline.loss_forward(p, needs, False)
+            forward, size = memory.peak, 0
+            if gradients:
+                found = pipeline.loss_backward(p, needs, saved, loss)
+                size = sum(x.untyped_storage().nbytes() for x in found if x is not None)
+    # The gradients are not yet there in the forward pass.
+    extra = max(forward, memory.peak - size)
+    return {"launches": len(launches), "extra": extra}
+
+
+if __name__ == "__main__":
+    configs.programs = lambda _device: 132
+    print(json.dumps([walk(*case) for case in json.loads(sys.argv[1])]))
