@@ -302,9 +302,7 @@ def _build(
         "history_mask": history_side.mask,
         "clicked": None
         if clicked is None
-        else as_bool(
-            "clicked", _per_item("clicked", clicked, pv_side, device), pv_side.live(), validate
-        ),
+        else as_bool("clicked", _per_item("clicked", clicked, pv_side, device), pv_side, validate),
         "attention_scale": float(attention_scale),
         "num_heads": num_heads,
     }

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .problem import Problem, SequenceProblem
 
@@ -165,6 +167,18 @@ def _restore(ctx: Any) -> tuple[list[Any], list[Tensor]]:
     return flat, tensors[len(ctx.places) :]
 
 
+def _direct(flat: Sequence[Any]) -> bool:
+    """Whether the implementation can be called without the operator around it: plain tensors, and nobody who traces,
+    transforms or watches operators. What an operator with this many arguments costs the host exceeds what it computes
+    in a small batch."""
+    return (
+        not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and not torch._C._are_functorch_transforms_active()
+        and all(type(x) in (Tensor, Parameter) for x in flat if isinstance(x, Tensor))
+    )
+
+
 # ---- reconstruction loss ------------------------------------------------------------------------------------------
 
 
@@ -221,11 +235,11 @@ def _loss_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _loss_grad(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+def _loss_grad(ctx: Any, grad: Tensor | None, *_: Any, run: Any = _loss_backward_op) -> Any:
     flat, saved = _restore(ctx)
     if grad is None:
         return (None,) * (_LOSS_FIELDS + 3)
-    grads = _loss_backward_op(*flat, ctx.needs, ctx.impl, saved, grad)
+    grads = run(*flat, ctx.needs, ctx.impl, saved, grad)
     return (*_scatter_grads(Problem, _LOSS_GRADS, ctx.needs, grads), None, None, None)
 
 
@@ -240,9 +254,31 @@ torch.library.register_autograd(
 )
 
 
+class _DirectLoss(torch.autograd.Function):
+    """The same without the operator."""
+
+    @staticmethod
+    def forward(ctx: Any, needs: Sequence[bool], stats: bool, impl: str, *flat: Any) -> Any:
+        *outputs, saved = _loss_run(*flat, needs, stats, impl)
+        _loss_context(ctx, (*flat, needs, stats, impl), (*outputs, saved))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+        # With create_graph, the operator: it says why there is no second derivative.
+        run = _loss_backward_op if torch.is_grad_enabled() else _loss_backward_run
+        return (None, None, None, *_loss_grad(ctx, grad, run=run)[:_LOSS_FIELDS])
+
+
 def reconstruction_loss(p: Problem, impl: str, stats: bool) -> tuple[Tensor, ...]:
     """(loss, item_loss, log_sum_exp, positive_similarity, rank, is_anchor, num_skipped); all but loss need `stats`."""
-    return _loss_op(*_flat(p), _wanted(p, _LOSS_GRADS), stats, impl)[:-1]
+    flat, needs = _flat(p), _wanted(p, _LOSS_GRADS)
+    if not _direct(flat):
+        return _loss_op(*flat, needs, stats, impl)[:-1]
+    if not any(needs):
+        with torch.no_grad():
+            return _loss_run(*flat, needs, stats, impl)[:-1]
+    return _DirectLoss.apply(needs, stats, impl, *flat)
 
 
 # ---- reconstruct --------------------------------------------------------------------------------------------------
@@ -362,11 +398,11 @@ def _sequence_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _sequence_grad(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+def _sequence_grad(ctx: Any, grad: Tensor | None, *_: Any, run: Any = _sequence_backward_op) -> Any:
     flat, saved = _restore(ctx)
     if grad is None:
         return (None,) * (_SEQUENCE_FIELDS + 2)
-    grads = _sequence_backward_op(*flat, ctx.needs, ctx.impl, saved, grad)
+    grads = run(*flat, ctx.needs, ctx.impl, saved, grad)
     return (*_scatter_grads(SequenceProblem, _SEQUENCE_GRADS, ctx.needs, grads), None, None)
 
 
@@ -381,6 +417,27 @@ torch.library.register_autograd(
 )
 
 
+class _DirectSequence(torch.autograd.Function):
+    """The same without the operator."""
+
+    @staticmethod
+    def forward(ctx: Any, needs: Sequence[bool], impl: str, *flat: Any) -> Any:
+        loss, saved = _sequence_run(*flat, needs, impl)
+        _sequence_context(ctx, (*flat, needs, impl), (loss, saved))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        run = _sequence_backward_op if torch.is_grad_enabled() else _sequence_backward_run
+        return (None, None, *_sequence_grad(ctx, grad, run=run)[:_SEQUENCE_FIELDS])
+
+
 def click_sequence_loss(p: SequenceProblem, impl: str) -> Tensor:
     """0-d, or [K] with reduction "none"."""
-    return _sequence_op(*_flat(p), _wanted(p, _SEQUENCE_GRADS), impl)[0]
+    flat, needs = _flat(p), _wanted(p, _SEQUENCE_GRADS)
+    if not _direct(flat):
+        return _sequence_op(*flat, needs, impl)[0]
+    if not any(needs):
+        with torch.no_grad():
+            return _sequence_run(*flat, needs, impl)[0]
+    return _DirectSequence.apply(needs, impl, *flat)

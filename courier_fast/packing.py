@@ -101,10 +101,10 @@ def jagged_values(name: str, x: Tensor) -> Tensor:
     return x.values()
 
 
-def as_bool(name: str, x: Any, live: Tensor | None, validate: bool) -> Tensor:
+def as_bool(name: str, x: Any, layout: Side | None, validate: bool) -> Tensor:
     """A bool tensor; integers 0 and 1 are accepted, floats are not (a probability is no click).
 
-    `live`: where values count, None everywhere; another integer there (a label of -100, say) is an error.
+    `layout`: whose real rows count, None: all; another integer there (a label of -100, say) is an error.
     """
     x = require_tensor(name, x)
     if x.dtype == torch.bool:
@@ -113,6 +113,7 @@ def as_bool(name: str, x: Any, live: Tensor | None, validate: bool) -> Tensor:
         raise TypeError(f"{name}: expected a bool or integer (0/1) tensor, got {x.dtype}")
     if watches_values() and (validate or x.device.type == "cpu"):
         bad = (x != 0) & (x != 1)
+        live = None if layout is None else layout.live()
         if live is not None:
             bad = bad & live
         if bool(bad.any()):
@@ -194,7 +195,10 @@ def side(
         if mask.device != device:
             raise ValueError(f"{name}_mask: expected a tensor on {device}, got {mask.device}")
         flat = mask.reshape(-1).contiguous()
-    starts = torch.arange(pages + 1, device=device) * length
+    if length:
+        starts = torch.arange(0, pages * length + 1, length, device=device)
+    else:
+        starts = torch.zeros(pages + 1, dtype=torch.int64, device=device)
     return Side(name, "padded", pages * length, starts, flat, (pages, length), watch)
 
 

@@ -91,7 +91,9 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
 
 def saved_spec(p: Problem, needs: Sequence[bool]) -> list[tuple[tuple[Any, ...], torch.dtype]]:
     """Shapes and types of `saved`; nothing is saved where there is nothing to compute or nobody wants gradients."""
-    return list(state_spec(p).values()) if any(needs) and not is_empty(p) else []
+    if not any(needs) or is_empty(p):
+        return []
+    return list(state_spec(p, loss_shape(p)).values())
 
 
 def _stats_buffers(rows: int, stats: bool, device: torch.device) -> tuple[Tensor, ...]:
@@ -125,7 +127,7 @@ def forward(
 
     s = loss_shape(p)
     grads = any(needs)
-    t = empty_tensors(state_spec(p, grads), device)
+    t = empty_tensors(state_spec(p, s, grads), device)
     tile = s.forward(grads)
     make_plan(p, s, t, p.clicked)
     tau, tau_is_tensor = temperature_argument(p)
@@ -326,7 +328,7 @@ def backward(
         ) if given else None
     s = loss_shape(p)
     device, dtype = p.pv.device, p.pv.dtype
-    t = dict(zip(state_spec(p), saved, strict=True))
+    t = dict(zip(state_spec(p, s), saved, strict=True))
     tau, tau_is_tensor = temperature_argument(p)
     half = dtype == torch.float16
     new = torch.empty

@@ -35,7 +35,9 @@ def sequence_saved_spec(
     p: SequenceProblem, needs: Sequence[bool]
 ) -> list[tuple[tuple[Any, ...], torch.dtype]]:
     """As `saved_spec`."""
-    return list(sequence_spec(p).values()) if any(needs) and not sequence_is_empty(p) else []
+    if not any(needs) or sequence_is_empty(p):
+        return []
+    return list(sequence_spec(p, sequence_shape(p)).values())
 
 
 def _sequence_rows(s: SequenceShape, t: dict[str, Tensor]) -> Rows:
@@ -86,7 +88,7 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
         ), []
     s = sequence_shape(p)
     tile = s.forward(any(needs))
-    t = empty_tensors(sequence_spec(p, any(needs)), device)
+    t = empty_tensors(sequence_spec(p, s, any(needs)), device)
     tau, tau_is_tensor = temperature_argument(p)
     sequence_plan(p, t)
     rows = _sequence_rows(s, t)
@@ -195,7 +197,7 @@ def sequence_backward(
             torch.zeros_like(p.temperature) if needs[1] and p.temperature is not None else None,
         ]
     s = sequence_shape(p)
-    t = dict(zip(sequence_spec(p), saved, strict=True))
+    t = dict(zip(sequence_spec(p, s), saved, strict=True))
     # `page_mean` counts the positives again: not into what was saved.
     scratch = t | {"number": torch.empty_like(t["number"])}
     tau, tau_is_tensor = temperature_argument(p)

@@ -163,10 +163,9 @@ def plan_spec(p: Problem, s: Shape) -> _Spec:
     return spec | _list_spec("anchor", s.rows, s.id_dtype, False)
 
 
-def state_spec(p: Problem, values: bool = True) -> _Spec:
+def state_spec(p: Problem, s: Shape, values: bool = True) -> _Spec:
     """Name, shape and type of every tensor that the backward needs, in the order of `saved`; `values` off: of the
     forward pass alone."""
-    s = loss_shape(p)
     device, dtype, rows = p.pv.device, p.pv.dtype, s.rows
     columns = s.items if s.merged else rows
     spec = plan_spec(p, s) | {
@@ -292,8 +291,7 @@ def sequence_shape(p: SequenceProblem) -> SequenceShape:
     )
 
 
-def sequence_spec(p: SequenceProblem, values: bool = True) -> _Spec:
-    s = sequence_shape(p)
+def sequence_spec(p: SequenceProblem, s: SequenceShape, values: bool = True) -> _Spec:
     spec: _Spec = {
         "history_page": ((s.rows,), torch.int32),
         "flags": ((1, s.rows), torch.int8),
