@@ -40,7 +40,7 @@ def test_ragged_batches(impl: str, examples: int) -> None:
     )
     @given(
         pages=PAGES,
-        dim=st.integers(4, 40),
+        dim=st.integers(1, 40),
         negatives=st.sampled_from(NEGATIVES),
         direction=st.sampled_from(DIRECTIONS),
         tau=st.sampled_from([0.01, 0.1, 1.0]),
