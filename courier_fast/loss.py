@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
+from .cuda_graph import Graphs
 from .packing import (
     Side,
     as_bool,
@@ -349,6 +350,7 @@ def reconstruction_loss(
     validate: bool = False,
     impl: str = "auto",
     workspace: int = WORKSPACE,
+    _graphs: Graphs | None = None,
 ) -> Tensor | tuple[Tensor, ReconstructionStats]:
     """Contrastive user intention reconstruction, L_rec of COURIER (arXiv 2306.05001).
 
@@ -428,14 +430,17 @@ def reconstruction_loss(
         workspace=workspace,
     )
     chosen = _choose(impl, p)
-    if chosen == "reference":
+    if _graphs is not None:
+        loss, *per_row, skipped = _graphs(p, chosen, return_stats)
+        rows = tuple(per_row)
+    elif chosen == "reference":
         out = reference.reconstruction_loss(p)
         loss = out.loss
         rows = (out.item_loss, out.log_sum_exp, out.positive_similarity, out.rank, out.is_anchor)
         skipped = out.num_skipped
     else:
         loss, *per_row, skipped = ops.reconstruction_loss(p, chosen, return_stats)
-        rows = tuple(per_row)  # type: ignore[assignment]
+        rows = tuple(per_row)
     if reduction == "none":
         loss = pv_side.restore(loss)
     if not return_stats:
@@ -526,6 +531,7 @@ def click_sequence_loss(
     validate: bool = False,
     impl: str = "auto",
     workspace: int = WORKSPACE,
+    _graphs: Graphs | None = None,
 ) -> Tensor:
     """Click-sequence loss, L_seq of COURIER (arXiv 2306.05001): items of one history attract each other.
 
@@ -594,6 +600,8 @@ def click_sequence_loss(
         workspace=workspace,
     )
     chosen = _choose(impl, p)
+    if _graphs is not None:
+        return _graphs(p, chosen)[0]
     loss = (
         reference.click_sequence_loss(p)
         if chosen == "reference"
@@ -627,9 +635,21 @@ class _WithTemperature(nn.Module):
     log_inverse_temperature: nn.Parameter | None
 
     def __init__(
-        self, temperature: float, learnable: bool, minimum: float, options: dict[str, Any]
+        self,
+        temperature: float,
+        learnable: bool,
+        minimum: float,
+        options: dict[str, Any],
+        cuda_graph: bool,
     ) -> None:
         super().__init__()
+        if not isinstance(cuda_graph, bool):
+            raise TypeError(f"cuda_graph: expected True or False, got {describe(cuda_graph)}")
+        if cuda_graph and options["validate"]:
+            raise ValueError(
+                "cuda_graph and validate: expected at most one, as validation looks at values on the host, got both"
+            )
+        self._graphs = Graphs() if cuda_graph else None
         if isinstance(temperature, Tensor):
             raise TypeError(f"temperature: expected a float, got {describe(temperature)}")
         _check_temperature(temperature, torch.device("cpu"), False)
@@ -664,8 +684,9 @@ class _WithTemperature(nn.Module):
         else:
             now = float(torch.exp(-self.log_inverse_temperature.detach()))
             text = f"temperature={now:.4g}, learnable_temperature=True, min_temperature={self._minimum:g}"
+        options = self._options | {"cuda_graph": self._graphs is not None}
         return text + "".join(
-            f", {name}={value!r}" for name, value in self._options.items() if value is not None
+            f", {name}={value!r}" for name, value in options.items() if value is not None
         )
 
 
@@ -674,6 +695,13 @@ class ReconstructionLoss(_WithTemperature):
 
     With `learnable_temperature` the parameter `log_inverse_temperature` holds log(1/tau) (0-d, float32), and
     tau >= `min_temperature`; at that limit only gradients that raise tau pass. Other options as for `reconstruction_loss`.
+
+    With `cuda_graph`, forward and backward are captured as one CUDA graph for each signature (shapes, types, which
+    tensors are given, which take a gradient, options) and replayed afterwards: for small batches of fixed shape, whose
+    launches cost the host more than the GPU. Up to 8 graphs are kept; other shapes are captured anew, so use the padded
+    layout, or pad to a few sizes. Gradients are those for an upstream gradient of one, multiplied by it. Under
+    torch.compile, and inside somebody else's graph, the kernels are launched as usual. Raises RuntimeError where there is no
+    CUDA device, for reduction "none", float16, and implementations other than "triton".
 
         loss = ReconstructionLoss(temperature=0.1)(pv, history, clicked, pv_mask=..., history_mask=...)
     """
@@ -693,6 +721,7 @@ class ReconstructionLoss(_WithTemperature):
         validate: bool = False,
         impl: str = "auto",
         workspace: int = WORKSPACE,
+        cuda_graph: bool = False,
     ) -> None:
         options = {
             "attention_scale": attention_scale,
@@ -705,19 +734,24 @@ class ReconstructionLoss(_WithTemperature):
             "impl": impl,
             "workspace": workspace,
         }
-        super().__init__(temperature, learnable_temperature, min_temperature, options)
+        super().__init__(temperature, learnable_temperature, min_temperature, options, cuda_graph)
 
     def forward(
         self, pv: Tensor, history: Tensor, clicked: Tensor, **inputs: Any
     ) -> Tensor | tuple[Tensor, ReconstructionStats]:
         """`inputs`: the tensor arguments of `reconstruction_loss` (masks, offsets, embeddings, query, ids, weights, ...)."""
         return reconstruction_loss(
-            pv, history, clicked, temperature=self.temperature, **(self._options | inputs)
+            pv,
+            history,
+            clicked,
+            temperature=self.temperature,
+            _graphs=self._graphs,
+            **(self._options | inputs),
         )
 
 
 class ClickSequenceLoss(_WithTemperature):
-    """`click_sequence_loss` as a module; temperature as in `ReconstructionLoss`."""
+    """`click_sequence_loss` as a module; temperature and `cuda_graph` as in `ReconstructionLoss`."""
 
     def __init__(
         self,
@@ -729,6 +763,7 @@ class ClickSequenceLoss(_WithTemperature):
         validate: bool = False,
         impl: str = "auto",
         workspace: int = WORKSPACE,
+        cuda_graph: bool = False,
     ) -> None:
         options = {
             "reduction": reduction,
@@ -736,10 +771,10 @@ class ClickSequenceLoss(_WithTemperature):
             "impl": impl,
             "workspace": workspace,
         }
-        super().__init__(temperature, learnable_temperature, min_temperature, options)
+        super().__init__(temperature, learnable_temperature, min_temperature, options, cuda_graph)
 
     def forward(self, history: Tensor, **inputs: Any) -> Tensor:
         """`inputs`: the tensor arguments of `click_sequence_loss` (mask, offsets, embeddings, item_ids)."""
         return click_sequence_loss(
-            history, temperature=self.temperature, **(self._options | inputs)
+            history, temperature=self.temperature, _graphs=self._graphs, **(self._options | inputs)
         )

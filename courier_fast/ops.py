@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -87,7 +88,8 @@ def _schema_of(problem: type) -> str:
     return ", ".join(f"{_TYPES[str(f.type)]} {f.name}" for f in fields(problem))
 
 
-def _flat(p: Problem | SequenceProblem) -> list[Any]:
+def flat(p: Problem | SequenceProblem) -> list[Any]:
+    """The fields, in order."""
     return [getattr(p, f.name) for f in fields(p)]
 
 
@@ -105,6 +107,16 @@ _lib = torch.library.Library("courier_fast", "DEF")
 def _wanted(p: Problem | SequenceProblem, names: Sequence[str]) -> list[bool]:
     tensors = (getattr(p, name) for name in names)
     return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
+
+
+def gradient_names(p: Problem | SequenceProblem) -> tuple[str, ...]:
+    """The fields that may take a gradient, in the order of `needs`."""
+    return _LOSS_GRADS if isinstance(p, Problem) else _SEQUENCE_GRADS
+
+
+def wanted(p: Problem | SequenceProblem) -> list[bool]:
+    """Which gradients of the loss are asked for."""
+    return _wanted(p, gradient_names(p))
 
 
 def _device_of(x: Tensor) -> Any:
@@ -141,7 +153,7 @@ def _define(name: str, schema: str, run: Any, fake: Any) -> Any:
     return getattr(torch.ops.courier_fast, name).default
 
 
-def _refuse_double_backward(ctx: Any, *_: Any) -> Any:
+def refuse_double_backward(ctx: Any, *_: Any) -> Any:
     raise RuntimeError(
         "double backward through a fused courier_fast loss is not implemented (create_graph=True): "
         'use impl="reference" where second derivatives are needed'
@@ -167,7 +179,7 @@ def _restore(ctx: Any) -> tuple[list[Any], list[Tensor]]:
     return flat, tensors[len(ctx.places) :]
 
 
-def _direct(flat: Sequence[Any]) -> bool:
+def direct(values: Sequence[Any]) -> bool:
     """Whether the implementation can be called without the operator around it: plain tensors, and nobody who traces,
     transforms or watches operators. What an operator with this many arguments costs the host exceeds what it computes
     in a small batch."""
@@ -175,7 +187,7 @@ def _direct(flat: Sequence[Any]) -> bool:
         not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
         and not torch._C._are_functorch_transforms_active()
-        and all(type(x) in (Tensor, Parameter) for x in flat if isinstance(x, Tensor))
+        and all(type(x) in (Tensor, Parameter) for x in values if isinstance(x, Tensor))
     )
 
 
@@ -248,7 +260,7 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "courier_fast::reconstruction_loss_backward",
-    _refuse_double_backward,
+    refuse_double_backward,
     setup_context=_no_context,
     lib=_lib,
 )
@@ -272,13 +284,13 @@ class _DirectLoss(torch.autograd.Function):
 
 def reconstruction_loss(p: Problem, impl: str, stats: bool) -> tuple[Tensor, ...]:
     """(loss, item_loss, log_sum_exp, positive_similarity, rank, is_anchor, num_skipped); all but loss need `stats`."""
-    flat, needs = _flat(p), _wanted(p, _LOSS_GRADS)
-    if not _direct(flat):
-        return _loss_op(*flat, needs, stats, impl)[:-1]
+    values, needs = flat(p), wanted(p)
+    if not direct(values):
+        return _loss_op(*values, needs, stats, impl)[:-1]
     if not any(needs):
         with torch.no_grad():
-            return _loss_run(*flat, needs, stats, impl)[:-1]
-    return _DirectLoss.apply(needs, stats, impl, *flat)
+            return _loss_run(*values, needs, stats, impl)[:-1]
+    return _DirectLoss.apply(needs, stats, impl, *values)
 
 
 # ---- reconstruct --------------------------------------------------------------------------------------------------
@@ -337,7 +349,7 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "courier_fast::reconstruct_backward",
-    _refuse_double_backward,
+    refuse_double_backward,
     setup_context=_no_context,
     lib=_lib,
 )
@@ -345,7 +357,7 @@ torch.library.register_autograd(
 
 def reconstruct(p: Problem, impl: str) -> Tensor:
     """R [N, D]; zeros for padding and for pages without history."""
-    return _reconstruct_op(*_flat(p), _wanted(p, _RECONSTRUCT_GRADS), impl)
+    return _reconstruct_op(*flat(p), _wanted(p, _RECONSTRUCT_GRADS), impl)
 
 
 # ---- click-sequence loss ------------------------------------------------------------------------------------------
@@ -411,7 +423,7 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "courier_fast::click_sequence_loss_backward",
-    _refuse_double_backward,
+    refuse_double_backward,
     setup_context=_no_context,
     lib=_lib,
 )
@@ -434,10 +446,32 @@ class _DirectSequence(torch.autograd.Function):
 
 def click_sequence_loss(p: SequenceProblem, impl: str) -> Tensor:
     """0-d, or [K] with reduction "none"."""
-    flat, needs = _flat(p), _wanted(p, _SEQUENCE_GRADS)
-    if not _direct(flat):
-        return _sequence_op(*flat, needs, impl)[0]
+    values, needs = flat(p), wanted(p)
+    if not direct(values):
+        return _sequence_op(*values, needs, impl)[0]
     if not any(needs):
         with torch.no_grad():
-            return _sequence_run(*flat, needs, impl)[0]
-    return _DirectSequence.apply(needs, impl, *flat)
+            return _sequence_run(*values, needs, impl)[0]
+    return _DirectSequence.apply(needs, impl, *values)
+
+
+# ---- for CUDA graphs ----------------------------------------------------------------------------------------------
+
+
+def loss(p: Problem | SequenceProblem, impl: str, stats: bool) -> tuple[Tensor, ...]:
+    """The loss of either kind of problem, and what belongs to `stats`."""
+    if isinstance(p, Problem):
+        return reconstruction_loss(p, impl, stats)
+    return (click_sequence_loss(p, impl),)
+
+
+def passes(p: Problem | SequenceProblem, impl: str) -> tuple[Any, Any]:
+    """forward(needs, stats) -> (outputs ..., saved) and backward(needs, saved, upstream) -> gradients, None where not
+    asked for: what an implementation computes, without autograd."""
+    module = _module(impl)
+    if isinstance(p, Problem):
+        return partial(module.loss_forward, p), partial(module.loss_backward, p)
+    return (
+        lambda needs, _stats: module.sequence_forward(p, needs),
+        partial(module.sequence_backward, p),
+    )

@@ -113,8 +113,8 @@ def contrast_step(
         above += tl.sum((allowed & (t > near[:, None])).to(tl.int32), axis=1)
     if HAS_X_OFFSET:
         t += x_offset[:, None]
-    t = tl.where(allowed, t, -float("inf"))
     if ONLINE:
+        t = tl.where(allowed, t, -float("inf"))
         new_top = tl.maximum(top, tl.max(t, axis=1))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
         rescale = tl.exp2(top - shift)
@@ -125,9 +125,10 @@ def contrast_step(
         if NEED_VALUES:
             acc = acc * rescale[:, None]
     elif FIXED_SHIFT:
-        p = tl.exp2(t - scale)  # no score is above 1/tau
+        # No score is above 1/tau. The mask comes after exp: scale and shift are one instruction then.
+        p = tl.where(allowed, tl.exp2(t - scale), 0.0)
     else:
-        p = tl.exp2(t)
+        p = tl.exp2(tl.where(allowed, t, -float("inf")))
     if NEED_SUM:
         total += tl.sum(p, axis=1)
     if HAS_Y_SCALE:

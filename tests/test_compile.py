@@ -116,19 +116,19 @@ def test_opcheck(impl: str, options: dict[str, Any]) -> None:
     needs = [getattr(p, name) is not None for name in LOSS_INPUTS]
     loss = torch.ops.courier_fast.reconstruction_loss.default
     assert set(
-        torch.library.opcheck(loss, (*ops._flat(p), needs, True, impl), test_utils=checks).values()
+        torch.library.opcheck(loss, (*ops.flat(p), needs, True, impl), test_utils=checks).values()
     ) == {"SUCCESS"}
     reconstruct = torch.ops.courier_fast.reconstruct.default
     assert set(
         torch.library.opcheck(
-            reconstruct, (*ops._flat(p), needs[:5], impl), test_utils=checks
+            reconstruct, (*ops.flat(p), needs[:5], impl), test_utils=checks
         ).values()
     ) == {"SUCCESS"}
     q = make_sequence(
         1, impl=impl, table=bool(options.get("table")), tensor_tau=bool(options.get("tensor_tau"))
     )
     sequence = torch.ops.courier_fast.click_sequence_loss.default
-    arguments = (*ops._flat(q), [True, q.temperature is not None], impl)
+    arguments = (*ops.flat(q), [True, q.temperature is not None], impl)
     assert set(torch.library.opcheck(sequence, arguments, test_utils=checks).values()) == {
         "SUCCESS"
     }

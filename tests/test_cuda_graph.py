@@ -1,0 +1,314 @@
+"""`cuda_graph=True`: the same loss and gradients as without, whatever is called in between.
+
+Without a GPU a stand-in for the capture does again what was captured, into the same tensors, as a graph would: a result
+that was not copied out in time shows.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from factories import GPU
+from torch import Tensor
+
+from courier_fast import ClickSequenceLoss, ReconstructionLoss, cuda_graph
+
+IMPL = "triton" if GPU else "cpu"
+DEVICE = "cuda" if GPU else "cpu"
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often something was captured, by device."""
+    count: list[int] = []
+    real = cuda_graph.capture
+
+    def stand_in(body: Any, device: torch.device, pool: Any) -> Any:
+        count.append(1)
+        if GPU:
+            return real(body, device, pool)
+        outputs, gradients = body()
+
+        def replay() -> None:
+            again = body()
+            for kept, new in zip(outputs + gradients, again[0] + again[1], strict=True):
+                kept.copy_(new)
+
+        return outputs, gradients, replay
+
+    monkeypatch.setattr(cuda_graph, "capture", stand_in)
+    if not GPU:
+        monkeypatch.setattr(cuda_graph, "DEVICES", ("cpu",))
+        monkeypatch.setattr(cuda_graph, "IMPLS", ("cpu",))
+    return count
+
+
+def batch(seed: int, pages: int = 6, dim: int = 16) -> dict[str, Tensor]:
+    """Padded: 4 items and 5 of history a page."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = {
+        "pv": torch.randn(pages, 4, dim, generator=g),
+        "history": torch.randn(pages, 5, dim, generator=g),
+        "clicked": torch.rand(pages, 4, generator=g) < 0.5,
+        "pv_mask": torch.rand(pages, 4, generator=g) < 0.9,
+        "history_mask": torch.rand(pages, 5, generator=g) < 0.8,
+    }
+    tensors = {k: x.to(DEVICE) for k, x in tensors.items()}
+    for name in ("pv", "history"):
+        tensors[name].requires_grad_()
+    return tensors
+
+
+def packed(seed: int) -> dict[str, Tensor]:
+    b = batch(seed)
+    lengths = torch.tensor([0, 4, 8, 12, 16, 20, 24], device=DEVICE)
+    return {
+        "pv": b["pv"].detach().reshape(24, -1).requires_grad_(),
+        "history": b["history"].detach().reshape(30, -1).requires_grad_(),
+        "clicked": b["clicked"].reshape(-1),
+        "pv_offsets": lengths,
+        "history_offsets": torch.tensor([0, 5, 5, 15, 18, 25, 30], device=DEVICE),
+    }
+
+
+def items(seed: int) -> dict[str, Tensor]:
+    b = batch(seed)
+    g = torch.Generator().manual_seed(seed)
+    return b | {
+        "pv": torch.randint(0, 9, (6, 4), generator=g).to(DEVICE),
+        "history": torch.randint(0, 9, (6, 5), generator=g).to(DEVICE),
+        "embeddings": torch.randn(9, 16, generator=g).to(DEVICE).requires_grad_(),
+    }
+
+
+def nested(seed: int) -> dict[str, Tensor]:
+    b = packed(seed)
+
+    def jagged(values: Tensor, offsets: Tensor) -> Tensor:
+        return torch.nested.nested_tensor_from_jagged(values, offsets)
+
+    return {
+        "pv": jagged(b["pv"], b["pv_offsets"]),
+        "history": jagged(b["history"], b["history_offsets"]),
+        "clicked": jagged(b["clicked"], b["pv_offsets"]),
+        "leaf_pv": b["pv"],
+        "leaf_history": b["history"],
+    }
+
+
+LAYOUTS: dict[str, Callable[[int], dict[str, Tensor]]] = {
+    "padded": batch,
+    "packed": packed,
+    "items": items,
+    "nested": nested,
+}
+
+
+def leaves(module: Any, b: dict[str, Tensor]) -> list[Tensor]:
+    return [x for x in (*b.values(), *module.parameters()) if x.requires_grad and x.is_leaf]
+
+
+def call(module: Any, b: dict[str, Tensor]) -> Any:
+    return module(**{k: x for k, x in b.items() if not k.startswith("leaf")})
+
+
+def modules(**options: Any) -> tuple[ReconstructionLoss, ReconstructionLoss]:
+    """With and without graph."""
+    return tuple(  # type: ignore[return-value]
+        ReconstructionLoss(impl=IMPL, cuda_graph=on, **options).to(DEVICE) for on in (True, False)
+    )
+
+
+def same(found: Any, expected: Any) -> None:
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"direction": "both"}, {"learnable_temperature": True}, {"reduction": "sum"}],
+    ids=str,
+)
+def test_other_inputs_of_the_same_shape(
+    captures: list[int], layout: str, options: dict[str, Any]
+) -> None:
+    graphed, plain = modules(**options)
+    for seed in range(3):
+        b = LAYOUTS[layout](seed)
+        loss, expected = call(graphed, b), call(plain, b)
+        same([loss], [expected])
+        found = torch.autograd.grad(loss, leaves(graphed, b))
+        same(found, torch.autograd.grad(expected, leaves(plain, b)))
+    assert len(captures) == 1
+
+
+def test_an_upstream_gradient(captures: list[int]) -> None:
+    graphed, plain = modules()
+    b = batch(0)
+    found = torch.autograd.grad(call(graphed, b) * 4, leaves(graphed, b))
+    same(found, torch.autograd.grad(call(plain, b) * 4, leaves(plain, b)))  # a power of two: exact
+
+
+def test_calls_before_backwards(captures: list[int]) -> None:
+    graphed, plain = modules()
+    batches = [batch(seed) for seed in range(3)]
+    losses = [call(graphed, b) for b in batches]
+    for b, loss in reversed(list(zip(batches, losses, strict=True))):
+        expected = call(plain, b)
+        same([loss], [expected])
+        for _ in range(2):  # twice, for retain_graph
+            found = torch.autograd.grad(loss, leaves(graphed, b), retain_graph=True)
+            same(found, torch.autograd.grad(expected, leaves(plain, b), retain_graph=True))
+    sum(losses).backward()
+    assert len(captures) == 1
+
+
+def test_inputs_changed_in_place(captures: list[int]) -> None:
+    graphed, plain = modules()
+    b = batch(0)
+    before = call(graphed, b)
+    with torch.no_grad():
+        b["pv"].mul_(-1)
+        b["clicked"].logical_not_()
+    after = call(graphed, b)
+    same([after], [call(plain, b)])
+    assert not torch.equal(before, after)
+
+
+def test_what_makes_a_new_graph(captures: list[int]) -> None:
+    graphed, plain = modules()
+    b = batch(0)
+    frozen = b | {"history": b["history"].detach()}
+    cases: list[dict[str, Tensor]] = [b, batch(1, pages=7), batch(1, dim=24), frozen]
+    cases.append({k: x for k, x in b.items() if k != "pv_mask"})
+    cases.append(b | {"weights": torch.rand(6, 4, device=DEVICE)})
+    for number, case in enumerate(cases, 1):
+        for _ in range(2):
+            loss, expected = call(graphed, case), call(plain, case)
+            found = torch.autograd.grad(loss, leaves(graphed, case))
+            same(found, torch.autograd.grad(expected, leaves(plain, case)))
+        assert len(captures) == number
+    with torch.no_grad():
+        assert not call(graphed, b).requires_grad
+    assert len(captures) == len(cases) + 1
+
+
+def test_stats(captures: list[int]) -> None:
+    graphed, plain = modules(return_stats=True)
+    kept = []
+    for seed in range(2):
+        b = batch(seed)
+        (loss, stats), (_, expected) = call(graphed, b), call(plain, b)
+        loss.backward()
+        kept.append((stats, expected))
+    for stats, expected in kept:
+        for name in ("item_loss", "log_sum_exp", "positive_similarity", "rank", "is_anchor"):
+            same([getattr(stats, name)], [getattr(expected, name)])
+
+
+def test_click_sequences(captures: list[int]) -> None:
+    graphed, plain = (ClickSequenceLoss(impl=IMPL, cuda_graph=on) for on in (True, False))
+    for seed in range(2):
+        b = batch(seed)
+        inputs = {"history": b["history"], "history_mask": b["history_mask"]}
+        loss, expected = graphed(**inputs), plain(**inputs)
+        same([loss], [expected])
+        same(*(torch.autograd.grad(x, [b["history"]]) for x in (loss, expected)))
+    assert len(captures) == 1
+
+
+def test_few_graphs_are_kept_and_many_are_warned_of(captures: list[int]) -> None:
+    graphed, _ = modules()
+    limit = graphed._graphs.limit  # type: ignore[union-attr]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for pages in range(1, 2 * limit + 3):
+            call(graphed, batch(0, pages=pages))
+            call(graphed, batch(0, pages=1))  # in use: stays
+    assert len(graphed._graphs) == limit  # type: ignore[arg-type]
+    assert len(captures) == 2 * limit + 2
+    assert len(caught) == 1
+    assert "signatures" in str(caught[0].message)
+
+
+def test_copies_start_without_graphs(captures: list[int]) -> None:
+    graphed, _ = modules(learnable_temperature=True)
+    b = batch(0)
+    loss = call(graphed, b)
+    file = io.BytesIO()
+    pickle.dump(graphed, file)
+    file.seek(0)
+    for copied in (copy.deepcopy(graphed), pickle.load(file)):
+        assert len(copied._graphs) == 0
+        same([call(copied, b)], [loss])
+    assert list(graphed.state_dict()) == ["log_inverse_temperature"]
+    assert "cuda_graph=True" in repr(graphed)
+
+
+def test_second_derivatives_are_refused(captures: list[int]) -> None:
+    graphed, _ = modules()
+    b = batch(0)
+    (first,) = torch.autograd.grad(call(graphed, b) * 2, [b["pv"]], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        first.sum().backward()
+
+
+def test_what_cannot_be_a_graph(captures: list[int]) -> None:
+    b = batch(0)
+    with pytest.raises(ValueError, match="cuda_graph and validate"):
+        ReconstructionLoss(cuda_graph=True, validate=True)
+    with pytest.raises(TypeError, match="cuda_graph: expected True or False, got"):
+        ReconstructionLoss(cuda_graph=1)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="impl='reference' cannot.*reduction=\"none\""):
+        call(ReconstructionLoss(impl="reference", reduction="none", cuda_graph=True), b)
+    assert not captures
+
+
+@pytest.mark.skipif(GPU, reason="for machines without a GPU")
+def test_without_a_gpu() -> None:
+    with pytest.raises(
+        RuntimeError, match="tensors are on cpu, expected a CUDA device; impl='cpu'"
+    ):
+        call(ReconstructionLoss(cuda_graph=True, impl="cpu"), batch(0))
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU: the real capture, and its synchronisations")
+def test_a_replayed_step_never_waits_for_the_gpu(captures: list[int]) -> None:
+    graphed, plain = modules()
+    b = batch(0)
+    call(graphed, b).backward()
+    expected = torch.autograd.grad(call(plain, b), leaves(plain, b))
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = torch.autograd.grad(call(graphed, b), leaves(graphed, b))
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    same(found, expected)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU: a graph around everything")
+def test_inside_a_graph_of_somebody_else() -> None:
+    graphed, plain = modules()
+    b = batch(0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            torch.autograd.grad(call(plain, b), leaves(plain, b))
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = torch.autograd.grad(call(graphed, b), leaves(graphed, b))
+    with torch.no_grad():
+        b["pv"].mul_(-1)
+    graph.replay()
+    same(found, torch.autograd.grad(call(plain, b), leaves(plain, b)))
