@@ -12,4 +12,4 @@ lint:
 	mypy
 
 bench:
-	python -m bench.loss --shape paper
+	python -m bench

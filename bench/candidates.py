@@ -13,10 +13,21 @@ from torch.nn import functional
 
 import courier_fast
 
+from . import peers
 from .problems import Batch
 
-OURS = ("cpu", "triton", "xformers")
-NAMES = ("reference", "eager", "compile", "compile_rows", "lce", "lce_chunked", *OURS)
+OURS = ("cpu", "triton", "triton_graph", "xformers")
+NAMES = (
+    "reference",
+    "eager",
+    "eager_full",
+    "compile",
+    "compile_rows",
+    "lce",
+    "lce_chunked",
+    *peers.NAMES,
+    *OURS,
+)
 
 Loss = Callable[[Batch], Tensor]
 
@@ -29,6 +40,8 @@ class Candidate:
     loss: Loss
     ours: bool = False
     full: bool = False
+    another: bool = False  # a related loss: its time can be compared, its values cannot
+    stored: bool = True  # whether it holds similarities of all pairs at all
 
 
 def call(batch: Batch, impl: str, **arguments: Any) -> Tensor:
@@ -37,23 +50,59 @@ def call(batch: Batch, impl: str, **arguments: Any) -> Tensor:
         "pv_offsets": batch.pv_offsets,
         "history_offsets": batch.history_offsets,
         "embeddings": batch.embeddings,
-        "temperature": batch.options.tau,
+        "temperature": batch.options.tau if batch.temperature is None else batch.temperature,
         "negatives": batch.options.negatives,
         "direction": batch.options.direction,
         "item_ids": batch.item_ids,
         "log_q": batch.log_q,
+        "weights": batch.weights,
+        "return_stats": batch.options.stats,
         "impl": impl,
     }
     given |= arguments
     clicked = given.pop("clicked", batch.clicked)
-    return courier_fast.reconstruction_loss(batch.pv, batch.history, clicked, **given)
+    result = courier_fast.reconstruction_loss(batch.pv, batch.history, clicked, **given)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def graphed(batch: Batch) -> Candidate | str:
+    """The module with its CUDA graph."""
+    if not batch.clicked.is_cuda:
+        return "a CUDA graph needs a CUDA device"
+    options = batch.options
+    if options.learn_tau:
+        return "the module learns a temperature of its own, not this one"
+    module = courier_fast.ReconstructionLoss(
+        options.tau,
+        negatives=options.negatives,
+        direction=options.direction,
+        return_stats=options.stats,
+        impl="triton",
+        cuda_graph=True,
+    )
+
+    def loss(b: Batch) -> Tensor:
+        result = module(
+            b.pv,
+            b.history,
+            b.clicked,
+            pv_offsets=b.pv_offsets,
+            history_offsets=b.history_offsets,
+            embeddings=b.embeddings,
+            item_ids=b.item_ids,
+            log_q=b.log_q,
+            weights=b.weights,
+        )
+        return result[0] if isinstance(result, tuple) else result
+
+    return Candidate("triton_graph", loss, ours=True)
 
 
 def _logit_type(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _unit_rows(batch: Batch, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+def unit_rows(batch: Batch, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     """r of the rows (None: all) and e of all, by attention over padded histories."""
     pages = len(batch.pv_offsets) - 1
     lengths = batch.history_offsets.diff()
@@ -75,10 +124,11 @@ def _unit_rows(batch: Batch, rows: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def eager_logits(batch: Batch, rows: Tensor | None) -> Tensor:
     """The loss as N x N (rows None) or M x N logits in plain PyTorch; direction "reconstruct"."""
-    r, e = _unit_rows(batch, rows)
+    r, e = unit_rows(batch, rows)
     place = torch.arange(batch.rows, device=e.device)
     anchor = place if rows is None else rows
-    s = (r @ e.T).to(_logit_type(e)) / batch.options.tau
+    tau = batch.options.tau if batch.temperature is None else batch.temperature
+    s = (r @ e.T).to(_logit_type(e)) / tau
     if batch.log_q is not None:
         s = s - batch.log_q
     ids = batch.item_ids
@@ -96,14 +146,14 @@ def eager_logits(batch: Batch, rows: Tensor | None) -> Tensor:
             other = other & (ids[anchor][:, None] != ids)
         s = s.masked_fill(~(itself | other), -torch.inf)
     loss = functional.cross_entropy(s, anchor, reduction="none")
-    if rows is not None:
-        return loss.mean()
-    return torch.where(batch.clicked, loss, 0).sum() / batch.clicked.sum()
+    weight = batch.clicked.to(loss.dtype) if batch.weights is None else batch.weights
+    weight = torch.where(batch.clicked, weight, 0)[anchor]
+    return (weight * loss).sum() / weight.sum()
 
 
 def _linear_cross_entropy(batch: Batch, **options: Any) -> Tensor:
     rows = batch.clicked.nonzero().squeeze(1)
-    r, e = _unit_rows(batch, rows)
+    r, e = unit_rows(batch, rows)
     function: Any = vars(functional)["linear_cross_entropy"]  # older torch has none
     return function(r / batch.options.tau, e, rows, **options)
 
@@ -119,12 +169,22 @@ def make(name: str, batch: Batch) -> Candidate | str:
     options = batch.options
     if name == "reference":
         return Candidate(name, lambda b: call(b, "reference"))
+    if name == "triton_graph":
+        return graphed(batch)
     if name in OURS:
         return Candidate(name, lambda b: call(b, name), ours=True)
+    if name == "memeff":
+        return _from(name, batch, peers.memeff(batch))
+    if name == "siglip":
+        return _from(name, batch, peers.siglip(batch), another=True)
     if options.direction != "reconstruct":
         return 'computes direction "reconstruct" only'
+    if options.stats:
+        return "has no statistics"
     if name == "eager":
         return Candidate(name, lambda b: eager_logits(b, b.clicked.nonzero().squeeze(1)))
+    if name == "eager_full":
+        return Candidate(name, lambda b: eager_logits(b, None), full=True)
     if name.startswith("compile"):
         missing = _without_compiler(batch.clicked.device)
         if missing is not None:
@@ -133,13 +193,37 @@ def make(name: str, batch: Batch) -> Candidate | str:
         if name == "compile":
             return Candidate(name, lambda b: compiled(b, None), full=True)
         return Candidate(name, lambda b: compiled(b, b.clicked.nonzero().squeeze(1)))
+    plain = options.negatives == "batch" and not options.log_q and not options.weights
+    if not plain or batch.item_ids is not None or batch.embeddings is not None:
+        return "takes no masks or weights: all items are candidates, without ids or log_q"
+    if options.learn_tau:
+        return "takes no gradient of a temperature"
+    if name in peers.NAMES:
+        return _from(name, batch, peers.cross_entropy(name, batch))
     if not hasattr(functional, "linear_cross_entropy"):
         return "this torch has no linear_cross_entropy"
-    plain = options.negatives == "batch" and not options.log_q
-    if not plain or batch.item_ids is not None or batch.embeddings is not None:
-        return "takes no masks: all items are candidates, without ids or log_q"
     chunked = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if name == "lce_chunked" and chunked is None:
         return "this torch has no chunked linear_cross_entropy"
     chunks = {"options": chunked()} if name == "lce_chunked" and chunked is not None else {}
-    return Candidate(name, lambda b: _linear_cross_entropy(b, **chunks))
+    return Candidate(
+        name, lambda b: _linear_cross_entropy(b, **chunks), stored=name != "lce_chunked"
+    )
+
+
+def _from(name: str, batch: Batch, found: Any, another: bool = False) -> Candidate | str:
+    """A peer's contrast behind its own attention, or the eager one."""
+    attend = peers.attention(name, batch)
+    if isinstance(attend, str):
+        return attend
+    if isinstance(found, str):
+        return found
+
+    def loss(b: Batch) -> Tensor:
+        rows = b.clicked.nonzero().squeeze(1)
+        if attend is None:
+            return found(*unit_rows(b, rows), rows)
+        r, e = (functional.normalize(x, dim=-1) for x in (attend(b)[rows], b.pv))
+        return found(r, e, rows)
+
+    return Candidate(name, loss, another=another, stored=False)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,21 +40,73 @@ def run_time(work: Callable[[], object], device: torch.device) -> float:
     return milliseconds / 1e3
 
 
+# How long the GPU is kept waiting before a timed run, so that its launches are all queued by then.
+QUEUE_SECONDS = 2e-3
+
+
+def queued_time(work: Callable[[], object]) -> float:
+    """Seconds of the GPU's work alone: it starts when all of it is queued. What synchronises with the host cannot be
+    queued, and its waiting counts."""
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    rate = torch.cuda.get_device_properties(torch.cuda.current_device())
+    cycles = int(QUEUE_SECONDS * 1e3 * getattr(rate, "clock_rate", 1_800_000))
+    torch.cuda._sleep(cycles)
+    first.record()
+    work()
+    last.record()
+    last.synchronize()
+    milliseconds: float = first.elapsed_time(last)
+    return milliseconds / 1e3
+
+
+def wall_time(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds on the host's clock, from one idle device to the next."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+Times = tuple[float, float, float]  # p20, p50, p80 in seconds
+
+
 def interleaved_times(
-    losses: dict[str, Loss], batch: Batch, repeats: int
-) -> dict[str, tuple[float, float, float]]:
-    """p20, p50, p80 of forward and backward in seconds, in turns: all see the same machine."""
-    seconds: dict[str, list[float]] = {name: [] for name in losses}
-    for _ in range(repeats):
-        for name, loss in losses.items():
+    work: dict[str, Callable[[], object]],
+    device: torch.device,
+    repeats: int,
+    limit: float = float("inf"),
+) -> dict[str, dict[str, Times]]:
+    """Times by kind ("gpu", "wall") of each candidate, in turns: all see the same machine.
+
+    At least 5 rounds (or `repeats`); no more once they have taken `limit` seconds.
+    """
+    clocks: dict[str, Callable[[Callable[[], object]], float]] = {
+        "wall": lambda w: wall_time(w, device)
+    }
+    if device.type == "cuda":
+        clocks["gpu"] = queued_time
+    seconds: dict[tuple[str, str], list[float]] = {(n, k): [] for n in work for k in clocks}
+    start = time.perf_counter()
+    for done in range(repeats):
+        if done >= 5 and time.perf_counter() - start > limit:
+            break
+        for name, run in work.items():
             gc.collect()
-            seconds[name].append(
-                run_time(partial(loss_and_gradients, loss, batch), batch.clicked.device)
-            )
+            for kind, clock in clocks.items():
+                seconds[name, kind].append(clock(run))
     points = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     return {
-        k: tuple(torch.tensor(v, dtype=torch.float64).quantile(points).tolist())
-        for k, v in seconds.items()
+        name: {
+            kind: tuple(
+                torch.tensor(seconds[name, kind], dtype=torch.float64).quantile(points).tolist()
+            )
+            for kind in clocks
+        }
+        for name in work
     }
 
 
@@ -65,6 +116,15 @@ def product_rate(dtype: torch.dtype, device: torch.device) -> tuple[int, float]:
     x = torch.randn(size, size, device=device).to(dtype)
     x @ x
     return size, 2 * size**3 / min(run_time(lambda: x @ x, device) for _ in range(5))
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second, read and written, of the best of five large copies: the roof of what is bound by memory."""
+    size = 2**30 if device.type == "cuda" else 2**27
+    x = torch.zeros(size, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    y.copy_(x)
+    return 2 * size / min(run_time(lambda: y.copy_(x), device) for _ in range(5))
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -78,8 +138,17 @@ def _status(field: str) -> int:
     raise OSError(f"no {field} in /proc/self/status")
 
 
-def _child(name: str, shape: Shape, options: Options, dtype: torch.dtype, threads: int) -> int:
-    """Peak resident bytes of one forward and backward, over those before it."""
+def _run(loss: Loss, batch: Batch, forward: bool) -> object:
+    if not forward:
+        return loss_and_gradients(loss, batch)
+    with torch.no_grad():
+        return loss(batch)
+
+
+def _child(
+    name: str, shape: Shape, options: Options, dtype: torch.dtype, threads: int, forward: bool
+) -> int:
+    """Peak resident bytes of one run, over those before it."""
     torch.set_num_threads(threads)
     cpu = torch.device("cpu")
     batch = make_batch(shape, options, dtype, cpu)
@@ -88,13 +157,13 @@ def _child(name: str, shape: Shape, options: Options, dtype: torch.dtype, thread
     # Libraries load and start their threads on a small batch; what compiles, compiles on this one.
     small = Shape(48, shape.items, shape.longest_history, shape.dim, shape.clicked)
     first = batch if name.startswith("compile") else make_batch(small, options, dtype, cpu)
-    loss_and_gradients(candidate.loss, first)
+    _run(candidate.loss, first, forward)
     del first
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of the resident memory
     before = _status("VmRSS")
-    loss_and_gradients(candidate.loss, batch)
+    _run(candidate.loss, batch, forward)
     return _status("VmHWM") - before
 
 
@@ -102,22 +171,34 @@ def can_measure_memory(device: torch.device) -> bool:
     return device.type == "cuda" or os.access("/proc/self/clear_refs", os.W_OK)
 
 
-def peak_memory(name: str, loss: Loss, shape: Shape, batch: Batch) -> int:
-    """Bytes that one forward and backward needs at its peak over the inputs; gradients count."""
+def peak_memory(
+    name: str, loss: Loss, shape: Shape, batch: Batch, forward: bool = False
+) -> tuple[int, int | None]:
+    """Bytes at the peak of one run over the inputs: with the gradients, and without them (on a GPU)."""
     device = batch.clicked.device
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before: int = torch.cuda.memory_allocated()
-        loss_and_gradients(loss, batch)
-        torch.cuda.synchronize()
-        peak: int = torch.cuda.max_memory_allocated()
-        return peak - before
+
+        def peak(work: Callable[[], object]) -> int:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before: int = torch.cuda.memory_allocated()
+            result = work()
+            torch.cuda.synchronize()
+            highest: int = torch.cuda.max_memory_allocated()
+            del result
+            return highest - before
+
+        whole = peak(lambda: _run(loss, batch, forward))
+        if forward:
+            return whole, whole
+        # The gradients are not there yet in the forward pass.
+        return whole, max(peak(lambda: loss(batch)), whole - batch.gradient_bytes)
     dtype = next(iter(batch.inputs.values())).dtype
     # Spawned: a fork would inherit thread pools that do not run.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         threads = torch.get_num_threads()
-        return pool.submit(_child, name, shape, batch.options, dtype, threads).result()
+        job = pool.submit(_child, name, shape, batch.options, dtype, threads, forward)
+        return job.result(), None
 
 
 def free_memory(device: torch.device) -> int:

@@ -27,6 +27,7 @@ SHAPES = {
     "big20": Shape(13107, 5, 20, 256, 0.2),
     "big100": Shape(13107, 5, 20, 256, 1.0),
     "big768": Shape(13107, 5, 20, 768, 1.0),
+    "huge": Shape(52429, 5, 20, 256, 1.0),
 }
 
 
@@ -40,6 +41,9 @@ class Options:
     ids: bool = False
     log_q: bool = False
     unique_items: int = 0  # 0: every row has an embedding of its own
+    weights: bool = False
+    learn_tau: bool = False  # the temperature takes a gradient
+    stats: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,17 @@ class Batch:
     history_offsets: Tensor  # [B + 1]
     item_ids: Tensor | None  # [N]
     log_q: Tensor | None  # [N] float32
+    weights: Tensor | None  # [N] float32
+    temperature: Tensor | None  # 0-d
     longest_history: int
 
     @property
     def inputs(self) -> dict[str, Tensor]:
         """The tensors that take a gradient."""
+        tau = {} if self.temperature is None else {"temperature": self.temperature}
         if self.embeddings is not None:
-            return {"embeddings": self.embeddings}
-        return {"pv": self.pv, "history": self.history}
+            return {"embeddings": self.embeddings} | tau
+        return {"pv": self.pv, "history": self.history} | tau
 
     @property
     def rows(self) -> int:
@@ -72,6 +79,10 @@ class Batch:
     def anchors(self) -> int:
         """Every page has a history here, so each clicked item is an anchor."""
         return int(self.clicked.sum())
+
+    @property
+    def gradient_bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in self.inputs.values())
 
     @property
     def columns(self) -> int:
@@ -89,6 +100,8 @@ class Batch:
         leaves: dict[str, Any] = {
             k: v.detach().to(dtype).clone().requires_grad_() for k, v in self.inputs.items()
         }
+        if self.weights is not None:
+            leaves["weights"] = self.weights.to(dtype)
         return replace(self, **leaves)
 
 
@@ -135,5 +148,9 @@ def make_batch(shape: Shape, options: Options, dtype: torch.dtype, device: torch
         history_offsets=history_offsets.to(device),
         item_ids=None if ids is None else ids.to(device),
         log_q=None if log_q is None else log_q.to(device),
+        weights=torch.rand(rows, generator=generator).to(device) if options.weights else None,
+        temperature=torch.tensor(options.tau, device=device).requires_grad_()
+        if options.learn_tau
+        else None,
         longest_history=shape.longest_history,
     )
