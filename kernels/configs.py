@@ -3,21 +3,70 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of a tile, warps, and software pipeline stages."""
+    """Rows and columns of a tile, warps, software pipeline stages, and how many programs of it fit on a multiprocessor
+    at once."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    per_processor: int = 1
 
+
+@dataclass(frozen=True)
+class Choice:
+    """A tile of the contrast's passes for rows of up to `stride` elements, and where it comes from."""
+
+    kinds: tuple[str, ...]
+    stride: int
+    tile: Tile
+    source: str
+
+
+# Passes of the contrast: forward with and without the sum of values, transposed, forward with the attention in its
+# prologue (whose accumulator must fit beside), and those of the click sequence's masks by id, page and place.
+KINDS = ("forward", "lse", "transposed", "fused", "sequence")
+_MAIN = ("forward", "lse", "transposed", "sequence")
+
+# 16-bit rows. The first row that fits is taken; TFLOP/s are of a plain pass on an H100 (README.md).
+TILES_16: tuple[Choice, ...] = (
+    Choice(_MAIN, 64, Tile(64, 64, 4, 2, 3), "538 TFLOP/s; three by registers"),
+    Choice(_MAIN, 128, Tile(64, 128, 4, 2, 2), "653 TFLOP/s; two by shared memory"),
+    Choice(("sequence",), 256, Tile(128, 32, 8, 3), "fits without spills"),
+    Choice(_MAIN, 256, Tile(128, 64, 8, 3), "729 TFLOP/s"),
+    Choice(("fused",), 64, Tile(64, 64, 4, 2), "fits"),
+    Choice(("fused",), 128, Tile(64, 64, 4, 2), "fits"),
+    Choice(("fused",), 256, Tile(64, 64, 8, 3), "spills 150 bytes"),
+)
+# float32 rows, tf32 products.
+TILES_32: tuple[Choice, ...] = (
+    Choice(KINDS, 64, Tile(64, 32, 4, 2), "fits without spills"),
+    Choice(KINDS, 256, Tile(64, 32, 8, 2), "fits without spills"),
+)
+# GPUs with 99 KiB of shared memory a block (compute capability 8.6, 8.9, 12.0): what fits.
+SMALL_16: tuple[Choice, ...] = (
+    Choice(KINDS, 64, Tile(64, 64, 4, 2, 2), "fits"),
+    Choice(KINDS, 128, Tile(64, 64, 4, 2), "fits"),
+    Choice(KINDS, 256, Tile(64, 32, 4, 2), "fits"),
+)
+SMALL_32: tuple[Choice, ...] = (
+    Choice(KINDS, 64, Tile(64, 32, 4, 2), "fits"),
+    Choice(KINDS, 128, Tile(32, 32, 4, 2), "fits"),
+    Choice(KINDS, 256, Tile(32, 16, 4, 2), "fits"),
+)
+_SMALL = (86, 87, 89, 120, 121)
+# The compute capability that tiles are chosen for where there is no GPU to ask: what kernels are compiled for.
+TARGET = 90
 
 # Rows per program of the bookkeeping kernels, and of the memory-bound ones.
 BLOCK_PLAN = 1024
@@ -56,25 +105,70 @@ def programs(device: torch.device) -> int:
     return _processors(device) if device.type == "cuda" else 4
 
 
-def contrast_tile(
-    dtype: torch.dtype, stride: int, fused: bool = False, sequence_ids: bool = False
-) -> Tile:
-    """The streaming pass. 16-bit rows: the fastest measured on an H100 (README.md); float32 rows: what fits.
+# (type, kind, stride) -> tile. What `bench.tune` tries; None: what it wrote, if COURIER_FAST_TILES names the file.
+Tuned = dict[tuple[str, str, int], Tile]
+OVERRIDE: Tuned | None = None
 
-    The tile is smaller with the attention in the prologue, whose accumulator must fit beside, and with the click
-    sequence's masks by id, page and place.
-    """
+
+@functools.cache
+def tuned() -> Tuned:
+    """The user's own tiles: the file that the environment variable COURIER_FAST_TILES names, as `bench.tune` writes it."""
+    path = os.environ.get("COURIER_FAST_TILES")
+    return {} if not path else read_tiles(Path(path))
+
+
+def read_tiles(path: Path) -> Tuned:
+    """Tiles from a JSON list of {"type", "kind", "stride", "tile": {...}}; ValueError says what is wrong with it."""
+    try:
+        entries = json.loads(path.read_text())
+        found = {(x["type"], x["kind"], x["stride"]): Tile(**x["tile"]) for x in entries}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"COURIER_FAST_TILES: expected a file that bench.tune wrote, got {path}: {error!r}"
+        ) from error
+    for (width, kind, stride), tile in found.items():
+        sizes = [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.per_processor]
+        known = width in ("16-bit", "float32") and kind in KINDS and isinstance(stride, int)
+        if not known or not all(isinstance(n, int) and n > 0 for n in sizes):
+            raise ValueError(
+                f"COURIER_FAST_TILES: expected types 16-bit or float32, kinds {', '.join(KINDS)} and positive sizes, "
+                f"got {width!r}, {kind!r}, {stride!r}, {tile} in {path}"
+            )
+        if any(n & (n - 1) or n < 16 for n in sizes[:2]):
+            raise ValueError(
+                f"COURIER_FAST_TILES: expected rows and columns that are powers of two from 16, got {tile} in {path}"
+            )
+    return found
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def capability(device: torch.device) -> int:
+    """90 for sm_90."""
+    return _capability(device) if device.type == "cuda" else TARGET
+
+
+def contrast_tile(
+    dtype: torch.dtype, stride: int, device: torch.device, kind: str = "forward"
+) -> Tile:
+    """The tile of a pass over rows of `stride` elements: the user's, or that of the tables above."""
+    width = "float32" if dtype == torch.float32 else "16-bit"
+    own = (tuned() if OVERRIDE is None else OVERRIDE).get((width, kind, stride))
+    if own is not None:
+        return own
     if interpreted():
         return Tile(32, 32, 4, 1)
+    small = capability(device) in _SMALL
     if dtype == torch.float32:
-        return Tile(64, 32, 8, 2) if stride > 64 else Tile(64, 32, 4, 2)
-    if stride > 128:
-        if sequence_ids:
-            return Tile(128, 32, 8, 3)
-        return Tile(64, 64, 8, 3) if fused else Tile(128, 64, 8, 3)
-    if stride > 64:
-        return Tile(64, 64, 4, 2) if fused else Tile(64, 128, 4, 2)
-    return Tile(64, 64, 4, 2)
+        table = SMALL_32 if small else TILES_32
+    else:
+        table = SMALL_16 if small else TILES_16
+    # A stride above the largest one is that of the chunked path, which has tiles of its own.
+    return next((c.tile for c in table if kind in c.kinds and stride <= c.stride), table[-1].tile)
 
 
 def attention_tile(dtype: torch.dtype, stride: int, heads: int, backward: bool) -> Tile:
@@ -118,19 +212,19 @@ def fuse_attention(stride: int, chunked: bool, both_lists: bool, heads: int) -> 
 class ProductTile(Tile):
     """A tile of a plain matrix product; block_k is the depth of one step."""
 
-    block_k: int
+    block_k: int = 64
 
 
 def product_tile(dtype: torch.dtype) -> ProductTile:
     """The chunked path. Not yet measured: 128 x 128 is what wgmma fills, with room for three stages."""
     if interpreted():
-        return ProductTile(32, 32, 4, 1, 32)
+        return ProductTile(32, 32, 4, 1, block_k=32)
     if dtype != torch.float32:
-        return ProductTile(128, 128, 8, 3, 64)
+        return ProductTile(128, 128, 8, 3, block_k=64)
     return (
-        ProductTile(64, 64, 4, 2, 16)
+        ProductTile(64, 64, 4, 2, block_k=16)
         if dot_precision(dtype) == "ieee"
-        else ProductTile(128, 128, 8, 3, 32)
+        else ProductTile(128, 128, 8, 3, block_k=32)
     )
 
 

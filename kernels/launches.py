@@ -7,14 +7,24 @@ launched, with the types and constants of each launch, is what tests compile for
 from __future__ import annotations
 
 import contextlib
+import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+import triton
 from triton import JITFunction
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime.jit import KernelInterface
+
+# Shared memory a block can have, in bytes, by compute capability: a kernel that wants more compiles but cannot be launched.
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 _TYPES = {
     torch.float32: "fp32",
@@ -144,9 +154,9 @@ SPECIAL: dict[str, tuple[int, torch.dtype, dict[str, Any]]] = {
 }
 
 
-def launches_of(label: str) -> list[Launch]:
+def launches_of(label: str, capability: int = 90) -> list[Launch]:
     """The launches of the loss on one of these problems, forward and backward; with COMMON ones also those of
-    `reconstruct` and the click-sequence loss. Without repeats."""
+    `reconstruct` and the click-sequence loss. Without repeats. With the tiles for a compute capability."""
     from courier_fast.problem import Problem, SequenceProblem
 
     from . import chunked, click_sequence, configs, contrast, epilogue, pipeline, plan, reconstruct
@@ -198,7 +208,8 @@ def launches_of(label: str) -> list[Launch]:
         getattr(p, name) is not None
         for name in ("pv", "history", "query", "key", "value", "temperature")
     ]
-    before = torch.get_float32_matmul_precision(), configs.FUSED_STRIDES
+    before = torch.get_float32_matmul_precision(), configs.FUSED_STRIDES, configs.TARGET
+    configs.TARGET = capability
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     if fused:
         configs.FUSED_STRIDES = frozenset({dim})
@@ -216,6 +227,94 @@ def launches_of(label: str) -> list[Launch]:
                 pipeline.sequence_backward(sequence, [True, needs[5]], saved, torch.ones(()))
     finally:
         torch.set_float32_matmul_precision(before[0])
-        configs.FUSED_STRIDES = before[1]
+        configs.FUSED_STRIDES, configs.TARGET = before[1:]
     distinct = {repr((x.name, x.signature, x.constexprs, x.aligned)): x for x in launches}
     return list(distinct.values())
+
+
+# ---- what a launch compiles to ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel needs on a GPU that need not be there."""
+
+    registers: int  # of a thread
+    spilled: int  # bytes of a thread's stack
+    shared: int  # bytes
+    wgmma: int  # Hopper's matrix instructions, in the whole kernel
+    loop: dict[
+        str, int
+    ]  # instructions of the innermost loop with matrix instructions, by kind; {} without one
+
+
+def source_of(launch: Any) -> ASTSource:
+    """Pointers are multiples of 16 bytes, as torch's are: it decides how loads compile."""
+    signature, attributes = {}, {}
+    names = launch.fn.arg_names
+    missing = [n for n in names if n not in launch.signature and n not in launch.constexprs]
+    if missing:
+        raise ValueError(f"{launch.name}: no type for {', '.join(missing)}")
+    for place, name in enumerate(names):
+        kind = "constexpr" if name in launch.constexprs else launch.signature[name]
+        signature[name] = kind
+        if kind.startswith("*") or name in launch.aligned:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.fn, signature, constexprs=dict(launch.constexprs), attrs=attributes)
+
+
+def compiled(launch: Any, capability: int) -> Compiled:
+    """Compiles a launch for an NVIDIA GPU of some compute capability. Not under TRITON_INTERPRET=1."""
+    kernel = triton.compile(
+        source_of(launch),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _dumped("--dump-resource-usage", file.name)
+        loop = _hot_loop(_dumped("-sass", file.name))
+    # What functions have in common is listed as one more function: the kernel is the largest.
+    found: dict[str, int] = {}
+    for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage):
+        found[key] = max(found.get(key, 0), int(value))
+    return Compiled(
+        registers=found["REG"],
+        spilled=found["STACK"] + found.get("LOCAL", 0),
+        shared=kernel.metadata.shared,
+        wgmma=kernel.asm["ptx"].count("wgmma.mma_async"),
+        loop=loop,
+    )
+
+
+def _dumped(what: str, file: str) -> str:
+    """cuobjdump comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run(
+        [str(tool), what, file], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def _hot_loop(sass: str) -> dict[str, int]:
+    """Instructions of the shortest backward jump around matrix instructions."""
+    instructions = [
+        (int(address, 16), text)
+        for address, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", sass)
+    ]
+    place = {address: i for i, (address, _) in enumerate(instructions)}
+    best: list[str] = []
+    for i, (address, text) in enumerate(instructions):
+        jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if jump is None or int(jump[1], 16) >= address or int(jump[1], 16) not in place:
+            continue
+        body = [t for _, t in instructions[place[int(jump[1], 16)] : i + 1]]
+        if any(re.search(r"\b[A-Z]G?MMA\b", t) and "FMA" not in t for t in body) and (
+            not best or len(body) < len(best)
+        ):
+            best = body
+    kinds: dict[str, int] = {}
+    for text in best:
+        kind = re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0]
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return kinds

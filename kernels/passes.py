@@ -78,7 +78,7 @@ def run_contrast(
         total_ptr=out.total,
         above_ptr=out.above,
         slots=out.slots,
-        programs=s.programs(x.unit.device),
+        programs=s.programs(out.tile, x.unit.device),
         list_ptr=x.list,
         **(unused if fused is None else fused),
         D=s.dim,

@@ -218,7 +218,7 @@ def forward(
                 item_positive,
                 item_rank,
                 out.slots,
-                s.programs(device),
+                s.programs(tile, device),
                 first_row,
                 first_row + rows,
                 tau,
@@ -378,7 +378,7 @@ def backward(
             and p.negatives != "page"
             and d_pv.dtype == kind
             and s.stride == s.dim
-            and 2 * tiles > s.programs(device)
+            and 2 * tiles > s.programs(s.transposed, device)
         )
         if in_place:
             assert d_pv is not None
@@ -423,8 +423,8 @@ def backward(
         )
 
     rows, _pages, count = reconstructed(s, t)
-    tile = {"FORWARD_M": s.tile.block_m, "FORWARD_N": s.tile.block_n}
-    tile |= {"TRANSPOSED_M": s.transposed.block_m, "TRANSPOSED_N": s.transposed.block_n}
+    tiles_of = {"FORWARD_M": s.tile.block_m, "FORWARD_N": s.tile.block_n}
+    tiles_of |= {"TRANSPOSED_M": s.transposed.block_m, "TRANSPOSED_N": s.transposed.block_n}
     forward_slots = s.slots(s.rows, s.tile, device)
     upstream: dict[str, Any] = {
         "g_ptr": g,
@@ -467,8 +467,8 @@ def backward(
         capacity=s.rows,
         forward_slots=forward_slots,
         transposed_slots=back.slots if back is not None else 1,
-        programs=s.programs(device),
-        transposed_programs=s.programs(device),
+        programs=s.programs(s.tile, device),
+        transposed_programs=s.programs(s.transposed, device),
         tau=tau,
         TAU_IS_TENSOR=tau_is_tensor,
         D=s.dim,
@@ -478,7 +478,7 @@ def backward(
         IDENTIFY=identify,
         HAS_FACTOR=factor is not None,
         STREAM=s.stream,
-        **tile,
+        **tiles_of,
         BLOCK_M=s.small.block_m,
         BLOCK_D=s.block_d,
         num_warps=s.small.num_warps,

@@ -58,15 +58,15 @@ class Shape:
     small: configs.Tile
     precision: str
 
-    def programs(self, device: torch.device) -> int:
+    def programs(self, tile: configs.Tile, device: torch.device) -> int:
         """Programs of a contrast pass that are at work at the same time."""
-        return 1 if self.chunked else configs.programs(device)
+        return 1 if self.chunked else configs.programs(device) * tile.per_processor
 
     def slots(self, capacity: Any, tile: configs.Tile, device: torch.device) -> Any:
         """Programs of a contrast pass over at most `capacity` rows, and so the tiles of partial sums it writes."""
         if self.chunked:
             return 1
-        return torch.sym_max(cdiv(capacity, tile.block_m), self.programs(device))
+        return torch.sym_max(cdiv(capacity, tile.block_m), self.programs(tile, device))
 
     def forward(self, values: bool) -> configs.Tile:
         return self.tile if values else self.lse
@@ -88,6 +88,10 @@ def loss_shape(p: Problem) -> Shape:
     table = p.pv_index is not None
     every = p.direction != "reconstruct"
     fused = configs.fuse_attention(stride, chunks, every, p.num_heads)
+
+    def tile(kind: str) -> configs.Tile:
+        return configs.contrast_tile(p.pv.dtype, stride, p.pv.device, kind)
+
     return Shape(
         dim=dim,
         stride=stride,
@@ -112,9 +116,9 @@ def loss_shape(p: Problem) -> Shape:
         fused=fused,
         early=chunks and p.reduction != "none",
         stream=_divisible(p.pv.dtype, chunks) and not fused and p.negatives != "page",
-        tile=configs.contrast_tile(p.pv.dtype, stride, fused),
-        lse=configs.contrast_tile(p.pv.dtype, stride, fused),
-        transposed=configs.contrast_tile(p.pv.dtype, stride),
+        tile=tile("fused" if fused else "forward"),
+        lse=tile("fused" if fused else "lse"),
+        transposed=tile("transposed"),
         product=configs.product_tile(p.pv.dtype),
         attention=configs.attention_tile(p.pv.dtype, stride, p.num_heads, False),
         backward=configs.attention_tile(p.pv.dtype, stride, p.num_heads, True),
@@ -262,6 +266,11 @@ def sequence_shape(p: SequenceProblem) -> SequenceShape:
     chunks = configs.use_chunks(p.history.dtype, dim)
     stride = configs.row_stride(dim, chunks)
     dtype = p.history.dtype
+
+    def tile(kind: str) -> configs.Tile:
+        kind = kind if p.ids is None else "sequence"
+        return configs.contrast_tile(dtype, stride, p.history.device, kind)
+
     return SequenceShape(
         dim=dim,
         stride=stride,
@@ -279,9 +288,9 @@ def sequence_shape(p: SequenceProblem) -> SequenceShape:
         fused=False,
         early=False,
         stream=_divisible(dtype, chunks),
-        tile=configs.contrast_tile(dtype, stride, sequence_ids=p.ids is not None),
-        lse=configs.contrast_tile(dtype, stride, sequence_ids=p.ids is not None),
-        transposed=configs.contrast_tile(dtype, stride, sequence_ids=p.ids is not None),
+        tile=tile("forward"),
+        lse=tile("lse"),
+        transposed=tile("transposed"),
         product=configs.product_tile(dtype),
         attention=configs.attention_tile(dtype, stride, 1, False),
         backward=configs.attention_tile(dtype, stride, 1, True),

@@ -9,20 +9,16 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+
+from courier_fast.kernels.launches import compiled, launches_of
 
 
 @triton.jit
@@ -62,70 +58,33 @@ def own_cases() -> list[Case]:
     ]
 
 
-def cases(which: str) -> list[Any]:
+def cases(which: str, capability: int) -> list[Any]:
     if which == "own":
         return own_cases()
-    from courier_fast.kernels.launches import launches_of
-
-    return launches_of(which)
-
-
-def source_of(case: Any) -> ASTSource:
-    """Pointers are multiples of 16 bytes, as torch's are: it decides how loads compile."""
-    signature, attributes = {}, {}
-    missing = [n for n in case.fn.arg_names if n not in case.signature and n not in case.constexprs]
-    if missing:
-        raise ValueError(f"{case.name}: no type for {', '.join(missing)}")
-    for place, name in enumerate(case.fn.arg_names):
-        kind = "constexpr" if name in case.constexprs else case.signature[name]
-        signature[name] = kind
-        if kind.startswith("*") or name in getattr(case, "aligned", ()):
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    return ASTSource(case.fn, signature, constexprs=dict(case.constexprs), attrs=attributes)
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and shared memory, from cuobjdump; spilled registers are on the stack."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    # What functions have in common is listed as one more function: the kernel is the largest.
-    found: dict[str, int] = {}
-    for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text):
-        found[key] = max(found.get(key, 0), int(value))
-    return found
+    return launches_of(which, capability)
 
 
 def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
     which, index, capability = job
-    case = cases(which)[index]
+    case = cases(which, capability)[index]
     result: dict[str, Any] = {"name": case.name, "capability": capability}
     result["needs_wgmma"] = case.needs_wgmma
     try:
-        compiled = triton.compile(
-            source_of(case),
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": case.num_warps, "num_stages": case.num_stages},
-        )
+        found = compiled(case, capability)
     except Exception as error:  # one kernel that does not compile must not hide the others
         return result | {"error": f"{type(error).__name__}: {error}"[:2000]}
-    usage = resources(compiled.asm["cubin"])
-    return result | {
-        "error": None,
-        "wgmma": "wgmma.mma_async" in compiled.asm["ptx"],
-        "registers": usage["REG"],
-        "spilled": usage["STACK"] + usage.get("LOCAL", 0),
-        "shared": compiled.metadata.shared,
-    }
+    return (
+        result
+        | {"error": None, "wgmma": found.wgmma > 0}
+        | {name: getattr(found, name) for name in ("registers", "spilled", "shared", "loop")}
+    )
 
 
 def main() -> None:
     which, workers, *capabilities = sys.argv[1:]
     torch.set_num_threads(1)  # a forked process would wait forever for the threads of this one
-    jobs = [(which, i, int(c)) for c in capabilities for i in range(len(cases(which)))]
+    targets = [int(c) for c in capabilities]
+    jobs = [(which, i, c) for c in targets for i in range(len(cases(which, c)))]
     context = multiprocessing.get_context("fork")  # a spawned process would import torch again
     with ProcessPoolExecutor(int(workers), mp_context=context) as pool:
         json.dump(list(pool.map(compile_one, jobs)), sys.stdout)

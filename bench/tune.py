@@ -1,0 +1,187 @@
+"""Finds the fastest tiles of the contrast's passes on this GPU.
+
+    python -m bench.tune [--dim 64 128 256] [--kind forward lse transposed] [--rows 32768] [--out tiles.json]
+    COURIER_FAST_TILES=tiles.json python train.py
+
+For each pass and D: compiles every candidate and drops what spills or does not fit, checks the loss and its gradients by
+the error budget, then times the whole loss in turns, so that a candidate is judged by what it does to a step. tiles.json is
+written after each pass and D; entries that are in it already are kept, and not tuned again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from courier_fast.files import write_atomically
+
+from . import measure
+from .candidates import call
+from .errors import errors, exact, loss_and_gradients
+from .problems import Batch, Options, Shape, make_batch
+
+KINDS = ("forward", "lse", "transposed")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--dim", type=int, nargs="+", default=[64, 128, 256], choices=(64, 128, 256))
+    add("--kind", nargs="+", default=list(KINDS), choices=KINDS)
+    add("--rows", type=int, default=32_768, help="N, a multiple of 4")
+    add("--clicked", type=float, default=1.0, help="share of the items that are anchors")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add("--repeats", type=int, default=20)
+    add("--block-m", type=int, nargs="+", default=[64, 128])
+    add("--block-n", type=int, nargs="+", default=[32, 64, 128])
+    add("--warps", type=int, nargs="+", default=[4, 8])
+    add("--stages", type=int, nargs="+", default=[2, 3, 4])
+    add("--out", type=Path, default=Path("tiles.json"))
+    return parser.parse_args(arguments)
+
+
+def grid(args: argparse.Namespace) -> Iterator[Any]:
+    from courier_fast.kernels.configs import Tile
+
+    for sizes in itertools.product(args.block_m, args.block_n, args.warps, args.stages):
+        yield Tile(*sizes)
+
+
+def fitting(tile: Any, kind: str, dim: int, capability: int) -> Any | None:
+    """The tile with how many programs of it a multiprocessor holds; None if it spills or does not fit."""
+    from courier_fast.kernels import configs
+    from courier_fast.kernels.launches import SHARED_MEMORY, compiled, launches_of
+
+    configs.OVERRIDE = {("16-bit", k, dim): tile for k in KINDS}
+    label = f"bf16-{dim}"
+    for launch in launches_of(label, capability):
+        constants = launch.constexprs
+        found = "transposed" if constants.get("HAS_X_OFFSET") or not constants.get("NEED_SUM") else (
+            "forward" if constants["NEED_VALUES"] else "lse"
+        )  # fmt: skip
+        if launch.name != "contrast" or found != kind:
+            continue
+        try:
+            x = compiled(launch, capability)
+        except Exception:  # a tile that the compiler refuses is no candidate
+            return None
+        limit = SHARED_MEMORY.get(capability, 99 * 1024)
+        if x.spilled or x.shared > limit:
+            return None
+        by_registers = 65_536 // (x.registers * 32 * tile.num_warps)
+        return dataclasses.replace(tile, per_processor=max(1, min(by_registers, limit // x.shared)))
+    return None
+
+
+def step(batch: Batch, kind: str) -> Callable[[], object]:
+    def alone() -> object:
+        with torch.no_grad():
+            return call(batch, "triton")
+
+    if kind == "lse":
+        return alone
+    return functools.partial(loss_and_gradients, lambda b: call(b, "triton"), batch)
+
+
+def tune(args: argparse.Namespace, kind: str, dim: int, device: torch.device) -> dict[str, Any]:
+    """The entry of the fastest tile, as tiles.json has it."""
+    from courier_fast.kernels import configs
+
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[
+        args.dtype
+    ]
+    width = "float32" if args.dtype == "float32" else "16-bit"
+    shape = Shape(args.rows // 4, 4, 10, dim, args.clicked)
+    batch = make_batch(shape, Options(), dtype, device)
+    small = make_batch(Shape(300, 4, 10, dim, args.clicked), Options(), dtype, device)
+    truth, reference = exact(small), loss_and_gradients(lambda b: call(b, "reference"), small)
+
+    def using(tile: Any, work: Callable[[], object]) -> object:
+        configs.OVERRIDE = {(width, kind, dim): tile}
+        return work()
+
+    before = configs.contrast_tile(dtype, dim, device, kind)
+    work: dict[str, Callable[[], object]] = {}
+    tiles: dict[str, Any] = {}
+    for tile in [before, *grid(args)]:
+        name = f"{tile.block_m} x {tile.block_n}, {tile.num_warps} warps, {tile.num_stages} stages"
+        if name in tiles:
+            continue
+        known: Any = tile
+        # The interpreter compiles nothing; only 16-bit launches are recorded for every D.
+        if not configs.interpreted() and width == "16-bit":
+            known = fitting(tile, kind, dim, configs.capability(device))
+        if known is None:
+            print(f"  {name}: does not fit")
+            continue
+        found = using(known, lambda: loss_and_gradients(lambda b: call(b, "triton"), small))
+        assert isinstance(found, dict)
+        over = [e for e in errors(found, reference, truth, dtype) if not e.passes]
+        if over:
+            print(f"  {name}: over the error budget: {over[0]}")
+            continue
+        tiles[name] = known
+        work[name] = functools.partial(using, known, step(batch, kind))
+        work[name]()
+    if not tiles:
+        raise RuntimeError(f"no tile fits: {kind}, D = {dim}")
+    times = measure.interleaved_times(work, device, args.repeats)
+    clock = "gpu" if device.type == "cuda" else "wall"
+    for name in sorted(times, key=lambda n: times[n][clock][1]):
+        print(f"  {name}: {times[name][clock][1] * 1e3:.4g} ms")
+    best = min(times, key=lambda n: times[n][clock][1])
+    return {
+        "type": width,
+        "kind": kind,
+        "stride": dim,
+        "tile": dataclasses.asdict(tiles[best]),
+        "milliseconds": times[best][clock][1] * 1e3,
+        "measured_on": str(measure.surroundings(device)["gpu"]),
+        "rows": args.rows,
+    }
+
+
+def _write(entries: list[dict[str, Any]], path: Path) -> None:
+    path.write_text(json.dumps(entries, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    from courier_fast.kernels import configs
+
+    if not torch.cuda.is_available() and not configs.interpreted():
+        print("bench.tune: expected a CUDA device, found none", file=sys.stderr)
+        return 2
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    entries = json.loads(args.out.read_text()) if args.out.exists() else []
+    done = {(x["type"], x["kind"], x["stride"]) for x in entries}
+    before = configs.OVERRIDE
+    try:
+        for dim, kind in itertools.product(args.dim, args.kind):
+            width = "float32" if args.dtype == "float32" else "16-bit"
+            if (width, kind, dim) in done:
+                continue
+            print(f"{kind}, D = {dim}")
+            configs.OVERRIDE = None
+            entries.append(tune(args, kind, dim, device))
+            write_atomically(args.out, functools.partial(_write, entries))
+    finally:
+        configs.OVERRIDE = before
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
