@@ -7,12 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from factories import DEVICES, check_problems, check_sequence, make, skip_unless_available
+from factories import (
+    DEVICES,
+    LOSS_INPUTS,
+    check_problems,
+    check_sequence,
+    make,
+    results,
+    skip_unless_available,
+)
 
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from courier_fast import reference  # noqa: E402
+from courier_fast import ops, reference  # noqa: E402
 from courier_fast.kernels import configs  # noqa: E402
 from courier_fast.kernels.tl_common import parts_of, schedule  # noqa: E402
 
@@ -130,3 +138,12 @@ def test_a_tile_divided_between_programs(
 @pytest.mark.parametrize("ids", [False, True])
 def test_a_tile_divided_between_programs_in_a_sequence(ids: bool) -> None:
     check_sequence("triton", draws=2, pages=30, dim=32, ids=ids)
+
+
+def test_gradients_in_place_without_an_anchor() -> None:
+    """Rows that no anchor reaches are written all the same: there, the pass over nothing leaves zeros."""
+    p = make(0, impl="triton", pages=60, dim=32, clicked=0.0)
+    skip_unless_available("triton", p)
+    assert p.num_pv > 4 * TILE
+    found = results(lambda q: ops.reconstruction_loss(q, "triton", False)[0], p, LOSS_INPUTS)
+    assert all(not x.any() for x in found.values())
