@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for launch in launches_of(problem, args.target):
             if args.kernel and launch.name not in args.kernel:
                 continue
-            x = compiled(launch, args.target)
+            x = compiled(launch, args.target, with_loop=True)
             telling = {k: launch.constexprs[k] for k in _TELLING if k in launch.constexprs}
             words = [f"{k.lower()} {v}" for k, v in telling.items() if not isinstance(v, bool)] + [
                 k.lower() for k, v in telling.items() if v is True

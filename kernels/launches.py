@@ -245,7 +245,7 @@ class Compiled:
     wgmma: int  # Hopper's matrix instructions, in the whole kernel
     loop: dict[
         str, int
-    ]  # instructions of the innermost loop with matrix instructions, by kind; {} without one
+    ]  # instructions of the innermost loop with matrix instructions, by kind; {} without one, or not asked for
 
 
 def source_of(launch: Any) -> ASTSource:
@@ -263,8 +263,9 @@ def source_of(launch: Any) -> ASTSource:
     return ASTSource(launch.fn, signature, constexprs=dict(launch.constexprs), attrs=attributes)
 
 
-def compiled(launch: Any, capability: int) -> Compiled:
-    """Compiles a launch for an NVIDIA GPU of some compute capability. Not under TRITON_INTERPRET=1."""
+def compiled(launch: Any, capability: int, with_loop: bool = False) -> Compiled:
+    """Compiles a launch for an NVIDIA GPU of some compute capability; `with_loop` disassembles it, which takes longer.
+    Not under TRITON_INTERPRET=1."""
     kernel = triton.compile(
         source_of(launch),
         target=GPUTarget("cuda", capability, 32),
@@ -274,7 +275,7 @@ def compiled(launch: Any, capability: int) -> Compiled:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _dumped("--dump-resource-usage", file.name)
-        loop = _hot_loop(_dumped("-sass", file.name))
+        loop = _hot_loop(_dumped("-sass", file.name)) if with_loop else {}
     # What functions have in common is listed as one more function: the kernel is the largest.
     found: dict[str, int] = {}
     for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage):

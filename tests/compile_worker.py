@@ -76,7 +76,7 @@ def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
     return (
         result
         | {"error": None, "wgmma": found.wgmma > 0}
-        | {name: getattr(found, name) for name in ("registers", "spilled", "shared", "loop")}
+        | {name: getattr(found, name) for name in ("registers", "spilled", "shared")}
     )
 
 
