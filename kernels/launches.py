@@ -298,24 +298,31 @@ def _dumped(what: str, file: str) -> str:
 
 
 def _hot_loop(sass: str) -> dict[str, int]:
-    """Instructions of the shortest backward jump around matrix instructions."""
+    """Instructions of the shortest backward jump around matrix instructions, without what a forward jump inside leaves
+    out: the masks, which only the diagonal's blocks need."""
     instructions = [
         (int(address, 16), text)
         for address, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", sass)
     ]
     place = {address: i for i, (address, _) in enumerate(instructions)}
-    best: list[str] = []
-    for i, (address, text) in enumerate(instructions):
-        jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
-        if jump is None or int(jump[1], 16) >= address or int(jump[1], 16) not in place:
-            continue
-        body = [t for _, t in instructions[place[int(jump[1], 16)] : i + 1]]
-        if any(re.search(r"\b[A-Z]G?MMA\b", t) and "FMA" not in t for t in body) and (
-            not best or len(body) < len(best)
-        ):
-            best = body
+
+    def target(i: int) -> int | None:
+        jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", instructions[i][1])
+        return None if jump is None else place.get(int(jump[1], 16))
+
+    def multiplies(begin: int, end: int) -> bool:
+        body = (text for _, text in instructions[begin:end])
+        return any(re.search(r"\b[A-Z]G?MMA\b", text) and "FMA" not in text for text in body)
+
+    jumps = [(to, i) for i in range(len(instructions)) if (to := target(i)) is not None]
+    loops = [(to, i + 1) for to, i in jumps if to < i and multiplies(to, i)]
+    begin, end = min(loops, key=lambda x: x[1] - x[0], default=(0, 0))
+    skipped = {
+        j for to, i in jumps if begin <= i < to < end and not multiplies(i, to) for j in range(i + 1, to)
+    }  # fmt: skip
     kinds: dict[str, int] = {}
-    for text in best:
-        kind = re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0]
-        kinds[kind] = kinds.get(kind, 0) + 1
+    for i in range(begin, end):
+        if i not in skipped:
+            kind = re.sub(r"^@!?U?P\w+\s+", "", instructions[i][1]).split()[0].split(".")[0]
+            kinds[kind] = kinds.get(kind, 0) + 1
     return kinds
