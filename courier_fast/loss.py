@@ -133,7 +133,10 @@ def _check_weights(weights: Tensor, layout: Side, validate: bool) -> None:
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Floating inputs in the autocast type, where autocast is on: the loss is a matrix product at heart."""
     device = next(t for t in tensors if t is not None).device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    try:  # torch.amp.is_autocast_available cannot be traced in PyTorch 2.11
+        if not torch.is_autocast_enabled(device):
+            return tensors
+    except RuntimeError:  # a device without autocast
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
