@@ -699,12 +699,12 @@ class ReconstructionLoss(_WithTemperature):
     With `learnable_temperature` the parameter `log_inverse_temperature` holds log(1/tau) (0-d, float32), and
     tau >= `min_temperature`; at that limit only gradients that raise tau pass. Other options as for `reconstruction_loss`.
 
-    With `cuda_graph`, forward and backward are captured as one CUDA graph for each signature (shapes, types, which
+    With `cuda_graph`, forward and backward are captured as two CUDA graphs for each signature (shapes, types, which
     tensors are given, which take a gradient, options) and replayed afterwards: for small batches of fixed shape, whose
-    launches cost the host more than the GPU. Up to 8 graphs are kept; other shapes are captured anew, so use the padded
-    layout, or pad to a few sizes. Gradients are those for an upstream gradient of one, multiplied by it. Under
-    torch.compile, and inside somebody else's graph, the kernels are launched as usual. Raises RuntimeError where there is no
-    CUDA device, for reduction "none", float16, and implementations other than "triton".
+    launches cost the host more than the GPU. Up to 8 signatures are kept; other shapes are captured anew, so use the padded
+    layout, or pad to a few sizes. A backward that comes after another call of the same signature computes its forward
+    again. Under torch.compile, and inside somebody else's graph, the kernels are launched as usual. Raises RuntimeError
+    where there is no CUDA device, and for implementations other than "triton".
 
         loss = ReconstructionLoss(temperature=0.1)(pv, history, clicked, pv_mask=..., history_mask=...)
     """

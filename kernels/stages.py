@@ -113,7 +113,7 @@ def make_plan(p: Problem, s: Shape, t: dict[str, Tensor], clicked: Tensor | None
         EVERY_RECONSTRUCTION=s.every,
         COUNT_ITEMS=merged,
         BLOCK=configs.BLOCK_PLAN,
-        num_warps=8,
+        num_warps=16,
     )
     ids = p.item_ids if p.item_ids is not None else p.pv_index
     biased = any(f"{name}_bias" in t for name in ("reconstructed", "column"))
