@@ -98,7 +98,8 @@ def _check_temperature(
                 raise ValueError(
                     f"temperature: expected a tensor on {device}, got {temperature.device}"
                 )
-            temperature = temperature.to(device)
+            # The host does not wait: what is read there was copied before the call returns.
+            temperature = temperature.to(device, non_blocking=True)
         if (
             watches_values()
             and (validate or device.type == "cpu")

@@ -20,15 +20,19 @@ from courier_fast.problem import Problem
 
 
 class Memory(TorchDispatchMode):
-    """Bytes of the storages that are alive, and their peak."""
+    """Bytes of the storages that are alive, and their peak; which operators compute something."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.computing: list[str] = []
         self.live = self.peak = 0
         self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        some = any(isinstance(x, torch.Tensor) and x.numel() for x in tree_leaves(out))
+        if some and not func.is_view and "empty" not in str(func):
+            self.computing.append(str(func))
         for x in tree_leaves(out):
             if not isinstance(x, torch.Tensor) or x.untyped_storage() in self.seen:
                 continue
@@ -43,7 +47,7 @@ class Memory(TorchDispatchMode):
         self.live -= size
 
 
-def walk(pages: int, items: int, history_rows: int, dim: int, gradients: bool) -> dict[str, int]:
+def walk(pages: int, items: int, history_rows: int, dim: int, gradients: bool) -> dict[str, Any]:
     rows = pages * items
     with torch.device("meta"):
         p = Problem(
@@ -75,7 +79,7 @@ def walk(pages: int, items: int, history_rows: int, dim: int, gradients: bool) -
                 size = sum(x.untyped_storage().nbytes() for x in found if x is not None)
     # The gradients are not yet there in the forward pass.
     extra = max(forward, memory.peak - size)
-    return {"launches": len(launches), "extra": extra}
+    return {"launches": len(launches), "extra": extra, "others": memory.computing}
 
 
 if __name__ == "__main__":

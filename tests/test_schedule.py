@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 tl = triton.language
 
 from courier_fast import ops, reference  # noqa: E402
-from courier_fast.kernels import configs  # noqa: E402
+from courier_fast.kernels import configs, stages  # noqa: E402
 from courier_fast.kernels.tl_common import parts_of, schedule  # noqa: E402
 
 DEVICE = DEVICES["triton"]
@@ -150,3 +150,24 @@ def test_gradients_in_place_without_an_anchor() -> None:
     assert p.num_pv > 4 * TILE
     found = results(lambda q: ops.reconstruction_loss(q, "triton", False)[0], p, LOSS_INPUTS)
     assert all(not x.any() for x in found.values())
+
+
+@pytest.mark.parametrize("items", [5, 2**31])
+def test_occurrences_are_sorted_by_keys_as_short_as_they_can_be(
+    items: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sorted_: list[torch.dtype] = []
+    real = torch.sort
+
+    def sort(x: torch.Tensor, **options: Any) -> Any:
+        sorted_.append(x.dtype)
+        return real(x, **options)
+
+    monkeypatch.setattr(torch, "sort", sort)
+    if items > 5:  # where each item begins would be 16 GiB
+        monkeypatch.setattr(torch, "arange", lambda *_, **options: torch.tensor([0, 1], **options))
+    index, page = torch.tensor([3, 0, 3, 1]), torch.tensor([0, 0, -1, 1])
+    order, starts = stages.occurrences(items, [(index, page), (index[:1], page[:1])])
+    assert sorted_ == [torch.int32 if items == 5 else torch.int64]
+    assert order.tolist() == [1, 3, 0, 4, 2]  # padding last
+    assert starts.tolist() == ([0, 1, 2, 2, 4, 4] if items == 5 else [0, 1])
