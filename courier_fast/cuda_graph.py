@@ -83,12 +83,13 @@ class _Graph:
             return [*outputs, *saved]
 
         def backward_body() -> list[Tensor]:
-            return [x for x in backward(needs, saved, self._upstream) if x is not None]
+            return [x for x in backward(needs, self._saved, self._upstream) if x is not None]
 
         with torch.no_grad(), torch.cuda.device_of(self._inputs[0]):
             turn.take(self._device)
             results, self._forward = capture(forward_body, self._device, turn.pool)
-            self._outputs, saved = results[:number], results[number:]
+            # Kept, as what is given back to the pool is used by the next capture.
+            self._outputs, self._saved = results[:number], results[number:]
             if any(needs):
                 self._upstream = torch.ones_like(self._outputs[0])
                 self._forward()  # a capture runs nothing, and the backward reads counts from there
