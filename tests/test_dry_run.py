@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -19,7 +18,6 @@ if not sys.platform.startswith("linux"):
     pytest.skip("Triton compiles on Linux only", allow_module_level=True)
 
 
-@functools.cache
 def worker(what: str, **environment: str) -> Any:
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
@@ -41,12 +39,8 @@ def test_what_a_gpu_would_compile_compiles(what: str) -> None:
     assert len(found) > 100
     wrong = [x for x in found if x["error"] or x["shared"] > x["limit"] or not x["fp_fusion"]]
     assert not wrong, "\n".join(map(str, wrong[:10]))
-
-
-def test_shared_memory_is_counted() -> None:
-    """Otherwise the limit would hold for anything."""
-    used = [x for x in worker("paths", TRITON_DEFAULT_FP_FUSION="0") if x["kernel"] == "contrast"]
-    assert max(x["shared"] for x in used) > 90_000
+    if what == "paths":  # else the limit would hold for anything
+        assert max(x["shared"] for x in found if x["kernel"] == "contrast") > 90_000
 
 
 def test_sizes_do_not_compile_anew() -> None:
