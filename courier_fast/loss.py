@@ -98,7 +98,8 @@ def _check_temperature(
                 raise ValueError(
                     f"temperature: expected a tensor on {device}, got {temperature.device}"
                 )
-            temperature = temperature.to(device)
+            # The host does not wait: what is read there was copied before the call returns.
+            temperature = temperature.to(device, non_blocking=True)
         if (
             watches_values()
             and (validate or device.type == "cpu")
@@ -133,7 +134,10 @@ def _check_weights(weights: Tensor, layout: Side, validate: bool) -> None:
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Floating inputs in the autocast type, where autocast is on: the loss is a matrix product at heart."""
     device = next(t for t in tensors if t is not None).device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    try:  # torch.amp.is_autocast_available cannot be traced in PyTorch 2.11
+        if not torch.is_autocast_enabled(device):
+            return tensors
+    except RuntimeError:  # a device without autocast
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -696,12 +700,12 @@ class ReconstructionLoss(_WithTemperature):
     With `learnable_temperature` the parameter `log_inverse_temperature` holds log(1/tau) (0-d, float32), and
     tau >= `min_temperature`; at that limit only gradients that raise tau pass. Other options as for `reconstruction_loss`.
 
-    With `cuda_graph`, forward and backward are captured as one CUDA graph for each signature (shapes, types, which
+    With `cuda_graph`, forward and backward are captured as two CUDA graphs for each signature (shapes, types, which
     tensors are given, which take a gradient, options) and replayed afterwards: for small batches of fixed shape, whose
-    launches cost the host more than the GPU. Up to 8 graphs are kept; other shapes are captured anew, so use the padded
-    layout, or pad to a few sizes. Gradients are those for an upstream gradient of one, multiplied by it. Under
-    torch.compile, and inside somebody else's graph, the kernels are launched as usual. Raises RuntimeError where there is no
-    CUDA device, for reduction "none", float16, and implementations other than "triton".
+    launches cost the host more than the GPU. Up to 8 signatures are kept; other shapes are captured anew, so use the padded
+    layout, or pad to a few sizes. A backward that comes after another call of the same signature computes its forward
+    again. Under torch.compile, and inside somebody else's graph, the kernels are launched as usual. Raises RuntimeError
+    where there is no CUDA device, and for implementations other than "triton".
 
         loss = ReconstructionLoss(temperature=0.1)(pv, history, clicked, pv_mask=..., history_mask=...)
     """

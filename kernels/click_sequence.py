@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from .epilogue import combined_rows, summed_rows
 from .reconstruct import load_rows
-from .tl_common import LN2, normalize_backward, score_scale, unit_scale
+from .tl_common import LN2, kernel, normalize_backward, score_scale, unit_scale
 
 
-@triton.jit
+@kernel
 def page_mean(
     unit_ptr,  # [capacity, STRIDE] unit rows of the real history
     id_ptr,
@@ -82,7 +81,7 @@ def page_mean(
     )
 
 
-@triton.jit
+@kernel
 def sequence_losses(
     lse_ptr,
     cosine_ptr,
@@ -121,7 +120,7 @@ def sequence_losses(
     tl.store(loss_ptr, tl.sum(losses, axis=0) / divisor)
 
 
-@triton.jit
+@kernel
 def sequence_row_gradients(
     upstream_ptr,
     upstream_stride,
@@ -155,7 +154,7 @@ def sequence_row_gradients(
     tl.store(offset_ptr + row, tl.where(anchor, lift - lse, -float("inf")), mask=row < rows)
 
 
-@triton.jit
+@kernel
 def sequence_gradient(
     list_ptr,
     count_ptr,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .reconstruct import attend_tile, list_tile, store_unit_rows
-from .tl_common import LN2, LOG2E, parts_of, rank_before, schedule, score_scale
+from .tl_common import LN2, LOG2E, kernel, parts_of, rank_before, schedule, score_scale
 
 # Which candidates a row has, its positive always apart (`candidate_mask`).
 MASK_BATCH = tl.constexpr(0)
@@ -471,7 +471,7 @@ def contrast_rows(
             tl.store(acc_ptr + where, acc.to(acc_ptr.dtype.element_ty))
 
 
-@triton.jit
+@kernel
 def contrast(
     x_ptr,  # [x capacity, BLOCK_D] unit rows
     y_ptr,  # [y capacity, BLOCK_D] unit rows
@@ -739,7 +739,7 @@ def add_in(top, total, new_top, new_total):
     return highest, total * tl.exp2(top - safe) + new_total * tl.exp2(new_top - safe)
 
 
-@triton.jit
+@kernel
 def finish_rows(
     top_ptr,  # [slots * BLOCK_M]
     total_ptr,
@@ -812,7 +812,7 @@ def finish_rows(
     tl.store(lse_ptr + row, lse, mask=valid)
 
 
-@triton.jit
+@kernel
 def reduce_loss(
     first_ptr,  # [capacity] loss of each anchor
     second_ptr,  # [capacity], of the other direction

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Case:
     num_stages: int = 2
     must_not_spill: bool = True
     needs_wgmma: bool = True
-    aligned: tuple[str, ...] = field(default=("steps",))
+    aligned: tuple[str, ...] = ("x_ptr", "y_ptr", "out_ptr", "steps")
 
 
 def own_cases() -> list[Case]:
