@@ -266,29 +266,29 @@ def _contrast(
     lse, loss, miss, total = torch.zeros(4, m, dtype=torch.float64)
     top = torch.empty(m)
     above = torch.empty(m, dtype=torch.int64) if want_rank else None
-    chunks = _chunks(m, y)
-    # One workspace for all chunks: a fresh one each time would cost more in page faults than the pass over it.
-    workspace = x.new_empty(max(((b - a) * (d - c) for a, b, c, d in chunks), default=0))
     half = x.dtype != torch.float32
+    native = _native_products(x, y, g is not None, g is not None and want_y)
+    chunks = _chunks(m, y)
+    longest = max((b - a for a, b, _, _ in chunks), default=0)
+    # One workspace for all chunks: a fresh one each time would cost more in page faults than the pass over it.
+    if native is None:
+        workspace = x.new_empty(max(((b - a) * (d - c) for a, b, c, d in chunks), default=0))
+    else:
+        native.room(longest)
     d_x = d_y = d_own = part_x = part_y = part_weighted = None
     if g is not None:
         d_x = torch.empty(m, dim)
-        longest = max((b - a for a, b, _, _ in chunks), default=0)
-        part_x = x.new_empty(longest, dim) if half else d_x
+        part_x = x.new_empty(longest, dim) if half and native is None else d_x
         part_weighted = x.new_empty(longest, dim)
         d_own = torch.empty(m, dim) if own_unit is not None else None
         if want_y:
             d_y = torch.zeros(n, dim) if add_to is None else add_to
             widest = max((d - c for _, _, c, d in chunks), default=0)
-            part_y = x.new_empty(widest, dim) if half else None
+            part_y = x.new_empty(widest, dim) if half and native is None else None
     for start, stop, low, high in chunks:
         rows, columns = slice(start, stop), slice(low, high)
         xs, ys = x[rows], y.unit[columns]
-        scores = workspace[: (stop - start) * (high - low)].view(stop - start, high - low)
-        torch.mm(xs, ys.T, out=scores)
-        _native.contrast(
-            scores,
-            low,
+        about = (
             inverse_tau,
             _part(y.bias, columns),
             _part(y.rank_bias, columns),
@@ -297,12 +297,15 @@ def _contrast(
             y.order,
             _part(y.same, rows),
             _part(y.page, rows),
-            y.page_only,
-            top[rows],
-            total[rows],
-            _part(above, rows),
-            *_how(),
         )
+        results = (top[rows], total[rows], _part(above, rows))
+        product = None if part_x is None else d_x[rows] if part_x is d_x else part_x[: stop - start]
+        if native is None:
+            scores = workspace[: (stop - start) * (high - low)].view(stop - start, high - low)
+            torch.mm(xs, ys.T, out=scores)
+            _native.contrast(scores, low, *about, y.page_only, *results, *_how())
+        else:
+            native.tile(xs, about, results, product)
         shift, others = top[rows].double(), total[rows]
         if positive is None:
             lse[rows] = shift + others.log()
@@ -325,8 +328,8 @@ def _contrast(
             continue
         # A row without weight has no share, also where its log-sum-exp is over nothing.
         factor = torch.where(g[rows] == 0, 0.0, g[rows] * scale).float()
-        product = part_x[: stop - start] if half else d_x[rows]
-        torch.mm(scores, ys, out=product)
+        if native is None:
+            torch.mm(scores, ys, out=product)
         weighted = part_weighted[: stop - start]
         # One pass, not five small ones: where cores are shared, each start of all threads may wait for a slice of time.
         _native.weigh(
@@ -342,7 +345,9 @@ def _contrast(
         )
         if d_y is None:
             continue
-        if part_y is None:
+        if native is not None:
+            native.transposed(weighted, d_y)
+        elif part_y is None:
             d_y[columns].addmm_(scores.T, weighted)
         else:
             # Sums over chunks stay in float32; torch's += would first make a float32 copy of the product.
@@ -350,6 +355,64 @@ def _contrast(
             torch.mm(scores.T, weighted, out=product)
             _native.add(d_y[columns], product, *_how())
     return _Scores(lse, loss, above, d_x, d_own, d_y)
+
+
+class _NativeProducts:
+    """The columns, packed once, and the three products of a chunk; what is in between never leaves the cache."""
+
+    def __init__(self, y: Tensor, want_x: bool, want_y: bool) -> None:
+        self.columns, self.dim = y.shape
+        across, along, _, self.scratch_size = _native.packed_sizes(0, *y.shape)
+        self.across = torch.empty(across, dtype=torch.int32)
+        self.along = torch.empty(along, dtype=torch.int32) if want_x else None
+        self.want_y = want_y
+        self.kept: Tensor | None = None
+        self.weighted: Tensor | None = None
+        _native.pack(y, self.across, self.along, *_how())
+
+    def room(self, rows: int) -> None:
+        """For chunks of at most so many rows."""
+        threads = torch.get_num_threads()
+        self.scratch = torch.empty(threads * self.scratch_size, dtype=torch.int32)
+        if self.want_y:
+            kept = _native.packed_sizes(rows, self.columns, self.dim)[2]
+            self.kept = torch.empty(kept, dtype=torch.int32)
+            weighted = _native.packed_sizes(0, rows, self.dim)[1]
+            self.weighted = torch.empty(weighted, dtype=torch.int32)
+
+    def tile(
+        self, x: Tensor, about: tuple[Any, ...], results: tuple[Any, ...], product: Tensor | None
+    ) -> None:
+        """P of these rows, kept for `transposed`, and P y."""
+        _native.tile(
+            x,
+            self.across,
+            self.along,
+            self.columns,
+            *about,
+            *results,
+            product,
+            self.kept,
+            self.scratch,
+            *_how(),
+        )
+
+    def transposed(self, weighted: Tensor, d_y: Tensor) -> None:
+        """d_y += P^T weighted."""
+        _native.pack(weighted, None, self.weighted, *_how())
+        _native.transposed(self.kept, self.weighted, weighted.shape[0], d_y, *_how())
+
+
+def _native_products(
+    x: Tensor, y: _Candidates, want_x: bool, want_y: bool
+) -> _NativeProducts | None:
+    """Where this CPU has them and they fit; else torch.mm."""
+    if x.dtype != torch.bfloat16 or y.page_only or not len(x):
+        return None
+    panel = _native.panel_columns(os.environ.get(VARIANT_VARIABLE))
+    if not panel or x.shape[1] % panel:
+        return None
+    return _NativeProducts(y.unit, want_x, want_y)
 
 
 def _part(x: Tensor | None, rows: slice) -> Tensor | None:
