@@ -294,6 +294,19 @@ std::vector<int64_t> packed_sizes(int64_t rows, int64_t columns, int64_t dim) {
             courier::kGroupRows * courier::scores_stride(columns) / 2};
 }
 
+// The most rows at a time with which all threads end at about the same time; a group has a cost of its own, as of 3 rows.
+int64_t group_rows(int64_t rows, int threads) {
+    int64_t best = courier::kGroupRows, least = INT64_MAX;
+    for (int64_t group = courier::kGroupRows; group >= 12; group -= 6) {
+        const int64_t cost = parts_of(parts_of(rows, group), threads) * (group + 3);
+        if (cost < least) {
+            least = cost;
+            best = group;
+        }
+    }
+    return best;
+}
+
 uint32_t* words(const std::optional<Words>& x, int64_t at_least) {
     if (!x) return nullptr;
     if (int64_t(x->size()) < at_least) throw std::invalid_argument("packed: too small");
@@ -328,9 +341,10 @@ void tile(Array x, Words across, std::optional<Words> along, int64_t columns, do
     a.product = data_or_null(product);
     a.kept = words(kept, sizes[2]);
     a.scratch = words(scratch, threads * sizes[3]);
+    a.group = group_rows(a.rows, threads);
     const Stages& s = stages_of(variant);
     nb::gil_scoped_release release;
-    parallel_each(parts_of(a.rows, courier::kGroupRows), threads, [&](int64_t b, int64_t e, int thread) {
+    parallel_each(parts_of(a.rows, a.group), threads, [&](int64_t b, int64_t e, int thread) {
         courier::Tile own = a;
         own.scratch += thread * sizes[3];
         s.tile(own, b, e);

@@ -90,7 +90,7 @@ struct Add {
 };
 
 // The products of the contrast in bfloat16, for instruction sets that have them; dim is a multiple of kPanelColumns.
-constexpr int64_t kPanelColumns = 64, kBlockColumns = 48, kGroupRows = 24;
+constexpr int64_t kPanelColumns = 64, kBlockColumns = 48, kGroupRows = 48;
 
 // Rows [n, dim] as the right side of a product, in pairs of numbers that are summed over; either may be null.
 struct Pack {
@@ -105,6 +105,7 @@ struct Tile {
     const void* x;                         // [rows, dim]
     const uint32_t *across, *along;        // the columns
     int64_t rows, dim;
+    int64_t group;                         // rows at a time: even, at most kGroupRows
     Contrast contrast;                     // without scores
     float* product;                        // [rows, dim] P y, or null
     uint32_t* kept;                        // [blocks of kBlockColumns, (rows + 1) / 2, kBlockColumns] P, or null

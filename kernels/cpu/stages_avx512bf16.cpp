@@ -21,43 +21,45 @@ inline uint32_t pair_at(const void* p) {
 }
 
 // sums[r][16 v ..] += sum over k of A(r, k) B(k, 16 v ..), pairs of bfloat16 each. A(r, k) is at a + r row + k step.
+// `ahead`: a line of this for each k is asked for meanwhile; the CPU's own prefetching is late where panels end.
 template <int R>
 inline void multiply(__m512 (&sums)[R][kVectors], const uint32_t* a, int64_t row, int64_t step, const uint32_t* b,
-                     int64_t pairs) {
+                     int64_t pairs, const void* ahead) {
     for (int64_t k = 0; k < pairs; ++k) {
+        _mm_prefetch(static_cast<const char*>(ahead) + 64 * k, _MM_HINT_T1);
         __m512i columns[kVectors];
-        for (int v = 0; v < kVectors; ++v) columns[v] = _mm512_loadu_si512(b + k * kPanel + 16 * v);
-        for (int r = 0; r < R; ++r) {
+        _Pragma("GCC unroll 8") for (int v = 0; v < kVectors; ++v) columns[v] = _mm512_loadu_si512(b + k * kPanel + 16 * v);
+        _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r) {
             const __m512bh x = (__m512bh)_mm512_set1_epi32(int32_t(pair_at(a + r * row + k * step)));
-            for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], x, (__m512bh)columns[v]);
+            _Pragma("GCC unroll 8") for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], x, (__m512bh)columns[v]);
         }
     }
 }
 
 // out (bfloat16) = A B
 template <int R>
-void product_rounded(const uint32_t* a, int64_t row, const uint32_t* b, int64_t pairs, uint16_t* out, int64_t stride) {
+void product_rounded(const uint32_t* a, int64_t row, const uint32_t* b, int64_t pairs, const void* ahead, uint16_t* out, int64_t stride) {
     __m512 sums[R][kVectors] = {};
-    multiply<R>(sums, a, row, 1, b, pairs);
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < kVectors; v += 2)
+    multiply<R>(sums, a, row, 1, b, pairs, ahead);
+    _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r)
+        _Pragma("GCC unroll 8") for (int v = 0; v < kVectors; v += 2)
             _mm512_storeu_si512(out + r * stride + 16 * v, (__m512i)_mm512_cvtne2ps_pbh(sums[r][v + 1], sums[r][v]));
 }
 
 // out (float32) += A B
 template <int R>
-void product_added(const uint32_t* a, int64_t row, int64_t step, const uint32_t* b, int64_t pairs, float* out,
+void product_added(const uint32_t* a, int64_t row, int64_t step, const uint32_t* b, int64_t pairs, const void* ahead, float* out,
                    int64_t stride) {
     __m512 sums[R][kVectors];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_loadu_ps(out + r * stride + 16 * v);
-    multiply<R>(sums, a, row, step, b, pairs);
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + r * stride + 16 * v, sums[r][v]);
+    _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r)
+        _Pragma("GCC unroll 8") for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_loadu_ps(out + r * stride + 16 * v);
+    multiply<R>(sums, a, row, step, b, pairs, ahead);
+    _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r)
+        _Pragma("GCC unroll 8") for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + r * stride + 16 * v, sums[r][v]);
 }
 
-using Rounded = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, uint16_t*, int64_t);
-using Added = void (*)(const uint32_t*, int64_t, int64_t, const uint32_t*, int64_t, float*, int64_t);
+using Rounded = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, const void*, uint16_t*, int64_t);
+using Added = void (*)(const uint32_t*, int64_t, int64_t, const uint32_t*, int64_t, const void*, float*, int64_t);
 constexpr Rounded kRounded[] = {product_rounded<1>, product_rounded<2>, product_rounded<3>,
                                 product_rounded<4>, product_rounded<5>, product_rounded<6>};
 constexpr Added kAdded[] = {product_added<1>, product_added<2>, product_added<3>,
@@ -92,18 +94,19 @@ void pack(const Pack& a, int64_t begin, int64_t end) {
     }
 }
 
-// Groups [begin, end) of kGroupRows rows: scores, probabilities, their product with the columns.
+// Groups [begin, end) of rows: scores, probabilities, their product with the columns.
 void tile(const Tile& a, int64_t begin, int64_t end) {
     const int64_t n = a.contrast.columns, panels = (n + kPanel - 1) / kPanel;
     const int64_t stride = scores_stride(n), pairs = a.dim / 2, column_pairs = (n + 1) / 2;
     const int64_t kept_pairs = (a.rows + 1) / 2, blocks = (n + kBlockColumns - 1) / kBlockColumns;
     auto* s = reinterpret_cast<uint16_t*>(a.scratch);
     for (int64_t group = begin; group < end; ++group) {
-        const int64_t first = group * kGroupRows, rows = smaller(kGroupRows, a.rows - first);
+        const int64_t first = group * a.group, rows = smaller(a.group, a.rows - first);
         const auto* x = reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(a.x) + first * a.dim);
         for (int64_t panel = 0; panel < panels; ++panel)
             for (int64_t r = 0; r < rows; r += kTall)
                 kRounded[smaller(kTall, rows - r) - 1](x + r * pairs, pairs, a.across + panel * kPanel * pairs, pairs,
+                                                       a.across + ((panel + 1) * kPanel + r / kTall % 4 * 16) * pairs,
                                                        s + r * stride + panel * kPanel, stride);
         Contrast c = a.contrast;
         c.scores = s - first * stride;
@@ -118,11 +121,14 @@ void tile(const Tile& a, int64_t begin, int64_t end) {
         std::memset(product, 0, sizeof(float) * rows * a.dim);
         for (int64_t k = 0; k < column_pairs; k += kDepth)
             for (int64_t d = 0; d < a.dim; d += kPanel)
-                for (int64_t r = 0; r < rows; r += kTall)
+                for (int64_t r = 0; r < rows; r += kTall) {
+                    const int64_t next = d + kPanel < a.dim ? (d + kPanel) * column_pairs + k * kPanel : (k + kDepth) * kPanel;
                     kAdded[smaller(kTall, rows - r) - 1](reinterpret_cast<const uint32_t*>(s + r * stride) + k,
                                                          stride / 2, 1, a.along + d * column_pairs + k * kPanel,
-                                                         smaller(kDepth, column_pairs - k), product + r * a.dim + d,
-                                                         a.dim);
+                                                         smaller(kDepth, column_pairs - k),
+                                                         a.along + next + r / kTall % 4 * 16 * kDepth,
+                                                         product + r * a.dim + d, a.dim);
+                }
         if (!a.kept) continue;
         for (int64_t block = 0; block < blocks; ++block) {
             uint32_t* out = a.kept + (block * kept_pairs + first / 2) * kBlockColumns;
@@ -144,11 +150,16 @@ void transposed(const Transposed& a, int64_t begin, int64_t end) {
         const int64_t first = block * kBlockColumns, columns = smaller(kBlockColumns, a.columns - first);
         for (int64_t k = 0; k < a.pairs; k += kDepth)
             for (int64_t d = 0; d < a.dim; d += kPanel)
-                for (int64_t j = 0; j < columns; j += kTall)
+                for (int64_t j = 0; j < columns; j += kTall) {
+                    // The next part of P, then the next block's gradients, both from memory.
+                    const int64_t part = d / kPanel * (kBlockColumns / kTall) + j / kTall;
+                    const void* ahead = p + (k + kDepth) * kBlockColumns + part % 3 * 16 * kDepth;
+                    if (k == 0 && part >= 3) ahead = a.d_y + (first + kBlockColumns) * a.dim + (part - 3) * 16 * kDepth;
                     kAdded[smaller(kTall, columns - j) - 1](p + k * kBlockColumns + j, 1, kBlockColumns,
                                                             a.weighted + d * a.pairs + k * kPanel,
-                                                            smaller(kDepth, a.pairs - k),
+                                                            smaller(kDepth, a.pairs - k), ahead,
                                                             a.d_y + (first + j) * a.dim + d, a.dim);
+                }
     }
 }
 
