@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 if TYPE_CHECKING:
     from courier_fast.problem import Problem, SequenceProblem
@@ -74,9 +75,13 @@ def saved_spec(p: Problem, needs: Sequence[bool]) -> list[tuple[Any, torch.dtype
     return [] if p.reduction == "none" else _gradient_shapes(p, _LOSS_INPUTS, needs)
 
 
-def _how() -> tuple[int, str | None]:
-    """Last arguments of every native stage: threads, and the instruction set."""
-    return torch.get_num_threads(), os.environ.get(VARIANT_VARIABLE)
+def _stage(name: str, *arguments: Any) -> None:
+    """Runs a native stage, on torch's threads and with the instruction set that is asked for.
+
+    Tensors go as capsules: through their own `__dlpack__` each would cost the host 5 us, more than a small batch's work.
+    """
+    given = (to_dlpack(x) if isinstance(x, Tensor) else x for x in arguments)
+    getattr(_native, name)(*given, torch.get_num_threads(), os.environ.get(VARIANT_VARIABLE))
 
 
 # ---- stages -------------------------------------------------------------------------------------------------------
@@ -86,13 +91,13 @@ def _normalize(source: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     """Unit rows of source[row] in its type, and their norms in float32."""
     unit = torch.empty(row.shape[0], source.shape[1], dtype=source.dtype)
     norm = torch.empty(row.shape[0], dtype=torch.float32)
-    _native.normalize(source, row, unit, norm, *_how())
+    _stage("normalize", source, row, unit, norm)
     return unit, norm
 
 
 def _normalize_backward(gradient: Tensor, unit: Tensor, norm: Tensor, scale: float) -> Tensor:
     """The gradient of unit rows, scaled, becomes in place that of the rows."""
-    _native.normalize_backward(gradient, unit, norm, gradient, scale, *_how())
+    _stage("normalize_backward", gradient, unit, norm, gradient, scale)
     return gradient
 
 
@@ -139,7 +144,8 @@ class _Attention:
         d_q = torch.zeros(self.rows, self.dim) if want_q else None
         d_k = torch.zeros(self.history_rows, self.dim) if want_k else None
         d_v = d_k if together else torch.zeros(self.history_rows, self.dim) if want_v else None
-        _native.attend_backward(
+        _stage(
+            "attend_backward",
             *self.arguments,
             d_r,
             d_q,
@@ -148,7 +154,6 @@ class _Attention:
             self.page_starts,
             self.scale,
             self.heads,
-            *_how(),
         )
         return d_q, d_k, d_v
 
@@ -186,8 +191,8 @@ def _attend(p: Problem, pv: _Rows, history: _Rows, rows: Tensor, raw: bool) -> _
     unit = torch.empty(count, dim, dtype=p.pv.dtype)
     norm = torch.empty(count, dtype=torch.float32)
     positive = torch.empty(count, dtype=torch.float64)
-    _native.attend(
-        *arguments, p.pv, e_row, unit, norm, positive, p.attention_scale, p.num_heads, raw, *_how()
+    _stage(
+        "attend", *arguments, p.pv, e_row, unit, norm, positive, p.attention_scale, p.num_heads, raw
     )
     change = torch.ones_like(page, dtype=torch.bool)
     torch.ne(page[1:], page[:-1], out=change[1:])
@@ -305,7 +310,7 @@ def _contrast(
         if native is None:
             scores = workspace[: (stop - start) * (high - low)].view(stop - start, high - low)
             torch.mm(xs, ys.T, out=scores)
-            _native.contrast(scores, low, *about, y.page_only, *results, *_how())
+            _stage("contrast", scores, low, *about, y.page_only, *results)
         else:
             native.tile(xs, about, results, product)
         shift, others = top[rows].double(), total[rows]
@@ -334,7 +339,8 @@ def _contrast(
             torch.mm(scores, ys, out=product)
         weighted = part_weighted[: stop - start]
         # One pass, not five small ones: where cores are shared, each start of all threads may wait for a slice of time.
-        _native.weigh(
+        _stage(
+            "weigh",
             product,
             xs,
             _part(own_unit, rows),
@@ -343,7 +349,6 @@ def _contrast(
             d_x[rows],
             weighted,
             _part(d_own, rows),
-            *_how(),
         )
         if d_y is None:
             continue
@@ -355,7 +360,7 @@ def _contrast(
             # Sums over chunks stay in float32; torch's += would first make a float32 copy of the product.
             product = part_y[: high - low]
             torch.mm(scores.T, weighted, out=product)
-            _native.add(d_y[columns], product, *_how())
+            _stage("add", d_y[columns], product)
     return _Scores(lse, loss, above, d_x, d_own, d_y)
 
 
@@ -370,7 +375,7 @@ class _NativeProducts:
         self.want_y = want_y
         self.kept: Tensor | None = None
         self.weighted: Tensor | None = None
-        _native.pack(y, self.across, self.along, *_how())
+        _stage("pack", y, self.across, self.along)
 
     def room(self, rows: int) -> None:
         """For chunks of at most so many rows."""
@@ -386,7 +391,8 @@ class _NativeProducts:
         self, x: Tensor, about: tuple[Any, ...], results: tuple[Any, ...], product: Tensor | None
     ) -> None:
         """P of these rows, kept for `transposed`, and P y."""
-        _native.tile(
+        _stage(
+            "tile",
             x,
             self.across,
             self.along,
@@ -396,13 +402,12 @@ class _NativeProducts:
             product,
             self.kept,
             self.scratch,
-            *_how(),
         )
 
     def transposed(self, weighted: Tensor, d_y: Tensor) -> None:
         """d_y += P^T weighted."""
-        _native.pack(weighted, None, self.weighted, *_how())
-        _native.transposed(self.kept, self.weighted, weighted.shape[0], d_y, *_how())
+        _stage("pack", weighted, None, self.weighted)
+        _stage("transposed", self.kept, self.weighted, weighted.shape[0], d_y)
 
 
 def _native_products(

@@ -128,11 +128,14 @@ GompParallel openmp() {
 #endif
 }
 
-// [0, n) in contiguous parts, one a thread. `cuts`: only these places may divide it.
+// Numbers to read or write (about 10 us) for which another thread is woken; that can take as long.
+constexpr int64_t kWorthAThread = 1 << 15;
+
+// [0, n) in contiguous parts, one a thread; `row`: numbers of one. `cuts`: only these places may divide it.
 void run_parts(Job& job, int threads);
 
-void parallel(int64_t n, int threads, const Range& run, const int64_t* cuts = nullptr, int64_t n_cuts = 0) {
-    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, n / 8)));
+void parallel(int64_t n, int64_t row, int threads, const Range& run, const int64_t* cuts = nullptr, int64_t n_cuts = 0) {
+    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, n * row / kWorthAThread)));
     Job job;
     job.run = &run;
     for (int64_t t = 1, begin = 0; t <= threads; ++t) {
@@ -182,7 +185,7 @@ void normalize(Array source, Rows row, Array unit, Floats norm, int threads, std
     const Stages& s = stages_of(variant);
     const int64_t n = int64_t(row.shape(0));
     nb::gil_scoped_release release;
-    parallel(n, threads, [&](int64_t b, int64_t e, int) { s.normalize(a, b, e); });
+    parallel(n, a.dim, threads, [&](int64_t b, int64_t e, int) { s.normalize(a, b, e); });
 }
 
 courier::Attend attention(const Array& q, const Rows& q_row, const Array& k, const Rows& k_row, const Array& v,
@@ -219,7 +222,7 @@ void attend(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_row, Rows 
     const Stages& s = stages_of(variant);
     const int64_t n = int64_t(q_row.shape(0));
     nb::gil_scoped_release release;
-    parallel(n, threads, [&](int64_t b, int64_t e, int) { s.attend(a, b, e); });
+    parallel(n, 8 * a.dim, threads, [&](int64_t b, int64_t e, int) { s.attend(a, b, e); });
 }
 
 void attend_backward(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_row, Rows first, Rows last,
@@ -235,7 +238,7 @@ void attend_backward(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_r
     const int64_t n = int64_t(q_row.shape(0));
     nb::gil_scoped_release release;
     parallel(
-        n, threads, [&](int64_t b, int64_t e, int) { s.attend_backward(a, b, e); }, page_starts.data(),
+        n, 16 * a.dim, threads, [&](int64_t b, int64_t e, int) { s.attend_backward(a, b, e); }, page_starts.data(),
         int64_t(page_starts.shape(0)));
 }
 
@@ -277,7 +280,7 @@ void contrast(Strided scores, int64_t low, double inverse_tau, std::optional<Flo
     const Stages& s = stages_of(variant);
     const int64_t n = int64_t(scores.shape(0));
     nb::gil_scoped_release release;
-    parallel(n, threads, [&](int64_t b, int64_t e, int) { s.contrast(a, b, e); });
+    parallel(n, a.columns, threads, [&](int64_t b, int64_t e, int) { s.contrast(a, b, e); });
 }
 
 // The sizes of what `pack` and `tile` fill, so that only C++ knows the layouts: 0 where this variant has no products.
@@ -320,7 +323,7 @@ void pack(Array rows, std::optional<Words> across, std::optional<Words> along, i
     courier::Pack a{rows.data(), n, dim, words(across, sizes[0]), words(along, sizes[1])};
     const Stages& s = stages_of(variant);
     nb::gil_scoped_release release;
-    parallel(parts_of(n, courier::kPanelColumns), threads, [&](int64_t b, int64_t e, int) { s.pack(a, b, e); });
+    parallel(parts_of(n, courier::kPanelColumns), courier::kPanelColumns * dim, threads, [&](int64_t b, int64_t e, int) { s.pack(a, b, e); });
 }
 
 void tile(Array x, Words across, std::optional<Words> along, int64_t columns, double inverse_tau,
@@ -377,7 +380,7 @@ void weigh(Array product, Array x, std::optional<Array> own, Floats factor, std:
     const Stages& s = stages_of(variant);
     const int64_t n = int64_t(x.shape(0));
     nb::gil_scoped_release release;
-    parallel(n, threads, [&](int64_t b, int64_t e, int) { s.weigh(a, b, e); });
+    parallel(n, 3 * a.dim, threads, [&](int64_t b, int64_t e, int) { s.weigh(a, b, e); });
 }
 
 void normalize_backward(Floats d_unit, Array unit, Floats norm, Array out, double scale, int threads,
@@ -394,7 +397,7 @@ void normalize_backward(Floats d_unit, Array unit, Floats norm, Array out, doubl
     const Stages& s = stages_of(variant);
     const int64_t n = int64_t(unit.shape(0));
     nb::gil_scoped_release release;
-    parallel(n, threads, [&](int64_t b, int64_t e, int) { s.normalize_backward(a, b, e); });
+    parallel(n, 2 * a.dim, threads, [&](int64_t b, int64_t e, int) { s.normalize_backward(a, b, e); });
 }
 
 void add(Floats sum, Array part, int threads, std::optional<std::string> variant) {
@@ -403,7 +406,7 @@ void add(Floats sum, Array part, int threads, std::optional<std::string> variant
     const Stages& s = stages_of(variant);
     const int64_t n = int64_t(sum.size());
     nb::gil_scoped_release release;
-    parallel(n, threads, [&](int64_t b, int64_t e, int) { s.add(a, b, e); });
+    parallel(n, 1, threads, [&](int64_t b, int64_t e, int) { s.add(a, b, e); });
 }
 
 }  // namespace
