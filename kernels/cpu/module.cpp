@@ -101,7 +101,8 @@ Type type_of(const A& x, const char* name) {
     throw std::invalid_argument(std::string(name) + ": expected float32 or bfloat16");
 }
 
-using Range = std::function<void(int64_t, int64_t, int)>;  // a part, and which of the threads it is
+// A part of a range, and which of the threads takes it.
+using Range = std::function<void(int64_t, int64_t, int)>;
 
 // Parts of a range, taken one after the other by whichever thread is free.
 struct Job {
@@ -134,7 +135,8 @@ constexpr int64_t kWorthAThread = 1 << 15;
 // [0, n) in contiguous parts, one a thread; `row`: numbers of one. `cuts`: only these places may divide it.
 void run_parts(Job& job, int threads);
 
-void parallel(int64_t n, int64_t row, int threads, const Range& run, const int64_t* cuts = nullptr, int64_t n_cuts = 0) {
+void parallel(int64_t n, int64_t row, int threads, const Range& run, const int64_t* cuts = nullptr,
+              int64_t n_cuts = 0) {
     threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, n * row / kWorthAThread)));
     Job job;
     job.run = &run;
@@ -323,7 +325,8 @@ void pack(Array rows, std::optional<Words> across, std::optional<Words> along, i
     courier::Pack a{rows.data(), n, dim, words(across, sizes[0]), words(along, sizes[1])};
     const Stages& s = stages_of(variant);
     nb::gil_scoped_release release;
-    parallel(parts_of(n, courier::kPanelColumns), courier::kPanelColumns * dim, threads, [&](int64_t b, int64_t e, int) { s.pack(a, b, e); });
+    parallel(parts_of(n, courier::kPanelColumns), courier::kPanelColumns * dim, threads,
+             [&](int64_t b, int64_t e, int) { s.pack(a, b, e); });
 }
 
 void tile(Array x, Words across, std::optional<Words> along, int64_t columns, double inverse_tau,
@@ -354,13 +357,15 @@ void tile(Array x, Words across, std::optional<Words> along, int64_t columns, do
     });
 }
 
-void transposed(Words kept, Words weighted, int64_t rows, Floats d_y, int threads, std::optional<std::string> variant) {
+void transposed(Words kept, Words weighted, int64_t rows, Floats d_y, int threads,
+                std::optional<std::string> variant) {
     const int64_t columns = int64_t(d_y.shape(0)), dim = int64_t(d_y.shape(1));
-    courier::Transposed a{words(kept, packed_sizes(rows, columns, dim)[2]), words(weighted, packed_sizes(0, rows, dim)[1]),
-                          parts_of(rows, 2), columns, dim, d_y.data()};
+    courier::Transposed a{words(kept, packed_sizes(rows, columns, dim)[2]),
+                          words(weighted, packed_sizes(0, rows, dim)[1]), parts_of(rows, 2), columns, dim, d_y.data()};
     const Stages& s = stages_of(variant);
     nb::gil_scoped_release release;
-    parallel_each(parts_of(columns, courier::kBlockColumns), threads, [&](int64_t b, int64_t e, int) { s.transposed(a, b, e); });
+    parallel_each(parts_of(columns, courier::kBlockColumns), threads,
+                  [&](int64_t b, int64_t e, int) { s.transposed(a, b, e); });
 }
 
 void weigh(Array product, Array x, std::optional<Array> own, Floats factor, std::optional<Floats> pull, Floats d_x,

@@ -111,8 +111,8 @@ struct Tile {
     uint32_t* kept;                        // [blocks of kBlockColumns, (rows + 1) / 2, kBlockColumns] P, or null
     uint32_t* scratch;                     // [kGroupRows, scores_stride / 2] of this thread
 };
-// Of a row of bfloat16 scores: whole panels, and whole blocks of what is kept.
-constexpr int64_t scores_stride(int64_t columns) {
+// Of a row of bfloat16 scores: whole panels, and whole blocks of what is kept. (static: see the note in stages.inl.h.)
+static constexpr int64_t scores_stride(int64_t columns) {
     return ((columns + kPanelColumns - 1) / kPanelColumns + 1) * kPanelColumns;
 }
 

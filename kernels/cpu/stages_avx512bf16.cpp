@@ -1,6 +1,6 @@
-// AVX-512 with its bfloat16 dot products: beside the stages, the three products of the contrast themselves. What a library
-// cannot do: the columns are packed once and not once a chunk, a few rows of scores become probabilities and meet their
-// second product while they are in the L2 cache, and what is kept for the third is kept as that one reads it.
+// AVX-512 with its bfloat16 dot products: beside the stages, the three products of the contrast themselves. What a
+// library cannot do: the columns are packed once and not once a chunk, a few rows of scores become probabilities and
+// meet their second product while they are in the cache, and what is kept for the third is kept as that one reads it.
 #define COURIER_LANES 16
 #include "stages.inl.h"
 
@@ -8,6 +8,8 @@
 
 namespace courier {
 namespace {
+
+#define UNROLL _Pragma("GCC unroll 8")  // or the sums go through memory
 
 // A tile of kTall rows by one panel of columns is what the registers hold: 24 sums, 4 vectors of columns, one of a row.
 constexpr int64_t kTall = 6, kPanel = kPanelColumns, kVectors = kPanel / 16;
@@ -28,34 +30,35 @@ inline void multiply(__m512 (&sums)[R][kVectors], const uint32_t* a, int64_t row
     for (int64_t k = 0; k < pairs; ++k) {
         _mm_prefetch(static_cast<const char*>(ahead) + 64 * k, _MM_HINT_T1);
         __m512i columns[kVectors];
-        _Pragma("GCC unroll 8") for (int v = 0; v < kVectors; ++v) columns[v] = _mm512_loadu_si512(b + k * kPanel + 16 * v);
-        _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r) {
+        UNROLL for (int v = 0; v < kVectors; ++v) columns[v] = _mm512_loadu_si512(b + k * kPanel + 16 * v);
+        UNROLL for (int r = 0; r < R; ++r) {
             const __m512bh x = (__m512bh)_mm512_set1_epi32(int32_t(pair_at(a + r * row + k * step)));
-            _Pragma("GCC unroll 8") for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], x, (__m512bh)columns[v]);
+            UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], x, (__m512bh)columns[v]);
         }
     }
 }
 
 // out (bfloat16) = A B
 template <int R>
-void product_rounded(const uint32_t* a, int64_t row, const uint32_t* b, int64_t pairs, const void* ahead, uint16_t* out, int64_t stride) {
+void product_rounded(const uint32_t* a, int64_t row, const uint32_t* b, int64_t pairs, const void* ahead,
+                     uint16_t* out, int64_t stride) {
     __m512 sums[R][kVectors] = {};
     multiply<R>(sums, a, row, 1, b, pairs, ahead);
-    _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r)
-        _Pragma("GCC unroll 8") for (int v = 0; v < kVectors; v += 2)
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int v = 0; v < kVectors; v += 2)
             _mm512_storeu_si512(out + r * stride + 16 * v, (__m512i)_mm512_cvtne2ps_pbh(sums[r][v + 1], sums[r][v]));
 }
 
 // out (float32) += A B
 template <int R>
-void product_added(const uint32_t* a, int64_t row, int64_t step, const uint32_t* b, int64_t pairs, const void* ahead, float* out,
-                   int64_t stride) {
+void product_added(const uint32_t* a, int64_t row, int64_t step, const uint32_t* b, int64_t pairs, const void* ahead,
+                   float* out, int64_t stride) {
     __m512 sums[R][kVectors];
-    _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r)
-        _Pragma("GCC unroll 8") for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_loadu_ps(out + r * stride + 16 * v);
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_loadu_ps(out + r * stride + 16 * v);
     multiply<R>(sums, a, row, step, b, pairs, ahead);
-    _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r)
-        _Pragma("GCC unroll 8") for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + r * stride + 16 * v, sums[r][v]);
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + r * stride + 16 * v, sums[r][v]);
 }
 
 using Rounded = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, const void*, uint16_t*, int64_t);
@@ -122,7 +125,8 @@ void tile(const Tile& a, int64_t begin, int64_t end) {
         for (int64_t k = 0; k < column_pairs; k += kDepth)
             for (int64_t d = 0; d < a.dim; d += kPanel)
                 for (int64_t r = 0; r < rows; r += kTall) {
-                    const int64_t next = d + kPanel < a.dim ? (d + kPanel) * column_pairs + k * kPanel : (k + kDepth) * kPanel;
+                    const bool more = d + kPanel < a.dim;
+                    const int64_t next = more ? (d + kPanel) * column_pairs + k * kPanel : (k + kDepth) * kPanel;
                     kAdded[smaller(kTall, rows - r) - 1](reinterpret_cast<const uint32_t*>(s + r * stride) + k,
                                                          stride / 2, 1, a.along + d * column_pairs + k * kPanel,
                                                          smaller(kDepth, column_pairs - k),
