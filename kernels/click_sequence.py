@@ -168,6 +168,8 @@ def sequence_gradient(
     forward_top_ptr,
     transposed_acc_ptr,
     transposed_factor_ptr,
+    upstream_ptr,  # 0-d
+    anchors_ptr,  # 0-d
     out_ptr,  # [K, D], zeroed
     tau_part_ptr,
     slots,
@@ -178,6 +180,7 @@ def sequence_gradient(
     TAU_IS_TENSOR: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
+    UNIFORM: tl.constexpr,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
     STREAM: tl.constexpr,
@@ -234,6 +237,8 @@ def sequence_gradient(
     )
     if HAS_FACTOR:
         others *= tl.load(transposed_factor_ptr)
+    elif UNIFORM:
+        others *= tl.load(upstream_ptr) / tl.load(anchors_ptr)
     others = (others - tl.load(pulled_ptr + where, mask=mask, other=0.0)) * inverse_tau
     c = load_rows(source_ptr, index_ptr, position, valid, D, BLOCK_D, HAS_INDEX).to(tl.float32)
     norm = tl.sqrt(tl.sum(c * c, axis=1))

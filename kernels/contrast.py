@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 
 from .reconstruct import attend_tile, list_tile, store_unit_rows
-from .tl_common import LN2, LOG2E, kernel, parts_of, rank_before, schedule, score_scale
+from .tl_common import (
+    LN2,
+    LOG2E,
+    SMALLEST_FIXED_TAU,
+    kernel,
+    parts_of,
+    rank_before,
+    schedule,
+    score_scale,
+)
 
 # Which candidates a row has, its positive always apart (`candidate_mask`).
 MASK_BATCH = tl.constexpr(0)
@@ -22,6 +31,8 @@ MASK_SEQUENCE_IDS = tl.constexpr(4)
 # A row's sum is kept in this many parts, one to each column of the smallest matrix instruction: threads hold columns of
 # their own and meet once, after the loop.
 SUM_PARTS = tl.constexpr(8)
+
+LARGEST_FIXED_SCALE = tl.constexpr(1 / (SMALLEST_FIXED_TAU * LN2.value))
 
 # From this dimension on one address moves along with the blocks, and their rows are at distances from it; below, each
 # row's is made of its number: 11 instructions fewer a step at 256, 15 more and spills at 128 (Triton 3.6, sm_90).
@@ -180,6 +191,139 @@ def contrast_step(
         p *= of_columns(y_scale_ptr, place, end, TAIL)[None, :]
     if NEED_VALUES:
         acc = tl.dot(p.to(y.dtype), y, acc, input_precision=PRECISION)
+    return top, total, acc, above
+
+
+@triton.jit
+def contrast_columns(
+    x,
+    x_id,
+    x_page,
+    x_place,
+    x_offset,
+    rank_score,
+    y_ptr,
+    y_id_ptr,
+    y_page_ptr,
+    y_offset_ptr,
+    y_scale_ptr,
+    low,
+    high,
+    own_first,
+    own_width,
+    scale,
+    MASK: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    HAS_X_OFFSET: tl.constexpr,
+    HAS_Y_OFFSET: tl.constexpr,
+    HAS_Y_SCALE: tl.constexpr,
+    Y_OFFSET_IS_COUNT: tl.constexpr,
+    Y_OFFSET_IS_LSE: tl.constexpr,
+    LIFT: tl.constexpr,
+    FIXED_SHIFT: tl.constexpr,
+    ONLINE: tl.constexpr,
+    NEED_SUM: tl.constexpr,
+    NEED_VALUES: tl.constexpr,
+    NEED_RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(top, total, acc, above) of the columns from low to high: see `contrast_step`."""
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    if FIXED_SHIFT:
+        top = tl.zeros([BLOCK_M], tl.float32) + scale
+    total = tl.zeros([BLOCK_M, SUM_PARTS], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    above = tl.zeros([BLOCK_M], tl.int32)
+    # The tail is peeled: a mask on every load of the inner loop costs several percent.
+    whole = low + tl.maximum(high - low, 0) // BLOCK_N * BLOCK_N
+    block_ptr = y_ptr
+    if BLOCK_D >= MOVED_DIM:
+        block_ptr += low.to(tl.int64) * BLOCK_D
+    for start in range(low, whole, BLOCK_N):
+        top, total, acc, above = contrast_step(
+            x,
+            top,
+            total,
+            acc,
+            above,
+            x_id,
+            x_page,
+            x_place,
+            x_offset,
+            rank_score,
+            block_ptr,
+            y_id_ptr,
+            y_page_ptr,
+            y_offset_ptr,
+            y_scale_ptr,
+            start,
+            high,
+            own_first,
+            own_width,
+            scale,
+            False,
+            MASK,
+            DIAGONAL,
+            HAS_X_OFFSET,
+            HAS_Y_OFFSET,
+            HAS_Y_SCALE,
+            Y_OFFSET_IS_COUNT,
+            Y_OFFSET_IS_LSE,
+            LIFT,
+            FIXED_SHIFT,
+            ONLINE,
+            NEED_SUM,
+            NEED_VALUES,
+            NEED_RANK,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+        )
+        if BLOCK_D >= MOVED_DIM:
+            block_ptr += BLOCK_N * BLOCK_D
+    if whole < high:
+        top, total, acc, above = contrast_step(
+            x,
+            top,
+            total,
+            acc,
+            above,
+            x_id,
+            x_page,
+            x_place,
+            x_offset,
+            rank_score,
+            block_ptr,
+            y_id_ptr,
+            y_page_ptr,
+            y_offset_ptr,
+            y_scale_ptr,
+            whole,
+            high,
+            own_first,
+            own_width,
+            scale,
+            True,
+            MASK,
+            DIAGONAL,
+            HAS_X_OFFSET,
+            HAS_Y_OFFSET,
+            HAS_Y_SCALE,
+            Y_OFFSET_IS_COUNT,
+            Y_OFFSET_IS_LSE,
+            LIFT,
+            FIXED_SHIFT,
+            ONLINE,
+            NEED_SUM,
+            NEED_VALUES,
+            NEED_RANK,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+        )
     return top, total, acc, above
 
 
@@ -359,38 +503,98 @@ def contrast_rows(
         own_first = rank_before(y_rank_ptr, begin) - (BLOCK_N - 1)
         own_width = (rank_before(y_rank_ptr, end) - own_first).to(tl.uint32, bitcast=True)
 
-    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M, SUM_PARTS], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    above = tl.zeros([BLOCK_M], tl.int32)
-    # The tail is peeled: a mask on every load of the inner loop costs several percent.
-    whole = low + tl.maximum(high - low, 0) // BLOCK_N * BLOCK_N
-    block_ptr = y_ptr
-    if BLOCK_D >= MOVED_DIM:
-        block_ptr += low.to(tl.int64) * BLOCK_D
-    for start in range(low, whole, BLOCK_N):
-        top, total, acc, above = contrast_step(
+    if FIXED_SHIFT and ONLINE:
+        # A temperature that only the device knows: the running maximum costs half of the loop, and few need it.
+        if scale <= LARGEST_FIXED_SCALE:
+            top, total, acc, above = contrast_columns(
+                x,
+                x_id,
+                x_page,
+                x_place,
+                x_offset,
+                rank_score,
+                y_ptr,
+                y_id_ptr,
+                y_page_ptr,
+                y_offset_ptr,
+                y_scale_ptr,
+                low,
+                high,
+                own_first,
+                own_width,
+                scale,
+                MASK,
+                DIAGONAL,
+                HAS_X_OFFSET and not X_OFFSET_AFTER,
+                HAS_Y_OFFSET,
+                HAS_Y_SCALE,
+                Y_OFFSET_IS_COUNT,
+                Y_OFFSET_IS_LSE,
+                LIFT,
+                True,
+                False,
+                NEED_SUM,
+                NEED_VALUES,
+                NEED_RANK,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                PRECISION,
+            )
+        else:
+            top, total, acc, above = contrast_columns(
+                x,
+                x_id,
+                x_page,
+                x_place,
+                x_offset,
+                rank_score,
+                y_ptr,
+                y_id_ptr,
+                y_page_ptr,
+                y_offset_ptr,
+                y_scale_ptr,
+                low,
+                high,
+                own_first,
+                own_width,
+                scale,
+                MASK,
+                DIAGONAL,
+                HAS_X_OFFSET and not X_OFFSET_AFTER,
+                HAS_Y_OFFSET,
+                HAS_Y_SCALE,
+                Y_OFFSET_IS_COUNT,
+                Y_OFFSET_IS_LSE,
+                LIFT,
+                False,
+                True,
+                NEED_SUM,
+                NEED_VALUES,
+                NEED_RANK,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                PRECISION,
+            )
+    else:
+        top, total, acc, above = contrast_columns(
             x,
-            top,
-            total,
-            acc,
-            above,
             x_id,
             x_page,
             x_place,
             x_offset,
             rank_score,
-            block_ptr,
+            y_ptr,
             y_id_ptr,
             y_page_ptr,
             y_offset_ptr,
             y_scale_ptr,
-            start,
+            low,
             high,
             own_first,
             own_width,
             scale,
-            False,
             MASK,
             DIAGONAL,
             HAS_X_OFFSET and not X_OFFSET_AFTER,
@@ -404,48 +608,7 @@ def contrast_rows(
             NEED_SUM,
             NEED_VALUES,
             NEED_RANK,
-            BLOCK_N,
-            BLOCK_D,
-            PRECISION,
-        )
-        if BLOCK_D >= MOVED_DIM:
-            block_ptr += BLOCK_N * BLOCK_D
-    if whole < high:
-        top, total, acc, above = contrast_step(
-            x,
-            top,
-            total,
-            acc,
-            above,
-            x_id,
-            x_page,
-            x_place,
-            x_offset,
-            rank_score,
-            block_ptr,
-            y_id_ptr,
-            y_page_ptr,
-            y_offset_ptr,
-            y_scale_ptr,
-            whole,
-            high,
-            own_first,
-            own_width,
-            scale,
-            True,
-            MASK,
-            DIAGONAL,
-            HAS_X_OFFSET and not X_OFFSET_AFTER,
-            HAS_Y_OFFSET,
-            HAS_Y_SCALE,
-            Y_OFFSET_IS_COUNT,
-            Y_OFFSET_IS_LSE,
-            LIFT,
-            FIXED_SHIFT,
-            ONLINE,
-            NEED_SUM,
-            NEED_VALUES,
-            NEED_RANK,
+            BLOCK_M,
             BLOCK_N,
             BLOCK_D,
             PRECISION,
@@ -455,8 +618,6 @@ def contrast_rows(
         acc = acc * tl.exp2(x_offset)[:, None]
     row = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     if NEED_SUM:
-        if FIXED_SHIFT:
-            top = tl.zeros([BLOCK_M], tl.float32) + scale
         tl.store(total_ptr + row, tl.sum(total, axis=1))
         tl.store(top_ptr + row, top)
     if NEED_RANK:
@@ -558,25 +719,28 @@ def contrast(
         parts = tl.minimum(parts, 1)
     scale = score_scale(tau, TAU_IS_TENSOR)
     if STREAM:
-        # From where to where in the row of all blocks of all tiles. An equal part of a tile is as good as a share.
-        per_part = tl.cdiv(blocks, parts)
+        # From where to where in the row of all blocks, counted from the first tile's. An equal part of a tile is as good
+        # as a share.
         first_tile = pid // parts
         last_tile = tl.minimum(first_tile, tl.cdiv(x_count, BLOCK_M) - 1)
-        # 64 bits: programs beyond the last share begin anywhere.
-        begin = tl.minimum(pid.to(tl.int64) * share, tiles * blocks).to(tl.int32)
-        end = tl.minimum(begin + share, tiles * blocks)
+        per_part = tl.cdiv(blocks, parts)
+        begin = tl.minimum(pid % parts * per_part, blocks)
+        end = tl.minimum(begin + per_part, blocks)
         if share > 0:
-            first_tile = begin // blocks
-            last_tile = tl.cdiv(end, blocks) - 1
+            # 64 bits: programs past the last share would begin anywhere.
+            place = tl.minimum(pid.to(tl.int64) * share, tiles * blocks).to(tl.int32)
+            first_tile = place // blocks
+            begin = place - first_tile * blocks
+            end = begin + tl.minimum(share, tiles * blocks - place)
+            last_tile = first_tile + tl.cdiv(end, blocks) - 1
         for tile in range(first_tile, last_tile + 1):
-            part = pid % parts
-            low = part * per_part
-            high = tl.minimum(low + per_part, blocks)
+            before = (tile - first_tile) * blocks
+            low = tl.maximum(begin - before, 0)
+            high = tl.minimum(end - before, blocks)
             slot = pid
             if share > 0:
-                low = tl.maximum(begin - tile * blocks, 0)
-                high = tl.minimum(end - tile * blocks, blocks)
-                slot = tile + pid
+                slot += tile
+            part = 0
             contrast_rows(
                 tile,
                 slot,

@@ -37,6 +37,7 @@ from .state import (
     Pass,
     Shape,
     Transposed,
+    allows_fixed_shift,
     cdiv,
     empty_tensors,
     is_empty,
@@ -274,7 +275,7 @@ def forward(
                 y,
                 out=out,
                 page_offsets=p.pv_offsets,
-                fixed_shift=not online,
+                fixed_shift=allows_fixed_shift(p, p.pv.dtype, p.log_q is not None),
                 fused=fused,
                 **options,
             )

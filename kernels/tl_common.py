@@ -15,6 +15,9 @@ NORM_EPS = tl.constexpr(1e-12)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+# A fixed shift of 1/tau replaces the running maximum where exp(-2/tau) is far from float32's smallest number.
+SMALLEST_FIXED_TAU = 0.05
+
 
 # Addresses of one number among others, or of a row of a table: whether they are multiples of 16 bytes says nothing.
 _ANYWHERE = ("count_ptr", "rank_ptr", "reconstructed_rank_ptr", "y_rank_ptr")
