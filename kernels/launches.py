@@ -22,8 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
 # Shared memory a block can have, in bytes, by compute capability: a kernel that wants more compiles but cannot be launched.
-SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-SHARED_MEMORY = {capability: 1024 * kib for capability, kib in SHARED_MEMORY.items()}
+_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED_MEMORY = {capability: 1024 * kib for capability, kib in _KIB.items()}
 
 _CONTRAST = ("contrast", "scores", "product", "transposed_product")
 
