@@ -7,13 +7,12 @@ number may be zero by luck. `Rounding` models it instead, with the same random n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 # Runs of the model for each problem. A tensor averages over its elements, but a loss is one number.
 DRAWS = 4
@@ -21,9 +20,10 @@ DRAWS = 4
 # What moves, selects or compares values, and so rounds nothing; whatever else gives floating numbers rounds.
 EXACT = frozenset(
     [
-        "_reshape_alias",
-        "_unsafe_view",
         "_local_scalar_dense",
+        "_reshape_alias",
+        "_to_copy",
+        "_unsafe_view",
         "abs",
         "alias",
         "amax",
@@ -76,8 +76,8 @@ EXACT = frozenset(
         "slice",
         "slice_backward",
         "split",
-        "stack",
         "squeeze",
+        "stack",
         "t",
         "transpose",
         "unsqueeze",
@@ -86,9 +86,12 @@ EXACT = frozenset(
         "zero_",
         "zeros",
         "zeros_like",
-        "_to_copy",
     ]
 )
+
+
+def _map(change: Callable[[Any], Any], x: Any) -> Any:
+    return type(x)([change(y) for y in x]) if isinstance(x, (list, tuple)) else change(x)
 
 
 class Rounding:
@@ -162,19 +165,20 @@ class _Rounded(Tensor):
             promoted.append(x.dtype)
             return held
 
-        args_, kwargs_ = tree_map(open_, (tuple(args), kwargs or {}))
+        args_ = [_map(open_, x) for x in args]
+        kwargs_ = {k: open_(x) for k, x in (kwargs or {}).items()}
         # A 0-d tensor takes part in promotion only among its like.
         arrays = [t for t, x in zip(promoted, operands, strict=True) if x.dim()] or promoted
         dtype = arrays[0]
         for other in arrays[1:]:
             dtype = torch.promote_types(dtype, other)
-        narrows = bool(asked) and torch.finfo(asked[0]).eps > torch.finfo(dtype).eps
-        if asked:
-            dtype = asked[0]
-        name = func.overloadpacket.__name__
-        rounds = name not in EXACT or (name == "_to_copy" and narrows)
-        in_place = func._schema.is_mutable
+        name, in_place = func.overloadpacket.__name__, func._schema.is_mutable
+        rounds = name not in EXACT
         before = [x.clone() if in_place else x for x in operands] if rounds else []
+        if asked:
+            if name == "_to_copy":
+                rounds = torch.finfo(asked[0]).eps > torch.finfo(dtype).eps
+            dtype = asked[0]
         out = func(*args_, **kwargs_)
 
         def close(x: Any) -> Any:
@@ -190,7 +194,7 @@ class _Rounded(Tensor):
             if rounds:
                 out.copy_(roundings[0].move(out, target.dtype, before))
             return target
-        return tree_map(close, out)
+        return _map(close, out)
 
 
 def held(x: Tensor) -> Tensor:
