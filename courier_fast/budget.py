@@ -112,15 +112,15 @@ class Rounding:
 
     def move(self, x: Tensor, dtype: torch.dtype, operands: Sequence[Tensor]) -> Tensor:
         info = torch.finfo(dtype)
-        # The power of two at or below |x|; numbers below the smallest normal one share its unit.
-        power = (x.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
-        half = power.clamp(min=info.tiny) * (info.eps / 2)
-        up = torch.randint(2, x.shape, generator=self.generator, device=x.device, dtype=torch.int8)
-        stays = (x == 0) | ~x.isfinite()
+        stays = x.isfinite().logical_not_().logical_or_(x == 0)
         for operand in operands:
             if operand.shape == x.shape:  # x + 0, 1 * x: nothing was rounded
                 stays |= x == operand
-        return torch.where(stays, x, torch.where(up == 0, x - half, x + half))
+        # The power of two at or below |x|; numbers below the smallest normal one share its unit.
+        shift = (x.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
+        shift.clamp_(min=info.tiny).mul_(info.eps / 2).masked_fill_(stays, 0)
+        down = torch.empty_like(x, dtype=torch.bool).random_(2, generator=self.generator)
+        return torch.where(down, -shift, shift).add_(x)
 
 
 class _Rounded(Tensor):
