@@ -1,12 +1,15 @@
-"""Errors against float64, and the budget: twice the reference's, plus one rounding."""
+"""Errors against float64, and the yardstick of `courier_fast.budget` for them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from courier_fast.budget import Budget, Error, Rounding, Yardstick, held
 
 from .candidates import Loss, call
 from .problems import Batch
@@ -39,47 +42,26 @@ def exact(batch: Batch) -> dict[str, Tensor]:
     return {name: x / len(anchors) for name, x in total.items()}
 
 
-@dataclass(frozen=True)
-class Error:
-    """Of one tensor in one norm, relative to that norm of the exact tensor."""
-
-    tensor: str
-    norm: str
-    error: float
-    budget: float
-
-    @property
-    def share(self) -> float:
-        """Of the budget."""
-        return self.error / self.budget
-
-    @property
-    def passes(self) -> bool:
-        """False also where something is not finite."""
-        return self.error <= self.budget < float("inf")
+def _rounded(batch: Batch, draw: int) -> dict[str, Tensor]:
+    """One draw of the model of rounding."""
+    rounding = Rounding(draw, batch.clicked.device)
+    leaves: dict[str, Any] = {name: rounding.leaf(x) for name, x in batch.inputs.items()}
+    found = loss_and_gradients(lambda b: call(b, "reference"), replace(batch, **leaves))
+    return {name: held(x) for name, x in found.items()}
 
 
-def _norms(x: Tensor) -> dict[str, float]:
-    return {"l2": float(torch.linalg.vector_norm(x)), "max": float(x.abs().max())}
+# Of the model: two, since a draw takes several times as long as the reference.
+DRAWS = 2
 
 
-def errors(
-    found: dict[str, Tensor],
-    reference: dict[str, Tensor],
-    truth: dict[str, Tensor],
-    dtype: torch.dtype,
-) -> list[Error]:
+def yardstick(batch: Batch) -> Yardstick:
+    """What every candidate's results are held to."""
+    eager = loss_and_gradients(lambda b: call(b, "reference"), batch)
+    return Yardstick(exact(batch), eager, [_rounded(batch, draw) for draw in range(DRAWS)])
+
+
+def errors(found: dict[str, Tensor], judged: Yardstick, dtype: torch.dtype) -> list[Error]:
     """One per tensor and norm."""
-    rounding = torch.finfo(dtype).eps / 2
-    result = []
-    for name, x in truth.items():
-        size = _norms(x)
-        of_found, of_reference = (
-            _norms(found[name].double() - x),
-            _norms(reference[name].double() - x),
-        )
-        for norm, unit in size.items():
-            unit = unit or 1.0
-            budget = 2 * of_reference[norm] / unit + rounding
-            result.append(Error(name, norm, of_found[norm] / unit, budget))
-    return result
+    budget = Budget(dtype)
+    budget.add(judged, found)
+    return budget.errors()

@@ -13,8 +13,7 @@ queued already, so that the host does not count unless it has to wait for the GP
 and a synchronisation. Memory is the peak over the inputs, gradients included: of torch's allocator
 on a GPU, of the resident pages of a fresh process on the CPU. A speed-up (over eager; over the
 reference where eager cannot do what is asked) is printed only for results within the error budget:
-twice the error of the reference in the same type, plus one rounding. Exit code 1 if an
-implementation of this package is not within it.
+that of `courier_fast.budget`. Exit code 1 if an implementation of this package is not within it.
 """
 
 from __future__ import annotations
@@ -30,9 +29,11 @@ from typing import Any
 
 import torch
 
+from courier_fast.budget import Error
+
 from . import measure
 from .candidates import NAMES, OURS, Candidate, call, make
-from .errors import Error, errors, exact, loss_and_gradients
+from .errors import errors, loss_and_gradients, yardstick
 from .problems import SHAPES, Batch, Options, Shape, make_batch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -191,15 +192,14 @@ def _measured(
         rows[candidate.name] = Row(candidate.name)
         running[candidate.name] = candidate
 
-    truth = exact(judged)
-    reference = loss_and_gradients(lambda b: call(b, "reference"), judged)
+    held_to = yardstick(judged)
     for name, candidate in running.items():
         rows[name].another = candidate.another
         if not candidate.another:
-            found = reference if name == "reference" else loss_and_gradients(candidate.loss, judged)
-            rows[name].errors = errors(found, reference, truth, dtype)
+            found = loss_and_gradients(candidate.loss, judged)
+            rows[name].errors = errors(found, held_to, dtype)
     judged_on = {"rows": judged.rows, "anchors": judged.anchors, "whole": judged is batch}
-    del truth, reference, judged
+    del held_to, judged
 
     work = {name: _work(c, batch, case.forward) for name, c in running.items()}
     times = measure.interleaved_times(work, device, repeats, limit)
@@ -256,11 +256,8 @@ def measured_variants(
         if rows[label].left_out is not None:
             del work[label]
             continue
-        found, reference = (
-            loss_and_gradients(lambda b, i=i: call(b, i), judged)  # type: ignore[misc]
-            for i in (impl, "reference")
-        )
-        rows[label].errors = errors(found, reference, exact(judged), dtype)
+        found = loss_and_gradients(candidate.loss, judged)
+        rows[label].errors = errors(found, yardstick(judged), dtype)
     times = measure.interleaved_times(work, device, repeats, limit)
     for label in work:
         rows[label].wall = times[label]["wall"]
@@ -301,7 +298,7 @@ def heading(about: dict[str, Any]) -> list[str]:
         f"floor: {factor} M columns D flops in {about['floor_seconds'] * 1e3:.4g} ms, at the "
         f"{product['flops_per_second'] / 1e12:.4g} TFLOP/s of a product of size {product['size']}",
         f"errors: relative l2 against float64, on {scope}; "
-        "budget: twice the reference's error plus one rounding",
+        "budget: twice the error of eager code, or of its model (courier_fast.budget), plus one rounding",
     ]
 
 

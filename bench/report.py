@@ -193,7 +193,7 @@ def markdown(results: Record) -> str:
         "Medians of candidates measured in turns in one run"
         + (", GPU time between events around queued work" if gpu else "")
         + ". Share of the floor: of the time that the products alone take at the rate of a large one, measured in the same run. "
-        "Errors are against float64; the budget is twice the error of the eager code in the same type, plus one rounding. "
+        "Errors are against float64; the budget is twice the error of eager code in the same type, or of a model of its rounding (courier_fast.budget), plus one rounding. "
         "What is over it gets no ratio. Names: `python -m bench.loss --help`.",
         "",
     ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from courier_fast import ops, reference
+from courier_fast.budget import DRAWS, Budget, Rounding, Yardstick
 from courier_fast.problem import Problem, SequenceProblem
 
 GPU = torch.cuda.is_available()
@@ -177,52 +178,27 @@ def results(run: Callable[[Any], Tensor], p: Any, inputs: Sequence[str]) -> dict
     return found
 
 
-def _norms(x: Tensor) -> tuple[float, float]:
-    x = x.double()
-    if not x.numel():
-        return 0.0, 0.0
-    return float(torch.linalg.vector_norm(x) / x.numel() ** 0.5), float(x.abs().max())
+def yardstick(
+    run: Callable[[Any], Tensor], p: Any, inputs: Sequence[str], seed: int = 0
+) -> Yardstick:
+    """What an implementation's results are held to; `run` is the reference."""
+    return yardstick_of(lambda q: results(run, q, inputs), p, inputs, seed)
 
 
-class Budget:
-    """|fused - exact| <= 2 |eager - exact| + one rounding, in the l2 and in the max norm.
+def yardstick_of(
+    run: Callable[[Any], dict[str, Tensor]], p: Any, inputs: Sequence[str], seed: int = 0
+) -> Yardstick:
+    """The same of anything that is computed from a problem; `seed` is that of the model's random numbers."""
+    rounded = []
+    for draw in range(DRAWS):
+        rounding = Rounding(seed * DRAWS + draw)
+        q = mapped(p, lambda _, x, r=rounding: r.leaf(x) if x.is_floating_point() else x)
+        rounded.append(run(q))
+    return Yardstick(run(in_float64(p, inputs)), run(p), rounded)
 
-    exact: the reference in float64; eager: the reference in the input type. Errors are root mean squares over the
-    draws that were added: of a scalar, a single eager error may be zero by luck.
-    """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.rounding = torch.finfo(dtype).eps / 2
-        self.sums: dict[tuple[str, str], list[float]] = {}
-        self.draws = 0
-
-    def add(
-        self, exact: dict[str, Tensor], eager: dict[str, Tensor], fused: dict[str, Tensor]
-    ) -> None:
-        self.draws += 1
-        for name, truth in exact.items():
-            truth = truth.double()
-            for kind, size, e, f in zip(
-                ("l2", "max"),
-                _norms(truth),
-                _norms(eager[name].double() - truth),
-                _norms(fused[name].double() - truth),
-                strict=True,
-            ):
-                total = self.sums.setdefault((name, kind), [0.0, 0.0, 0.0])
-                for i, x in enumerate((size, e, f)):
-                    total[i] += x * x
-
-    def check(self) -> None:
-        assert self.draws
-        over = []
-        for (name, kind), total in self.sums.items():
-            size, eager, fused = ((x / self.draws) ** 0.5 for x in total)
-            if not fused <= 2 * eager + self.rounding * size:  # NaN is over, too
-                over.append(
-                    f"{name} ({kind}): error {fused:.3e}, eager {eager:.3e}, size {size:.3e}"
-                )
-        assert not over, "over the error budget: " + "; ".join(over)
+def loss_yardstick(p: Problem, seed: int = 0) -> Yardstick:
+    return yardstick(lambda q: reference.reconstruction_loss(q).loss, p, LOSS_INPUTS, seed)
 
 
 def check_loss(impl: str, draws: int = 3, **case: Any) -> None:
@@ -233,16 +209,9 @@ def check_loss(impl: str, draws: int = 3, **case: Any) -> None:
 def check_problems(impl: str, problems: Sequence[Problem]) -> None:
     skip_unless_available(impl, problems[0])
     budget = Budget(problems[0].pv.dtype)
-    for p in problems:
-        budget.add(
-            results(
-                lambda q: reference.reconstruction_loss(q).loss,
-                in_float64(p, LOSS_INPUTS),
-                LOSS_INPUTS,
-            ),
-            results(lambda q: reference.reconstruction_loss(q).loss, p, LOSS_INPUTS),
-            results(lambda q: ops.reconstruction_loss(q, impl, False)[0], p, LOSS_INPUTS),
-        )
+    for seed, p in enumerate(problems):
+        found = results(lambda q: ops.reconstruction_loss(q, impl, False)[0], p, LOSS_INPUTS)
+        budget.add(loss_yardstick(p, seed), found)
     budget.check()
 
 
@@ -251,12 +220,9 @@ def check_reconstruct(impl: str, draws: int = 3, **case: Any) -> None:
     problems = [make(seed, impl=impl, **case) for seed in range(draws)]
     skip_unless_available(impl, problems[0])
     budget = Budget(problems[0].pv.dtype)
-    for p in problems:
-        budget.add(
-            results(lambda q: reference.reconstruct(q)[0], in_float64(p, LOSS_INPUTS), inputs),
-            results(lambda q: reference.reconstruct(q)[0], p, inputs),
-            results(lambda q: ops.reconstruct(q, impl), p, inputs),
-        )
+    for seed, p in enumerate(problems):
+        found = results(lambda q: ops.reconstruct(q, impl), p, inputs)
+        budget.add(yardstick(lambda q: reference.reconstruct(q)[0], p, inputs, seed), found)
     budget.check()
 
 
@@ -264,10 +230,7 @@ def check_sequence(impl: str, draws: int = 4, **case: Any) -> None:
     problems = [make_sequence(seed, impl=impl, **case) for seed in range(draws)]
     skip_unless_available(impl, problems[0])
     budget = Budget(problems[0].history.dtype)
-    for p in problems:
-        budget.add(
-            results(reference.click_sequence_loss, in_float64(p, SEQUENCE_INPUTS), SEQUENCE_INPUTS),
-            results(reference.click_sequence_loss, p, SEQUENCE_INPUTS),
-            results(lambda q: ops.click_sequence_loss(q, impl), p, SEQUENCE_INPUTS),
-        )
+    for seed, p in enumerate(problems):
+        found = results(lambda q: ops.click_sequence_loss(q, impl), p, SEQUENCE_INPUTS)
+        budget.add(yardstick(reference.click_sequence_loss, p, SEQUENCE_INPUTS, seed), found)
     budget.check()

@@ -13,7 +13,7 @@ from factories import (
     LOSS_INPUTS,
     Budget,
     check_loss,
-    in_float64,
+    loss_yardstick,
     make,
     results,
     skip_unless_available,
@@ -50,13 +50,7 @@ def test_bias_path_with_negative_losses(impl: str) -> None:
     bias[p.clicked.cpu()] = -9 + torch.rand(int(p.clicked.sum()), generator=g)
     p = replace(p, log_q=bias.to(p.pv.device), reduction="none")
     budget = Budget(p.pv.dtype)
-    budget.add(
-        results(
-            lambda q: reference.reconstruction_loss(q).loss, in_float64(p, LOSS_INPUTS), LOSS_INPUTS
-        ),
-        results(lambda q: reference.reconstruction_loss(q).loss, p, LOSS_INPUTS),
-        run(impl, p),
-    )
+    budget.add(loss_yardstick(p), run(impl, p))
     budget.check()
 
 
@@ -99,14 +93,11 @@ def test_confident_positives_keep_their_gradient(impl: str, dtype: torch.dtype) 
         tau=0.1,
     )
     skip_unless_available(impl, p)
-    exact = results(
-        lambda q: reference.reconstruction_loss(q).loss, in_float64(p, LOSS_INPUTS), LOSS_INPUTS
-    )
-    eager = results(lambda q: reference.reconstruction_loss(q).loss, p, LOSS_INPUTS)
+    judged = loss_yardstick(p)
     found = run(impl, p)
-    assert 0 < float(exact["output"]) < 0.01  # p of the positive is above 0.99
+    assert 0 < float(judged.exact["output"]) < 0.01  # p of the positive is above 0.99
     budget = Budget(dtype)
-    budget.add(exact, eager, found)
+    budget.add(judged, found)
     budget.check()
     for name in ("pv", "history"):
         assert found[name].any()
@@ -207,13 +198,7 @@ def test_tail_tiles(impl: str, count: int) -> None:
     )
     skip_unless_available(impl, p)
     budget = Budget(torch.float32)
-    budget.add(
-        results(
-            lambda q: reference.reconstruction_loss(q).loss, in_float64(p, LOSS_INPUTS), LOSS_INPUTS
-        ),
-        results(lambda q: reference.reconstruction_loss(q).loss, p, LOSS_INPUTS),
-        run(impl, p),
-    )
+    budget.add(loss_yardstick(p), run(impl, p))
     budget.check()
 
 

@@ -10,7 +10,7 @@ from factories import (
     DEVICES,
     LOSS_INPUTS,
     Budget,
-    in_float64,
+    loss_yardstick,
     make,
     offsets_of,
     results,
@@ -21,8 +21,8 @@ from factories import (
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from courier_fast import ops, reference
-from courier_fast.problem import DIRECTIONS, NEGATIVES
+from courier_fast import ops
+from courier_fast.problem import DIRECTIONS, NEGATIVES, REDUCTIONS
 
 PAGES = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=0, max_size=8)
 
@@ -44,6 +44,7 @@ def test_ragged_batches(impl: str, examples: int) -> None:
         negatives=st.sampled_from(NEGATIVES),
         direction=st.sampled_from(DIRECTIONS),
         tau=st.sampled_from([0.01, 0.1, 1.0]),
+        reduction=st.sampled_from(REDUCTIONS),
         ids=st.booleans(),
         seed=st.integers(0, 2**16),
     )
@@ -53,6 +54,7 @@ def test_ragged_batches(impl: str, examples: int) -> None:
         negatives: str,
         direction: str,
         tau: float,
+        reduction: str,
         ids: bool,
         seed: int,
     ) -> None:
@@ -72,24 +74,14 @@ def test_ragged_batches(impl: str, examples: int) -> None:
                 attention_scale=dim**-0.5,
                 negatives=negatives,
                 direction=direction,
-                reduction="none",  # a value per item: a scalar has one lucky or unlucky error
+                reduction=reduction,
                 tau=tau,
             )
             p = with_gradients(to_device(p, DEVICES[impl]), LOSS_INPUTS)
-            exact = results(
-                lambda q: reference.reconstruction_loss(q).loss,
-                in_float64(p, LOSS_INPUTS),
-                LOSS_INPUTS,
-            )
-            eager = results(lambda q: reference.reconstruction_loss(q).loss, p, LOSS_INPUTS)
             found = results(lambda q: ops.reconstruction_loss(q, impl, False)[0], p, LOSS_INPUTS)
             bad = [name for name, x in found.items() if not x.isfinite().all()]
             assert not bad, bad
-            budget.add(exact, eager, found)
-        # A loss of a tiny batch may be exactly 0, and eager exactly right: it is a difference of two scores of size
-        # 1/tau, each rounded once, and so are the gradients.
-        for total in budget.sums.values():
-            total[0] = max(total[0], budget.draws * max(1.0, 2 / tau) ** 2)
+            budget.add(loss_yardstick(p, draw), found)
         budget.check()
 
     check()

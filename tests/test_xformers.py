@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from factories import Budget, results, upstream_for, with_gradients, yardstick
 from torch import Tensor
 
 from courier_fast import ops, reference
@@ -143,49 +143,23 @@ def make_problem(case: str, dtype: torch.dtype = torch.float32, dim: int = 12) -
     return p
 
 
-NAMES = ("pv", "history", "query", "key", "value")
+INPUTS = ("pv", "history", "query", "key", "value")
 CASES = ("plain", "table", "projections", "heads", "weights", "both")
-
-
-def as_type(p: Problem, dtype: torch.dtype) -> tuple[Problem, list[Tensor | None]]:
-    """A copy whose float inputs are leaves of a type, and those."""
-    leaves = []
-    for name in NAMES:
-        x = getattr(p, name)
-        leaves.append(None if x is None else x.detach().to(dtype).clone().requires_grad_())
-    rest = {k: v for k, v in vars(p).items() if k not in NAMES}
-    return Problem(**dict(zip(NAMES, leaves, strict=True)), **rest), leaves
-
-
-def zeros_for_none(inputs: list[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
-
-
-def assert_in_budget(fused: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """|fused - exact| <= 2 |eager - exact| + one rounding, in the l2 and in the max norm."""
-    roundoff = torch.finfo(fused.dtype).eps / 2
-    for norm in (torch.linalg.vector_norm, lambda x: x.abs().max()):
-        limit = 2 * norm(eager.double() - exact) + roundoff * norm(exact)
-        assert norm(fused.double() - exact) <= limit
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_reconstruct_and_its_gradients(stand_in: None, case: str) -> None:
-    p = make_problem(case)
-    needs = [getattr(p, name) is not None for name in NAMES]
-    grad = torch.randn(p.num_pv, p.pv.shape[1], generator=torch.Generator().manual_seed(5))
-    results = []
-    for dtype in (torch.float32, torch.float64):
-        typed, leaves = as_type(p, dtype)
-        r, _ = reference.reconstruct(typed)
-        given = [x for x in leaves if x is not None]
-        grads = torch.autograd.grad(r, given, grad.to(dtype), allow_unused=True)
-        results.append([r.detach(), *zeros_for_none(given, grads)])
-    fused = [xformers_attention.reconstruct_forward(p)]
-    fused += [g for g in xformers_attention.reconstruct_backward(p, needs, grad) if g is not None]
-    assert len(fused) == len(results[0])
-    for x, eager, exact in zip(fused, *results, strict=True):
-        assert_in_budget(x, eager, exact)
+    p = with_gradients(make_problem(case), INPUTS)
+    needs = [getattr(p, name) is not None for name in INPUTS]
+    judged = yardstick(lambda q: reference.reconstruct(q)[0], p, INPUTS)
+    with torch.no_grad():
+        r = xformers_attention.reconstruct_forward(p)
+        grads = xformers_attention.reconstruct_backward(p, needs, upstream_for(r))
+    fused = dict(zip(INPUTS, grads, strict=True)) | {"output": r}
+    assert {name for name, x in fused.items() if x is not None} == set(judged.exact)
+    budget = Budget(torch.float32)
+    budget.add(judged, fused)
+    budget.check()
 
 
 def test_no_page_with_both_gives_zeros(stand_in: None) -> None:
@@ -209,20 +183,11 @@ def test_loss_and_its_gradients(stand_in: None, case: str) -> None:
     if not configs.interpreted():
         pytest.skip("the Triton kernels run on the CPU in the interpreter only: TRITON_INTERPRET=1")
     p = make_problem(case, dim=16 if case != "heads" else 18)
-    upstream = torch.rand(p.num_pv, generator=torch.Generator().manual_seed(7))
-    results = []
-    for dtype in (torch.float32, torch.float64):
-        typed, leaves = as_type(p, dtype)
-        loss = reference.reconstruction_loss(typed).loss
-        given = [x for x in leaves if x is not None]
-        grads = torch.autograd.grad(loss, given, upstream.to(dtype), allow_unused=True)
-        results.append([loss.detach(), *zeros_for_none(given, grads)])
-    typed, leaves = as_type(p, torch.float32)
-    loss = ops.reconstruction_loss(typed, "xformers", False)[0]
-    loss.backward(upstream)
-    fused = [loss.detach(), *(x.grad for x in leaves if x is not None)]
-    for x, eager, exact in zip(fused, *results, strict=True):
-        assert_in_budget(x, eager, exact)
+    p = with_gradients(p, INPUTS)
+    budget = Budget(torch.float32)
+    fused = results(lambda q: ops.reconstruction_loss(q, "xformers", False)[0], p, INPUTS)
+    budget.add(yardstick(lambda q: reference.reconstruction_loss(q).loss, p, INPUTS), fused)
+    budget.check()
 
 
 def test_every_reason_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
