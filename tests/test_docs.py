@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dataset_factory import make_dataset
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "kernels/README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -47,6 +46,7 @@ def loss_of_ones_own_training(names: dict[str, Any]) -> Check:
 def features_of_a_backbone(names: dict[str, Any]) -> Check:
     """A dataset, and the backbone's file as it is: other names, a classifier, weights in channels-last order."""
     timm = pytest.importorskip("timm")
+    make_dataset = pytest.importorskip("dataset_factory", exc_type=ImportError).make_dataset
     make_dataset(Path("data"), users=3, items=6, pages=5, history=2)
     torch.manual_seed(0)
     backbone = timm.create_model("tf_efficientnet_lite0", num_classes=0)
