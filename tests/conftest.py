@@ -37,6 +37,15 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Where pytest-xdist is not installed, what pyproject.toml asks of it is taken and ignored."""
+    if not pluginmanager.hasplugin("xdist"):
+        group = parser.getgroup("xdist")
+        group._addoption("-n", dest="numprocesses")
+        group._addoption("--dist", dest="dist", default="no")
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """-n auto: a worker holds 1 GB and more, so not as many as a large machine has cores."""
     return min(CORES, 8)
