@@ -111,9 +111,11 @@ def _zipf(count: int, size: int, generator: torch.Generator) -> Tensor:
     return torch.multinomial(weights, size, replacement=True, generator=generator)
 
 
-def make_batch(shape: Shape, options: Options, dtype: torch.dtype, device: torch.device) -> Batch:
-    """Random pages, always the same; rows of a page share a direction, so that pairs match."""
-    generator = torch.Generator().manual_seed(0)
+def make_batch(
+    shape: Shape, options: Options, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> Batch:
+    """Random pages, always the same of a seed; rows of a page share a direction, so that pairs match."""
+    generator = torch.Generator().manual_seed(seed)
     rows = shape.pages * shape.items
     lengths = torch.randint(1, shape.longest_history + 1, (shape.pages,), generator=generator)
     history_offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])

@@ -151,7 +151,8 @@ def reached(results: Record, case: str, what: str) -> float | None:
     return None
 
 
-def _goals(results: Record) -> list[str]:
+def goals(results: Record) -> list[str]:
+    """The targets beside what was measured."""
     lines = [
         "## Goals",
         "",
@@ -198,7 +199,7 @@ def markdown(results: Record) -> str:
         "",
     ]
     if gpu and any(x in gpu for x in GOAL_DEVICES):
-        lines += _goals(results)
+        lines += goals(results)
     for group, title in TITLES.items():
         found = [c for c in results["cases"] if c["case"]["group"] == group]
         if not found:

@@ -15,8 +15,11 @@ import dataclasses
 import functools
 import itertools
 import json
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", type=int, default=32_768, help="N, a multiple of 4")
     add("--clicked", type=float, default=1.0, help="share of the items that are anchors")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    add("--repeats", type=int, default=20)
+    add("--repeats", type=int, default=20, help="rounds at most")
+    add("--seconds", type=float, default=30, help="after which no further round begins")
+    add("--few", type=int, default=300, help="pages of the problem that errors are measured on")
+    jobs = min(12, len(os.sched_getaffinity(0)))
+    add("--jobs", type=int, default=jobs, help="processes that compile candidates")
     add("--block-m", type=int, nargs="+", default=[64, 128])
     add("--block-n", type=int, nargs="+", default=[32, 64, 128])
     add("--warps", type=int, nargs="+", default=[4, 8])
@@ -86,6 +93,15 @@ def fitting(tile: Any, kind: str, dim: int, capability: int) -> Any | None:
     return None
 
 
+def fitted(tiles: list[Any], kind: str, dim: int, capability: int, jobs: int) -> list[Any]:
+    """`fitting` of each, compiled in several processes: it takes seconds for one."""
+    one = functools.partial(fitting, kind=kind, dim=dim, capability=capability)
+    if jobs == 1:
+        return [one(tile) for tile in tiles]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(one, tiles))
+
+
 def step(batch: Batch, kind: str) -> Callable[[], object]:
     def alone() -> object:
         with torch.no_grad():
@@ -94,6 +110,10 @@ def step(batch: Batch, kind: str) -> Callable[[], object]:
     if kind == "lse":
         return alone
     return functools.partial(loss_and_gradients, lambda b: call(b, "triton"), batch)
+
+
+def _name(tile: Any) -> str:
+    return f"{tile.block_m} x {tile.block_n}, {tile.num_warps} warps, {tile.num_stages} stages"
 
 
 def tune(args: argparse.Namespace, kind: str, dim: int, device: torch.device) -> dict[str, Any]:
@@ -106,7 +126,7 @@ def tune(args: argparse.Namespace, kind: str, dim: int, device: torch.device) ->
     width = "float32" if args.dtype == "float32" else "16-bit"
     shape = Shape(args.rows // 4, 4, 10, dim, args.clicked)
     batch = make_batch(shape, Options(), dtype, device)
-    checked = Shape(min(shape.pages, 300), 4, 10, dim, args.clicked)
+    checked = Shape(min(shape.pages, args.few), 4, 10, dim, args.clicked)
     small = make_batch(checked, Options(), dtype, device)
     judged = yardstick(small)
 
@@ -117,14 +137,14 @@ def tune(args: argparse.Namespace, kind: str, dim: int, device: torch.device) ->
     before = configs.contrast_tile(dtype, dim, device, kind)
     work: dict[str, Callable[[], object]] = {}
     tiles: dict[str, Any] = {}
-    for tile in [before, *grid(args)]:
-        name = f"{tile.block_m} x {tile.block_n}, {tile.num_warps} warps, {tile.num_stages} stages"
-        if name in tiles:
-            continue
-        known: Any = tile
-        # The interpreter compiles nothing; only 16-bit launches are recorded for every D.
-        if not configs.interpreted() and width == "16-bit":
-            known = fitting(tile, kind, dim, configs.capability(device))
+    same = functools.partial(dataclasses.replace, per_processor=before.per_processor)
+    candidates = [before, *(t for t in grid(args) if same(t) != before)]
+    known_of: list[Any] = candidates
+    # The interpreter compiles nothing; only 16-bit launches are recorded for every D.
+    if not configs.interpreted() and width == "16-bit":
+        known_of = fitted(candidates, kind, dim, configs.capability(device), args.jobs)
+    for tile, known in zip(candidates, known_of, strict=True):
+        name = _name(tile)
         if known is None:
             print(f"  {name}: does not fit")
             continue
@@ -139,17 +159,19 @@ def tune(args: argparse.Namespace, kind: str, dim: int, device: torch.device) ->
         work[name]()
     if not tiles:
         raise RuntimeError(f"no tile fits: {kind}, D = {dim}")
-    times = measure.interleaved_times(work, device, args.repeats)
+    times = measure.interleaved_times(work, device, args.repeats, args.seconds)
     clock = "gpu" if device.type == "cuda" else "wall"
     for name in sorted(times, key=lambda n: times[n][clock][1]):
         print(f"  {name}: {times[name][clock][1] * 1e3:.4g} ms")
     best = min(times, key=lambda n: times[n][clock][1])
+    present = times.get(_name(before))
     return {
         "type": width,
         "kind": kind,
         "stride": dim,
         "tile": dataclasses.asdict(tiles[best]),
         "milliseconds": times[best][clock][1] * 1e3,
+        "milliseconds_before": None if present is None else present[clock][1] * 1e3,
         "measured_on": str(measure.surroundings(device)["gpu"]),
         "rows": args.rows,
     }

@@ -1,0 +1,36 @@
+"""A step for a profiler to look at: `python -m bench.gpu.target --shape paper`"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from ..candidates import call
+from ..errors import loss_and_gradients
+from ..problems import SHAPES, Options, make_batch
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.target", description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="paper")
+    parser.add_argument("--rehearse", action="store_true")
+    args = parser.parse_args(arguments)
+    device = torch.device("cpu" if args.rehearse else "cuda")
+    dtype = torch.float32 if args.rehearse else torch.bfloat16
+    batch = make_batch(SHAPES[args.shape], Options(), dtype, device)
+    for measured in (False, True):
+        if measured and device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+        loss_and_gradients(lambda b: call(b, "triton"), batch)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
