@@ -244,5 +244,3 @@ STAGES = {
     "step": Stage(step, 40),
     "dali": Stage(dali, 20),
 }
-
-
