@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class Record:
             for case in mine:
                 again = stopped and case["attempts"] < ATTEMPTS
                 # "again": in another run, not in this one.
-                more = {"again": True} if again else {"data": {}, "seconds": None}
+                more: dict[str, Any] = {"again": True} if again else {"data": {}, "seconds": None}
                 del case["pid"]
                 case.update(status=STOPPED if again else FAILED, line=reason, **more)
         return bool(mine)
@@ -90,7 +90,7 @@ class Record:
                     case["status"] = STOPPED
 
 
-def finished(content: dict[str, Any]) -> bool:
+def finished(content: Mapping[str, Any]) -> bool:
     """Whether every case has a result."""
     done = [c for c in content["cases"].values() if c["status"] in DONE]
     return content["expected"] is not None and len(done) >= content["expected"]
