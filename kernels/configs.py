@@ -46,7 +46,7 @@ TILES_16: tuple[Choice, ...] = (
     Choice(_MAIN, 256, Tile(128, 64, 8, 3), "729 TFLOP/s"),
     Choice(("fused",), 64, Tile(64, 64, 4, 2), "fits"),
     Choice(("fused",), 128, Tile(64, 64, 4, 2), "fits"),
-    Choice(("fused",), 256, Tile(64, 64, 8, 3), "spills 150 bytes"),
+    Choice(("fused",), 256, Tile(64, 64, 8, 3), "spills 16 bytes with Triton 3.9"),
 )
 # float32 rows, tf32 products.
 TILES_32: tuple[Choice, ...] = (
