@@ -126,7 +126,8 @@ def tune(args: argparse.Namespace, kind: str, dim: int, device: torch.device) ->
     width = "float32" if args.dtype == "float32" else "16-bit"
     shape = Shape(args.rows // 4, 4, 10, dim, args.clicked)
     batch = make_batch(shape, Options(), dtype, device)
-    small = make_batch(Shape(args.few, 4, 10, dim, args.clicked), Options(), dtype, device)
+    checked = Shape(min(shape.pages, args.few), 4, 10, dim, args.clicked)
+    small = make_batch(checked, Options(), dtype, device)
     judged = yardstick(small)
 
     def using(tile: Any, work: Callable[[], object]) -> object:

@@ -1,9 +1,9 @@
-"""A loss, forward and backward, as one CUDA graph per signature: `ReconstructionLoss(..., cuda_graph=True)`.
+"""A loss as two CUDA graphs per signature, forward and backward: `ReconstructionLoss(..., cuda_graph=True)`.
 
-One graph computes the loss and the gradients for an upstream gradient of one; the backward multiplies them. What a replay
-leaves in the graph's own memory is copied out at once, so that another call before the backward, a backward later, twice
-or never, changes nothing. What is captured is the loss of a `Problem`: from a user's layout to it, hardly anything is
-launched.
+The upstream gradient is an input of the second, so gradients have the bits that they have without graphs. What a replay
+leaves in the graphs' own memory is copied out at once, and a backward whose forward has been replayed for other inputs
+since then replays it again for its own: another call before the backward, a backward later, twice or never, changes
+nothing. What is captured is the loss of a `Problem`: from a user's layout to it, hardly anything is launched.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from .problem import Problem, SequenceProblem
 IMPLS: tuple[str, ...] = ("triton",)
 DEVICES: tuple[str, ...] = ("cuda",)
 
-Body = Callable[[], tuple[list[Tensor], list[Tensor]]]
+Body = Callable[[], list[Tensor]]
 
 
-def capture(
-    body: Body, device: torch.device, pool: Any
-) -> tuple[list[Tensor], list[Tensor], Callable[[], None]]:
-    """(outputs, gradients, replay): `replay` does again what `body` did, into the same outputs and gradients."""
+def capture(body: Body, device: torch.device, pool: Any) -> tuple[list[Tensor], Callable[[], None]]:
+    """(results, replay): `replay` does again what `body` did, into the same results."""
     current = torch.cuda.current_stream(device)
+    # Not torch's own stream for captures: that one belongs to the GPU of the process's first capture.
     side = torch.cuda.Stream(device)
     side.wait_stream(current)
     with torch.cuda.stream(side):
@@ -40,48 +39,93 @@ def capture(
     current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     # Other threads may go on allocating: a loader that pins memory, for one.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        outputs, gradients = body()
-    return outputs, gradients, graph.replay
+    with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+        results = body()
+    return results, graph.replay
+
+
+class _Turn:
+    """Graphs that share a memory pool belong to one stream at a time: a replay on another one waits for the last."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+        self._stream: Any = None
+
+    def take(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(device)
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
 
 
 class _Graph:
-    """One signature: inputs, outputs and gradients that stay where they are, and the replay."""
+    """One signature: inputs, outputs, what the backward needs, and gradients, that stay where they are; the replays."""
 
     def __init__(
-        self, p: Problem | SequenceProblem, needs: list[bool], stats: bool, impl: str, pool: Any
+        self, p: Problem | SequenceProblem, needs: list[bool], stats: bool, impl: str, turn: _Turn
     ) -> None:
         flat = [x.detach().clone() if isinstance(x, Tensor) else x for x in ops.flat(p)]
-        self.inputs = [x for x in flat if isinstance(x, Tensor)]
-        self.device = self.inputs[0].device
-        inside: Any = type(p)(*flat)
-        one = torch.ones((), dtype=torch.float32, device=self.device)
-        forward, backward = ops.passes(inside, impl)
+        self._inputs = [x for x in flat if isinstance(x, Tensor)]
+        self._device = self._inputs[0].device
+        self._turn = turn
+        self._call: object = None  # whose inputs and outputs are in the graphs' memory
+        forward, backward = ops.passes(type(p)(*flat), impl)
+        number = 0
 
-        def body() -> tuple[list[Tensor], list[Tensor]]:
-            with torch.no_grad():
-                *outputs, saved = forward(needs, stats)
-                gradients = backward(needs, saved, one) if any(needs) else []
-            return outputs, [x for x in gradients if x is not None]
+        def forward_body() -> list[Tensor]:
+            nonlocal number
+            *outputs, saved = forward(needs, stats)
+            number = len(outputs)
+            return [*outputs, *saved]
 
-        with torch.cuda.device_of(self.inputs[0]):
-            self.outputs, self.gradients, self.replay = capture(body, self.device, pool)
+        def backward_body() -> list[Tensor]:
+            return [x for x in backward(needs, self._saved, self._upstream) if x is not None]
 
-    def run(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs and gradients for other inputs, in memory of their own."""
-        with torch.no_grad(), torch.cuda.device_of(self.inputs[0]):
-            torch._foreach_copy_(self.inputs, list(inputs))
-            self.replay()
-            outputs = [x.clone() if x.numel() else x for x in self.outputs]
-            return outputs, [x.clone() for x in self.gradients]
+        with torch.no_grad(), torch.cuda.device_of(self._inputs[0]):
+            turn.take(self._device)
+            results, self._forward = capture(forward_body, self._device, turn.pool)
+            # Kept, as what is given back to the pool is used by the next capture.
+            self._outputs, self._saved = results[:number], results[number:]
+            if any(needs):
+                self._upstream = torch.ones_like(self._outputs[0])
+                self._forward()  # a capture runs nothing, and the backward reads counts from there
+                self._gradients, self._backward = capture(backward_body, self._device, turn.pool)
+
+    def _replay(self, call: object, inputs: Sequence[Tensor]) -> None:
+        torch._foreach_copy_(self._inputs, list(inputs))
+        self._forward()
+        self._call = call
+
+    def forward(self, call: object, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Outputs, in memory of their own."""
+        with torch.no_grad(), torch.cuda.device_of(self._inputs[0]):
+            self._turn.take(self._device)
+            self._replay(call, inputs)
+            return [x.clone() if x.numel() else x for x in self._outputs]
+
+    def backward(
+        self, call: object, inputs: Sequence[Tensor], upstream: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Gradients, in memory of their own."""
+        with torch.no_grad(), torch.cuda.device_of(self._inputs[0]):
+            self._turn.take(self._device)
+            if self._call is not call:
+                self._replay(call, inputs)
+            self._upstream.copy_(upstream)
+            self._backward()
+            return tuple(x.clone() for x in self._gradients)
 
 
-class _Scaled(torch.autograd.Function):
-    """Gradients times the upstream gradient; no further derivative."""
+class _Last(torch.autograd.Function):
+    """Gradients that have no derivative."""
 
     @staticmethod
     def forward(ctx: Any, upstream: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch._foreach_mul(gradients, upstream))
+        return tuple(x.view_as(x) for x in gradients)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -91,9 +135,10 @@ class _Scaled(torch.autograd.Function):
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graph: _Graph, wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
-        outputs, gradients = graph.run([x for x in flat if isinstance(x, Tensor)])
-        ctx.wanted = wanted
-        ctx.save_for_backward(*gradients)
+        inputs = [x for x in flat if isinstance(x, Tensor)]
+        ctx.graph, ctx.wanted, ctx.call = graph, wanted, object()
+        outputs = graph.forward(ctx.call, inputs)
+        ctx.save_for_backward(*inputs)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -102,24 +147,23 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> Any:
         if upstream is None:
             return (None,) * (len(ctx.wanted) + 2)
-        if torch.is_grad_enabled() and not upstream.requires_grad:  # create_graph
-            upstream = upstream.detach().requires_grad_()
-        gradients = iter(_Scaled.apply(upstream, *ctx.saved_tensors))
+        found = ctx.graph.backward(ctx.call, ctx.saved_tensors, upstream)
+        if torch.is_grad_enabled():  # create_graph
+            found = _Last.apply(upstream.detach().requires_grad_(), *found)
+        gradients = iter(found)
         return (None, None, *(next(gradients) if want else None for want in ctx.wanted))
 
 
 class Graphs:
     """The graphs of one module, at most `limit`: the one not used for longest goes.
 
-    They share a memory pool, and so belong to one stream at a time: a call on another stream waits for the last one.
     A copy of the module starts without graphs.
     """
 
     def __init__(self, limit: int = 8) -> None:
         self.limit = limit
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
-        self._pool: Any = None
-        self._stream: Any = None
+        self._turn = _Turn()
         self._evicted = 0
 
     def __len__(self) -> int:
@@ -148,7 +192,7 @@ class Graphs:
         graph = self._graph(p, flat, needs, stats, impl)
         tensors = [x for x in flat if isinstance(x, Tensor)]
         if not any(needs):
-            return tuple(graph.run(tensors)[0])
+            return tuple(graph.forward(None, tensors))
         names = dict(zip(ops.gradient_names(p), needs, strict=True))
         return _Replay.apply(graph, [names.get(f.name, False) for f in fields(p)], *flat)
 
@@ -159,14 +203,6 @@ class Graphs:
             reasons.append(f"the tensors are on {source.device}, expected a CUDA device")
         if impl not in IMPLS:
             reasons.append(f"impl={impl!r} cannot be captured, expected {' or '.join(IMPLS)}")
-        if p.reduction == "none":
-            reasons.append(
-                'reduction="none" has an upstream gradient per item, known only after the forward pass; expected "mean" or "sum"'
-            )
-        if source.dtype == torch.float16:
-            reasons.append(
-                "float16 gradients would vanish before a GradScaler's factor reaches them; expected bfloat16 or float32"
-            )
         return reasons
 
     def _graph(
@@ -184,17 +220,9 @@ class Graphs:
             torch.get_float32_matmul_precision(),
             *((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in flat),
         )
-        source = flat[0]
-        if source.is_cuda:
-            stream = torch.cuda.current_stream(source.device)
-            if self._stream is not None and self._stream != stream:
-                stream.wait_stream(self._stream)
-            self._stream = stream
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
         graph = self._graphs.get(signature)
         if graph is None:
-            graph = self._graphs[signature] = _Graph(p, needs, stats, impl, self._pool)
+            graph = self._graphs[signature] = _Graph(p, needs, stats, impl, self._turn)
             if len(self._graphs) > self.limit:
                 self._graphs.popitem(last=False)
                 self._evicted += 1

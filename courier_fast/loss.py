@@ -32,10 +32,10 @@ WORKSPACE = 1 << 30
 class ReconstructionStats:
     """What one loss evaluation tells about its anchors; nothing here needs another pass or carries a gradient.
 
-    Tensors "in the layout of clicked" are 0 (False) where an item is no anchor. With direction "both",
-    log_sum_exp, positive_similarity and rank are those of direction "reconstruct". Candidates that tie with the positive
-    (equal rows with different ids, or with "identify" the items of a page with a single history item) are not above it,
-    but for rounding.
+    Tensors "in the layout of clicked" are 0 (False) where an item is no anchor. A loss with direction "both" has a softmax
+    over items and one over reconstructions: its log_sum_exp and rank, and so recall and MRR, are those of the first, as
+    `direction` says, while item_loss is the mean of the two. Candidates that tie with the positive (equal rows with
+    different ids, or with "identify" the items of a page with a single history item) are not above it, but for rounding.
     """
 
     item_loss: Tensor  # layout of clicked, float32: loss of each anchor before weights
@@ -47,6 +47,7 @@ class ReconstructionStats:
     num_clicked_without_history: (
         Tensor  # 0-d int64: clicked items that are no anchors for want of a history
     )
+    direction: str  # "reconstruct" or "identify": whose log_sum_exp and rank these are
 
     def recall_at(self, k: int) -> Tensor:
         """Share of anchors whose positive is among the k best candidates, 0-d float32; NaN without anchors."""
@@ -98,7 +99,8 @@ def _check_temperature(
                 raise ValueError(
                     f"temperature: expected a tensor on {device}, got {temperature.device}"
                 )
-            temperature = temperature.to(device)
+            # The host does not wait: what is read there was copied before the call returns.
+            temperature = temperature.to(device, non_blocking=True)
         if (
             watches_values()
             and (validate or device.type == "cpu")
@@ -133,7 +135,10 @@ def _check_weights(weights: Tensor, layout: Side, validate: bool) -> None:
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Floating inputs in the autocast type, where autocast is on: the loss is a matrix product at heart."""
     device = next(t for t in tensors if t is not None).device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    try:  # torch.amp.is_autocast_available cannot be traced in PyTorch 2.11
+        if not torch.is_autocast_enabled(device):
+            return tensors
+    except RuntimeError:  # a device without autocast
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -447,8 +452,16 @@ def reconstruction_loss(
         return loss
     num_anchors = rows[-1].sum()
     item_loss, lse, positive, rank, is_anchor = (pv_side.restore(x.detach()) for x in rows)
-    stats = ReconstructionStats(item_loss, lse, positive, rank, is_anchor, num_anchors, skipped)
-    return loss, stats
+    return loss, ReconstructionStats(
+        item_loss,
+        lse,
+        positive,
+        rank,
+        is_anchor,
+        num_anchors,
+        skipped,
+        direction="identify" if direction == "identify" else "reconstruct",
+    )
 
 
 def reconstruct(
@@ -629,6 +642,21 @@ class _ClampMax(torch.autograd.Function):
         return torch.where((x <= ctx.limit) | (grad > 0), grad, 0.0), None
 
 
+class _TransformedClampMax(_ClampMax):
+    """The same for torch.func. Not for every call: with setup_context, torch spends 10 us on the signature."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, limit: float) -> Tensor:  # type: ignore[override]
+        return x.clamp(max=limit)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        x, ctx.limit = inputs
+        ctx.save_for_backward(x)
+
+
 class _WithTemperature(nn.Module):
     """A fixed temperature, or one learned as log(1/tau) and clamped from below; and the options of a call."""
 
@@ -675,7 +703,8 @@ class _WithTemperature(nn.Module):
         """The current temperature: a float, or a 0-d float32 tensor if it is learned."""
         if self.log_inverse_temperature is None:
             return self._fixed
-        clamped = _ClampMax.apply(self.log_inverse_temperature.float(), -math.log(self._minimum))
+        clamp = _TransformedClampMax if ops.transformed() else _ClampMax
+        clamped = clamp.apply(self.log_inverse_temperature.float(), -math.log(self._minimum))
         return torch.exp(-clamped)
 
     def extra_repr(self) -> str:
@@ -696,12 +725,12 @@ class ReconstructionLoss(_WithTemperature):
     With `learnable_temperature` the parameter `log_inverse_temperature` holds log(1/tau) (0-d, float32), and
     tau >= `min_temperature`; at that limit only gradients that raise tau pass. Other options as for `reconstruction_loss`.
 
-    With `cuda_graph`, forward and backward are captured as one CUDA graph for each signature (shapes, types, which
+    With `cuda_graph`, forward and backward are captured as two CUDA graphs for each signature (shapes, types, which
     tensors are given, which take a gradient, options) and replayed afterwards: for small batches of fixed shape, whose
-    launches cost the host more than the GPU. Up to 8 graphs are kept; other shapes are captured anew, so use the padded
-    layout, or pad to a few sizes. Gradients are those for an upstream gradient of one, multiplied by it. Under
-    torch.compile, and inside somebody else's graph, the kernels are launched as usual. Raises RuntimeError where there is no
-    CUDA device, for reduction "none", float16, and implementations other than "triton".
+    launches cost the host more than the GPU. Up to 8 signatures are kept; other shapes are captured anew, so use the padded
+    layout, or pad to a few sizes. A backward that comes after another call of the same signature computes its forward
+    again. Under torch.compile, and inside somebody else's graph, the kernels are launched as usual. Raises RuntimeError
+    where there is no CUDA device, and for implementations other than "triton".
 
         loss = ReconstructionLoss(temperature=0.1)(pv, history, clicked, pv_mask=..., history_mask=...)
     """

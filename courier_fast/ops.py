@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .problem import Problem, SequenceProblem
 
@@ -179,6 +181,81 @@ def _restore(ctx: Any) -> tuple[list[Any], list[Tensor]]:
     return flat, tensors[len(ctx.places) :]
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work (and not torch.compile)."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def _refuse_vmap(*_: Any) -> Any:
+    raise RuntimeError(
+        "torch.func.vmap over a fused courier_fast loss is not implemented: call it once for each batch, "
+        'or use impl="reference"'
+    )
+
+
+def _refuse_jvp(*_: Any) -> Any:
+    raise RuntimeError(
+        "forward-mode differentiation of a fused courier_fast loss is not implemented (jvp, jacfwd, make_dual): "
+        'use grad, vjp or jacrev, or impl="reference"'
+    )
+
+
+def _for_transforms(run: Any, backward_run: Any, context: Any, grad: Any, outputs: int) -> Any:
+    """The operator as torch.func wants it, with setup_context; what torch.library generates has none.
+
+    `outputs`: how many tensors `run` gives before the list of what it saves, which counts as output here.
+    """
+
+    class Backward(torch.autograd.Function):
+        """Of a flat list: torch.func looks for tensors of a level that is gone (vjp) in no list inside it."""
+
+        @staticmethod
+        def forward(spec: TreeSpec, *leaves: Any) -> Any:
+            return tuple(backward_run(*tree_unflatten(leaves, spec)))
+
+        setup_context = staticmethod(_no_context)
+        backward = staticmethod(refuse_double_backward)
+        jvp = staticmethod(_refuse_jvp)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+            # Several upstream gradients of one loss (jacrev): one after the other.
+            *shared, dim = in_dims
+            if dim is None or any(d is not None for d in shared):
+                _refuse_vmap()
+            *rest, upstream = args
+            each = zip(*(Backward.apply(*rest, g) for g in upstream.unbind(dim)), strict=True)
+            found = tuple(torch.stack(x) for x in each)
+            return found, (0,) * len(found)
+
+    def backward_of(*args: Any) -> Any:
+        leaves, spec = tree_flatten(args)
+        return Backward.apply(spec, *leaves)
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            *found, saved = run(*args)
+            return (*found, *saved)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            context(ctx, inputs, (*output[:outputs], list(output[outputs:])))
+            ctx.mark_non_differentiable(*output[1:])
+
+        @staticmethod
+        def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> Any:
+            return grad(ctx, upstream, run=backward_of)
+
+        vmap = staticmethod(_refuse_vmap)
+        jvp = staticmethod(_refuse_jvp)
+        gradients = staticmethod(backward_of)
+
+    return Forward
+
+
 def direct(values: Sequence[Any]) -> bool:
     """Whether the implementation can be called without the operator around it: plain tensors, and nobody who traces,
     transforms or watches operators. What an operator with this many arguments costs the host exceeds what it computes
@@ -186,7 +263,7 @@ def direct(values: Sequence[Any]) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
-        and not torch._C._are_functorch_transforms_active()
+        and not transformed()
         and all(type(x) in (Tensor, Parameter) for x in values if isinstance(x, Tensor))
     )
 
@@ -266,6 +343,19 @@ torch.library.register_autograd(
 )
 
 
+_TransformedLoss = _for_transforms(
+    _loss_run, _loss_backward_run, _loss_context, _loss_grad, outputs=7
+)
+
+
+def _backward_way(operator: Any, run: Any, function: Any) -> Any:
+    """How a backward without the operator around it computes gradients."""
+    if torch._C._are_functorch_transforms_active():
+        return function.gradients
+    # With create_graph, the operator: it says why there is no second derivative.
+    return operator if torch.is_grad_enabled() else run
+
+
 class _DirectLoss(torch.autograd.Function):
     """The same without the operator."""
 
@@ -277,8 +367,7 @@ class _DirectLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-        # With create_graph, the operator: it says why there is no second derivative.
-        run = _loss_backward_op if torch.is_grad_enabled() else _loss_backward_run
+        run = _backward_way(_loss_backward_op, _loss_backward_run, _TransformedLoss)
         return (None, None, None, *_loss_grad(ctx, grad, run=run)[:_LOSS_FIELDS])
 
 
@@ -286,6 +375,8 @@ def reconstruction_loss(p: Problem, impl: str, stats: bool) -> tuple[Tensor, ...
     """(loss, item_loss, log_sum_exp, positive_similarity, rank, is_anchor, num_skipped); all but loss need `stats`."""
     values, needs = flat(p), wanted(p)
     if not direct(values):
+        if transformed():
+            return _TransformedLoss.apply(*values, needs, stats, impl)[:7]
         return _loss_op(*values, needs, stats, impl)[:-1]
     if not any(needs):
         with torch.no_grad():
@@ -338,9 +429,9 @@ def _reconstruct_context(ctx: Any, inputs: Any, output: Any) -> None:
     _save(ctx, flat, ())
 
 
-def _reconstruct_grad(ctx: Any, grad: Tensor) -> Any:
-    flat, _ = _restore(ctx)
-    grads = _reconstruct_backward_op(*flat, ctx.needs, ctx.impl, grad)
+def _reconstruct_grad(ctx: Any, grad: Tensor, *_: Any, run: Any = _reconstruct_backward_op) -> Any:
+    flat, _saved = _restore(ctx)
+    grads = run(*flat, ctx.needs, ctx.impl, grad)
     return (*_scatter_grads(Problem, _RECONSTRUCT_GRADS, ctx.needs, grads), None, None)
 
 
@@ -355,9 +446,21 @@ torch.library.register_autograd(
 )
 
 
+_TransformedReconstruct = _for_transforms(
+    lambda *args: (_reconstruct_run(*args), ()),
+    _reconstruct_backward_run,
+    _reconstruct_context,
+    _reconstruct_grad,
+    outputs=1,
+)
+
+
 def reconstruct(p: Problem, impl: str) -> Tensor:
     """R [N, D]; zeros for padding and for pages without history."""
-    return _reconstruct_op(*flat(p), _wanted(p, _RECONSTRUCT_GRADS), impl)
+    values, needs = flat(p), _wanted(p, _RECONSTRUCT_GRADS)
+    if transformed():
+        return _TransformedReconstruct.apply(*values, needs, impl)[0]
+    return _reconstruct_op(*values, needs, impl)
 
 
 # ---- click-sequence loss ------------------------------------------------------------------------------------------
@@ -429,6 +532,11 @@ torch.library.register_autograd(
 )
 
 
+_TransformedSequence = _for_transforms(
+    _sequence_run, _sequence_backward_run, _sequence_context, _sequence_grad, outputs=1
+)
+
+
 class _DirectSequence(torch.autograd.Function):
     """The same without the operator."""
 
@@ -440,7 +548,7 @@ class _DirectSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
-        run = _sequence_backward_op if torch.is_grad_enabled() else _sequence_backward_run
+        run = _backward_way(_sequence_backward_op, _sequence_backward_run, _TransformedSequence)
         return (None, None, *_sequence_grad(ctx, grad, run=run)[:_SEQUENCE_FIELDS])
 
 
@@ -448,6 +556,8 @@ def click_sequence_loss(p: SequenceProblem, impl: str) -> Tensor:
     """0-d, or [K] with reduction "none"."""
     values, needs = flat(p), wanted(p)
     if not direct(values):
+        if transformed():
+            return _TransformedSequence.apply(*values, needs, impl)[0]
         return _sequence_op(*values, needs, impl)[0]
     if not any(needs):
         with torch.no_grad():

@@ -26,8 +26,13 @@ def require_tensor(name: str, x: Any) -> Tensor:
 
 
 def watches_values() -> bool:
-    """Whether tensor values may be looked at: not while torch.compile or torch.export traces."""
-    return not (torch.compiler.is_compiling() or torch.compiler.is_exporting())
+    """Whether tensor values may be looked at: not while torch.compile or torch.export traces, nor under vmap."""
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    if not torch._C._are_functorch_transforms_active():
+        return True
+    vmap = torch._C._functorch.TransformType.Vmap
+    return all(t.key() != vmap for t in torch._C._functorch.get_interpreter_stack() or ())
 
 
 @dataclass

@@ -239,10 +239,12 @@ def reconstruction_loss(p: Problem) -> LossOutput:
     def spread(x: Tensor) -> Tensor:  # [M] -> [N]
         return x.new_zeros(p.num_pv).index_copy(0, where, x)
 
-    # A zero that depends on every input: a batch without anchors still gives each of them a (zero) gradient.
-    attach = loss_i.new_zeros(())
-    for x in (e_raw, r_raw, inverse_tau):
-        attach = attach + x[:0].sum().to(loss_i.dtype) if x.dim() else attach + x * 0
+    # A zero that depends on every input, the unused ones too (history beside key and value): a batch without anchors
+    # or rows still gives each of them a (zero) gradient.
+    attach = inverse_tau * 0
+    for x in (p.pv, p.history, p.query, p.key, p.value):
+        if x is not None:
+            attach = attach + x[:0].sum().to(loss_i.dtype)
     if p.reduction == "none":
         loss = spread(loss_i) + attach
     elif weights is None:

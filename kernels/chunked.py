@@ -16,10 +16,10 @@ from .contrast import (
     add_in,
     candidate_mask,
 )
-from .tl_common import LOG2E, score_scale
+from .tl_common import LOG2E, kernel, score_scale
 
 
-@triton.jit
+@kernel(aligned=("p_stride",))
 def scores(
     x_ptr,  # [x capacity, STRIDE] unit rows
     y_ptr,  # [y capacity, STRIDE] unit rows
@@ -137,7 +137,7 @@ def scores(
         )
 
 
-@triton.jit
+@kernel
 def reduce_parts(
     part_top_ptr,  # [column tiles, chunk_rows]
     part_total_ptr,
@@ -173,7 +173,7 @@ def reduce_parts(
         tl.store(above_ptr + first_row + local, above, mask=valid)
 
 
-@triton.jit
+@kernel
 def scale_rows(
     x_ptr,  # [x capacity, STRIDE]
     g_ptr,  # [x capacity]
@@ -221,7 +221,7 @@ def load_columns(ptr, row, column, STRIDE: tl.constexpr, BLOCK_N: tl.constexpr):
         return tl.load(where, mask=(column < STRIDE)[None, :], other=0.0)
 
 
-@triton.jit
+@kernel(aligned=("p_stride",))
 def product(
     p_ptr,  # [chunk_rows, p_stride]
     y_ptr,  # [y capacity, STRIDE]
@@ -271,7 +271,7 @@ def product(
     )
 
 
-@triton.jit
+@kernel(aligned=("p_stride",))
 def transposed_product(
     p_ptr,  # [chunk_rows, p_stride]
     x_ptr,  # [chunk_rows, STRIDE] scaled rows

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from .epilogue import combined_rows, summed_rows
 from .reconstruct import load_rows
-from .tl_common import LN2, normalize_backward, score_scale, unit_scale
+from .tl_common import LN2, kernel, normalize_backward, score_scale, unit_scale
 
 
-@triton.jit
+@kernel
 def page_mean(
     unit_ptr,  # [capacity, STRIDE] unit rows of the real history
     id_ptr,
@@ -82,7 +81,7 @@ def page_mean(
     )
 
 
-@triton.jit
+@kernel
 def sequence_losses(
     lse_ptr,
     cosine_ptr,
@@ -121,7 +120,7 @@ def sequence_losses(
     tl.store(loss_ptr, tl.sum(losses, axis=0) / divisor)
 
 
-@triton.jit
+@kernel
 def sequence_row_gradients(
     upstream_ptr,
     upstream_stride,
@@ -155,7 +154,7 @@ def sequence_row_gradients(
     tl.store(offset_ptr + row, tl.where(anchor, lift - lse, -float("inf")), mask=row < rows)
 
 
-@triton.jit
+@kernel
 def sequence_gradient(
     list_ptr,
     count_ptr,
@@ -169,6 +168,8 @@ def sequence_gradient(
     forward_top_ptr,
     transposed_acc_ptr,
     transposed_factor_ptr,
+    upstream_ptr,  # 0-d
+    anchors_ptr,  # 0-d
     out_ptr,  # [K, D], zeroed
     tau_part_ptr,
     slots,
@@ -179,6 +180,7 @@ def sequence_gradient(
     TAU_IS_TENSOR: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
+    UNIFORM: tl.constexpr,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
     STREAM: tl.constexpr,
@@ -235,6 +237,8 @@ def sequence_gradient(
     )
     if HAS_FACTOR:
         others *= tl.load(transposed_factor_ptr)
+    elif UNIFORM:
+        others *= tl.load(upstream_ptr) / tl.load(anchors_ptr)
     others = (others - tl.load(pulled_ptr + where, mask=mask, other=0.0)) * inverse_tau
     c = load_rows(source_ptr, index_ptr, position, valid, D, BLOCK_D, HAS_INDEX).to(tl.float32)
     norm = tl.sqrt(tl.sum(c * c, axis=1))

@@ -177,9 +177,9 @@ def attention_tile(dtype: torch.dtype, stride: int, heads: int, backward: bool) 
         return Tile(16, 16, 8, 1)
     # The backward's products run in float32 unless the rows are bfloat16 (pipeline.py); heads take masked copies.
     wide = dtype == torch.float32 or (backward and (dtype == torch.float16 or heads > 1))
-    if wide:
-        return Tile(16, 16, 4, 1)
-    return Tile(16, 16, 4, 2) if stride > 128 else Tile(16, 32, 4, 2)
+    # Stages: with fewer, Triton 3.6 spills a few bytes, as its ptxas gives up registers for programs.
+    stages = 3 if wide or backward else 2
+    return Tile(16, 16 if wide or stride > 128 else 32, 4, stages)
 
 
 def attention_part(block_d: int) -> int:

@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 
 from .reconstruct import attend_tile, list_tile, store_unit_rows
-from .tl_common import LN2, LOG2E, parts_of, rank_before, schedule, score_scale
+from .tl_common import (
+    LN2,
+    LOG2E,
+    SMALLEST_FIXED_TAU,
+    kernel,
+    parts_of,
+    rank_before,
+    schedule,
+    score_scale,
+)
 
 # Which candidates a row has, its positive always apart (`candidate_mask`).
 MASK_BATCH = tl.constexpr(0)
@@ -19,15 +28,22 @@ MASK_OTHER_PAGES = tl.constexpr(2)
 MASK_SEQUENCE = tl.constexpr(3)
 MASK_SEQUENCE_IDS = tl.constexpr(4)
 
+# A row's sum is kept in this many parts, one to each column of the smallest matrix instruction: threads hold columns of
+# their own and meet once, after the loop.
+SUM_PARTS = tl.constexpr(8)
+
+LARGEST_FIXED_SCALE = tl.constexpr(1 / (SMALLEST_FIXED_TAU * LN2.value))
+
+# From this dimension on one address moves along with the blocks, and their rows are at distances from it; below, each
+# row's is made of its number: 11 instructions fewer a step at 256, 15 more and spills at 128 (Triton 3.6, sm_90).
+MOVED_DIM = tl.constexpr(256)
+
 
 @triton.jit
 def candidate_mask(x_id, y_id, x_page, y_page, x_place, y_place, MASK: tl.constexpr):
     """Pairs [BLOCK_M, BLOCK_N] whose exp(s) counts. An item with the id of the row's item, itself included, does not;
     in the click sequence only the row itself and its id's re-occurrences on other pages do not."""
-    if MASK == MASK_SEQUENCE:
-        allowed = x_place[:, None] != y_place[None, :]
-    else:
-        allowed = x_id[:, None] != y_id[None, :]
+    allowed = x_id[:, None] != y_id[None, :]
     if MASK == MASK_SEQUENCE_IDS:
         itself = x_place[:, None] == y_place[None, :]
         allowed = allowed | ((x_page[:, None] == y_page[None, :]) & (itself == 0))
@@ -39,10 +55,42 @@ def candidate_mask(x_id, y_id, x_page, y_page, x_place, y_place, MASK: tl.conste
 
 
 @triton.jit
+def of_columns(ptr, place, end, TAIL: tl.constexpr):
+    """A value per column; 0 past the end, which only the last block reaches."""
+    if TAIL:
+        return tl.load(ptr + place, mask=place < end, other=0)
+    else:
+        return tl.load(ptr + place)
+
+
+@triton.jit
+def block_mask(
+    x_id,
+    x_page,
+    x_place,
+    y_id_ptr,
+    y_page_ptr,
+    place,
+    end,
+    TAIL: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """`candidate_mask` of a block of columns, which are loaded here."""
+    y_id = of_columns(y_id_ptr, place, end, TAIL)
+    y_page = place
+    if MASK == MASK_PAGE or MASK == MASK_OTHER_PAGES or MASK == MASK_SEQUENCE_IDS:
+        y_page = of_columns(y_page_ptr, place, end, TAIL)
+    allowed = candidate_mask(x_id, y_id, x_page, y_page, x_place, place, MASK)
+    if TAIL:
+        allowed = allowed & (place < end)[None, :]
+    return allowed
+
+
+@triton.jit
 def contrast_step(
     x,  # [BLOCK_M, BLOCK_D]
     top,  # [BLOCK_M] running maximum
-    total,  # [BLOCK_M]
+    total,  # [BLOCK_M, SUM_PARTS]
     acc,  # [BLOCK_M, BLOCK_D]
     above,  # [BLOCK_M] int32
     x_id,
@@ -50,16 +98,19 @@ def contrast_step(
     x_place,
     x_offset,
     rank_score,
-    y_ptr,
+    block_ptr,  # of y's first row, or (MOVED_DIM) of the block's
     y_id_ptr,
     y_page_ptr,
     y_offset_ptr,
     y_scale_ptr,
     start,
     end,
+    own_first,
+    own_width,
     scale,
     TAIL: tl.constexpr,
     MASK: tl.constexpr,
+    DIAGONAL: tl.constexpr,
     HAS_X_OFFSET: tl.constexpr,
     HAS_Y_OFFSET: tl.constexpr,
     HAS_Y_SCALE: tl.constexpr,
@@ -77,64 +128,202 @@ def contrast_step(
 ):
     """total += sum_j 2^(t_ij - top), acc += sum_j 2^(t_ij - top) y_j over one block of columns."""
     place = start + tl.arange(0, BLOCK_N)
-    inside = place < end
-    where = place.to(tl.int64)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    row = place if BLOCK_D < MOVED_DIM else tl.arange(0, BLOCK_N)
+    where = row.to(tl.int64)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     if TAIL:
-        y = tl.load(y_ptr + where, mask=inside[:, None], other=0.0)
+        y = tl.load(block_ptr + where, mask=(place < end)[:, None], other=0.0)
     else:
-        y = tl.load(y_ptr + where)
-    y_id = place
-    y_page = place
-    if MASK != MASK_SEQUENCE:
-        y_id = tl.load(y_id_ptr + place, mask=inside, other=0)
-    if MASK == MASK_PAGE or MASK == MASK_OTHER_PAGES or MASK == MASK_SEQUENCE_IDS:
-        y_page = tl.load(y_page_ptr + place, mask=inside, other=-1)
-    allowed = candidate_mask(x_id, y_id, x_page, y_page, x_place, place, MASK)
-    if TAIL:
-        allowed = allowed & inside[None, :]
+        y = tl.load(block_ptr + where)
     t = tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale
-    if HAS_Y_OFFSET:
-        y_offset = tl.load(y_offset_ptr + place, mask=inside, other=0.0)
-        if Y_OFFSET_IS_LSE:
-            y_offset = LIFT - y_offset
-        if NEED_RANK:
-            # Exact ties are not above; the two sums of the same products may differ in their last bits.
-            near = rank_score + 1e-6 * scale
-            if Y_OFFSET_IS_COUNT:
-                count = (tl.exp2(y_offset) + 0.5).to(tl.int32)
-                above += tl.sum(tl.where(allowed & (t > near[:, None]), count[None, :], 0), axis=1)
-            else:
-                above += tl.sum(
-                    (allowed & (t + y_offset[None, :] > near[:, None])).to(tl.int32), axis=1
-                )
-        t += y_offset[None, :]
-    elif NEED_RANK:
-        near = rank_score + 1e-6 * scale
-        above += tl.sum((allowed & (t > near[:, None])).to(tl.int32), axis=1)
     if HAS_X_OFFSET:
         t += x_offset[:, None]
-    if ONLINE:
+    if HAS_Y_OFFSET:
+        y_offset = of_columns(y_offset_ptr, place, end, TAIL)
+        if FIXED_SHIFT:
+            # No score is above 1/tau: shift by it, in one instruction with the scale.
+            y_offset -= scale
+        if Y_OFFSET_IS_LSE:
+            if LIFT != 0.0:
+                y_offset -= LIFT
+            t -= y_offset[None, :]
+        else:
+            t += y_offset[None, :]
+    elif FIXED_SHIFT:
+        t -= scale
+    # The mask comes after the product: made before it, it would travel through registers.
+    if TAIL or not DIAGONAL:
+        allowed = block_mask(x_id, x_page, x_place, y_id_ptr, y_page_ptr, place, end, TAIL, MASK)
         t = tl.where(allowed, t, -float("inf"))
+    else:
+        # All threads agree: only blocks that hold items of this tile are masked. `near` is `place`, written so that no
+        # address of an id is kept up to date in the blocks that need none.
+        distance = (start - own_first).to(tl.uint32, bitcast=True)
+        if distance < own_width:
+            near = own_first.to(tl.int64) + distance.to(tl.int64) + tl.arange(0, BLOCK_N)
+            allowed = block_mask(x_id, x_page, x_place, y_id_ptr, y_page_ptr, near, end, TAIL, MASK)
+            t = tl.where(allowed, t, -float("inf"))
+    if NEED_RANK:
+        # Exact ties are not above; the two sums of the same products may differ in their last bits.
+        bar = rank_score + 1e-6 * scale
+        if FIXED_SHIFT:
+            bar -= scale
+        if Y_OFFSET_IS_COUNT:
+            bias = of_columns(y_offset_ptr, place, end, TAIL)
+            count = (tl.exp2(bias) + 0.5).to(tl.int32)
+            above += tl.sum(tl.where(t > bar[:, None] + bias[None, :], count[None, :], 0), axis=1)
+        else:
+            above += tl.sum((t > bar[:, None]).to(tl.int32), axis=1)
+    if ONLINE:
         new_top = tl.maximum(top, tl.max(t, axis=1))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
         rescale = tl.exp2(top - shift)
         p = tl.exp2(t - shift[:, None])
         top = new_top
         if NEED_SUM:
-            total = total * rescale
+            total = total * rescale[:, None]
         if NEED_VALUES:
             acc = acc * rescale[:, None]
-    elif FIXED_SHIFT:
-        # No score is above 1/tau. The mask comes after exp: scale and shift are one instruction then.
-        p = tl.where(allowed, tl.exp2(t - scale), 0.0)
     else:
-        p = tl.exp2(tl.where(allowed, t, -float("inf")))
+        p = tl.exp2(t)
     if NEED_SUM:
-        total += tl.sum(p, axis=1)
+        total += tl.sum(tl.reshape(p, [p.shape[0], BLOCK_N // SUM_PARTS, SUM_PARTS]), axis=1)
     if HAS_Y_SCALE:
-        p *= tl.load(y_scale_ptr + place, mask=inside, other=0.0)[None, :]
+        p *= of_columns(y_scale_ptr, place, end, TAIL)[None, :]
     if NEED_VALUES:
         acc = tl.dot(p.to(y.dtype), y, acc, input_precision=PRECISION)
+    return top, total, acc, above
+
+
+@triton.jit
+def contrast_columns(
+    x,
+    x_id,
+    x_page,
+    x_place,
+    x_offset,
+    rank_score,
+    y_ptr,
+    y_id_ptr,
+    y_page_ptr,
+    y_offset_ptr,
+    y_scale_ptr,
+    low,
+    high,
+    own_first,
+    own_width,
+    scale,
+    MASK: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    HAS_X_OFFSET: tl.constexpr,
+    HAS_Y_OFFSET: tl.constexpr,
+    HAS_Y_SCALE: tl.constexpr,
+    Y_OFFSET_IS_COUNT: tl.constexpr,
+    Y_OFFSET_IS_LSE: tl.constexpr,
+    LIFT: tl.constexpr,
+    FIXED_SHIFT: tl.constexpr,
+    ONLINE: tl.constexpr,
+    NEED_SUM: tl.constexpr,
+    NEED_VALUES: tl.constexpr,
+    NEED_RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(top, total, acc, above) of the columns from low to high: see `contrast_step`."""
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    if FIXED_SHIFT:
+        top = tl.zeros([BLOCK_M], tl.float32) + scale
+    total = tl.zeros([BLOCK_M, SUM_PARTS], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    above = tl.zeros([BLOCK_M], tl.int32)
+    # The tail is peeled: a mask on every load of the inner loop costs several percent.
+    whole = low + tl.maximum(high - low, 0) // BLOCK_N * BLOCK_N
+    block_ptr = y_ptr
+    if BLOCK_D >= MOVED_DIM:
+        block_ptr += low.to(tl.int64) * BLOCK_D
+    for start in range(low, whole, BLOCK_N):
+        top, total, acc, above = contrast_step(
+            x,
+            top,
+            total,
+            acc,
+            above,
+            x_id,
+            x_page,
+            x_place,
+            x_offset,
+            rank_score,
+            block_ptr,
+            y_id_ptr,
+            y_page_ptr,
+            y_offset_ptr,
+            y_scale_ptr,
+            start,
+            high,
+            own_first,
+            own_width,
+            scale,
+            False,
+            MASK,
+            DIAGONAL,
+            HAS_X_OFFSET,
+            HAS_Y_OFFSET,
+            HAS_Y_SCALE,
+            Y_OFFSET_IS_COUNT,
+            Y_OFFSET_IS_LSE,
+            LIFT,
+            FIXED_SHIFT,
+            ONLINE,
+            NEED_SUM,
+            NEED_VALUES,
+            NEED_RANK,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+        )
+        if BLOCK_D >= MOVED_DIM:
+            block_ptr += BLOCK_N * BLOCK_D
+    if whole < high:
+        top, total, acc, above = contrast_step(
+            x,
+            top,
+            total,
+            acc,
+            above,
+            x_id,
+            x_page,
+            x_place,
+            x_offset,
+            rank_score,
+            block_ptr,
+            y_id_ptr,
+            y_page_ptr,
+            y_offset_ptr,
+            y_scale_ptr,
+            whole,
+            high,
+            own_first,
+            own_width,
+            scale,
+            True,
+            MASK,
+            DIAGONAL,
+            HAS_X_OFFSET,
+            HAS_Y_OFFSET,
+            HAS_Y_SCALE,
+            Y_OFFSET_IS_COUNT,
+            Y_OFFSET_IS_LSE,
+            LIFT,
+            FIXED_SHIFT,
+            ONLINE,
+            NEED_SUM,
+            NEED_VALUES,
+            NEED_RANK,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+        )
     return top, total, acc, above
 
 
@@ -160,8 +349,8 @@ def contrast_rows(
     y_scale_ptr,
     x_rank_score_ptr,  # [x capacity, 2]: the positive's cosine, exact and as the rounded rows give it
     log_q_ptr,  # [N]
-    page_offsets_ptr,  # with MASK_PAGE: pv offsets [B + 1] ...
-    y_rank_ptr,  # ... and the prefix sums that made the list of y
+    page_offsets_ptr,  # masks by page: pv offsets [B + 1]
+    y_rank_ptr,  # the prefix sums that made the list of y
     acc_ptr,  # [slots * BLOCK_M, BLOCK_D]; with TO_LIST [N, BLOCK_D], each row at its place in the batch
     top_ptr,  # [slots * BLOCK_M]
     total_ptr,  # [slots * BLOCK_M]
@@ -192,6 +381,7 @@ def contrast_rows(
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
     MASK: tl.constexpr,
+    DIAGONAL: tl.constexpr,
     HAS_X_OFFSET: tl.constexpr,
     X_OFFSET_AFTER: tl.constexpr,
     HAS_Y_OFFSET: tl.constexpr,
@@ -270,10 +460,8 @@ def contrast_rows(
         where = x_place.to(tl.int64)[:, None] * BLOCK_D + dims[None, :]
         x = tl.load(x_ptr + where, mask=valid[:, None], other=0.0)
 
-    x_id = x_place
+    x_id = tl.load(x_id_ptr + x_place, mask=valid, other=0)
     x_page = x_place
-    if MASK != MASK_SEQUENCE:
-        x_id = tl.load(x_id_ptr + x_place, mask=valid, other=0)
     if MASK == MASK_PAGE or MASK == MASK_OTHER_PAGES or MASK == MASK_SEQUENCE_IDS:
         x_page = tl.load(x_page_ptr + x_place, mask=valid, other=-2)
     rank_score = tl.zeros([BLOCK_M], tl.float32)
@@ -297,19 +485,101 @@ def contrast_rows(
         low += part * columns
         high = tl.minimum(low + columns, end)
 
-    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    above = tl.zeros([BLOCK_M], tl.int32)
-    # The tail is peeled: a mask on every load of the inner loop costs several percent.
-    whole = low + tl.maximum(high - low, 0) // BLOCK_N * BLOCK_N
-    for start in range(low, whole, BLOCK_N):
-        top, total, acc, above = contrast_step(
+    # Both lists ascend by position: the columns of the tile's own items (pages) are one range, and every other column is
+    # a candidate of all its rows. Blocks that begin in own_first + [0, own_width) hold some of that range.
+    own_first = low
+    own_width = low
+    if DIAGONAL:
+        there = first < x_count
+        last = tl.minimum(first + BLOCK_M, x_count) - 1
+        if MASK == MASK_OTHER_PAGES:
+            first_page = tl.load(x_page_ptr + first, mask=there, other=0)
+            last_page = tl.load(x_page_ptr + last, mask=there, other=0)
+            begin = tl.load(page_offsets_ptr + first_page)
+            end = tl.load(page_offsets_ptr + last_page + 1)
+        else:
+            begin = tl.load(list_ptr + first, mask=there, other=0)
+            end = tl.load(list_ptr + last, mask=there, other=0) + 1
+        own_first = rank_before(y_rank_ptr, begin) - (BLOCK_N - 1)
+        own_width = (rank_before(y_rank_ptr, end) - own_first).to(tl.uint32, bitcast=True)
+
+    if FIXED_SHIFT and ONLINE:
+        # A temperature that only the device knows: the running maximum costs half of the loop, and few need it.
+        if scale <= LARGEST_FIXED_SCALE:
+            top, total, acc, above = contrast_columns(
+                x,
+                x_id,
+                x_page,
+                x_place,
+                x_offset,
+                rank_score,
+                y_ptr,
+                y_id_ptr,
+                y_page_ptr,
+                y_offset_ptr,
+                y_scale_ptr,
+                low,
+                high,
+                own_first,
+                own_width,
+                scale,
+                MASK,
+                DIAGONAL,
+                HAS_X_OFFSET and not X_OFFSET_AFTER,
+                HAS_Y_OFFSET,
+                HAS_Y_SCALE,
+                Y_OFFSET_IS_COUNT,
+                Y_OFFSET_IS_LSE,
+                LIFT,
+                True,
+                False,
+                NEED_SUM,
+                NEED_VALUES,
+                NEED_RANK,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                PRECISION,
+            )
+        else:
+            top, total, acc, above = contrast_columns(
+                x,
+                x_id,
+                x_page,
+                x_place,
+                x_offset,
+                rank_score,
+                y_ptr,
+                y_id_ptr,
+                y_page_ptr,
+                y_offset_ptr,
+                y_scale_ptr,
+                low,
+                high,
+                own_first,
+                own_width,
+                scale,
+                MASK,
+                DIAGONAL,
+                HAS_X_OFFSET and not X_OFFSET_AFTER,
+                HAS_Y_OFFSET,
+                HAS_Y_SCALE,
+                Y_OFFSET_IS_COUNT,
+                Y_OFFSET_IS_LSE,
+                LIFT,
+                False,
+                True,
+                NEED_SUM,
+                NEED_VALUES,
+                NEED_RANK,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                PRECISION,
+            )
+    else:
+        top, total, acc, above = contrast_columns(
             x,
-            top,
-            total,
-            acc,
-            above,
             x_id,
             x_page,
             x_place,
@@ -320,11 +590,13 @@ def contrast_rows(
             y_page_ptr,
             y_offset_ptr,
             y_scale_ptr,
-            start,
+            low,
             high,
+            own_first,
+            own_width,
             scale,
-            False,
             MASK,
+            DIAGONAL,
             HAS_X_OFFSET and not X_OFFSET_AFTER,
             HAS_Y_OFFSET,
             HAS_Y_SCALE,
@@ -336,43 +608,7 @@ def contrast_rows(
             NEED_SUM,
             NEED_VALUES,
             NEED_RANK,
-            BLOCK_N,
-            BLOCK_D,
-            PRECISION,
-        )
-    if whole < high:
-        top, total, acc, above = contrast_step(
-            x,
-            top,
-            total,
-            acc,
-            above,
-            x_id,
-            x_page,
-            x_place,
-            x_offset,
-            rank_score,
-            y_ptr,
-            y_id_ptr,
-            y_page_ptr,
-            y_offset_ptr,
-            y_scale_ptr,
-            whole,
-            high,
-            scale,
-            True,
-            MASK,
-            HAS_X_OFFSET and not X_OFFSET_AFTER,
-            HAS_Y_OFFSET,
-            HAS_Y_SCALE,
-            Y_OFFSET_IS_COUNT,
-            Y_OFFSET_IS_LSE,
-            LIFT,
-            FIXED_SHIFT,
-            ONLINE,
-            NEED_SUM,
-            NEED_VALUES,
-            NEED_RANK,
+            BLOCK_M,
             BLOCK_N,
             BLOCK_D,
             PRECISION,
@@ -382,9 +618,7 @@ def contrast_rows(
         acc = acc * tl.exp2(x_offset)[:, None]
     row = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     if NEED_SUM:
-        if FIXED_SHIFT:
-            top = tl.zeros([BLOCK_M], tl.float32) + scale
-        tl.store(total_ptr + row, total)
+        tl.store(total_ptr + row, tl.sum(total, axis=1))
         tl.store(top_ptr + row, top)
     if NEED_RANK:
         tl.store(above_ptr + row, above)
@@ -398,7 +632,7 @@ def contrast_rows(
             tl.store(acc_ptr + where, acc.to(acc_ptr.dtype.element_ty))
 
 
-@triton.jit
+@kernel
 def contrast(
     x_ptr,  # [x capacity, BLOCK_D] unit rows
     y_ptr,  # [y capacity, BLOCK_D] unit rows
@@ -413,8 +647,8 @@ def contrast(
     y_scale_ptr,
     x_rank_score_ptr,  # [x capacity, 2]: the positive's cosine, exact and as the rounded rows give it
     log_q_ptr,  # [N]
-    page_offsets_ptr,  # with MASK_PAGE: pv offsets [B + 1] ...
-    y_rank_ptr,  # ... and the prefix sums that made the list of y
+    page_offsets_ptr,  # masks by page: pv offsets [B + 1]
+    y_rank_ptr,  # the prefix sums that made the list of y
     tau,
     acc_ptr,  # [slots * BLOCK_M, BLOCK_D]; with TO_LIST [N, BLOCK_D], each row at its place in the batch
     top_ptr,  # [slots * BLOCK_M]
@@ -449,6 +683,7 @@ def contrast(
     BLOCK_C: tl.constexpr,
     TAU_IS_TENSOR: tl.constexpr,
     MASK: tl.constexpr,
+    DIAGONAL: tl.constexpr,
     HAS_X_OFFSET: tl.constexpr,
     X_OFFSET_AFTER: tl.constexpr,
     HAS_Y_OFFSET: tl.constexpr,
@@ -484,24 +719,28 @@ def contrast(
         parts = tl.minimum(parts, 1)
     scale = score_scale(tau, TAU_IS_TENSOR)
     if STREAM:
-        # From where to where in the row of all blocks of all tiles. An equal part of a tile is as good as a share.
-        per_part = tl.cdiv(blocks, parts)
+        # From where to where in the row of all blocks, counted from the first tile's. An equal part of a tile is as good
+        # as a share.
         first_tile = pid // parts
         last_tile = tl.minimum(first_tile, tl.cdiv(x_count, BLOCK_M) - 1)
-        begin = pid * share
-        end = tl.minimum(begin + share, tiles * blocks)
+        per_part = tl.cdiv(blocks, parts)
+        begin = tl.minimum(pid % parts * per_part, blocks)
+        end = tl.minimum(begin + per_part, blocks)
         if share > 0:
-            first_tile = begin // blocks
-            last_tile = tl.cdiv(end, blocks) - 1
+            # 64 bits: programs past the last share would begin anywhere.
+            place = tl.minimum(pid.to(tl.int64) * share, tiles * blocks).to(tl.int32)
+            first_tile = place // blocks
+            begin = place - first_tile * blocks
+            end = begin + tl.minimum(share, tiles * blocks - place)
+            last_tile = first_tile + tl.cdiv(end, blocks) - 1
         for tile in range(first_tile, last_tile + 1):
-            part = pid % parts
-            low = part * per_part
-            high = tl.minimum(low + per_part, blocks)
+            before = (tile - first_tile) * blocks
+            low = tl.maximum(begin - before, 0)
+            high = tl.minimum(end - before, blocks)
             slot = pid
             if share > 0:
-                low = tl.maximum(begin - tile * blocks, 0)
-                high = tl.minimum(end - tile * blocks, blocks)
-                slot = tile + pid
+                slot += tile
+            part = 0
             contrast_rows(
                 tile,
                 slot,
@@ -554,6 +793,7 @@ def contrast(
                 BLOCK_H,
                 BLOCK_C,
                 MASK,
+                DIAGONAL,
                 HAS_X_OFFSET,
                 X_OFFSET_AFTER,
                 HAS_Y_OFFSET,
@@ -633,6 +873,7 @@ def contrast(
             BLOCK_H,
             BLOCK_C,
             MASK,
+            DIAGONAL,
             HAS_X_OFFSET,
             X_OFFSET_AFTER,
             HAS_Y_OFFSET,
@@ -662,7 +903,7 @@ def add_in(top, total, new_top, new_total):
     return highest, total * tl.exp2(top - safe) + new_total * tl.exp2(new_top - safe)
 
 
-@triton.jit
+@kernel
 def finish_rows(
     top_ptr,  # [slots * BLOCK_M]
     total_ptr,
@@ -735,7 +976,7 @@ def finish_rows(
     tl.store(lse_ptr + row, lse, mask=valid)
 
 
-@triton.jit
+@kernel
 def reduce_loss(
     first_ptr,  # [capacity] loss of each anchor
     second_ptr,  # [capacity], of the other direction

@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 
 from .reconstruct import head_mask, load_rows, store_unit_rows
-from .tl_common import LN2, normalize_backward, parts_of, schedule, score_scale, unit_scale
+from .tl_common import LN2, kernel, normalize_backward, parts_of, schedule, score_scale, unit_scale
 
 
-@triton.jit
+@kernel
 def normalize_rows(
     source_ptr,
     index_ptr,
@@ -36,7 +36,7 @@ def normalize_rows(
     )
 
 
-@triton.jit
+@kernel
 def gather_anchors(
     unit_ptr,  # [capacity, STRIDE] r of every reconstructed item
     positive_ptr,  # [capacity, 2]
@@ -63,7 +63,7 @@ def gather_anchors(
         tl.store(anchor_positive_ptr + row * 2 + part, cosine, mask=valid)
 
 
-@triton.jit
+@kernel
 def row_gradients(
     upstream_ptr,  # 0-d, or [N] with stride
     upstream_stride,
@@ -181,7 +181,7 @@ def summed_rows(
     return result
 
 
-@triton.jit
+@kernel
 def reconstruction_gradient(
     list_ptr,
     count_ptr,
@@ -311,7 +311,7 @@ def reconstruction_gradient(
         )
 
 
-@triton.jit
+@kernel
 def given_rows(
     r_ptr,  # [N, D]
     e_ptr,
@@ -350,7 +350,7 @@ def given_rows(
     )
 
 
-@triton.jit
+@kernel
 def given_gradient(
     grad_ptr,  # [N, D] contiguous
     r_ptr,  # [N, D] R
@@ -385,7 +385,7 @@ def given_gradient(
         )
 
 
-@triton.jit
+@kernel
 def pv_gradient(
     out_ptr,  # [N, D]
     rank_ptr,  # [3, N] prefix sums: anchor, reconstructed, column
@@ -526,7 +526,7 @@ def pv_gradient(
     )
 
 
-@triton.jit
+@kernel
 def table_gradient(
     out_ptr,  # [n, D]
     order_ptr,  # [N + K] occurrences sorted by item: PV rows, then history rows

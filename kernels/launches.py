@@ -10,31 +10,20 @@ import contextlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import triton
-from triton import JITFunction
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import KernelInterface
+from triton.compiler import ASTSource, make_backend
 
 # Shared memory a block can have, in bytes, by compute capability: a kernel that wants more compiles but cannot be launched.
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-
-_TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int8: "i8",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.bool: "i1",
-}
+_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED_MEMORY = {capability: 1024 * kib for capability, kib in _KIB.items()}
 
 _CONTRAST = ("contrast", "scores", "product", "transposed_product")
 
@@ -50,6 +39,13 @@ class Launch:
     aligned: tuple[str, ...]  # arguments known to be multiples of 16
     num_warps: int
     num_stages: int
+    fp_fusion: bool  # a product and a sum are rounded once
+
+    @property
+    def key(self) -> str:
+        """What it compiles to depends on nothing else, but the target."""
+        numbers = self.num_warps, self.num_stages, self.fp_fusion
+        return repr((self.name, self.signature, self.constexprs, self.aligned, numbers))
 
     @property
     def needs_wgmma(self) -> bool:
@@ -58,71 +54,58 @@ class Launch:
         return self.name in _CONTRAST and wide and self.constexprs["PRECISION"] != "ieee"
 
 
-class _Recorder:
-    """Stands in for a kernel: `kernel[grid](...)` notes the launch."""
+class _Driver:
+    """Stands in for Triton's driver: a GPU of some compute capability, on which nothing runs."""
 
-    def __init__(self, name: str, fn: Any, launches: list[Launch]) -> None:
-        self._name, self._fn, self._launches = name, fn, launches
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, num_warps: int = 4, num_stages: int = 3, **kwargs: Any) -> None:
-            names = self._fn.arg_names
-            values = dict(zip(names, args, strict=False)) | kwargs
-            missing, extra = set(names) - set(values), set(values) - set(names)
-            if missing or extra:
-                raise TypeError(
-                    f"{self._name}: missing arguments {sorted(missing)}, unknown arguments {sorted(extra)}"
-                )
-            constant = {p.name for p in self._fn.params if p.is_constexpr}
-            signature: dict[str, str] = {}
-            aligned = []
-            for name in names:
-                value = values[name]
-                if name in constant:
-                    signature[name] = "constexpr"
-                elif isinstance(value, torch.Tensor):
-                    signature[name] = "*" + _TYPES[value.dtype]
-                    aligned.append(name)
-                elif isinstance(value, int):
-                    signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                    if value % 16 == 0:
-                        aligned.append(name)
-                else:
-                    signature[name] = "fp32"
-            constexprs = {name: values[name] for name in names if name in constant}
-            self._launches.append(
-                Launch(
-                    self._name,
-                    self._fn,
-                    signature,
-                    constexprs,
-                    tuple(aligned),
-                    num_warps,
-                    num_stages,
-                )
-            )
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._capability, 32)
 
-        return launch
+    def get_current_device(self) -> str:
+        # A kernel keeps what it compiled by device: no other driver has this one.
+        return f"recorded sm_{self._capability}"
+
+    def get_current_stream(self, _device: str) -> int:
+        return 0
 
 
 @contextlib.contextmanager
-def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
-    """Replace the kernels of these modules by recorders; yields the list that fills."""
+def recorded(capability: int = 90) -> Iterator[list[Launch]]:
+    """What is launched inside, as Triton would compile it for a GPU of this compute capability; yields the list that fills.
+
+    The launches take Triton's own way to the compiler: which arguments become constants or are known to be multiples of
+    16 is its decision. Instead of compiling, what it decided is noted.
+    """
     launches: list[Launch] = []
-    replaced: list[tuple[ModuleType, str, Any]] = []
+
+    def note(*_: Any, fn: Any, compile: dict[str, Any], **__: Any) -> bool:
+        fn = fn.jit_function
+        names, attributes = fn.arg_names, compile["configs"][0]
+        launch = Launch(
+            name=fn.fn.__name__,
+            fn=fn,
+            signature=dict(compile["signature"]),
+            constexprs={names[place]: x for (place,), x in compile["constants"].items()},
+            aligned=tuple(names[place] for (place,), x in attributes.items() if x),
+            num_warps=compile["num_warps"],
+            num_stages=compile["num_stages"],
+            fp_fusion=compile["enable_fp_fusion"],
+        )
+        launches.append(launch)
+        return True  # neither compile nor launch it
+
+    runtime = triton.knobs.runtime
+    driver, hook = triton.runtime.driver, runtime.jit_cache_hook
+    before = driver._active
+    driver.set_active(_Driver(capability))
+    runtime.jit_cache_hook = note
     try:
-        for module in modules:
-            for name, value in list(vars(module).items()):
-                if (
-                    isinstance(value, (JITFunction, KernelInterface))
-                    and value.__module__ == module.__name__
-                ):
-                    replaced.append((module, name, value))
-                    setattr(module, name, _Recorder(name, value, launches))
         yield launches
     finally:
-        for module, name, value in replaced:
-            setattr(module, name, value)
+        runtime.jit_cache_hook = hook
+        driver._active = before
 
 
 # Problems that between them launch every kernel in every way that changes its code: (embedding dimension, type, options).
@@ -157,39 +140,62 @@ SPECIAL: dict[str, tuple[int, torch.dtype, dict[str, Any]]] = {
 def launches_of(label: str, capability: int = 90) -> list[Launch]:
     """The launches of the loss on one of these problems, forward and backward; with COMMON ones also those of
     `reconstruct` and the click-sequence loss. Without repeats. With the tiles for a compute capability."""
+    dim, dtype, options = (COMMON | SPECIAL)[label]
+    return launches(dim, dtype, capability, everything=label in COMMON, **options)
+
+
+def launches(
+    dim: int,
+    dtype: torch.dtype,
+    capability: int = 90,
+    *,
+    pages: int = 512,
+    items: int = 4,
+    past: int = 16,
+    everything: bool = True,
+    stats: bool = False,
+    masks: bool = False,
+    ids: bool = False,
+    weights: bool = False,
+    log_q: bool = False,
+    table: bool = False,
+    tf32: bool = False,
+    fused: bool = False,
+    projected: bool = False,
+    tensor_tau: bool = False,
+    **options: Any,
+) -> list[Launch]:
+    """The launches for pages of so many items and so much history each; `options` are those of `Problem`."""
     from courier_fast.problem import Problem, SequenceProblem
 
-    from . import chunked, click_sequence, configs, contrast, epilogue, pipeline, plan, reconstruct
+    from . import configs, pipeline
 
-    dim, dtype, options = (COMMON | SPECIAL)[label]
-    options = dict(options)
-    stats, ids = options.pop("stats", False), options.pop("ids", False)
-    log_q, table = options.pop("log_q", False), options.pop("table", False)
-    tf32, fused = options.pop("tf32", False), options.pop("fused", False)
-    projected, tensor_tau = options.pop("projected", False), options.pop("tensor_tau", False)
-    pages, items, past = 512, 4, 16
     rows, history_rows = pages * items, pages * past
+    masks = masks or table
 
     def embeddings(count: int) -> torch.Tensor:
         return torch.empty(count, dim, dtype=dtype)
 
+    def if_(wanted: bool, tensor: torch.Tensor) -> torch.Tensor | None:
+        return tensor if wanted else None
+
     p = Problem(
-        pv=embeddings(rows // 2 if table else rows),
-        history=None if table else embeddings(history_rows),
-        query=embeddings(rows) if projected else None,
-        key=embeddings(history_rows) if projected else None,
-        value=embeddings(history_rows) if projected else None,
-        pv_index=torch.zeros(rows, dtype=torch.int64) if table else None,
-        history_index=torch.zeros(history_rows, dtype=torch.int64) if table else None,
+        pv=embeddings(max(rows // 2, 1) if table else rows),
+        history=if_(not table, embeddings(history_rows)),
+        query=if_(projected, embeddings(rows)),
+        key=if_(projected, embeddings(history_rows)),
+        value=if_(projected, embeddings(history_rows)),
+        pv_index=if_(table, torch.zeros(rows, dtype=torch.int64)),
+        history_index=if_(table, torch.zeros(history_rows, dtype=torch.int64)),
         pv_offsets=torch.arange(pages + 1) * items,
         history_offsets=torch.arange(pages + 1) * past,
-        pv_mask=torch.ones(rows, dtype=torch.bool) if table else None,
-        history_mask=torch.ones(history_rows, dtype=torch.bool) if table else None,
+        pv_mask=if_(masks, torch.ones(rows, dtype=torch.bool)),
+        history_mask=if_(masks, torch.ones(history_rows, dtype=torch.bool)),
         clicked=torch.ones(rows, dtype=torch.bool),
-        item_ids=torch.zeros(rows, dtype=torch.int64) if ids else None,
-        log_q=torch.zeros(rows) if log_q else None,
-        weights=torch.ones(rows) if log_q else None,
-        temperature=torch.tensor(0.1) if tensor_tau else None,
+        item_ids=if_(ids, torch.zeros(rows, dtype=torch.int64)),
+        log_q=if_(log_q, torch.zeros(rows)),
+        weights=if_(weights or log_q, torch.ones(rows)),
+        temperature=if_(tensor_tau, torch.tensor(0.1)),
         tau=0.1,
         attention_scale=dim**-0.5,
         **options,
@@ -200,36 +206,37 @@ def launches_of(label: str, capability: int = 90) -> list[Launch]:
         history_index=p.history_index,
         history_offsets=p.history_offsets,
         history_mask=p.history_mask,
-        item_ids=torch.zeros(history_rows, dtype=torch.int64) if ids else None,
+        item_ids=if_(ids, torch.zeros(history_rows, dtype=torch.int64)),
         temperature=p.temperature,
         tau=p.tau,
+        reduction=p.reduction,
     )
     needs = [
         getattr(p, name) is not None
         for name in ("pv", "history", "query", "key", "value", "temperature")
     ]
+    per_item = p.reduction == "none"
     before = torch.get_float32_matmul_precision(), configs.FUSED_STRIDES, configs.TARGET
     configs.TARGET = capability
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     if fused:
         configs.FUSED_STRIDES = frozenset({dim})
-    one = torch.ones(()) if p.reduction != "none" else torch.ones(rows)
     try:
-        with recorded(plan, reconstruct, contrast, chunked, epilogue, click_sequence) as launches:
+        with recorded(capability) as found:
             pipeline.loss_forward(p, [False] * 6, stats)
             saved = pipeline.loss_forward(p, needs, stats)[-1]
-            pipeline.loss_backward(p, needs, saved, one)
-            if label in COMMON:
+            pipeline.loss_backward(p, needs, saved, torch.ones(rows if per_item else ()))
+            if everything:
                 p = replace(p, direction="reconstruct")
                 pipeline.reconstruct_forward(p)
                 pipeline.reconstruct_backward(p, needs[:5], embeddings(rows))
                 _, saved = pipeline.sequence_forward(sequence, [True, needs[5]])
-                pipeline.sequence_backward(sequence, [True, needs[5]], saved, torch.ones(()))
+                grad = torch.ones(history_rows if per_item else ())
+                pipeline.sequence_backward(sequence, [True, needs[5]], saved, grad)
     finally:
         torch.set_float32_matmul_precision(before[0])
         configs.FUSED_STRIDES, configs.TARGET = before[1:]
-    distinct = {repr((x.name, x.signature, x.constexprs, x.aligned)): x for x in launches}
-    return list(distinct.values())
+    return list({x.key: x for x in found}.values())
 
 
 # ---- what a launch compiles to ------------------------------------------------------------------------------------
@@ -249,18 +256,41 @@ class Compiled:
 
 
 def source_of(launch: Any) -> ASTSource:
-    """Pointers are multiples of 16 bytes, as torch's are: it decides how loads compile."""
-    signature, attributes = {}, {}
+    """What Triton compiles for a launch."""
     names = launch.fn.arg_names
-    missing = [n for n in names if n not in launch.signature and n not in launch.constexprs]
-    if missing:
-        raise ValueError(f"{launch.name}: no type for {', '.join(missing)}")
-    for place, name in enumerate(names):
-        kind = "constexpr" if name in launch.constexprs else launch.signature[name]
-        signature[name] = kind
-        if kind.startswith("*") or name in launch.aligned:
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.fn, signature, constexprs=dict(launch.constexprs), attrs=attributes)
+    types = {n: "constexpr" if n in launch.constexprs else launch.signature[n] for n in names}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in launch.aligned}
+    return ASTSource(launch.fn, types, constexprs=dict(launch.constexprs), attrs=attributes)
+
+
+def _options(launch: Any) -> dict[str, Any]:
+    return {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def lowered(
+    launch: Any, capability: int, stages: Sequence[str] = ("ttir", "ttgir", "llir")
+) -> dict[str, Any]:
+    """What Triton knows of a kernel after its own stages, "shared" (bytes of shared memory) after the last of them; without
+    machine code, which takes most of the time."""
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    options = backend.parse_options(_options(launch))
+    source = source_of(launch)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    known: dict[str, Any] = {}
+    backend.add_stages(known, options, source.language)
+    code = backend.get_codegen_implementation(options)
+    module = source.make_ir(target, options, code, backend.get_module_map(), context)
+    metadata: dict[str, Any] = {"target": target, **options.__dict__}
+    for stage in stages:
+        module = known[stage](module, metadata)
+    return metadata
 
 
 def compiled(launch: Any, capability: int, with_loop: bool = False) -> Compiled:
@@ -269,7 +299,7 @@ def compiled(launch: Any, capability: int, with_loop: bool = False) -> Compiled:
     kernel = triton.compile(
         source_of(launch),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        options=_options(launch),
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -298,24 +328,31 @@ def _dumped(what: str, file: str) -> str:
 
 
 def _hot_loop(sass: str) -> dict[str, int]:
-    """Instructions of the shortest backward jump around matrix instructions."""
+    """Instructions of the shortest backward jump around matrix instructions, without what a forward jump inside leaves
+    out: the masks, which only the diagonal's blocks need."""
     instructions = [
         (int(address, 16), text)
         for address, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", sass)
     ]
     place = {address: i for i, (address, _) in enumerate(instructions)}
-    best: list[str] = []
-    for i, (address, text) in enumerate(instructions):
-        jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
-        if jump is None or int(jump[1], 16) >= address or int(jump[1], 16) not in place:
-            continue
-        body = [t for _, t in instructions[place[int(jump[1], 16)] : i + 1]]
-        if any(re.search(r"\b[A-Z]G?MMA\b", t) and "FMA" not in t for t in body) and (
-            not best or len(body) < len(best)
-        ):
-            best = body
+
+    def target(i: int) -> int | None:
+        jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", instructions[i][1])
+        return None if jump is None else place.get(int(jump[1], 16))
+
+    def multiplies(begin: int, end: int) -> bool:
+        body = (text for _, text in instructions[begin:end])
+        return any(re.search(r"\b[A-Z]G?MMA\b", text) and "FMA" not in text for text in body)
+
+    jumps = [(to, i) for i in range(len(instructions)) if (to := target(i)) is not None]
+    loops = [(to, i + 1) for to, i in jumps if to < i and multiplies(to, i)]
+    begin, end = min(loops, key=lambda x: x[1] - x[0], default=(0, 0))
+    skipped = {
+        j for to, i in jumps if begin <= i < to < end and not multiplies(i, to) for j in range(i + 1, to)
+    }  # fmt: skip
     kinds: dict[str, int] = {}
-    for text in best:
-        kind = re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0]
-        kinds[kind] = kinds.get(kind, 0) + 1
+    for i in range(begin, end):
+        if i not in skipped:
+            kind = re.sub(r"^@!?U?P\w+\s+", "", instructions[i][1]).split()[0].split(".")[0]
+            kinds[kind] = kinds.get(kind, 0) + 1
     return kinds

@@ -87,6 +87,9 @@ def run_contrast(
         BLOCK_C=min(s.stride, 64),
         TAU_IS_TENSOR=tau_is_tensor,
         MASK=mask,
+        # Where no ids but the rows' own places decide, both sides ascend by position or page.
+        DIAGONAL=mask == contrast.MASK_SEQUENCE.value
+        or (mask in (0, 2) and x.ids is x.list and y.ids is y.list),
         HAS_X_OFFSET=x_offset is not None,
         X_OFFSET_AFTER=x_offset_after,
         HAS_Y_OFFSET=y_offset is not None,

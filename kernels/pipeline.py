@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
+import triton
 from torch import Tensor
 
 from . import configs, contrast, epilogue
@@ -35,6 +37,7 @@ from .state import (
     Pass,
     Shape,
     Transposed,
+    allows_fixed_shift,
     cdiv,
     empty_tensors,
     is_empty,
@@ -67,6 +70,14 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MASKS = {"batch": 0, "page": 1, "other_pages": 2}
 
 
+def interpreter_works(triton_version: str, numpy_version: str) -> bool:
+    """Triton before 3.7 takes arrays of one element for numbers, which NumPy 2.4 no longer does."""
+    old, new = (
+        tuple(int(x) for x in version.split(".")[:2]) for version in (triton_version, numpy_version)
+    )
+    return old >= (3, 7) or new < (2, 4)
+
+
 def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
     """Why these kernels cannot run this problem here; empty if they can."""
     source = p.pv if hasattr(p, "pv") else p.history
@@ -74,6 +85,10 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
     device = source.device
     if device.type != "cuda" and not (device.type == "cpu" and configs.interpreted()):
         reasons.append(f"the tensors are on {device.type!r}; Triton kernels need a CUDA device")
+    elif device.type == "cpu" and not interpreter_works(triton.__version__, numpy.__version__):
+        reasons.append(
+            f"the interpreter of Triton {triton.__version__} needs NumPy below 2.4, this is {numpy.__version__}"
+        )
     if (
         device.type == "cuda"
         and torch.version.hip is None
@@ -260,7 +275,7 @@ def forward(
                 y,
                 out=out,
                 page_offsets=p.pv_offsets,
-                fixed_shift=not online,
+                fixed_shift=allows_fixed_shift(p, p.pv.dtype, p.log_q is not None),
                 fused=fused,
                 **options,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tl_common import LOG2E, page_of
+from .tl_common import LOG2E, kernel, page_of
 
 # Rows of `flags` and `ranks`.
 ANCHOR = tl.constexpr(0)
@@ -68,7 +68,7 @@ def mark_history(
         store_flag(flags_ptr, block_counts_ptr, 0, live, row, inside, rows, block, blocks)
 
 
-@triton.jit
+@kernel
 def mark_sequence(
     offsets_ptr,
     mask_ptr,
@@ -100,7 +100,7 @@ def mark_sequence(
     )
 
 
-@triton.jit
+@kernel
 def mark_rows(
     offsets_ptr,
     mask_ptr,
@@ -215,7 +215,7 @@ def store_list(
         )
 
 
-@triton.jit
+@kernel
 def compact(
     flags_ptr,  # [FLAGS, rows]
     block_counts_ptr,  # [FLAGS, blocks]
@@ -310,10 +310,10 @@ def compact(
             )
 
 
-@triton.jit
+@kernel
 def compact_items(
     item_count_ptr,  # [n]
-    rank_ptr,  # [n] inclusive prefix sums of the items that occur
+    item_rank_ptr,  # [n] inclusive prefix sums of the items that occur
     count_ptr,  # 0-d
     list_ptr,
     bias_ptr,
@@ -330,7 +330,7 @@ def compact_items(
     item = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     count = tl.load(item_count_ptr + item, mask=item < items, other=0)
     rank = tl.cumsum((count > 0).to(tl.int32), axis=0) + before
-    tl.store(rank_ptr + item, rank, mask=item < items)
+    tl.store(item_rank_ptr + item, rank, mask=item < items)
     if block == tl.num_programs(0) - 1:
         tl.store(count_ptr, tl.max(rank, axis=0))
     tl.store(list_ptr + rank - 1, item.to(tl.int32), mask=count > 0)

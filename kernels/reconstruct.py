@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tl_common import LOG2E, rank_before, source_row, unit_scale
+from .tl_common import LOG2E, kernel, rank_before, source_row, unit_scale
 
 
 @triton.jit
@@ -223,7 +223,7 @@ def list_tile(list_ptr, list_page_ptr, count, start, BLOCK_M: tl.constexpr):
     return place, valid, position, page, first, last
 
 
-@triton.jit
+@kernel
 def attend(
     q_ptr,
     q_index_ptr,
@@ -328,7 +328,7 @@ def finite(x):
     return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
 
 
-@triton.jit
+@kernel
 def attend_dq(
     q_ptr,
     q_index_ptr,
@@ -448,7 +448,7 @@ def attend_dq(
     )
 
 
-@triton.jit
+@kernel
 def attend_dkv(
     q_ptr,
     q_index_ptr,

@@ -17,6 +17,7 @@ from .state import (
     Rows,
     SequenceShape,
     Transposed,
+    allows_fixed_shift,
     cdiv,
     empty_tensors,
     needs_running_maximum,
@@ -163,7 +164,7 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
             rows,
             out=out,
             page_offsets=p.history_offsets,
-            fixed_shift=not options["online"],
+            fixed_shift=allows_fixed_shift(p, p.history.dtype, False),
             **options,
         )
         finish(0, s.rows)
@@ -223,6 +224,8 @@ def sequence_backward(
         BLOCK=256,
     )
     scale, lower = lowered(g) if half else (g, None)
+    # One upstream gradient for all anchors stays out of the transposed pass; rows that are none have no weight there.
+    uniform = p.reduction != "none" and not half and not s.chunked
     slots = s.slots(s.rows, s.transposed, device)
     # Chunks are summed in float32; one pass is rounded once.
     kind = torch.float32 if s.chunked else sums_dtype(p.history.dtype)
@@ -248,7 +251,7 @@ def sequence_backward(
             out=Pass(acc, g, g, g, slots, s.transposed),
             page_offsets=p.history_offsets,
             y_offset=offset,
-            y_scale=scale,
+            y_scale=None if uniform else scale,
             need_sum=False,
             **options,
         )
@@ -275,6 +278,8 @@ def sequence_backward(
         t["pass_top"],
         acc,
         lower if lower is not None else g,
+        grad,
+        t["anchors"],
         d_rows,
         tau_parts,
         s.slots(s.rows, s.tile, device),
@@ -285,6 +290,7 @@ def sequence_backward(
         TAU_IS_TENSOR=tau_is_tensor,
         HAS_INDEX=table,
         HAS_FACTOR=lower is not None,
+        UNIFORM=uniform,
         D=s.dim,
         STRIDE=s.stride,
         STREAM=s.stream,

@@ -113,7 +113,6 @@ def make_plan(p: Problem, s: Shape, t: dict[str, Tensor], clicked: Tensor | None
         EVERY_RECONSTRUCTION=s.every,
         COUNT_ITEMS=merged,
         BLOCK=configs.BLOCK_PLAN,
-        num_warps=8,
     )
     ids = p.item_ids if p.item_ids is not None else p.pv_index
     biased = any(f"{name}_bias" in t for name in ("reconstructed", "column"))
@@ -377,9 +376,11 @@ def attention_backward(
 
 def occurrences(items: int, rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Row numbers sorted by item, and where each item's begin [items + 1]; padding (page < 0) comes last."""
-    keys = torch.cat([torch.where(page >= 0, index, items) for index, page in rows])
+    kind = torch.int32 if items < 2**31 - 1 else torch.int64  # half the passes of a radix sort
+    keys = torch.cat([torch.where(page >= 0, index.to(kind), items) for index, page in rows])
     ordered, order = torch.sort(keys, stable=True)
-    return order, torch.searchsorted(ordered, torch.arange(items + 1, device=keys.device))
+    every = torch.arange(items + 1, dtype=kind, device=keys.device)
+    return order, torch.searchsorted(ordered, every)
 
 
 def sum_occurrences(

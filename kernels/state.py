@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from . import configs
+from .tl_common import SMALLEST_FIXED_TAU
 
 if TYPE_CHECKING:
     from courier_fast.problem import Problem, SequenceProblem
-
-# A fixed shift of 1/tau replaces the running maximum where exp(-2/tau) is far from float32's smallest number.
-_SMALLEST_FIXED_TAU = 0.05
 
 
 # float16 probabilities of many candidates would be subnormal: they are lifted by 2^12 and lowered again in float32.
@@ -216,10 +214,18 @@ def temperature_argument(p: Problem | SequenceProblem) -> tuple[Any, bool]:
 
 
 def needs_running_maximum(p: Problem | SequenceProblem, dtype: torch.dtype, log_q: bool) -> bool:
-    """Whether the running maximum is needed: tau unknown here or small, biases of unknown size, or float16 products."""
-    return (
-        p.temperature is not None or p.tau < _SMALLEST_FIXED_TAU or log_q or dtype == torch.float16
-    )
+    """Whether the running maximum may be needed: tau unknown here or small, or no bound on the scores."""
+    return p.temperature is not None or p.tau < SMALLEST_FIXED_TAU or not _bounded(dtype, log_q)
+
+
+def allows_fixed_shift(p: Problem | SequenceProblem, dtype: torch.dtype, log_q: bool) -> bool:
+    """Whether 1/tau may replace the running maximum. Where tau is on the device, both hold and the kernel looks there."""
+    return _bounded(dtype, log_q) and (p.temperature is not None or p.tau >= SMALLEST_FIXED_TAU)
+
+
+def _bounded(dtype: torch.dtype, log_q: bool) -> bool:
+    """Biases are of unknown size; float16 products need every bit of their range."""
+    return not log_q and dtype != torch.float16
 
 
 @dataclass

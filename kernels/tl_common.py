@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -9,6 +14,35 @@ import triton.language as tl
 NORM_EPS = tl.constexpr(1e-12)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+# A fixed shift of 1/tau replaces the running maximum where exp(-2/tau) is far from float32's smallest number.
+SMALLEST_FIXED_TAU = 0.05
+
+
+# Addresses of one number among others, or of a row of a table: whether they are multiples of 16 bytes says nothing.
+_ANYWHERE = ("count_ptr", "rank_ptr", "reconstructed_rank_ptr", "y_rank_ptr")
+
+
+def kernel(fn: Callable[..., Any] | None = None, *, aligned: tuple[str, ...] = ()) -> Any:
+    """A kernel that is launched: one compilation for any size.
+
+    Triton would make a constant of an integer argument of 1, which has no methods, and compile anew for sizes that are
+    multiples of 16; where that decides how wide loads are, the argument is named in `aligned`. Whether a product and a sum
+    are rounded once is said here, because Triton's default changes.
+    """
+    if fn is None:
+        return functools.partial(kernel, aligned=aligned)
+    plain = [
+        p.name
+        for p in inspect.signature(fn).parameters.values()
+        if "constexpr" not in str(p.annotation)
+        and p.name not in aligned
+        and (p.name[-4:] != "_ptr" or p.name in _ANYWHERE)
+    ]
+    compiled = triton.jit(fn, do_not_specialize=plain)
+    if isinstance(compiled, triton.JITFunction):  # not in the interpreter
+        compiled.run = functools.partial(compiled.run, enable_fp_fusion=True)
+    return compiled
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Case:
     num_stages: int = 2
     must_not_spill: bool = True
     needs_wgmma: bool = True
-    aligned: tuple[str, ...] = field(default=("steps",))
+    aligned: tuple[str, ...] = ("x_ptr", "y_ptr", "out_ptr", "steps")
 
 
 def own_cases() -> list[Case]:
@@ -69,14 +69,17 @@ def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
     case = cases(which, capability)[index]
     result: dict[str, Any] = {"name": case.name, "capability": capability}
     result["needs_wgmma"] = case.needs_wgmma
+    result["constexprs"] = {k: x for k, x in case.constexprs.items() if isinstance(x, bool | int)}
     try:
-        found = compiled(case, capability)
+        # Where the hot loop matters it is disassembled, which takes longer.
+        hot = capability == 90 and case.name == "contrast"
+        found = compiled(case, capability, with_loop=hot)
     except Exception as error:  # one kernel that does not compile must not hide the others
         return result | {"error": f"{type(error).__name__}: {error}"[:2000]}
     return (
         result
         | {"error": None, "wgmma": found.wgmma > 0}
-        | {name: getattr(found, name) for name in ("registers", "spilled", "shared")}
+        | {name: getattr(found, name) for name in ("registers", "spilled", "shared", "loop")}
     )
 
 

@@ -7,13 +7,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores, and so do the processes that tests start: threads that wait for each other spin.
+    threads = str(max(1, CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, threads)
+
+import torch  # noqa: E402
 
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from factories import DEVICES, poison
+from factories import DEVICES, poison  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +35,20 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
         monkeypatch.setattr(owner, name, poisoned)
     return
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Where pytest-xdist is not installed, what pyproject.toml asks of it is taken and ignored."""
+    if not pluginmanager.hasplugin("xdist"):
+        group = parser.getgroup("xdist")
+        group._addoption("-n", dest="numprocesses")
+        group._addoption("--dist", dest="dist", default="no")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """-n auto: a worker holds 1 GB and more, so not as many as a large machine has cores."""
+    return min(CORES, 8)
 
 
 def pytest_report_header() -> list[str]:

@@ -11,34 +11,28 @@ import weakref
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from courier_fast.kernels import (
-    chunked,
-    click_sequence,
-    configs,
-    contrast,
-    epilogue,
-    pipeline,
-    plan,
-    reconstruct,
-)
+from courier_fast.kernels import configs, pipeline
 from courier_fast.kernels.launches import recorded
 from courier_fast.problem import Problem
 
 
 class Memory(TorchDispatchMode):
-    """Bytes of the storages that are alive, and their peak."""
+    """Bytes of the storages that are alive, and their peak; which operators compute something."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.computing: list[str] = []
         self.live = self.peak = 0
         self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        some = any(isinstance(x, torch.Tensor) and x.numel() for x in tree_leaves(out))
+        if some and not func.is_view and "empty" not in str(func):
+            self.computing.append(str(func))
         for x in tree_leaves(out):
             if not isinstance(x, torch.Tensor) or x.untyped_storage() in self.seen:
                 continue
@@ -53,9 +47,9 @@ class Memory(TorchDispatchMode):
         self.live -= size
 
 
-def walk(pages: int, items: int, history_rows: int, dim: int, gradients: bool) -> dict[str, int]:
+def walk(pages: int, items: int, history_rows: int, dim: int, gradients: bool) -> dict[str, Any]:
     rows = pages * items
-    with FakeTensorMode():
+    with torch.device("meta"):
         p = Problem(
             pv=torch.empty(rows, dim, dtype=torch.bfloat16),
             history=torch.empty(history_rows, dim, dtype=torch.bfloat16),
@@ -77,8 +71,7 @@ def walk(pages: int, items: int, history_rows: int, dim: int, gradients: bool) -
             attention_scale=dim**-0.5,
         )
         needs = [gradients, gradients, False, False, False, False]
-        modules = (plan, reconstruct, contrast, chunked, epilogue, click_sequence)
-        with recorded(*modules) as launches, Memory() as memory:
+        with recorded() as launches, Memory() as memory:
             loss, *_, saved = pipeline.loss_forward(p, needs, False)
             forward, size = memory.peak, 0
             if gradients:
@@ -86,7 +79,7 @@ def walk(pages: int, items: int, history_rows: int, dim: int, gradients: bool) -
                 size = sum(x.untyped_storage().nbytes() for x in found if x is not None)
     # The gradients are not yet there in the forward pass.
     extra = max(forward, memory.peak - size)
-    return {"launches": len(launches), "extra": extra}
+    return {"launches": len(launches), "extra": extra, "others": memory.computing}
 
 
 if __name__ == "__main__":

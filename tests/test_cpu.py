@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -93,6 +94,24 @@ VARIANT_CASES: dict[str, dict[str, Any]] = {
     "heads-projected": {"num_heads": 3, "projected": True, "dim": 33},
     "bfloat16": {"dtype": torch.bfloat16, "pages": 40, "ids": True},
     "bfloat16-items": {"dtype": torch.bfloat16, "pages": 40, "table": True, "direction": "both"},
+    # Whole panels of 64: with AVX-512's bfloat16 dot products, products of our own.
+    "bfloat16-64": {"dtype": torch.bfloat16, "pages": 40, "dim": 64, "tau": 0.02},
+    "bfloat16-128-both": {
+        "dtype": torch.bfloat16,
+        "pages": 40,
+        "dim": 128,
+        "direction": "both",
+        "negatives": "other_pages",
+        "ids": True,
+        "log_q": True,
+    },
+    "bfloat16-64-items": {
+        "dtype": torch.bfloat16,
+        "pages": 40,
+        "dim": 64,
+        "table": True,
+        "tensor_tau": True,
+    },
 }
 
 
@@ -142,13 +161,63 @@ def test_probabilities_of_extreme_scores(last: float) -> None:
         assert total == pytest.approx(float(expected.sum()), rel=torch.finfo(torch.float32).eps)
 
 
+HAS_PRODUCTS = [v for v in VARIANTS if driver._native.panel_columns(v)]
+
+
+@pytest.mark.skipif(not HAS_PRODUCTS, reason="this CPU has no bfloat16 dot products")
+@pytest.mark.parametrize("dim", [64, 192])
+@pytest.mark.parametrize("columns", [1, 2, 47, 48, 49, 63, 64, 65, 97, 400])
+def test_products_at_every_edge(dim: int, columns: int) -> None:
+    """Scores, P y and P^T x around groups of rows, panels and blocks; memory before them holds NaN.
+
+    Numbers whose scores, probabilities (powers of two) and products no rounding touches.
+    """
+    for rows in (1, 2, 5, 6, 7, 23, 24, 48, 49, 101):
+        g = torch.Generator().manual_seed(rows)
+        x, y = (torch.randint(-1, 2, (n, dim), generator=g) / 8 for n in (rows, columns))
+        products = driver._NativeProducts(y.bfloat16(), True, True)
+        products.room(rows)
+        for memory in (products.scratch, products.kept, products.weighted):
+            assert memory is not None
+            memory.fill_(0x7FC07FC0)
+        own = torch.arange(rows) % columns
+        top, total = torch.empty(rows), torch.empty(rows, dtype=torch.float64)
+        product = torch.full((rows, dim), torch.nan)
+        about = (64 * math.log(2), *(None,) * 3, own, *(None,) * 3)
+        products.tile(x.bfloat16(), about, (top, total, None), product)
+        d_y = torch.ones(columns, dim)
+        products.transposed(x.bfloat16(), d_y)
+
+        power = 64 * (x @ y.T)
+        power[torch.arange(rows), own] = -torch.inf
+        highest = power.max(1).values.nan_to_num(neginf=0)
+        p = (power - highest[:, None]).exp2()
+        torch.testing.assert_close(top, highest * math.log(2))
+        torch.testing.assert_close(product, p @ y)
+        torch.testing.assert_close(d_y, p.T @ x + 1)
+        # Not rounded to bfloat16: exp of scores that were rounded to float32.
+        torch.testing.assert_close(total.float(), p.sum(1), rtol=1e-5, atol=0)
+
+
+def test_auto_takes_the_kernels_for_small_batches() -> None:
+    """They cost the host less than the reference at every size that was measured (kernels/cpu/README.md)."""
+    from courier_fast import loss
+
+    p = make(pages=2)
+    skip_unless_available("cpu", p)
+    assert loss._choose("auto", p) == "cpu"
+
+
 # ---- chunks, threads, workspace ----------------------------------------------------------------------------------
 
 
 @needs_native
-@pytest.mark.parametrize("case", ["plain", "both-page-ids", "items", "bfloat16", "small-tau-log-q"])
+@pytest.mark.parametrize(
+    "case", ["plain", "both-page-ids", "items", "bfloat16", "bfloat16-128-both", "small-tau-log-q"]
+)
 def test_several_chunks(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     monkeypatch.setattr(driver, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(driver, "NATIVE_CHUNK_BYTES", 1)
     monkeypatch.setattr(driver, "LEAST_CHUNK_ROWS", 5)
     monkeypatch.setattr(driver, "PAGE_CHUNK_ROWS", 5)
     check_loss("cpu", **VARIANT_CASES[case])

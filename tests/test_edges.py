@@ -116,6 +116,51 @@ def test_no_anchor_gives_zero_attached_to_every_input(impl: str, case: str, redu
         assert not grad.any()  # NaN would count
 
 
+def no_rows(layout: str, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A batch without PV items: what takes a gradient, and the rest."""
+    none, starts = torch.zeros(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    pv, past = {"packed": ((0,), (4,)), "padded": ((2, 0), (2, 2)), "no page": ((0, 3), (0, 2))}[
+        layout.removesuffix(" table")
+    ]
+    if layout.endswith("table"):
+        leaves = {"embeddings": normal(5, 8)}
+        rest = {"pv": none.reshape(pv), "history": torch.ones(past, dtype=torch.int64)}
+    else:
+        leaves, rest = {"pv": normal(*pv, 8), "history": normal(*past, 8)}, {}
+    leaves |= {"query": normal(*pv, 8), "key": normal(*past, 8), "value": normal(*past, 8)}
+    leaves["temperature"] = torch.tensor(0.1)
+    rest["clicked"] = torch.ones(pv, dtype=torch.bool)
+    if layout.startswith("packed"):
+        rest |= {"pv_offsets": starts, "history_offsets": starts + torch.tensor([0, 2, 4])}
+    leaves = {k: x.to(device).requires_grad_() for k, x in leaves.items()}
+    return leaves, {k: x.to(device) for k, x in rest.items()}
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded", "no page", "packed table", "padded table"])
+@pytest.mark.parametrize("impl", (*IMPLS, "xformers"))
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_row_gives_a_loss_attached_to_every_input(
+    impl: str, layout: str, reduction: str
+) -> None:
+    """Each input alone, too: the reference had no graph for a history that key and value stand in for."""
+    leaves, rest = no_rows(layout, DEVICES.get(impl, "cpu"))
+    skip_unless_available(impl, make(impl=impl if impl != "reference" else "cpu"))
+
+    def total(**values: Tensor) -> Tensor:
+        loss = cf.reconstruction_loss(**values, **rest, reduction=reduction, impl=impl)
+        assert loss.shape == (rest["clicked"].shape if reduction == "none" else ())
+        return loss.sum()
+
+    total(**leaves).backward()
+    detached = {k: x.detach() for k, x in leaves.items()}
+    for name, x in leaves.items():
+        alone = x.detach().requires_grad_()
+        total(**(detached | {name: alone})).backward()
+        for found in (x.grad, alone.grad):
+            assert found is not None, name
+            assert not found.any(), name  # NaN would count
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_page_without_history_has_candidates_but_no_anchors(impl: str) -> None:
     pv, history = normal(5, 8), normal(2, 8, seed=1)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +25,7 @@ triton = pytest.importorskip("triton")
 tl = triton.language
 
 from courier_fast import ops, reference  # noqa: E402
-from courier_fast.kernels import configs  # noqa: E402
+from courier_fast.kernels import configs, pipeline, stages  # noqa: E402
 from courier_fast.kernels.tl_common import parts_of, schedule  # noqa: E402
 
 DEVICE = DEVICES["triton"]
@@ -65,6 +69,7 @@ def divided(
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_every_part_has_its_own_slot_and_every_block_is_in_one_part(stream: bool) -> None:
+    skip_unless_available("triton", make(0, impl="triton"))
     streamed = 0
     for count, other, programs in [
         (1, 1, 4),
@@ -143,6 +148,52 @@ def test_a_tile_divided_between_programs_in_a_sequence(ids: bool) -> None:
     check_sequence("triton", draws=2, pages=30, dim=32, ids=ids)
 
 
+# What program 40,000 of 62,500 does with 160 anchors and 2 million candidates, of which only 32 rows are in memory: its
+# share would begin at 3.1e9 of 312,500 blocks, past what 32 bits hold.
+PAST_THE_WORK = """
+import torch, triton.runtime.interpreter as interpreter
+from courier_fast.kernels import contrast, passes, state
+from courier_fast.problem import Problem
+from factories import make
+
+s = state.loss_shape(make(0, impl="triton", dim=32))
+def rows(count):
+    number = torch.zeros(32, dtype=torch.int32)
+    return state.Rows(torch.ones(32, 32), torch.tensor([count], dtype=torch.int32), number, number, number, None, number)
+left = [torch.full(size, 7.0) for size in ((32, 32), (32,), (32,))]
+out = state.Pass(*left, torch.empty(0, dtype=torch.int32), 62_500, s.tile)
+builder, real = interpreter.interpreter_builder, contrast.contrast
+builder.set_grid_idx = lambda x, y, z: setattr(builder, "grid_idx", (40_000, y, z))
+class One:
+    def __getitem__(self, grid):
+        assert grid == (62_500,)
+        return real[(1,)]
+contrast.contrast = One()
+passes.run_contrast(
+    s, rows(160), rows(2_000_000), out=out, mask=0, tau=10.0, tau_is_tensor=False,
+    page_offsets=torch.zeros(2, dtype=torch.int64), fixed_shift=True,
+)
+assert all((x == 7.0).all() for x in left), "wrote"
+print("nothing written")
+"""
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="for the interpreter")
+def test_programs_past_the_work_do_nothing() -> None:
+    """A process of its own: reading out of bounds ends it."""
+    skip_unless_available("triton", make(0, impl="triton"))
+    here = Path(__file__).parent
+    run = subprocess.run(
+        [sys.executable, "-c", PAST_THE_WORK],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(here)},
+        cwd=here.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (run.returncode, run.stdout) == (0, "nothing written\n"), run.stderr[-2000:]
+
+
 def test_gradients_in_place_without_an_anchor() -> None:
     """Rows that no anchor reaches are written all the same: there, the pass over nothing leaves zeros."""
     p = make(0, impl="triton", pages=60, dim=32, clicked=0.0)
@@ -150,3 +201,36 @@ def test_gradients_in_place_without_an_anchor() -> None:
     assert p.num_pv > 4 * TILE
     found = results(lambda q: ops.reconstruction_loss(q, "triton", False)[0], p, LOSS_INPUTS)
     assert all(not x.any() for x in found.values())
+
+
+@pytest.mark.parametrize("items", [5, 2**31])
+def test_occurrences_are_sorted_by_keys_as_short_as_they_can_be(
+    items: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sorted_: list[torch.dtype] = []
+    real = torch.sort
+
+    def sort(x: torch.Tensor, **options: Any) -> Any:
+        sorted_.append(x.dtype)
+        return real(x, **options)
+
+    monkeypatch.setattr(torch, "sort", sort)
+    if items > 5:  # where each item begins would be 16 GiB
+        monkeypatch.setattr(torch, "arange", lambda *_, **options: torch.tensor([0, 1], **options))
+    index, page = torch.tensor([3, 0, 3, 1]), torch.tensor([0, 0, -1, 1])
+    order, starts = stages.occurrences(items, [(index, page), (index[:1], page[:1])])
+    assert sorted_ == [torch.int32 if items == 5 else torch.int64]
+    assert order.tolist() == [1, 3, 0, 4, 2]  # padding last
+    assert starts.tolist() == ([0, 1, 2, 2, 4, 4] if items == 5 else [0, 1])
+
+
+def test_an_interpreter_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for versions, works in {
+        ("3.6.0", "2.4.1"): False,
+        ("3.6.0", "2.3.5"): True,
+        ("3.7.0", "2.10.0"): True,
+    }.items():
+        assert pipeline.interpreter_works(*versions) == works
+    monkeypatch.setattr(pipeline, "interpreter_works", lambda *_: False)
+    reasons = ops.unavailable_reasons("triton", make(0))
+    assert any("needs NumPy below 2.4" in x for x in reasons)

@@ -133,3 +133,31 @@ def test_stats_keep_the_layout_of_clicked() -> None:
     ):
         assert x.shape == (3, 4)
         assert not x.requires_grad
+
+
+@pytest.mark.parametrize("impl", ("reference", *IMPLS))
+def test_statistics_say_which_direction_they_are_of(impl: str) -> None:
+    """Of a loss in both directions, rank and log-sum-exp are those of one."""
+    p = make(6, impl="cpu" if impl == "reference" else impl, pages=14)
+    if impl != "reference":
+        skip_unless_available(impl, p)
+    args = {"pv_offsets": p.pv_offsets, "history_offsets": p.history_offsets}
+
+    def stats(direction: str) -> cf.ReconstructionStats:
+        return cf.reconstruction_loss(
+            p.pv, p.history, p.clicked, direction=direction, return_stats=True, impl=impl, **args
+        )[1]
+
+    found = {d: stats(d) for d in ("reconstruct", "identify", "both")}
+    assert {d: s.direction for d, s in found.items()} == {
+        "reconstruct": "reconstruct",
+        "identify": "identify",
+        "both": "reconstruct",
+    }
+    both, same, other = found["both"], found[found["both"].direction], found["identify"]
+    for name in ("rank", "log_sum_exp", "positive_similarity"):
+        torch.testing.assert_close(getattr(both, name), getattr(same, name))
+    assert not torch.equal(both.rank, other.rank)
+    assert not torch.allclose(both.log_sum_exp, other.log_sum_exp)
+    torch.testing.assert_close(both.item_loss, (same.item_loss + other.item_loss) / 2)
+    assert both.mrr() == same.mrr() != other.mrr()

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import courier_fast as cf
 from courier_fast import ops
+from courier_fast.loss import _check_temperature
 
 PADDED = {
     "pv": torch.randn(3, 4, 8),
@@ -486,3 +488,22 @@ def test_gpu_inputs_are_not_read_back(monkeypatch: pytest.MonkeyPatch, layout: s
         with pytest.raises(DataDependentOutputException):
             cf.reconstruction_loss(**batch, validate=True)
     assert asked == ["triton"]
+
+
+def test_a_temperature_from_the_host_is_not_waited_for() -> None:
+    copies: list[Any] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten._to_copy.default:
+                copies.append(kwargs.get("non_blocking"))
+            return func(*args, **(kwargs or {}))
+
+    tau = torch.tensor(0.1, requires_grad=True)
+    with Watch():
+        moved, _ = _check_temperature(tau, torch.device("meta"), False)
+    assert moved is not None
+    assert moved.requires_grad
+    assert copies == [True]

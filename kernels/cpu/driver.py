@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 if TYPE_CHECKING:
     from courier_fast.problem import Problem, SequenceProblem
@@ -32,6 +33,8 @@ VARIANT_VARIABLE = "COURIER_FAST_CPU_VARIANT"
 _DTYPES = (torch.float32, torch.bfloat16)
 # Rows of P held at a time: as many as fit here, but enough that the products stay efficient (README.md).
 CHUNK_BYTES = 32 << 20
+# With products of our own nothing is packed anew for a chunk: fewer rows are as fast, and make room for the packed columns.
+NATIVE_CHUNK_BYTES = 24 << 20
 LEAST_CHUNK_ROWS = 256
 # With negatives of the own page only, a chunk of rows meets the columns of its pages: fewer rows, narrower products.
 PAGE_CHUNK_ROWS = 64
@@ -72,9 +75,13 @@ def saved_spec(p: Problem, needs: Sequence[bool]) -> list[tuple[Any, torch.dtype
     return [] if p.reduction == "none" else _gradient_shapes(p, _LOSS_INPUTS, needs)
 
 
-def _how() -> tuple[int, str | None]:
-    """Last arguments of every native stage: threads, and the instruction set."""
-    return torch.get_num_threads(), os.environ.get(VARIANT_VARIABLE)
+def _stage(name: str, *arguments: Any) -> None:
+    """Runs a native stage, on torch's threads and with the instruction set that is asked for.
+
+    Tensors go as capsules: through their own `__dlpack__` each would cost the host 5 us, more than a small batch's work.
+    """
+    given = (to_dlpack(x) if isinstance(x, Tensor) else x for x in arguments)
+    getattr(_native, name)(*given, torch.get_num_threads(), os.environ.get(VARIANT_VARIABLE))
 
 
 # ---- stages -------------------------------------------------------------------------------------------------------
@@ -84,13 +91,13 @@ def _normalize(source: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     """Unit rows of source[row] in its type, and their norms in float32."""
     unit = torch.empty(row.shape[0], source.shape[1], dtype=source.dtype)
     norm = torch.empty(row.shape[0], dtype=torch.float32)
-    _native.normalize(source, row, unit, norm, *_how())
+    _stage("normalize", source, row, unit, norm)
     return unit, norm
 
 
 def _normalize_backward(gradient: Tensor, unit: Tensor, norm: Tensor, scale: float) -> Tensor:
     """The gradient of unit rows, scaled, becomes in place that of the rows."""
-    _native.normalize_backward(gradient, unit, norm, gradient, scale, *_how())
+    _stage("normalize_backward", gradient, unit, norm, gradient, scale)
     return gradient
 
 
@@ -137,7 +144,8 @@ class _Attention:
         d_q = torch.zeros(self.rows, self.dim) if want_q else None
         d_k = torch.zeros(self.history_rows, self.dim) if want_k else None
         d_v = d_k if together else torch.zeros(self.history_rows, self.dim) if want_v else None
-        _native.attend_backward(
+        _stage(
+            "attend_backward",
             *self.arguments,
             d_r,
             d_q,
@@ -146,7 +154,6 @@ class _Attention:
             self.page_starts,
             self.scale,
             self.heads,
-            *_how(),
         )
         return d_q, d_k, d_v
 
@@ -184,8 +191,8 @@ def _attend(p: Problem, pv: _Rows, history: _Rows, rows: Tensor, raw: bool) -> _
     unit = torch.empty(count, dim, dtype=p.pv.dtype)
     norm = torch.empty(count, dtype=torch.float32)
     positive = torch.empty(count, dtype=torch.float64)
-    _native.attend(
-        *arguments, p.pv, e_row, unit, norm, positive, p.attention_scale, p.num_heads, raw, *_how()
+    _stage(
+        "attend", *arguments, p.pv, e_row, unit, norm, positive, p.attention_scale, p.num_heads, raw
     )
     change = torch.ones_like(page, dtype=torch.bool)
     torch.ne(page[1:], page[:-1], out=change[1:])
@@ -228,7 +235,7 @@ class _Scores:
     d_y: Tensor | None  # [n, D] sum_i g_i p_ij x_i
 
 
-def _chunks(m: int, y: _Candidates) -> list[tuple[int, int, int, int]]:
+def _chunks(m: int, y: _Candidates, chunk_bytes: int) -> list[tuple[int, int, int, int]]:
     """(first row, end, first column, end) of each chunk."""
     n = y.unit.shape[0]
     if y.page is not None and y.page_only:
@@ -238,7 +245,7 @@ def _chunks(m: int, y: _Candidates) -> list[tuple[int, int, int, int]]:
         lows = y.page[list(starts), 0].tolist()
         highs = y.page[[stop - 1 for stop in stops], 1].tolist()
         return list(zip(starts, stops, lows, highs, strict=True))
-    most = max(LEAST_CHUNK_ROWS, CHUNK_BYTES // max(n * y.unit.element_size(), 1))
+    most = max(LEAST_CHUNK_ROWS, chunk_bytes // max(n * y.unit.element_size(), 1))
     rows = max(1, math.ceil(m / max(1, math.ceil(m / most))))
     return [(start, min(start + rows, m), 0, n) for start in range(0, m, rows)]
 
@@ -266,29 +273,29 @@ def _contrast(
     lse, loss, miss, total = torch.zeros(4, m, dtype=torch.float64)
     top = torch.empty(m)
     above = torch.empty(m, dtype=torch.int64) if want_rank else None
-    chunks = _chunks(m, y)
-    # One workspace for all chunks: a fresh one each time would cost more in page faults than the pass over it.
-    workspace = x.new_empty(max(((b - a) * (d - c) for a, b, c, d in chunks), default=0))
     half = x.dtype != torch.float32
+    native = _native_products(x, y, g is not None, g is not None and want_y)
+    chunks = _chunks(m, y, CHUNK_BYTES if native is None else NATIVE_CHUNK_BYTES)
+    longest = max((b - a for a, b, _, _ in chunks), default=0)
+    # One workspace for all chunks: a fresh one each time would cost more in page faults than the pass over it.
+    if native is None:
+        workspace = x.new_empty(max(((b - a) * (d - c) for a, b, c, d in chunks), default=0))
+    else:
+        native.room(longest)
     d_x = d_y = d_own = part_x = part_y = part_weighted = None
     if g is not None:
         d_x = torch.empty(m, dim)
-        longest = max((b - a for a, b, _, _ in chunks), default=0)
-        part_x = x.new_empty(longest, dim) if half else d_x
+        part_x = x.new_empty(longest, dim) if half and native is None else d_x
         part_weighted = x.new_empty(longest, dim)
         d_own = torch.empty(m, dim) if own_unit is not None else None
         if want_y:
             d_y = torch.zeros(n, dim) if add_to is None else add_to
             widest = max((d - c for _, _, c, d in chunks), default=0)
-            part_y = x.new_empty(widest, dim) if half else None
+            part_y = x.new_empty(widest, dim) if half and native is None else None
     for start, stop, low, high in chunks:
         rows, columns = slice(start, stop), slice(low, high)
         xs, ys = x[rows], y.unit[columns]
-        scores = workspace[: (stop - start) * (high - low)].view(stop - start, high - low)
-        torch.mm(xs, ys.T, out=scores)
-        _native.contrast(
-            scores,
-            low,
+        about = (
             inverse_tau,
             _part(y.bias, columns),
             _part(y.rank_bias, columns),
@@ -297,12 +304,15 @@ def _contrast(
             y.order,
             _part(y.same, rows),
             _part(y.page, rows),
-            y.page_only,
-            top[rows],
-            total[rows],
-            _part(above, rows),
-            *_how(),
         )
+        results = (top[rows], total[rows], _part(above, rows))
+        product = None if part_x is None else d_x[rows] if part_x is d_x else part_x[: stop - start]
+        if native is None:
+            scores = workspace[: (stop - start) * (high - low)].view(stop - start, high - low)
+            torch.mm(xs, ys.T, out=scores)
+            _stage("contrast", scores, low, *about, y.page_only, *results)
+        else:
+            native.tile(xs, about, results, product)
         shift, others = top[rows].double(), total[rows]
         if positive is None:
             lse[rows] = shift + others.log()
@@ -325,11 +335,12 @@ def _contrast(
             continue
         # A row without weight has no share, also where its log-sum-exp is over nothing.
         factor = torch.where(g[rows] == 0, 0.0, g[rows] * scale).float()
-        product = part_x[: stop - start] if half else d_x[rows]
-        torch.mm(scores, ys, out=product)
+        if native is None:
+            torch.mm(scores, ys, out=product)
         weighted = part_weighted[: stop - start]
         # One pass, not five small ones: where cores are shared, each start of all threads may wait for a slice of time.
-        _native.weigh(
+        _stage(
+            "weigh",
             product,
             xs,
             _part(own_unit, rows),
@@ -338,18 +349,77 @@ def _contrast(
             d_x[rows],
             weighted,
             _part(d_own, rows),
-            *_how(),
         )
         if d_y is None:
             continue
-        if part_y is None:
+        if native is not None:
+            native.transposed(weighted, d_y)
+        elif part_y is None:
             d_y[columns].addmm_(scores.T, weighted)
         else:
             # Sums over chunks stay in float32; torch's += would first make a float32 copy of the product.
             product = part_y[: high - low]
             torch.mm(scores.T, weighted, out=product)
-            _native.add(d_y[columns], product, *_how())
+            _stage("add", d_y[columns], product)
     return _Scores(lse, loss, above, d_x, d_own, d_y)
+
+
+class _NativeProducts:
+    """The columns, packed once, and the three products of a chunk; what is in between never leaves the cache."""
+
+    def __init__(self, y: Tensor, want_x: bool, want_y: bool) -> None:
+        self.columns, self.dim = y.shape
+        across, along, _, self.scratch_size = _native.packed_sizes(0, *y.shape)
+        self.across = torch.empty(across, dtype=torch.int32)
+        self.along = torch.empty(along, dtype=torch.int32) if want_x else None
+        self.want_y = want_y
+        self.kept: Tensor | None = None
+        self.weighted: Tensor | None = None
+        _stage("pack", y, self.across, self.along)
+
+    def room(self, rows: int) -> None:
+        """For chunks of at most so many rows."""
+        threads = torch.get_num_threads()
+        self.scratch = torch.empty(threads * self.scratch_size, dtype=torch.int32)
+        if self.want_y:
+            kept = _native.packed_sizes(rows, self.columns, self.dim)[2]
+            self.kept = torch.empty(kept, dtype=torch.int32)
+            weighted = _native.packed_sizes(0, rows, self.dim)[1]
+            self.weighted = torch.empty(weighted, dtype=torch.int32)
+
+    def tile(
+        self, x: Tensor, about: tuple[Any, ...], results: tuple[Any, ...], product: Tensor | None
+    ) -> None:
+        """P of these rows, kept for `transposed`, and P y."""
+        _stage(
+            "tile",
+            x,
+            self.across,
+            self.along,
+            self.columns,
+            *about,
+            *results,
+            product,
+            self.kept,
+            self.scratch,
+        )
+
+    def transposed(self, weighted: Tensor, d_y: Tensor) -> None:
+        """d_y += P^T weighted."""
+        _stage("pack", weighted, None, self.weighted)
+        _stage("transposed", self.kept, self.weighted, weighted.shape[0], d_y)
+
+
+def _native_products(
+    x: Tensor, y: _Candidates, want_x: bool, want_y: bool
+) -> _NativeProducts | None:
+    """Where this CPU has them and they fit; else torch.mm."""
+    if x.dtype != torch.bfloat16 or y.page_only or not len(x):
+        return None
+    panel = _native.panel_columns(os.environ.get(VARIANT_VARIABLE))
+    if not panel or x.shape[1] % panel:
+        return None
+    return _NativeProducts(y.unit, want_x, want_y)
 
 
 def _part(x: Tensor | None, rows: slice) -> Tensor | None:

@@ -8,6 +8,9 @@
 #ifdef __linux__
 #include <dlfcn.h>
 #endif
+#ifdef COURIER_X86
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -32,8 +35,17 @@ using Strided = nb::ndarray<nb::device::cpu>;
 using Floats = nb::ndarray<float, nb::device::cpu, nb::c_contig>;
 using Doubles = nb::ndarray<double, nb::device::cpu, nb::c_contig>;
 using Rows = nb::ndarray<int64_t, nb::device::cpu, nb::c_contig>;
+using Words = nb::ndarray<int32_t, nb::device::cpu, nb::c_contig>;
 
 constexpr uint8_t kDlpackBfloat = 4;
+
+#ifdef COURIER_X86
+// Bit of the EDX register of CPUID leaf 7.
+bool has_amx_bf16() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+}
+#endif
 
 bool supported(const std::string& name) {
     if (name == "portable") return true;
@@ -43,12 +55,18 @@ bool supported(const std::string& name) {
     if (name == "avx512")
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#ifdef COURIER_AVX512BF16
+    if (name == "avx512bf16") return supported("avx512") && __builtin_cpu_supports("avx512bf16");
+#endif
 #endif
     return false;
 }
 
 const Stages* by_name(const std::string& name) {
 #ifdef COURIER_X86
+#ifdef COURIER_AVX512BF16
+    if (name == "avx512bf16") return &courier::avx512bf16_stages();
+#endif
     if (name == "avx512") return &courier::avx512_stages();
     if (name == "avx2") return &courier::avx2_stages();
 #endif
@@ -57,8 +75,12 @@ const Stages* by_name(const std::string& name) {
 
 std::vector<std::string> variants() {
     std::vector<std::string> found;
-    for (const char* name : {"avx512", "avx2", "portable"})
+    for (const char* name : {"avx512bf16", "avx512", "avx2", "portable"})
         if (supported(name)) found.emplace_back(name);
+#ifdef COURIER_X86
+    // Where the CPU has matrix units, the library's products use them and ours would not.
+    if (found.front() == "avx512bf16" && has_amx_bf16()) std::swap(found[0], found[1]);
+#endif
     return found;
 }
 
@@ -79,15 +101,18 @@ Type type_of(const A& x, const char* name) {
     throw std::invalid_argument(std::string(name) + ": expected float32 or bfloat16");
 }
 
-using Range = std::function<void(int64_t, int64_t)>;
+// A part of a range, and which of the threads takes it.
+using Range = std::function<void(int64_t, int64_t, int)>;
 
 // Parts of a range, taken one after the other by whichever thread is free.
 struct Job {
     const Range* run;
     std::vector<std::pair<int64_t, int64_t>> parts;
     std::atomic<size_t> next{0};
+    std::atomic<int> threads{0};
     void work() {
-        for (size_t i; (i = next.fetch_add(1)) < parts.size();) (*run)(parts[i].first, parts[i].second);
+        const int thread = threads.fetch_add(1);
+        for (size_t i; (i = next.fetch_add(1)) < parts.size();) (*run)(parts[i].first, parts[i].second, thread);
     }
 };
 
@@ -104,9 +129,15 @@ GompParallel openmp() {
 #endif
 }
 
-// [0, n) in contiguous parts, one a thread. `cuts`: only these places may divide it.
-void parallel(int64_t n, int threads, const Range& run, const int64_t* cuts = nullptr, int64_t n_cuts = 0) {
-    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, n / 8)));
+// Numbers to read or write (about 10 us) for which another thread is woken; that can take as long.
+constexpr int64_t kWorthAThread = 1 << 15;
+
+// [0, n) in contiguous parts, one a thread; `row`: numbers of one. `cuts`: only these places may divide it.
+void run_parts(Job& job, int threads);
+
+void parallel(int64_t n, int64_t row, int threads, const Range& run, const int64_t* cuts = nullptr,
+              int64_t n_cuts = 0) {
+    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, n * row / kWorthAThread)));
     Job job;
     job.run = &run;
     for (int64_t t = 1, begin = 0; t <= threads; ++t) {
@@ -118,11 +149,24 @@ void parallel(int64_t n, int threads, const Range& run, const int64_t* cuts = nu
         if (begin < end) job.parts.emplace_back(begin, end);
         begin = end;
     }
-    if (job.parts.size() < 2) return job.work();
+    run_parts(job, threads);
+}
+
+// [0, n) in parts of one, for what takes long: a thread whose core is shared takes fewer of them.
+void parallel_each(int64_t n, int threads, const Range& run) {
+    Job job;
+    job.run = &run;
+    for (int64_t i = 0; i < n; ++i) job.parts.emplace_back(i, i + 1);
+    run_parts(job, threads);
+}
+
+void run_parts(Job& job, int threads) {
+    threads = std::min(threads, int(job.parts.size()));
+    if (threads < 2) return job.work();
     if (const auto in_openmp = openmp())
-        return in_openmp([](void* x) { static_cast<Job*>(x)->work(); }, &job, unsigned(job.parts.size()), 0);
+        return in_openmp([](void* x) { static_cast<Job*>(x)->work(); }, &job, unsigned(threads), 0);
     std::vector<std::thread> others;
-    for (size_t t = 1; t < job.parts.size(); ++t) others.emplace_back(&Job::work, &job);
+    for (int t = 1; t < threads; ++t) others.emplace_back(&Job::work, &job);
     job.work();
     for (auto& other : others) other.join();
 }
@@ -143,7 +187,7 @@ void normalize(Array source, Rows row, Array unit, Floats norm, int threads, std
     const Stages& s = stages_of(variant);
     const int64_t n = int64_t(row.shape(0));
     nb::gil_scoped_release release;
-    parallel(n, threads, [&](int64_t b, int64_t e) { s.normalize(a, b, e); });
+    parallel(n, a.dim, threads, [&](int64_t b, int64_t e, int) { s.normalize(a, b, e); });
 }
 
 courier::Attend attention(const Array& q, const Rows& q_row, const Array& k, const Rows& k_row, const Array& v,
@@ -180,7 +224,7 @@ void attend(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_row, Rows 
     const Stages& s = stages_of(variant);
     const int64_t n = int64_t(q_row.shape(0));
     nb::gil_scoped_release release;
-    parallel(n, threads, [&](int64_t b, int64_t e) { s.attend(a, b, e); });
+    parallel(n, 8 * a.dim, threads, [&](int64_t b, int64_t e, int) { s.attend(a, b, e); });
 }
 
 void attend_backward(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_row, Rows first, Rows last,
@@ -196,22 +240,17 @@ void attend_backward(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_r
     const int64_t n = int64_t(q_row.shape(0));
     nb::gil_scoped_release release;
     parallel(
-        n, threads, [&](int64_t b, int64_t e) { s.attend_backward(a, b, e); }, page_starts.data(),
+        n, 16 * a.dim, threads, [&](int64_t b, int64_t e, int) { s.attend_backward(a, b, e); }, page_starts.data(),
         int64_t(page_starts.shape(0)));
 }
 
-void contrast(Strided scores, int64_t low, double inverse_tau, std::optional<Floats> bias,
-              std::optional<Floats> rank_bias, std::optional<Floats> count, Rows own, std::optional<Rows> order,
-              std::optional<Rows> same, std::optional<Rows> page, bool page_only, Floats top,
-              Doubles total, std::optional<Rows> above, int threads, std::optional<std::string> variant) {
-    if (scores.ndim() != 2 || scores.stride(1) != 1)
-        throw std::invalid_argument("scores: expected rows of consecutive numbers");
+courier::Contrast contrast_of(int64_t low, double inverse_tau, const std::optional<Floats>& bias,
+                              const std::optional<Floats>& rank_bias, const std::optional<Floats>& count,
+                              const Rows& own, const std::optional<Rows>& order, const std::optional<Rows>& same,
+                              const std::optional<Rows>& page, bool page_only, const Floats& top, const Doubles& total,
+                              const std::optional<Rows>& above) {
     courier::Contrast a{};
-    a.type = type_of(scores, "scores");
-    a.scores = scores.data();
-    a.stride = scores.stride(0);
     a.low = low;
-    a.columns = int64_t(scores.shape(1));
     a.inverse_tau = float(inverse_tau);
     a.bias = data_or_null(bias);
     a.rank_bias = data_or_null(rank_bias);
@@ -225,16 +264,115 @@ void contrast(Strided scores, int64_t low, double inverse_tau, std::optional<Flo
     a.top = top.data();
     a.total = total.data();
     a.above = data_or_null(above);
+    return a;
+}
+
+void contrast(Strided scores, int64_t low, double inverse_tau, std::optional<Floats> bias,
+              std::optional<Floats> rank_bias, std::optional<Floats> count, Rows own, std::optional<Rows> order,
+              std::optional<Rows> same, std::optional<Rows> page, bool page_only, Floats top,
+              Doubles total, std::optional<Rows> above, int threads, std::optional<std::string> variant) {
+    if (scores.ndim() != 2 || scores.stride(1) != 1)
+        throw std::invalid_argument("scores: expected rows of consecutive numbers");
+    courier::Contrast a =
+        contrast_of(low, inverse_tau, bias, rank_bias, count, own, order, same, page, page_only, top, total, above);
+    a.type = type_of(scores, "scores");
+    a.scores = scores.data();
+    a.stride = scores.stride(0);
+    a.columns = int64_t(scores.shape(1));
     const Stages& s = stages_of(variant);
     const int64_t n = int64_t(scores.shape(0));
     nb::gil_scoped_release release;
-    parallel(n, threads, [&](int64_t b, int64_t e) { s.contrast(a, b, e); });
+    parallel(n, a.columns, threads, [&](int64_t b, int64_t e, int) { s.contrast(a, b, e); });
+}
+
+// The sizes of what `pack` and `tile` fill, so that only C++ knows the layouts: 0 where this variant has no products.
+int64_t panel_columns(std::optional<std::string> variant) {
+    return stages_of(variant).tile ? courier::kPanelColumns : 0;
+}
+
+int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Numbers (of 4 bytes) in Pack::across, in Pack::along, in Tile::kept, and of a thread in Tile::scratch.
+std::vector<int64_t> packed_sizes(int64_t rows, int64_t columns, int64_t dim) {
+    return {parts_of(columns, courier::kPanelColumns) * courier::kPanelColumns * dim / 2, parts_of(columns, 2) * dim,
+            parts_of(columns, courier::kBlockColumns) * courier::kBlockColumns * parts_of(rows, 2),
+            courier::kGroupRows * courier::scores_stride(columns) / 2};
+}
+
+// The most rows at a time with which all threads end at about the same time; a group has a cost of its own, as of 3 rows.
+int64_t group_rows(int64_t rows, int threads) {
+    int64_t best = courier::kGroupRows, least = INT64_MAX;
+    for (int64_t group = courier::kGroupRows; group >= 12; group -= 6) {
+        const int64_t cost = parts_of(parts_of(rows, group), threads) * (group + 3);
+        if (cost < least) {
+            least = cost;
+            best = group;
+        }
+    }
+    return best;
+}
+
+uint32_t* words(const std::optional<Words>& x, int64_t at_least) {
+    if (!x) return nullptr;
+    if (int64_t(x->size()) < at_least) throw std::invalid_argument("packed: too small");
+    return reinterpret_cast<uint32_t*>(x->data());
+}
+
+void pack(Array rows, std::optional<Words> across, std::optional<Words> along, int threads,
+          std::optional<std::string> variant) {
+    const int64_t n = int64_t(rows.shape(0)), dim = int64_t(rows.shape(1));
+    const auto sizes = packed_sizes(0, n, dim);
+    courier::Pack a{rows.data(), n, dim, words(across, sizes[0]), words(along, sizes[1])};
+    const Stages& s = stages_of(variant);
+    nb::gil_scoped_release release;
+    parallel(parts_of(n, courier::kPanelColumns), courier::kPanelColumns * dim, threads,
+             [&](int64_t b, int64_t e, int) { s.pack(a, b, e); });
+}
+
+void tile(Array x, Words across, std::optional<Words> along, int64_t columns, double inverse_tau,
+          std::optional<Floats> bias, std::optional<Floats> rank_bias, std::optional<Floats> count, Rows own,
+          std::optional<Rows> order, std::optional<Rows> same, std::optional<Rows> page, Floats top, Doubles total,
+          std::optional<Rows> above, std::optional<Floats> product, std::optional<Words> kept, Words scratch,
+          int threads, std::optional<std::string> variant) {
+    courier::Tile a{};
+    a.rows = int64_t(x.shape(0));
+    a.dim = int64_t(x.shape(1));
+    const auto sizes = packed_sizes(a.rows, columns, a.dim);
+    a.x = x.data();
+    a.across = words(across, sizes[0]);
+    a.along = words(along, sizes[1]);
+    a.contrast = contrast_of(0, inverse_tau, bias, rank_bias, count, own, order, same, page, false, top, total, above);
+    a.contrast.type = Type::bf16;
+    a.contrast.columns = columns;
+    a.product = data_or_null(product);
+    a.kept = words(kept, sizes[2]);
+    a.scratch = words(scratch, threads * sizes[3]);
+    a.group = group_rows(a.rows, threads);
+    const Stages& s = stages_of(variant);
+    nb::gil_scoped_release release;
+    parallel_each(parts_of(a.rows, a.group), threads, [&](int64_t b, int64_t e, int thread) {
+        courier::Tile own = a;
+        own.scratch += thread * sizes[3];
+        s.tile(own, b, e);
+    });
+}
+
+void transposed(Words kept, Words weighted, int64_t rows, Floats d_y, int threads,
+                std::optional<std::string> variant) {
+    const int64_t columns = int64_t(d_y.shape(0)), dim = int64_t(d_y.shape(1));
+    courier::Transposed a{words(kept, packed_sizes(rows, columns, dim)[2]),
+                          words(weighted, packed_sizes(0, rows, dim)[1]), parts_of(rows, 2), columns, dim, d_y.data()};
+    const Stages& s = stages_of(variant);
+    nb::gil_scoped_release release;
+    parallel_each(parts_of(columns, courier::kBlockColumns), threads,
+                  [&](int64_t b, int64_t e, int) { s.transposed(a, b, e); });
 }
 
 void weigh(Array product, Array x, std::optional<Array> own, Floats factor, std::optional<Floats> pull, Floats d_x,
            Array weighted, std::optional<Floats> d_own, int threads, std::optional<std::string> variant) {
     courier::Weigh a{};
     a.type = type_of(x, "x");
+    a.product_type = type_of(product, "product");
     a.product = product.data();
     a.x = x.data();
     a.own = data_or_null(own);
@@ -247,7 +385,7 @@ void weigh(Array product, Array x, std::optional<Array> own, Floats factor, std:
     const Stages& s = stages_of(variant);
     const int64_t n = int64_t(x.shape(0));
     nb::gil_scoped_release release;
-    parallel(n, threads, [&](int64_t b, int64_t e) { s.weigh(a, b, e); });
+    parallel(n, 3 * a.dim, threads, [&](int64_t b, int64_t e, int) { s.weigh(a, b, e); });
 }
 
 void normalize_backward(Floats d_unit, Array unit, Floats norm, Array out, double scale, int threads,
@@ -264,7 +402,7 @@ void normalize_backward(Floats d_unit, Array unit, Floats norm, Array out, doubl
     const Stages& s = stages_of(variant);
     const int64_t n = int64_t(unit.shape(0));
     nb::gil_scoped_release release;
-    parallel(n, threads, [&](int64_t b, int64_t e) { s.normalize_backward(a, b, e); });
+    parallel(n, 2 * a.dim, threads, [&](int64_t b, int64_t e, int) { s.normalize_backward(a, b, e); });
 }
 
 void add(Floats sum, Array part, int threads, std::optional<std::string> variant) {
@@ -273,7 +411,7 @@ void add(Floats sum, Array part, int threads, std::optional<std::string> variant
     const Stages& s = stages_of(variant);
     const int64_t n = int64_t(sum.size());
     nb::gil_scoped_release release;
-    parallel(n, threads, [&](int64_t b, int64_t e) { s.add(a, b, e); });
+    parallel(n, 1, threads, [&](int64_t b, int64_t e, int) { s.add(a, b, e); });
 }
 
 }  // namespace
@@ -303,6 +441,21 @@ NB_MODULE(_native, m) {
           nb::arg("same").noconvert().none(), nb::arg("page").noconvert().none(), nb::arg("page_only"),
           nb::arg("top").noconvert(), nb::arg("total").noconvert(),
           nb::arg("above").noconvert().none(), nb::arg("threads"), nb::arg("variant").none() = nb::none());
+    m.def("panel_columns", &panel_columns, nb::arg("variant").none() = nb::none(),
+          "What the dimension has to be a multiple of for `pack`, `tile` and `transposed`; 0: the variant has none.");
+    m.def("packed_sizes", &packed_sizes, nb::arg("rows"), nb::arg("columns"), nb::arg("dim"));
+    m.def("pack", &pack, nb::arg("rows").noconvert(), nb::arg("across").noconvert().none(),
+          nb::arg("along").noconvert().none(), nb::arg("threads"), nb::arg("variant").none() = nb::none());
+    m.def("tile", &tile, nb::arg("x").noconvert(), nb::arg("across").noconvert(), nb::arg("along").noconvert().none(),
+          nb::arg("columns"), nb::arg("inverse_tau"), nb::arg("bias").noconvert().none(),
+          nb::arg("rank_bias").noconvert().none(), nb::arg("count").noconvert().none(), nb::arg("own").noconvert(),
+          nb::arg("order").noconvert().none(), nb::arg("same").noconvert().none(), nb::arg("page").noconvert().none(),
+          nb::arg("top").noconvert(), nb::arg("total").noconvert(), nb::arg("above").noconvert().none(),
+          nb::arg("product").noconvert().none(), nb::arg("kept").noconvert().none(),
+          nb::arg("scratch").noconvert(), nb::arg("threads"),
+          nb::arg("variant").none() = nb::none());
+    m.def("transposed", &transposed, nb::arg("kept").noconvert(), nb::arg("weighted").noconvert(), nb::arg("rows"),
+          nb::arg("d_y").noconvert(), nb::arg("threads"), nb::arg("variant").none() = nb::none());
     m.def("weigh", &weigh, nb::arg("product").noconvert(), nb::arg("x").noconvert(), nb::arg("own").noconvert().none(),
           nb::arg("factor").noconvert(), nb::arg("pull").noconvert().none(), nb::arg("d_x").noconvert(),
           nb::arg("weighted").noconvert(), nb::arg("d_own").noconvert().none(), nb::arg("threads"),

@@ -60,7 +60,7 @@ struct Contrast {
 
 // What follows the product P y of a chunk: d_x = factor P y - pull own, weighted = factor x, d_own = -pull x.
 struct Weigh {
-    Type type;
+    Type type, product_type;
     const void *product, *x;               // [rows, dim]; the product may be d_x itself
     const void* own;                       // [rows, dim] or null: no pull
     const float *factor, *pull;            // [rows]
@@ -89,6 +89,39 @@ struct Add {
     Type type;
 };
 
+// The products of the contrast in bfloat16, for instruction sets that have them; dim is a multiple of kPanelColumns.
+constexpr int64_t kPanelColumns = 64, kBlockColumns = 48, kGroupRows = 48;
+
+// Rows [n, dim] as the right side of a product, in pairs of numbers that are summed over; either may be null.
+struct Pack {
+    const void* rows;
+    int64_t n, dim;
+    uint32_t* across;  // [panels, dim / 2, kPanelColumns]: rows as columns, pairs along dim; zeros past the last row
+    uint32_t* along;   // [dim / kPanelColumns, (n + 1) / 2, kPanelColumns]: pairs of rows
+};
+
+// Scores of `rows` rows against all columns, what Contrast makes of them, and the product with the columns.
+struct Tile {
+    const void* x;                         // [rows, dim]
+    const uint32_t *across, *along;        // the columns
+    int64_t rows, dim;
+    int64_t group;                         // rows at a time: even, at most kGroupRows
+    Contrast contrast;                     // without scores
+    float* product;                        // [rows, dim] P y, or null
+    uint32_t* kept;                        // [blocks of kBlockColumns, (rows + 1) / 2, kBlockColumns] P, or null
+    uint32_t* scratch;                     // [kGroupRows, scores_stride / 2] of this thread
+};
+// Of a row of bfloat16 scores: whole panels, and whole blocks of what is kept. (static: see the note in stages.inl.h.)
+static constexpr int64_t scores_stride(int64_t columns) {
+    return ((columns + kPanelColumns - 1) / kPanelColumns + 1) * kPanelColumns;
+}
+
+struct Transposed {
+    const uint32_t *kept, *weighted;       // P as Tile left it; [rows, dim] packed along
+    int64_t pairs, columns, dim;           // (rows + 1) / 2
+    float* d_y;                            // [columns, dim], added to
+};
+
 struct Stages {
     const char* name;
     void (*normalize)(const Normalize&, int64_t begin, int64_t end);
@@ -98,12 +131,16 @@ struct Stages {
     void (*weigh)(const Weigh&, int64_t begin, int64_t end);
     void (*normalize_backward)(const NormalizeBackward&, int64_t begin, int64_t end);
     void (*add)(const Add&, int64_t begin, int64_t end);
+    void (*pack)(const Pack&, int64_t begin, int64_t end);  // this and the next two: null where torch.mm is used
+    void (*tile)(const Tile&, int64_t begin, int64_t end);
+    void (*transposed)(const Transposed&, int64_t begin, int64_t end);
 };
 
 const Stages& portable_stages();
 #ifdef COURIER_X86
 const Stages& avx2_stages();
 const Stages& avx512_stages();
+const Stages& avx512bf16_stages();
 #endif
 
 }  // namespace courier
