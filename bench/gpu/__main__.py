@@ -79,8 +79,8 @@ def _editable() -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     about = json.loads(text or "{}")
-    where = about.get("url", "").removeprefix("file://")
-    return bool(about.get("dir_info", {}).get("editable")) and Path(where) == tools.ROOT
+    where = Path(about.get("url", "").removeprefix("file://"))
+    return bool(about.get("dir_info", {}).get("editable")) and where.resolve() == tools.ROOT
 
 
 def install(out: Path, source: str) -> str | None:
@@ -149,10 +149,11 @@ class Processes:
             late = time.time() > self.deadline + GRACE
             for process in list(running):
                 if late and process.poll() is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
+                    process.kill()
                     process.wait()
                 if process.poll() is not None:
+                    with contextlib.suppress(ProcessLookupError):  # what it started
+                        os.killpg(process.pid, signal.SIGKILL)
                     running.remove(process)
                     if self.ended(process, late):
                         running.append(self.start())
@@ -231,8 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source = sources()
     problem = None if args.no_install else install(args.out, source)
     if problem is not None:
-        # The source tree runs as it is, without the CPU's native library.
-        print(f"not installed: {problem}", flush=True)
+        os.environ[tools.FROM_SOURCE] = "1"
+        print(f"not installed, the sources run as they are: {problem}", flush=True)
     begin_again(args)
     run_all(args, source, command)
     records = write_summary(args, source, command)

@@ -16,8 +16,8 @@ from courier_fast.files import write_atomically
 
 PASSED, FAILED, SKIPPED, RUNNING, STOPPED = "passed", "failed", "skipped", "running", "stopped"
 DONE = (PASSED, FAILED, SKIPPED)
-# A case that did not end in the time of this many runs is not begun again.
-ATTEMPTS = 2
+# A case that was stopped after this many seconds in this many runs hangs, and is not begun again.
+FAIR, ATTEMPTS = 30.0, 2
 
 
 @dataclass
@@ -57,9 +57,8 @@ class Record:
             for key in keys:
                 found = content["cases"].get(key, {"status": STOPPED, "attempts": 0})
                 if found["status"] == STOPPED and "again" not in found:
-                    attempts = found["attempts"] + 1
                     begun = {"status": RUNNING, "pid": os.getpid(), "start": time.time()}
-                    content["cases"][key] = begun | {"attempts": attempts}
+                    content["cases"][key] = begun | {"attempts": found["attempts"]}
                     return key
         return None
 
@@ -73,6 +72,7 @@ class Record:
         with self.changed() as content:
             mine = [c for c in content["cases"].values() if c.get("pid") == pid]
             for case in mine:
+                case["attempts"] += time.time() - case["start"] >= FAIR
                 again = stopped and case["attempts"] < ATTEMPTS
                 # "again": in another run, not in this one.
                 more: dict[str, Any] = {"again": True} if again else {"data": {}, "seconds": None}

@@ -116,7 +116,8 @@ def markdown(records: Mapping[str, Content], command: str, rehearsed: bool, sour
     other = [n for n, c in records.items() if c.get("source") not in (None, source)]
     if other:
         lines += [f"Measured with other sources than the present ones: {', '.join(other)}.", ""]
-    lines += report.goals(results) + _relative(results, records["options"])
+    if not rehearsed:
+        lines += report.goals(results) + _relative(results, records["options"])
     for name, content in records.items():
         lines += _lines(name, content)
     return "\n".join(lines).rstrip() + "\n"

@@ -57,8 +57,19 @@ def attempt(work: Callable[[], Result]) -> tuple[Result, bool]:
         return Result(line, FAILED), not is_fault(error)
 
 
+def surroundings(setting: Setting) -> dict[str, str | int | None]:
+    import torch
+
+    from .. import measure
+
+    return measure.surroundings(torch.device(setting.device))
+
+
 def run(cases: Cases, record: Record, setting: Setting) -> int:
     keys = list(cases)
+    known = surroundings(setting)
+    with record.changed() as content:
+        content.setdefault("surroundings", known)
     while setting.left > 0 and (key := record.claim(keys)) is not None:
         result, sound = attempt(cases[key])
         record.put(key, result)
