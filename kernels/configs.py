@@ -13,14 +13,28 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of a tile, warps, software pipeline stages, and how many programs of it fit on a multiprocessor
-    at once."""
+    """Rows and columns of a tile, warps, software pipeline stages, how many programs of it fit on a multiprocessor
+    at once, and how many registers a thread may have.
+
+    Where that is left to it (None), ptxas gives up registers for more programs on a multiprocessor, and with some versions
+    spills a few bytes for that.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     per_processor: int = 1
+    registers: int | None = None
+
+    @property
+    def launch(self) -> dict[str, int | None]:
+        """Triton's own arguments of a launch."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.registers,
+        }
 
 
 @dataclass(frozen=True)
@@ -33,20 +47,16 @@ class Choice:
     source: str
 
 
-# Passes of the contrast: forward with and without the sum of values, transposed, forward with the attention in its
-# prologue (whose accumulator must fit beside), and those of the click sequence's masks by id, page and place.
-KINDS = ("forward", "lse", "transposed", "fused", "sequence")
-_MAIN = ("forward", "lse", "transposed", "sequence")
+# Passes of the contrast: forward with and without the sum of values, transposed, and those of the click sequence's masks
+# by id, page and place.
+KINDS = ("forward", "lse", "transposed", "sequence")
 
 # 16-bit rows. The first row that fits is taken; TFLOP/s are of a plain pass on an H100 (README.md).
 TILES_16: tuple[Choice, ...] = (
-    Choice(_MAIN, 64, Tile(64, 64, 4, 2, 3), "538 TFLOP/s; three by registers"),
-    Choice(_MAIN, 128, Tile(64, 128, 4, 2, 2), "653 TFLOP/s; two by shared memory"),
+    Choice(KINDS, 64, Tile(64, 64, 4, 2, 3), "538 TFLOP/s; three by registers"),
+    Choice(KINDS, 128, Tile(64, 128, 4, 2, 2), "653 TFLOP/s; two by shared memory"),
     Choice(("sequence",), 256, Tile(128, 32, 8, 3), "fits without spills"),
-    Choice(_MAIN, 256, Tile(128, 64, 8, 3), "729 TFLOP/s"),
-    Choice(("fused",), 64, Tile(64, 64, 4, 2), "fits"),
-    Choice(("fused",), 128, Tile(64, 64, 4, 2), "fits"),
-    Choice(("fused",), 256, Tile(64, 64, 8, 3), "spills 16 bytes with Triton 3.9"),
+    Choice(KINDS, 256, Tile(128, 64, 8, 3), "729 TFLOP/s"),
 )
 # float32 rows, tf32 products.
 TILES_32: tuple[Choice, ...] = (
@@ -68,12 +78,12 @@ _SMALL = (86, 87, 89, 120, 121)
 # The compute capability that tiles are chosen for where there is no GPU to ask: what kernels are compiled for.
 TARGET = 90
 
+# Of a thread.
+MOST_REGISTERS = 255
 # Rows per program of the bookkeeping kernels, and of the memory-bound ones.
 BLOCK_PLAN = 1024
 LARGEST_REGISTER_DIM = 256  # above it the accumulator spills: the chunked path takes over
 LARGEST_DIM = 1024
-# Row strides at which the fused prologue was measured to be faster: none was measured yet.
-FUSED_STRIDES: frozenset[int] = frozenset()
 
 
 def interpreted() -> bool:
@@ -177,9 +187,10 @@ def attention_tile(dtype: torch.dtype, stride: int, heads: int, backward: bool) 
         return Tile(16, 16, 8, 1)
     # The backward's products run in float32 unless the rows are bfloat16 (pipeline.py); heads take masked copies.
     wide = dtype == torch.float32 or (backward and (dtype == torch.float16 or heads > 1))
-    # Stages: with fewer, Triton 3.6 spills a few bytes, as its ptxas gives up registers for programs.
     stages = 3 if wide or backward else 2
-    return Tile(16, 16 if wide or stride > 128 else 32, 4, stages)
+    if stride > 128 and dot_precision(dtype) == "ieee":
+        return Tile(16, 16, 8, stages)
+    return Tile(16, 16 if wide or stride > 128 else 32, 4, stages, registers=MOST_REGISTERS)
 
 
 def attention_part(block_d: int) -> int:
@@ -199,15 +210,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32"
 
 
-def fuse_attention(stride: int, chunked: bool, both_lists: bool, heads: int) -> bool:
-    """Whether the attention runs in the prologue of the contrast's row tile, so that R does not travel through memory.
-
-    It can where every row of the pass is an anchor. Where it pays is a measured table; it has no entry yet, so the
-    separate kernel is used (README.md).
-    """
-    return not chunked and not both_lists and heads == 1 and stride in FUSED_STRIDES
-
-
 @dataclass(frozen=True)
 class ProductTile(Tile):
     """A tile of a plain matrix product; block_k is the depth of one step."""
@@ -222,7 +224,7 @@ def product_tile(dtype: torch.dtype) -> ProductTile:
     if dtype != torch.float32:
         return ProductTile(128, 128, 8, 3, block_k=64)
     return (
-        ProductTile(64, 64, 4, 2, block_k=16)
+        ProductTile(64, 64, 4, 2, registers=128, block_k=16)
         if dot_precision(dtype) == "ieee"
         else ProductTile(128, 128, 8, 3, block_k=32)
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .reconstruct import attend_tile, list_tile, store_unit_rows
 from .tl_common import (
     LN2,
     LOG2E,
@@ -355,31 +354,7 @@ def contrast_rows(
     top_ptr,  # [slots * BLOCK_M]
     total_ptr,  # [slots * BLOCK_M]
     above_ptr,  # [slots * BLOCK_M]
-    # The attention, when it is the prologue of the row tile (FUSED), otherwise unused:
-    q_ptr,
-    q_index_ptr,
-    k_ptr,
-    k_index_ptr,
-    v_ptr,
-    v_index_ptr,
-    e_ptr,
-    e_index_ptr,
-    history_offsets_ptr,
-    history_page_ptr,
-    attention_lse_ptr,
-    norm_ptr,
-    positive_ptr,
     list_ptr,
-    capacity,
-    attention_scale,
-    D: tl.constexpr,
-    HAS_Q_INDEX: tl.constexpr,
-    HAS_K_INDEX: tl.constexpr,
-    HAS_V_INDEX: tl.constexpr,
-    HAS_E_INDEX: tl.constexpr,
-    FUSED: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_C: tl.constexpr,
     MASK: tl.constexpr,
     DIAGONAL: tl.constexpr,
     HAS_X_OFFSET: tl.constexpr,
@@ -406,59 +381,8 @@ def contrast_rows(
     x_place = first + tl.arange(0, BLOCK_M)
     valid = x_place < x_count
     dims = tl.arange(0, BLOCK_D)
-    if FUSED:
-        place, valid, position, page, first_page, last_page = list_tile(
-            list_ptr, x_page_ptr, x_count, first, BLOCK_M
-        )
-        r = attend_tile(
-            q_ptr,
-            q_index_ptr,
-            k_ptr,
-            k_index_ptr,
-            v_ptr,
-            v_index_ptr,
-            history_offsets_ptr,
-            history_page_ptr,
-            attention_lse_ptr,
-            position,
-            page,
-            place,
-            first_page,
-            last_page,
-            capacity,
-            attention_scale * LOG2E,
-            NEED_VALUES,
-            D,
-            1,
-            HAS_Q_INDEX,
-            HAS_K_INDEX,
-            HAS_V_INDEX,
-            BLOCK_M,
-            BLOCK_H,
-            BLOCK_D,
-            BLOCK_C,
-            PRECISION,
-        )
-        # Every part of a split tile computes the same r; each writes the same bits.
-        x = store_unit_rows(
-            r,
-            e_ptr,
-            e_index_ptr,
-            x_ptr,
-            norm_ptr,
-            positive_ptr,
-            position,
-            place,
-            valid,
-            D,
-            BLOCK_D,
-            BLOCK_D,
-            HAS_E_INDEX,
-            True,
-        )
-    else:
-        where = x_place.to(tl.int64)[:, None] * BLOCK_D + dims[None, :]
-        x = tl.load(x_ptr + where, mask=valid[:, None], other=0.0)
+    where = x_place.to(tl.int64)[:, None] * BLOCK_D + dims[None, :]
+    x = tl.load(x_ptr + where, mask=valid[:, None], other=0.0)
 
     x_id = tl.load(x_id_ptr + x_place, mask=valid, other=0)
     x_page = x_place
@@ -503,116 +427,41 @@ def contrast_rows(
         own_first = rank_before(y_rank_ptr, begin) - (BLOCK_N - 1)
         own_width = (rank_before(y_rank_ptr, end) - own_first).to(tl.uint32, bitcast=True)
 
-    if FIXED_SHIFT and ONLINE:
-        # A temperature that only the device knows: the running maximum costs half of the loop, and few need it.
-        if scale <= LARGEST_FIXED_SCALE:
-            top, total, acc, above = contrast_columns(
-                x,
-                x_id,
-                x_page,
-                x_place,
-                x_offset,
-                rank_score,
-                y_ptr,
-                y_id_ptr,
-                y_page_ptr,
-                y_offset_ptr,
-                y_scale_ptr,
-                low,
-                high,
-                own_first,
-                own_width,
-                scale,
-                MASK,
-                DIAGONAL,
-                HAS_X_OFFSET and not X_OFFSET_AFTER,
-                HAS_Y_OFFSET,
-                HAS_Y_SCALE,
-                Y_OFFSET_IS_COUNT,
-                Y_OFFSET_IS_LSE,
-                LIFT,
-                True,
-                False,
-                NEED_SUM,
-                NEED_VALUES,
-                NEED_RANK,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                PRECISION,
-            )
-        else:
-            top, total, acc, above = contrast_columns(
-                x,
-                x_id,
-                x_page,
-                x_place,
-                x_offset,
-                rank_score,
-                y_ptr,
-                y_id_ptr,
-                y_page_ptr,
-                y_offset_ptr,
-                y_scale_ptr,
-                low,
-                high,
-                own_first,
-                own_width,
-                scale,
-                MASK,
-                DIAGONAL,
-                HAS_X_OFFSET and not X_OFFSET_AFTER,
-                HAS_Y_OFFSET,
-                HAS_Y_SCALE,
-                Y_OFFSET_IS_COUNT,
-                Y_OFFSET_IS_LSE,
-                LIFT,
-                False,
-                True,
-                NEED_SUM,
-                NEED_VALUES,
-                NEED_RANK,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                PRECISION,
-            )
-    else:
-        top, total, acc, above = contrast_columns(
-            x,
-            x_id,
-            x_page,
-            x_place,
-            x_offset,
-            rank_score,
-            y_ptr,
-            y_id_ptr,
-            y_page_ptr,
-            y_offset_ptr,
-            y_scale_ptr,
-            low,
-            high,
-            own_first,
-            own_width,
-            scale,
-            MASK,
-            DIAGONAL,
-            HAS_X_OFFSET and not X_OFFSET_AFTER,
-            HAS_Y_OFFSET,
-            HAS_Y_SCALE,
-            Y_OFFSET_IS_COUNT,
-            Y_OFFSET_IS_LSE,
-            LIFT,
-            FIXED_SHIFT,
-            ONLINE,
-            NEED_SUM,
-            NEED_VALUES,
-            NEED_RANK,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            PRECISION,
-        )
+    top, total, acc, above = contrast_columns(
+        x,
+        x_id,
+        x_page,
+        x_place,
+        x_offset,
+        rank_score,
+        y_ptr,
+        y_id_ptr,
+        y_page_ptr,
+        y_offset_ptr,
+        y_scale_ptr,
+        low,
+        high,
+        own_first,
+        own_width,
+        scale,
+        MASK,
+        DIAGONAL,
+        HAS_X_OFFSET and not X_OFFSET_AFTER,
+        HAS_Y_OFFSET,
+        HAS_Y_SCALE,
+        Y_OFFSET_IS_COUNT,
+        Y_OFFSET_IS_LSE,
+        LIFT,
+        FIXED_SHIFT,
+        ONLINE,
+        NEED_SUM,
+        NEED_VALUES,
+        NEED_RANK,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+        PRECISION,
+    )
     if HAS_X_OFFSET and X_OFFSET_AFTER:
         # log m of a column that stands for m items: a factor of its row, outside the loop.
         acc = acc * tl.exp2(x_offset)[:, None]
@@ -656,31 +505,7 @@ def contrast(
     above_ptr,  # [slots * BLOCK_M]
     slots,
     programs,
-    # The attention, when it is the prologue of the row tile (FUSED), otherwise unused:
-    q_ptr,
-    q_index_ptr,
-    k_ptr,
-    k_index_ptr,
-    v_ptr,
-    v_index_ptr,
-    e_ptr,
-    e_index_ptr,
-    history_offsets_ptr,
-    history_page_ptr,
-    attention_lse_ptr,
-    norm_ptr,
-    positive_ptr,
     list_ptr,
-    capacity,
-    attention_scale,
-    D: tl.constexpr,
-    HAS_Q_INDEX: tl.constexpr,
-    HAS_K_INDEX: tl.constexpr,
-    HAS_V_INDEX: tl.constexpr,
-    HAS_E_INDEX: tl.constexpr,
-    FUSED: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_C: tl.constexpr,
     TAU_IS_TENSOR: tl.constexpr,
     MASK: tl.constexpr,
     DIAGONAL: tl.constexpr,
@@ -694,6 +519,7 @@ def contrast(
     LIFT: tl.constexpr,
     FIXED_SHIFT: tl.constexpr,
     ONLINE: tl.constexpr,
+    EITHER: tl.constexpr,
     NEED_SUM: tl.constexpr,
     NEED_VALUES: tl.constexpr,
     NEED_RANK: tl.constexpr,
@@ -708,6 +534,9 @@ def contrast(
 
     Forward: x = r, y = e, the sums give logsumexp_j s_ij and sum_j p_ij e_j. Transposed: x = e, y = r, the offset
     of y is -lse_i and its scale g_i, and the sum is sum_i g_i p_ij r_i. ("identify" swaps r and e.)
+
+    EITHER: only the device knows the temperature. The kernel is launched with a fixed shift and with a running maximum, which
+    costs half of its loop; the one that does not fit returns at once.
     """
     pid = tl.program_id(0)
     x_count = tl.load(x_count_ptr)
@@ -718,6 +547,10 @@ def contrast(
     if TO_LIST:
         parts = tl.minimum(parts, 1)
     scale = score_scale(tau, TAU_IS_TENSOR)
+    if EITHER:
+        fits = scale <= LARGEST_FIXED_SCALE
+        if fits == (not FIXED_SHIFT):
+            return
     if STREAM:
         # From where to where in the row of all blocks, counted from the first tile's. An equal part of a tile is as good
         # as a share.
@@ -726,20 +559,19 @@ def contrast(
         per_part = tl.cdiv(blocks, parts)
         begin = tl.minimum(pid % parts * per_part, blocks)
         end = tl.minimum(begin + per_part, blocks)
-        if share > 0:
-            # 64 bits: programs past the last share would begin anywhere.
-            place = tl.minimum(pid.to(tl.int64) * share, tiles * blocks).to(tl.int32)
-            first_tile = place // blocks
-            begin = place - first_tile * blocks
-            end = begin + tl.minimum(share, tiles * blocks - place)
-            last_tile = first_tile + tl.cdiv(end, blocks) - 1
+        # 64 bits: programs past the last share would begin anywhere. And no branch: Triton 3.5 does not compile loops
+        # whose bounds come out of one.
+        streams = share > 0
+        place = tl.minimum(pid.to(tl.int64) * share, tiles * blocks).to(tl.int32)
+        first_tile = tl.where(streams, place // blocks, first_tile)
+        begin = tl.where(streams, place - first_tile * blocks, begin)
+        end = tl.where(streams, begin + tl.minimum(share, tiles * blocks - place), end)
+        last_tile = tl.where(streams, first_tile + tl.cdiv(end, blocks) - 1, last_tile)
         for tile in range(first_tile, last_tile + 1):
             before = (tile - first_tile) * blocks
             low = tl.maximum(begin - before, 0)
             high = tl.minimum(end - before, blocks)
-            slot = pid
-            if share > 0:
-                slot += tile
+            slot = pid + tl.where(streams, tile, 0)
             part = 0
             contrast_rows(
                 tile,
@@ -768,30 +600,7 @@ def contrast(
                 top_ptr,
                 total_ptr,
                 above_ptr,
-                q_ptr,
-                q_index_ptr,
-                k_ptr,
-                k_index_ptr,
-                v_ptr,
-                v_index_ptr,
-                e_ptr,
-                e_index_ptr,
-                history_offsets_ptr,
-                history_page_ptr,
-                attention_lse_ptr,
-                norm_ptr,
-                positive_ptr,
                 list_ptr,
-                capacity,
-                attention_scale,
-                D,
-                HAS_Q_INDEX,
-                HAS_K_INDEX,
-                HAS_V_INDEX,
-                HAS_E_INDEX,
-                FUSED,
-                BLOCK_H,
-                BLOCK_C,
                 MASK,
                 DIAGONAL,
                 HAS_X_OFFSET,
@@ -848,30 +657,7 @@ def contrast(
             top_ptr,
             total_ptr,
             above_ptr,
-            q_ptr,
-            q_index_ptr,
-            k_ptr,
-            k_index_ptr,
-            v_ptr,
-            v_index_ptr,
-            e_ptr,
-            e_index_ptr,
-            history_offsets_ptr,
-            history_page_ptr,
-            attention_lse_ptr,
-            norm_ptr,
-            positive_ptr,
             list_ptr,
-            capacity,
-            attention_scale,
-            D,
-            HAS_Q_INDEX,
-            HAS_K_INDEX,
-            HAS_V_INDEX,
-            HAS_E_INDEX,
-            FUSED,
-            BLOCK_H,
-            BLOCK_C,
             MASK,
             DIAGONAL,
             HAS_X_OFFSET,

@@ -346,7 +346,6 @@ def given_rows(
         STRIDE,
         BLOCK_D,
         HAS_E_INDEX,
-        True,
     )
 
 

@@ -7,6 +7,7 @@ launched, with the types and constants of each launch, is what tests compile for
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import subprocess
 import tempfile
@@ -40,11 +41,12 @@ class Launch:
     num_warps: int
     num_stages: int
     fp_fusion: bool  # a product and a sum are rounded once
+    registers: int | None  # at most, of a thread
 
     @property
     def key(self) -> str:
         """What it compiles to depends on nothing else, but the target."""
-        numbers = self.num_warps, self.num_stages, self.fp_fusion
+        numbers = self.num_warps, self.num_stages, self.fp_fusion, self.registers
         return repr((self.name, self.signature, self.constexprs, self.aligned, numbers))
 
     @property
@@ -83,15 +85,17 @@ def recorded(capability: int = 90) -> Iterator[list[Launch]]:
     def note(*_: Any, fn: Any, compile: dict[str, Any], **__: Any) -> bool:
         fn = fn.jit_function
         names, attributes = fn.arg_names, compile["configs"][0]
+        options = json.loads(compile["specialization_data"])["options"]
         launch = Launch(
             name=fn.fn.__name__,
             fn=fn,
             signature=dict(compile["signature"]),
             constexprs={names[place]: x for (place,), x in compile["constants"].items()},
             aligned=tuple(names[place] for (place,), x in attributes.items() if x),
-            num_warps=compile["num_warps"],
-            num_stages=compile["num_stages"],
-            fp_fusion=compile["enable_fp_fusion"],
+            num_warps=options["num_warps"],
+            num_stages=options["num_stages"],
+            fp_fusion=options["enable_fp_fusion"],
+            registers=options["maxnreg"],
         )
         launches.append(launch)
         return True  # neither compile nor launch it
@@ -132,8 +136,6 @@ SPECIAL: dict[str, tuple[int, torch.dtype, dict[str, Any]]] = {
     "log-q": (256, _BF16, {"log_q": True}),
     "stats": (256, _BF16, {"stats": True}),
     "heads": (256, _BF16, {"num_heads": 4, "projected": True}),
-    "fused-attention-128": (128, _BF16, {"fused": True}),
-    "fused-attention-256": (256, _BF16, {"fused": True}),
 }
 
 
@@ -160,7 +162,6 @@ def launches(
     log_q: bool = False,
     table: bool = False,
     tf32: bool = False,
-    fused: bool = False,
     projected: bool = False,
     tensor_tau: bool = False,
     **options: Any,
@@ -216,11 +217,9 @@ def launches(
         for name in ("pv", "history", "query", "key", "value", "temperature")
     ]
     per_item = p.reduction == "none"
-    before = torch.get_float32_matmul_precision(), configs.FUSED_STRIDES, configs.TARGET
+    before = torch.get_float32_matmul_precision(), configs.TARGET
     configs.TARGET = capability
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    if fused:
-        configs.FUSED_STRIDES = frozenset({dim})
     try:
         with recorded(capability) as found:
             pipeline.loss_forward(p, [False] * 6, stats)
@@ -235,7 +234,7 @@ def launches(
                 pipeline.sequence_backward(sequence, [True, needs[5]], saved, grad)
     finally:
         torch.set_float32_matmul_precision(before[0])
-        configs.FUSED_STRIDES, configs.TARGET = before[1:]
+        configs.TARGET = before[1]
     return list({x.key: x for x in found}.values())
 
 
@@ -267,6 +266,7 @@ def _options(launch: Any) -> dict[str, Any]:
     return {
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
+        "maxnreg": launch.registers,
         "enable_fp_fusion": True,
     }
 

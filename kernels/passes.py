@@ -35,83 +35,66 @@ def run_contrast(
     need_sum: bool = True,
     need_values: bool = True,
     need_rank: bool = False,
-    fused: dict[str, Any] | None = None,
 ) -> None:
     dummy = x.list
-    unused = dict.fromkeys(
-        (
-            "q_ptr q_index_ptr k_ptr k_index_ptr v_ptr v_index_ptr e_ptr e_index_ptr history_offsets_ptr "
-            "history_page_ptr attention_lse_ptr norm_ptr positive_ptr"
-        ).split(),
-        dummy,
-    )
-    unused |= {
-        "HAS_Q_INDEX": False,
-        "HAS_K_INDEX": False,
-        "HAS_V_INDEX": False,
-        "HAS_E_INDEX": False,
-    }
-    unused |= {"capacity": 0, "attention_scale": 1.0}
 
     def pick(tensor: Tensor | None) -> Tensor:
         return dummy if tensor is None else tensor
 
-    contrast.contrast[(out.slots,)](
-        x_ptr=x.unit,
-        y_ptr=y.unit,
-        x_count_ptr=x.count,
-        y_count_ptr=y.count,
-        x_id_ptr=x.ids,
-        y_id_ptr=y.ids,
-        x_page_ptr=x.page,
-        y_page_ptr=y.page,
-        x_offset_ptr=pick(x_offset),
-        y_offset_ptr=pick(y_offset),
-        y_scale_ptr=pick(y_scale),
-        x_rank_score_ptr=pick(positive),
-        log_q_ptr=pick(log_q),
-        page_offsets_ptr=page_offsets,
-        y_rank_ptr=y.rank,
-        tau=tau,
-        acc_ptr=out.acc,
-        top_ptr=out.top,
-        total_ptr=out.total,
-        above_ptr=out.above,
-        slots=out.slots,
-        programs=s.programs(out.tile, x.unit.device),
-        list_ptr=x.list,
-        **(unused if fused is None else fused),
-        D=s.dim,
-        FUSED=fused is not None,
-        BLOCK_H=s.attention.block_n,
-        BLOCK_C=min(s.stride, 64),
-        TAU_IS_TENSOR=tau_is_tensor,
-        MASK=mask,
-        # Where no ids but the rows' own places decide, both sides ascend by position or page.
-        DIAGONAL=mask == contrast.MASK_SEQUENCE.value
-        or (mask in (0, 2) and x.ids is x.list and y.ids is y.list),
-        HAS_X_OFFSET=x_offset is not None,
-        X_OFFSET_AFTER=x_offset_after,
-        HAS_Y_OFFSET=y_offset is not None,
-        HAS_Y_SCALE=y_scale is not None,
-        Y_OFFSET_IS_COUNT=y_offset_is_count,
-        Y_OFFSET_IS_LSE=y_offset_is_lse,
-        LIFT=HALF_LIFT if y_offset_is_lse and x.unit.dtype == torch.float16 else 0.0,
-        HAS_RANK_LOG_Q=log_q is not None,
-        FIXED_SHIFT=fixed_shift,
-        ONLINE=online,
-        NEED_SUM=need_sum,
-        NEED_VALUES=need_values,
-        NEED_RANK=need_rank,
-        STREAM=s.stream and not out.in_place,
-        TO_LIST=out.in_place,
-        BLOCK_M=out.tile.block_m,
-        BLOCK_N=out.tile.block_n,
-        BLOCK_D=s.stride,
-        PRECISION=s.precision,
-        num_warps=out.tile.num_warps,
-        num_stages=out.tile.num_stages,
-    )
+    either = fixed_shift and online
+    ways = ((True, False), (False, True)) if either else ((fixed_shift, online),)
+    for fixed, running in ways:
+        contrast.contrast[(out.slots,)](
+            x_ptr=x.unit,
+            y_ptr=y.unit,
+            x_count_ptr=x.count,
+            y_count_ptr=y.count,
+            x_id_ptr=x.ids,
+            y_id_ptr=y.ids,
+            x_page_ptr=x.page,
+            y_page_ptr=y.page,
+            x_offset_ptr=pick(x_offset),
+            y_offset_ptr=pick(y_offset),
+            y_scale_ptr=pick(y_scale),
+            x_rank_score_ptr=pick(positive),
+            log_q_ptr=pick(log_q),
+            page_offsets_ptr=page_offsets,
+            y_rank_ptr=y.rank,
+            tau=tau,
+            acc_ptr=out.acc,
+            top_ptr=out.top,
+            total_ptr=out.total,
+            above_ptr=out.above,
+            slots=out.slots,
+            programs=s.programs(out.tile, x.unit.device),
+            list_ptr=x.list,
+            TAU_IS_TENSOR=tau_is_tensor,
+            MASK=mask,
+            # Where no ids but the rows' own places decide, both sides ascend by position or page.
+            DIAGONAL=mask == contrast.MASK_SEQUENCE.value
+            or (mask in (0, 2) and x.ids is x.list and y.ids is y.list),
+            HAS_X_OFFSET=x_offset is not None,
+            X_OFFSET_AFTER=x_offset_after,
+            HAS_Y_OFFSET=y_offset is not None,
+            HAS_Y_SCALE=y_scale is not None,
+            Y_OFFSET_IS_COUNT=y_offset_is_count,
+            Y_OFFSET_IS_LSE=y_offset_is_lse,
+            LIFT=HALF_LIFT if y_offset_is_lse and x.unit.dtype == torch.float16 else 0.0,
+            HAS_RANK_LOG_Q=log_q is not None,
+            FIXED_SHIFT=fixed,
+            ONLINE=running,
+            EITHER=either,
+            NEED_SUM=need_sum,
+            NEED_VALUES=need_values,
+            NEED_RANK=need_rank,
+            STREAM=s.stream and not out.in_place,
+            TO_LIST=out.in_place,
+            BLOCK_M=out.tile.block_m,
+            BLOCK_N=out.tile.block_n,
+            BLOCK_D=s.stride,
+            PRECISION=s.precision,
+            **out.tile.launch,
+        )
 
 
 def run_chunks(
@@ -161,7 +144,6 @@ def run_chunks(
         else p
     )
     lift = HALF_LIFT if x.unit.dtype == torch.float16 else 0.0
-    launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     block: dict[str, Any] = {
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
@@ -207,7 +189,7 @@ def run_chunks(
             SUMS=sums,
             NEED_RANK=rank,
             **block,
-            **launch,
+            **tile.launch,
         )
 
     for first_row in range(0, capacity, rows):
@@ -248,7 +230,7 @@ def run_chunks(
                 p_stride,
                 STRIDE=s.stride,
                 **block,
-                **launch,
+                **tile.launch,
             )
         if transposed is not None:
             chunked.scale_rows[(cdiv(rows, s.small.block_m),)](
@@ -279,7 +261,7 @@ def run_chunks(
                 STRIDE=s.stride,
                 ACCUMULATE=first_row > 0,
                 **block,
-                **launch,
+                **tile.launch,
             )
 
 

@@ -22,7 +22,6 @@ from .sequence import sequence_backward, sequence_forward, sequence_saved_spec
 from .stages import (
     attend,
     attention_backward,
-    attention_inputs,
     e_inputs,
     make_plan,
     normalize,
@@ -147,8 +146,6 @@ def forward(
     make_plan(p, s, t, p.clicked)
     tau, tau_is_tensor = temperature_argument(p)
     positive = torch.empty(s.rows, 2, dtype=torch.float32, device=device)
-    # A rank needs the positive's score before the pass.
-    fuse = given is None and s.fused and not stats
     if "reconstruct" in s.directions:
         normalize(p, s, t["e"], t["column_list"], t["counts"][2:3], not s.merged)
     if given is not None:
@@ -167,7 +164,7 @@ def forward(
             BLOCK_D=s.block_d,
             num_warps=s.small.num_warps,
         )
-    elif not fuse:
+    else:
         attend(p, s, t, positive, None)
     if s.both_lists:
         every, positive = positive, torch.empty_like(positive)
@@ -257,18 +254,6 @@ def forward(
                 s, x, y, out, t[f"{direction}_lse"], finish, transposed, p.workspace, **options
             )
         else:
-            fused = None
-            if fuse:
-                fused = attention_inputs(p) | e_inputs(p)
-                fused |= {
-                    "history_offsets_ptr": p.history_offsets,
-                    "history_page_ptr": t["history_page"],
-                    "attention_lse_ptr": t["attention_lse"],
-                    "norm_ptr": t["norm"],
-                    "positive_ptr": positive,
-                    "capacity": s.rows,
-                    "attention_scale": p.attention_scale,
-                }
             run_contrast(
                 s,
                 x,
@@ -276,7 +261,6 @@ def forward(
                 out=out,
                 page_offsets=p.pv_offsets,
                 fixed_shift=allows_fixed_shift(p, p.pv.dtype, p.log_q is not None),
-                fused=fused,
                 **options,
             )
             finish(0, s.rows)

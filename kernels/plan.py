@@ -100,7 +100,7 @@ def mark_sequence(
     )
 
 
-@kernel
+@kernel(registers=255)
 def mark_rows(
     offsets_ptr,
     mask_ptr,
@@ -215,7 +215,7 @@ def store_list(
         )
 
 
-@kernel
+@kernel(registers=255)
 def compact(
     flags_ptr,  # [FLAGS, rows]
     block_counts_ptr,  # [FLAGS, blocks]

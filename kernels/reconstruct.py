@@ -97,7 +97,6 @@ def attend_tile(
     last_page,
     capacity,
     scale_log2,
-    STORE_LSE: tl.constexpr,
     D: tl.constexpr,
     HEADS: tl.constexpr,
     HAS_Q_INDEX: tl.constexpr,
@@ -166,9 +165,8 @@ def attend_tile(
         if HEADS > 1:
             acc = tl.where(head_mask(dims, head, D // HEADS)[None, :], acc, 0.0)
         result += acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        if STORE_LSE:
-            lse = top + tl.log2(tl.where(total == 0.0, 1.0, total))
-            tl.store(attention_lse_ptr + head * capacity + place, lse, mask=page >= 0)
+        lse = top + tl.log2(tl.where(total == 0.0, 1.0, total))
+        tl.store(attention_lse_ptr + head * capacity + place, lse, mask=page >= 0)
     return result
 
 
@@ -187,7 +185,6 @@ def store_unit_rows(
     STRIDE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_E_INDEX: tl.constexpr,
-    WITH_POSITIVE: tl.constexpr,
 ):
     """r = R / |R| in the input type, |R|, and cos(R_j, E_j): in float32, and as products of rounded rows see it."""
     dims = tl.arange(0, BLOCK_D)
@@ -200,15 +197,13 @@ def store_unit_rows(
         mask=valid[:, None] & (dims < STRIDE)[None, :],
     )
     tl.store(norm_ptr + place, norm, mask=valid)
-    if WITH_POSITIVE:
-        e = load_rows(e_ptr, e_index_ptr, position, valid, D, BLOCK_D, HAS_E_INDEX).to(tl.float32)
-        e = e * unit_scale(tl.sqrt(tl.sum(e * e, axis=1)))[:, None]
-        tl.store(positive_ptr + place * 2, tl.sum(exact * e, axis=1), mask=valid)
-        rounded = e.to(unit_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(
-            positive_ptr + place * 2 + 1, tl.sum(unit.to(tl.float32) * rounded, axis=1), mask=valid
-        )
-    return unit
+    e = load_rows(e_ptr, e_index_ptr, position, valid, D, BLOCK_D, HAS_E_INDEX).to(tl.float32)
+    e = e * unit_scale(tl.sqrt(tl.sum(e * e, axis=1)))[:, None]
+    tl.store(positive_ptr + place * 2, tl.sum(exact * e, axis=1), mask=valid)
+    rounded = e.to(unit_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(
+        positive_ptr + place * 2 + 1, tl.sum(unit.to(tl.float32) * rounded, axis=1), mask=valid
+    )
 
 
 @triton.jit
@@ -283,7 +278,6 @@ def attend(
         last,
         capacity,
         scale * LOG2E,
-        True,
         D,
         HEADS,
         HAS_Q_INDEX,
@@ -318,7 +312,6 @@ def attend(
             STRIDE,
             BLOCK_D,
             HAS_E_INDEX,
-            True,
         )
 
 
@@ -494,11 +487,9 @@ def attend_dkv(
     real = history_page >= 0
     first = tl.min(tl.where(real, history_page, 2147483647), axis=0)
     last = tl.max(history_page, axis=0)
-    low = 0
-    high = 0
-    if last >= 0:
-        low = rank_before(rank_ptr, tl.load(pv_offsets_ptr + first))
-        high = rank_before(rank_ptr, tl.load(pv_offsets_ptr + last + 1))
+    there = last >= 0
+    low = rank_before(rank_ptr, tl.load(pv_offsets_ptr + first, mask=there, other=0))
+    high = rank_before(rank_ptr, tl.load(pv_offsets_ptr + last + 1, mask=there, other=0))
     k_start = source_row(k_index_ptr, row, real, HAS_K_INDEX) * D
     v_start = source_row(v_index_ptr, row, real, HAS_V_INDEX) * D
     k = real

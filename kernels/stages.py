@@ -214,8 +214,7 @@ def attend(
         BLOCK_D=s.block_d,
         BLOCK_C=configs.attention_part(s.block_d),
         PRECISION=s.precision,
-        num_warps=s.attention.num_warps,
-        num_stages=s.attention.num_stages,
+        **s.attention.launch,
     )
 
 
@@ -311,8 +310,7 @@ def attention_backward(
         "BLOCK_D": s.block_d,
         "BLOCK_C": configs.attention_part(s.block_d),
         "PRECISION": s.precision,
-        "num_warps": s.backward.num_warps,
-        "num_stages": s.backward.num_stages,
+        **s.backward.launch,
     }
     history_need = needs[0] if table else needs[1]
     want_key = needs[3] if p.key is not None else history_need

@@ -44,7 +44,6 @@ class Shape:
     directions: tuple[str, ...]
     id_dtype: torch.dtype
     chunked: bool  # P of a chunk of rows is stored, instead of sums over D in registers
-    fused: bool  # the attention may run in the prologue of the contrast's row tile
     early: bool  # ... and used at once for the gradient of the columns: the weights of the rows are known
     stream: bool  # a tile may be divided between programs anywhere (`schedule` in tl_common.py)
     tile: configs.Tile
@@ -85,7 +84,6 @@ def loss_shape(p: Problem) -> Shape:
     stride = configs.row_stride(dim, chunks)
     table = p.pv_index is not None
     every = p.direction != "reconstruct"
-    fused = configs.fuse_attention(stride, chunks, every, p.num_heads)
 
     def tile(kind: str) -> configs.Tile:
         return configs.contrast_tile(p.pv.dtype, stride, p.pv.device, kind)
@@ -111,11 +109,10 @@ def loss_shape(p: Problem) -> Shape:
         directions=("reconstruct", "identify") if p.direction == "both" else (p.direction,),
         id_dtype=torch.int64 if p.item_ids is not None else torch.int32,
         chunked=chunks,
-        fused=fused,
         early=chunks and p.reduction != "none",
-        stream=_divisible(p.pv.dtype, chunks) and not fused and p.negatives != "page",
-        tile=tile("fused" if fused else "forward"),
-        lse=tile("fused" if fused else "lse"),
+        stream=_divisible(p.pv.dtype, chunks) and p.negatives != "page",
+        tile=tile("forward"),
+        lse=tile("lse"),
         transposed=tile("transposed"),
         product=configs.product_tile(p.pv.dtype),
         attention=configs.attention_tile(p.pv.dtype, stride, p.num_heads, False),
@@ -291,7 +288,6 @@ def sequence_shape(p: SequenceProblem) -> SequenceShape:
         directions=(),
         id_dtype=torch.int64 if p.item_ids is not None else torch.int32,
         chunked=chunks,
-        fused=False,
         early=False,
         stream=_divisible(dtype, chunks),
         tile=tile("forward"),

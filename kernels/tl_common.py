@@ -23,15 +23,20 @@ SMALLEST_FIXED_TAU = 0.05
 _ANYWHERE = ("count_ptr", "rank_ptr", "reconstructed_rank_ptr", "y_rank_ptr")
 
 
-def kernel(fn: Callable[..., Any] | None = None, *, aligned: tuple[str, ...] = ()) -> Any:
+def kernel(
+    fn: Callable[..., Any] | None = None,
+    *,
+    aligned: tuple[str, ...] = (),
+    registers: int | None = None,
+) -> Any:
     """A kernel that is launched: one compilation for any size.
 
     Triton would make a constant of an integer argument of 1, which has no methods, and compile anew for sizes that are
     multiples of 16; where that decides how wide loads are, the argument is named in `aligned`. Whether a product and a sum
-    are rounded once is said here, because Triton's default changes.
+    are rounded once is said here, because Triton's default changes. `registers` of a thread, as of a `configs.Tile`.
     """
     if fn is None:
-        return functools.partial(kernel, aligned=aligned)
+        return functools.partial(kernel, aligned=aligned, registers=registers)
     plain = [
         p.name
         for p in inspect.signature(fn).parameters.values()
@@ -41,7 +46,7 @@ def kernel(fn: Callable[..., Any] | None = None, *, aligned: tuple[str, ...] = (
     ]
     compiled = triton.jit(fn, do_not_specialize=plain)
     if isinstance(compiled, triton.JITFunction):  # not in the interpreter
-        compiled.run = functools.partial(compiled.run, enable_fp_fusion=True)
+        compiled.run = functools.partial(compiled.run, enable_fp_fusion=True, maxnreg=registers)
     return compiled
 
 

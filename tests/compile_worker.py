@@ -44,6 +44,7 @@ class Case:
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
+    registers: int | None = None
     must_not_spill: bool = True
     needs_wgmma: bool = True
     aligned: tuple[str, ...] = ("x_ptr", "y_ptr", "out_ptr", "steps")

@@ -34,6 +34,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 # What chooses path and tile in kernels/configs.py: compute capability, embedding dimension, type, options.
 PATHS: tuple[tuple[int, int, torch.dtype, dict[str, Any]], ...] = (
     (80, 1, BF16, {}),
+    (80, 256, BF16, {"table": True, "everything": False}),
     (80, 256, FP16, {"everything": False}),
     (80, 100, FP32, {"tf32": True, "everything": False}),
     (86, 128, FP16, {"everything": False}),
@@ -41,6 +42,8 @@ PATHS: tuple[tuple[int, int, torch.dtype, dict[str, Any]], ...] = (
     (86, 256, FP32, {"tf32": True, "everything": False}),
     (90, 17, FP32, {"table": True, "everything": False}),
     (90, 300, BF16, {"reduction": "none", "everything": False}),
+    (100, 256, BF16, {}),
+    (100, 768, BF16, {"reduction": "none", "everything": False}),
     (120, 64, FP16, {"table": True, "everything": False}),
     (120, 256, BF16, {"tensor_tau": True}),
     (120, 1024, FP32, {"everything": False}),

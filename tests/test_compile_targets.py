@@ -1,4 +1,5 @@
-"""Every Triton kernel compiles for GPUs that need not be there; on sm_90 the tiles in use keep their sums in registers."""
+"""What the Triton kernels compile to for GPUs that need not be there: on sm_90 the tiles in use keep their sums in
+registers, and the hot loops are bare. That every path compiles for other GPUs too is `test_dry_run.py`'s."""
 
 from __future__ import annotations
 
@@ -20,12 +21,11 @@ if not sys.platform.startswith("linux"):
 
 from courier_fast.kernels.launches import COMMON, SHARED_MEMORY, SPECIAL  # noqa: E402
 
-# The fused prologue is not picked by configs.py until a measurement says where it pays. A temperature on the device has
-# two loops, and what spills does so between tiles, or (Triton 3.9) in three of 327 instructions.
-MAY_SPILL = ("fused-attention-256", "learned-temperature")
+# Bytes of a thread that may spill, outside the loop: two registers from tile to tile with Triton 3.9.
+MAY_SPILL = {"log-q": 8}
 
 # Instructions of a step of the contrast's loop over columns (bfloat16, sm_90): of the pass for log-sum-exps alone, the
-# forward and the transposed pass, with Triton before 3.7 and from then on (wgmma descriptors are longer). What was
+# forward and the transposed pass, with Triton 3.6 and from 3.7 on (in 3.9, wgmma descriptors are longer). What was
 # reached, so that it is not lost again: a mask or an address more in the loop is at least eight.
 HOT_LOOPS = {
     "bf16-256": ((209, 242), (239, 278), (249, 278)),
@@ -52,16 +52,15 @@ def compiled(which: str, *capabilities: int) -> list[dict[str, Any]]:
     return json.loads(run.stdout)
 
 
-def check(results: list[dict[str, Any]], may_spill: bool) -> None:
+def check(results: list[dict[str, Any]], may_spill: int = 0) -> None:
     assert results
     for x in results:
         label = f"{x['name']} on sm_{x['capability']}"
         assert x["error"] is None, f"{label}: {x['error']}"
         assert x["shared"] <= SHARED_MEMORY[x["capability"]], f"{label}: {x['shared']} bytes shared"
-        if x["capability"] != 90:
-            continue
         spilled = f"{label}: {x['spilled']} bytes on the stack, {x['registers']} registers"
-        assert may_spill or x["spilled"] == 0, spilled
+        assert x["spilled"] <= may_spill, spilled
+        assert not {"LDL", "STL"} & set(x["loop"]), f"{label}: spills in the loop: {x['loop']}"
         assert x["wgmma"] or not x["needs_wgmma"], f"{label}: no wgmma in the PTX"
 
 
@@ -74,22 +73,19 @@ def test_detects_spills_and_wgmma() -> None:
     assert own["spills", 90]["spilled"] > 0
 
 
-@pytest.mark.parametrize("label", COMMON)
-def test_kernels_compile_everywhere(label: str) -> None:
-    check(compiled(label, 80, 90, 100), False)
-
-
-@pytest.mark.parametrize("label", SPECIAL)
-def test_variants_compile_for_hopper(label: str) -> None:
-    check(compiled(label, 90), label in MAY_SPILL)
+@pytest.mark.parametrize("label", [*COMMON, *SPECIAL])
+def test_kernels_compile_for_hopper(label: str) -> None:
+    check(compiled(label, 90), MAY_SPILL.get(label, 0))
 
 
 @pytest.mark.parametrize("label", HOT_LOOPS)
 def test_hot_loops_stay_bare(label: str) -> None:
     """No mask, id or predicate outside the diagonal and the tail: every one of them shows in the count."""
-    newer = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 7)
-    targets = (80, 90, 100) if label in COMMON else (90,)
-    loops = [x for x in compiled(label, *targets) if x["name"] == "contrast" and x["loop"]]
+    version = tuple(int(x) for x in triton.__version__.split(".")[:2])
+    if version < (3, 6):
+        pytest.skip("Triton 3.5 takes about 130 instructions more for the same loops")
+    newer = version >= (3, 7)
+    loops = [x for x in compiled(label, 90) if x["name"] == "contrast" and x["loop"]]
     assert len(loops) >= 3
     for x in loops:
         flags = x["constexprs"]
@@ -98,14 +94,8 @@ def test_hot_loops_stay_bare(label: str) -> None:
         count = sum(x["loop"].values())
         assert count <= most, f"{count} instructions, {most} at most: {x['loop']}"
         assert x["loop"].get("LDGSTS", 0) > 0, f"loads are not ahead of their use: {x['loop']}"
-        assert not {"LDL", "STL"} & set(x["loop"]), f"spills in the loop: {x['loop']}"
-
-
-@pytest.mark.parametrize("label", ["bf16-128", "tf32-256"])
-def test_kernels_fit_gpus_with_little_shared_memory(label: str) -> None:
-    check(compiled(label, 86), False)
 
 
 def test_the_contrast_is_expected_on_wgmma() -> None:
-    found = {x["name"] for x in compiled("bf16-256", 80, 90, 100) if x["needs_wgmma"]}
+    found = {x["name"] for x in compiled("bf16-256", 90) if x["needs_wgmma"]}
     assert found == {"contrast"}

@@ -125,16 +125,6 @@ def test_triton_in_several_chunks(
     check_loss("triton", dtype=dtype, workspace=1, draws=3, **({"pages": 20} | CASES[case]))
 
 
-@pytest.mark.parametrize(
-    "case", ["plain", "items", "weights-sum", "none", "padding", "several-tiles", "dim-100"]
-)
-def test_triton_attention_in_the_prologue(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    """The variant in which R does not travel through memory."""
-    configs = pytest.importorskip("courier_fast.kernels.configs")
-    monkeypatch.setattr(configs, "FUSED_STRIDES", frozenset({16, 32, 64, 128, 256}))
-    check_loss("triton", **CASES[case])
-
-
 RECONSTRUCT = (
     "plain",
     "heads",
