@@ -7,6 +7,7 @@ number may be zero by luck. `Rounding` models it instead, with the same random n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,10 @@ from torch import Tensor
 
 # Runs of the model for each problem. A tensor averages over its elements, but a loss is one number.
 DRAWS = 4
+
+# Matrix products, and at how many places along them the model looks at their partial sums.
+PRODUCTS = frozenset(["addmm", "baddbmm", "bmm", "mm"])
+PARTIAL_SUMS = 8
 
 # What moves, selects or compares values, and so rounds nothing; whatever else gives floating numbers rounds.
 EXACT = frozenset(
@@ -90,6 +95,14 @@ EXACT = frozenset(
 )
 
 
+def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half a unit in the last place of each number of x, stored in `dtype`; NaN and inf give anything."""
+    info = torch.finfo(dtype)
+    # The power of two at or below |x|; numbers below the smallest normal one share its unit.
+    power = (x.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
+    return power.clamp_(min=info.tiny).mul_(info.eps / 2)
+
+
 def _map(change: Callable[[Any], Any], x: Any) -> Any:
     return type(x)([change(y) for y in x]) if isinstance(x, (list, tuple)) else change(x)
 
@@ -101,6 +114,9 @@ class Rounding:
     and holds float64. What is computed from it, its gradient included, is computed in float64 and then moved, by half a
     unit in the last place of the type in which plain code would store it: R, unit rows and probabilities in the input's
     type, log-sum-exps and losses in float32, and a score of size 1/tau by a unit that is as much coarser.
+    In a float32 matrix product every partial sum is rounded too: each library adds in an order of its own, and one after
+    the other is the order with most roundings. The many of one sum are drawn at once, from a normal distribution with the
+    variance of roundings to nearest. (Partial sums of shorter types are float32, which is nothing beside the result's rounding.)
     """
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
@@ -111,16 +127,26 @@ class Rounding:
         return held.requires_grad_(x.requires_grad)
 
     def move(self, x: Tensor, dtype: torch.dtype, operands: Sequence[Tensor]) -> Tensor:
-        info = torch.finfo(dtype)
         stays = x.isfinite().logical_not_().logical_or_(x == 0)
         for operand in operands:
             if operand.shape == x.shape:  # x + 0, 1 * x: nothing was rounded
                 stays |= x == operand
-        # The power of two at or below |x|; numbers below the smallest normal one share its unit.
-        shift = (x.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
-        shift.clamp_(min=info.tiny).mul_(info.eps / 2).masked_fill_(stays, 0)
+        shift = _unit(x, dtype).masked_fill_(stays, 0)
         down = torch.empty_like(x, dtype=torch.bool).random_(2, generator=self.generator)
         return torch.where(down, -shift, shift).add_(x)
+
+    def add_up(self, product: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """The float32 product of a [..., M, K] and b [..., K, N], with the roundings of its K - 1 additions."""
+        length = a.shape[-1]
+        ends = sorted({length * i // PARTIAL_SUMS for i in range(PARTIAL_SUMS + 1)})
+        partial, squares = torch.zeros_like(product), torch.zeros_like(product)
+        for begin, end in itertools.pairwise(ends):
+            partial += a[..., begin:end] @ b[..., begin:end, :]
+            unit = _unit(partial, torch.float32)
+            squares.addcmul_(unit, unit, value=(end - max(begin, 1)) / 3)
+        squares.masked_fill_((product == 0) | ~product.isfinite(), 0)
+        noise = partial.normal_(generator=self.generator)
+        return noise.mul_(squares.sqrt_()).add_(product)
 
 
 class _Rounded(Tensor):
@@ -184,6 +210,8 @@ class _Rounded(Tensor):
         def close(x: Any) -> Any:
             if not isinstance(x, Tensor) or x.dtype != torch.float64:
                 return x
+            if name in PRODUCTS and dtype == torch.float32:
+                x = roundings[0].add_up(x, *operands[-2:])
             if rounds:
                 x = roundings[0].move(x, dtype, before)
             return _Rounded(x, dtype, roundings[0])

@@ -278,6 +278,21 @@ def test_the_model_alone_holds_eager_code(case: dict[str, Any], dtype: torch.dty
     judge(found, [replace(y, eager=y.exact) for y in judged], eager).check()
 
 
+def test_a_product_is_as_far_off_as_one_added_up_in_order() -> None:
+    """Row by row, as no library does it any more: what the model draws has that size."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(40, 300, generator=g) + shift for shift in (0.0, -0.3))
+    exact = a.double() @ b.double().T
+    partial = torch.zeros(40, 40)
+    for k in range(300):
+        partial += torch.outer(a[:, k], b[:, k])
+    modelled = held(Rounding(0).leaf(a) @ Rounding(1).leaf(b).T) - exact
+    ratio = float(modelled.norm() / (partial - exact).norm())
+    assert 0.7 < ratio < 1.5
+    zero = torch.zeros(40, 300)
+    assert not held(Rounding(0).leaf(a) @ zero.T).any()
+
+
 def test_scores_of_size_1_over_tau_round_coarser() -> None:
     def error(tau: float) -> float:
         y = loss_yardstick(make(0, tau=tau, reduction="none"))
