@@ -1,4 +1,4 @@
-.PHONY: install test lint bench
+.PHONY: install test lint bench gpu
 
 install:
 	pip install -e ".[test,dev]"
@@ -13,3 +13,6 @@ lint:
 
 bench:
 	python -m bench
+
+gpu:
+	python -m bench.gpu --out build/gpu
