@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from courier_fast.budget import Budget, Error, Rounding, Yardstick, held
+from courier_fast.budget import DRAWS, Budget, Error, Rounding, Yardstick, held
 
 from .candidates import Loss, call
 from .problems import Batch
@@ -48,10 +48,6 @@ def _rounded(batch: Batch, draw: int) -> dict[str, Tensor]:
     leaves: dict[str, Any] = {name: rounding.leaf(x) for name, x in batch.inputs.items()}
     found = loss_and_gradients(lambda b: call(b, "reference"), replace(batch, **leaves))
     return {name: held(x) for name, x in found.items()}
-
-
-# Of the model: two, since a draw takes several times as long as the reference.
-DRAWS = 2
 
 
 def yardstick(batch: Batch) -> Yardstick:

@@ -271,8 +271,11 @@ class Error:
 class Budget:
     """|fused - exact| <= 2 max(|eager - exact|, |rounded - exact|) + one rounding, in the l2 and in the max norm.
 
-    Each error is a root mean square over the problems that were added, and over the draws of the model. The 2 is the
-    promise: a fused result errs at most twice as much as eager code. The one rounding is that of storing the result.
+    Each error is a root mean square over the problems that were added; of the model's draws, the largest counts. The 2 is
+    the promise: a fused result errs at most twice as much as eager code. The one rounding is that of storing the result.
+
+    Why the largest: where an error is one number (a temperature's gradient, a largest entry), right code exceeds twice the
+    root mean square of four draws in 3 of 100 checks of three problems, twice the largest in 2 of 1,000.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -288,12 +291,13 @@ class Budget:
             def error(found: Mapping[str, Tensor]) -> tuple[float, float]:
                 return _norms(held(found[name]) - exact)  # noqa: B023
 
-            drawn = [error(r) for r in yardstick.rounded]
+            drawn = [error(r) for r in yardstick.rounded] or [(0.0, 0.0)]
             columns = (_norms(exact), error(fused), error(yardstick.eager))
             for i, norm in enumerate(("l2", "max")):
                 total = self.squares.setdefault((name, norm), [0.0] * 4)
-                model = sum(d[i] ** 2 for d in drawn) / max(len(drawn), 1)
-                for k, x in enumerate((*(c[i] ** 2 for c in columns), model)):
+                for k, x in enumerate(
+                    (*(c[i] ** 2 for c in columns), max(d[i] ** 2 for d in drawn))
+                ):
                     total[k] += x
 
     def errors(self) -> list[Error]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import courier_fast
-from courier_fast.budget import Budget, Rounding, Yardstick, held
+from courier_fast.budget import DRAWS, Budget, Rounding, Yardstick, held
 
 from ..candidates import call, graphed
 from ..problems import Batch, Options, Shape, make_batch
@@ -253,7 +253,7 @@ def yardstick(case: Smoke, batch: Batch) -> Yardstick:
         return {name: held(x) for name, x in found.items()}
 
     truth = run_once(case, reference, batch.to(torch.float64))
-    return Yardstick(truth, run_once(case, reference, batch), [rounded(i) for i in range(2)])
+    return Yardstick(truth, run_once(case, reference, batch), [rounded(i) for i in range(DRAWS)])
 
 
 def compared(
