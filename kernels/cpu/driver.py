@@ -80,8 +80,13 @@ def _stage(name: str, *arguments: Any) -> None:
 
     Tensors go as capsules: through their own `__dlpack__` each would cost the host 5 us, more than a small batch's work.
     """
-    given = (to_dlpack(x) if isinstance(x, Tensor) else x for x in arguments)
-    getattr(_native, name)(*given, torch.get_num_threads(), os.environ.get(VARIANT_VARIABLE))
+    _call(name, *arguments, torch.get_num_threads(), os.environ.get(VARIANT_VARIABLE))
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    return getattr(_native, name)(
+        *[to_dlpack(x) if isinstance(x, Tensor) else x for x in arguments]
+    )
 
 
 # ---- stages -------------------------------------------------------------------------------------------------------
@@ -112,16 +117,10 @@ class _Rows:
 
 
 def _real_rows(offsets: Tensor, mask: Tensor | None, index: Tensor | None, rows: int) -> _Rows:
-    position = torch.arange(rows)
-    page = torch.searchsorted(offsets, position, right=True) - 1
-    real = page < offsets.shape[0] - 1
-    if mask is not None:
-        real &= mask
-    keep = real.nonzero().squeeze(1)
-    page = page[keep]
-    counts = torch.bincount(page, minlength=offsets.shape[0] - 1)
-    start = torch.zeros(offsets.shape[0], dtype=torch.int64)
-    torch.cumsum(counts, 0, out=start[1:])
+    keep, page = torch.empty(2, rows, dtype=torch.int64)
+    start = torch.empty(offsets.shape[0], dtype=torch.int64)
+    count = _call("real_rows", offsets, mask, rows, keep, page, start)
+    keep, page = keep[:count], page[:count]
     return _Rows(keep, page, start, keep if index is None else index[keep])
 
 
@@ -169,11 +168,11 @@ class _Reconstruction:
 def _attend(p: Problem, pv: _Rows, history: _Rows, rows: Tensor, raw: bool) -> _Reconstruction:
     """Reconstructions of `rows` (among the real PV rows, all of pages with a history)."""
     c_source = p.pv if p.history is None else p.history
-    page = pv.page[rows]
-    first, last = history.start[page], history.start[page + 1]
-    sizes = (last - first) * p.num_heads
-    ends = sizes.cumsum(0)
-    weights = torch.empty(int(ends[-1]) if len(ends) else 0, dtype=torch.float32)
+    count, dim = rows.shape[0], p.pv.shape[1]
+    first, last, weights_at, page_starts = torch.empty(4, count, dtype=torch.int64)
+    spans = (pv.page[rows], history.start, p.num_heads, first, last, weights_at, page_starts)
+    sizes, pages = _call("spans", *spans)
+    weights = torch.empty(sizes, dtype=torch.float32)
     e_row = pv.source[rows]
     arguments = (
         p.pv if p.query is None else p.query,
@@ -184,23 +183,20 @@ def _attend(p: Problem, pv: _Rows, history: _Rows, rows: Tensor, raw: bool) -> _
         history.source if p.value is None else history.keep,
         first,
         last,
-        ends - sizes,
+        weights_at,
         weights,
     )
-    count, dim = rows.shape[0], p.pv.shape[1]
     unit = torch.empty(count, dim, dtype=p.pv.dtype)
     norm = torch.empty(count, dtype=torch.float32)
     positive = torch.empty(count, dtype=torch.float64)
     _stage(
         "attend", *arguments, p.pv, e_row, unit, norm, positive, p.attention_scale, p.num_heads, raw
     )
-    change = torch.ones_like(page, dtype=torch.bool)
-    torch.ne(page[1:], page[:-1], out=change[1:])
     attention = _Attention(
         arguments,
         p.attention_scale,
         p.num_heads,
-        change.nonzero().squeeze(1),
+        page_starts[:pages],
         dim,
         count,
         history.keep.shape[0],
@@ -270,7 +266,8 @@ def _contrast(
     m, dim = x.shape
     n = y.unit.shape[0]
     # A few numbers a row in float64: the loss is a difference of scores of 1/tau.
-    lse, loss, miss, total = torch.zeros(4, m, dtype=torch.float64)
+    lse, loss, total = torch.zeros(3, m, dtype=torch.float64)
+    factor, pull = torch.empty(2, m)
     top = torch.empty(m)
     above = torch.empty(m, dtype=torch.int64) if want_rank else None
     half = x.dtype != torch.float32
@@ -313,28 +310,19 @@ def _contrast(
             _stage("contrast", scores, low, *about, y.page_only, *results)
         else:
             native.tile(xs, about, results, product)
-        shift, others = top[rows].double(), total[rows]
-        if positive is None:
-            lse[rows] = shift + others.log()
-            scale = others.reciprocal()
-        else:
-            # P is relative to `shift`, the rest to the highest score. Without other candidates the loss is exactly 0.
-            shift = shift.masked_fill(others == 0, -torch.inf)
-            own = positive[rows]
-            highest = torch.maximum(shift, own)
-            scale = (shift - highest).exp()
-            others = others * scale
-            everything = others + (own - highest).exp()
-            lse[rows] = highest + everything.log()
-            loss[rows] = torch.where(
-                highest == own, others.log1p(), everything.log() + (highest - own)
-            )
-            miss[rows] = others / everything
-            scale = scale / everything
+        own_pull = None if own_unit is None else pull[rows]
+        _call(
+            "finish",
+            *results[:2],
+            _part(positive, rows),
+            _part(g, rows),
+            lse[rows],
+            loss[rows],
+            factor[rows],
+            own_pull,
+        )
         if g is None or d_x is None or part_x is None or part_weighted is None:
             continue
-        # A row without weight has no share, also where its log-sum-exp is over nothing.
-        factor = torch.where(g[rows] == 0, 0.0, g[rows] * scale).float()
         if native is None:
             torch.mm(scores, ys, out=product)
         weighted = part_weighted[: stop - start]
@@ -344,8 +332,8 @@ def _contrast(
             product,
             xs,
             _part(own_unit, rows),
-            factor,
-            (g[rows] * miss[rows]).float() if own_unit is not None else None,
+            factor[rows],
+            own_pull,
             d_x[rows],
             weighted,
             _part(d_own, rows),
@@ -443,7 +431,7 @@ class _Result:
     cosine: Tensor  # [M] float64
     anchor: Tensor  # [M] positions among the real PV rows
     pv: _Rows
-    skipped: Tensor
+    left_out: Tensor  # real PV rows that were clicked, on a page without history
     weight: Tensor | None  # [M]
     gradients: list[Tensor | None]
 
@@ -468,31 +456,35 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
     if p.weights is not None:
         weight = p.weights[pv.keep[anchor]]
     directions = ("reconstruct", "identify") if p.direction == "both" else (p.direction,)
-    listed = anchor if p.direction == "reconstruct" else has_history.nonzero().squeeze(1)
-    place = torch.searchsorted(listed, anchor)  # of the anchors among the rows with an R
+    every = p.direction != "reconstruct"
+    listed = has_history.nonzero().squeeze(1) if every else anchor  # the rows with an R
     r = _attend(p, pv, history, listed, False)
-    cosine = r.positive[place]
+    cosine, r_anchor = r.positive, r.unit
+    if every:
+        place = torch.searchsorted(listed, anchor)  # of the anchors among them
+        cosine, r_anchor = cosine[place], r_anchor[place]
 
     grads = any(needs)
     g = None
     if grads:
         if upstream is not None:
             g = upstream[pv.keep[anchor]].to(torch.float32)
+        elif weight is None:
+            g = torch.full(
+                (len(anchor),), 1 / max(len(anchor), 1) if p.reduction == "mean" else 1.0
+            )
         else:
-            g = torch.ones(anchor.shape[0]) if weight is None else weight.clone()
-            if p.reduction == "mean" and anchor.shape[0]:
-                g /= g.sum(dtype=torch.float64)
-        g = g / len(directions)
+            g = weight / weight.sum(dtype=torch.float64) if p.reduction == "mean" else weight
+        if len(directions) > 1:
+            g = g / 2
 
     log_q = None if p.log_q is None else p.log_q[pv.keep]
     ids = None if p.ids is None else p.ids[pv.keep]
     columns = _item_columns(p, pv, anchor, ids, log_q) if "reconstruct" in directions else None
     scores: list[_Scores] = []
-    items = torch.zeros(anchor.shape[0], dtype=torch.float64)
     d_r: Tensor | None = None  # [listed, D], without the 1/tau as the next two
     d_e_anchor: Tensor | None = None  # [M, D]
     d_columns: Tensor | None = None
-    r_anchor = r.unit if listed is anchor else r.unit[place]
     e_anchor, e_anchor_norm = _normalize(p.pv, pv.source[anchor])
     positive_score = cosine * inverse_tau
     if log_q is not None:
@@ -517,12 +509,11 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
                 d_r = torch.zeros(listed.shape[0], p.pv.shape[1])
             s = _contrast(e_anchor, y, inverse_tau, positive_score, r_anchor, g, rank, add_to=d_r)
         scores.append(s)
-        items += s.loss / len(directions)
         if s.d_x is None or s.d_own is None:
             continue
         if direction == "reconstruct":
             d_e_anchor, d_columns = s.d_own, s.d_y
-            if listed is anchor:
+            if not every:
                 d_r = s.d_x
             else:
                 d_r = torch.zeros(listed.shape[0], p.pv.shape[1]).index_add_(0, place, s.d_x)
@@ -547,8 +538,9 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
             total.index_add_(0, pv.source[anchor], d_e_anchor)
         columns = d_columns = d_e_anchor = None
         _reconstruction_gradients(p, needs, gradients, total, pv, history, listed, r.attention, d_r)
-    skipped = (clicked & ~has_history).sum()
-    return _Result(items, scores[0], cosine, anchor, pv, skipped, weight, gradients)
+    items = scores[0].loss if len(scores) == 1 else (scores[0].loss + scores[1].loss) / 2
+    left_out = clicked & ~has_history
+    return _Result(items, scores[0], cosine, anchor, pv, left_out, weight, gradients)
 
 
 def _placed(like: Tensor, rows: Tensor, values: Tensor) -> Tensor:
@@ -666,10 +658,10 @@ def _reduced(p: Problem, result: _Result) -> Tensor:
     if p.reduction == "none":
         item = result.item.float()
         return torch.zeros(p.num_pv).index_copy_(0, result.pv.keep[result.anchor], item)
-    weight = torch.ones_like(result.item) if result.weight is None else result.weight
-    loss = (weight.double() * result.item).sum()
-    if p.reduction == "mean" and len(weight):
-        loss = loss / weight.sum(dtype=torch.float64)
+    weight = result.weight
+    loss = (result.item if weight is None else weight.double() * result.item).sum()
+    if p.reduction == "mean" and len(result.item):
+        loss /= len(result.item) if weight is None else weight.sum(dtype=torch.float64)
     return loss.to(torch.float32)
 
 
@@ -691,7 +683,7 @@ def loss_forward(p: Problem, needs: Sequence[bool], stats: bool) -> tuple[Any, .
         assert result.scores.above is not None
         rank = spread(result.scores.above + 1)
         is_anchor = torch.zeros(p.num_pv, dtype=torch.bool).index_fill_(0, where, True)
-        skipped = result.skipped
+        skipped = result.left_out.sum()
     saved = [grad for grad in result.gradients if grad is not None]
     per_row = (spread(result.item), spread(result.scores.lse), spread(result.cosine))
     return _reduced(p, result), *per_row, rank, is_anchor, skipped, saved

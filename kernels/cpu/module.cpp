@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -14,7 +15,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <functional>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -35,6 +38,7 @@ using Strided = nb::ndarray<nb::device::cpu>;
 using Floats = nb::ndarray<float, nb::device::cpu, nb::c_contig>;
 using Doubles = nb::ndarray<double, nb::device::cpu, nb::c_contig>;
 using Rows = nb::ndarray<int64_t, nb::device::cpu, nb::c_contig>;
+using Bools = nb::ndarray<bool, nb::device::cpu, nb::c_contig>;
 using Words = nb::ndarray<int32_t, nb::device::cpu, nb::c_contig>;
 
 constexpr uint8_t kDlpackBfloat = 4;
@@ -174,6 +178,74 @@ void run_parts(Job& job, int threads) {
 template <class A>
 auto* data_or_null(const std::optional<A>& x) {
     return x ? x->data() : nullptr;
+}
+
+// Rows that are no padding, in order: their places, their pages, and where each page begins among them. How many there are.
+int64_t real_rows(Rows offsets, std::optional<Bools> mask, int64_t rows, Rows keep, Rows page, Rows start) {
+    const int64_t pages = int64_t(offsets.shape(0)) - 1;
+    if (int64_t(keep.size()) < rows || int64_t(page.size()) < rows || int64_t(start.size()) < pages + 1)
+        throw std::invalid_argument("keep, page, start: too small");
+    const int64_t* at = offsets.data();
+    const bool* real = data_or_null(mask);
+    int64_t count = 0, i = 0;
+    start.data()[0] = 0;
+    for (int64_t b = 0; b < pages; ++b) {
+        // Whatever the offsets say (under torch.compile nobody looked at them), nothing is written past the end.
+        for (const int64_t end = std::min(at[b + 1], rows); i < end; ++i) {
+            if (real && !real[i]) continue;
+            keep.data()[count] = i;
+            page.data()[count++] = b;
+        }
+        start.data()[b + 1] = count;
+    }
+    return count;
+}
+
+// For each row the history of its page, and where its attention weights begin; where the rows of another page begin, so that
+// no two threads share a page. The number of weights, and that of pages.
+std::pair<int64_t, int64_t> spans(Rows page, Rows start, int64_t heads, Rows first, Rows last, Rows weights_at,
+                                  Rows page_starts) {
+    const int64_t n = int64_t(page.size());
+    int64_t weights = 0, pages = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t b = page.data()[i];
+        first.data()[i] = start.data()[b];
+        last.data()[i] = start.data()[b + 1];
+        weights_at.data()[i] = weights;
+        weights += heads * (start.data()[b + 1] - start.data()[b]);
+        if (i == 0 || b != page.data()[i - 1]) page_starts.data()[pages++] = i;
+    }
+    return {weights, pages};
+}
+
+// What a row's maximum, sum and positive give: log-sum-exp and loss; with g, the factors of its part of both gradients.
+void finish(Floats top, Doubles total, std::optional<Doubles> positive, std::optional<Floats> g, Doubles lse, Doubles loss,
+            std::optional<Floats> factor, std::optional<Floats> pull) {
+    const int64_t n = int64_t(top.size());
+    for (int64_t i = 0; i < n; ++i) {
+        double others = total.data()[i], scale, miss = 0;
+        if (!positive) {
+            lse.data()[i] = top.data()[i] + std::log(others);
+            scale = 1 / others;
+        } else {
+            // P is relative to the maximum, the rest to the highest score. Without other candidates the loss is exactly 0.
+            const double own = positive->data()[i];
+            const double shift = others == 0 ? -std::numeric_limits<double>::infinity() : double(top.data()[i]);
+            const double highest = own > shift || std::isnan(own) ? own : shift;
+            scale = std::exp(shift - highest);
+            others *= scale;
+            const double everything = others + std::exp(own - highest);
+            lse.data()[i] = highest + std::log(everything);
+            loss.data()[i] = highest == own ? std::log1p(others) : std::log(everything) + (highest - own);
+            miss = others / everything;
+            scale /= everything;
+        }
+        if (!g) continue;
+        // A row without weight has no share, also where its log-sum-exp is over nothing.
+        const float weight = g->data()[i];
+        factor->data()[i] = weight == 0 ? 0.0f : float(weight * scale);
+        if (pull) pull->data()[i] = float(weight * miss);
+    }
 }
 
 void normalize(Array source, Rows row, Array unit, Floats norm, int threads, std::optional<std::string> variant) {
@@ -419,6 +491,14 @@ void add(Floats sum, Array part, int threads, std::optional<std::string> variant
 // Arrays are written in place: a silent copy of a non-contiguous one would lose the result, hence noconvert.
 NB_MODULE(_native, m) {
     m.def("variants", &variants, "Instruction sets this CPU runs, the best first.");
+    m.def("real_rows", &real_rows, nb::arg("offsets").noconvert(), nb::arg("mask").noconvert().none(), nb::arg("rows"),
+          nb::arg("keep").noconvert(), nb::arg("page").noconvert(), nb::arg("start").noconvert());
+    m.def("spans", &spans, nb::arg("page").noconvert(), nb::arg("start").noconvert(), nb::arg("heads"),
+          nb::arg("first").noconvert(), nb::arg("last").noconvert(), nb::arg("weights_at").noconvert(),
+          nb::arg("page_starts").noconvert());
+    m.def("finish", &finish, nb::arg("top").noconvert(), nb::arg("total").noconvert(),
+          nb::arg("positive").noconvert().none(), nb::arg("g").noconvert().none(), nb::arg("lse").noconvert(),
+          nb::arg("loss").noconvert(), nb::arg("factor").noconvert().none(), nb::arg("pull").noconvert().none());
     m.def("normalize", &normalize, nb::arg("source").noconvert(), nb::arg("row").noconvert(),
           nb::arg("unit").noconvert(), nb::arg("norm").noconvert(), nb::arg("threads"),
           nb::arg("variant").none() = nb::none());
