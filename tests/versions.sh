@@ -34,7 +34,7 @@ for one; do
     "$environment/bin/python" -m pip install -q "${packages[@]}"
     # Not isolated: the build's own tools are in the environment, and torch is not installed once more.
     PATH="$environment/bin:$PATH" "$environment/bin/python" -m pip install -q --no-deps \
-      --no-build-isolation -C build-dir="$environment/build" -e .
+      --no-build-isolation --config-settings build-dir="$environment/build" -e .
     touch "$environment/ready"
   fi
   "$environment/bin/python" -c 'import sys, numpy, torch, triton
