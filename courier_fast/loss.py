@@ -21,7 +21,7 @@ from .packing import (
     side,
     watches_values,
 )
-from .problem import DIRECTIONS, NEGATIVES, REDUCTIONS, Problem, SequenceProblem
+from .problem import ATTENTIONS, DIRECTIONS, NEGATIVES, REDUCTIONS, Problem, SequenceProblem
 
 IMPLS = ("auto", "reference", *ops.IMPLEMENTATIONS)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -67,7 +67,13 @@ class ReconstructionStats:
 # ---- checks -------------------------------------------------------------------------------------------------------
 
 
-_CHOICES = {"negatives": NEGATIVES, "direction": DIRECTIONS, "reduction": REDUCTIONS, "impl": IMPLS}
+_CHOICES = {
+    "attention": ATTENTIONS,
+    "negatives": NEGATIVES,
+    "direction": DIRECTIONS,
+    "reduction": REDUCTIONS,
+    "impl": IMPLS,
+}
 
 
 def _check_choices(**values: Any) -> None:
@@ -216,6 +222,62 @@ def _choose(impl: str, p: Problem | SequenceProblem) -> str:
 # ---- from arguments to a Problem ----------------------------------------------------------------------------------
 
 
+def _finite(name: str, x: Any) -> float:
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{name}: expected a float, got {describe(x)}")
+    if not math.isfinite(x):
+        raise ValueError(f"{name}: expected a finite value, got {x}")
+    return float(x)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """The attention's arguments, as the user gives them."""
+
+    kind: str
+    scale: float | None
+    temperature: float | None
+    heads: Any
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("scale", "temperature") if getattr(self, n) is not None]
+        for name in given:
+            _finite(f"attention_{name}", getattr(self, name))
+        if self.temperature is not None and self.temperature <= 0:
+            raise ValueError(
+                f"attention_temperature: expected a value above 0, got {self.temperature}"
+            )
+        most = 0 if self.kind == "mean" else 1
+        if len(given) > most:
+            what = "none with attention 'mean'" if most == 0 else "at most one of the two"
+            raise ValueError(
+                f"attention_scale and attention_temperature: expected {what}, got "
+                + " and ".join(f"attention_{n} {getattr(self, n)}" for n in given)
+            )
+
+    def of(self, dim: int) -> dict[str, Any]:
+        """Fields of the Problem; raises ValueError if the heads do not divide the dimension."""
+        heads = self.heads
+        if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or dim % heads:
+            raise ValueError(
+                f"num_heads: expected a divisor of the embedding dimension {dim}, got {heads!r}"
+            )
+        scale = (dim // heads) ** -0.5 if self.scale is None else float(self.scale)
+        if self.temperature is not None:
+            scale = 1.0 / self.temperature
+        return {
+            "attention": "candidate" if self.kind == "candidate" else "anchor",
+            "cosine": self.kind == "candidate" and self.temperature is not None,
+            "attention_scale": 0.0 if self.kind == "mean" else scale,
+            "num_heads": heads,
+        }
+
+
+def _unit_heads(x: Tensor, heads: int) -> Tensor:
+    """Rows divided by their length, head by head."""
+    return reference.normalize(x.view(len(x), heads, -1)).reshape(len(x), -1)
+
+
 def _build(
     pv: Any,
     history: Any,
@@ -228,8 +290,7 @@ def _build(
     query: Any,
     key: Any,
     value: Any,
-    attention_scale: float | None,
-    num_heads: int,
+    attention: _Attention,
     validate: bool,
 ) -> tuple[dict[str, Any], Side, Side]:
     """What `reconstruction_loss` and `reconstruct` share: fields of the Problem, and the two layouts."""
@@ -279,21 +340,7 @@ def _build(
         raise ValueError(
             f"{'embeddings' if table is not None else 'pv'}: expected an embedding dimension of at least 1, got 0"
         )
-    if (
-        isinstance(num_heads, bool)
-        or not isinstance(num_heads, int)
-        or num_heads < 1
-        or dim % num_heads
-    ):
-        raise ValueError(
-            f"num_heads: expected a divisor of the embedding dimension {dim}, got {num_heads!r}"
-        )
-    if attention_scale is None:
-        attention_scale = (dim // num_heads) ** -0.5
-    elif isinstance(attention_scale, bool) or not isinstance(attention_scale, (int, float)):
-        raise TypeError(f"attention_scale: expected a float, got {describe(attention_scale)}")
-    elif not math.isfinite(attention_scale):
-        raise ValueError(f"attention_scale: expected a finite value, got {attention_scale}")
+    options = attention.of(dim)
 
     def projection(name: str, x: Tensor | None, layout: Side) -> Tensor | None:
         return None if x is None else layout.flatten(name, _float_rows(name, x, source), (dim,))
@@ -309,9 +356,7 @@ def _build(
         "clicked": None
         if clicked is None
         else as_bool("clicked", _per_item("clicked", clicked, pv_side, device), pv_side, validate),
-        "attention_scale": float(attention_scale),
-        "num_heads": num_heads,
-    }
+    } | options
     if table is None:
         fields |= {
             "pv": pv_side.flatten("pv", pv_in, (dim,)),
@@ -326,6 +371,20 @@ def _build(
             fields[f"{name}_index"] = check_index(
                 name, index, layout.live(), table.shape[0], validate
             )
+    if attention.temperature is not None and not options["cosine"]:
+        # Attention on unit vectors is that of projections: one query a row costs little.
+        source = fields["pv"] if table is not None else fields["history"]
+        for name, rows, index, layout in (
+            ("query", fields["pv"], fields["pv_index"], pv_side),
+            ("key", source, fields["history_index"], history_side),
+        ):
+            x = fields[name]
+            if x is None:
+                x = rows if index is None else rows[index]
+            live = layout.live()
+            if live is not None:  # whatever padding holds
+                x = torch.where(live[:, None], x, 0)
+            fields[name] = _unit_heads(x, options["num_heads"])
     return fields, pv_side, history_side
 
 
@@ -343,7 +402,9 @@ def reconstruction_loss(
     key: Tensor | None = None,
     value: Tensor | None = None,
     temperature: float | Tensor = 0.1,
+    attention: str = "anchor",
     attention_scale: float | None = None,
+    attention_temperature: float | None = None,
     num_heads: int = 1,
     negatives: str = "batch",
     direction: str = "reconstruct",
@@ -359,8 +420,12 @@ def reconstruction_loss(
 ) -> Tensor | tuple[Tensor, ReconstructionStats]:
     """Contrastive user intention reconstruction, L_rec of COURIER (arXiv 2306.05001).
 
-        R_j = sum_k softmax_k(c q_j . k_k) v_k over the history of j's page,   s_ij = cos(R_i, E_j) / temperature
+        R_bj = sum_k softmax_k(c q_j . k_k) v_k over the history of page b,   s_ij = cos(R_bj, E_j) / temperature on i's page b
         L = sum_{i in A} w_i [logsumexp_{j in cand(i)} s_ij - s_ii] / sum_{i in A} w_i
+
+    That is attention "candidate": each candidate asks the history itself. With "anchor" only the anchor does, and
+    s_ij = cos(R_i, E_j) / temperature with R_i = R_bi, which knows the answer before it is compared with anything; with
+    "mean" nobody does, a = 1 / |history|.
 
     Anchors A are the clicked items whose page has a history. B pages, N page-view (PV) items, K history items:
 
@@ -375,7 +440,10 @@ def reconstruction_loss(
             one candidate however often it occurs.
         query, key, value: attention inputs in the layouts of pv, history, history; default pv, history, history.
         temperature: tau > 0, a float or a 0-d tensor that may require a gradient.
+        attention: "candidate" (direction "reconstruct" only), "anchor" or "mean".
         attention_scale: c; default 1 / sqrt(D / num_heads).
+        attention_temperature: t > 0, in place of attention_scale: q and k are divided by their lengths, head by head (zero
+            vectors stay zero), and c = 1/t.
         num_heads: attention heads; D is split among them.
         negatives: "batch" (all other PV items), "page" (those of the anchor's page) or "other_pages".
         direction: "reconstruct" (softmax over items), "identify" (over reconstructions) or "both" (their mean).
@@ -396,7 +464,18 @@ def reconstruction_loss(
         TypeError, ValueError: an argument is not as described; the message names it, what was expected and what came.
         RuntimeError: the requested impl cannot run here; the message lists every reason.
     """
-    _check_choices(negatives=negatives, direction=direction, reduction=reduction, impl=impl)
+    _check_choices(
+        attention=attention,
+        negatives=negatives,
+        direction=direction,
+        reduction=reduction,
+        impl=impl,
+    )
+    if attention == "candidate" and direction != "reconstruct":
+        raise ValueError(
+            f'direction: expected "reconstruct" with attention "candidate", got {direction!r}: "identify" and "both" compare '
+            'reconstructions made for their own items (attention "anchor" or "mean")'
+        )
     _check_workspace(workspace)
     fields, pv_side, _ = _build(
         pv,
@@ -410,8 +489,7 @@ def reconstruction_loss(
         query,
         key,
         value,
-        attention_scale,
-        num_heads,
+        _Attention(attention, attention_scale, attention_temperature, num_heads),
         validate,
     )
     device = fields["pv"].device
@@ -477,6 +555,7 @@ def reconstruct(
     key: Tensor | None = None,
     value: Tensor | None = None,
     attention_scale: float | None = None,
+    attention_temperature: float | None = None,
     num_heads: int = 1,
     return_weights: bool = False,
     validate: bool = False,
@@ -502,8 +581,7 @@ def reconstruct(
         query,
         key,
         value,
-        attention_scale,
-        num_heads,
+        _Attention("anchor", attention_scale, attention_temperature, num_heads),
         validate,
     )
     p = Problem(**fields, item_ids=None, log_q=None, weights=None, temperature=None, tau=1.0)
@@ -741,7 +819,9 @@ class ReconstructionLoss(_WithTemperature):
         learnable_temperature: bool = False,
         min_temperature: float = 0.01,
         *,
+        attention: str = "anchor",
         attention_scale: float | None = None,
+        attention_temperature: float | None = None,
         num_heads: int = 1,
         negatives: str = "batch",
         direction: str = "reconstruct",
@@ -753,7 +833,9 @@ class ReconstructionLoss(_WithTemperature):
         cuda_graph: bool = False,
     ) -> None:
         options = {
+            "attention": attention,
             "attention_scale": attention_scale,
+            "attention_temperature": attention_temperature,
             "num_heads": num_heads,
             "negatives": negatives,
             "direction": direction,

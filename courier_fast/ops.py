@@ -43,7 +43,12 @@ def unavailable_reasons(impl: str, p: Problem | SequenceProblem) -> list[str]:
     # Imports and device queries cannot be traced: ask them once, about an empty problem of this kind.
     source = p.pv if isinstance(p, Problem) else p.history
     reasons = _reasons_while_tracing(
-        impl, isinstance(p, Problem), str(source.device), source.dtype, getattr(p, "num_heads", 1)
+        impl,
+        isinstance(p, Problem),
+        str(source.device),
+        source.dtype,
+        getattr(p, "num_heads", 1),
+        getattr(p, "attention", "anchor"),
     )
     limit = LARGEST_DIM.get(impl)
     if limit is not None and source.shape[1] > limit:
@@ -52,7 +57,7 @@ def unavailable_reasons(impl: str, p: Problem | SequenceProblem) -> list[str]:
 
 
 def _reasons_while_tracing(
-    impl: str, is_loss: bool, device: str, dtype: torch.dtype, heads: int
+    impl: str, is_loss: bool, device: str, dtype: torch.dtype, heads: int, attention: str
 ) -> list[str]:
     kind = Problem if is_loss else SequenceProblem
     rows = torch.empty(0, 64 * heads, dtype=dtype, device=device)
@@ -61,6 +66,7 @@ def _reasons_while_tracing(
     values |= {"history": rows, "history_offsets": offsets, "tau": 1.0}
     if is_loss:
         values |= {"pv": rows, "pv_offsets": offsets, "attention_scale": 1.0, "num_heads": heads}
+        values |= {"attention": attention, "cosine": False}
     return _reasons(impl, kind(**values))
 
 
@@ -81,6 +87,7 @@ _TYPES = {
     "Tensor | None": "Tensor?",
     "float": "float",
     "int": "int",
+    "bool": "bool",
     "str": "str",
 }
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+ATTENTIONS = ("candidate", "anchor", "mean")
 NEGATIVES = ("batch", "page", "other_pages")
 DIRECTIONS = ("reconstruct", "identify", "both")
 REDUCTIONS = ("mean", "sum", "none")
@@ -46,12 +47,15 @@ class Problem:
         Tensor | None
     )  # 0-d float32 or float64, if it takes a gradient or lives on the device
     tau: float  # the temperature when `temperature` is None
-    attention_scale: float
+    attention_scale: float  # c; with `cosine` 1 / attention_temperature
     num_heads: int = 1
     negatives: str = "batch"
     direction: str = "reconstruct"
     reduction: str = "mean"
     workspace: int = 1 << 30  # bytes that the chunked path may use for stored probabilities
+    # "candidate" or "anchor", by whose query R is made; the mean of the history is either with a scale of 0.
+    attention: str = "anchor"
+    cosine: bool = False  # "candidate" only: q and k are divided by their lengths, head by head
 
     @property
     def num_pv(self) -> int:

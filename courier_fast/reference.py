@@ -152,16 +152,42 @@ class _Contrast:
     rank: Tensor  # [M]
 
 
+def _candidate_cosines(p: Problem, pv: _Rows, history: _Rows, pages: Tensor, e: Tensor) -> Tensor:
+    """cos(R_bj, E_j) [pages, n]: every real PV row j asks the history of every page b in `pages` itself.
+
+    a_bjk = softmax over k in H_b of (c q_j . k_k),  R_bj = sum_k a_bjk v_k
+    """
+    source = p.pv if p.history is None else p.history
+    q = _take(p.pv, p.pv_index, pv.keep) if p.query is None else p.query[pv.keep]
+    k = _take(source, p.history_index, history.keep) if p.key is None else p.key[history.keep]
+    v = _take(source, p.history_index, history.keep) if p.value is None else p.value[history.keep]
+
+    def heads(x: Tensor) -> Tensor:  # [rows, D] -> [heads, rows, D / heads]
+        return x.view(len(x), p.num_heads, -1).transpose(0, 1)
+
+    q, k, v = heads(q), heads(k), heads(v)
+    if p.cosine:
+        q, k = normalize(q), normalize(k)
+    first = history.counts.cumsum(0) - history.counts
+    cosines = []
+    for b in pages.tolist():
+        mine = slice(int(first[b]), int(first[b] + history.counts[b]))
+        scores = (q @ k[:, mine].mT).to(_compute_dtype(q)) * p.attention_scale
+        r = scores.softmax(-1).to(q.dtype) @ v[:, mine]  # [heads, n, D / heads]
+        r = normalize(r.transpose(0, 1).reshape(len(e), -1))
+        cosines.append((r[:, None, :] @ e[:, :, None]).view(-1))
+    return torch.stack(cosines) if cosines else e.new_zeros(0, len(e))
+
+
 def _contrast(
-    rows: Tensor,  # [M, D] unit vectors: r of the anchors, or e of the anchors in direction "identify"
-    columns: Tensor,  # [n, D] unit vectors: e of all items, or r of all items with a history
+    cosine: Tensor,  # [M, n]: of r and e of the anchors and the candidates, or the other way round
     positive: Tensor,  # [M] column of each row's positive
     allowed: Tensor,  # [M, n] bool: candidates, the positive included
     inverse_tau: Tensor,
     log_q: Tensor | None,  # [n]
 ) -> _Contrast:
     """logsumexp_{j in cand(i)} s_ij - s_ii with s_ij = cos / tau [- log_q_j]."""
-    cosine = (rows @ columns.T).to(inverse_tau.dtype)
+    cosine = cosine.to(inverse_tau.dtype)
     s = cosine * inverse_tau
     if log_q is not None:
         s = s - log_q.to(s.dtype)
@@ -192,14 +218,13 @@ def reconstruction_loss(p: Problem) -> LossOutput:
     """L_rec = sum_{i in A} w_i [logsumexp_{j in cand(i)} s_ij - s_ii] / sum_{i in A} w_i,  s_ij = cos(R_i, E_j) / tau.
 
     A = {i: clicked, page has history, w_i > 0}. Direction "identify" has s_ji in place of s_ij, over the items j with
-    a history; "both" is the mean of the two, and its statistics are those of "reconstruct".
+    a history; "both" is the mean of the two, and its statistics are those of "reconstruct". With attention "candidate",
+    s_ij = cos(R_bj, E_j) / tau on i's page b.
     """
     assert p.clicked is not None
     pv = _real_rows(p.pv_offsets, p.pv_mask, p.num_pv)
     history = _real_rows(p.history_offsets, p.history_mask, p.num_history)
     e_raw = _take(p.pv, p.pv_index, pv.keep)
-    r_raw, _ = _attend(p, pv, history)
-
     has_history = history.counts[pv.page] > 0
     clicked = p.clicked[pv.keep]
     weights = None if p.weights is None else p.weights[pv.keep]
@@ -214,18 +239,24 @@ def reconstruction_loss(p: Problem) -> LossOutput:
 
     e = normalize(e_raw)
     inverse_tau = _inverse_temperature(p, e)
+    if p.attention == "candidate":
+        assert p.direction == "reconstruct"
+        pages, which = pv.page[anchor].unique_consecutive(return_inverse=True)
+        cosine = _candidate_cosines(p, pv, history, pages, e)[which]
+    else:
+        r_raw, _ = _attend(p, pv, history)
+        cosine = normalize(r_raw[anchor]) @ e.T
     results = []
     if p.direction in ("reconstruct", "both"):
         allowed = _allowed(p, pv.page, ids, anchor, everyone)
-        results.append(_contrast(normalize(r_raw[anchor]), e, anchor, allowed, inverse_tau, log_q))
+        results.append(_contrast(cosine, anchor, allowed, inverse_tau, log_q))
     if p.direction in ("identify", "both"):
         allowed = _allowed(p, pv.page, ids, anchor, reconstructed)
         positive = torch.searchsorted(reconstructed, anchor)
         r = normalize(r_raw[reconstructed])
         results.append(
             _contrast(
-                e[anchor],
-                r,
+                e[anchor] @ r.T,
                 positive,
                 allowed,
                 inverse_tau,

@@ -94,6 +94,8 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
         and torch.cuda.get_device_capability(device) < (8, 0)
     ):
         reasons.append("the GPU is older than compute capability 8.0")
+    if getattr(p, "attention", "anchor") == "candidate":
+        reasons.append('attention is "candidate"; "anchor" and "mean" are supported')
     if source.dtype not in _DTYPES:
         reasons.append(f"dtype is {source.dtype}; float32, float16 or bfloat16 is needed")
     if not 1 <= source.shape[1] <= configs.LARGEST_DIM:

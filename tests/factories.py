@@ -62,6 +62,7 @@ def make(
     projected: bool = False,
     tau: float = 0.1,
     tensor_tau: bool = False,
+    attention_scale: float | None = None,
     **options: Any,
 ) -> Problem:
     """A random problem: ragged pages, some empty; with `mask` NaN in rows that are padding."""
@@ -111,7 +112,7 @@ def make(
         weights=w,
         temperature=torch.tensor(tau) if tensor_tau else None,
         tau=tau,
-        attention_scale=dim**-0.5,
+        attention_scale=dim**-0.5 if attention_scale is None else attention_scale,
         **options,
     )
     return with_gradients(to_device(p, DEVICES[impl]), LOSS_INPUTS)

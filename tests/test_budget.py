@@ -207,14 +207,13 @@ def confident(dtype: torch.dtype) -> Problem:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_p_minus_one_in_low_precision(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     def contrast(
-        rows: Tensor,
-        columns: Tensor,
+        cosine: Tensor,
         positive: Tensor,
         allowed: Tensor,
         inverse_tau: Tensor,
         log_q: Tensor | None,
     ) -> Any:
-        cosine = (rows @ columns.T).to(inverse_tau.dtype)
+        cosine = cosine.to(inverse_tau.dtype)
         s = (cosine * inverse_tau).masked_fill(~allowed, -torch.inf)
         loss = _NarrowDifference.apply(s, positive)
         return reference._Contrast(loss, loss, loss, positive)

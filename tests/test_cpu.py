@@ -28,11 +28,11 @@ from factories import (
 from torch import Tensor
 
 from courier_fast import ops
-from courier_fast.kernels.cpu import driver
+from courier_fast.kernels.cpu import driver, native
 from courier_fast.problem import Problem
 
-needs_native = pytest.mark.skipif(driver._native is None, reason="the native library is not built")
-VARIANTS = () if driver._native is None else tuple(driver._native.variants())
+needs_native = pytest.mark.skipif(native.library is None, reason="the native library is not built")
+VARIANTS = () if native.library is None else tuple(native.library.variants())
 
 
 def loss_results(p: Problem) -> dict[str, Tensor]:
@@ -68,10 +68,10 @@ def test_missing_native_library_is_the_reason() -> None:
 
 @needs_native
 def test_every_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(driver.VARIANT_VARIABLE, "mmx")
+    monkeypatch.setenv(native.VARIANT_VARIABLE, "mmx")
     p = replace(make(), pv=torch.zeros(3, 4, dtype=torch.float16, device="meta"))
     reasons = " ".join(driver.unavailable_reasons(p))
-    for part in ("'mmx'", *driver._native.variants(), "'meta'", "torch.float16"):
+    for part in ("'mmx'", *native.library.variants(), "'meta'", "torch.float16"):
         assert part in reasons
 
 
@@ -80,7 +80,7 @@ def test_every_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv(driver.VARIANT_VARIABLE, request.param)
+    monkeypatch.setenv(native.VARIANT_VARIABLE, request.param)
     return request.param
 
 
@@ -147,7 +147,7 @@ def test_probabilities_of_extreme_scores(last: float) -> None:
         scores = torch.cat([torch.zeros(1), row])[None].clone()
         top, total = torch.empty(1), torch.empty(1, dtype=torch.float64)
         own, nothing = torch.zeros(1, dtype=torch.int64), (None,) * 3
-        driver._native.contrast(
+        native.library.contrast(
             scores, 0, 1.0, *nothing, own, *nothing, False, top, total, None, 1, variant
         )
         if last != -3.0:
@@ -161,7 +161,7 @@ def test_probabilities_of_extreme_scores(last: float) -> None:
         assert total == pytest.approx(float(expected.sum()), rel=torch.finfo(torch.float32).eps)
 
 
-HAS_PRODUCTS = [v for v in VARIANTS if driver._native.panel_columns(v)]
+HAS_PRODUCTS = [v for v in VARIANTS if native.library.panel_columns(v)]
 
 
 @pytest.mark.skipif(not HAS_PRODUCTS, reason="this CPU has no bfloat16 dot products")

@@ -57,14 +57,16 @@ def naive_loss(p: Problem) -> dict[int, float]:
     history_page = pages_of(p.history_offsets, p.history_mask, p.num_history)
     head_dim = len(e[0]) // p.num_heads if e else 0
 
-    def reconstruct(j: int) -> Vector | None:
-        mine = [i for i, b in enumerate(history_page) if b is not None and b == page[j]]
+    def reconstruct(j: int, of: int | None) -> Vector | None:
+        """Item j asks the history of a page."""
+        mine = [i for i, b in enumerate(history_page) if b is not None and b == of]
         if page[j] is None or not mine:
             return None
         r: Vector = []
         for h in range(p.num_heads):
             part = slice(h * head_dim, (h + 1) * head_dim)
-            scores = [p.attention_scale * dot(q[j][part], k[i][part]) for i in mine]
+            like = cosine if p.cosine else dot
+            scores = [p.attention_scale * like(q[j][part], k[i][part]) for i in mine]
             norm = log_sum_exp(scores)
             a = [math.exp(s - norm) for s in scores]
             r += [
@@ -73,7 +75,7 @@ def naive_loss(p: Problem) -> dict[int, float]:
             ]
         return r
 
-    r = [reconstruct(j) for j in range(len(e))]
+    r = [reconstruct(j, page[j]) for j in range(len(e))]
     ids = list(range(len(e))) if p.ids is None else p.ids.tolist()
     tau = p.tau if p.temperature is None else float(p.temperature.detach())
     log_q = [0.0] * len(e) if p.log_q is None else p.log_q.tolist()
@@ -98,7 +100,11 @@ def naive_loss(p: Problem) -> dict[int, float]:
         positive = cosine(r_i, e[i]) / tau - log_q[i]
         parts = []
         if p.direction in ("reconstruct", "both"):
-            scores = [cosine(r_i, e[j]) / tau - log_q[j] for j in range(len(e)) if allowed(i, j)]
+            others = [j for j in range(len(e)) if allowed(i, j)]
+            made = dict.fromkeys(others, r_i)
+            if p.attention == "candidate":
+                made = {j: reconstruct(j, page[i]) for j in others}
+            scores = [cosine(made[j], e[j]) / tau - log_q[j] for j in others]
             parts.append(log_sum_exp(scores) - positive)
         if p.direction in ("identify", "both"):
             scores = [

@@ -7,7 +7,6 @@ saved. README.md has the measurements.
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from collections.abc import Sequence
@@ -16,20 +15,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
+
+from . import candidate, native
+from .native import VARIANT_VARIABLE, call, stage
+from .rows import (
+    Candidates,
+    Result,
+    Rows,
+    anchors_of,
+    inverse_tau_of,
+    masked,
+    merged,
+    normalize,
+    normalize_backward,
+    part,
+    placed,
+    real_rows,
+    same_id,
+    shares_of,
+)
 
 if TYPE_CHECKING:
     from courier_fast.problem import Problem, SequenceProblem
 
-_native: Any = None
-_NATIVE_ERROR = ""
-try:
-    _native = importlib.import_module("courier_fast._native")
-except ImportError as error:
-    _NATIVE_ERROR = str(error)
-
-# One of _native.variants(), in place of the best that this CPU runs.
-VARIANT_VARIABLE = "COURIER_FAST_CPU_VARIANT"
 _DTYPES = (torch.float32, torch.bfloat16)
 # Rows of P held at a time: as many as fit here, but enough that the products stay efficient (README.md).
 CHUNK_BYTES = 32 << 20
@@ -44,14 +52,14 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
     """Why the CPU kernels cannot run this problem here; empty if they can."""
     source = p.pv if hasattr(p, "pv") else p.history
     reasons = []
-    if _native is None:
+    if native.library is None:
         reasons.append(
-            f"the native library courier_fast._native is missing or does not load: {_NATIVE_ERROR}"
+            f"the native library courier_fast._native is missing or does not load: {native.error_text}"
         )
     else:
         variant = os.environ.get(VARIANT_VARIABLE)
-        if variant is not None and variant not in _native.variants():
-            runs = ", ".join(_native.variants())
+        if variant is not None and variant not in native.library.variants():
+            runs = ", ".join(native.library.variants())
             reasons.append(f"{VARIANT_VARIABLE} is {variant!r}, and this CPU runs {runs}")
     if source.device.type != "cpu":
         reasons.append(f"the tensors are on {source.device.type!r}, not on the CPU")
@@ -75,53 +83,7 @@ def saved_spec(p: Problem, needs: Sequence[bool]) -> list[tuple[Any, torch.dtype
     return [] if p.reduction == "none" else _gradient_shapes(p, _LOSS_INPUTS, needs)
 
 
-def _stage(name: str, *arguments: Any) -> None:
-    """Runs a native stage, on torch's threads and with the instruction set that is asked for.
-
-    Tensors go as capsules: through their own `__dlpack__` each would cost the host 5 us, more than a small batch's work.
-    """
-    _call(name, *arguments, torch.get_num_threads(), os.environ.get(VARIANT_VARIABLE))
-
-
-def _call(name: str, *arguments: Any) -> Any:
-    return getattr(_native, name)(
-        *[to_dlpack(x) if isinstance(x, Tensor) else x for x in arguments]
-    )
-
-
 # ---- stages -------------------------------------------------------------------------------------------------------
-
-
-def _normalize(source: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit rows of source[row] in its type, and their norms in float32."""
-    unit = torch.empty(row.shape[0], source.shape[1], dtype=source.dtype)
-    norm = torch.empty(row.shape[0], dtype=torch.float32)
-    _stage("normalize", source, row, unit, norm)
-    return unit, norm
-
-
-def _normalize_backward(gradient: Tensor, unit: Tensor, norm: Tensor, scale: float) -> Tensor:
-    """The gradient of unit rows, scaled, becomes in place that of the rows."""
-    _stage("normalize_backward", gradient, unit, norm, gradient, scale)
-    return gradient
-
-
-@dataclass
-class _Rows:
-    """Real rows of one side, padding removed."""
-
-    keep: Tensor  # [n] positions in the batch
-    page: Tensor  # [n]
-    start: Tensor  # [B + 1] first real row of each page
-    source: Tensor  # [n] row of the source tensor: the position, or the table index
-
-
-def _real_rows(offsets: Tensor, mask: Tensor | None, index: Tensor | None, rows: int) -> _Rows:
-    keep, page = torch.empty(2, rows, dtype=torch.int64)
-    start = torch.empty(offsets.shape[0], dtype=torch.int64)
-    count = _call("real_rows", offsets, mask, rows, keep, page, start)
-    keep, page = keep[:count], page[:count]
-    return _Rows(keep, page, start, keep if index is None else index[keep])
 
 
 @dataclass
@@ -143,7 +105,7 @@ class _Attention:
         d_q = torch.zeros(self.rows, self.dim) if want_q else None
         d_k = torch.zeros(self.history_rows, self.dim) if want_k else None
         d_v = d_k if together else torch.zeros(self.history_rows, self.dim) if want_v else None
-        _stage(
+        stage(
             "attend_backward",
             *self.arguments,
             d_r,
@@ -165,13 +127,13 @@ class _Reconstruction:
     attention: _Attention
 
 
-def _attend(p: Problem, pv: _Rows, history: _Rows, rows: Tensor, raw: bool) -> _Reconstruction:
+def _attend(p: Problem, pv: Rows, history: Rows, rows: Tensor, raw: bool) -> _Reconstruction:
     """Reconstructions of `rows` (among the real PV rows, all of pages with a history)."""
     c_source = p.pv if p.history is None else p.history
     count, dim = rows.shape[0], p.pv.shape[1]
     first, last, weights_at, page_starts = torch.empty(4, count, dtype=torch.int64)
     spans = (pv.page[rows], history.start, p.num_heads, first, last, weights_at, page_starts)
-    sizes, pages = _call("spans", *spans)
+    sizes, pages = call("spans", *spans)
     weights = torch.empty(sizes, dtype=torch.float32)
     e_row = pv.source[rows]
     arguments = (
@@ -189,7 +151,7 @@ def _attend(p: Problem, pv: _Rows, history: _Rows, rows: Tensor, raw: bool) -> _
     unit = torch.empty(count, dim, dtype=p.pv.dtype)
     norm = torch.empty(count, dtype=torch.float32)
     positive = torch.empty(count, dtype=torch.float64)
-    _stage(
+    stage(
         "attend", *arguments, p.pv, e_row, unit, norm, positive, p.attention_scale, p.num_heads, raw
     )
     attention = _Attention(
@@ -205,21 +167,6 @@ def _attend(p: Problem, pv: _Rows, history: _Rows, rows: Tensor, raw: bool) -> _
 
 
 @dataclass
-class _Candidates:
-    """The columns of one direction, and which of them are no candidates of a row beside its own column."""
-
-    unit: Tensor  # [n, D]
-    own: Tensor  # [M] column of each row's positive, or of the row itself
-    bias: Tensor | None = None  # [n] float32
-    rank_bias: Tensor | None = None  # [n] the part of it that ranks see
-    count: Tensor | None = None  # [n] float32, candidates that a column stands for
-    order: Tensor | None = None  # [n] columns by item id
-    same: Tensor | None = None  # [M, ranges, 2] ranges of `order`: the row's item again
-    page: Tensor | None = None  # [M, 2] columns of the row's page
-    page_only: bool = False  # these alone are candidates; else they are none
-
-
-@dataclass
 class _Scores:
     """What a direction gives for each row; numbers in float64, vectors in float32."""
 
@@ -231,7 +178,7 @@ class _Scores:
     d_y: Tensor | None  # [n, D] sum_i g_i p_ij x_i
 
 
-def _chunks(m: int, y: _Candidates, chunk_bytes: int) -> list[tuple[int, int, int, int]]:
+def _chunks(m: int, y: Candidates, chunk_bytes: int) -> list[tuple[int, int, int, int]]:
     """(first row, end, first column, end) of each chunk."""
     n = y.unit.shape[0]
     if y.page is not None and y.page_only:
@@ -248,7 +195,7 @@ def _chunks(m: int, y: _Candidates, chunk_bytes: int) -> list[tuple[int, int, in
 
 def _contrast(
     x: Tensor,
-    y: _Candidates,
+    y: Candidates,
     inverse_tau: float,
     positive: Tensor | None,
     own_unit: Tensor | None,
@@ -271,51 +218,51 @@ def _contrast(
     top = torch.empty(m)
     above = torch.empty(m, dtype=torch.int64) if want_rank else None
     half = x.dtype != torch.float32
-    native = _native_products(x, y, g is not None, g is not None and want_y)
-    chunks = _chunks(m, y, CHUNK_BYTES if native is None else NATIVE_CHUNK_BYTES)
+    products = _native_products(x, y, g is not None, g is not None and want_y)
+    chunks = _chunks(m, y, CHUNK_BYTES if products is None else NATIVE_CHUNK_BYTES)
     longest = max((b - a for a, b, _, _ in chunks), default=0)
     # One workspace for all chunks: a fresh one each time would cost more in page faults than the pass over it.
-    if native is None:
+    if products is None:
         workspace = x.new_empty(max(((b - a) * (d - c) for a, b, c, d in chunks), default=0))
     else:
-        native.room(longest)
+        products.room(longest)
     d_x = d_y = d_own = part_x = part_y = part_weighted = None
     if g is not None:
         d_x = torch.empty(m, dim)
-        part_x = x.new_empty(longest, dim) if half and native is None else d_x
+        part_x = x.new_empty(longest, dim) if half and products is None else d_x
         part_weighted = x.new_empty(longest, dim)
         d_own = torch.empty(m, dim) if own_unit is not None else None
         if want_y:
             d_y = torch.zeros(n, dim) if add_to is None else add_to
             widest = max((d - c for _, _, c, d in chunks), default=0)
-            part_y = x.new_empty(widest, dim) if half and native is None else None
+            part_y = x.new_empty(widest, dim) if half and products is None else None
     for start, stop, low, high in chunks:
         rows, columns = slice(start, stop), slice(low, high)
         xs, ys = x[rows], y.unit[columns]
         about = (
             inverse_tau,
-            _part(y.bias, columns),
-            _part(y.rank_bias, columns),
-            _part(y.count, columns),
+            part(y.bias, columns),
+            part(y.rank_bias, columns),
+            part(y.count, columns),
             y.own[rows],
             y.order,
-            _part(y.same, rows),
-            _part(y.page, rows),
+            part(y.same, rows),
+            part(y.page, rows),
         )
-        results = (top[rows], total[rows], _part(above, rows))
+        results = (top[rows], total[rows], part(above, rows))
         product = None if part_x is None else d_x[rows] if part_x is d_x else part_x[: stop - start]
-        if native is None:
+        if products is None:
             scores = workspace[: (stop - start) * (high - low)].view(stop - start, high - low)
             torch.mm(xs, ys.T, out=scores)
-            _stage("contrast", scores, low, *about, y.page_only, *results)
+            stage("contrast", scores, low, *about, y.page_only, *results)
         else:
-            native.tile(xs, about, results, product)
+            products.tile(xs, about, results, product)
         own_pull = None if own_unit is None else pull[rows]
-        _call(
+        call(
             "finish",
             *results[:2],
-            _part(positive, rows),
-            _part(g, rows),
+            part(positive, rows),
+            part(g, rows),
             lse[rows],
             loss[rows],
             factor[rows],
@@ -323,32 +270,32 @@ def _contrast(
         )
         if g is None or d_x is None or part_x is None or part_weighted is None:
             continue
-        if native is None:
+        if products is None:
             torch.mm(scores, ys, out=product)
         weighted = part_weighted[: stop - start]
         # One pass, not five small ones: where cores are shared, each start of all threads may wait for a slice of time.
-        _stage(
+        stage(
             "weigh",
             product,
             xs,
-            _part(own_unit, rows),
+            part(own_unit, rows),
             factor[rows],
             own_pull,
             d_x[rows],
             weighted,
-            _part(d_own, rows),
+            part(d_own, rows),
         )
         if d_y is None:
             continue
-        if native is not None:
-            native.transposed(weighted, d_y)
+        if products is not None:
+            products.transposed(weighted, d_y)
         elif part_y is None:
             d_y[columns].addmm_(scores.T, weighted)
         else:
             # Sums over chunks stay in float32; torch's += would first make a float32 copy of the product.
             product = part_y[: high - low]
             torch.mm(scores.T, weighted, out=product)
-            _stage("add", d_y[columns], product)
+            stage("add", d_y[columns], product)
     return _Scores(lse, loss, above, d_x, d_own, d_y)
 
 
@@ -357,29 +304,29 @@ class _NativeProducts:
 
     def __init__(self, y: Tensor, want_x: bool, want_y: bool) -> None:
         self.columns, self.dim = y.shape
-        across, along, _, self.scratch_size = _native.packed_sizes(0, *y.shape)
+        across, along, _, self.scratch_size = native.library.packed_sizes(0, *y.shape)
         self.across = torch.empty(across, dtype=torch.int32)
         self.along = torch.empty(along, dtype=torch.int32) if want_x else None
         self.want_y = want_y
         self.kept: Tensor | None = None
         self.weighted: Tensor | None = None
-        _stage("pack", y, self.across, self.along)
+        stage("pack", y, self.across, self.along)
 
     def room(self, rows: int) -> None:
         """For chunks of at most so many rows."""
         threads = torch.get_num_threads()
         self.scratch = torch.empty(threads * self.scratch_size, dtype=torch.int32)
         if self.want_y:
-            kept = _native.packed_sizes(rows, self.columns, self.dim)[2]
+            kept = native.library.packed_sizes(rows, self.columns, self.dim)[2]
             self.kept = torch.empty(kept, dtype=torch.int32)
-            weighted = _native.packed_sizes(0, rows, self.dim)[1]
+            weighted = native.library.packed_sizes(0, rows, self.dim)[1]
             self.weighted = torch.empty(weighted, dtype=torch.int32)
 
     def tile(
         self, x: Tensor, about: tuple[Any, ...], results: tuple[Any, ...], product: Tensor | None
     ) -> None:
         """P of these rows, kept for `transposed`, and P y."""
-        _stage(
+        stage(
             "tile",
             x,
             self.across,
@@ -394,70 +341,35 @@ class _NativeProducts:
 
     def transposed(self, weighted: Tensor, d_y: Tensor) -> None:
         """d_y += P^T weighted."""
-        _stage("pack", weighted, None, self.weighted)
-        _stage("transposed", self.kept, self.weighted, weighted.shape[0], d_y)
+        stage("pack", weighted, None, self.weighted)
+        stage("transposed", self.kept, self.weighted, weighted.shape[0], d_y)
 
 
 def _native_products(
-    x: Tensor, y: _Candidates, want_x: bool, want_y: bool
+    x: Tensor, y: Candidates, want_x: bool, want_y: bool
 ) -> _NativeProducts | None:
     """Where this CPU has them and they fit; else torch.mm."""
     if x.dtype != torch.bfloat16 or y.page_only or not len(x):
         return None
-    panel = _native.panel_columns(os.environ.get(VARIANT_VARIABLE))
+    panel = native.library.panel_columns(os.environ.get(VARIANT_VARIABLE))
     if not panel or x.shape[1] % panel:
         return None
     return _NativeProducts(y.unit, want_x, want_y)
 
 
-def _part(x: Tensor | None, rows: slice) -> Tensor | None:
-    return None if x is None else x[rows]
-
-
-def _same_id(ids: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions ordered by id [n], and for each id in `of` its range among them [M, 2]."""
-    ordered, order = torch.sort(ids, stable=True)
-    first = torch.searchsorted(ordered, of)
-    return order, torch.stack([first, torch.searchsorted(ordered, of, right=True)], 1)
-
-
 # ---- reconstruction loss ------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Result:
-    item: Tensor  # [M] loss of each anchor, float64
-    scores: _Scores
-    cosine: Tensor  # [M] float64
-    anchor: Tensor  # [M] positions among the real PV rows
-    pv: _Rows
-    left_out: Tensor  # real PV rows that were clicked, on a page without history
-    weight: Tensor | None  # [M]
-    gradients: list[Tensor | None]
-
-
-def _inverse_tau(p: Problem | SequenceProblem) -> float:
-    return 1.0 / (p.tau if p.temperature is None else float(p.temperature))
-
-
-def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | None) -> _Result:
+def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | None) -> Result:
     """Forward pass and, where `needs` says so, all gradients; `upstream` [N] for reduction "none"."""
-    assert p.clicked is not None
-    inverse_tau = _inverse_tau(p)
-    pv = _real_rows(p.pv_offsets, p.pv_mask, p.pv_index, p.num_pv)
-    history = _real_rows(p.history_offsets, p.history_mask, p.history_index, p.num_history)
-    has_history = (history.start.diff() > 0)[pv.page]
-    clicked = p.clicked[pv.keep]
-    is_anchor = clicked & has_history
-    weight = None
-    if p.weights is not None:
-        is_anchor &= p.weights[pv.keep] > 0
-    anchor = is_anchor.nonzero().squeeze(1)
-    if p.weights is not None:
-        weight = p.weights[pv.keep[anchor]]
+    if p.attention == "candidate":
+        return candidate.run(p, needs, want_rank, upstream)
+    inverse_tau = inverse_tau_of(p)
+    anchors = anchors_of(p)
+    pv, history, anchor = anchors.pv, anchors.history, anchors.row
     directions = ("reconstruct", "identify") if p.direction == "both" else (p.direction,)
     every = p.direction != "reconstruct"
-    listed = has_history.nonzero().squeeze(1) if every else anchor  # the rows with an R
+    listed = anchors.has_history.nonzero().squeeze(1) if every else anchor  # the rows with an R
     r = _attend(p, pv, history, listed, False)
     cosine, r_anchor = r.positive, r.unit
     if every:
@@ -465,18 +377,9 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
         cosine, r_anchor = cosine[place], r_anchor[place]
 
     grads = any(needs)
-    g = None
-    if grads:
-        if upstream is not None:
-            g = upstream[pv.keep[anchor]].to(torch.float32)
-        elif weight is None:
-            g = torch.full(
-                (len(anchor),), 1 / max(len(anchor), 1) if p.reduction == "mean" else 1.0
-            )
-        else:
-            g = weight / weight.sum(dtype=torch.float64) if p.reduction == "mean" else weight
-        if len(directions) > 1:
-            g = g / 2
+    g = shares_of(p, anchors, upstream) if grads else None
+    if g is not None and len(directions) > 1:
+        g = g / 2
 
     log_q = None if p.log_q is None else p.log_q[pv.keep]
     ids = None if p.ids is None else p.ids[pv.keep]
@@ -485,7 +388,7 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
     d_r: Tensor | None = None  # [listed, D], without the 1/tau as the next two
     d_e_anchor: Tensor | None = None  # [M, D]
     d_columns: Tensor | None = None
-    e_anchor, e_anchor_norm = _normalize(p.pv, pv.source[anchor])
+    e_anchor, e_anchor_norm = normalize(p.pv, pv.source[anchor])
     positive_score = cosine * inverse_tau
     if log_q is not None:
         positive_score = positive_score - log_q[anchor]
@@ -504,7 +407,7 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
                 needs[0],
             )
         else:
-            y = _masked(p, pv, r.unit, listed, anchor, place, ids, log_q)
+            y = masked(p, pv, r.unit, listed, anchor, place, ids, log_q)
             if grads and d_r is None:
                 d_r = torch.zeros(listed.shape[0], p.pv.shape[1])
             s = _contrast(e_anchor, y, inverse_tau, positive_score, r_anchor, g, rank, add_to=d_r)
@@ -530,24 +433,17 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
             # Every score is r . e / tau: the sum of dL/dr . r is dL/d(1/tau).
             slope = (d_r * r.unit).sum(dtype=torch.float64)
             gradients[5] = (-slope * inverse_tau**2).to(p.temperature.dtype)
-        _normalize_backward(d_r, r.unit, r.norm, inverse_tau)
+        normalize_backward(d_r, r.unit, r.norm, inverse_tau)
         total = None
         if needs[0]:
             total = _column_gradients(p, columns, d_columns, inverse_tau)
-            _normalize_backward(d_e_anchor, e_anchor, e_anchor_norm, inverse_tau)
+            normalize_backward(d_e_anchor, e_anchor, e_anchor_norm, inverse_tau)
             total.index_add_(0, pv.source[anchor], d_e_anchor)
         columns = d_columns = d_e_anchor = None
         _reconstruction_gradients(p, needs, gradients, total, pv, history, listed, r.attention, d_r)
     items = scores[0].loss if len(scores) == 1 else (scores[0].loss + scores[1].loss) / 2
-    left_out = clicked & ~has_history
-    return _Result(items, scores[0], cosine, anchor, pv, left_out, weight, gradients)
-
-
-def _placed(like: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """`values` at `rows` (ascending) of a tensor as `like`, zeros elsewhere; `values` itself if these are all rows."""
-    if rows.shape[0] == like.shape[0]:
-        return values.to(like.dtype)
-    return torch.zeros_like(like).index_copy_(0, rows, values.to(like.dtype))
+    first = scores[0]
+    return Result(items, first.lse, first.above, cosine, anchors, gradients)
 
 
 def _reconstruction_gradients(
@@ -555,8 +451,8 @@ def _reconstruction_gradients(
     needs: Sequence[bool],
     gradients: list[Tensor | None],
     total: Tensor | None,  # float32, what pv (or the table) has got so far
-    pv: _Rows,
-    history: _Rows,
+    pv: Rows,
+    history: Rows,
     listed: Tensor,
     attention: _Attention,
     d_r: Tensor,  # [listed, D] gradient of R
@@ -570,17 +466,17 @@ def _reconstruction_gradients(
     together = p.key is None and p.value is None and want_k
     d_q, d_k, d_v = attention.gradients(d_r, want_q, want_k, want_v, together)
     if needs[2]:
-        gradients[2] = _placed(p.query, pv.keep[listed], d_q)
+        gradients[2] = placed(p.query, pv.keep[listed], d_q)
     if needs[3]:
-        gradients[3] = _placed(p.key, history.keep, d_k)
+        gradients[3] = placed(p.key, history.keep, d_k)
     if needs[4]:
-        gradients[4] = _placed(p.value, history.keep, d_v)
+        gradients[4] = placed(p.value, history.keep, d_v)
     d_history = d_k if p.key is None else d_v if p.value is None else None
     if not table and needs[1]:
         gradients[1] = (
             torch.zeros_like(p.history)
             if d_history is None
-            else _placed(p.history, history.keep, d_history)
+            else placed(p.history, history.keep, d_history)
         )
     if total is None:
         return
@@ -595,7 +491,7 @@ def _reconstruction_gradients(
 class _ItemColumns:
     """The columns of direction "reconstruct": PV items, or the unique items among them."""
 
-    candidates: _Candidates
+    candidates: Candidates
     norm: Tensor  # [n]
     source: Tensor  # [n] rows of pv or of the table
     every_row: bool  # `source` is all of them, in order
@@ -607,58 +503,32 @@ def _column_gradients(
     """float32 gradient of pv (or of the table) as columns; in the memory of `d_columns` where that has its shape."""
     if columns is None or d_columns is None:
         return torch.zeros(p.pv.shape, dtype=torch.float32)
-    _normalize_backward(d_columns, columns.candidates.unit, columns.norm, inverse_tau)
+    normalize_backward(d_columns, columns.candidates.unit, columns.norm, inverse_tau)
     if columns.every_row:
         return d_columns
     return torch.zeros(p.pv.shape, dtype=torch.float32).index_add_(0, columns.source, d_columns)
 
 
 def _item_columns(
-    p: Problem, pv: _Rows, anchor: Tensor, ids: Tensor | None, log_q: Tensor | None
+    p: Problem, pv: Rows, anchor: Tensor, ids: Tensor | None, log_q: Tensor | None
 ) -> _ItemColumns:
     if p.pv_index is not None and p.item_ids is None and log_q is None and p.negatives == "batch":
-        # Equal candidates are one column with the bias log m; the anchor's own item is the positive, whatever its m.
-        counts = torch.bincount(pv.source, minlength=p.pv.shape[0])
-        source = counts.nonzero().squeeze(1)
-        unit, norm = _normalize(p.pv, source)
-        count = counts[source].to(torch.float32)
-        own = torch.searchsorted(source, pv.source[anchor])
-        y = _Candidates(unit, own, bias=count.log(), count=count)
+        y, source = merged(p, pv, anchor)
+        unit, norm = normalize(p.pv, source)
+        y.unit = unit
         return _ItemColumns(y, norm, source, source.shape[0] == p.pv.shape[0])
-    unit, norm = _normalize(p.pv, pv.source)
-    y = _masked(p, pv, unit, torch.arange(len(pv.keep)), anchor, anchor, ids, log_q)
+    unit, norm = normalize(p.pv, pv.source)
+    y = masked(p, pv, unit, torch.arange(len(pv.keep)), anchor, anchor, ids, log_q)
     every_row = p.pv_index is None and len(pv.keep) == p.pv.shape[0]
     return _ItemColumns(y, norm, pv.source, every_row)
 
 
-def _masked(
-    p: Problem,
-    pv: _Rows,
-    unit: Tensor,
-    column: Tensor,  # [n] real PV rows of the columns
-    anchor: Tensor,  # [M] real PV rows of the anchors
-    own: Tensor,  # [M] columns of the anchors
-    ids: Tensor | None,
-    log_q: Tensor | None,
-) -> _Candidates:
-    y = _Candidates(unit, own, page_only=p.negatives == "page")
-    if ids is not None:
-        y.order, same = _same_id(ids[column], ids[anchor])
-        y.same = same[:, None]
-    if log_q is not None:
-        y.bias = y.rank_bias = -log_q[column].to(torch.float32)
-    if p.negatives != "batch":
-        page, of = pv.page[column], pv.page[anchor]
-        first, last = torch.searchsorted(page, of), torch.searchsorted(page, of, right=True)
-        y.page = torch.stack([first, last], 1)
-    return y
-
-
-def _reduced(p: Problem, result: _Result) -> Tensor:
+def _reduced(p: Problem, result: Result) -> Tensor:
+    anchors = result.anchors
     if p.reduction == "none":
         item = result.item.float()
-        return torch.zeros(p.num_pv).index_copy_(0, result.pv.keep[result.anchor], item)
-    weight = result.weight
+        return torch.zeros(p.num_pv).index_copy_(0, anchors.pv.keep[anchors.row], item)
+    weight = anchors.weight
     loss = (result.item if weight is None else weight.double() * result.item).sum()
     if p.reduction == "mean" and len(result.item):
         loss /= len(result.item) if weight is None else weight.sum(dtype=torch.float64)
@@ -669,7 +539,8 @@ def loss_forward(p: Problem, needs: Sequence[bool], stats: bool) -> tuple[Any, .
     """(loss, item_loss, log_sum_exp, positive_similarity, rank, is_anchor, num_skipped, saved)."""
     early = p.reduction != "none"
     result = _run(p, needs if early else [False] * 6, stats, None)
-    where = result.pv.keep[result.anchor]
+    anchors = result.anchors
+    where = anchors.pv.keep[anchors.row]
 
     def spread(x: Tensor | None) -> Tensor:
         if not stats or x is None:
@@ -680,12 +551,12 @@ def loss_forward(p: Problem, needs: Sequence[bool], stats: bool) -> tuple[Any, .
     rank = torch.zeros(0, dtype=torch.int64)
     is_anchor, skipped = torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
     if stats:
-        assert result.scores.above is not None
-        rank = spread(result.scores.above + 1)
+        assert result.above is not None
+        rank = spread(result.above + 1)
         is_anchor = torch.zeros(p.num_pv, dtype=torch.bool).index_fill_(0, where, True)
-        skipped = result.left_out.sum()
+        skipped = anchors.left_out.sum()
     saved = [grad for grad in result.gradients if grad is not None]
-    per_row = (spread(result.item), spread(result.scores.lse), spread(result.cosine))
+    per_row = (spread(result.item), spread(result.lse), spread(result.cosine))
     return _reduced(p, result), *per_row, rank, is_anchor, skipped, saved
 
 
@@ -707,9 +578,9 @@ def _scaled(saved: Sequence[Tensor], needs: Sequence[bool], grad: Tensor) -> lis
 # ---- reconstruct --------------------------------------------------------------------------------------------------
 
 
-def _reconstructed(p: Problem) -> tuple[_Rows, _Rows, Tensor, _Reconstruction]:
-    pv = _real_rows(p.pv_offsets, p.pv_mask, p.pv_index, p.num_pv)
-    history = _real_rows(p.history_offsets, p.history_mask, p.history_index, p.num_history)
+def _reconstructed(p: Problem) -> tuple[Rows, Rows, Tensor, _Reconstruction]:
+    pv = real_rows(p.pv_offsets, p.pv_mask, p.pv_index, p.num_pv)
+    history = real_rows(p.history_offsets, p.history_mask, p.history_index, p.num_history)
     listed = (history.start.diff() > 0)[pv.page].nonzero().squeeze(1)
     return pv, history, listed, _attend(p, pv, history, listed, True)
 
@@ -740,7 +611,7 @@ def sequence_saved_spec(p: SequenceProblem, needs: Sequence[bool]) -> list[tuple
     return [] if p.reduction == "none" else _gradient_shapes(p, ("history", "temperature"), needs)
 
 
-def _page_sums(values: Tensor, rows: _Rows) -> Tensor:
+def _page_sums(values: Tensor, rows: Rows) -> Tensor:
     return torch.zeros(rows.start.shape[0] - 1, values.shape[1]).index_add_(0, rows.page, values)
 
 
@@ -748,9 +619,9 @@ def _run_sequence(
     p: SequenceProblem, needs: Sequence[bool], upstream: Tensor | None
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """(losses of the anchors, their positions in the batch, gradients)."""
-    inverse_tau = _inverse_tau(p)
-    rows = _real_rows(p.history_offsets, p.history_mask, p.history_index, p.num_history)
-    c, norm = _normalize(p.history, rows.source)
+    inverse_tau = inverse_tau_of(p)
+    rows = real_rows(p.history_offsets, p.history_mask, p.history_index, p.num_history)
+    c, norm = normalize(p.history, rows.source)
     count = rows.keep.shape[0]
     every = torch.arange(count)
     ids = None if p.ids is None else p.ids[rows.keep]
@@ -772,10 +643,10 @@ def _run_sequence(
             own = torch.zeros(groups, values.shape[1]).index_add_(0, group, values)[group]
         return _page_sums(values, rows)[rows.page] - own
 
-    y = _Candidates(c, anchor)
+    y = Candidates(c, anchor)
     if ids is not None:
         # Left out: the item's occurrences on other pages. Those of one item are in the order of pages.
-        y.order, same = _same_id(ids, ids[anchor])
+        y.order, same = same_id(ids, ids[anchor])
         place = torch.empty_like(y.order).scatter_(0, y.order, every)
         ordered_page = rows.page[y.order] + rows.start.shape[0] * torch.searchsorted(
             ids[y.order], ids[y.order]
@@ -808,7 +679,7 @@ def _run_sequence(
             pulled = torch.zeros(count, c.shape[1])
             pulled[anchor] = (g / number[anchor])[:, None] * c32[anchor]
             d_c = s.d_y.index_add_(0, anchor, s.d_x) - sum_of_positives(pulled)
-            d_rows = _normalize_backward(d_c, c, norm, inverse_tau)
+            d_rows = normalize_backward(d_c, c, norm, inverse_tau)
             target = rows.keep if p.history_index is None else rows.source
             total = torch.zeros(p.history.shape, dtype=torch.float32).index_add_(0, target, d_rows)
             gradients[0] = total.to(p.history.dtype)

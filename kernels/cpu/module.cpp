@@ -28,6 +28,21 @@
 #include "stages.h"
 
 namespace nb = nanobind;
+
+courier::Finished courier::finished(double top, double others, double positive) {
+    const double shift = others == 0 ? -std::numeric_limits<double>::infinity() : top;
+    const double highest = positive > shift || std::isnan(positive) ? positive : shift;
+    Finished f;
+    f.scale = std::exp(shift - highest);
+    others *= f.scale;
+    const double everything = others + std::exp(positive - highest);
+    f.lse = highest + std::log(everything);
+    f.loss = highest == positive ? std::log1p(others) : std::log(everything) + (highest - positive);
+    f.miss = others / everything;
+    f.scale /= everything;
+    return f;
+}
+
 using courier::Stages;
 using courier::Type;
 
@@ -223,22 +238,16 @@ void finish(Floats top, Doubles total, std::optional<Doubles> positive, std::opt
             std::optional<Floats> factor, std::optional<Floats> pull) {
     const int64_t n = int64_t(top.size());
     for (int64_t i = 0; i < n; ++i) {
-        double others = total.data()[i], scale, miss = 0;
+        const double others = total.data()[i];
+        double scale = 1 / others, miss = 0;
         if (!positive) {
             lse.data()[i] = top.data()[i] + std::log(others);
-            scale = 1 / others;
         } else {
-            // P is relative to the maximum, the rest to the highest score. Without other candidates the loss is exactly 0.
-            const double own = positive->data()[i];
-            const double shift = others == 0 ? -std::numeric_limits<double>::infinity() : double(top.data()[i]);
-            const double highest = own > shift || std::isnan(own) ? own : shift;
-            scale = std::exp(shift - highest);
-            others *= scale;
-            const double everything = others + std::exp(own - highest);
-            lse.data()[i] = highest + std::log(everything);
-            loss.data()[i] = highest == own ? std::log1p(others) : std::log(everything) + (highest - own);
-            miss = others / everything;
-            scale /= everything;
+            const courier::Finished f = courier::finished(top.data()[i], others, positive->data()[i]);
+            lse.data()[i] = f.lse;
+            loss.data()[i] = f.loss;
+            scale = f.scale;
+            miss = f.miss;
         }
         if (!g) continue;
         // A row without weight has no share, also where its log-sum-exp is over nothing.
@@ -477,6 +486,66 @@ void normalize_backward(Floats d_unit, Array unit, Floats norm, Array out, doubl
     parallel(n, 2 * a.dim, threads, [&](int64_t b, int64_t e, int) { s.normalize_backward(a, b, e); });
 }
 
+void candidate(Array x, std::optional<Array> y, Rows start, std::optional<Rows> range, Array v, Rows v_row,
+               std::optional<Floats> column_scale, std::optional<Floats> row_scale, Floats e_inverse, double scale,
+               double inverse_tau, Floats s, bool backward, std::optional<Floats> q_radial, std::optional<Floats> k_radial,
+               std::optional<Floats> d_v, std::optional<Doubles> slope, int threads, std::optional<std::string> variant) {
+    courier::Candidate a{};
+    a.type = type_of(x, "x");
+    a.x = x.data();
+    a.y = data_or_null(y);
+    a.columns = int64_t(x.shape(1));
+    a.dim = int64_t(v.shape(1));
+    a.start = start.data();
+    a.range = data_or_null(range);
+    a.v = v.data();
+    a.v_row = v_row.data();
+    a.column_scale = data_or_null(column_scale);
+    a.row_scale = data_or_null(row_scale);
+    a.e_inverse = e_inverse.data();
+    a.scale = float(scale);
+    a.inverse_tau = float(inverse_tau);
+    a.s = s.data();
+    a.q_radial = data_or_null(q_radial);
+    a.k_radial = data_or_null(k_radial);
+    a.d_v = data_or_null(d_v);
+    a.slope = data_or_null(slope);
+    if (backward && !slope) throw std::invalid_argument("slope: expected with backward");
+    const Stages& stages = stages_of(variant);
+    const int64_t pages = int64_t(start.size()) - 1;
+    nb::gil_scoped_release release;
+    parallel_each(pages, threads, [&](int64_t b, int64_t e, int) { stages.candidate(a, backward, b, e); });
+}
+
+void softmax(Floats s, int64_t low, Rows anchors, std::optional<Rows> range, std::optional<Floats> bias,
+             std::optional<Floats> rank_bias, std::optional<Floats> count, Rows own, std::optional<Rows> order,
+             std::optional<Rows> same, std::optional<Rows> page, std::optional<Floats> g, Doubles lse, Doubles loss,
+             Doubles positive, std::optional<Rows> above, int threads, std::optional<std::string> variant) {
+    courier::Softmax a{};
+    a.s = s.data();
+    a.low = low;
+    a.columns = int64_t(s.shape(1));
+    a.anchors = anchors.data();
+    a.range = data_or_null(range);
+    a.bias = data_or_null(bias);
+    a.rank_bias = data_or_null(rank_bias);
+    a.count = data_or_null(count);
+    a.own = own.data();
+    a.order = data_or_null(order);
+    a.same = data_or_null(same);
+    a.same_ranges = same ? int64_t(same->shape(1)) : 0;
+    a.page = data_or_null(page);
+    a.g = data_or_null(g);
+    a.lse = lse.data();
+    a.loss = loss.data();
+    a.positive = positive.data();
+    a.above = data_or_null(above);
+    const Stages& stages = stages_of(variant);
+    const int64_t pages = int64_t(s.shape(0));
+    nb::gil_scoped_release release;
+    parallel(pages, a.columns, threads, [&](int64_t b, int64_t e, int) { stages.softmax(a, b, e); });
+}
+
 void add(Floats sum, Array part, int threads, std::optional<std::string> variant) {
     if (sum.size() != part.size()) throw std::invalid_argument("part: expected as many numbers as in sum");
     courier::Add a{sum.data(), part.data(), type_of(part, "part")};
@@ -542,6 +611,20 @@ NB_MODULE(_native, m) {
           nb::arg("variant").none() = nb::none());
     m.def("normalize_backward", &normalize_backward, nb::arg("d_unit").noconvert(), nb::arg("unit").noconvert(),
           nb::arg("norm").noconvert(), nb::arg("out").noconvert(), nb::arg("scale"), nb::arg("threads"),
+          nb::arg("variant").none() = nb::none());
+    m.def("candidate", &candidate, nb::arg("x").noconvert(), nb::arg("y").noconvert().none(),
+          nb::arg("start").noconvert(), nb::arg("range").noconvert().none(), nb::arg("v").noconvert(),
+          nb::arg("v_row").noconvert(), nb::arg("column_scale").noconvert().none(),
+          nb::arg("row_scale").noconvert().none(), nb::arg("e_inverse").noconvert(), nb::arg("scale"),
+          nb::arg("inverse_tau"), nb::arg("s").noconvert(), nb::arg("backward"), nb::arg("q_radial").noconvert().none(),
+          nb::arg("k_radial").noconvert().none(), nb::arg("d_v").noconvert().none(),
+          nb::arg("slope").noconvert().none(), nb::arg("threads"), nb::arg("variant").none() = nb::none());
+    m.def("softmax", &softmax, nb::arg("s").noconvert(), nb::arg("low"), nb::arg("anchors").noconvert(),
+          nb::arg("range").noconvert().none(), nb::arg("bias").noconvert().none(),
+          nb::arg("rank_bias").noconvert().none(), nb::arg("count").noconvert().none(), nb::arg("own").noconvert(),
+          nb::arg("order").noconvert().none(), nb::arg("same").noconvert().none(), nb::arg("page").noconvert().none(),
+          nb::arg("g").noconvert().none(), nb::arg("lse").noconvert(), nb::arg("loss").noconvert(),
+          nb::arg("positive").noconvert(), nb::arg("above").noconvert().none(), nb::arg("threads"),
           nb::arg("variant").none() = nb::none());
     m.def("add", &add, nb::arg("sum").noconvert(), nb::arg("part").noconvert(), nb::arg("threads"),
           nb::arg("variant").none() = nb::none());

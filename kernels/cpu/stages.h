@@ -122,6 +122,49 @@ struct Transposed {
     float* d_y;                            // [columns, dim], added to
 };
 
+// What a sum over exp(score - top), the positive apart, gives for its row. Without other candidates the loss is exactly 0.
+struct Finished {
+    double lse, loss;
+    double miss;   // 1 - p of the positive
+    double scale;  // of exp(score - top) to p
+};
+Finished finished(double top, double others, double positive);
+
+// Attention for each candidate: products of the columns with rows of history, page after page (candidate.inl.h).
+struct Candidate {
+    Type type;
+    void *x, *y;                  // [rows, columns] E_j . v_k and q_j . k_k (null: the same); backward: their gradients
+    int64_t columns, dim;
+    const int64_t* start;         // [pages + 1] first row of each page
+    const int64_t* range;         // [pages, 2] columns that a page looks at, or null: all
+    const void* v;
+    const int64_t* v_row;         // [rows] rows of v
+    const float* column_scale;    // [columns] of the logits, or null: `scale`
+    const float* row_scale;       // [rows] of the logits, or null
+    const float* e_inverse;       // [columns] 1 / |E_j|, 0 for a zero vector
+    float scale, inverse_tau;
+    float* s;                     // [pages, columns] cos / tau; backward: dL/ds, then what E_j / |E_j|^2 is subtracted by
+    // Gradients.
+    float* q_radial;              // [pages, columns] the same for q, or null
+    float* k_radial;              // [rows] and for k where the logits are cosines, or null; added to
+    float* d_v;                   // [rows, dim] through |R|, or null
+    double* slope;                // [pages] sum of dL/ds s
+};
+
+// The contrast of those scores, for each anchor of a page; as `Contrast`, with these of its fields.
+struct Softmax {
+    float* s;                     // [pages, columns]; with g: dL/ds in its place
+    int64_t low, columns;
+    const int64_t* anchors;       // [pages + 1] first anchor of each page
+    const int64_t* range;         // [pages, 2]
+    const float *bias, *rank_bias, *count;  // [columns]
+    const int64_t *own, *order, *same, *page;
+    int64_t same_ranges;
+    const float* g;               // [M] or null
+    double *lse, *loss, *positive;  // [M]
+    int64_t* above;               // [M] or null
+};
+
 struct Stages {
     const char* name;
     void (*normalize)(const Normalize&, int64_t begin, int64_t end);
@@ -131,6 +174,8 @@ struct Stages {
     void (*weigh)(const Weigh&, int64_t begin, int64_t end);
     void (*normalize_backward)(const NormalizeBackward&, int64_t begin, int64_t end);
     void (*add)(const Add&, int64_t begin, int64_t end);
+    void (*candidate)(const Candidate&, bool backward, int64_t begin, int64_t end);
+    void (*softmax)(const Softmax&, int64_t begin, int64_t end);
     void (*pack)(const Pack&, int64_t begin, int64_t end);  // this and the next two: null where torch.mm is used
     void (*tile)(const Tile&, int64_t begin, int64_t end);
     void (*transposed)(const Transposed&, int64_t begin, int64_t end);

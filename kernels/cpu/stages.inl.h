@@ -447,8 +447,15 @@ void add(const Add& a, int64_t begin, int64_t end) {
         add_scaled(a.sum + begin, 1.0f, static_cast<const bf16*>(a.part) + begin, end - begin);
 }
 
+}  // namespace
+
+#include "candidate.inl.h"
+
+namespace {
+
 constexpr Stages make_stages(const char* name) {
-    return {name, normalize, attend, attend_backward, contrast, weigh, normalize_backward, add, nullptr, nullptr, nullptr};
+    return {name, normalize, attend, attend_backward, contrast, weigh, normalize_backward, add,
+            candidate, softmax, nullptr, nullptr, nullptr};
 }
 
 }  // namespace

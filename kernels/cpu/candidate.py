@@ -1,0 +1,375 @@
+"""impl="cpu", attention for each candidate: products of the columns with the history by torch.mm, a chunk of pages at a time.
+
+For page b and candidate j everything comes from dot products, x_jk = E_j . v_k and the logits' q_j . k_k:
+
+    s_bj = sum_k w_k x_jk / (tau |E_j| |sum_k w_k v_k|),   w_k = exp(logit_jk)
+
+One native pass over a tile of them gives the scores, a second one the contrast of each anchor and dL/ds, a third one puts
+dL/dx in the tile's place, whose products with v and E are the gradients. README.md has the mathematics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .native import stage
+from .rows import (
+    Anchors,
+    Candidates,
+    Result,
+    Rows,
+    anchors_of,
+    inverse_tau_of,
+    masked,
+    merged,
+    part,
+    placed,
+    shares_of,
+)
+
+if TYPE_CHECKING:
+    from courier_fast.problem import Problem
+
+# Of a tile of products.
+CHUNK_BYTES = 16 << 20
+# Longer histories, fewer dimensions and several heads go page by page through plain code: the native pass takes H^2 steps a
+# candidate, and where values of few dimensions cancel, it is not as exact as R itself.
+LONGEST_HISTORY = 192
+LEAST_DIM = 16
+# Attention weights that the plain code holds.
+PLAIN_ELEMENTS = 4 << 20
+NORM_EPS = 1e-12
+
+
+def _inverse_norm(x: Tensor) -> Tensor:
+    """1 / |x| in float32, 0 for zero vectors; NaN stays NaN."""
+    norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+    return torch.where(norm <= NORM_EPS, 0.0, 1.0 / norm)
+
+
+@dataclass
+class _Side:
+    """Rows that take part in products, where their gradient goes, and what is known of their length."""
+
+    rows: Tensor  # [n, D]
+    inverse: Tensor | None  # [n] 1 / |row|
+    gradient: Tensor | None  # [n, D] float32
+    radial: Tensor | None = (
+        None  # [n] of what row / |row|^2 is still to be subtracted from the gradient
+    )
+
+    def finished(self) -> Tensor | None:
+        if self.gradient is not None and self.radial is not None and self.inverse is not None:
+            self.gradient.addcmul_(
+                self.rows, (self.radial * self.inverse.square())[:, None], value=-1
+            )
+        return self.gradient
+
+
+@dataclass
+class _Pages:
+    """Pages with an anchor: their anchors, and their rows of history, one after the other."""
+
+    page: Tensor  # [P]
+    anchors: Tensor  # [P + 1] first anchor of each
+    start: Tensor  # [P + 1] first row of each among `rows`
+    rows: Tensor  # [K] real history rows
+    lengths: list[int]
+
+
+def _pages_of(a: Anchors) -> _Pages:
+    page, counts = a.pv.page[a.row].unique_consecutive(return_counts=True)
+    first, last = a.history.start[page], a.history.start[page + 1]
+    lengths = last - first
+    start = torch.zeros(len(page) + 1, dtype=torch.int64)
+    torch.cumsum(lengths, 0, out=start[1:])
+    anchors = torch.zeros_like(start)
+    torch.cumsum(counts, 0, out=anchors[1:])
+    # Row i of the list is i rows after the first of all, moved by as much as its page was.
+    rows = torch.arange(int(start[-1])) + (first - start[:-1]).repeat_interleave(lengths)
+    return _Pages(page, anchors, start, rows, lengths.tolist())
+
+
+class _Run:
+    """One forward pass, and the gradients with it where there are weights g of the anchors."""
+
+    def __init__(
+        self, p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | None
+    ) -> None:
+        self.p, self.needs = p, needs
+        self.inverse_tau = inverse_tau_of(p)
+        self.a = anchors_of(p)
+        self.pages = _pages_of(self.a)
+        self.g = shares_of(p, self.a, upstream) if any(needs) else None
+        self.y, source, self.every_row = self._columns()
+        self.column_source = source
+        self._sides(source)
+        m = len(self.a.row)
+        self.lse, self.loss, self.positive = torch.zeros(3, m, dtype=torch.float64)
+        self.above = torch.zeros(m, dtype=torch.int64) if want_rank else None
+        self.slope = 0.0
+        rows, itemsize = len(self.e.rows), p.pv.element_size() * (1 if self.same else 2)
+        self.chunk_rows = max(1, CHUNK_BYTES // max(rows * itemsize, 1))
+        for first, last, plain in self._chunks():
+            self._plain(first) if plain else self._chunk(first, last)
+
+    # ---- what takes part -----------------------------------------------------------------------
+
+    def _columns(self) -> tuple[Candidates, Tensor, bool]:
+        p, pv, anchor = self.p, self.a.pv, self.a.row
+        ids = None if p.ids is None else p.ids[pv.keep]
+        log_q = None if p.log_q is None else p.log_q[pv.keep]
+        plain = p.item_ids is None and log_q is None and p.negatives == "batch"
+        if p.pv_index is not None and p.query is None and plain:
+            y, source = merged(p, pv, anchor)
+            return y, source, len(source) == len(p.pv)
+        y = masked(p, pv, p.pv, torch.arange(len(pv.keep)), anchor, anchor, ids, log_q)
+        return y, pv.source, p.pv_index is None and len(pv.keep) == len(p.pv)
+
+    def _sides(self, source: Tensor) -> None:
+        """e and v of the scores, q and k of the logits; q is e and k is v where they are the same rows."""
+        p, grads = self.p, self.g is not None
+        own = p.pv if p.history is None else p.history
+        listed = self.pages.rows
+        history: Rows = self.a.history
+
+        def side(x: Tensor, rows: Tensor, every: bool, unit: bool, wanted: bool) -> _Side:
+            taken = x if every else x[rows]
+            gradient = torch.zeros(taken.shape) if grads and wanted else None
+            radial = torch.zeros(len(taken)) if gradient is not None and unit else None
+            return _Side(taken, _inverse_norm(taken) if unit else None, gradient, radial)
+
+        def of_history(given: Tensor | None, need: int, unit: bool) -> _Side:
+            wanted = (
+                self.needs[need] if given is not None else self.needs[0 if p.history is None else 1]
+            )
+            rows = history.source[listed] if given is None else history.keep[listed]
+            return side(own if given is None else given, rows, False, unit, wanted)
+
+        self.same = p.query is None and p.key is None and p.value is None
+        self.e = side(p.pv, source, self.every_row, True, self.needs[0])
+        if self.same:
+            self.q, self.k = self.e, of_history(None, 1, p.cosine)
+            self.v = self.k
+            return
+        self.v = of_history(p.value, 4, False)
+        self.k = of_history(p.key, 3, p.cosine)
+        if p.query is None:
+            self.q = _Side(self.e.rows, self.e.inverse, self.e.gradient, self.e.radial)
+        else:
+            keep = self.a.pv.keep
+            self.q = side(p.query, keep, len(keep) == len(p.query), p.cosine, self.needs[2])
+
+    def _chunks(self) -> Iterator[tuple[int, int, bool]]:
+        """(first page, end, whether plain code takes it): whole pages, as many as a tile holds."""
+        first, rows, count = 0, 0, len(self.pages.lengths)
+        every = self.p.num_heads > 1 or self.p.pv.shape[1] < LEAST_DIM
+        for i, length in enumerate(self.pages.lengths):
+            plain = every or length > LONGEST_HISTORY
+            if first < i and (plain or rows + length > self.chunk_rows):
+                yield first, i, False
+                first, rows = i, 0
+            if plain:
+                yield i, i + 1, True
+                first, rows = i + 1, 0
+            else:
+                rows += length
+        if first < count:
+            yield first, count, False
+
+    def _range(self, first: int, last: int) -> tuple[slice, Tensor | None]:
+        """The columns that these pages look at, and with negatives of the own page those of each among them."""
+        if self.y.page is None or not self.y.page_only:
+            return slice(0, len(self.e.rows)), None
+        each = self.y.page[self.pages.anchors[first:last]]
+        low = int(each[0, 0])
+        return slice(low, int(each[-1, 1])), each - low
+
+    # ---- the two ways through ------------------------------------------------------------------
+
+    def _softmax(
+        self, s: Tensor, first: int, last: int, columns: slice, ranges: Tensor | None
+    ) -> None:
+        """Results of the anchors of these pages; dL/ds in the place of their scores s [pages, columns]."""
+        starts = self.pages.anchors[first : last + 1]
+        mine = slice(int(starts[0]), int(starts[-1]))
+        y = self.y
+        stage(
+            "softmax",
+            s,
+            columns.start,
+            starts - starts[0],
+            ranges,
+            part(y.bias, columns),
+            part(y.rank_bias, columns),
+            part(y.count, columns),
+            y.own[mine],
+            y.order,
+            part(y.same, mine),
+            part(y.page, mine),
+            part(self.g, mine),
+            self.lse[mine],
+            self.loss[mine],
+            self.positive[mine],
+            part(self.above, mine),
+        )
+
+    def _chunk(self, first: int, last: int) -> None:
+        p, pages = self.p, self.pages
+        columns, ranges = self._range(first, last)
+        rows = slice(int(pages.start[first]), int(pages.start[last]))
+        e, v = self.e.rows[columns], self.v.rows[rows]
+        x = v @ e.T
+        y = None if self.same else self.k.rows[rows] @ self.q.rows[columns].T
+        scale = None
+        if p.cosine and self.q.inverse is not None:
+            scale = self.q.inverse[columns] * p.attention_scale
+        s = torch.empty(last - first, x.shape[1])
+        numbers = torch.arange(rows.stop - rows.start)
+        starts = pages.start[first : last + 1] - rows.start
+        about = (
+            *(x, y, starts, ranges, v, numbers, scale, part(self.k.inverse, rows) if p.cosine else None),
+            *(part(self.e.inverse, columns), p.attention_scale, self.inverse_tau, s),
+        )  # fmt: skip
+        stage("candidate", *about, False, None, None, None, None)
+        self._softmax(s, first, last, columns, ranges)
+        if self.g is None:
+            return
+        turned = torch.empty_like(s) if p.cosine and not self.same else None
+        slope = torch.empty(last - first, dtype=torch.float64)
+        through_length = None if self.v.gradient is None else torch.empty(v.shape)
+        k_radial = part(self.k.radial, rows)
+        if p.cosine and k_radial is None:
+            k_radial = torch.zeros(len(v))
+        stage("candidate", *about, True, turned, k_radial, through_length, slope)
+        self.slope += float(slope.sum())
+        if self.e.radial is not None:
+            self.e.radial[columns] += s.sum(0)
+        if turned is not None and self.q.radial is not None:
+            self.q.radial[columns] += turned.sum(0)
+        _add_product(self.e.gradient, columns, x.T, v)
+        _add_product(self.v.gradient, rows, x, e)
+        if self.v.gradient is not None:
+            self.v.gradient[rows] += through_length
+        if y is not None:
+            _add_product(self.q.gradient, columns, y.T, self.k.rows[rows])
+            _add_product(self.k.gradient, rows, y, self.q.rows[columns])
+
+    def _plain(self, page: int) -> None:
+        """A page with a long history, or several heads: the definition, in float32, some candidates at a time."""
+        columns, ranges = self._range(page, page + 1)
+        rows = slice(int(self.pages.start[page]), int(self.pages.start[page + 1]))
+        step = max(1, PLAIN_ELEMENTS // (rows.stop - rows.start) // self.p.num_heads)
+        history = [side.rows[rows].float() for side in (self.k, self.v)]
+        some = [
+            slice(i, min(i + step, columns.stop)) for i in range(columns.start, columns.stop, step)
+        ]
+        s = torch.cat([self._plain_scores(self.q.rows[c], self.e.rows[c], *history) for c in some])
+        s = s[None].contiguous()
+        up = s.clone()
+        self._softmax(up, page, page + 1, columns, ranges)
+        if self.g is None:
+            return
+        self.slope += float((up.double() * s).sum())
+        up = up[0]
+        for c in some:
+            inputs = [
+                x.float().requires_grad_() for x in (self.q.rows[c], self.e.rows[c], *history)
+            ]
+            with torch.enable_grad():
+                found = self._plain_scores(*inputs)
+            grads = torch.autograd.grad(
+                found, inputs, up[c.start - columns.start : c.stop - columns.start]
+            )
+            for side, at, grad in zip(
+                (self.q, self.e, self.k, self.v), (c, c, rows, rows), grads, strict=True
+            ):
+                if side.gradient is not None:
+                    side.gradient[at] += grad
+
+    def _plain_scores(self, q: Tensor, e: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """s of some candidates on one page, as in courier_fast.reference."""
+        heads = self.p.num_heads
+
+        def split(x: Tensor) -> Tensor:
+            return x.float().view(len(x), heads, -1).transpose(0, 1)
+
+        q, k = split(q), split(k)
+        if self.p.cosine:
+            q, k = _unit(q), _unit(k)
+        a = ((q @ k.mT) * self.p.attention_scale).softmax(-1)
+        r = (a @ split(v)).transpose(0, 1).reshape(len(e), -1)
+        return (_unit(r) * _unit(e.float())).sum(1) * self.inverse_tau
+
+    # ---- results -------------------------------------------------------------------------------
+
+    def gradients(self) -> list[Tensor | None]:
+        p, needs, a = self.p, self.needs, self.a
+        found: list[Tensor | None] = [None] * 6
+        if self.g is None:
+            return found
+        if needs[5]:
+            assert p.temperature is not None
+            found[5] = torch.tensor(-self.slope * self.inverse_tau, dtype=p.temperature.dtype)
+        listed = self.pages.rows
+        own_query = p.query is None
+        # q is e: what is subtracted for both is in one place already, and so are their gradients.
+        total = None
+        d_e = self.e.finished()
+        if needs[0]:
+            assert d_e is not None
+            total = d_e
+            if not self.every_row:
+                total = torch.zeros(p.pv.shape).index_add_(0, self.column_source, d_e)
+        if not own_query and needs[2]:
+            found[2] = placed(p.query, a.pv.keep, self.q.finished())
+        into = [(self.v, p.value, 4)] if self.same else [(self.v, p.value, 4), (self.k, p.key, 3)]
+        d_history = None
+        if p.history is not None and needs[1]:
+            d_history = torch.zeros(p.history.shape)
+        for side, given, need in into:
+            gradient = side.finished()
+            if gradient is None:
+                continue
+            if given is not None:
+                found[need] = placed(given, a.history.keep[listed], gradient)
+            elif p.history is None:
+                assert total is not None
+                total.index_add_(0, a.history.source[listed], gradient)
+            elif d_history is not None:
+                d_history.index_add_(0, a.history.keep[listed], gradient)
+        if d_history is not None:
+            found[1] = d_history.to(p.pv.dtype)
+        if total is not None:
+            found[0] = total.to(p.pv.dtype)
+        return found
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / |x| along the last dimension; zeros, without a gradient, for a zero vector."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    zero = norm <= NORM_EPS
+    safe = torch.where(zero, 1.0, x)
+    return torch.where(zero, 0.0, safe / torch.linalg.vector_norm(safe, dim=-1, keepdim=True))
+
+
+def _add_product(total: Tensor | None, rows: slice, a: Tensor, b: Tensor) -> None:
+    """total[rows] += a b, in float32 whatever a and b are."""
+    if total is None:
+        return
+    if a.dtype == torch.float32:
+        total[rows].addmm_(a, b)
+    else:
+        stage("add", total[rows], a @ b)
+
+
+def run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | None) -> Result:
+    """Forward pass and, where `needs` says so, all gradients; `upstream` [N] for reduction "none"."""
+    one = _Run(p, needs, want_rank, upstream)
+    cosine = one.positive / one.inverse_tau
+    return Result(one.loss, one.lse, one.above, cosine, one.a, one.gradients())

@@ -1,0 +1,165 @@
+"""Rows of a batch as the CPU path sees them: without padding; which candidates a row has; the anchors and their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .native import call, stage
+
+if TYPE_CHECKING:
+    from courier_fast.problem import Problem, SequenceProblem
+
+
+def normalize(source: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit rows of source[row] in its type, and their norms in float32."""
+    unit = torch.empty(row.shape[0], source.shape[1], dtype=source.dtype)
+    norm = torch.empty(row.shape[0], dtype=torch.float32)
+    stage("normalize", source, row, unit, norm)
+    return unit, norm
+
+
+def normalize_backward(gradient: Tensor, unit: Tensor, norm: Tensor, scale: float) -> Tensor:
+    """The gradient of unit rows, scaled, becomes in place that of the rows."""
+    stage("normalize_backward", gradient, unit, norm, gradient, scale)
+    return gradient
+
+
+@dataclass
+class Rows:
+    """Real rows of one side, padding removed."""
+
+    keep: Tensor  # [n] positions in the batch
+    page: Tensor  # [n]
+    start: Tensor  # [B + 1] first real row of each page
+    source: Tensor  # [n] row of the source tensor: the position, or the table index
+
+
+def real_rows(offsets: Tensor, mask: Tensor | None, index: Tensor | None, rows: int) -> Rows:
+    keep, page = torch.empty(2, rows, dtype=torch.int64)
+    start = torch.empty(offsets.shape[0], dtype=torch.int64)
+    count = call("real_rows", offsets, mask, rows, keep, page, start)
+    keep, page = keep[:count], page[:count]
+    return Rows(keep, page, start, keep if index is None else index[keep])
+
+
+@dataclass
+class Candidates:
+    """The columns of one direction, and which of them are no candidates of a row beside its own column."""
+
+    unit: Tensor  # [n, D]
+    own: Tensor  # [M] column of each row's positive, or of the row itself
+    bias: Tensor | None = None  # [n] float32
+    rank_bias: Tensor | None = None  # [n] the part of it that ranks see
+    count: Tensor | None = None  # [n] float32, candidates that a column stands for
+    order: Tensor | None = None  # [n] columns by item id
+    same: Tensor | None = None  # [M, ranges, 2] ranges of `order`: the row's item again
+    page: Tensor | None = None  # [M, 2] columns of the row's page
+    page_only: bool = False  # these alone are candidates; else they are none
+
+
+def part(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
+def same_id(ids: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions ordered by id [n], and for each id in `of` its range among them [M, 2]."""
+    ordered, order = torch.sort(ids, stable=True)
+    first = torch.searchsorted(ordered, of)
+    return order, torch.stack([first, torch.searchsorted(ordered, of, right=True)], 1)
+
+
+def inverse_tau_of(p: Problem | SequenceProblem) -> float:
+    return 1.0 / (p.tau if p.temperature is None else float(p.temperature))
+
+
+def merged(p: Problem, pv: Rows, anchor: Tensor) -> tuple[Candidates, Tensor]:
+    """Equal candidates as one column with the bias log m; the anchor's own item is the positive, whatever its m. Without
+    their vectors; and the table's rows that are columns [n]."""
+    counts = torch.bincount(pv.source, minlength=p.pv.shape[0])
+    source = counts.nonzero().squeeze(1)
+    count = counts[source].to(torch.float32)
+    own = torch.searchsorted(source, pv.source[anchor])
+    return Candidates(p.pv, own, bias=count.log(), count=count), source
+
+
+def masked(
+    p: Problem,
+    pv: Rows,
+    unit: Tensor,
+    column: Tensor,  # [n] real PV rows of the columns
+    anchor: Tensor,  # [M] real PV rows of the anchors
+    own: Tensor,  # [M] columns of the anchors
+    ids: Tensor | None,
+    log_q: Tensor | None,
+) -> Candidates:
+    y = Candidates(unit, own, page_only=p.negatives == "page")
+    if ids is not None:
+        y.order, same = same_id(ids[column], ids[anchor])
+        y.same = same[:, None]
+    if log_q is not None:
+        y.bias = y.rank_bias = -log_q[column].to(torch.float32)
+    if p.negatives != "batch":
+        page, of = pv.page[column], pv.page[anchor]
+        first, last = torch.searchsorted(page, of), torch.searchsorted(page, of, right=True)
+        y.page = torch.stack([first, last], 1)
+    return y
+
+
+@dataclass
+class Anchors:
+    """Real rows of both sides, and the clicked ones among those of PV that have a history and a weight."""
+
+    pv: Rows
+    history: Rows
+    row: Tensor  # [M] positions among the real PV rows
+    weight: Tensor | None  # [M]
+    has_history: Tensor  # [n] of each real PV row's page
+    left_out: Tensor  # [n] clicked, on a page without history
+
+
+def anchors_of(p: Problem) -> Anchors:
+    assert p.clicked is not None
+    pv = real_rows(p.pv_offsets, p.pv_mask, p.pv_index, p.num_pv)
+    history = real_rows(p.history_offsets, p.history_mask, p.history_index, p.num_history)
+    has_history = (history.start.diff() > 0)[pv.page]
+    clicked = p.clicked[pv.keep]
+    is_anchor = clicked & has_history
+    weights = None if p.weights is None else p.weights[pv.keep]
+    if weights is not None:
+        is_anchor &= weights > 0
+    row = is_anchor.nonzero().squeeze(1)
+    weight = None if weights is None else weights[row]
+    return Anchors(pv, history, row, weight, has_history, clicked & ~has_history)
+
+
+def shares_of(p: Problem, anchors: Anchors, upstream: Tensor | None) -> Tensor:
+    """dL/d(loss of each anchor) [M] for an upstream gradient of 1, or for `upstream` [N] with reduction "none"."""
+    weight, count = anchors.weight, len(anchors.row)
+    if upstream is not None:
+        return upstream[anchors.pv.keep[anchors.row]].to(torch.float32)
+    if weight is None:
+        return torch.full((count,), 1 / max(count, 1) if p.reduction == "mean" else 1.0)
+    return weight / weight.sum(dtype=torch.float64) if p.reduction == "mean" else weight
+
+
+@dataclass
+class Result:
+    """What a loss gives, and its gradients."""
+
+    item: Tensor  # [M] loss of each anchor, float64
+    lse: Tensor  # [M] over the candidates, float64
+    above: Tensor | None  # [M] candidates that score above the positive
+    cosine: Tensor  # [M] of the positives, float64
+    anchors: Anchors
+    gradients: list[Tensor | None]
+
+
+def placed(like: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """`values` at `rows` (ascending) of a tensor as `like`, zeros elsewhere; `values` itself if these are all rows."""
+    if rows.shape[0] == like.shape[0]:
+        return values.to(like.dtype)
+    return torch.zeros_like(like).index_copy_(0, rows, values.to(like.dtype))
