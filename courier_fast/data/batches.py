@@ -222,6 +222,20 @@ class BatchPlan:
         )  # fmt: skip
         return PageBatch(pages, items, pv_index, history_index, offsets[0], offsets[1], clicked)
 
+    def log_q(self, histories: bool = False) -> Array:
+        """[items] float32: log of each item's share among the PV items of the split, with `histories` among its used history
+        items, too; that of half an occurrence where there is none."""
+        d, pages = self.dataset, np.arange(self.rows.start, self.rows.stop)
+        shown = slice(int(d.pv_start[pages[0]]), int(d.pv_end[pages[-1]]))
+        counts = np.bincount(d.pv_item[shown], minlength=d.num_items).astype(np.float64)
+        if histories:
+            # How many pages use each event: +1 where a history begins, -1 where it ends.
+            uses = np.zeros(len(d.event_item) + 1)
+            np.add.at(uses, self._history_start(pages), 1)
+            np.add.at(uses, d.history_end[pages], -1)
+            counts += np.bincount(d.event_item, np.cumsum(uses)[:-1], d.num_items)
+        return np.log(np.maximum(counts, 0.5) / counts.sum()).astype(np.float32)
+
     def batch(self, epoch: int, step: int) -> PageBatch:
         """This rank's pages of a step in terms of their unique items."""
         return self.assemble(self.pages(epoch, step))

@@ -88,11 +88,32 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
+    attention: Literal["candidate", "anchor", "mean"] = Field(
+        "anchor",
+        description="whose query reconstructs an item from a history: each candidate's, the clicked item's, or nobody's",
+    )
+    attention_scale: float | None = Field(
+        None, description="factor of the attention's dot products; default 1/sqrt(dim)"
+    )
+    attention_temperature: float | None = Field(
+        None, gt=0, description="attention by cosines at this temperature, in place of a scale"
+    )
+    unit: bool = Field(
+        False,
+        description="embeddings of length 1 into the losses: a history item counts by its direction alone",
+    )
     temperature: float = Field(0.1, gt=0)
     learnable_temperature: bool = False
     min_temperature: float = Field(0.01, gt=0)
     negatives: Literal["batch", "page", "other_pages"] = "batch"
     direction: Literal["reconstruct", "identify", "both"] = "reconstruct"
+    history_negatives: bool = Field(
+        False,
+        description="items of the batch's histories are candidates, too: as popular as clicks are",
+    )
+    log_q: bool = Field(
+        False, description="sampling-bias correction by how often items are candidates in training"
+    )
     sequence_weight: float = Field(0.5, ge=0, description="weight of the click-sequence loss")
     sequence_temperature: float = Field(0.1, gt=0)
     impl: Literal["auto", "reference", "triton", "cpu", "xformers"] = "auto"

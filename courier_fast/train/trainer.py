@@ -29,12 +29,12 @@ from ..data.batches import BatchPlan
 from ..data.dataset import Dataset
 from ..data.embeddings import read_embeddings
 from ..data.loader import Augmentation, Batch, Features, Images, Loader
-from ..loss import ClickSequenceLoss, ReconstructionLoss, ReconstructionStats
 from .checkpoint import Checkpoints, optimizer_tensors
 from .config import Config
 from .encoder import SMALL_CONV, Encoder, build_encoder, build_projection, save_encoder
 from .gradient_cache import cached_backward, check_sliceable
 from .monitor import effective_rank, uniformity
+from .objective import Objective, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -49,54 +49,6 @@ class Progress:
     images: int = 0  # unique images, occurrences and damaged images so far
     occurrences: int = 0
     damaged: int = 0
-
-
-@dataclass
-class StepResult:
-    """Sums of this process's anchors over the anchors of all, so that the ranks' values add up."""
-
-    loss: Tensor
-    rec: Tensor
-    seq: Tensor
-    embeddings: Tensor
-    stats: ReconstructionStats | None
-    anchors: int  # of all processes
-
-
-class Objective(nn.Module):
-    """L_rec + weight * L_seq of a batch, from its unique embeddings.
-
-    Each process sums its own anchors (their candidates are those of its batch) and divides by the anchors of all, so the sum of the
-    processes' gradients is that of the mean over all anchors, however unequal the shards.
-    """
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        c = config.loss
-        self.weight = c.sequence_weight
-        self.rec = ReconstructionLoss(
-            c.temperature, c.learnable_temperature, c.min_temperature,
-            negatives=c.negatives, direction=c.direction, reduction="sum", impl=c.impl,
-        )  # fmt: skip
-        self.seq = ClickSequenceLoss(c.sequence_temperature, reduction="sum", impl=c.impl)
-
-    def forward(
-        self, embeddings: Tensor, batch: Batch, anchors: int, sequence_anchors: int, stats: bool
-    ) -> StepResult:
-        table = embeddings[: batch.num_items]
-        rec = self.rec(
-            batch.pv_index, batch.history_index, batch.clicked, embeddings=table,
-            pv_offsets=batch.pv_offsets, history_offsets=batch.history_offsets, return_stats=stats,
-        )  # fmt: skip
-        rec, found = rec if stats else (rec, None)
-        rec = rec / max(anchors, 1)
-        seq = rec.new_zeros(())
-        if self.weight:
-            seq = self.seq(
-                batch.history_index, history_offsets=batch.history_offsets, embeddings=table
-            )
-            seq = seq / max(sequence_anchors, 1)
-        return StepResult(rec + self.weight * seq, rec, seq, embeddings.detach(), found, anchors)
 
 
 class Processes:
@@ -238,7 +190,10 @@ class Trainer:
             enable()
         if c.model.slice:
             check_sliceable(self.encoder.backbone)
-        self.objective = Objective(c).to(self.device)
+        log_q = (
+            torch.from_numpy(self.plan.log_q(c.loss.history_negatives)) if c.loss.log_q else None
+        )
+        self.objective = Objective(c.loss, log_q).to(self.device)
         self.model = nn.ModuleDict({"encoder": self.encoder, "objective": self.objective})
         self.processes.broadcast(list(self.model.state_dict().values()))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
