@@ -163,7 +163,7 @@ def _candidate_cosines(p: Problem, pv: _Rows, history: _Rows, pages: Tensor, e: 
     v = _take(source, p.history_index, history.keep) if p.value is None else p.value[history.keep]
 
     def heads(x: Tensor) -> Tensor:  # [rows, D] -> [heads, rows, D / heads]
-        return x.view(len(x), p.num_heads, -1).transpose(0, 1)
+        return x.view(len(x), p.num_heads, x.shape[1] // p.num_heads).transpose(0, 1)
 
     q, k, v = heads(q), heads(k), heads(v)
     if p.cosine:

@@ -198,6 +198,15 @@ def attention_part(block_d: int) -> int:
     return block_d if block_d <= LARGEST_REGISTER_DIM else 64
 
 
+def candidate_tile(precision: str, block_d: int) -> Tile:
+    """Attention for each candidate, with R in registers: block_m candidates by block_n history rows. Five tiles of
+    block_m rows are held at a time: up to 256 dimensions of 16 bits they fit; larger ones spill."""
+    if interpreted():
+        return Tile(16, 16, 4, 1)
+    stages = 1 if precision == "ieee" or block_d > 256 else 2
+    return Tile(16, 16, 8, stages, registers=MOST_REGISTERS)
+
+
 def rows_tile(stride: int) -> Tile:
     """Memory-bound kernels: a few rows, enough bytes a thread."""
     return Tile(max(4, min(16, 4096 // next_power_of_2(stride))), 1, 4, 1)

@@ -136,6 +136,11 @@ SPECIAL: dict[str, tuple[int, torch.dtype, dict[str, Any]]] = {
     "log-q": (256, _BF16, {"log_q": True}),
     "stats": (256, _BF16, {"stats": True}),
     "heads": (256, _BF16, {"num_heads": 4, "projected": True}),
+    "candidate-256": (256, _BF16, {"attention": "candidate"}),
+    "candidate-items": (256, _BF16, {"attention": "candidate", "table": True, "tensor_tau": True}),
+    "candidate-heads": (256, _BF16, {"attention": "candidate", "num_heads": 4, "projected": True}),
+    "candidate-fp32-64": (64, _FP32, {"attention": "candidate", "cosine": True}),
+    "candidate-fp16-128": (128, _FP16, {"attention": "candidate", "cosine": True}),
 }
 
 

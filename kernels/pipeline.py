@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import configs, contrast, epilogue
+from . import candidate_pipeline, configs, contrast, epilogue
 from .passes import lowered, run_chunks, run_contrast
 from .sequence import sequence_backward, sequence_forward, sequence_saved_spec
 from .stages import (
@@ -94,8 +94,6 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
         and torch.cuda.get_device_capability(device) < (8, 0)
     ):
         reasons.append("the GPU is older than compute capability 8.0")
-    if getattr(p, "attention", "anchor") == "candidate":
-        reasons.append('attention is "candidate"; "anchor" and "mean" are supported')
     if source.dtype not in _DTYPES:
         reasons.append(f"dtype is {source.dtype}; float32, float16 or bfloat16 is needed")
     if not 1 <= source.shape[1] <= configs.LARGEST_DIM:
@@ -109,6 +107,8 @@ def saved_spec(p: Problem, needs: Sequence[bool]) -> list[tuple[tuple[Any, ...],
     """Shapes and types of `saved`; nothing is saved where there is nothing to compute or nobody wants gradients."""
     if not any(needs) or is_empty(p):
         return []
+    if p.attention == "candidate":
+        return list(candidate_pipeline.state_spec(p, loss_shape(p)).values())
     return list(state_spec(p, loss_shape(p)).values())
 
 
@@ -141,6 +141,10 @@ def forward(
         )
         return loss, item_loss, item_lse, item_positive, item_rank, is_anchor, skipped, []
 
+    if p.attention == "candidate":
+        per_row = (item_loss, item_lse, item_positive, item_rank)
+        loss, items, t = candidate_pipeline.forward(p, stats, per_row)
+        return _results(p, needs, stats, loss, items, per_row, t)
     s = loss_shape(p)
     grads = any(needs)
     t = empty_tensors(state_spec(p, s, grads), device)
@@ -287,16 +291,29 @@ def forward(
         ITEMS=per_item or stats,
         BLOCK=1024,
     )
-    if per_item:
-        loss = items.clone() if stats else items
-    is_anchor = t["flags"][0] != 0 if stats else torch.zeros(0, dtype=torch.bool, device=device)
-    skipped = (
-        t["counts"][3].to(torch.int64)
-        if stats
-        else torch.zeros(0, dtype=torch.int64, device=device)
+    return _results(
+        p, needs, stats, loss, items, (item_loss, item_lse, item_positive, item_rank), t
     )
-    saved = list(t.values()) if grads else []
-    return loss, item_loss, item_lse, item_positive, item_rank, is_anchor, skipped, saved
+
+
+def _results(
+    p: Problem,
+    needs: Sequence[bool],
+    stats: bool,
+    loss: Tensor,
+    items: Tensor,
+    per_row: tuple[Tensor, ...],
+    t: dict[str, Tensor],
+) -> tuple[Any, ...]:
+    """What `loss_forward` gives, from the reduced loss, the items' losses and the state."""
+    if p.reduction == "none":
+        loss = items.clone() if stats else items
+    is_anchor = t["flags"][0] != 0 if stats else t["flags"].new_zeros(0, dtype=torch.bool)
+    skipped = (
+        t["counts"][3].to(torch.int64) if stats else t["counts"].new_zeros(0, dtype=torch.int64)
+    )
+    saved = list(t.values()) if any(needs) else []
+    return loss, *per_row, is_anchor, skipped, saved
 
 
 def _skipped_without_history(p: Problem) -> Tensor:
@@ -327,6 +344,8 @@ def backward(
         return zeros, torch.zeros(
             p.num_pv, p.pv.shape[1], dtype=p.pv.dtype, device=p.pv.device
         ) if given else None
+    if p.attention == "candidate":
+        return candidate_pipeline.backward(p, needs, saved, grad), None
     s = loss_shape(p)
     device, dtype = p.pv.device, p.pv.dtype
     t = dict(zip(state_spec(p, s), saved, strict=True))

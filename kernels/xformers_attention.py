@@ -89,6 +89,8 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
         reasons.append(
             f"the tensors are on {source.device.type!r}; xformers' attention needs a CUDA device"
         )
+    if getattr(p, "attention", "anchor") == "candidate":
+        reasons.append('attention is "candidate", which needs kernels of its own')
     reasons += _xformers_reasons(source, getattr(p, "num_heads", 1))
     try:
         pipeline = _pipeline()

@@ -30,6 +30,8 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"negatives": "page", "ids": True, "reduction": "none"},
     {"table": True, "tensor_tau": True},
     {"table": True, "direction": "both", "reduction": "none"},
+    {"attention": "candidate", "tensor_tau": True, "log_q": True, "stats": True, "masks": True},
+    {"attention": "candidate", "table": True, "cosine": True, "reduction": "none"},
 )
 # What chooses path and tile in kernels/configs.py: compute capability, embedding dimension, type, options.
 PATHS: tuple[tuple[int, int, torch.dtype, dict[str, Any]], ...] = (
@@ -47,6 +49,9 @@ PATHS: tuple[tuple[int, int, torch.dtype, dict[str, Any]], ...] = (
     (120, 64, FP16, {"table": True, "everything": False}),
     (120, 256, BF16, {"tensor_tau": True}),
     (120, 1024, FP32, {"everything": False}),
+    (80, 768, BF16, {"attention": "candidate", "cosine": True, "everything": False}),
+    (86, 256, BF16, {"attention": "candidate", "negatives": "page", "everything": False}),
+    (120, 256, FP32, {"attention": "candidate", "table": True, "everything": False}),
 )
 
 

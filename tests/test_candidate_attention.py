@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from factories import LOSS_INPUTS, check_loss, in_float64, make
+from factories import (
+    GPU,
+    LOSS_INPUTS,
+    Budget,
+    check_loss,
+    in_float64,
+    loss_yardstick,
+    make,
+    mapped,
+    results,
+    skip_unless_available,
+    with_gradients,
+)
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from test_cpu import PEAK, needs_native
+from test_edges import build, loss_of, normal, run
 from test_loss import HALF
 from test_reference import SMALL, naive_loss, reduced
 from torch import Tensor
 
-from courier_fast import reference
+import courier_fast as cf
+from courier_fast import ops, reference
+from courier_fast.kernels.cpu import candidate
+from courier_fast.problem import NEGATIVES
 
-IMPLS = ("cpu",)
+IMPLS = ("cpu", "triton")
 CANDIDATE: dict[str, Any] = {"attention": "candidate"}
 COSINE: dict[str, Any] = {"cosine": True, "attention_scale": 5.0}
 CASES: dict[str, dict[str, Any]] = {
@@ -69,6 +93,11 @@ def problem(seed: int = 0, **case: Any) -> Any:
     return make(seed, **(CANDIDATE | case))
 
 
+def loss_results(impl: str, p: Any) -> dict[str, Tensor]:
+    skip_unless_available(impl, p)
+    return results(lambda q: ops.reconstruction_loss(q, impl, False)[0], p, LOSS_INPUTS)
+
+
 # ---- the definition ------------------------------------------------------------------------------
 
 
@@ -108,10 +137,17 @@ def test_derivatives(options: dict[str, Any]) -> None:
 # ---- implementations -----------------------------------------------------------------------------
 
 
+def check(impl: str, case: str, **more: Any) -> None:
+    """Fewer pages for Triton's interpreter, which takes seconds for what a GPU does in microseconds."""
+    small = {"pages": 5} if impl == "triton" and not GPU else {}
+    sizes = {"pages": 14} if impl == "triton" and case == "several-tiles" else {}
+    check_loss(impl, **CANDIDATE, **(small | more | CASES[case] | sizes))
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_float32(impl: str, case: str) -> None:
-    check_loss(impl, **CANDIDATE, **CASES[case])
+    check(impl, case)
 
 
 HALF_CASES = (
@@ -132,4 +168,309 @@ HALF_CASES = (
 @pytest.mark.parametrize("case", HALF_CASES)
 @pytest.mark.parametrize(("impl", "dtype"), [(i, t) for i in IMPLS for t in HALF[i]], ids=str)
 def test_half(impl: str, dtype: torch.dtype, case: str) -> None:
-    check_loss(impl, dtype=dtype, **CANDIDATE, **({"pages": 14} | CASES[case]))
+    check(impl, case, dtype=dtype, **({"pages": 14} if impl == "cpu" else {"pages": 7}))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("options", [{}, COSINE | {"table": True}], ids=str)
+def test_two_runs_give_the_same_bits(impl: str, options: dict[str, Any]) -> None:
+    p = problem(3, impl=impl, pages=8, **options)
+    first, again = (loss_results(impl, p) for _ in range(2))
+    for name, x in first.items():
+        assert torch.equal(x, again[name]), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_merged_columns_equal_expanded_rows(impl: str) -> None:
+    p = problem(5, impl=impl, table=True, pages=8, **COSINE)
+    assert p.pv_index is not None and p.history_index is not None
+    rows = {"pv": p.pv[p.pv_index], "history": p.pv[p.history_index]}
+    rows = {k: x.detach().requires_grad_() for k, x in rows.items()}
+    expanded = replace(p, pv_index=None, history_index=None, item_ids=p.pv_index, **rows)
+    merged, apart = loss_results(impl, p), loss_results(impl, expanded)
+    table = torch.zeros_like(p.pv).index_add_(0, p.pv_index, apart["pv"])
+    table.index_add_(0, p.history_index, apart["history"])
+    torch.testing.assert_close(merged["output"], apart["output"])
+    torch.testing.assert_close(merged["pv"], table)
+
+
+# ---- what it is the same as ----------------------------------------------------------------------
+
+
+def ragged(seed: int = 0, dim: int = 24) -> dict[str, Tensor]:
+    """Arguments of the public loss: three pages, the last one without a history."""
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "pv": torch.randn(9, dim, generator=g),
+        "history": torch.randn(7, dim, generator=g),
+        "clicked": torch.tensor([1, 0, 0, 1, 1, 0, 0, 1, 0]).bool(),
+        "pv_offsets": torch.tensor([0, 3, 6, 9]),
+        "history_offsets": torch.tensor([0, 5, 7, 7]),
+    }
+
+
+@pytest.mark.parametrize("impl", ("reference", *IMPLS))
+@pytest.mark.parametrize("attention", [{}, {"attention_temperature": 0.3}], ids=str)
+def test_on_the_own_page_it_is_the_listwise_softmax(impl: str, attention: dict[str, Any]) -> None:
+    """With negatives of the own page R_bj = R_j: a softmax over cos(R_j, E_j) of the page's items."""
+    a = ragged()
+    loss = cf.reconstruction_loss(
+        **a, attention="candidate", negatives="page", reduction="none", impl=impl, **attention
+    )
+    r = cf.reconstruct(
+        a["pv"], a["history"], pv_offsets=a["pv_offsets"], history_offsets=a["history_offsets"],
+        impl="reference", **attention,
+    )  # fmt: skip
+    s = torch.cosine_similarity(r, a["pv"], dim=1) / 0.1
+    for i in a["clicked"][:6].nonzero().flatten().tolist():
+        page = slice(0, 3) if i < 3 else slice(3, 6)
+        assert float(loss[i]) == pytest.approx(float(s[page].logsumexp(0) - s[i]), rel=1e-4)
+    assert not loss[6:].any()
+
+
+@pytest.mark.parametrize("impl", ("reference", *IMPLS))
+@pytest.mark.parametrize("negatives", NEGATIVES)
+def test_without_a_query_it_is_the_mean_and_so_is_the_anchors(impl: str, negatives: str) -> None:
+    a = ragged()
+    options = {"negatives": negatives, "reduction": "none", "impl": impl}
+    none = cf.reconstruction_loss(**a, attention="candidate", attention_scale=0.0, **options)
+    mean = cf.reconstruction_loss(**a, attention="mean", **options)
+    anchor = cf.reconstruction_loss(**a, attention="anchor", attention_scale=0.0, **options)
+    assert none.any()
+    torch.testing.assert_close(none, mean)
+    torch.testing.assert_close(anchor, mean)
+
+
+@pytest.mark.parametrize("attention", ["candidate", "anchor"])
+def test_attention_by_cosines_is_that_of_unit_projections(attention: str) -> None:
+    a = ragged()
+    unit = {k: torch.nn.functional.normalize(a[v], dim=1) for k, v in (("query", "pv"), ("key", "history"))}  # fmt: skip
+    by_scale = cf.reconstruction_loss(**a, **unit, attention=attention, attention_scale=4.0)
+    assert float(cf.reconstruction_loss(**a, attention=attention, attention_temperature=0.25)) == (
+        pytest.approx(float(by_scale), rel=1e-5)
+    )
+
+
+@pytest.mark.parametrize("kind", ["padded", "table"])
+def test_cosines_in_other_layouts(kind: str) -> None:
+    """Padding may hold anything here, too, with each attention."""
+    a = ragged()
+    pv, past = a["pv"].reshape(3, 3, -1), torch.full((3, 5, 24), torch.nan)
+    past[0], past[1, :2] = a["history"][:5], a["history"][5:]
+    mask = ~past.isnan().any(2)
+    for attention in ("candidate", "anchor"):
+        options = {"attention": attention, "attention_temperature": 0.4}
+        expected = float(cf.reconstruction_loss(**a, **options))
+        if kind == "padded":
+            leaf = past.clone().requires_grad_()
+            found = cf.reconstruction_loss(
+                pv, leaf, a["clicked"].view(3, 3), history_mask=mask, **options
+            )
+            found.backward()
+            assert leaf.grad is not None and not leaf.grad[~mask].any()
+        else:
+            table = torch.cat([a["pv"], a["history"]])
+            inputs = a | {"pv": torch.arange(9), "history": torch.arange(9, 16)}
+            found = cf.reconstruction_loss(**inputs, embeddings=table, **options)
+        assert float(found.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+# ---- edges ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ("reference", *IMPLS))
+def test_no_anchor_gives_zero_attached_to_every_input(impl: str) -> None:
+    for pages, clicked in (([(3, 2), (2, 0)], [0, 0, 0, 1, 1]), ([], []), ([(3, 0)], [1, 0, 0])):
+        rows, past = (sum(x) for x in zip(*pages, strict=True)) if pages else (0, 0)
+        p = build(impl, normal(rows, 8), normal(past, 8), pages, clicked, attention="candidate", temperature=torch.tensor(0.1))  # fmt: skip
+        loss = loss_of(impl, p)
+        assert not loss.any() and loss.requires_grad
+        for grad in torch.autograd.grad(loss, [p.pv, p.history, p.temperature]):
+            assert not grad.any()  # NaN would count
+
+
+@pytest.mark.parametrize("impl", ("reference", *IMPLS))
+def test_a_history_of_one_item_is_that_item(impl: str) -> None:
+    a = ragged()
+    a |= {"history": a["history"][:2], "history_offsets": torch.tensor([0, 1, 2, 2])}
+    found = cf.reconstruction_loss(**a, attention="candidate", impl=impl)
+    mean = cf.reconstruction_loss(**a, attention="mean", impl="reference")
+    assert float(found) == pytest.approx(float(mean), rel=1e-5)
+
+
+@pytest.mark.parametrize(("impl", "length"), [("cpu", 10_000), ("triton", 700)])
+def test_a_long_history(impl: str, length: int) -> None:
+    pages = [(3, length), (2, 3)]
+    p = build(impl, normal(5, 16), normal(length + 3, 16, seed=1), pages, [1, 0, 0, 0, 1], attention="candidate")  # fmt: skip
+    found, expected = run(impl, p), run("reference", p)
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_candidate_only_gives_zero(impl: str) -> None:
+    p = build(impl, normal(1, 16), normal(2, 16, seed=1), [(1, 2)], [1], attention="candidate")
+    found = run(impl, p)
+    rounding = torch.finfo(torch.float32).eps / p.tau
+    assert abs(float(found["output"])) <= rounding
+    assert found["pv"].abs().max() <= rounding / p.tau
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_zero_vectors(impl: str) -> None:
+    pv, history = normal(5, 16), normal(4, 16, seed=1)
+    pv[1], history[2:] = 0, 0  # every reconstruction of page 1 is zero
+    p = build(
+        impl, pv, history, [(3, 2), (2, 2)], [1, 1, 0, 1, 0], attention="candidate", cosine=True
+    )
+    found, expected = run(impl, p), run("reference", p)
+    assert not found["pv"][1].any()
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name])
+
+
+@pytest.mark.parametrize("filler", [torch.nan, torch.inf])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_padding_has_no_influence(impl: str, filler: float) -> None:
+    p = problem(3, mask=True, impl=impl, pages=6, dim=16)
+    assert p.pv_mask is not None and p.history_mask is not None
+    dead = {"pv": ~p.pv_mask, "history": ~p.history_mask}
+    for mask in dead.values():
+        mask[-1] = True  # past the last offset
+
+    def filled(value: float) -> dict[str, Tensor]:
+        def change(name: str, x: Tensor) -> Tensor:
+            return x.detach().masked_fill(dead[name][:, None], value) if name in dead else x
+
+        return run(impl, with_gradients(mapped(p, change), LOSS_INPUTS))
+
+    found, clean = filled(filler), filled(0.0)
+    for name, x in found.items():
+        assert torch.equal(x, clean[name]), name
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["pv", "history"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_non_finite_live_rows_reach_the_loss(impl: str, name: str) -> None:
+    tensors = {"pv": normal(5, 16), "history": normal(4, 16, seed=1)}
+    tensors[name][0, 3] = torch.nan
+    p = build(impl, tensors["pv"], tensors["history"], [(3, 2), (2, 2)], [1, 0, 0, 1, 0], reduction="none", attention="candidate")  # fmt: skip
+    expected = reference.reconstruction_loss(p).loss
+    assert expected.isnan().any()
+    assert loss_of(impl, p).isnan().tolist() == expected.isnan().tolist()
+
+
+@needs_native
+def test_memory_on_the_cpu_does_not_grow_with_candidates_times_history() -> None:
+    """6,000 candidates by 6,000 history rows are 144 MB in float32; their products are held a chunk at a time."""
+    code = PEAK.format(tests=str(Path(__file__).parent), dtype="float32", clicked=1.0, ids=False)
+    code = code.replace("pages=3000", "pages=1200, attention='candidate'")
+    run = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= candidate.CHUNK_BYTES + (40 << 20)
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"attention": "both"}, ValueError, "attention: expected one of 'candidate', 'anchor', 'mean', got 'both'"),
+        ({"attention_temperature": 0.0}, ValueError, "attention_temperature: expected a value above 0, got 0.0"),
+        ({"attention_temperature": -1.0}, ValueError, "attention_temperature: expected a value above 0"),
+        ({"attention_temperature": float("nan")}, ValueError, "attention_temperature: expected a finite value"),
+        ({"attention_temperature": "1"}, TypeError, "attention_temperature: expected a float"),
+        ({"attention_temperature": 1.0, "attention_scale": 1.0}, ValueError, "expected at most one of the two, got attention_scale 1.0 and attention_temperature 1.0"),
+        ({"attention": "mean", "attention_scale": 1.0}, ValueError, "expected none with attention 'mean'"),
+        ({"direction": "identify"}, ValueError, "direction: expected \"reconstruct\" with attention \"candidate\", got 'identify'"),
+        ({"direction": "both"}, ValueError, "direction: expected"),
+        ({"value": torch.zeros(7, 12)}, ValueError, r"value: expected shape \[7, 24\], got \[7, 12\]"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_input(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        cf.reconstruction_loss(**ragged(), **({"attention": "candidate"} | options))
+
+
+def test_xformers_says_why_not() -> None:
+    p = problem(0)
+    assert any("candidate" in reason for reason in ops.unavailable_reasons("xformers", p))
+
+
+# ---- why -----------------------------------------------------------------------------------------
+
+
+def held_out_loss(attention: str) -> float:
+    """Of an embedding without any taste in it, on batches without any taste: chance is log of the candidates."""
+    losses = []
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        pv, history = torch.randn(16, 5, 32, generator=g), torch.randn(16, 10, 32, generator=g)
+        clicked = torch.zeros(16, 5, dtype=torch.bool)
+        clicked[:, 0] = True
+        losses.append(
+            float(
+                cf.reconstruction_loss(
+                    pv, history, clicked, attention=attention, attention_scale=1.0, temperature=0.5
+                )
+            )
+        )
+    return sum(losses) / len(losses)
+
+
+def test_the_anchors_attention_sees_the_answer() -> None:
+    """Random embeddings and random clicks: nothing is to be known. Attention with the anchor's query is far better than
+    chance all the same, as it has seen the item it is to find; attention for each candidate is not better."""
+    chance = math.log(80)
+    assert held_out_loss("anchor") < chance - 0.5
+    assert held_out_loss("candidate") > chance - 0.01
+
+
+# ---- torch's machinery ----------------------------------------------------------------------------
+
+
+def test_compiles_without_graph_breaks() -> None:
+    skip_unless_available("cpu", problem(0))
+    a = ragged()
+
+    def loss(pv: Tensor, history: Tensor) -> Tensor:
+        return cf.reconstruction_loss(**(a | {"pv": pv, "history": history}), attention="candidate", impl="cpu")  # fmt: skip
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(a["pv"], a["history"]), loss(a["pv"], a["history"]))
+
+
+@pytest.mark.parametrize(("impl", "examples"), [("cpu", 30), ("triton", 6)])
+def test_ragged_batches(impl: str, examples: int) -> None:
+    skip_unless_available(impl, problem(0, impl=impl))
+    pages = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 6)), max_size=5)
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(
+        pages=pages,
+        dim=st.integers(1, 40),
+        negatives=st.sampled_from(NEGATIVES),
+        tau=st.sampled_from([0.01, 0.1, 1.0]),
+        cosine=st.booleans(),
+        ids=st.booleans(),
+        seed=st.integers(0, 2**16),
+    )
+    def check(pages: list[tuple[int, int]], dim: int, seed: int, ids: bool, **options: Any) -> None:
+        budget = Budget(torch.float32)
+        rows, past = (sum(p[i] for p in pages) for i in (0, 1))
+        for draw in range(3):
+            g = torch.Generator().manual_seed(seed + draw)
+            clicked = (torch.rand(rows, generator=g) < 0.5).int().tolist()
+            p = build(
+                impl, torch.randn(rows, dim, generator=g), torch.randn(past, dim, generator=g), pages, clicked,
+                item_ids=torch.randint(0, 6, (rows,), generator=g) if ids else None, attention="candidate", **options,
+            )  # fmt: skip
+            found = loss_results(impl, p)
+            assert all(x.isfinite().all() for x in found.values())
+            budget.add(loss_yardstick(p, draw), found)
+        budget.check()
+
+    check()

@@ -101,7 +101,12 @@ def test_compiles_with_every_layout() -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"table": True, "reduction": "none"}, {"direction": "both", "tensor_tau": True}],
+    [
+        {},
+        {"table": True, "reduction": "none"},
+        {"direction": "both", "tensor_tau": True},
+        {"attention": "candidate", "cosine": True, "tensor_tau": True},
+    ],
     ids=str,
 )
 def test_opcheck(impl: str, options: dict[str, Any]) -> None:

@@ -21,8 +21,9 @@ if not sys.platform.startswith("linux"):
 
 from courier_fast.kernels.launches import COMMON, SHARED_MEMORY, SPECIAL  # noqa: E402
 
-# Bytes of a thread that may spill, outside the loop: two registers from tile to tile with Triton 3.9.
-MAY_SPILL = {"log-q": 8}
+# Bytes of a thread that may spill, outside the contrast's loop: two registers from tile to tile with Triton 3.9; and
+# attention for each candidate with several heads, which holds one tile more.
+MAY_SPILL = {"log-q": 8, "candidate-heads": 128}
 
 # Instructions of a step of the contrast's loop over columns (bfloat16, sm_90): of the pass for log-sum-exps alone, the
 # forward and the transposed pass, with Triton 3.6 and from 3.7 on (in 3.9, wgmma descriptors are longer). What was

@@ -26,6 +26,10 @@ IMPLS = ("cpu", "triton")
         {"direction": "identify", "mask": True},
         {"negatives": "page"},
         {"dim": 300},
+        {"attention": "candidate"},
+        {"attention": "candidate", "ids": True, "log_q": True, "cosine": True},
+        {"attention": "candidate", "table": True},
+        {"attention": "candidate", "negatives": "page"},
     ],
     ids=str,
 )
