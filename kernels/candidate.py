@@ -298,6 +298,7 @@ def candidate_scores(
     positive_ptr,  # [capacity, 2]
     list_ptr,
     log_q_ptr,
+    page_place_ptr,
     top_ptr,  # [parts, capacity]
     total_ptr,
     above_ptr,
@@ -319,6 +320,7 @@ def candidate_scores(
     BIAS_IS_COUNT: tl.constexpr,
     HAS_LOG_Q: tl.constexpr,
     NEED_RANK: tl.constexpr,
+    PACKED: tl.constexpr,  # only pages without a place among the packed ones
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -338,6 +340,12 @@ def candidate_scores(
     last = rank_before(anchor_rank_ptr, tl.load(pv_offsets_ptr + page + 1))
     slot = i + tl.arange(0, SLOTS)
     slot_valid = slot < last
+    where = part.to(tl.int64) * capacity + slot
+    if PACKED:
+        if tl.load(page_place_ptr + page) >= 0:
+            tl.store(top_ptr + where, slot * 0.0 - float("inf"), mask=slot_valid)
+            tl.store(total_ptr + where, slot * 0.0, mask=slot_valid)
+            return
     own_id = tl.load(anchor_id_ptr + slot, mask=slot_valid, other=0)
     inverse_tau = score_scale(tau, TAU_IS_TENSOR)
     own = tl.zeros([SLOTS], tl.float32)
@@ -409,7 +417,6 @@ def candidate_scores(
         if NEED_RANK:
             better = allowed & (ranked[:, None] > own[None, :])
             above += tl.sum(tl.where(better, multiple[:, None], 0), axis=0)
-    where = part.to(tl.int64) * capacity + slot
     tl.store(top_ptr + where, top, mask=slot_valid)
     tl.store(total_ptr + where, total, mask=slot_valid)
     if NEED_RANK:
@@ -546,6 +553,8 @@ def candidate_columns(
     lse_ptr,
     miss_ptr,
     g_ptr,
+    long_ptr,  # first anchors of the pages that are not packed
+    packed_count_ptr,
     de_ptr,  # [N or n, D], rows at their places
     dq_ptr,  # [N, D] likewise
     tau_part_ptr,  # [programs] sum of g cos
@@ -565,6 +574,7 @@ def candidate_columns(
     MERGED: tl.constexpr,
     WANT_E: tl.constexpr,
     WANT_Q: tl.constexpr,
+    PACKED: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -574,6 +584,11 @@ def candidate_columns(
 ):
     """dL/dE and dL/dq of a tile of candidates, over all pages with an anchor; with SAME_Q their sum is dL/dE."""
     pid = tl.program_id(0)
+    listed = tl.load(packed_count_ptr + 1) if PACKED else 0
+    if PACKED:
+        if listed == 0:
+            tl.store(tau_part_ptr + pid, 0.0)
+            return
     column = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = column < tl.load(column_count_ptr)
     position = tl.load(column_list_ptr + column, mask=inside, other=0)
@@ -603,6 +618,9 @@ def candidate_columns(
         count = rank_before(
             anchor_rank_ptr, tl.load(pv_offsets_ptr + high_page + 1, mask=there, other=0)
         )
+    index = first
+    if PACKED:
+        first = tl.load(long_ptr)
     while first < count:
         page = tl.load(anchor_page_ptr + first)
         last = rank_before(anchor_rank_ptr, tl.load(pv_offsets_ptr + page + 1))
@@ -703,6 +721,9 @@ def candidate_columns(
                 part -= (turned * q_inverse * q_inverse)[:, None] * q_head.to(tl.float32)
             d_q += part
         first = last
+        if PACKED:
+            index += 1
+            first = tl.load(long_ptr + index, mask=index < listed, other=2147483647)
     dims = tl.arange(0, BLOCK_D)
     where = position.to(tl.int64)[:, None] * D + dims[None, :]
     mask = inside[:, None] & (dims < D)[None, :]
@@ -740,6 +761,7 @@ def candidate_history(
     lse_ptr,
     miss_ptr,
     g_ptr,
+    page_place_ptr,
     dk_ptr,  # [K, D]
     dv_ptr,
     tau,
@@ -759,6 +781,7 @@ def candidate_history(
     WANT_DK: tl.constexpr,
     WANT_DV: tl.constexpr,
     SUM_KV: tl.constexpr,
+    PACKED: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -768,6 +791,9 @@ def candidate_history(
 ):
     """dL/dk and dL/dv of a page's history, over all candidates; SUM_KV: their sum to dk. Zeros without an anchor."""
     page = tl.program_id(0)
+    if PACKED:
+        if tl.load(page_place_ptr + page) >= 0:
+            return
     first = rank_before(anchor_rank_ptr, tl.load(pv_offsets_ptr + page))
     last = rank_before(anchor_rank_ptr, tl.load(pv_offsets_ptr + page + 1))
     past = tl.load(history_offsets_ptr + page)

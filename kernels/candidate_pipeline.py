@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import candidate, configs, contrast, epilogue
+from . import candidate, configs, contrast, epilogue, packed_pipeline
 from .stages import attention_inputs, make_plan, occurrences, sum_occurrences
 from .state import Shape, cdiv, empty_tensors, loss_shape, plan_spec, temperature_argument
 
@@ -40,6 +40,9 @@ def state_spec(p: Problem, s: Shape) -> dict[str, tuple[Any, torch.dtype]]:
         "miss": ((rows,), torch.float32),
         "weight_sum": ((), torch.float32),
     }
+    if packed_pipeline.packs(p, _merged(p, s)):
+        spec |= packed_pipeline.state_spec(p, s, columns)
+        spec["positive"] = ((rows, 2), torch.float32)
     if p.log_q is not None or _merged(p, s):
         spec["column_bias"] = ((columns,), torch.float32)
     if _merged(p, s):
@@ -113,7 +116,14 @@ def forward(
         "history_offsets_ptr": p.history_offsets,
         "history_page_ptr": t["history_page"],
     }
-    positive = torch.empty(s.rows, 2, dtype=torch.float32, device=device)
+    positive = t.get("positive")
+    if positive is None:
+        positive = torch.empty(s.rows, 2, dtype=torch.float32, device=device)
+    packed = packed_pipeline.packs(p, _merged(p, s))
+    if packed:
+        packed_pipeline.pack(p, s, t)
+    # Ranks need every score beside every anchor's.
+    fast = packed and not stats
     tiles = _tiles(s)
     candidate.own_scores[(s.rows,)](
         **_inputs(p, False),
@@ -141,6 +151,7 @@ def forward(
         positive_ptr=positive,
         list_ptr=t["anchor_list"],
         log_q_ptr=log_q,
+        page_place_ptr=t["page_place"] if fast else above,
         top_ptr=top,
         total_ptr=total,
         above_ptr=above,
@@ -149,9 +160,12 @@ def forward(
         BIAS_IS_COUNT=merged,
         HAS_LOG_Q=p.log_q is not None,
         NEED_RANK=stats,
+        PACKED=fast,
         SLOTS=SLOTS,
         **tiles,
     )
+    if fast:
+        packed_pipeline.scores(p, s, t, top, total)
     losses = torch.empty(s.rows, dtype=torch.float32, device=device)
     candidate.finish_candidates[(cdiv(s.rows, 256),)](
         top,
@@ -205,6 +219,7 @@ def backward(
     s = loss_shape(p)
     device, dtype = p.pv.device, p.pv.dtype
     merged, table = _merged(p, s), p.history is None
+    packed = packed_pipeline.packs(p, _merged(p, s))
     t = dict(zip(state_spec(p, s), saved, strict=True))
     tau, tau_is_tensor = temperature_argument(p)
     g = torch.empty(s.rows, dtype=torch.float32, device=device)
@@ -237,6 +252,7 @@ def backward(
         "miss_ptr": t["miss"],
         "g_ptr": g,
         "MERGED": merged,
+        "PACKED": packed,
         "SLOTS": SLOTS,
         # float16 has too little range for gradients of a mean over many anchors: their products run in tf32.
         "DOT_TYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
@@ -245,7 +261,7 @@ def backward(
 
     columns = s.items if merged else s.rows
     want_e, want_q = needs[0], needs[2] if p.query is not None else needs[0]
-    d_e = d_q = None
+    d_e = d_q = tau_parts = None
     if want_e or want_q or needs[5]:
         kind = torch.float32 if table else dtype
         d_e = torch.zeros(columns, s.dim, dtype=kind, device=device) if want_e else None
@@ -257,16 +273,14 @@ def backward(
             **shared,
             anchor_page_ptr=t["anchor_page"],
             anchor_count_ptr=t["counts"][0:1],
+            long_ptr=t["long"] if packed else t["counts"],
+            packed_count_ptr=t["packed_count"] if packed else t["counts"],
             de_ptr=d_e if d_e is not None else g,
             dq_ptr=d_q if d_q is not None else g,
             tau_part_ptr=tau_parts,
             WANT_E=want_e,
             WANT_Q=want_q,
         )
-        if needs[5]:
-            assert p.temperature is not None
-            # Every score is cos / tau: the sum of g cos is dL/d(1/tau).
-            grads[5] = -tau_parts.sum() / p.temperature.square()
         grads[2] = d_q
 
     own = needs[0] if table else needs[1]
@@ -285,12 +299,21 @@ def backward(
         candidate.candidate_history[(s.pages,)](
             **shared,
             y_rank_ptr=t["ranks"][2],
+            page_place_ptr=t["page_place"] if packed else t["counts"],
             dk_ptr=d_k if d_k is not None else g,
             dv_ptr=d_v if d_v is not None else g,
             WANT_DK=want_k,
             WANT_DV=want_v,
             SUM_KV=together,
         )
+    tau_sums = [tau_parts] if tau_parts is not None else []
+    if packed:
+        more = packed_pipeline.backward(p, s, t, g, d_e, d_k, needs[5])
+        tau_sums += [more] if more is not None else []
+    if needs[5]:
+        assert p.temperature is not None
+        # Every score is cos / tau: the sum of g cos is dL/d(1/tau).
+        grads[5] = -torch.cat(tau_sums).sum() / p.temperature.square()
     grads[3] = d_k if needs[3] else None
     grads[4] = d_v if needs[4] else None
     d_history = d_k if p.key is None else d_v if p.value is None else None

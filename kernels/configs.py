@@ -207,6 +207,21 @@ def candidate_tile(precision: str, block_d: int) -> Tile:
     return Tile(16, 16, 8, stages, registers=MOST_REGISTERS)
 
 
+def packs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there is a tile for it: bfloat16 rows, 227 KiB of shared memory and wgmma or what came after it."""
+    return interpreted() or (dtype == torch.bfloat16 and capability(device) in (90, 100, 103))
+
+
+def packed_tile(kind: str, device: torch.device) -> Tile:
+    """Attention for each candidate by dot products alone: block_m candidates by a block of 64 history rows, or half of one;
+    `kind` is "scores", "columns", "columns of large pages" or "history"."""
+    if interpreted():
+        return Tile(16, 64, 4, 1)
+    rows = 64 if kind == "columns of large pages" or capability(device) >= 100 else 128
+    width = 32 if kind == "columns" else 64
+    return Tile(rows, width, 8, 2, registers=MOST_REGISTERS)
+
+
 def rows_tile(stride: int) -> Tile:
     """Memory-bound kernels: a few rows, enough bytes a thread."""
     return Tile(max(4, min(16, 4096 // next_power_of_2(stride))), 1, 4, 1)

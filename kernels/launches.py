@@ -26,7 +26,9 @@ from triton.compiler import ASTSource, make_backend
 _KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 SHARED_MEMORY = {capability: 1024 * kib for capability, kib in _KIB.items()}
 
-_CONTRAST = ("contrast", "scores", "product", "transposed_product")
+_CONTRAST = (
+    "contrast", "scores", "product", "transposed_product", "packed_scores", "packed_columns", "packed_history"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,18 @@ SPECIAL: dict[str, tuple[int, torch.dtype, dict[str, Any]]] = {
     "log-q": (256, _BF16, {"log_q": True}),
     "stats": (256, _BF16, {"stats": True}),
     "heads": (256, _BF16, {"num_heads": 4, "projected": True}),
-    "candidate-256": (256, _BF16, {"attention": "candidate"}),
-    "candidate-items": (256, _BF16, {"attention": "candidate", "table": True, "tensor_tau": True}),
+    "candidate-256": (256, _BF16, {"attention": "candidate", "cosine": True}),
+    "candidate-128": (
+        128,
+        _BF16,
+        {"attention": "candidate", "cosine": True, "log_q": True, "negatives": "other_pages"},
+    ),
+    "candidate-items": (
+        256,
+        _BF16,
+        {"attention": "candidate", "cosine": True, "table": True, "tensor_tau": True},
+    ),
+    "candidate-dot": (256, _BF16, {"attention": "candidate"}),
     "candidate-heads": (256, _BF16, {"attention": "candidate", "num_heads": 4, "projected": True}),
     "candidate-fp32-64": (64, _FP32, {"attention": "candidate", "cosine": True}),
     "candidate-fp16-128": (128, _FP16, {"attention": "candidate", "cosine": True}),

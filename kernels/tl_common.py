@@ -10,6 +10,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from . import configs
+
 # Vectors no longer than this count as zero: cosine 0, gradient 0.
 NORM_EPS = tl.constexpr(1e-12)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -48,6 +50,27 @@ def kernel(
     if isinstance(compiled, triton.JITFunction):  # not in the interpreter
         compiled.run = functools.partial(compiled.run, enable_fp_fusion=True, maxnreg=registers)
     return compiled
+
+
+_INTERPRETED = tl.constexpr(configs.interpreted())
+
+
+@triton.jit
+def exp2_flushed(x):
+    """2^x, 0 below float32's smallest normal number: what brings subnormal numbers about takes as long again."""
+    if _INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)  # fmt: skip
+
+
+@triton.jit
+def rsqrt_flushed(x):
+    """1 / sqrt(x) of a normal number."""
+    if _INTERPRETED:
+        return tl.rsqrt(x)
+    else:
+        return tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)  # fmt: skip
 
 
 @triton.jit

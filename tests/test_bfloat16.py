@@ -51,6 +51,7 @@ def rounds_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(builder, name, lambda self, x, kind: self.cast_impl(x, kind))
 
 
+PACKED: dict[str, Any] = {"attention": "candidate", "cosine": True, "attention_scale": 2.0}
 CASES: dict[str, dict[str, Any]] = {
     "in-place": {"pages": 60, "clicked": 0.3},
     "both": {"direction": "both", "pages": 20},
@@ -58,6 +59,11 @@ CASES: dict[str, dict[str, Any]] = {
     "items": {"table": True, "pages": 20},
     "tau-0.02": {"tau": 0.02, "pages": 20},
     "chunks": {"dim": 300, "pages": 10},
+    "candidate": {"attention": "candidate", "pages": 8},
+    "packed": PACKED | {"pages": 20},
+    "packed-items": PACKED | {"table": True, "tensor_tau": True, "pages": 12},
+    "packed-sharp": PACKED | {"attention_scale": 20.0, "tau": 0.02, "pages": 12},
+    "packed-long": PACKED | {"longest_history": 80, "pages": 5},
 }
 
 

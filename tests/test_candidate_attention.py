@@ -76,6 +76,17 @@ CASES: dict[str, dict[str, Any]] = {
     "tau-2": {"tau": 2.0},
     "all-clicked": {"clicked": 1.0},
     "items-all-clicked": {"clicked": 1.0, "table": True},
+    # By cosines: what Triton packs, and what it leaves out of that.
+    "cosine-log-q-other-pages": {"log_q": True, "negatives": "other_pages"} | COSINE,
+    "cosine-tensor-tau": {"tensor_tau": True} | COSINE,
+    "cosine-weights": {"weights": True, "reduction": "sum"} | COSINE,
+    "cosine-clicks-all-over": {"clicked": 0.8, "longest_pv": 8} | COSINE,
+    "cosine-items-all-clicked": {"clicked": 1.0, "table": True} | COSINE,
+    "cosine-long-histories": {"longest_history": 90, "pages": 5} | COSINE,
+    "cosine-several-tiles": {"pages": 40} | COSINE,
+    "cosine-sharp": {"cosine": True, "attention_scale": 20.0},
+    "cosine-tau-0.01": {"tau": 0.01} | COSINE,
+    "cosine-dim-100": {"dim": 100, "pages": 6} | COSINE,
     "sharp": {"attention_scale": 3.0},
     "long-histories": {"longest_history": 80, "pages": 5},
     "several-tiles": {"pages": 40},
@@ -140,7 +151,7 @@ def test_derivatives(options: dict[str, Any]) -> None:
 def check(impl: str, case: str, **more: Any) -> None:
     """Fewer pages for Triton's interpreter, which takes seconds for what a GPU does in microseconds."""
     small = {"pages": 5} if impl == "triton" and not GPU else {}
-    sizes = {"pages": 14} if impl == "triton" and case == "several-tiles" else {}
+    sizes = {"pages": 14} if impl == "triton" and "several-tiles" in case else {}
     check_loss(impl, **CANDIDATE, **(small | more | CASES[case] | sizes))
 
 
@@ -162,6 +173,9 @@ HALF_CASES = (
     "heads",
     "dim-300",
     "several-tiles",
+    "cosine-items-all-clicked",
+    "cosine-long-histories",
+    "cosine-sharp",
 )
 
 
@@ -169,6 +183,34 @@ HALF_CASES = (
 @pytest.mark.parametrize(("impl", "dtype"), [(i, t) for i in IMPLS for t in HALF[i]], ids=str)
 def test_half(impl: str, dtype: torch.dtype, case: str) -> None:
     check(impl, case, dtype=dtype, **({"pages": 14} if impl == "cpu" else {"pages": 7}))
+
+
+def test_which_pages_are_packed() -> None:
+    """By cosines, those of at most 4 anchors and 64 history rows: side by side with others that need as many units of 4."""
+    pages = [(2, 1), (5, 64), (4, 5), (3, 0), (1, 65), (1, 33), (2, 4), (9, 2), (3, 9)]
+    clicked = [int(k < (5 if n == 9 else 4)) for n, _ in pages for k in range(n)]
+    clicked[-3:] = [0, 0, 0]
+    rows, past = (sum(x) for x in zip(*pages, strict=True))
+    p = build("triton", normal(rows, 8), normal(past, 8), pages, clicked, attention="candidate")
+    p = replace(p, cosine=True, attention_scale=5.0)
+    skip_unless_available("triton", p)
+    from courier_fast.kernels import candidate_pipeline, pipeline
+
+    if GPU and p.pv.dtype != torch.bfloat16:
+        p = mapped(p, lambda _, x: x.bfloat16() if x.is_floating_point() else x)
+    spec = candidate_pipeline.state_spec(p, candidate_pipeline.loss_shape(p))
+    saved = dict(zip(spec, pipeline.loss_forward(p, [True] * 6, False)[-1], strict=True))
+    # Of one unit: pages 0 and 6; of two: page 2; of sixteen: 1 and 5. Page 4 is too long, page 7 has five anchors.
+    assert saved["page_place"].tolist() == [0, 32, 16, -1, -1, 48, 1, -1, -1]
+    assert saved["packed_count"].tolist() == [4, 2, 2]
+    assert saved["long"][:2].tolist() == [10, 14]
+    page = torch.full((64,), -1)
+    page[[0, 1]], page[16:18], page[32:48], page[48:] = torch.tensor([0, 6]), 2, 1, 5
+    assert saved["unit_page"][:64].tolist() == page.tolist()
+    row = saved["slot_row"].view(-1, 64)
+    start = p.history_offsets.tolist()
+    assert row[0, :6].tolist() == [start[0], -1, -1, -1, start[6], start[6] + 1]
+    assert row[2].tolist() == list(range(start[1], start[2]))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
