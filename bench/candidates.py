@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn import functional
 import courier_fast
 
 from . import peers
-from .problems import Batch
+from .problems import Batch, Options
 
 OURS = ("cpu", "triton", "triton_graph", "xformers")
 NAMES = (
@@ -44,6 +45,13 @@ class Candidate:
     stored: bool = True  # whether it holds similarities of all pairs at all
 
 
+def attention_of(options: Options) -> dict[str, Any]:
+    return {
+        "attention": options.attention,
+        "attention_temperature": 1.0 if options.cosine else None,
+    }
+
+
 def call(batch: Batch, impl: str, **arguments: Any) -> Tensor:
     """The public function, packed layout."""
     given: dict[str, Any] = {
@@ -58,6 +66,7 @@ def call(batch: Batch, impl: str, **arguments: Any) -> Tensor:
         "weights": batch.weights,
         "return_stats": batch.options.stats,
         "impl": impl,
+        **attention_of(batch.options),
     }
     given |= arguments
     clicked = given.pop("clicked", batch.clicked)
@@ -79,6 +88,7 @@ def graphed(batch: Batch) -> Candidate | str:
         return_stats=options.stats,
         impl="triton",
         cuda_graph=True,
+        **attention_of(options),
     )
 
     def loss(b: Batch) -> Tensor:
@@ -102,21 +112,34 @@ def _logit_type(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def padded(batch: Batch, pages: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """E [N, D], and the histories of some pages [P, H, D] with what is real of them [P, H]."""
+    first, lengths = batch.history_offsets[:-1], batch.history_offsets.diff()
+    if pages is not None:
+        first, lengths = first[pages], lengths[pages]
+    slots = torch.arange(batch.longest_history, device=lengths.device)
+    present = slots < lengths[:, None]
+    source = (first[:, None] + slots).clamp(max=len(batch.history) - 1)
+    if batch.embeddings is not None:
+        return batch.embeddings[batch.pv], batch.embeddings[batch.history[source]], present
+    return batch.pv, batch.history[source], present
+
+
+def attend(q: Tensor, c: Tensor, present: Tensor, cosine: bool) -> Tensor:
+    """R [P, n, D] of the queries [P, n, D], or of the same [n, D] on every page."""
+    k, scale = c, q.shape[-1] ** -0.5
+    if cosine:
+        q, k, scale = functional.normalize(q, dim=-1), functional.normalize(c, dim=-1), 1.0
+    scores = (q @ k.mT).to(_logit_type(q)) * scale
+    a = scores.masked_fill(~present[:, None, :], -torch.inf).softmax(-1)
+    return a.to(c.dtype) @ c
+
+
 def unit_rows(batch: Batch, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     """r of the rows (None: all) and e of all, by attention over padded histories."""
-    pages = len(batch.pv_offsets) - 1
-    lengths = batch.history_offsets.diff()
-    slots = torch.arange(batch.longest_history, device=lengths.device)
-    present = slots < lengths[:, None]  # [B, H]
-    source = (batch.history_offsets[:-1, None] + slots).clamp(max=len(batch.history) - 1)
-    if batch.embeddings is not None:
-        e, c = batch.embeddings[batch.pv], batch.embeddings[batch.history[source]]
-    else:
-        e, c = batch.pv, batch.history[source]
-    q = e.view(pages, -1, e.shape[1])  # every page has as many PV items
-    scores = (q @ c.mT).to(_logit_type(e)) * e.shape[1] ** -0.5
-    a = scores.masked_fill(~present[:, None, :], -torch.inf).softmax(-1)
-    r = (a.to(c.dtype) @ c).view_as(e)
+    e, c, present = padded(batch)
+    q = e.view(len(c), -1, e.shape[1])  # every page has as many PV items
+    r = attend(q, c, present, batch.options.cosine).view_as(e)
     return functional.normalize(r if rows is None else r[rows], dim=-1), functional.normalize(
         e, dim=-1
     )
@@ -125,10 +148,16 @@ def unit_rows(batch: Batch, rows: Tensor | None) -> tuple[Tensor, Tensor]:
 def eager_logits(batch: Batch, rows: Tensor | None) -> Tensor:
     """The loss as N x N (rows None) or M x N logits in plain PyTorch; direction "reconstruct"."""
     r, e = unit_rows(batch, rows)
-    place = torch.arange(batch.rows, device=e.device)
-    anchor = place if rows is None else rows
+    anchor = torch.arange(batch.rows, device=e.device) if rows is None else rows
+    total, weight = contrast(r @ e.T, batch, anchor)
+    return total / weight
+
+
+def contrast(cosine: Tensor, batch: Batch, anchor: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of some rows, cosines [M, N], as a weighted sum; and the sum of the weights."""
+    place = torch.arange(batch.rows, device=anchor.device)
     tau = batch.options.tau if batch.temperature is None else batch.temperature
-    s = (r @ e.T).to(_logit_type(e)) / tau
+    s = cosine.to(_logit_type(cosine)) / tau
     if batch.log_q is not None:
         s = s - batch.log_q
     ids = batch.item_ids
@@ -148,7 +177,85 @@ def eager_logits(batch: Batch, rows: Tensor | None) -> Tensor:
     loss = functional.cross_entropy(s, anchor, reduction="none")
     weight = batch.clicked.to(loss.dtype) if batch.weights is None else batch.weights
     weight = torch.where(batch.clicked, weight, 0)[anchor]
-    return (weight * loss).sum() / weight.sum()
+    return (weight * loss).sum(), weight.sum()
+
+
+# ---- attention for each candidate ----------------------------------------------------------------
+
+# Numbers in the reconstructions of a chunk of pages. On a CPU a larger one is no faster: its memory has to be mapped anew.
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
+
+
+def candidate_loss(
+    batch: Batch, rows: Tensor, pages: Tensor, which: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`contrast` of the anchors `rows`, on `pages`; `which` of these is the page of each."""
+    e, c, present = padded(batch, pages)
+    r = functional.normalize(attend(e, c, present, batch.options.cosine), dim=-1)  # [P, N, D]
+    cosine = (r * functional.normalize(e, dim=-1)).sum(-1)
+    return contrast(cosine[which], batch, rows)
+
+
+def _chunks(batch: Batch, elements: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Arguments of `candidate_loss`, some pages after the other."""
+    rows = batch.clicked.nonzero().squeeze(1)
+    page = rows // (batch.rows // (len(batch.pv_offsets) - 1))
+    pages, which = page.unique_consecutive(return_inverse=True)
+    count = int(max(1, min(elements / (batch.rows * batch.dim), len(pages))))
+    for first in range(0, len(pages), count):
+        mine = (which >= first) & (which < first + count)
+        yield rows[mine], pages[first : first + count], which[mine] - first
+
+
+class _Given(torch.autograd.Function):
+    """A loss whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.gradients = [g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return None, None, *(g * grad for g in ctx.gradients)
+
+
+def in_chunks(batch: Batch, part: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+    """The loss with attention for each candidate. Every anchor needs its own page alone, so each chunk of pages goes
+    forward and backward before the next: nothing is computed twice, and nothing is held of more than a chunk."""
+    inputs = list(batch.inputs.values())
+    gradients = [torch.zeros_like(x, dtype=_logit_type(x)) for x in inputs]
+    total = weights = 0.0
+    for chunk in _chunks(batch, CHUNK_ELEMENTS[batch.clicked.device.type]):
+        loss, weight = part(batch, *chunk)
+        if torch.is_grad_enabled():
+            for g, x in zip(gradients, torch.autograd.grad(loss, inputs), strict=True):
+                g += x
+        total, weights = total + loss.detach(), weights + weight
+    if not torch.is_grad_enabled():
+        return total / weights
+    return _Given.apply(total / weights, [g.div_(weights) for g in gradients], *inputs)
+
+
+def at_once(batch: Batch) -> Tensor:
+    """The same, of all pages together."""
+    (chunk,) = _chunks(batch, math.inf)
+    total, weight = candidate_loss(batch, *chunk)
+    return total / weight
+
+
+def _candidate_attention(name: str, batch: Batch) -> Candidate | str:
+    if name == "eager":
+        return Candidate(name, lambda b: in_chunks(b, candidate_loss), stored=False)
+    if name == "eager_full":
+        return Candidate(name, at_once, full=True)
+    if name != "compile":
+        return 'computes attention "anchor" only'
+    missing = _without_compiler(batch.clicked.device)
+    if missing is not None:
+        return missing
+    compiled = torch.compile(candidate_loss)
+    return Candidate(name, lambda b: in_chunks(b, compiled), stored=False)
 
 
 def _linear_cross_entropy(batch: Batch, **options: Any) -> Tensor:
@@ -173,6 +280,8 @@ def make(name: str, batch: Batch) -> Candidate | str:
         return graphed(batch)
     if name in OURS:
         return Candidate(name, lambda b: call(b, name), ours=True)
+    if options.attention == "candidate":
+        return _candidate_attention(name, batch)
     if name == "memeff":
         return _from(name, batch, peers.memeff(batch))
     if name == "siglip":

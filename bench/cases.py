@@ -9,7 +9,7 @@ from .candidates import OURS
 from .loss import Case
 from .problems import SHAPES, Options, Shape
 
-GROUPS = ("shapes", "dims", "rows", "types", "options")
+GROUPS = ("shapes", "dims", "rows", "types", "candidate", "options")
 _NO_COMPILE = ("reference", "eager", "lce", *OURS)
 # The options of the loss, each to be compared with the bare one.
 VARIANTS = {
@@ -36,6 +36,27 @@ def _items(device: str, dtype: str) -> Case:
     return Case("items", Shape(3072, 5, 19, 256, 0.2), Options(unique_items=4000), dtype)
 
 
+def _candidate(dtype: str) -> list[Case]:
+    """Attention for each candidate, by dot products and by cosines: 512 pages, and fewer with shorter rows."""
+    names = ("eager", "eager_full", "compile", *OURS)
+    sizes = {
+        "candidate": Shape(512, 5, 20, 256, 0.2),
+        "candidate small": Shape(128, 5, 20, 64, 0.2),
+    }
+    return [
+        Case(
+            f"{name}{', cosine' if cosine else ''}",
+            shape,
+            Options(attention="candidate", cosine=cosine),
+            dtype,
+            group="candidate",
+            names=names,
+        )
+        for name, shape in sizes.items()
+        for cosine in (False, True)
+    ]
+
+
 def _square(rows: int, dim: int) -> Shape:
     """N = M: every item was clicked."""
     return Shape(rows // 4, 4, 20, dim, 1.0)
@@ -49,6 +70,8 @@ def cases(device: str, quick: bool = False) -> list[Case]:
         shape = "paper" if device == "cuda" else "tiny"
         found = [Case(shape, SHAPES[shape], dtype=dtype, names=names)]
         found += [replace(_items(device, dtype), names=names)] if device == "cuda" else []
+        small = next(c for c in _candidate(dtype) if c.name == "candidate small")
+        found.append(replace(small, names=tuple(n for n in small.names if n != "compile")))
         square = _square(2048, 256)
         return [*found, Case("N = M = 2,048", square, dtype=dtype, group="rows", names=names)]
     dims: tuple[int, ...]
@@ -69,9 +92,11 @@ def cases(device: str, quick: bool = False) -> list[Case]:
         found = [Case("paper", SHAPES["paper"], dtype=dtype) for dtype in ("bfloat16", "float32")]
         found += [_items(device, "bfloat16")]
         found.append(Case("forward", SHAPES["paper"], forward=True))
+        found += _candidate("float32")
         dims, rows = (64, 256, 768), 2048
         lengths = (1024, 2048, 4096, 8192)
     dtype = "bfloat16"
+    found += _candidate(dtype)
     found += [Case(f"D = {d}", _square(rows, d), dtype=dtype, group="dims") for d in dims]
     found += [Case(f"N = M = {n:,}", _square(n, 256), dtype=dtype, group="rows") for n in lengths]
     return [*found, *types]
@@ -134,6 +159,13 @@ GOALS = (
     Goal("D = 512", "share of the floor", 70, 80),
     Goal("D = 1024", "share of the floor", 75, 85),
 )
+
+# Of ours over what is named, at most: (time, memory).
+OVER_OTHERS = {
+    (case, other): (0.25, 0.05)
+    for case in ("candidate", "candidate, cosine")
+    for other in ("eager", "eager_full")
+}
 
 # Of a variant over the bare loss, in the same run.
 VARIANT_GOALS = {

@@ -36,10 +36,12 @@ def exact(batch: Batch) -> dict[str, Tensor]:
     double = batch.to(torch.float64)
     anchors = batch.clicked.nonzero().squeeze(1)
     total: dict[str, Tensor] = {}
-    for some in anchors.split(max(1, CHUNK_ELEMENTS // batch.rows)):
+    each = batch.rows * (batch.dim if batch.options.attention == "candidate" else 1)
+    for some in anchors.split(max(1, CHUNK_ELEMENTS // each)):
         part = loss_and_gradients(partial(_sum_over, some), double)
         total = {name: total.get(name, 0) + x for name, x in part.items()}
-    return {name: x / len(anchors) for name, x in total.items()}
+    weight = len(anchors) if double.weights is None else double.weights[anchors].sum()
+    return {name: x / weight for name, x in total.items()}
 
 
 def _rounded(batch: Batch, draw: int) -> dict[str, Tensor]:

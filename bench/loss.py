@@ -4,7 +4,8 @@
 
 reference: this package's definition. eager: what a user writes, logits of the clicked rows and
 cross_entropy. eager_full, compile: N x N logits, without and with torch.compile; compile_rows:
-the clicked rows, compiled. lce, lce_chunked: torch's linear_cross_entropy behind the eager
+the clicked rows, compiled. With attention for each candidate, eager and compile take some pages
+after the other, forward and backward, and eager_full all pages at once. lce, lce_chunked: torch's linear_cross_entropy behind the eager
 attention. cce, liger, inf_cl, varlen, memeff, siglip, xformers_ce: other packages, see peers.py.
 cpu, triton, triton_graph (its CUDA graph), xformers: this package.
 
@@ -96,6 +97,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--tau", type=float, default=Options.tau)
     add("--negatives", choices=("batch", "page", "other_pages"), default=Options.negatives)
     add("--direction", choices=("reconstruct", "identify", "both"), default=Options.direction)
+    add("--attention", choices=("anchor", "candidate"), default=Options.attention)
     add("--ids", action="store_true", help="give item ids, so that re-occurrences are no negatives")
     add("--log-q", action="store_true", help="give a sampling-bias correction")
     add(
@@ -170,7 +172,7 @@ def _measured(
     dtype, shape, options = DTYPES[case.dtype], case.shape, case.options
     batch = make_batch(shape, options, dtype, device)
     # Errors where the reference fits into memory: on this batch, or on fewer such pages.
-    small = measure.shape_that_fits(shape, device)
+    small = measure.shape_that_fits(shape, options, device)
     judged = batch if small == shape else make_batch(small, options, dtype, device)
 
     rows: dict[str, Row] = {}
@@ -178,7 +180,8 @@ def _measured(
     for name in case.names or NAMES:
         made = make(name, batch)
         if isinstance(made, Candidate) and made.stored and not made.ours:
-            need, free = measure.logits_bytes(shape, made.full), measure.free_memory(device)
+            need = measure.logits_bytes(shape, options, made.full)
+            free = measure.free_memory(device)
             if need > 0.8 * free:
                 gib = 2**30
                 made = f"its logits take about {need / gib:.0f} GiB; {free / gib:.0f} GiB are free"
@@ -213,7 +216,8 @@ def _measured(
 
     size, rate = measure.product_rate(dtype, device)
     products = 2 if case.forward else 6
-    flops = products * batch.anchors * batch.columns * batch.dim
+    each = batch.attended if options.attention == "candidate" else batch.anchors
+    flops = products * each * batch.columns * batch.dim
     # What has to be read and written at least: both sides' rows, and the gradients.
     traffic = batch.gradient_bytes * (1 if case.forward else 2)
     about: dict[str, Any] = {
@@ -288,14 +292,17 @@ def heading(about: dict[str, Any]) -> list[str]:
     scope = "the whole batch"
     if not judged["whole"]:
         size = f"N = {judged['rows']:,}, M = {judged['anchors']:,}"
-        scope = f"fewer pages ({size}): the reference does not fit at this shape"
+        scope = f"fewer pages ({size}): the reference does not fit at this shape, or takes long"
     factor = 2 if case["forward"] else 6
+    each = "M"
+    if case["options"]["attention"] == "candidate":
+        each = "(K of pages with an anchor)"
     return [
         f"{case['name']} on {about['device']}: {case['dtype']}{', tf32' if case['tf32'] else ''}, "
         f"N = {about['rows']:,} PV items, M = {about['anchors']:,} anchors, {about['columns']:,} columns, "
         f"K = {about['history']:,} history items, D = {about['dim']}"
         + "".join(f", {k} {v}" for k, v in options.items()),
-        f"floor: {factor} M columns D flops in {about['floor_seconds'] * 1e3:.4g} ms, at the "
+        f"floor: {factor} {each} columns D flops in {about['floor_seconds'] * 1e3:.4g} ms, at the "
         f"{product['flops_per_second'] / 1e12:.4g} TFLOP/s of a product of size {product['size']}",
         f"errors: relative l2 against float64, on {scope}; "
         "budget: twice the error of eager code, or of its model (courier_fast.budget), plus one rounding",
@@ -335,7 +342,15 @@ def main(arguments: Sequence[str] | None = None, extra: Sequence[Candidate] = ()
     shape = SHAPES[args.shape]
     if args.clicked is not None:
         shape = type(shape)(**(asdict(shape) | {"clicked": args.clicked}))
-    options = Options(args.tau, args.negatives, args.direction, args.ids, args.log_q, args.items)
+    options = Options(
+        args.tau,
+        args.negatives,
+        args.direction,
+        args.ids,
+        args.log_q,
+        args.items,
+        attention=args.attention,
+    )
     names = tuple(dict.fromkeys([*NAMES[:2], *(args.impl or NAMES)]))
     case = Case(args.shape, shape, options, args.dtype, args.forward, args.tf32, names=names)
     device = torch.device(args.device)

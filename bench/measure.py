@@ -217,18 +217,28 @@ def free_memory(device: torch.device) -> int:
         return 8 * 2**30
 
 
-def logits_bytes(shape: Shape, full: bool) -> int:
-    """About what M x N (full: N x N) float32 logits take with their mask, softmax and gradients."""
+# Attention for each candidate is judged on no more than this: the model of its rounding takes seconds for it.
+JUDGED_BYTES = 2**29
+
+
+def logits_bytes(shape: Shape, options: Options, full: bool) -> int:
+    """About what M x N (full: N x N) float32 logits take with their mask, softmax and gradients; or, with attention for
+    each candidate, reconstructions of all N from every page with an anchor."""
     columns = shape.pages * shape.items
+    if options.attention == "candidate":
+        pages = shape.pages * (1 - (1 - shape.clicked) ** shape.items)
+        return int(6 * 4 * pages * columns * shape.dim)
     rows = columns if full else int(columns * shape.clicked)
     return 6 * 4 * rows * columns
 
 
-def shape_that_fits(shape: Shape, device: torch.device) -> Shape:
+def shape_that_fits(shape: Shape, options: Options, device: torch.device) -> Shape:
     """The shape, or the same pages but fewer of them, so that the reference and the model of its rounding fit into memory."""
     limit = 0.8 * free_memory(device)
+    if options.attention == "candidate":
+        limit = min(limit, JUDGED_BYTES)
     # The model holds float64, and what it is moved by: 80 bytes a pair were measured, where the reference takes 24.
-    share = min(1.0, (limit / (4 * logits_bytes(shape, False))) ** 0.5)
+    share = min(1.0, (limit / (4 * logits_bytes(shape, options, False))) ** 0.5)
     return Shape(
         max(1, int(shape.pages * share)),
         shape.items,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Options:
     weights: bool = False
     learn_tau: bool = False  # the temperature takes a gradient
     stats: bool = False
+    attention: str = "anchor"
+    cosine: bool = False  # attention by cosines at a temperature of 1, embeddings of unit length
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,12 @@ class Batch:
     def anchors(self) -> int:
         """Every page has a history here, so each clicked item is an anchor."""
         return int(self.clicked.sum())
+
+    @property
+    def attended(self) -> int:
+        """History rows of pages with an anchor."""
+        page = self.clicked.nonzero().squeeze(1) // (self.rows // (len(self.pv_offsets) - 1))
+        return int(self.history_offsets.diff()[page.unique()].sum())
 
     @property
     def gradient_bytes(self) -> int:
@@ -124,17 +133,21 @@ def make_batch(
     def randn(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator)
 
+    def leaf(x: Tensor) -> Tensor:
+        x = functional.normalize(x, dim=1) if options.cosine else x
+        return x.to(device, dtype).requires_grad_()
+
     ids = None
     embeddings = None
     if options.unique_items:
         pv = _zipf(options.unique_items, rows, generator)
         history = _zipf(options.unique_items, count, generator)
-        embeddings = randn(options.unique_items, shape.dim).to(device, dtype).requires_grad_()
+        embeddings = leaf(randn(options.unique_items, shape.dim))
     else:
         topic = randn(shape.pages, shape.dim)
         pv = randn(rows, shape.dim) + topic.repeat_interleave(shape.items, 0)
         history = randn(count, shape.dim) + topic.repeat_interleave(lengths, 0)
-        pv, history = (x.to(device, dtype).requires_grad_() for x in (pv, history))
+        pv, history = leaf(pv), leaf(history)
     if options.ids:
         ids = pv.clone() if options.unique_items else _zipf(max(rows // 2, 1), rows, generator)
     log_q = None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .candidates import OURS
-from .cases import GOALS, MEASURES, VARIANT_GOALS
+from .cases import GOALS, MEASURES, OVER_OTHERS, VARIANT_GOALS
 
 MIB = 2**20
 TITLES = {
@@ -15,6 +15,7 @@ TITLES = {
     "dims": "Embedding dimensions",
     "rows": "Rows",
     "types": "float32",
+    "candidate": "Attention for each candidate",
     "options": "Options, over the bare loss",
 }
 # What the goals were set for.
@@ -97,6 +98,7 @@ def _case_table(case: Record, on_gpu: bool) -> list[str]:
         )
         shown = [x for x, (_, wanted) in zip(cells, titles, strict=True) if wanted]
         lines.append(f"| {' | '.join([name, *shown])} |")
+    lines += _over_others(case)
     left_out: dict[str, list[str]] = {}
     for row in case["results"]:
         if row["left_out"] is not None:
@@ -107,6 +109,24 @@ def _case_table(case: Record, on_gpu: bool) -> list[str]:
             "Left out: " + "; ".join(f"{', '.join(n)}: {why}" for why, n in left_out.items()),
         ]
     return [*lines, ""]
+
+
+def _over_others(case: Record) -> list[str]:
+    """Our time and memory as shares of others', where there is a limit to them."""
+    found = {r["name"]: r for r in case["results"] if right(r)}
+    lines = []
+    for (name, other), limits in OVER_OTHERS.items():
+        for ours in (n for n in found if n in OURS):
+            if name != case["case"]["name"] or other not in found:
+                continue
+            words = []
+            pairs = [(r["times"][1], r["memory"]) for r in (found[ours], found[other])]
+            for what, mine, others, most in zip(("time", "memory"), *pairs, limits, strict=True):
+                if mine is not None and others:
+                    verdict = "met" if mine / others <= most else "**not met**"
+                    words.append(f"{mine / others:.2g} of its {what} (at most {most:g}: {verdict})")
+            lines.append(f"- {ours} over {other}: {', '.join(words)}")
+    return ["", *lines] if lines else []
 
 
 def _variants(case: Record) -> list[str]:

@@ -30,10 +30,13 @@ def _prepared(case: Case, name: str) -> tuple[Candidate, Batch]:
     candidate = make(name, batch)
     if isinstance(candidate, str):
         pytest.skip(candidate)
-    need, free = measure.logits_bytes(case.shape, candidate.full), measure.free_memory(device)
+    need, free = (
+        measure.logits_bytes(case.shape, case.options, candidate.full),
+        measure.free_memory(device),
+    )
     if candidate.stored and not candidate.ours and need > 0.8 * free:
         pytest.skip(f"its logits take about {need / 2**30:.0f} GiB")
-    small = measure.shape_that_fits(case.shape, device)
+    small = measure.shape_that_fits(case.shape, case.options, device)
     judged = batch if small == case.shape else make_batch(small, case.options, dtype, device)
     try:
         candidate.loss(judged)

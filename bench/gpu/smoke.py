@@ -68,6 +68,15 @@ def _variants(dtype: str, shape: Shape) -> list[Smoke]:
     }
     found = [Smoke(name, dtype, shape, x) for name, x in options.items()]
     found.append(Smoke("heads", dtype, shape, more={"num_heads": 4}))
+    # Few pages: the reference takes one after the other.
+    few = replace(shape, pages=min(shape.pages, 30))
+    candidate = Options(attention="candidate")
+    found.append(Smoke("candidate", dtype, few, candidate))
+    found.append(Smoke("candidate by cosines", dtype, few, replace(candidate, cosine=True)))
+    unique = few.pages * few.items // 2
+    found.append(
+        Smoke("candidate, unique items", dtype, few, replace(candidate, unique_items=unique))
+    )
     found.append(Smoke("every item clicked", dtype, Shape(*_sizes(shape), shape.dim, 1.0)))
     return found
 
@@ -88,8 +97,9 @@ def smallest(dtype: str, dim: int) -> list[Smoke]:
     """Few rows, every kernel."""
     shape = Shape(3, 2, 3, dim, 0.5)
     wide = Shape(3, 2, 3, 768, 0.5)
+    some = ("both", "weights", "unique items", "candidate")
     found = [Smoke("smallest", dtype, shape), *_others(dtype, shape)]
-    found += [x for x in _variants(dtype, shape) if x.name in ("both", "weights", "unique items")]
+    found += [x for x in _variants(dtype, shape) if x.name in some]
     return [*found, Smoke("smallest", dtype, wide), Smoke("click sequence", dtype, wide, what="sequence")]  # fmt: skip
 
 
@@ -114,6 +124,8 @@ def every(rehearse: bool) -> list[Smoke]:
     found += [
         Smoke(f"graph {i}", "bfloat16", main, x, what="graph") for i, x in enumerate(graphs, 1)
     ]
+    candidate = next(x for x in found if x.name == "candidate")
+    found.append(replace(candidate, name="graph candidate", what="graph"))
     return found + smallest("bfloat16", 256)
 
 

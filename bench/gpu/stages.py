@@ -39,6 +39,7 @@ TESTS = {
     "test_layouts": "triton",
     "test_operator": "",
     "test_loss": "triton",
+    "test_candidate_attention": "triton",
     "test_bfloat16": "",
     "test_schedule": "",
     "test_peers": "",
@@ -78,6 +79,13 @@ def _tiny() -> Any:
 
     shape = Shape(8, 4, 5, 32, 0.4)
     return Case("tiny", shape, dtype="float32", names=("reference", "eager", "triton"))
+
+
+def _tiny_candidate() -> Any:
+    from ..problems import Options, Shape
+
+    options = Options(attention="candidate")
+    return replace(_tiny(), name="tiny candidate", shape=Shape(4, 3, 4, 32, 0.4), options=options)
 
 
 def _measured(case: Any, setting: Setting, memory: bool) -> tuple[Result, dict[str, Any]]:
@@ -120,12 +128,13 @@ def bench(setting: Setting) -> Cases:
         return Result(f"{rate / 1e12:.3g} TB/s", data={"copy_bytes_per_second": rate})
 
     if setting.rehearse:
-        return {"tiny": lambda: _measured(_tiny(), setting, False)[0]}
+        tiny = (_tiny(), _tiny_candidate())
+        return {c.name: partial(lambda c: _measured(c, setting, False)[0], c) for c in tiny}
     # torch.compile on every shape would take longer than everything else.
     short = ("reference", "eager", "lce", *PEERS, *OURS)
-    compiled = ("paper", "paper50", "big20", "big100", "big768")
+    compiled = ("paper", "paper50", "big20", "big100", "candidate", "big768")
     chosen = [c if c.name in compiled else replace(c, names=short) for c in cases("cuda")]
-    first = ("paper", "paper50", "big20", "big100", "items", "forward", "big768", "huge")
+    first = ("paper", "paper50", "big20", "big100", "items", "forward", "candidate", "big768", "huge")  # fmt: skip
     chosen.sort(key=lambda c: first.index(c.name) if c.name in first else len(first))
     measured: Cases = {c.name: partial(lambda c: _measured(c, setting, True)[0], c) for c in chosen}
     return {"copy": copy} | measured
