@@ -2,7 +2,8 @@
 
     python -m bench.compiled [PROBLEM ...] [--target 90] [--kernel contrast ...] [--json FILE]
 
-A problem is one of those of kernels/launches.py: `bf16-256` (the default), `bf16-768`, `items`, `page`, ...
+A problem is one of those of kernels/launches.py: `bf16-256` (the default), `bf16-768`, `items`, `page`,
+`candidate-256`, ... The loop is the innermost one with matrix instructions, for candidates that over their page's history.
 """
 
 from __future__ import annotations

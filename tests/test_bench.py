@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # at the end: the installed package comes before the source tree
 
-from bench import errors, loss, measure  # noqa: E402
+from bench import candidates, errors, loss, measure  # noqa: E402
 from bench.candidates import Candidate, call, eager_logits, make  # noqa: E402
-from bench.problems import SHAPES, Batch, Options, make_batch  # noqa: E402
+from bench.problems import SHAPES, Batch, Options, Shape, make_batch  # noqa: E402
 
 CPU = torch.device("cpu")
 FAST = ["--shape", "tiny", "--device", "cpu", "--repeats", "1", "--no-memory"]
@@ -74,6 +75,7 @@ def test_an_implementation_asked_for_that_cannot_run_is_an_error(
         Options(negatives="page"),
         Options(negatives="other_pages", ids=True),
         Options(log_q=True),
+        Options(weights=True),
         Options(unique_items=60),
     ],
     ids=str,
@@ -85,6 +87,51 @@ def test_logits_that_are_compiled_are_the_same_loss(options: Options) -> None:
         found = errors.loss_and_gradients(lambda b, r=rows: eager_logits(b, r), batch)
         for name, x in truth.items():
             torch.testing.assert_close(found[name], x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(),
+        Options(cosine=True),
+        Options(negatives="other_pages", ids=True),
+        Options(log_q=True, weights=True, learn_tau=True),
+        Options(unique_items=60),
+    ],
+    ids=str,
+)
+def test_candidates_in_chunks_and_at_once_are_the_same_loss(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(options, attention="candidate")
+    batch = make_batch(SHAPES["tiny"], options, torch.float64, CPU).to(torch.float64)
+    monkeypatch.setitem(candidates.CHUNK_ELEMENTS, "cpu", 7 * batch.rows * batch.dim)
+    truth = errors.exact(batch)
+    for name in ("eager", "eager_full"):
+        made = make(name, batch)
+        assert isinstance(made, Candidate)
+        for key, x in errors.loss_and_gradients(made.loss, batch).items():
+            torch.testing.assert_close(x, truth[key])
+        with torch.no_grad():
+            torch.testing.assert_close(made.loss(batch), truth["loss"])
+    assert "anchor" in str(make("lce", batch))
+
+
+def test_candidates_are_judged_on_few_pages() -> None:
+    shape = Shape(512, 5, 20, 256, 0.2)
+    few = measure.shape_that_fits(shape, Options(attention="candidate"), CPU)
+    assert 20 < few.pages < 120
+    assert measure.shape_that_fits(shape, Options(), CPU) == shape
+
+
+@pytest.mark.parametrize("direction", ["reconstruct", "both"])
+def test_the_exact_mean_is_weighted(direction: str) -> None:
+    batch = make_batch(
+        SHAPES["tiny"], Options(direction=direction, weights=True), torch.float64, CPU
+    )
+    whole = errors.loss_and_gradients(lambda b: call(b, "reference"), batch.to(torch.float64))
+    for name, x in errors.exact(batch).items():
+        torch.testing.assert_close(x, whole[name])
 
 
 def test_exact_in_chunks_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,20 @@ def test_what_is_wrong_gets_no_ratio_and_no_point(tmp_path: Path) -> None:
     assert [x for x, _ in lines["triton"]] == [1000, 2000]
 
 
+def test_shares_of_what_others_take() -> None:
+    found = [row("eager", 2.0), row("eager_full", 4.0, memory=2000 * 2**20), row("cpu", 0.4)]
+    text = report.markdown(results() | {"cases": [case("candidate", "candidate", found)]})
+    assert "## Attention for each candidate" in text
+    shares = "0.2 of its time (at most 0.25: met), 1 of its memory (at most 0.05: **not met**)"
+    assert f"- cpu over eager: {shares}" in text
+    assert "- cpu over eager_full: 0.1 of its time" in text
+    assert "0.025 of its memory (at most 0.05: met)" in text
+    found[2]["failures"] = [{"error": 3.0, "budget": 2.0}]
+    text = report.markdown(results() | {"cases": [case("candidate", "candidate", found)]})
+    assert "- cpu over" not in text, "a share of what is wrong"
+    assert "of its" not in report.markdown(results())
+
+
 def test_quick_on_a_cpu_and_what_stays_when_it_is_cut_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +166,11 @@ def test_selection() -> None:
     assert set(cases.VARIANT_GOALS) <= set(cases.VARIANTS)
     assert [c.name for c in cases.selected("cuda", False, ["paper"], None)] == ["paper"]
     assert {c.group for c in cases.selected("cpu", False, None, ["dims"])} == {"dims"}
+    for device in ("cpu", "cuda"):
+        found = cases.selected(device, False, None, ["candidate"])
+        assert {case for case, _ in cases.OVER_OTHERS} <= {c.name for c in found}
+        assert all(c.options.attention == "candidate" for c in found)
+        assert {"eager", "compile", "cpu", "triton"} <= set(found[0].names)
     with pytest.raises(ValueError, match="--case: expected some of paper.*got papr"):
         cases.selected("cuda", False, ["papr"], None)
 
@@ -314,12 +333,27 @@ def test_tuning_without_a_gpu_is_refused() -> None:
     assert "expected a CUDA device, found none" in run.stderr
 
 
-def test_compiled_without_a_gpu() -> None:
+def _compiled(problem: str, *kernels: str) -> list[list[str]]:
+    """Columns of what bench.compiled prints of them."""
     pytest.importorskip("triton")
-    code = "import sys; from bench import compiled; sys.exit(compiled.main(['bf16-64', '--kernel', 'contrast', 'compact']))"
-    run = _script(code)
+    arguments = [problem, "--kernel", *kernels]
+    run = _script(f"import sys; from bench import compiled; sys.exit(compiled.main({arguments}))")
     assert run.returncode == 0, run.stderr
-    lines = [x.split() for x in run.stdout.splitlines() if x.startswith("contrast")]
+    return [x.split() for x in run.stdout.splitlines()[2:]]
+
+
+def test_compiled_candidate_kernels() -> None:
+    names = ["candidate_scores", "candidate_columns", "candidate_history"]
+    lines = _compiled("candidate-256", *names)
+    assert [x[0] for x in lines] == names
+    for _name, registers, spilled, _shared, _wgmma, loop, *_ in lines:
+        assert 32 <= int(registers) <= 255
+        assert int(spilled) == 0
+        assert int(loop) > 100
+
+
+def test_compiled_without_a_gpu() -> None:
+    lines = [x for x in _compiled("bf16-64", "contrast", "compact") if x[0] == "contrast"]
     assert len(lines) == 3
     for _name, registers, spilled, _shared, wgmma, loop, *_ in lines:
         assert 32 <= int(registers) <= 255
