@@ -129,7 +129,7 @@ def test_shares_of_what_others_take() -> None:
     found[2]["failures"] = [{"error": 3.0, "budget": 2.0}]
     text = report.markdown(results() | {"cases": [case("candidate", "candidate", found)]})
     assert "- cpu over" not in text, "a share of what is wrong"
-    assert "of its" not in report.markdown(results())
+    assert "of its time" not in report.markdown(results())
 
 
 def test_quick_on_a_cpu_and_what_stays_when_it_is_cut_short(
