@@ -6,6 +6,7 @@ import json
 import math
 from itertools import pairwise, permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ import pytest
 import torch
 from dataset_factory import make_dataset
 
-from courier_fast import reconstruct
+from courier_fast import reconstruction_loss
 from courier_fast.data.dataset import Dataset, ImageStoreWriter
 from courier_fast.data.embeddings import read_embeddings
 from courier_fast.evaluate import baselines, command
@@ -28,6 +29,7 @@ from courier_fast.evaluate.metrics import (
     page_values,
 )
 from courier_fast.evaluate.ranking import (
+    Reconstruction,
     find_targets,
     history_scores,
     page_candidates,
@@ -306,15 +308,54 @@ def test_only_items_with_images_are_sampled(tmp_path: Path) -> None:
 # ---- scores -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("score", ["mean", "max", "reconstruction"])
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"attention_scale": 1.5},
+    {"attention_temperature": 0.2},
+    {"unit": True},
+    {"attention_scale": 8.0, "unit": True},
+    {"attention_temperature": 0.2, "unit": True},
+    {"attention": "mean"},
+    {"attention": "mean", "unit": True},
+)
+
+
+def reconstruction_by_hand(e: np.ndarray, c: np.ndarray, how: Reconstruction) -> float:
+    """cos(R, e) of an item e [D] and a history c [H, D], one history item at a time."""
+
+    def unit(x: np.ndarray) -> np.ndarray:
+        return x / np.linalg.norm(x)
+
+    if how.unit:
+        e, c = unit(e), np.stack([unit(x) for x in c])
+    scale = how.attention_scale or len(e) ** -0.5
+    if how.attention == "mean":
+        logits = [0.0 for _ in c]
+    elif how.attention_temperature is not None:
+        logits = [unit(e) @ unit(x) / how.attention_temperature for x in c]
+    else:
+        logits = [scale * (e @ x) for x in c]
+    total = sum(math.exp(x) for x in logits)
+    r = sum(math.exp(x) / total * v for x, v in zip(logits, c, strict=True))
+    return float(unit(r) @ unit(e))
+
+
+@pytest.mark.parametrize(
+    ("score", "settings"),
+    [("mean", None), ("max", None), ("reconstruction", None)]
+    + [("reconstruction", settings) for settings in SETTINGS],
+)
 @pytest.mark.parametrize("chunk", [1, 222, 1 << 21])
-def test_scores_equal_a_loop(dataset: Dataset, score: str, chunk: int) -> None:
+def test_scores_equal_a_loop(
+    dataset: Dataset, score: str, settings: dict[str, Any] | None, chunk: int
+) -> None:
     rng = np.random.default_rng(0)
     table = rng.normal(size=(dataset.num_items, 6)).astype(np.float32)
     table[rng.random(dataset.num_items) < 0.3] = np.nan
     targets = find_targets(dataset, history=4)
     drawn = page_candidates(dataset, targets)
-    found = history_scores(dataset, drawn, table, score=score, chunk=chunk)
+    how = None if settings is None else Reconstruction(**settings)
+    found = history_scores(dataset, drawn, table, score=score, reconstruction=how, chunk=chunk)
     unit = table.astype(np.float64) / np.linalg.norm(table.astype(np.float64), axis=1)[:, None]
     for t, (items, own) in enumerate(
         zip(segments(drawn.items, drawn.offsets), segments(found, drawn.offsets), strict=True)
@@ -326,24 +367,91 @@ def test_scores_equal_a_loop(dataset: Dataset, score: str, chunk: int) -> None:
                 assert math.isnan(value)
                 continue
             if score == "reconstruction":
-                e, c = (torch.from_numpy(table[i]).double() for i in ([item], past))
-                r = reconstruct(
-                    e, c, pv_offsets=torch.tensor([0, 1]), history_offsets=torch.tensor([0, len(c)])
-                )
-                assert isinstance(r, torch.Tensor)
-                expected = torch.cosine_similarity(r, e).item()
+                e, c = (table[i].astype(np.float64) for i in (item, past))
+                expected = reconstruction_by_hand(e, c, how or Reconstruction())
             else:
                 similar = unit[past] @ unit[item]
                 expected = similar.mean() if score == "mean" else similar.max()
             assert value == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize(
+    ("attention", "options"),
+    [(name, options)
+     for name in ("candidate", "anchor")
+     for options in ({}, {"attention_scale": 2.0}, {"attention_temperature": 0.3})]
+    + [("mean", {})],
+)  # fmt: skip
+def test_scores_are_what_the_loss_compares(
+    dataset: Dataset, attention: str, options: dict[str, Any], unit: bool
+) -> None:
+    """A page for each target: the loss's similarity of the clicked item, and its logsumexp over the page where all candidates ask."""
+    table = np.random.default_rng(2).normal(size=(dataset.num_items, 6)).astype(np.float32)
+    drawn = page_candidates(dataset, find_targets(dataset, history=4))
+    how = Reconstruction("mean" if attention == "mean" else "candidate", unit=unit, **options)
+    scores = history_scores(dataset, drawn, table, score="reconstruction", reconstruction=how)
+    rows = torch.from_numpy(table).double()
+    past = [
+        dataset.event_item[a:b]
+        for a, b in zip(drawn.targets.history_start, drawn.targets.history_end, strict=True)
+    ]
+    first = drawn.offsets[:-1]
+    clicked = torch.zeros(len(drawn.items), dtype=torch.bool)
+    clicked[first] = True
+    _, stats = reconstruction_loss(
+        torch.from_numpy(drawn.items).long(), torch.from_numpy(np.concatenate(past)).long(), clicked,
+        embeddings=torch.nn.functional.normalize(rows, dim=1) if unit else rows,
+        pv_offsets=torch.from_numpy(drawn.offsets),
+        history_offsets=torch.tensor(np.cumsum([0, *map(len, past)])),
+        attention=attention, **options, temperature=0.5, negatives="page", return_stats=True, impl="reference",
+    )  # fmt: skip
+    close = {"rtol": 0, "atol": 1e-6}
+    np.testing.assert_allclose(scores[first], stats.positive_similarity[first].numpy(), **close)
+    if attention == "candidate":
+        over_page = np.logaddexp.reduceat(scores.astype(np.float64) / 0.5, first)
+        np.testing.assert_allclose(over_page, stats.log_sum_exp[first].numpy(), **close)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"attention": "anchor"}, ValueError, "attention: expected candidate or mean, got 'anchor'"),
+        ({"attention_temperature": 0.0}, ValueError, "attention_temperature: expected a value above 0"),
+        ({"attention_scale": math.inf}, ValueError, "attention_scale: expected a finite value"),
+        ({"attention_scale": "1"}, TypeError, "attention_scale: expected a float"),
+        ({"attention_scale": 1.0, "attention_temperature": 1.0}, ValueError, "at most one of the two"),
+        ({"attention": "mean", "attention_scale": 1.0}, ValueError, "expected none with attention 'mean'"),
+        ({"unit": 1}, TypeError, "unit: expected True or False, got 1"),
+    ],
+)  # fmt: skip
+def test_settings_of_a_reconstruction_are_checked(
+    settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Reconstruction(**settings)
+
+
+def test_settings_of_another_score_are_refused(dataset: Dataset) -> None:
+    methods = [baselines.random_order(dataset)]
+    with pytest.raises(ValueError, match="reconstruction: expected none with score 'max'"):
+        compare(dataset, methods, score="max", reconstruction=Reconstruction())
+    with pytest.raises(TypeError, match=r"reconstruction: expected a Reconstruction, got \{\}"):
+        compare(dataset, methods, score="reconstruction", reconstruction={})  # type: ignore[arg-type]
+
+
 def test_equal_embeddings_tie(dataset: Dataset) -> None:
     rng = np.random.default_rng(1)
     table = rng.normal(size=(3, 129)).astype(np.float32)[rng.integers(0, 3, dataset.num_items)]
     drawn = sampled_candidates(dataset, find_targets(dataset), 30)
-    for score in ("mean", "max", "reconstruction"):
-        scores = history_scores(dataset, drawn, table, score=score)
+    how = Reconstruction(attention_temperature=0.1, unit=True)
+    for score, settings in (
+        ("mean", None),
+        ("max", None),
+        ("reconstruction", None),
+        ("reconstruction", how),
+    ):
+        scores = history_scores(dataset, drawn, table, score=score, reconstruction=settings)
         for own in segments(scores, drawn.offsets):
             assert len(set(own)) <= 3
 
@@ -595,3 +703,92 @@ def test_command_without_images(tmp_path: Path, dataset: Dataset) -> None:
     assert list(json.loads(out.read_text())["missing"]) == ["e", "random", "popularity"]
     with pytest.raises(FileNotFoundError, match="without --images"):
         run("--dataset", dataset.path, "--embeddings", tmp_path / "e.npy", "--baselines", "pixels")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "printed"),
+    [
+        (
+            {"loss.attention": "candidate", "loss.attention_temperature": 0.3, "loss.unit": True},
+            Reconstruction(attention_temperature=0.3, unit=True),
+            "reconstruction (attention candidate, attention_temperature 0.3, unit True)",
+        ),
+        (
+            {"loss.attention_scale": 2.0},  # by "anchor"
+            Reconstruction(attention_scale=2.0),
+            "reconstruction (attention candidate, attention_scale 2.0, unit False)",
+        ),
+        (
+            {"loss.attention": "mean"},
+            Reconstruction("mean"),
+            "reconstruction (attention mean, unit False)",
+        ),
+    ],
+)
+def test_a_run_is_evaluated_by_the_score_that_it_trained(
+    dataset: Dataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, Any],
+    expected: Reconstruction,
+    printed: str,
+) -> None:
+    from courier_fast.evaluate.embed import FeatureRows, encode_all
+    from courier_fast.train.config import Config
+    from courier_fast.train.encoder import load_encoder
+    from courier_fast.train.trainer import Trainer
+
+    features = np.random.default_rng(4).normal(size=(60, 5)).astype(np.float32)
+    np.save(tmp_path / "features.npy", features)
+    common = {
+        "data.dataset": dataset.path, "data.features": tmp_path / "features.npy", "data.pages": 64, "model.dim": 4, "optim.steps": 3,
+        "run.out": tmp_path / "run", "run.device": "cpu", "run.tensorboard": False, "run.progress": False,
+    }  # fmt: skip
+    trainer = Trainer(Config.load(None, common | options))
+    trainer.fit()
+    trainer.close()
+    out = tmp_path / "result.json"
+    command_line = (
+        "--dataset", dataset.path, "--run", tmp_path / "run", "--baselines", "backbone", "--bootstrap", 5, "--device", "cpu",
+    )  # fmt: skip
+    assert run(*command_line, "--score", "reconstruction", "--json", out) == 0
+    assert printed in " ".join(capsys.readouterr().out.split())
+    encoder = load_encoder(tmp_path / "run")
+    methods = [
+        Method("trained", encode_all(encoder, FeatureRows(features, dataset.item_ids))),
+        Method("features", features),
+        baselines.standardised(Method("features", features)),
+    ]
+    options = {"score": "reconstruction", "reconstruction": expected, "bootstrap": 5}
+    result = json.loads(out.read_text())
+    assert result == compare(dataset, methods, **options)
+    # Not what another score gives.
+    other = compare(dataset, methods, score="max", bootstrap=5)
+    assert other["settings"]["reconstruction"] is None
+    assert result["sets"] != other["sets"]
+
+
+def test_settings_of_a_run_are_read_before_the_work(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_main_method", lambda *_: pytest.fail("too late"))
+    (tmp_path / "config.toml").write_text("[data]\ndataset = 'd'\n[loss]\nunit = 'often'\n")
+    command_line = ("--dataset", dataset.path, "--run", tmp_path, "--score", "reconstruction")
+    with pytest.raises(ValueError, match=r"loss\.unit"):
+        run(*command_line)
+    (tmp_path / "config.toml").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.toml"):
+        run(*command_line)
+
+
+def test_command_reconstructs_given_embeddings_by_the_defaults(
+    tmp_path: Path, dataset: Dataset
+) -> None:
+    np.save(tmp_path / "e.npy", np.random.default_rng(5).normal(size=(60, 3)).astype(np.float32))
+    out = tmp_path / "r.json"
+    command_line = ("--dataset", dataset.path, "--embeddings", tmp_path / "e.npy", "--json", out)
+    assert run(*command_line, "--score", "reconstruction", "--baselines", "random") == 0
+    settings = json.loads(out.read_text())["settings"]
+    assert settings["reconstruction"] == {
+        "attention": "candidate", "attention_scale": None, "attention_temperature": None, "unit": False,
+    }  # fmt: skip

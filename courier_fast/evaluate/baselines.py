@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,10 @@ from .embed import DatasetImages, Source, encode_all
 from .metrics import bootstrap_means, count_ranks, interval, page_values
 from .ranking import (
     CANDIDATES,
-    SCORES,
     Candidates,
+    Reconstruction,
     Targets,
+    check_score,
     find_targets,
     history_scores,
     page_candidates,
@@ -108,6 +109,7 @@ def compare(
     k: Sequence[int] = (1, 5, 10),
     history: int = 20,
     score: str = "mean",
+    reconstruction: Reconstruction | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -123,7 +125,8 @@ def compare(
         count: candidates in all of "sampled" and "popular".
         k: of HR@k.
         history: most recent events that candidates are compared with.
-        score: "mean", "max" or "reconstruction", see `history_scores`.
+        score: "mean", "max" or "reconstruction" of every method with embeddings, see `history_scores`.
+        reconstruction: settings of the score of that name, the same for every method; None: those that the loss has by default.
         bootstrap: samples of the bootstrap.
 
     Returns:
@@ -133,7 +136,8 @@ def compare(
         embedding of the item or of its history}, which come last or tie.
 
     Raises:
-        ValueError: methods of one name or of another number of items, an unknown split, candidate set or score, nothing to rank.
+        ValueError: methods of one name or of another number of items, an unknown split, candidate set or score, settings of another score,
+            nothing to rank.
     """
     names = [method.name for method in methods]
     if not names or len(set(names)) != len(names):
@@ -148,8 +152,7 @@ def compare(
     unknown = sorted(set(candidates) - set(CANDIDATES))
     if unknown or not candidates:
         raise ValueError(f"candidates: expected some of {', '.join(CANDIDATES)}, got {unknown}")
-    if score not in SCORES:
-        raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
+    reconstruction = check_score(score, reconstruction)
     if not k or min(k) < 1:
         raise ValueError(f"k: expected numbers of at least 1, got {list(k)}")
     targets = find_targets(dataset, split, history)
@@ -160,12 +163,13 @@ def compare(
     for name in dict.fromkeys(candidates):
         drawn = _draw(dataset, targets, name, count, seed)
         sets[name] = _compare(
-            dataset, methods, drawn, sorted(set(k)), score, bootstrap, seed, device
+            dataset, methods, drawn, sorted(set(k)), score, reconstruction, bootstrap, seed, device
         )
     return {
         "settings": {
             "dataset": str(dataset.path), "split": split, "main": names[0], "count": count, "k": sorted(set(k)),
-            "history": history, "score": score, "bootstrap": bootstrap, "seed": seed,
+            "history": history, "score": score, "reconstruction": asdict(reconstruction) if reconstruction else None,
+            "bootstrap": bootstrap, "seed": seed,
             "mean": "over pages", "interval": "95 %, percentile bootstrap over users",
         },
         "clicks": clicks,
@@ -193,6 +197,7 @@ def _compare(
     drawn: Candidates,
     k: Sequence[int],
     score: str,
+    reconstruction: Reconstruction | None,
     bootstrap: int,
     seed: int,
     device: torch.device | str,
@@ -205,7 +210,9 @@ def _compare(
             assert method.scores is not None
             scores = np.asarray(method.scores)[drawn.items]
         else:
-            scores = history_scores(dataset, drawn, method.embeddings, score=score, device=device)
+            scores = history_scores(
+                dataset, drawn, method.embeddings, score=score, reconstruction=reconstruction, device=device
+            )  # fmt: skip
         unranked[method.name] = int(np.isnan(scores[first]).sum())
         values = page_values(count_ranks(scores, drawn.offsets), page, len(pages), k)
         columns.append(np.stack(list(values.values()), 1))

@@ -28,7 +28,7 @@ from .embed import (
     make_decoder_for,
     run_source,
 )
-from .ranking import CANDIDATES, SCORES, has_images
+from .ranking import CANDIDATES, SCORES, Reconstruction, has_images
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=100, help="sampled candidates, the clicked item included")  # fmt: skip
     parser.add_argument("--k", type=int, nargs="+", default=[1, 5, 10], help="of HR@k")
     parser.add_argument("--history", type=int, default=20, help="most recent history items used")
-    parser.add_argument("--score", choices=SCORES, default="mean", help="similarity to the history")
+    parser.add_argument("--score", choices=SCORES, default="mean", help="similarity to the history, of every method; reconstruction: what the loss trains, with the attention and unit of --run")  # fmt: skip
     parser.add_argument("--bootstrap", type=int, default=1000, help="samples of the bootstrap over users")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the result there")
@@ -63,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     dataset = Dataset(args.dataset)
-    dataset.split(args.split)  # a wrong name is an error before the work, not after
+    # What is wrong is an error before the work, not after.
+    dataset.split(args.split)
+    reconstruction = _trained_reconstruction(args)
     wanted = args.baselines
     if wanted is None:
         # A run on a dataset without images was trained on features, which then are the backbone's.
@@ -79,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         k=args.k,
         history=args.history,
         score=args.score,
+        reconstruction=reconstruction,
         bootstrap=args.bootstrap,
         seed=args.seed,
         device=device_of(args)[0],
@@ -87,6 +90,22 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         write_atomically(args.json, lambda path: path.write_text(json.dumps(result, indent=1)))
     return 0
+
+
+def _trained_reconstruction(args: argparse.Namespace) -> Reconstruction | None:
+    """The score that the run's loss trained, where it is asked for; None: another score, or no run to ask."""
+    if args.score != "reconstruction" or args.run is None:
+        return None
+    from ..train.config import Config
+
+    loss = Config.load(args.run / "config.toml").loss
+    return Reconstruction(
+        # "anchor" is "candidate" where the clicked item is not known.
+        "mean" if loss.attention == "mean" else "candidate",
+        loss.attention_scale,
+        loss.attention_temperature,
+        loss.unit,
+    )
 
 
 def _encode(name: str, model: Any, source: Source, args: argparse.Namespace) -> Method:
@@ -145,14 +164,17 @@ def print_result(result: dict[str, Any], console: Console | None = None) -> None
         if not console.is_terminal:
             console.width = 100
     settings = result["settings"]
-    main = settings["main"]
+    main, score = settings["main"], settings["score"]
+    if settings["reconstruction"] is not None:
+        given = [f"{n} {v}" for n, v in settings["reconstruction"].items() if v is not None]
+        score += f" ({', '.join(given)})"
     for name, missing in result["missing"].items():
         if missing:
             log.warning("%s: %d items have no embedding; they come last", name, missing)
     for name, one in result["sets"].items():
         console.print(
             f"\nHeld-out clicks {TITLES[name]} (split {settings['split']}): {one['clicks']:,} of {result['clicks']:,} clicks, on {one['pages']:,} pages of "
-            f"{one['users']:,} users, {one['mean_candidates']:.1f} candidates on average; by {settings['score']} over the last "
+            f"{one['users']:,} users, {one['mean_candidates']:.1f} candidates on average; by {score} over the last "
             f"{settings['history']} events of the history",
             style="bold",
             highlight=False,

@@ -14,11 +14,49 @@ from torch.nn import functional
 from .. import reconstruct
 from ..data.dataset import Dataset
 from ..data.embeddings import check_embeddings
+from ..loss import _Attention
 
 Array = npt.NDArray
 
 CANDIDATES = ("page", "sampled", "popular")
 SCORES = ("mean", "max", "reconstruction")
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How the score "reconstruction" makes R_j: the settings of the loss, by its names, and the trainer's `unit`.
+
+    What attention "anchor" trained is ranked by "candidate": the clicked item asks the history itself in both, and a ranking does not know
+    which candidate that is.
+    """
+
+    attention: str = "candidate"  # each candidate asks the history; "mean": nobody does
+    attention_scale: float | None = None  # None: 1/sqrt(D) of each method's own embeddings
+    attention_temperature: float | None = None
+    unit: bool = False  # embeddings divided by their length before anything else
+
+    def __post_init__(self) -> None:
+        if self.attention not in ("candidate", "mean"):
+            raise ValueError(f"attention: expected candidate or mean, got {self.attention!r}")
+        if not isinstance(self.unit, bool):
+            raise TypeError(f"unit: expected True or False, got {self.unit!r}")
+        # The loss's own checks of the numbers.
+        _Attention(self.attention, self.attention_scale, self.attention_temperature, heads=1)
+
+
+def check_score(score: str, reconstruction: Reconstruction | None) -> Reconstruction | None:
+    """The settings of the score "reconstruction", None for another; raises ValueError or TypeError if they do not go together."""
+    if score not in SCORES:
+        raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
+    if reconstruction is None:
+        return Reconstruction() if score == "reconstruction" else None
+    if not isinstance(reconstruction, Reconstruction):
+        raise TypeError(f"reconstruction: expected a Reconstruction, got {reconstruction!r}")
+    if score != "reconstruction":
+        raise ValueError(
+            f"reconstruction: expected none with score {score!r}, got {reconstruction}"
+        )
+    return reconstruction
 
 
 @dataclass(frozen=True)
@@ -216,6 +254,7 @@ def history_scores(
     embeddings: Array,
     *,
     score: str = "mean",
+    reconstruction: Reconstruction | None = None,
     device: torch.device | str = "cpu",
     chunk: int = 1 << 20,
 ) -> Array:
@@ -223,20 +262,23 @@ def history_scores(
 
         mean:            mean_k cos(E_j, C_k)
         max:             max_k cos(E_j, C_k)
-        reconstruction:  cos(R_j, E_j),  R_j = courier_fast.reconstruct of j from the history
+        reconstruction:  cos(R_j, E_j),  R_j = sum_k softmax_k(logit_jk) C_k, as in the loss
+
+    logit_jk is attention_scale * E_j . C_k, or cos(E_j, C_k) / attention_temperature, or with attention "mean" 0; with `unit`, E and C have
+    length 1 in all of it.
 
     Computed in float64 and rounded, so that equal embeddings get equal scores.
 
     Args:
         embeddings: [items, D]; a row that is not finite is an item without an embedding: left out of histories, and as a candidate NaN, as
             are all candidates of a target without any embedding in its history.
+        reconstruction: settings of the score of that name; None: those that the loss has by default.
         chunk: numbers in the candidates' embeddings at once, which bounds the memory.
 
     Raises:
-        ValueError: another shape, no finite row, or an unknown score.
+        ValueError: another shape, no finite row, an unknown score, or settings of another score.
     """
-    if score not in SCORES:
-        raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
+    reconstruction = check_score(score, reconstruction)
     check_embeddings(embeddings, dataset)
     have = np.isfinite(embeddings).all(1)
     table = torch.from_numpy(np.where(have[:, None], embeddings, 0).astype(np.float32)).to(device)
@@ -257,7 +299,11 @@ def history_scores(
         history = np.where(known, dataset.event_item[past], 0).astype(np.int64)
         known &= have[history]
         e, c = (table[torch.from_numpy(a).to(device)].double() for a in (items, history))
-        found = _similarities(e, c, torch.from_numpy(known).to(device), score)
+        mask = torch.from_numpy(known).to(device)
+        if reconstruction is None:
+            found = _similarities(e, c, mask, score)
+        else:
+            found = _reconstructed(e, c, mask, reconstruction)
         usable = have[items] & known.any(1, keepdims=True)
         scores[rows[real]] = np.where(usable, found.float().cpu().numpy(), np.nan)[real]
     return scores
@@ -272,12 +318,23 @@ def _padded(start: Array, end: Array) -> tuple[Array, Array]:
 
 def _similarities(items: Tensor, history: Tensor, known: Tensor, score: str) -> Tensor:
     """[B, P] of items [B, P, D] to history [B, H, D], where `known` [B, H]; of no meaning without any."""
-    if score == "reconstruction":
-        rebuilt = reconstruct(items, history, history_mask=known)
-        return functional.cosine_similarity(rebuilt, items, dim=2)
     rows, columns = (torch.linalg.vector_norm(x, dim=2).clamp_min(1e-12) for x in (items, history))
     similar = items @ history.mT / rows[:, :, None] / columns[:, None]
     if score == "max":
         return similar.masked_fill(~known[:, None], -torch.inf).amax(2)
     weight = known.double() / known.sum(1, keepdim=True).clamp_min(1)
     return (similar @ weight[:, :, None]).squeeze(2)
+
+
+def _reconstructed(items: Tensor, history: Tensor, known: Tensor, how: Reconstruction) -> Tensor:
+    """cos(R_j, E_j) [B, P], shapes as above."""
+    if how.unit:
+        items, history = (functional.normalize(x, dim=2) for x in (items, history))
+    rebuilt = reconstruct(
+        items,
+        history,
+        history_mask=known,
+        attention_scale=0.0 if how.attention == "mean" else how.attention_scale,
+        attention_temperature=how.attention_temperature,
+    )
+    return functional.cosine_similarity(rebuilt, items, dim=2)
