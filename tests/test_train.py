@@ -231,7 +231,8 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def launch(config: Path, *arguments: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # As many threads as the run it is compared with: sums are added in another order with more.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "courier_fast.cli", "train", str(config), *arguments],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

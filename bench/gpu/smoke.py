@@ -97,7 +97,7 @@ def smallest(dtype: str, dim: int) -> list[Smoke]:
     """Few rows, every kernel."""
     shape = Shape(3, 2, 3, dim, 0.5)
     wide = Shape(3, 2, 3, 768, 0.5)
-    some = ("both", "weights", "unique items", "candidate")
+    some = ("both", "weights", "unique items", "candidate", "candidate by cosines")
     found = [Smoke("smallest", dtype, shape), *_others(dtype, shape)]
     found += [x for x in _variants(dtype, shape) if x.name in some]
     return [*found, Smoke("smallest", dtype, wide), Smoke("click sequence", dtype, wide, what="sequence")]  # fmt: skip
