@@ -388,6 +388,13 @@ def _build(
     return fields, pv_side, history_side
 
 
+def _attention_of(attention: str | None, direction: str) -> str:
+    """The default is what trained the best embeddings (docs/hm-fashion.md), where a direction has it."""
+    if attention is not None:
+        return attention
+    return "candidate" if direction == "reconstruct" else "anchor"
+
+
 def reconstruction_loss(
     pv: Tensor,
     history: Tensor,
@@ -402,7 +409,7 @@ def reconstruction_loss(
     key: Tensor | None = None,
     value: Tensor | None = None,
     temperature: float | Tensor = 0.1,
-    attention: str = "anchor",
+    attention: str | None = None,
     attention_scale: float | None = None,
     attention_temperature: float | None = None,
     num_heads: int = 1,
@@ -440,7 +447,8 @@ def reconstruction_loss(
             one candidate however often it occurs.
         query, key, value: attention inputs in the layouts of pv, history, history; default pv, history, history.
         temperature: tau > 0, a float or a 0-d tensor that may require a gradient.
-        attention: "candidate" (direction "reconstruct" only), "anchor" or "mean".
+        attention: "candidate" (direction "reconstruct" only), "anchor" or "mean"; default "candidate", in the other
+            directions "anchor".
         attention_scale: c; default 1 / sqrt(D / num_heads).
         attention_temperature: t > 0, in place of attention_scale: q and k are divided by their lengths, head by head (zero
             vectors stay zero), and c = 1/t.
@@ -464,6 +472,7 @@ def reconstruction_loss(
         TypeError, ValueError: an argument is not as described; the message names it, what was expected and what came.
         RuntimeError: the requested impl cannot run here; the message lists every reason.
     """
+    attention = _attention_of(attention, direction)
     _check_choices(
         attention=attention,
         negatives=negatives,
@@ -819,7 +828,7 @@ class ReconstructionLoss(_WithTemperature):
         learnable_temperature: bool = False,
         min_temperature: float = 0.01,
         *,
-        attention: str = "anchor",
+        attention: str | None = None,
         attention_scale: float | None = None,
         attention_temperature: float | None = None,
         num_heads: int = 1,
@@ -833,7 +842,7 @@ class ReconstructionLoss(_WithTemperature):
         cuda_graph: bool = False,
     ) -> None:
         options = {
-            "attention": attention,
+            "attention": _attention_of(attention, direction),
             "attention_scale": attention_scale,
             "attention_temperature": attention_temperature,
             "num_heads": num_heads,

@@ -26,7 +26,12 @@ from courier_fast.kernels.launches import COMMON, SHARED_MEMORY, SPECIAL  # noqa
 MAY_SPILL = {"log-q": 8, "candidate-heads": 128, "candidate-items": 8}
 # The gradients of packed pages: what was reached. A step needs every register for its 128 x 64 products and weights,
 # and the sums go on top; smaller tiles would read the candidates more often than the second-level cache gives them.
-PACKED_MAY_SPILL = {"packed_history": 784, "packed_columns": 256, "pack_pages": 8, "page_weights": 8}
+PACKED_MAY_SPILL = {
+    "packed_history": 784,
+    "packed_columns": 256,
+    "pack_pages": 8,
+    "page_weights": 8,
+}
 
 # Instructions of a step of the contrast's loop over columns (bfloat16, sm_90): of the pass for log-sum-exps alone, the
 # forward and the transposed pass, with Triton 3.6 and from 3.7 on (in 3.9, wgmma descriptors are longer). What was

@@ -714,14 +714,14 @@ def test_command_without_images(tmp_path: Path, dataset: Dataset) -> None:
             "reconstruction (attention candidate, attention_temperature 0.3, unit True)",
         ),
         (
-            {"loss.attention_scale": 2.0},  # by "anchor"
+            {"loss.attention": "anchor", "loss.attention_scale": 2.0, "loss.unit": False},
             Reconstruction(attention_scale=2.0),
             "reconstruction (attention candidate, attention_scale 2.0, unit False)",
         ),
         (
             {"loss.attention": "mean"},
-            Reconstruction("mean"),
-            "reconstruction (attention mean, unit False)",
+            Reconstruction("mean", unit=True),
+            "reconstruction (attention mean, unit True)",
         ),
     ],
 )

@@ -626,6 +626,43 @@ def test_wrong_settings_are_named_all_at_once(tmp_path: Path) -> None:
         assert expected in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ({}, ("candidate", None, 1.0)),
+        ({"direction": "both"}, ("anchor", None, 1.0)),
+        ({"attention": "mean"}, ("mean", None, None)),
+        ({"attention_scale": 2.0}, ("candidate", 2.0, None)),
+        ({"attention": "anchor", "attention_temperature": 0.5}, ("anchor", None, 0.5)),
+    ],
+    ids=str,
+)
+def test_attention_of_the_settings(
+    loss: dict[str, Any], expected: tuple[Any, ...], tmp_path: Path
+) -> None:
+    config = Config.load(None, {"data.dataset": "x"} | {f"loss.{k}": v for k, v in loss.items()})
+    assert tuple(config.loss.reconstruction.values()) == expected
+    # What is not given stays open for the next override of a saved file.
+    config.save(tmp_path / "c.toml")
+    assert Config.load(tmp_path / "c.toml", {"loss.attention": "mean"} if not loss else {})
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"attention": "candidate", "direction": "both"}, "direction reconstruct with attention candidate, got both"),
+        ({"attention_scale": 1.0, "attention_temperature": 1.0}, "one of attention_scale and attention_temperature with attention candidate"),
+        ({"attention": "mean", "attention_temperature": 1.0}, "none of attention_scale and attention_temperature with attention mean, got attention_temperature"),
+        ({"attention_temperature": 0}, "loss.attention_temperature: Input should be greater than 0"),
+        ({"attention": "own"}, "loss.attention: "),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_attention_that_does_not_go_together(loss: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config.load(None, {"data.dataset": "x"} | {f"loss.{k}": v for k, v in loss.items()})
+
+
 def test_command_line_overrides_the_file(
     dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

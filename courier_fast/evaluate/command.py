@@ -99,13 +99,10 @@ def _trained_reconstruction(args: argparse.Namespace) -> Reconstruction | None:
     from ..train.config import Config
 
     loss = Config.load(args.run / "config.toml").loss
-    return Reconstruction(
-        # "anchor" is "candidate" where the clicked item is not known.
-        "mean" if loss.attention == "mean" else "candidate",
-        loss.attention_scale,
-        loss.attention_temperature,
-        loss.unit,
-    )
+    trained = loss.reconstruction
+    if trained["attention"] == "anchor":  # the same where the clicked item is not known
+        trained["attention"] = "candidate"
+    return Reconstruction(**trained, unit=loss.unit)
 
 
 def _encode(name: str, model: Any, source: Source, args: argparse.Namespace) -> Method:

@@ -116,9 +116,7 @@ def settings(out: Path, q: Quickstart, steps: int) -> Config:
             "optim.steps": steps,
             "optim.lr": q.lr,
             # Soft at first: a network that starts from scratch is overwhelmed by items that merely look alike.
-            "loss.temperature": 0.2,
             "loss.sequence_temperature": 0.3,
-            "loss.sequence_weight": 1.0,
             "run.out": str(out / "run"),
             "run.seed": q.seed,
             "run.log_steps": max(1, steps // 40),

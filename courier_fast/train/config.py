@@ -88,21 +88,25 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    attention: Literal["candidate", "anchor", "mean"] = Field(
-        "anchor",
-        description="whose query reconstructs an item from a history: each candidate's, the clicked item's, or nobody's",
+    attention: Literal["candidate", "anchor", "mean"] | None = Field(
+        None,
+        description="whose query reconstructs an item from a history: each candidate's (the default; in other directions anchor), "
+        "the clicked item's, or nobody's",
     )
     attention_scale: float | None = Field(
-        None, description="factor of the attention's dot products; default 1/sqrt(dim)"
+        None,
+        description="factor of the attention's dot products, in place of attention_temperature",
     )
     attention_temperature: float | None = Field(
-        None, gt=0, description="attention by cosines at this temperature, in place of a scale"
+        None,
+        gt=0,
+        description="attention by cosines at this temperature; default 1 without a scale",
     )
     unit: bool = Field(
-        False,
+        True,
         description="embeddings of length 1 into the losses: a history item counts by its direction alone",
     )
-    temperature: float = Field(0.1, gt=0)
+    temperature: float = Field(0.2, gt=0)
     learnable_temperature: bool = False
     min_temperature: float = Field(0.01, gt=0)
     negatives: Literal["batch", "page", "other_pages"] = "batch"
@@ -114,9 +118,41 @@ class LossConfig(Section):
     log_q: bool = Field(
         False, description="sampling-bias correction by how often items are candidates in training"
     )
-    sequence_weight: float = Field(0.5, ge=0, description="weight of the click-sequence loss")
-    sequence_temperature: float = Field(0.1, gt=0)
+    sequence_weight: float = Field(1.0, ge=0, description="weight of the click-sequence loss")
+    sequence_temperature: float = Field(0.2, gt=0)
     impl: Literal["auto", "reference", "triton", "cpu", "xformers"] = "auto"
+
+    @model_validator(mode="after")
+    def one_attention(self) -> LossConfig:
+        chosen = self.reconstruction
+        if chosen["attention"] == "candidate" and self.direction != "reconstruct":
+            raise ValueError(
+                f"expected direction reconstruct with attention candidate, got {self.direction}"
+            )
+        given = [
+            n for n in ("attention_scale", "attention_temperature") if getattr(self, n) is not None
+        ]
+        most = 0 if chosen["attention"] == "mean" else 1
+        if len(given) > most:
+            raise ValueError(
+                f"expected {'none' if most == 0 else 'one'} of attention_scale and attention_temperature with attention "
+                f"{chosen['attention']}, got {' and '.join(given)}"
+            )
+        return self
+
+    @property
+    def reconstruction(self) -> dict[str, Any]:
+        """The attention's arguments of `reconstruction_loss`."""
+        attention, temperature = self.attention, self.attention_temperature
+        if attention is None:
+            attention = "candidate" if self.direction == "reconstruct" else "anchor"
+        if attention != "mean" and self.attention_scale is None and temperature is None:
+            temperature = 1.0
+        return {
+            "attention": attention,
+            "attention_scale": self.attention_scale,
+            "attention_temperature": temperature,
+        }
 
 
 class OptimConfig(Section):

@@ -47,8 +47,7 @@ class Objective(nn.Module):
             c.history_negatives,
         )
         self.rec = ReconstructionLoss(
-            c.temperature, c.learnable_temperature, c.min_temperature, attention=c.attention,
-            attention_scale=c.attention_scale, attention_temperature=c.attention_temperature,
+            c.temperature, c.learnable_temperature, c.min_temperature, **c.reconstruction,
             negatives=c.negatives, direction=c.direction, reduction="sum", impl=c.impl,
         )  # fmt: skip
         self.seq = ClickSequenceLoss(c.sequence_temperature, reduction="sum", impl=c.impl)
