@@ -65,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
     dataset = Dataset(args.dataset)
     # What is wrong is an error before the work, not after.
     dataset.split(args.split)
-    reconstruction = _trained_reconstruction(args)
+    reconstruction = None
+    if args.score == "reconstruction" and args.run is not None:
+        reconstruction = Reconstruction.of_run(args.run)
     wanted = args.baselines
     if wanted is None:
         # A run on a dataset without images was trained on features, which then are the backbone's.
@@ -90,19 +92,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         write_atomically(args.json, lambda path: path.write_text(json.dumps(result, indent=1)))
     return 0
-
-
-def _trained_reconstruction(args: argparse.Namespace) -> Reconstruction | None:
-    """The score that the run's loss trained, where it is asked for; None: another score, or no run to ask."""
-    if args.score != "reconstruction" or args.run is None:
-        return None
-    from ..train.config import Config
-
-    loss = Config.load(args.run / "config.toml").loss
-    trained = loss.reconstruction
-    if trained["attention"] == "anchor":  # the same where the clicked item is not known
-        trained["attention"] = "candidate"
-    return Reconstruction(**trained, unit=loss.unit)
 
 
 def _encode(name: str, model: Any, source: Source, args: argparse.Namespace) -> Method:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +44,23 @@ class Reconstruction:
             raise TypeError(f"unit: expected True or False, got {self.unit!r}")
         # The loss's own checks of the numbers.
         _Attention(self.attention, self.attention_scale, self.attention_temperature, heads=1)
+
+    @classmethod
+    def of_run(cls, run: Path) -> Reconstruction:
+        """What the loss of a training run trained, by its config.toml; FileNotFoundError without one."""
+        from ..train.config import Config
+
+        loss = Config.load(run / "config.toml").loss
+        trained = loss.reconstruction
+        if trained["attention"] == "anchor":  # the same where the clicked item is not known
+            trained["attention"] = "candidate"
+        return cls(**trained, unit=loss.unit)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of `courier_fast.reconstruct`."""
+        scale = 0.0 if self.attention == "mean" else self.attention_scale
+        return {"attention_scale": scale, "attention_temperature": self.attention_temperature}
 
 
 def check_score(score: str, reconstruction: Reconstruction | None) -> Reconstruction | None:
@@ -334,7 +353,6 @@ def _reconstructed(items: Tensor, history: Tensor, known: Tensor, how: Reconstru
         items,
         history,
         history_mask=known,
-        attention_scale=0.0 if how.attention == "mean" else how.attention_scale,
-        attention_temperature=how.attention_temperature,
+        **how.arguments,
     )
     return functional.cosine_similarity(rebuilt, items, dim=2)

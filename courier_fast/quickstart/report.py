@@ -27,6 +27,7 @@ from PIL import Image, ImageOps
 
 from .. import __version__, reconstruct
 from ..data.dataset import Dataset
+from ..evaluate.ranking import Reconstruction
 from ..train.monitor import effective_rank, uniformity
 
 Array = npt.NDArray
@@ -225,15 +226,24 @@ class Pictures:
 
 
 def attention_examples(
-    dataset: Dataset, embeddings: Array, *, history: int, count: int, seed: int
+    dataset: Dataset,
+    embeddings: Array,
+    *,
+    history: int,
+    count: int,
+    seed: int,
+    how: Reconstruction | None = None,
 ) -> list[dict[str, Any]]:
     """Clicked items of random test pages, each with the weights of its reconstruction over the page's history, largest first."""
+    how = how or Reconstruction()
     pages = np.array(dataset.split("test"), np.int64)
     length = np.minimum(dataset.history_end[pages] - dataset.history_start[pages], history)
     # A weight says something where there is something to choose from.
     enough = pages[length >= min(6, length.max(initial=0))]
     chosen = np.random.default_rng(seed).permutation(enough)[:count]
     table = torch.from_numpy(np.ascontiguousarray(embeddings, np.float32))
+    if how.unit:
+        table = torch.nn.functional.normalize(table, dim=1)
     known = np.isfinite(embeddings).all(1)
     show = Pictures(dataset)
     found = []
@@ -249,7 +259,7 @@ def attention_examples(
         item = int(clicked[0])
         _, weights = reconstruct(
             torch.tensor([[item]]), torch.from_numpy(past.astype(np.int64))[None],
-            embeddings=table, return_weights=True, impl="reference",
+            embeddings=table, return_weights=True, impl="reference", **how.arguments,
         )  # fmt: skip
         w = weights.flatten().numpy()
         order = np.argsort(-w, kind="stable")
@@ -398,7 +408,9 @@ def write_report(
         raise ValueError(
             f"results: expected what `compare` gives, with {metric} in the set {candidates!r}, got none: {missing} is not there"
         ) from None
-    journal = read_journal(Path(run_dir))
+    run_dir = Path(run_dir)
+    journal = read_journal(run_dir)
+    how = Reconstruction.of_run(run_dir) if (run_dir / "config.toml").is_file() else None
     seconds = dict(seconds or {})
     longest = max(seconds.values(), default=1.0) or 1.0
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
@@ -415,7 +427,7 @@ def write_report(
         history=history,
         tables=_tables(results),
         curves=curves(journal),
-        attention=attention_examples(dataset, embeddings, history=history, count=examples, seed=seed),
+        attention=attention_examples(dataset, embeddings, history=history, count=examples, seed=seed, how=how),
         neighbours=neighbours(dataset, embeddings, count=examples + 1, seed=seed),
         health=health(dataset, embeddings, journal),
         test_pages=f"{len(dataset.split('test')):,}",
