@@ -47,7 +47,9 @@ class Memory(TorchDispatchMode):
         self.live -= size
 
 
-def walk(pages: int, items: int, history_rows: int, dim: int, gradients: bool) -> dict[str, Any]:
+def walk(
+    pages: int, items: int, history_rows: int, dim: int, gradients: bool, attention: str = "anchor"
+) -> dict[str, Any]:
     rows = pages * items
     with torch.device("meta"):
         p = Problem(
@@ -68,7 +70,9 @@ def walk(pages: int, items: int, history_rows: int, dim: int, gradients: bool) -
             weights=None,
             temperature=None,
             tau=0.1,
-            attention_scale=dim**-0.5,
+            attention_scale=1.0,
+            attention=attention,
+            cosine=attention == "candidate",
         )
         needs = [gradients, gradients, False, False, False, False]
         with recorded() as launches, Memory() as memory:
