@@ -51,7 +51,6 @@ def pack_pages(
     history_offsets_ptr,
     anchor_rank_ptr,
     unit_page_ptr,  # [blocks * UNITS], -1 before
-    block_group_ptr,  # [blocks] units of each of its pages
     page_place_ptr,  # [pages] its first unit, -1 where it has none
     long_ptr,  # [pages] first anchors of the pages that do not fit
     packed_count_ptr,  # [3] blocks, pages that do not fit, blocks of more than one page
@@ -67,11 +66,6 @@ def pack_pages(
         counts += tl.sum((size[:, None] == sizes[None, :]).to(tl.int32), axis=0)
     blocks = tl.where(sizes < LARGEST, tl.cdiv(counts << sizes, UNITS), 0)
     base = tl.cumsum(blocks, axis=0) - blocks
-    for exponent in tl.static_range(LARGEST):
-        mine = sizes == exponent
-        begin = tl.sum(tl.where(mine, base, 0), axis=0)
-        for block in range(begin, begin + tl.sum(tl.where(mine, blocks, 0), axis=0)):
-            tl.store(block_group_ptr + block, 1 << exponent)
     seen = tl.zeros([8], tl.int32)
     long = pages * 0
     for start in range(0, pages, CHUNK):
@@ -145,6 +139,7 @@ def pack_blocks(
     slot_row_ptr,  # [blocks * SLOTS] history rows, -1 in empty slots
     unit_poison_ptr,  # [blocks * UNITS] NaN where the page's history is not finite, else 0
     unit_column_ptr,  # [SIDE, blocks * UNITS] columns of the page's anchors, -1 for none
+    block_group_ptr,  # [blocks] units of each of its pages
     block_most_ptr,  # [blocks] anchors of a page, at most
     units,
     D: tl.constexpr,
@@ -188,8 +183,8 @@ def pack_blocks(
     bad = tl.max(tl.where(same & (real & (finite == 0))[None, :], 1, 0), axis=1)
     poison = tl.where(bad > 0, float("nan"), 0.0)
     tl.store(unit_poison_ptr + slot // SPAN, poison, mask=slot % SPAN == 0)
-    unit_ = block * UNITS + tl.arange(0, UNITS)
-    page = tl.load(unit_page_ptr + unit_)
+    units_here = block * UNITS + tl.arange(0, UNITS)
+    page = tl.load(unit_page_ptr + units_here)
     there = page >= 0
     first, last = anchors_of(pv_offsets_ptr, anchor_rank_ptr, page, there)
     for side in tl.static_range(SIDE):
@@ -198,8 +193,10 @@ def pack_blocks(
         if MERGED:
             item = tl.load(pv_index_ptr + item, mask=has, other=0).to(tl.int32)
         column = tl.load(column_rank_ptr + item, mask=has, other=0) - 1
-        tl.store(unit_column_ptr + side * units + unit_, column)
+        tl.store(unit_column_ptr + side * units + units_here, column)
     tl.store(block_most_ptr + block, tl.max(last - first, axis=0))
+    of_first = page == tl.load(unit_page_ptr + block * UNITS)
+    tl.store(block_group_ptr + block, tl.sum(of_first.to(tl.int32), axis=0))
 
 
 @kernel

@@ -112,7 +112,7 @@ class LossConfig(Section):
     negatives: Literal["batch", "page", "other_pages"] = "batch"
     direction: Literal["reconstruct", "identify", "both"] = "reconstruct"
     history_negatives: bool = Field(
-        False,
+        True,
         description="items of the batch's histories are candidates, too: as popular as clicks are",
     )
     log_q: bool = Field(
