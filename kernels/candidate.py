@@ -13,13 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .contrast import add_in
+from .contrast import MASK_OTHER_PAGES, MASK_PAGE, add_in
 from .reconstruct import head_mask, load_rows
 from .tl_common import LN2, LOG2E, kernel, rank_before, score_scale, unit_scale
-
-MASK_BATCH = tl.constexpr(0)
-MASK_PAGE = tl.constexpr(1)
-MASK_OTHER_PAGES = tl.constexpr(2)
 
 
 @triton.jit

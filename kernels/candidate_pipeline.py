@@ -11,14 +11,13 @@ from torch import Tensor
 
 from . import candidate, configs, contrast, epilogue, packed_pipeline
 from .stages import attention_inputs, make_plan, occurrences, sum_occurrences
-from .state import Shape, cdiv, empty_tensors, loss_shape, plan_spec, temperature_argument
+from .state import MASKS, Shape, cdiv, empty_tensors, loss_shape, plan_spec, temperature_argument
 
 if TYPE_CHECKING:
     from courier_fast.problem import Problem
 
 # Anchors of a page whose sums are kept side by side.
 SLOTS = 16
-_MASKS = {"batch": 0, "page": 1, "other_pages": 2}
 
 
 def _merged(p: Problem, s: Shape) -> bool:
@@ -80,7 +79,7 @@ def _columns(p: Problem, s: Shape, t: dict[str, Tensor]) -> dict[str, Any]:
         "column_bias_ptr": t.get("column_bias", t["lse"]),
         "column_count_ptr": t["counts"][2:3],
         "HAS_BIAS": "column_bias" in t,
-        "MASK": _MASKS[p.negatives],
+        "MASK": MASKS[p.negatives],
     }
 
 

@@ -18,8 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .candidate import MASK_OTHER_PAGES
-from .contrast import add_in
+from .contrast import MASK_OTHER_PAGES, add_in
 from .reconstruct import load_rows
 from .tl_common import (
     LN2,
@@ -27,6 +26,7 @@ from .tl_common import (
     exp2_flushed,
     kernel,
     normalize_backward,
+    rank_before,
     rsqrt_flushed,
     score_scale,
     unit_scale,
@@ -114,8 +114,7 @@ def anchors_of(pv_offsets_ptr, anchor_rank_ptr, page, mask):
     """The range of anchors of pages [BLOCK]."""
     first_row = tl.load(pv_offsets_ptr + page, mask=mask, other=0)
     last_row = tl.load(pv_offsets_ptr + page + 1, mask=mask, other=0)
-    first = tl.load(anchor_rank_ptr + first_row - 1, mask=mask & (first_row > 0), other=0)
-    return first, tl.load(anchor_rank_ptr + last_row - 1, mask=mask & (last_row > 0), other=0)
+    return rank_before(anchor_rank_ptr, first_row), rank_before(anchor_rank_ptr, last_row)
 
 
 @kernel

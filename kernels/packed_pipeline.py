@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, packed
-from .state import Shape, cdiv, temperature_argument
+from .state import MASKS, Shape, cdiv, temperature_argument
 
 if TYPE_CHECKING:
     from courier_fast.problem import Problem
@@ -93,7 +93,7 @@ def _anchors(p: Problem, t: dict[str, Tensor]) -> dict[str, Any]:
         "units": t["unit_page"].shape[0],
         "tau": tau,
         "TAU_IS_TENSOR": tau_is_tensor,
-        "MASK": 2 if p.negatives == "other_pages" else 0,
+        "MASK": MASKS[p.negatives],
         "HAS_LOG_Q": p.log_q is not None,
         "MERGED": _merged(t),
         "BLOCK": 256,
@@ -122,7 +122,7 @@ def _tiles(p: Problem, s: Shape, t: dict[str, Tensor], kind: str) -> dict[str, A
         "sharpness": p.attention_scale / math.log(2.0),
         "tau": tau,
         "TAU_IS_TENSOR": tau_is_tensor,
-        "MASK": 2 if p.negatives == "other_pages" else 0,
+        "MASK": MASKS[p.negatives],
         "HAS_BIAS": "column_bias" in t,
         "BLOCK_M": tile.block_m,
         "BLOCK_D": s.block_d,

@@ -33,6 +33,7 @@ from .stages import (
 )
 from .state import (
     HALF_LIFT,
+    MASKS,
     Pass,
     Shape,
     Transposed,
@@ -64,9 +65,6 @@ __all__ = [
 ]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-_MASKS = {"batch": 0, "page": 1, "other_pages": 2}
 
 
 def interpreter_works(triton_version: str, numpy_version: str) -> bool:
@@ -205,7 +203,7 @@ def forward(
         first_stats = stats and direction == s.directions[0]
         loss = torch.empty(s.rows, dtype=torch.float32, device=device)
         options: dict[str, Any] = {
-            "mask": _MASKS[p.negatives],
+            "mask": MASKS[p.negatives],
             "tau": tau,
             "tau_is_tensor": tau_is_tensor,
             "y_offset": y.bias,
@@ -419,7 +417,7 @@ def backward(
                 None,
                 Transposed(g if scale is None else scale, result.acc),
                 p.workspace,
-                mask=_MASKS[p.negatives],
+                mask=MASKS[p.negatives],
                 tau=tau,
                 tau_is_tensor=tau_is_tensor,
                 y_offset=y.bias,
@@ -430,7 +428,7 @@ def backward(
             y,
             x,
             out=result,
-            mask=_MASKS[p.negatives],
+            mask=MASKS[p.negatives],
             tau=tau,
             tau_is_tensor=tau_is_tensor,
             page_offsets=p.pv_offsets,

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 HALF_LIFT = 12.0
 
 
+# Which candidates an anchor has, as the kernels are told.
+MASKS = {"batch": 0, "page": 1, "other_pages": 2}
+
 _Spec = dict[str, tuple[tuple[Any, ...], torch.dtype]]
 
 
