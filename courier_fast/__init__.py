@@ -8,11 +8,13 @@ from .loss import (
     reconstruct,
     reconstruction_loss,
 )
+from .memory import EmbeddingMemory
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ClickSequenceLoss",
+    "EmbeddingMemory",
     "ReconstructionLoss",
     "ReconstructionStats",
     "click_sequence_loss",

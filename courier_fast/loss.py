@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops, reference
+from . import composed, ops, reference
 from .cuda_graph import Graphs
 from .packing import (
     Side,
@@ -21,7 +21,9 @@ from .packing import (
     side,
     watches_values,
 )
+from .peers import EXCHANGES, Peers, reporting
 from .problem import ATTENTIONS, DIRECTIONS, NEGATIVES, REDUCTIONS, Problem, SequenceProblem
+from .reach import reach_of
 
 IMPLS = ("auto", "reference", *ops.IMPLEMENTATIONS)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -72,6 +74,7 @@ _CHOICES = {
     "negatives": NEGATIVES,
     "direction": DIRECTIONS,
     "reduction": REDUCTIONS,
+    "exchange": EXCHANGES,
     "impl": IMPLS,
 }
 
@@ -418,6 +421,12 @@ def reconstruction_loss(
     item_ids: Tensor | None = None,
     log_q: Tensor | None = None,
     weights: Tensor | None = None,
+    group: Any = None,
+    exchange: str = "auto",
+    table_ids: Tensor | None = None,
+    memory: Tensor | None = None,
+    memory_ids: Tensor | None = None,
+    memory_log_q: Tensor | None = None,
     reduction: str = "mean",
     return_stats: bool = False,
     validate: bool = False,
@@ -459,6 +468,16 @@ def reconstruction_loss(
             `embeddings`: the index; otherwise no two items are the same.
         log_q: log sampling probability of each candidate, subtracted from its scores. Takes no gradient.
         weights: weight >= 0 of each clicked item as an anchor; 0 makes it none. Takes no gradient.
+        group: a torch.distributed ProcessGroup: the candidates are those of all its processes, and the loss that of the union
+            of their batches (docs/processes.md). "mean" gives W times this process's part, so that DistributedDataParallel's
+            mean of the gradients is the union's. Every process calls, and calls backward, also without any page.
+        exchange: how their rows travel: all at once ("gather"), in rounds of bounded memory ("ring"), or as `workspace` has
+            room ("auto").
+        table_ids: int64 [n], the ids of `embeddings` wherever they occur, in place of the index as identity; needed with
+            `group` and with `memory`.
+        memory: embeddings [Q, D] of earlier batches (`EmbeddingMemory`), candidates beside those of the batch in direction
+            "reconstruct". No gradient.
+        memory_ids, memory_log_q: [Q], as item_ids (or table_ids) and log_q, and needed where these are given.
         reduction: "mean" (weighted), "sum" (weighted) or "none" (one value per PV item, before weights).
         return_stats: also return a `ReconstructionStats`.
         validate: also check on a GPU what needs its values (offsets, indices, weights): a device synchronisation.
@@ -472,83 +491,96 @@ def reconstruction_loss(
         TypeError, ValueError: an argument is not as described; the message names it, what was expected and what came.
         RuntimeError: the requested impl cannot run here; the message lists every reason.
     """
-    attention = _attention_of(attention, direction)
-    _check_choices(
-        attention=attention,
-        negatives=negatives,
-        direction=direction,
-        reduction=reduction,
-        impl=impl,
-    )
-    if attention == "candidate" and direction != "reconstruct":
-        raise ValueError(
-            f'direction: expected "reconstruct" with attention "candidate", got {direction!r}: "identify" and "both" compare '
-            'reconstructions made for their own items (attention "anchor" or "mean")'
+    peers = Peers.of(group)
+    with reporting(peers):
+        attention = _attention_of(attention, direction)
+        _check_choices(
+            attention=attention,
+            negatives=negatives,
+            direction=direction,
+            reduction=reduction,
+            exchange=exchange,
+            impl=impl,
         )
-    _check_workspace(workspace)
-    fields, pv_side, _ = _build(
-        pv,
-        history,
-        require_tensor("clicked", clicked),
-        pv_mask,
-        history_mask,
-        pv_offsets,
-        history_offsets,
-        embeddings,
-        query,
-        key,
-        value,
-        _Attention(attention, attention_scale, attention_temperature, num_heads),
-        validate,
-    )
-    device = fields["pv"].device
-    double = fields["pv"].dtype == torch.float64
-    tau_tensor, tau = _check_temperature(temperature, device, validate)
-    if tau_tensor is not None:
-        tau_tensor = tau_tensor.to(torch.float64 if double else torch.float32)
-    weight_rows = _optional_float("weights", weights, pv_side, device, double)
-    if weight_rows is not None:
-        _check_weights(weight_rows, pv_side, validate)
-    p = Problem(
-        **fields,
-        item_ids=_optional_ids("item_ids", item_ids, pv_side, device),
-        log_q=_optional_float("log_q", log_q, pv_side, device, double),
-        weights=weight_rows,
-        temperature=tau_tensor,
-        tau=tau,
-        negatives=negatives,
-        direction=direction,
-        reduction=reduction,
-        workspace=workspace,
-    )
-    chosen = _choose(impl, p)
-    if _graphs is not None:
-        loss, *per_row, skipped = _graphs(p, chosen, return_stats)
-        rows = tuple(per_row)
-    elif chosen == "reference":
-        out = reference.reconstruction_loss(p)
-        loss = out.loss
-        rows = (out.item_loss, out.log_sum_exp, out.positive_similarity, out.rank, out.is_anchor)
-        skipped = out.num_skipped
-    else:
-        loss, *per_row, skipped = ops.reconstruction_loss(p, chosen, return_stats)
-        rows = tuple(per_row)
-    if reduction == "none":
-        loss = pv_side.restore(loss)
-    if not return_stats:
-        return loss
-    num_anchors = rows[-1].sum()
-    item_loss, lse, positive, rank, is_anchor = (pv_side.restore(x.detach()) for x in rows)
-    return loss, ReconstructionStats(
-        item_loss,
-        lse,
-        positive,
-        rank,
-        is_anchor,
-        num_anchors,
-        skipped,
-        direction="identify" if direction == "identify" else "reconstruct",
-    )
+        if attention == "candidate" and direction != "reconstruct":
+            raise ValueError(
+                f'direction: expected "reconstruct" with attention "candidate", got {direction!r}: "identify" and "both" compare '
+                'reconstructions made for their own items (attention "anchor" or "mean")'
+            )
+        _check_workspace(workspace)
+        fields, pv_side, _ = _build(
+            pv,
+            history,
+            require_tensor("clicked", clicked),
+            pv_mask,
+            history_mask,
+            pv_offsets,
+            history_offsets,
+            embeddings,
+            query,
+            key,
+            value,
+            _Attention(attention, attention_scale, attention_temperature, num_heads),
+            validate,
+        )
+        device = fields["pv"].device
+        double = fields["pv"].dtype == torch.float64
+        tau_tensor, tau = _check_temperature(temperature, device, validate)
+        if tau_tensor is not None:
+            tau_tensor = tau_tensor.to(torch.float64 if double else torch.float32)
+        weight_rows = _optional_float("weights", weights, pv_side, device, double)
+        if weight_rows is not None:
+            _check_weights(weight_rows, pv_side, validate)
+        p = Problem(
+            **fields,
+            item_ids=_optional_ids("item_ids", item_ids, pv_side, device),
+            log_q=_optional_float("log_q", log_q, pv_side, device, double),
+            weights=weight_rows,
+            temperature=tau_tensor,
+            tau=tau,
+            negatives=negatives,
+            direction=direction,
+            reduction=reduction,
+            workspace=workspace,
+        )
+        chosen = _choose(impl, p)
+        p, reach = reach_of(
+            p, chosen, peers, table_ids, exchange, (memory, memory_ids, memory_log_q)
+        )
+        if reach is not None and _graphs is not None:
+            raise ValueError(
+                "cuda_graph: expected False with group or memory, whose sizes the host has to know, got True"
+            )
+        if reach is not None:
+            out = composed.reconstruction_loss(p, reach, return_stats)
+            loss, rows, skipped = out.loss, out.rows, out.num_skipped
+        elif _graphs is not None:
+            loss, *per_row, skipped = _graphs(p, chosen, return_stats)
+            rows = tuple(per_row)
+        elif chosen == "reference":
+            out = reference.reconstruction_loss(p)
+            loss = out.loss
+            rows = out.rows
+            skipped = out.num_skipped
+        else:
+            loss, *per_row, skipped = ops.reconstruction_loss(p, chosen, return_stats)
+            rows = tuple(per_row)
+        if reduction == "none":
+            loss = pv_side.restore(loss)
+        if not return_stats:
+            return loss
+        num_anchors = rows[-1].sum()
+        item_loss, lse, positive, rank, is_anchor = (pv_side.restore(x.detach()) for x in rows)
+        return loss, ReconstructionStats(
+            item_loss,
+            lse,
+            positive,
+            rank,
+            is_anchor,
+            num_anchors,
+            skipped,
+            direction="identify" if direction == "identify" else "reconstruct",
+        )
 
 
 def reconstruct(
@@ -627,6 +659,9 @@ def click_sequence_loss(
     embeddings: Tensor | None = None,
     item_ids: Tensor | None = None,
     temperature: float | Tensor = 0.1,
+    group: Any = None,
+    exchange: str = "auto",
+    table_ids: Tensor | None = None,
     reduction: str = "mean",
     validate: bool = False,
     impl: str = "auto",
@@ -645,69 +680,80 @@ def click_sequence_loss(
         history: [B, H, D] with `history_mask`, [K, D] with `history_offsets`, a torch.jagged NestedTensor, or with
             `embeddings` integer indices in one of these layouts.
         item_ids: integers in the layout of history without D; default with `embeddings`: the index.
+        group, exchange, table_ids: as for `reconstruction_loss`; candidates are the history items of all processes.
         temperature, reduction, validate, impl, workspace: as for `reconstruction_loss`; "none" gives a value per history
             item, 0 where it is no anchor.
 
     Returns:
         The loss, float32 (float64 for float64 inputs): 0-d, or one value per history item.
     """
-    _check_choices(reduction=reduction, impl=impl)
-    _check_workspace(workspace)
-    history = require_tensor("history", history)
-    table = None if embeddings is None else _table(embeddings)
-    if table is None:
-        _float_rows("history", history, None)
-    else:
-        as_index("history", history)
-    history_in, table = _autocast(history, table)
-    assert history_in is not None
-    source = table if table is not None else history_in
-    device = source.device
-    _on_device("history", history_in, device)
-    layout = side(
-        "history",
-        history_in,
-        0 if table is not None else 1,
-        history_mask,
-        history_offsets,
-        device,
-        validate,
-    )
-    tau_tensor, tau = _check_temperature(temperature, device, validate)
-    if tau_tensor is not None:
-        tau_tensor = tau_tensor.to(
-            torch.float64 if source.dtype == torch.float64 else torch.float32
+    peers = Peers.of(group)
+    with reporting(peers):
+        _check_choices(reduction=reduction, exchange=exchange, impl=impl)
+        _check_workspace(workspace)
+        history = require_tensor("history", history)
+        table = None if embeddings is None else _table(embeddings)
+        if table is None:
+            _float_rows("history", history, None)
+        else:
+            as_index("history", history)
+        history_in, table = _autocast(history, table)
+        assert history_in is not None
+        source = table if table is not None else history_in
+        device = source.device
+        _on_device("history", history_in, device)
+        layout = side(
+            "history",
+            history_in,
+            0 if table is not None else 1,
+            history_mask,
+            history_offsets,
+            device,
+            validate,
         )
-    index = None
-    if table is None:
-        dim = history_in.values().shape[-1] if history_in.is_nested else history_in.shape[-1]
-        rows = layout.flatten("history", history_in, (dim,))
-    else:
-        rows = table.contiguous()
-        index = as_index("history", layout.flatten("history", history_in, ()))
-        index = check_index("history", index, layout.live(), table.shape[0], validate)
-    if rows.shape[1] == 0:
-        raise ValueError("history: expected an embedding dimension of at least 1, got 0")
-    p = SequenceProblem(
-        history=rows,
-        history_index=index,
-        history_offsets=layout.offsets,
-        history_mask=layout.mask,
-        item_ids=_optional_ids("item_ids", item_ids, layout, device),
-        temperature=tau_tensor,
-        tau=tau,
-        reduction=reduction,
-        workspace=workspace,
-    )
-    chosen = _choose(impl, p)
-    if _graphs is not None:
-        return _graphs(p, chosen)[0]
-    loss = (
-        reference.click_sequence_loss(p)
-        if chosen == "reference"
-        else ops.click_sequence_loss(p, chosen)
-    )
-    return layout.restore(loss) if reduction == "none" else loss
+        tau_tensor, tau = _check_temperature(temperature, device, validate)
+        if tau_tensor is not None:
+            tau_tensor = tau_tensor.to(
+                torch.float64 if source.dtype == torch.float64 else torch.float32
+            )
+        index = None
+        if table is None:
+            dim = history_in.values().shape[-1] if history_in.is_nested else history_in.shape[-1]
+            rows = layout.flatten("history", history_in, (dim,))
+        else:
+            rows = table.contiguous()
+            index = as_index("history", layout.flatten("history", history_in, ()))
+            index = check_index("history", index, layout.live(), table.shape[0], validate)
+        if rows.shape[1] == 0:
+            raise ValueError("history: expected an embedding dimension of at least 1, got 0")
+        p = SequenceProblem(
+            history=rows,
+            history_index=index,
+            history_offsets=layout.offsets,
+            history_mask=layout.mask,
+            item_ids=_optional_ids("item_ids", item_ids, layout, device),
+            temperature=tau_tensor,
+            tau=tau,
+            reduction=reduction,
+            workspace=workspace,
+        )
+        chosen = _choose(impl, p)
+        p, reach = reach_of(p, chosen, peers, table_ids, exchange)
+        if reach is not None and _graphs is not None:
+            raise ValueError(
+                "cuda_graph: expected False with group, whose sizes the host has to know, got True"
+            )
+        if reach is not None:
+            loss = composed.click_sequence_loss(p, reach)
+            return layout.restore(loss) if reduction == "none" else loss
+        if _graphs is not None:
+            return _graphs(p, chosen)[0]
+        loss = (
+            reference.click_sequence_loss(p)
+            if chosen == "reference"
+            else ops.click_sequence_loss(p, chosen)
+        )
+        return layout.restore(loss) if reduction == "none" else loss
 
 
 # ---- modules ------------------------------------------------------------------------------------------------------
@@ -763,6 +809,10 @@ class _WithTemperature(nn.Module):
         if cuda_graph and options["validate"]:
             raise ValueError(
                 "cuda_graph and validate: expected at most one, as validation looks at values on the host, got both"
+            )
+        if cuda_graph and options["group"] is not None:
+            raise ValueError(
+                "cuda_graph: expected False with group, whose sizes the host has to know, got True"
             )
         self._graphs = Graphs() if cuda_graph else None
         if isinstance(temperature, Tensor):
@@ -834,6 +884,8 @@ class ReconstructionLoss(_WithTemperature):
         num_heads: int = 1,
         negatives: str = "batch",
         direction: str = "reconstruct",
+        group: Any = None,
+        exchange: str = "auto",
         reduction: str = "mean",
         return_stats: bool = False,
         validate: bool = False,
@@ -842,6 +894,8 @@ class ReconstructionLoss(_WithTemperature):
         cuda_graph: bool = False,
     ) -> None:
         options = {
+            "group": group,
+            "exchange": exchange,
             "attention": _attention_of(attention, direction),
             "attention_scale": attention_scale,
             "attention_temperature": attention_temperature,
@@ -879,6 +933,8 @@ class ClickSequenceLoss(_WithTemperature):
         learnable_temperature: bool = False,
         min_temperature: float = 0.01,
         *,
+        group: Any = None,
+        exchange: str = "auto",
         reduction: str = "mean",
         validate: bool = False,
         impl: str = "auto",
@@ -886,6 +942,8 @@ class ClickSequenceLoss(_WithTemperature):
         cuda_graph: bool = False,
     ) -> None:
         options = {
+            "group": group,
+            "exchange": exchange,
             "reduction": reduction,
             "validate": validate,
             "impl": impl,

@@ -28,6 +28,17 @@ class LossOutput:
     is_anchor: Tensor  # [N] bool
     num_skipped: Tensor  # 0-d int64: clicked items left out because their page has no history
 
+    @property
+    def rows(self) -> tuple[Tensor, ...]:
+        """What is per row."""
+        return (
+            self.item_loss,
+            self.log_sum_exp,
+            self.positive_similarity,
+            self.rank,
+            self.is_anchor,
+        )
+
 
 @dataclass
 class _Rows:

@@ -305,6 +305,42 @@ def sequence_shape(p: SequenceProblem) -> SequenceShape:
     )
 
 
+def block_shape(unit: Tensor, kind: str) -> Shape:
+    """Of rows against columns alone: no pages, lists or attention."""
+    dim, dtype = unit.shape[1], unit.dtype
+    chunks = configs.use_chunks(dtype, dim)
+    stride = configs.row_stride(dim, chunks)
+
+    def tile(kind: str) -> configs.Tile:
+        return configs.contrast_tile(dtype, stride, unit.device, kind)
+
+    return Shape(
+        dim=dim,
+        stride=stride,
+        block_d=configs.block_dim(stride),
+        rows=0,
+        history_rows=0,
+        pages=0,
+        items=0,
+        merged=False,
+        every=False,
+        both_lists=False,
+        directions=(),
+        id_dtype=torch.int64,
+        chunked=chunks,
+        early=False,
+        stream=_divisible(dtype, chunks),
+        tile=tile(kind),
+        lse=tile(kind if kind == "sequence" else "lse"),
+        transposed=tile(kind if kind == "sequence" else "transposed"),
+        product=configs.product_tile(dtype),
+        attention=configs.attention_tile(dtype, stride, 1, False),
+        backward=configs.attention_tile(dtype, stride, 1, True),
+        small=configs.rows_tile(stride),
+        precision=configs.dot_precision(dtype),
+    )
+
+
 def sequence_spec(p: SequenceProblem, s: SequenceShape, values: bool = True) -> _Spec:
     spec: _Spec = {
         "history_page": ((s.rows,), torch.int32),

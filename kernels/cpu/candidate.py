@@ -11,7 +11,7 @@ dL/dx in the tile's place, whose products with v and E are the gradients. README
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .native import stage
 from .rows import (
-    Anchors,
     Candidates,
     Result,
     Rows,
@@ -53,7 +52,7 @@ def _inverse_norm(x: Tensor) -> Tensor:
 
 
 @dataclass
-class _Side:
+class Operand:
     """Rows that take part in products, where their gradient goes, and what is known of their length."""
 
     rows: Tensor  # [n, D]
@@ -62,6 +61,13 @@ class _Side:
     radial: Tensor | None = (
         None  # [n] of what row / |row|^2 is still to be subtracted from the gradient
     )
+
+    @classmethod
+    def of(cls, rows: Tensor, unit: bool, wanted: bool) -> Operand:
+        """With its length where it enters as a unit vector, and room for its gradient."""
+        gradient = torch.zeros(rows.shape) if wanted else None
+        radial = torch.zeros(len(rows)) if wanted and unit else None
+        return cls(rows, _inverse_norm(rows) if unit else None, gradient, radial)
 
     def finished(self) -> Tensor | None:
         if self.gradient is not None and self.radial is not None and self.inverse is not None:
@@ -72,7 +78,28 @@ class _Side:
 
 
 @dataclass
-class _Pages:
+class Operands:
+    """e and v of the scores, q and k of the logits; q is e and k is v where they are the same rows."""
+
+    e: Operand
+    q: Operand
+    k: Operand
+    v: Operand
+
+    @property
+    def same(self) -> bool:
+        return self.q is self.e and self.k is self.v
+
+
+@dataclass
+class Attention:
+    scale: float
+    cosine: bool
+    heads: int
+
+
+@dataclass
+class Pages:
     """Pages with an anchor: their anchors, and their rows of history, one after the other."""
 
     page: Tensor  # [P]
@@ -82,9 +109,10 @@ class _Pages:
     lengths: list[int]
 
 
-def _pages_of(a: Anchors) -> _Pages:
-    page, counts = a.pv.page[a.row].unique_consecutive(return_counts=True)
-    first, last = a.history.start[page], a.history.start[page + 1]
+def pages_of(anchor_page: Tensor, history_start: Tensor) -> Pages:
+    """`anchor_page` [M] ascending; `history_start` [B + 1] the first real history row of each page."""
+    page, counts = anchor_page.unique_consecutive(return_counts=True)
+    first, last = history_start[page], history_start[page + 1]
     lengths = last - first
     start = torch.zeros(len(page) + 1, dtype=torch.int64)
     torch.cumsum(lengths, 0, out=start[1:])
@@ -92,31 +120,166 @@ def _pages_of(a: Anchors) -> _Pages:
     torch.cumsum(counts, 0, out=anchors[1:])
     # Row i of the list is i rows after the first of all, moved by as much as its page was.
     rows = torch.arange(int(start[-1])) + (first - start[:-1]).repeat_interleave(lengths)
-    return _Pages(page, anchors, start, rows, lengths.tolist())
+    return Pages(page, anchors, start, rows, lengths.tolist())
 
 
-class _Run:
+class Tiles:
+    """Columns against pages, a tile of whole pages at a time: the scores, and the gradients with them where `grads`."""
+
+    def __init__(
+        self,
+        pages: Pages,
+        operands: Operands,
+        attention: Attention,
+        inverse_tau: float,
+        grads: bool,
+    ) -> None:
+        self.pages, self.attention, self.inverse_tau, self.grads = (
+            pages,
+            attention,
+            inverse_tau,
+            grads,
+        )
+        self.e, self.q, self.k, self.v = operands.e, operands.q, operands.k, operands.v
+        self.same = operands.same
+        self.slope = 0.0
+        rows, itemsize = len(self.e.rows), self.e.rows.element_size() * (1 if self.same else 2)
+        self.chunk_rows = max(1, CHUNK_BYTES // max(rows * itemsize, 1))
+        for first, last, plain in self._chunks():
+            self._plain(first) if plain else self._chunk(first, last)
+
+    def span(self, first: int, last: int) -> tuple[slice, Tensor | None]:
+        """The columns that these pages look at, and where each looks at its own alone, those of each among them."""
+        raise NotImplementedError
+
+    def contrast(
+        self, s: Tensor, first: int, last: int, columns: slice, ranges: Tensor | None
+    ) -> None:
+        """Results of the anchors of these pages; dL/ds in the place of their scores s [pages, columns]."""
+        raise NotImplementedError
+
+    def _chunks(self) -> Iterator[tuple[int, int, bool]]:
+        """(first page, end, whether plain code takes it): whole pages, as many as a tile holds."""
+        first, rows, count = 0, 0, len(self.pages.lengths)
+        every = self.attention.heads > 1 or self.e.rows.shape[1] < LEAST_DIM
+        for i, length in enumerate(self.pages.lengths):
+            plain = every or length > LONGEST_HISTORY
+            if first < i and (plain or rows + length > self.chunk_rows):
+                yield first, i, False
+                first, rows = i, 0
+            if plain:
+                yield i, i + 1, True
+                first, rows = i + 1, 0
+            else:
+                rows += length
+        if first < count:
+            yield first, count, False
+
+    def _chunk(self, first: int, last: int) -> None:
+        by, pages = self.attention, self.pages
+        columns, ranges = self.span(first, last)
+        rows = slice(int(pages.start[first]), int(pages.start[last]))
+        e, v = self.e.rows[columns], self.v.rows[rows]
+        x = v @ e.T
+        y = None if self.same else self.k.rows[rows] @ self.q.rows[columns].T
+        scale = None
+        if by.cosine and self.q.inverse is not None:
+            scale = self.q.inverse[columns] * by.scale
+        s = torch.empty(last - first, x.shape[1])
+        numbers = torch.arange(rows.stop - rows.start)
+        starts = pages.start[first : last + 1] - rows.start
+        about = (
+            *(x, y, starts, ranges, v, numbers, scale, part(self.k.inverse, rows) if by.cosine else None),
+            *(part(self.e.inverse, columns), by.scale, self.inverse_tau, s),
+        )  # fmt: skip
+        stage("candidate", *about, False, None, None, None, None)
+        self.contrast(s, first, last, columns, ranges)
+        if not self.grads:
+            return
+        turned = torch.empty_like(s) if by.cosine and not self.same else None
+        slope = torch.empty(last - first, dtype=torch.float64)
+        through_length = None if self.v.gradient is None else torch.empty(v.shape)
+        k_radial = part(self.k.radial, rows)
+        if by.cosine and k_radial is None:
+            k_radial = torch.zeros(len(v))
+        stage("candidate", *about, True, turned, k_radial, through_length, slope)
+        self.slope += float(slope.sum())
+        if self.e.radial is not None:
+            self.e.radial[columns] += s.sum(0)
+        if turned is not None and self.q.radial is not None:
+            self.q.radial[columns] += turned.sum(0)
+        _add_product(self.e.gradient, columns, x.T, v)
+        _add_product(self.v.gradient, rows, x, e)
+        if self.v.gradient is not None:
+            self.v.gradient[rows] += through_length
+        if y is not None:
+            _add_product(self.q.gradient, columns, y.T, self.k.rows[rows])
+            _add_product(self.k.gradient, rows, y, self.q.rows[columns])
+
+    def _plain(self, page: int) -> None:
+        """A page with a long history, or several heads: the definition, in float32, some candidates at a time."""
+        columns, ranges = self.span(page, page + 1)
+        rows = slice(int(self.pages.start[page]), int(self.pages.start[page + 1]))
+        step = max(1, PLAIN_ELEMENTS // (rows.stop - rows.start) // self.attention.heads)
+        history = [side.rows[rows].float() for side in (self.k, self.v)]
+        some = [
+            slice(i, min(i + step, columns.stop)) for i in range(columns.start, columns.stop, step)
+        ]
+        s = torch.cat([self._plain_scores(self.q.rows[c], self.e.rows[c], *history) for c in some])
+        s = s[None].contiguous()
+        up = s.clone()
+        self.contrast(up, page, page + 1, columns, ranges)
+        if not self.grads:
+            return
+        self.slope += float((up.double() * s).sum())
+        up = up[0]
+        for c in some:
+            inputs = [
+                x.float().requires_grad_() for x in (self.q.rows[c], self.e.rows[c], *history)
+            ]
+            with torch.enable_grad():
+                found = self._plain_scores(*inputs)
+            grads = torch.autograd.grad(
+                found, inputs, up[c.start - columns.start : c.stop - columns.start]
+            )
+            for side, at, grad in zip(
+                (self.q, self.e, self.k, self.v), (c, c, rows, rows), grads, strict=True
+            ):
+                if side.gradient is not None:
+                    side.gradient[at] += grad
+
+    def _plain_scores(self, q: Tensor, e: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """s of some candidates on one page, as in courier_fast.reference."""
+        heads = self.attention.heads
+
+        def split(x: Tensor) -> Tensor:
+            return x.float().view(len(x), heads, -1).transpose(0, 1)
+
+        q, k = split(q), split(k)
+        if self.attention.cosine:
+            q, k = _unit(q), _unit(k)
+        a = ((q @ k.mT) * self.attention.scale).softmax(-1)
+        r = (a @ split(v)).transpose(0, 1).reshape(len(e), -1)
+        return (_unit(r) * _unit(e.float())).sum(1) * self.inverse_tau
+
+
+class _Run(Tiles):
     """One forward pass, and the gradients with it where there are weights g of the anchors."""
 
     def __init__(
         self, p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | None
     ) -> None:
         self.p, self.needs = p, needs
-        self.inverse_tau = inverse_tau_of(p)
         self.a = anchors_of(p)
-        self.pages = _pages_of(self.a)
+        pages = pages_of(self.a.pv.page[self.a.row], self.a.history.start)
         self.g = shares_of(p, self.a, upstream) if any(needs) else None
-        self.y, source, self.every_row = self._columns()
-        self.column_source = source
-        self._sides(source)
+        self.y, self.column_source, self.every_row = self._columns()
         m = len(self.a.row)
         self.lse, self.loss, self.positive = torch.zeros(3, m, dtype=torch.float64)
         self.above = torch.zeros(m, dtype=torch.int64) if want_rank else None
-        self.slope = 0.0
-        rows, itemsize = len(self.e.rows), p.pv.element_size() * (1 if self.same else 2)
-        self.chunk_rows = max(1, CHUNK_BYTES // max(rows * itemsize, 1))
-        for first, last, plain in self._chunks():
-            self._plain(first) if plain else self._chunk(first, last)
+        attention = Attention(p.attention_scale, p.cosine, p.num_heads)
+        operands = self._operands(pages.rows)
+        super().__init__(pages, operands, attention, inverse_tau_of(p), self.g is not None)
 
     # ---- what takes part -----------------------------------------------------------------------
 
@@ -131,71 +294,45 @@ class _Run:
         y = masked(p, pv, p.pv, torch.arange(len(pv.keep)), anchor, anchor, ids, log_q)
         return y, pv.source, p.pv_index is None and len(pv.keep) == len(p.pv)
 
-    def _sides(self, source: Tensor) -> None:
-        """e and v of the scores, q and k of the logits; q is e and k is v where they are the same rows."""
+    def _operands(self, listed: Tensor) -> Operands:
+        """`listed` [K]: the real history rows that take part."""
         p, grads = self.p, self.g is not None
         own = p.pv if p.history is None else p.history
-        listed = self.pages.rows
         history: Rows = self.a.history
 
-        def side(x: Tensor, rows: Tensor, every: bool, unit: bool, wanted: bool) -> _Side:
-            taken = x if every else x[rows]
-            gradient = torch.zeros(taken.shape) if grads and wanted else None
-            radial = torch.zeros(len(taken)) if gradient is not None and unit else None
-            return _Side(taken, _inverse_norm(taken) if unit else None, gradient, radial)
+        def side(x: Tensor, rows: Tensor, every: bool, unit: bool, wanted: bool) -> Operand:
+            return Operand.of(x if every else x[rows], unit, grads and wanted)
 
-        def of_history(given: Tensor | None, need: int, unit: bool) -> _Side:
+        def of_history(given: Tensor | None, need: int, unit: bool) -> Operand:
             wanted = (
                 self.needs[need] if given is not None else self.needs[0 if p.history is None else 1]
             )
             rows = history.source[listed] if given is None else history.keep[listed]
             return side(own if given is None else given, rows, False, unit, wanted)
 
-        self.same = p.query is None and p.key is None and p.value is None
-        self.e = side(p.pv, source, self.every_row, True, self.needs[0])
-        if self.same:
-            self.q, self.k = self.e, of_history(None, 1, p.cosine)
-            self.v = self.k
-            return
-        self.v = of_history(p.value, 4, False)
-        self.k = of_history(p.key, 3, p.cosine)
+        e = side(p.pv, self.column_source, self.every_row, True, self.needs[0])
+        if p.query is None and p.key is None and p.value is None:
+            both = of_history(None, 1, p.cosine)
+            return Operands(e, e, both, both)
+        v = of_history(p.value, 4, False)
+        k = of_history(p.key, 3, p.cosine)
         if p.query is None:
-            self.q = _Side(self.e.rows, self.e.inverse, self.e.gradient, self.e.radial)
+            q = replace(e)
         else:
             keep = self.a.pv.keep
-            self.q = side(p.query, keep, len(keep) == len(p.query), p.cosine, self.needs[2])
+            q = side(p.query, keep, len(keep) == len(p.query), p.cosine, self.needs[2])
+        return Operands(e, q, k, v)
 
-    def _chunks(self) -> Iterator[tuple[int, int, bool]]:
-        """(first page, end, whether plain code takes it): whole pages, as many as a tile holds."""
-        first, rows, count = 0, 0, len(self.pages.lengths)
-        every = self.p.num_heads > 1 or self.p.pv.shape[1] < LEAST_DIM
-        for i, length in enumerate(self.pages.lengths):
-            plain = every or length > LONGEST_HISTORY
-            if first < i and (plain or rows + length > self.chunk_rows):
-                yield first, i, False
-                first, rows = i, 0
-            if plain:
-                yield i, i + 1, True
-                first, rows = i + 1, 0
-            else:
-                rows += length
-        if first < count:
-            yield first, count, False
-
-    def _range(self, first: int, last: int) -> tuple[slice, Tensor | None]:
-        """The columns that these pages look at, and with negatives of the own page those of each among them."""
+    def span(self, first: int, last: int) -> tuple[slice, Tensor | None]:
         if self.y.page is None or not self.y.page_only:
             return slice(0, len(self.e.rows)), None
         each = self.y.page[self.pages.anchors[first:last]]
         low = int(each[0, 0])
         return slice(low, int(each[-1, 1])), each - low
 
-    # ---- the two ways through ------------------------------------------------------------------
-
-    def _softmax(
+    def contrast(
         self, s: Tensor, first: int, last: int, columns: slice, ranges: Tensor | None
     ) -> None:
-        """Results of the anchors of these pages; dL/ds in the place of their scores s [pages, columns]."""
         starts = self.pages.anchors[first : last + 1]
         mine = slice(int(starts[0]), int(starts[-1]))
         y = self.y
@@ -218,93 +355,6 @@ class _Run:
             self.positive[mine],
             part(self.above, mine),
         )
-
-    def _chunk(self, first: int, last: int) -> None:
-        p, pages = self.p, self.pages
-        columns, ranges = self._range(first, last)
-        rows = slice(int(pages.start[first]), int(pages.start[last]))
-        e, v = self.e.rows[columns], self.v.rows[rows]
-        x = v @ e.T
-        y = None if self.same else self.k.rows[rows] @ self.q.rows[columns].T
-        scale = None
-        if p.cosine and self.q.inverse is not None:
-            scale = self.q.inverse[columns] * p.attention_scale
-        s = torch.empty(last - first, x.shape[1])
-        numbers = torch.arange(rows.stop - rows.start)
-        starts = pages.start[first : last + 1] - rows.start
-        about = (
-            *(x, y, starts, ranges, v, numbers, scale, part(self.k.inverse, rows) if p.cosine else None),
-            *(part(self.e.inverse, columns), p.attention_scale, self.inverse_tau, s),
-        )  # fmt: skip
-        stage("candidate", *about, False, None, None, None, None)
-        self._softmax(s, first, last, columns, ranges)
-        if self.g is None:
-            return
-        turned = torch.empty_like(s) if p.cosine and not self.same else None
-        slope = torch.empty(last - first, dtype=torch.float64)
-        through_length = None if self.v.gradient is None else torch.empty(v.shape)
-        k_radial = part(self.k.radial, rows)
-        if p.cosine and k_radial is None:
-            k_radial = torch.zeros(len(v))
-        stage("candidate", *about, True, turned, k_radial, through_length, slope)
-        self.slope += float(slope.sum())
-        if self.e.radial is not None:
-            self.e.radial[columns] += s.sum(0)
-        if turned is not None and self.q.radial is not None:
-            self.q.radial[columns] += turned.sum(0)
-        _add_product(self.e.gradient, columns, x.T, v)
-        _add_product(self.v.gradient, rows, x, e)
-        if self.v.gradient is not None:
-            self.v.gradient[rows] += through_length
-        if y is not None:
-            _add_product(self.q.gradient, columns, y.T, self.k.rows[rows])
-            _add_product(self.k.gradient, rows, y, self.q.rows[columns])
-
-    def _plain(self, page: int) -> None:
-        """A page with a long history, or several heads: the definition, in float32, some candidates at a time."""
-        columns, ranges = self._range(page, page + 1)
-        rows = slice(int(self.pages.start[page]), int(self.pages.start[page + 1]))
-        step = max(1, PLAIN_ELEMENTS // (rows.stop - rows.start) // self.p.num_heads)
-        history = [side.rows[rows].float() for side in (self.k, self.v)]
-        some = [
-            slice(i, min(i + step, columns.stop)) for i in range(columns.start, columns.stop, step)
-        ]
-        s = torch.cat([self._plain_scores(self.q.rows[c], self.e.rows[c], *history) for c in some])
-        s = s[None].contiguous()
-        up = s.clone()
-        self._softmax(up, page, page + 1, columns, ranges)
-        if self.g is None:
-            return
-        self.slope += float((up.double() * s).sum())
-        up = up[0]
-        for c in some:
-            inputs = [
-                x.float().requires_grad_() for x in (self.q.rows[c], self.e.rows[c], *history)
-            ]
-            with torch.enable_grad():
-                found = self._plain_scores(*inputs)
-            grads = torch.autograd.grad(
-                found, inputs, up[c.start - columns.start : c.stop - columns.start]
-            )
-            for side, at, grad in zip(
-                (self.q, self.e, self.k, self.v), (c, c, rows, rows), grads, strict=True
-            ):
-                if side.gradient is not None:
-                    side.gradient[at] += grad
-
-    def _plain_scores(self, q: Tensor, e: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """s of some candidates on one page, as in courier_fast.reference."""
-        heads = self.p.num_heads
-
-        def split(x: Tensor) -> Tensor:
-            return x.float().view(len(x), heads, -1).transpose(0, 1)
-
-        q, k = split(q), split(k)
-        if self.p.cosine:
-            q, k = _unit(q), _unit(k)
-        a = ((q @ k.mT) * self.p.attention_scale).softmax(-1)
-        r = (a @ split(v)).transpose(0, 1).reshape(len(e), -1)
-        return (_unit(r) * _unit(e.float())).sum(1) * self.inverse_tau
 
     # ---- results -------------------------------------------------------------------------------
 

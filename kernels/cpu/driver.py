@@ -203,12 +203,14 @@ def _contrast(
     want_rank: bool,
     want_y: bool = True,
     add_to: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> _Scores:
     """One direction, chunk by chunk: scores, probabilities, and with g (weights of the rows) both gradients.
 
     `positive` [M]: scores of the positives, biases included, in float64, and `own_unit` [M, D] their unit
     vectors, whose terms stay apart in float32; None: the positives are among the other columns.
-    `add_to`: where d_y is to be added.
+    `add_to`: where d_y is to be added. `given` [M]: log-sum-exps that are known, over columns that are not all here; d_y
+    is wanted alone.
     """
     m, dim = x.shape
     n = y.unit.shape[0]
@@ -218,7 +220,8 @@ def _contrast(
     top = torch.empty(m)
     above = torch.empty(m, dtype=torch.int64) if want_rank else None
     half = x.dtype != torch.float32
-    products = _native_products(x, y, g is not None, g is not None and want_y)
+    want_x = g is not None and given is None
+    products = _native_products(x, y, want_x, g is not None and want_y)
     chunks = _chunks(m, y, CHUNK_BYTES if products is None else NATIVE_CHUNK_BYTES)
     longest = max((b - a for a, b, _, _ in chunks), default=0)
     # One workspace for all chunks: a fresh one each time would cost more in page faults than the pass over it.
@@ -227,11 +230,12 @@ def _contrast(
     else:
         products.room(longest)
     d_x = d_y = d_own = part_x = part_y = part_weighted = None
-    if g is not None:
+    if want_x:
         d_x = torch.empty(m, dim)
         part_x = x.new_empty(longest, dim) if half and products is None else d_x
-        part_weighted = x.new_empty(longest, dim)
         d_own = torch.empty(m, dim) if own_unit is not None else None
+    if g is not None:
+        part_weighted = x.new_empty(longest, dim)
         if want_y:
             d_y = torch.zeros(n, dim) if add_to is None else add_to
             widest = max((d - c for _, _, c, d in chunks), default=0)
@@ -257,34 +261,38 @@ def _contrast(
             stage("contrast", scores, low, *about, y.page_only, *results)
         else:
             products.tile(xs, about, results, product)
-        own_pull = None if own_unit is None else pull[rows]
-        call(
-            "finish",
-            *results[:2],
-            part(positive, rows),
-            part(g, rows),
-            lse[rows],
-            loss[rows],
-            factor[rows],
-            own_pull,
-        )
-        if g is None or d_x is None or part_x is None or part_weighted is None:
-            continue
-        if products is None:
-            torch.mm(scores, ys, out=product)
-        weighted = part_weighted[: stop - start]
-        # One pass, not five small ones: where cores are shared, each start of all threads may wait for a slice of time.
-        stage(
-            "weigh",
-            product,
-            xs,
-            part(own_unit, rows),
-            factor[rows],
-            own_pull,
-            d_x[rows],
-            weighted,
-            part(d_own, rows),
-        )
+        weighted = None if part_weighted is None else part_weighted[: stop - start]
+        if given is not None:
+            assert g is not None and weighted is not None
+            torch.mul(xs, (g[rows] * (top[rows] - given[rows]).exp())[:, None], out=weighted)
+        else:
+            own_pull = None if own_unit is None else pull[rows]
+            call(
+                "finish",
+                *results[:2],
+                part(positive, rows),
+                part(g, rows),
+                lse[rows],
+                loss[rows],
+                factor[rows],
+                own_pull,
+            )
+            if weighted is None:
+                continue
+            if products is None:
+                torch.mm(scores, ys, out=product)
+            # One pass, not five small ones: where cores are shared, each start of all threads may wait for a slice of time.
+            stage(
+                "weigh",
+                product,
+                xs,
+                part(own_unit, rows),
+                factor[rows],
+                own_pull,
+                part(d_x, rows),
+                weighted,
+                part(d_own, rows),
+            )
         if d_y is None:
             continue
         if products is not None:
@@ -297,6 +305,18 @@ def _contrast(
             torch.mm(scores.T, weighted, out=product)
             stage("add", d_y[columns], product)
     return _Scores(lse, loss, above, d_x, d_own, d_y)
+
+
+def contrast_block(
+    x: Tensor, y: Candidates, inverse_tau: float, lse: Tensor | None, g: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows against some of their candidates: (log-sum-exp [M], g_i sum_j p_ij y_j [M, D], None), or with the log-sum-exp over
+    all of them (.., None, sum_i g_i p_ij x_i [n, D])."""
+    s = _contrast(x, y, inverse_tau, None, None, g, False, want_y=lse is not None, given=lse)
+    if s.d_x is not None:
+        # Over no candidate at all, the sum is 0 and its inverse is not finite.
+        s.d_x[s.lse == -math.inf] = 0
+    return s.lse, s.d_x, s.d_y
 
 
 class _NativeProducts:
