@@ -283,7 +283,8 @@ class _Scored:
         self.scoring, self.inverse_tau = _scoring(self.p)
         self.score = self.positive * self.inverse_tau
         if self.p.log_q is not None:
-            self.score = self.score - self.p.log_q[self.anchors.index].double()
+            log_q = self.p.log_q[self.anchors.index].double()
+            self.score = self.score - self.anchors.zeroed(log_q)
         self.losses: list[Tensor] = []
         self.first: tuple[Tensor, Tensor] | None = (
             None  # log-sum-exp and `above` of the first direction
@@ -378,7 +379,7 @@ def click_sequence_loss(p: SequenceProblem, reach: Reach) -> Tensor:
     # Positives of k: the page's rows without those of k's item; sums over a page and over an item on a page give both.
     group = _groups(page, own_ids)
     number = _counts(page, pages)[page] - _counts(group, len(rows))[group]
-    is_anchor = rows.zeroed(number > 0)
+    is_anchor = rows.zeroed(number) > 0
     sums = _sums(c, page, pages)[page] - _sums(c, group, len(rows))[group]
     positive = (c * sums).sum(1, dtype=torch.float64) / number.clamp(min=1) * inverse_tau
 
