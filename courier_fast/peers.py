@@ -97,7 +97,7 @@ class Peers:
                 raise kind(f"rank {rank}: {found[1]}") from error
         first = every[0][1]
         for rank, (_, here) in enumerate(every):
-            for name in sorted(first.keys() | here.keys()):
+            for name in first | here:
                 if first.get(name) != here.get(name):
                     raise ValueError(
                         f"{name}: expected the same on every process, got {first.get(name)!r} on rank 0 and "

@@ -64,13 +64,16 @@ class Reach:
             # On a GPU nobody waits for its value.
             on_host = p.temperature.device.type == "cpu"
             temperature = p.temperature.item() if on_host else "a tensor"
-        facts = {name: getattr(p, name, None) for name in _OPTIONS}
-        facts |= {f"{name} given": getattr(p, name, None) is not None for name in _OPTIONAL}
-        facts |= {
+        # The first that differs is named: what others follow from comes first.
+        facts = {
             "loss": "reconstruction" if isinstance(p, Problem) else "click sequence",
             "embedding dimension": source.shape[1],
             "dtype": str(source.dtype),
             "device": source.device.type,
+        }
+        facts |= {name: getattr(p, name, None) for name in _OPTIONS}
+        facts |= {f"{name} given": getattr(p, name, None) is not None for name in _OPTIONAL}
+        facts |= {
             "temperature": temperature,
             "exchange": self.exchange,
             "impl": self.impl,
@@ -122,6 +125,8 @@ def reach_of(
             return _identified(p, table_ids), None
         peers = None
     if torch.compiler.is_compiling() or ops.transformed():
+        if peers is not None:
+            peers.agreed = True  # nothing can be sent from in there
         raise RuntimeError(
             "group and memory: expected a call outside of torch.compile and torch.func, got one inside; "
             "wrap the loss in torch.compiler.disable"
