@@ -1,0 +1,104 @@
+"""Processes of a gloo group on this machine, with a limit on how long they may take."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from factories import poison
+
+GROUP_TIMEOUT = 60.0
+
+# A server that has imported torch and no more: its children begin at once, and have no threads of ours.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "factories"])
+
+
+def spawn(
+    work: Callable[..., Any],
+    size: int,
+    folder: Path,
+    *args: Any,
+    seconds: float = 120,
+    lost: Sequence[int] = (),
+) -> list[Any]:
+    """What work(*args) returns on each of `size` processes; None for those that are to be `lost`.
+
+    AssertionError with the traceback of every process that failed, or of where it was after `seconds`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = [
+        _context.Process(target=_child, args=(work, rank, size, folder, seconds, args), daemon=True)
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + seconds + 5
+    try:
+        for process in processes:
+            process.join(max(end - time.monotonic(), 0.1))
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    failures = [
+        f"---- rank {rank}, exit code {process.exitcode}\n{(folder / f'{rank}.txt').read_text()}"
+        for rank, process in enumerate(processes)
+        if process.exitcode != 0 and rank not in lost
+    ]
+    assert not failures, "\n".join(failures)
+    return [
+        None if rank in lost else torch.load(folder / f"{rank}.pt", weights_only=False)
+        for rank in range(size)
+    ]
+
+
+def _child(
+    work: Callable[..., Any],
+    rank: int,
+    size: int,
+    folder: Path,
+    seconds: float,
+    args: tuple[Any, ...],
+) -> None:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+    torch.set_num_threads(1)
+    with open(folder / f"{rank}.txt", "w") as report:
+        faulthandler.dump_traceback_later(seconds, file=report, exit=True)
+        try:
+            for owner, name in (
+                (torch, "empty"),
+                (torch, "empty_like"),
+                (torch.Tensor, "new_empty"),
+            ):
+                setattr(owner, name, _poisoned(getattr(owner, name)))
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/rendezvous",
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=GROUP_TIMEOUT),
+            )
+            found = work(*args)
+            torch.save(found, folder / f"{rank}.pt")
+        except BaseException:
+            traceback.print_exc(file=report)
+            report.flush()
+            os._exit(1)  # a group whose others are gone may not be taken down in order
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        dist.destroy_process_group()
+
+
+def _poisoned(original: Callable[..., Any]) -> Callable[..., Any]:
+    """As conftest.poisoned_memory does it."""
+    return lambda *args, **kwargs: poison(original(*args, **kwargs))
