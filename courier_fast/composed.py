@@ -365,7 +365,7 @@ def reduced(reduction: str, item: Tensor, weights: Tensor, peers: Peers | None) 
 def click_sequence_loss(p: SequenceProblem, reach: Reach) -> Tensor:
     """L_seq over every candidate within reach: `reference.click_sequence_loss` of the union."""
     scoring, inverse_tau = _scoring(p)
-    pages = p.history_offsets.shape[0] - 1
+    pages = max(p.history_offsets.shape[0] - 1, 1)  # padding asks for a page, too
     page = reference.page_of_rows(p.history_offsets, p.history_mask, p.num_history)
     rows = _listed(page >= 0)
     at, page = rows.index, page[rows.index]
