@@ -201,6 +201,20 @@ def test_definition_is_exact(size: int, tmp_path: Path) -> None:
     check_exact(cases, [found[0] for found in every], size)
 
 
+def test_padding_without_a_page_asks_for_none(tmp_path: Path) -> None:
+    """The click sequence of a process that had padding alone looked its page up among none."""
+    cases = []
+    for options, more in (("anchor ids", {}), ("cosine", {}), ("ids", {"sequence": True})):
+        c = case(options, layout="past", static=True, **more)
+        cases.append((c, next(i for i in range(99) if has_no_pages(shards_of(c, 2, i)))))
+    every = spawn(run_cases, 2, tmp_path, cases)
+    check_exact(cases, [found[0] for found in every], 2)
+
+
+def has_no_pages(shards: list[Shard]) -> bool:
+    return any(len(s.problem.history_offsets) == 1 for s in shards)
+
+
 @pytest.mark.parametrize(
     ("size", "dtype", "every"),
     [(2, torch.float32, 1), (3, torch.bfloat16, 2), (4, torch.float32, 3)],
