@@ -8,7 +8,6 @@ Trainer(Config.load("config.toml")).fit()
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -21,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -33,8 +31,9 @@ from .checkpoint import Checkpoints, optimizer_tensors
 from .config import Config
 from .encoder import SMALL_CONV, Encoder, build_encoder, build_projection, save_encoder
 from .gradient_cache import cached_backward, check_sliceable
-from .monitor import effective_rank, uniformity
+from .journal import Journal, measure
 from .objective import Objective, StepResult
+from .processes import Processes
 
 log = logging.getLogger(__name__)
 
@@ -49,50 +48,6 @@ class Progress:
     images: int = 0  # unique images, occurrences and damaged images so far
     occurrences: int = 0
     damaged: int = 0
-
-
-class Processes:
-    """The processes of a torchrun job; one alone without it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.owned = self.world > 1 and not dist.is_initialized()
-        if self.owned:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-
-    def sum(self, values: list[float]) -> list[float]:
-        """Sums over the processes, on the host: a GPU is not waited for."""
-        if self.world == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Sums all gradients in one collective; a process without pages joins with zeros."""
-        if self.world == 1:
-            return
-        flat = torch.cat(
-            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
-        )
-        dist.all_reduce(flat)
-        for p, gradient in zip(
-            parameters, flat.split([p.numel() for p in parameters]), strict=True
-        ):
-            p.grad = gradient.view_as(p)
-
-    def broadcast(self, tensors: list[Tensor]) -> None:
-        """Rank 0's values on every rank."""
-        for tensor in tensors if self.world > 1 else []:
-            dist.broadcast(tensor, 0)
-
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
-
-    def close(self) -> None:
-        if self.owned:
-            dist.destroy_process_group()
 
 
 class Trainer:
@@ -363,7 +318,7 @@ class Trainer:
                     # One collective: any process may have been told to stop, the first one keeps the time.
                     stop, due_now = self.processes.sum([self._stop, due])
                     if logs or finished or stop:
-                        line = self._measure(result, norm, lr)
+                        line = measure(self, result, norm, lr)
                         if journal:
                             journal.write(line)
                         last = line
@@ -411,38 +366,6 @@ class Trainer:
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
-
-    def _measure(self, result: StepResult, norm: Tensor, lr: float) -> dict[str, Any]:
-        """A line of the journal. Values of the loss are over all processes, those of the embeddings of this one."""
-        p = self.progress
-        loss, rec, seq, images, occurrences, damaged = self.processes.sum(
-            [
-                result.loss.item(),
-                result.rec.item(),
-                result.seq.item(),
-                p.images,
-                p.occurrences,
-                p.damaged,
-            ]
-        )
-        line: dict[str, Any] = {
-            "step": p.step, "epoch": p.epoch, "loss": loss, "loss_rec": rec, "loss_seq": seq, "lr": lr,
-            "temperature": float(self.objective.rec.temperature), "grad_norm": norm.item(),
-            "images": int(images), "occurrences": int(occurrences), "damaged_share": damaged / max(images, 1),
-        }  # fmt: skip
-        if len(result.embeddings) > 1:
-            line["uniformity"] = uniformity(result.embeddings).item()
-            line["effective_rank"] = effective_rank(result.embeddings).item()
-        if result.stats is not None and int(result.stats.num_anchors):
-            line["top1"] = result.stats.recall_at(1).item()
-            cosine = result.stats.positive_similarity.sum() / result.stats.num_anchors
-            line["alignment"] = 2 - 2 * cosine.item()
-        if not math.isfinite(loss) or not math.isfinite(line["grad_norm"]):
-            raise RuntimeError(
-                f"loss {loss:g}, gradient norm {line['grad_norm']:g} at step {p.step}: training has diverged. Lower optim.lr "
-                f"(now {lr:g}) or raise optim.warmup; the checkpoints in {self.checkpoints.folder} are untouched"
-            )
-        return line
 
     def close(self) -> None:
         """Ends the decoder and, where this trainer began it, the process group."""
@@ -501,94 +424,6 @@ class Trainer:
         if self.progress.step_in_epoch >= self.plan.steps(self.progress.epoch):
             self.progress.epoch, self.progress.step_in_epoch = self.progress.epoch + 1, 0
         log.info("resumed from %s", found[-1])
-
-
-class Journal:
-    """metrics.jsonl, TensorBoard and the progress bar of a run."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer, config = trainer, trainer.config
-        trainer.out.mkdir(parents=True, exist_ok=True)
-        config.save(trainer.out / "config.toml")
-        self.path = trainer.out / "metrics.jsonl"
-        self._forget_after(trainer.progress.step)
-        self.file = self.path.open("a", buffering=1)
-        self.started, self.images, self.occurrences = (
-            time.monotonic(),
-            trainer.progress.images,
-            trainer.progress.occurrences,
-        )
-        self.board: Any = None
-        if config.run.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(
-                str(trainer.out / "tensorboard"), purge_step=trainer.progress.step + 1
-            )
-        self.bar: Any = None
-        if config.run.progress:
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-            )
-
-            self.bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
-            )
-            self.task = self.bar.add_task(
-                "", total=trainer._steps_estimate(), completed=trainer.progress.step, text=""
-            )
-            self.bar.start()
-
-    def _forget_after(self, step: int) -> None:
-        """Drops lines of steps that were done after the checkpoint that is resumed: they are done again."""
-        if self.path.is_file():
-            lines = [
-                x
-                for x in self.path.read_text().splitlines()
-                if x.endswith("}") and json.loads(x)["step"] <= step
-            ]
-            self.path.write_text("".join(f"{x}\n" for x in lines))
-
-    def write(self, line: dict[str, Any]) -> None:
-        """One JSON line; rates are since the last one."""
-        now = time.monotonic()
-        seconds = max(now - self.started, 1e-9)
-        line |= {
-            "images_per_s": (line["images"] - self.images) / seconds,
-            "occurrences_per_s": (line["occurrences"] - self.occurrences) / seconds,
-            "time": time.time(),
-        }
-        self.started, self.images, self.occurrences = now, line["images"], line["occurrences"]
-        self.file.write(json.dumps(line) + "\n")
-        if self.board:
-            for name, value in line.items():
-                if name not in ("step", "time"):
-                    self.board.add_scalar(name, value, line["step"])
-        if self.bar:
-            text = f"loss {line['loss']:.3f}  top-1 {line.get('top1', math.nan):.2f}  {line['images_per_s']:.0f} images/s"
-            self.bar.update(self.task, text=text)
-
-    def advance(self) -> None:
-        if self.bar:
-            self.bar.update(self.task, completed=self.trainer.progress.step)
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.file.close()
-        if self.board:
-            self.board.close()
-        if self.bar:
-            self.bar.stop()
 
 
 def _mix(*values: int) -> int:

@@ -1,0 +1,140 @@
+"""What a run tells: a line of numbers every few steps, TensorBoard, the progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .monitor import effective_rank, uniformity
+from .objective import StepResult
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+def measure(trainer: Trainer, result: StepResult, norm: Tensor, lr: float) -> dict[str, Any]:
+    """A line of the journal. Values of the loss are over all processes, those of the embeddings of this one.
+
+    Every process calls it. Raises RuntimeError where the loss or the gradient is no longer finite.
+    """
+    p = trainer.progress
+    loss, rec, seq, images, occurrences, damaged = trainer.processes.sum(
+        [
+            result.loss.item(),
+            result.rec.item(),
+            result.seq.item(),
+            p.images,
+            p.occurrences,
+            p.damaged,
+        ]
+    )
+    line: dict[str, Any] = {
+        "step": p.step, "epoch": p.epoch, "loss": loss, "loss_rec": rec, "loss_seq": seq, "lr": lr,
+        "temperature": float(trainer.objective.rec.temperature), "grad_norm": norm.item(),
+        "images": int(images), "occurrences": int(occurrences), "damaged_share": damaged / max(images, 1),
+    }  # fmt: skip
+    if len(result.embeddings) > 1:
+        line["uniformity"] = uniformity(result.embeddings).item()
+        line["effective_rank"] = effective_rank(result.embeddings).item()
+    if result.stats is not None and int(result.stats.num_anchors):
+        line["top1"] = result.stats.recall_at(1).item()
+        cosine = result.stats.positive_similarity.sum() / result.stats.num_anchors
+        line["alignment"] = 2 - 2 * cosine.item()
+    if not math.isfinite(loss) or not math.isfinite(line["grad_norm"]):
+        raise RuntimeError(
+            f"loss {loss:g}, gradient norm {line['grad_norm']:g} at step {p.step}: training has diverged. Lower optim.lr "
+            f"(now {lr:g}) or raise optim.warmup; the checkpoints in {trainer.checkpoints.folder} are untouched"
+        )
+    return line
+
+
+class Journal:
+    """metrics.jsonl, TensorBoard and the progress bar of a run."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, config = trainer, trainer.config
+        trainer.out.mkdir(parents=True, exist_ok=True)
+        config.save(trainer.out / "config.toml")
+        self.path = trainer.out / "metrics.jsonl"
+        self._forget_after(trainer.progress.step)
+        self.file = self.path.open("a", buffering=1)
+        self.started, self.images, self.occurrences = (
+            time.monotonic(),
+            trainer.progress.images,
+            trainer.progress.occurrences,
+        )
+        self.board: Any = None
+        if config.run.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(
+                str(trainer.out / "tensorboard"), purge_step=trainer.progress.step + 1
+            )
+        self.bar: Any = None
+        if config.run.progress:
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+
+            self.bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
+            self.task = self.bar.add_task(
+                "", total=trainer._steps_estimate(), completed=trainer.progress.step, text=""
+            )
+            self.bar.start()
+
+    def _forget_after(self, step: int) -> None:
+        """Drops lines of steps that were done after the checkpoint that is resumed: they are done again."""
+        if self.path.is_file():
+            lines = [
+                x
+                for x in self.path.read_text().splitlines()
+                if x.endswith("}") and json.loads(x)["step"] <= step
+            ]
+            self.path.write_text("".join(f"{x}\n" for x in lines))
+
+    def write(self, line: dict[str, Any]) -> None:
+        """One JSON line; rates are since the last one."""
+        now = time.monotonic()
+        seconds = max(now - self.started, 1e-9)
+        line |= {
+            "images_per_s": (line["images"] - self.images) / seconds,
+            "occurrences_per_s": (line["occurrences"] - self.occurrences) / seconds,
+            "time": time.time(),
+        }
+        self.started, self.images, self.occurrences = now, line["images"], line["occurrences"]
+        self.file.write(json.dumps(line) + "\n")
+        if self.board:
+            for name, value in line.items():
+                if name not in ("step", "time"):
+                    self.board.add_scalar(name, value, line["step"])
+        if self.bar:
+            text = f"loss {line['loss']:.3f}  top-1 {line.get('top1', math.nan):.2f}  {line['images_per_s']:.0f} images/s"
+            self.bar.update(self.task, text=text)
+
+    def advance(self) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=self.trainer.progress.step)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+        if self.bar:
+            self.bar.stop()
