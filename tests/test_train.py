@@ -1,8 +1,7 @@
-"""The trainer: exact gradients in slices and over processes, runs that resume bit for bit, settings, checkpoints, collapse watch."""
+"""The trainer: runs that resume bit for bit, checkpoints, collapse watch."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -19,16 +18,13 @@ import pytest
 import torch
 from dataset_factory import make_dataset
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from train_factory import make_features, metrics, settings
 
-from courier_fast import cli
 from courier_fast.data.dataset import Dataset
 from courier_fast.train.checkpoint import Checkpoints
-from courier_fast.train.config import Config
-from courier_fast.train.encoder import build_encoder, build_projection, load_encoder, save_encoder
-from courier_fast.train.gradient_cache import cached_backward, check_sliceable
+from courier_fast.train.encoder import load_encoder
 from courier_fast.train.monitor import effective_rank, uniformity
-from courier_fast.train.trainer import Trainer, read_features
+from courier_fast.train.trainer import Trainer
 
 PURCHASES = Path(__file__).parents[2] / "shared" / "data" / "hm-fashion"
 
@@ -40,194 +36,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(scope="module")
 def features(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("features") / "features.npy"
-    np.save(path, np.random.default_rng(0).normal(size=(dataset.num_items, 12)).astype(np.float32))
-    return path
-
-
-def settings(dataset: Dataset, out: Path, **overrides: Any) -> Config:
-    values = {
-        "data.dataset": dataset.path, "data.size": 32, "data.pages": 16, "data.threads": 1, "model.dim": 8,
-        "model.backbone": "small_conv", "optim.epochs": 2, "run.out": out, "run.device": "cpu", "run.log_steps": 1, "run.tensorboard": False,
-        "run.progress": False,
-    }  # fmt: skip
-    given = {k.replace("__", "."): v for k, v in overrides.items()}
-    for name, other in (("data.images", "data.pages"), ("optim.steps", "optim.epochs")):
-        if name in given:
-            del values[other]
-    return Config.load(None, values | given)
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-# ---- gradient cache ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [1, 5, 8, 100])
-def test_gradient_in_slices_is_that_in_one_pass(size: int) -> None:
-    torch.manual_seed(0)
-    encoder = build_encoder("test_convnext", 6, 32).double()
-    images, target = torch.randn(21, 3, 32, 32).double(), torch.randn(21, 21).double()
-
-    def loss_of(e: Tensor) -> Tensor:  # every pair counts, as in a contrastive loss
-        return ((e @ e.T).softmax(1) * target).sum()
-
-    loss_of(encoder(images)).backward()
-    expected = gradients(encoder)
-    encoder.zero_grad()
-    loss = cached_backward(encoder, images, loss_of, size, seed=0)
-    torch.testing.assert_close(loss, loss_of(encoder(images)).detach(), rtol=1e-12, atol=0)
-    found = gradients(encoder)
-    assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-13)
-
-
-def test_both_passes_draw_the_same_random_numbers() -> None:
-    """With dropout the slices' gradient is that of one graph over the same draws."""
-    torch.manual_seed(0)
-    encoder = nn.Sequential(nn.Linear(4, 50), nn.Dropout(0.5), nn.Linear(50, 3)).double()
-    rows = torch.randn(10, 4).double()
-
-    def loss_of(e: Tensor) -> Tensor:
-        return (e @ e.T).logsumexp(1).sum()
-
-    whole = []
-    for i, part in enumerate(rows.split(4)):
-        torch.manual_seed(7 + i)
-        whole.append(encoder(part))
-    loss_of(torch.cat(whole)).backward()
-    expected = gradients(encoder)
-    encoder.zero_grad()
-    cached_backward(encoder, rows, loss_of, 4, seed=7)
-    for name, gradient in gradients(encoder).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-13)
-
-
-def test_batch_norm_is_refused_in_slices() -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"model\.slice: expected an encoder without batch statistics, got one with BatchNorm2d \(1\)",
-    ):
-        check_sliceable(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
-
-
-def test_slices_in_the_trainer(dataset: Dataset, tmp_path: Path) -> None:
-    """In float32 by the error budget: the slices' error against float64 is at most twice that of one pass, plus a rounding."""
-    one, two, exact = (
-        Trainer(
-            settings(dataset, tmp_path / name, model__slice=size, model__backbone="test_convnext")
-        )
-        for name, size in (("one", 0), ("two", 7), ("exact", 0))
-    )
-    batch = one.loader.load(0, 0)
-    exact.model.double()
-    exact.head = exact.encoder.head  # type: ignore[method-assign]  # which would give float32
-    exact.backward(replace(batch, images=batch.images.double()))
-    a, b = one.backward(batch), two.backward(batch)
-    torch.testing.assert_close(a.loss, b.loss)
-    for (name, x), y, z in zip(
-        one.model.named_parameters(), two.model.parameters(), exact.model.parameters(), strict=True
-    ):
-        rounding = torch.finfo(torch.float32).eps * z.grad.norm()
-        assert (y.grad - z.grad).norm() <= 2 * (x.grad - z.grad).norm() + rounding, name
-
-
-# ---- many processes ------------------------------------------------------------------------------------------------
-
-WORKER = """
-import sys, json, torch
-from courier_fast.train.config import Config
-from courier_fast.train.trainer import Trainer
-torch.set_num_threads(1)
-trainer = Trainer(Config.load(None, json.loads(sys.argv[1])))
-step = int(sys.argv[2])
-batch = trainer.loader.load(0, step)
-result = trainer.backward(batch)
-rank = trainer.processes.rank
-torch.save({"gradients": [p.grad for p in trainer.parameters], "pages": len(batch.plan.pages), "loss": result.loss}, f"{sys.argv[3]}/{rank}.pt")
-trainer.close()
-"""
-
-
-def torchrun(world: int, *command: str, **environment: str) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", *command],
-        check=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True,
-    )  # fmt: skip
-
-
-def test_gradient_over_processes_is_that_of_the_mean_over_all_anchors(
-    dataset: Dataset, features: Path, tmp_path: Path
-) -> None:
-    """For unequal shards, too: averaging the ranks' means, as many trainers do, would be wrong."""
-    world, pages = 3, 37
-    overrides = {
-        "data.dataset": str(dataset.path), "data.features": str(features), "data.pages": pages, "model.dim": 8,
-        "loss.learnable_temperature": True, "run.device": "cpu", "run.out": str(tmp_path / "run"),
-    }  # fmt: skip
-    (tmp_path / "worker.py").write_text(WORKER)
-    torchrun(world, str(tmp_path / "worker.py"), json.dumps(overrides), "0", str(tmp_path))
-    ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(world)]
-
-    # In one process: the sum of each shard's sums over the anchors of all.
-    trainer = Trainer(Config.load(None, overrides))
-    batches = []
-    for r in range(world):
-        trainer.plan.rank, trainer.plan.world, trainer.plan._epoch = r, world, -1
-        batches.append(trainer.loader.load(0, 0))
-    assert len({b.plan.num_anchors for b in batches}) > 1, "equal shards would not tell"
-    anchors = sum(b.plan.num_anchors for b in batches)
-    sequence = sum(b.plan.num_sequence_anchors for b in batches)
-    total = sum(
-        trainer.objective(trainer.encode(b.images), b, anchors, sequence, False).loss
-        for b in batches
-    )
-    total.backward()
-    torch.testing.assert_close(sum(x["loss"] for x in ranks), total.detach(), rtol=1e-6, atol=0)
-    for r in range(world):
-        for p, gradient in zip(trainer.parameters, ranks[r]["gradients"], strict=True):
-            assert p.grad is not None
-            torch.testing.assert_close(
-                gradient, p.grad, rtol=1e-4, atol=1e-7 + 1e-5 * p.grad.abs().max().item()
-            )
-
-
-def test_a_process_without_pages_joins_every_step(
-    dataset: Dataset, features: Path, tmp_path: Path
-) -> None:
-    """Two processes and a budget of images: the last step has a batch for one of them only. The run ends, and resumes."""
-    plan = Trainer(settings(dataset, tmp_path / "x", data__features=features, data__images=30)).plan
-    batches = len(plan._bounds) - 1 if plan.steps(0) else 0
-    budget = next(b for b in range(25, 45) if _batches(dataset, b) % 2 == 1)
-    assert batches
-    arguments = [
-        "-m", "courier_fast.cli", "train", f"--data.dataset={dataset.path}", f"--data.features={features}", f"--data.images={budget}",
-        "--model.dim=8", "--optim.epochs=1", "--run.device=cpu", f"--run.out={tmp_path / 'run'}", "--run.progress=false", "--run.log_steps=1",
-    ]  # fmt: skip
-    torchrun(2, *arguments)
-    lines = metrics(tmp_path / "run")
-    assert len(lines) == -(-_batches(dataset, budget) // 2)
-    assert all(math.isfinite(x["loss"]) and x["loss"] > 0 for x in lines)
-
-
-def _batches(dataset: Dataset, images: int) -> int:
-    from courier_fast.data.batches import BatchPlan
-
-    plan = BatchPlan(dataset, images=images)
-    return plan.steps(0)
+    return make_features(dataset, tmp_path_factory.mktemp("features") / "features.npy")
 
 
 # ---- stopping and resuming -----------------------------------------------------------------------------------------
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """The journal without what depends on the clock."""
-    clock = ("time", "images_per_s", "occurrences_per_s")
-    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in x.items() if k not in clock} for x in lines]
 
 
 def launch(config: Path, *arguments: str) -> subprocess.Popen:
@@ -526,170 +338,6 @@ def test_too_many_damaged_images_stop_the_run(dataset: Dataset, tmp_path: Path) 
         Trainer(settings(broken, tmp_path / "run", optim__epochs=30)).fit()
 
 
-# ---- encoders, features, settings ----------------------------------------------------------------------------------
-
-
-def test_encoder_files(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    encoder = build_encoder("small_conv", 7, 40).to(memory_format=torch.channels_last).eval()
-    save_encoder(encoder, tmp_path)
-    again = load_encoder(tmp_path)
-    images = torch.randn(3, 3, 40, 40)
-    assert torch.equal(again(images), encoder(images))
-    assert (again.size, again.dim) == (40, 7)
-    with pytest.raises(FileNotFoundError, match="encoder.json"):
-        load_encoder(tmp_path / "nothing")
-
-
-def test_timm_backbones(tmp_path: Path) -> None:
-    encoder = build_encoder("test_convnext", 5, 64)
-    assert encoder(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
-    save_encoder(encoder, tmp_path)
-    assert load_encoder(tmp_path).about["backbone"] == "test_convnext"
-    vit = build_encoder("test_vit", 5, 96)  # made for 160: the size is passed on
-    assert vit(torch.zeros(2, 3, 96, 96)).shape == (2, 5)
-    with pytest.raises(
-        ValueError,
-        match=r"model\.backbone: expected small_conv or a model of timm.*, got 'resnet5000'",
-    ):
-        build_encoder("resnet5000", 5, 64)
-
-
-def test_weights_that_do_not_fit(tmp_path: Path) -> None:
-    save_encoder(build_encoder("small_conv", 7, 40), tmp_path)
-    with pytest.raises(
-        ValueError,
-        match=r"model\.weights: expected the parameters of small_conv, got a file without",
-    ):
-        build_encoder("small_conv", 7, 40, weights=tmp_path / "encoder.safetensors")
-
-
-def test_projection_standardises_its_features() -> None:
-    table = torch.randn(100, 4) * torch.tensor([1.0, 10.0, 100.0, 0.0]) + 5
-    table[3] = math.nan  # an item without an image
-    encoder = build_projection(4, 2, table)
-    rows = encoder.backbone(table[4:])
-    assert rows[:, :3].std(0, correction=0) == pytest.approx(1, rel=0.2)
-    assert (rows[:, 3] == 0).all()  # constant: no information, and no division by zero
-
-
-def test_features_by_id_or_by_row(dataset: Dataset, tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = np.random.default_rng(0).normal(size=(dataset.num_items, 3)).astype(np.float32)
-    np.save(tmp_path / "t.npy", table)
-    order = np.random.default_rng(1).permutation(dataset.num_items)
-    columns = {
-        "item_id": dataset.item_ids.take(pa.array(order)),
-        "embedding": pa.FixedSizeListArray.from_arrays(pa.array(table[order].ravel()), 3),
-    }
-    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
-    assert np.array_equal(read_features(tmp_path / "t.npy", dataset), table)
-    assert np.array_equal(read_features(tmp_path / "t.parquet", dataset), table)
-    np.save(tmp_path / "short.npy", table[:-1])
-    with pytest.raises(ValueError, match=r"embeddings: expected \[50, D\] .* got \[49, 3\]"):
-        read_features(tmp_path / "short.npy", dataset)
-    table[int(dataset.pv_item[0])] = math.nan
-    np.save(tmp_path / "nan.npy", table)
-    with pytest.raises(
-        ValueError, match="features: 1 items on pages or in histories have no finite row"
-    ):
-        read_features(tmp_path / "nan.npy", dataset)
-
-
-def test_settings_round_trip(dataset: Dataset, tmp_path: Path) -> None:
-    config = settings(dataset, tmp_path, data__images=64, optim__steps=3, data__scale=[0.2, 0.9])
-    config.save(tmp_path / "config.toml")
-    again = Config.load(tmp_path / "config.toml")
-    assert again == config
-    assert (again.data.pages, again.data.images, again.optim.epochs, again.data.scale) == (
-        0,
-        64,
-        0,
-        (0.2, 0.9),
-    )
-
-
-def test_wrong_settings_are_named_all_at_once(tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text(
-        '[data]\ndataset = "x"\nsize = -1\n[optim]\nlr = "fast"\nspeed = 1\n'
-    )
-    with pytest.raises(ValueError) as error:  # noqa: PT011
-        Config.load(tmp_path / "c.toml")
-    for expected in (
-        "data.size: Input should be greater than or equal to 0, got -1",
-        "optim.lr: ",
-        "got 'fast'",
-        "optim.speed: ",
-    ):
-        assert expected in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("loss", "expected"),
-    [
-        ({}, ("candidate", None, 1.0)),
-        ({"direction": "both"}, ("anchor", None, 1.0)),
-        ({"attention": "mean"}, ("mean", None, None)),
-        ({"attention_scale": 2.0}, ("candidate", 2.0, None)),
-        ({"attention": "anchor", "attention_temperature": 0.5}, ("anchor", None, 0.5)),
-    ],
-    ids=str,
-)
-def test_attention_of_the_settings(
-    loss: dict[str, Any], expected: tuple[Any, ...], tmp_path: Path
-) -> None:
-    config = Config.load(None, {"data.dataset": "x"} | {f"loss.{k}": v for k, v in loss.items()})
-    assert tuple(config.loss.reconstruction.values()) == expected
-    # What is not given stays open for the next override of a saved file.
-    config.save(tmp_path / "c.toml")
-    assert Config.load(tmp_path / "c.toml", {"loss.attention": "mean"} if not loss else {})
-
-
-@pytest.mark.parametrize(
-    ("loss", "message"),
-    [
-        ({"attention": "candidate", "direction": "both"}, "direction reconstruct with attention candidate, got both"),
-        ({"attention_scale": 1.0, "attention_temperature": 1.0}, "one of attention_scale and attention_temperature with attention candidate"),
-        ({"attention": "mean", "attention_temperature": 1.0}, "none of attention_scale and attention_temperature with attention mean, got attention_temperature"),
-        ({"attention_temperature": 0}, "loss.attention_temperature: Input should be greater than 0"),
-        ({"attention": "own"}, "loss.attention: "),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_attention_that_does_not_go_together(loss: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Config.load(None, {"data.dataset": "x"} | {f"loss.{k}": v for k, v in loss.items()})
-
-
-def test_command_line_overrides_the_file(
-    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = settings(dataset, tmp_path / "a", optim__epochs=1)
-    config.save(tmp_path / "c.toml")
-    arguments = [
-        "train",
-        str(tmp_path / "c.toml"),
-        "--run.out",
-        str(tmp_path / "b"),
-        "--optim.steps",
-        "2",
-        "--loss.temperature",
-        "0.2",
-    ]
-    assert cli.main(arguments) == 0
-    resolved = Config.load(tmp_path / "b" / "config.toml")
-    assert (
-        resolved.optim.steps,
-        resolved.optim.epochs,
-        resolved.loss.temperature,
-        resolved.data.pages,
-    ) == (2, 0, 0.2, 16)
-    assert "step 2, loss" in capsys.readouterr().out
-    assert len(metrics(tmp_path / "b")) == 2
-
-
 def test_tensorboard_gets_what_the_journal_gets(
     dataset: Dataset, features: Path, tmp_path: Path
 ) -> None:
@@ -701,23 +349,6 @@ def test_tensorboard_gets_what_the_journal_gets(
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     found = [(e.step, e.value) for e in events.Scalars("loss")]
     assert found == [(x["step"], pytest.approx(x["loss"], rel=1e-6)) for x in metrics(tmp_path)]
-
-
-def test_command_line_errors_are_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["train", "--data.dataset", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("courier-fast train: dataset: expected a folder")
-    assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
-def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
-    assert stop.value.code == 0
-    assert f"courier-fast {command}" in capsys.readouterr().out
 
 
 # ---- collapse ------------------------------------------------------------------------------------------------------
