@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -394,6 +394,8 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint now. Every process calls it; the first one writes."""
+        p = self.progress
+        images, occurrences, damaged = self.processes.sum([p.images, p.occurrences, p.damaged])
         if self.processes.rank == 0:
             tensors = self._tensors()
             if not all(
@@ -404,7 +406,10 @@ class Trainer:
                 raise RuntimeError(
                     f"parameters are no longer finite at step {self.progress.step}: no checkpoint was written"
                 )
-            state = {"progress": vars(self.progress), "identity": self._identity()}
+            progress = replace(
+                p, images=int(images), occurrences=int(occurrences), damaged=int(damaged)
+            )
+            state = {"progress": vars(progress), "identity": self._identity()}
             self.checkpoints.save(self.progress.step, tensors, state)
             save_encoder(self.exported, self.out)
         self.processes.barrier()
@@ -421,6 +426,8 @@ class Trainer:
                 f"run.out: {self.out} has a run with other settings (there, here): {differ}; expected the same, or another folder"
             )
         self.progress = Progress(**state["progress"])
+        if self.processes.rank:  # the checkpoint's counts are those of all processes
+            self.progress = replace(self.progress, images=0, occurrences=0, damaged=0)
         if self.progress.step_in_epoch >= self.plan.steps(self.progress.epoch):
             self.progress.epoch, self.progress.step_in_epoch = self.progress.epoch + 1, 0
         log.info("resumed from %s", found[-1])
