@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,39 @@ def test_both_passes_draw_the_same_random_numbers() -> None:
     cached_backward(encoder, rows, loss_of, 4, seed=7)
     for name, gradient in gradients(encoder).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-13)
+
+
+def test_the_last_slice_completes_every_gradient() -> None:
+    """`synchronised` is called once, when the head's gradients are complete and the encoder's lack the last slice."""
+    torch.manual_seed(0)
+    encoder, head = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+    model = nn.Sequential(encoder, head)
+    rows = torch.randn(10, 4).double()
+    before: list[Tensor] = []
+
+    def loss_of(features: Tensor) -> Tensor:
+        e = head(features)
+        return (e @ e.T).logsumexp(1).sum()
+
+    def synchronised(compute: Callable[[], Tensor]) -> Tensor:
+        before.extend(p.grad.clone() for p in model.parameters())
+        out = compute()
+        assert len(out) == 2  # of 10 rows in slices of 4
+        return out
+
+    cached_backward(encoder, rows, loss_of, 4, 0, synchronised)
+    found = [p.grad for p in model.parameters()]
+    assert len(before) == len(found) == 4  # called once
+    assert [torch.equal(x, y) for x, y in zip(before, found, strict=True)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    model.zero_grad()
+    loss_of(encoder(rows)).backward()
+    for x, p in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(x, p.grad, rtol=1e-10, atol=1e-13)
 
 
 def test_batch_norm_is_refused_in_slices() -> None:

@@ -8,10 +8,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from dataset_factory import make_dataset
+from safetensors.torch import load_file
+from torch import Tensor
 from train_factory import make_features, metrics, settings
 
 from courier_fast.data.dataset import Dataset
@@ -29,19 +33,46 @@ def features(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path
     return make_features(dataset, tmp_path_factory.mktemp("features") / "features.npy")
 
 
+# Each process's gradients in some cases (name, settings, step), and its tensors before the first.
 WORKER = """
+import os, sys, json, torch
+from courier_fast.train.config import Config
+from courier_fast.train.trainer import Trainer
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+rank = os.environ["RANK"]
+for name, overrides, step in json.loads(sys.argv[1].replace("{rank}", rank)):
+    trainer = Trainer(Config.load(None, overrides))
+    state = {n: t.clone() for n, t in trainer.model.state_dict().items()}
+    batch = trainer.loader.load(0, step)
+    found = [trainer.backward(batch) for _ in range(2)]  # gradients of a step do not stay for the next
+    torch.save({"gradients": [p.grad.clone() for p in trainer.parameters], "pages": len(batch.plan.pages),
+                "loss": found[1].loss.detach(), "state": state}, f"{sys.argv[2]}/{name}-{rank}.pt")
+    trainer.close()
+torch.distributed.destroy_process_group()
+"""
+
+RESUMED = """
 import sys, json, torch
 from courier_fast.train.config import Config
 from courier_fast.train.trainer import Trainer
 torch.set_num_threads(1)
-trainer = Trainer(Config.load(None, json.loads(sys.argv[1])))
-step = int(sys.argv[2])
-batch = trainer.loader.load(0, step)
-result = trainer.backward(batch)
-rank = trainer.processes.rank
-torch.save({"gradients": [p.grad for p in trainer.parameters], "pages": len(batch.plan.pages), "loss": result.loss}, f"{sys.argv[3]}/{rank}.pt")
-trainer.close()
+torch.distributed.init_process_group("gloo")
+def trainer(out):
+    return Trainer(Config.load(None, json.loads(sys.argv[1]) | {"run.out": f"{sys.argv[2]}/{out}"}))
+trainer("whole").fit()
+stopped = trainer("resumed")
+step = stopped.step
+def step_and_stop(*arguments, **options):
+    stopped._stop = stopped.progress.step == 2
+    return step(*arguments, **options)
+stopped.step = step_and_stop
+assert stopped.fit()["step"] == 3
+trainer("resumed").fit()
+torch.distributed.destroy_process_group()
 """
+
+Case = tuple[str, dict[str, Any], int]
 
 
 def torchrun(world: int, *command: str, **environment: str) -> None:
@@ -49,6 +80,40 @@ def torchrun(world: int, *command: str, **environment: str) -> None:
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", *command],
         check=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True,
     )  # fmt: skip
+
+
+def on_processes(world: int, cases: list[Case], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What each process has saved of each case."""
+    (folder / "worker.py").write_text(WORKER)
+    torchrun(world, str(folder / "worker.py"), json.dumps(cases), str(folder))
+    return {
+        name: [torch.load(folder / f"{name}-{r}.pt", weights_only=True) for r in range(world)]
+        for name, _, _ in cases
+    }
+
+
+def in_one_process(
+    overrides: dict[str, Any], world: int, step: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, list[Tensor], list[int]]:
+    """The sum of each shard's sums over the anchors of all, its gradients, and the anchors of each shard."""
+    trainer = Trainer(Config.load(None, overrides))
+    trainer.model.to(dtype)
+    batches = []
+    for r in range(world):
+        trainer.plan.rank, trainer.plan.world, trainer.plan._epoch = r, world, -1
+        batches.append(trainer.loader.load(0, step))
+    anchors = sum(b.plan.num_anchors for b in batches)
+    sequence = sum(b.plan.num_sequence_anchors for b in batches)
+    total = sum(
+        trainer.objective(trainer.encoder(b.images.to(dtype)), b, anchors, sequence, False).loss
+        for b in batches
+        if b.num_items
+    )
+    assert isinstance(total, Tensor)
+    total.backward()
+    gradients = [p.grad for p in trainer.parameters if p.grad is not None]
+    assert len(gradients) == len(trainer.parameters)
+    return total.detach(), gradients, [b.plan.num_anchors for b in batches]
 
 
 def test_gradient_over_processes_is_that_of_the_mean_over_all_anchors(
@@ -60,31 +125,78 @@ def test_gradient_over_processes_is_that_of_the_mean_over_all_anchors(
         "data.dataset": str(dataset.path), "data.features": str(features), "data.pages": pages, "model.dim": 8,
         "loss.learnable_temperature": True, "run.device": "cpu", "run.out": str(tmp_path / "run"),
     }  # fmt: skip
-    (tmp_path / "worker.py").write_text(WORKER)
-    torchrun(world, str(tmp_path / "worker.py"), json.dumps(overrides), "0", str(tmp_path))
-    ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(world)]
-
-    # In one process: the sum of each shard's sums over the anchors of all.
-    trainer = Trainer(Config.load(None, overrides))
-    batches = []
+    ranks = on_processes(world, [("mean", overrides, 0)], tmp_path)["mean"]
+    total, gradients, anchors = in_one_process(overrides, world, 0)
+    assert len(set(anchors)) > 1, "equal shards would not tell"
+    torch.testing.assert_close(sum(x["loss"] for x in ranks), total, rtol=1e-6, atol=0)
     for r in range(world):
-        trainer.plan.rank, trainer.plan.world, trainer.plan._epoch = r, world, -1
-        batches.append(trainer.loader.load(0, 0))
-    assert len({b.plan.num_anchors for b in batches}) > 1, "equal shards would not tell"
-    anchors = sum(b.plan.num_anchors for b in batches)
-    sequence = sum(b.plan.num_sequence_anchors for b in batches)
-    total = sum(
-        trainer.objective(trainer.encode(b.images), b, anchors, sequence, False).loss
-        for b in batches
-    )
-    total.backward()
-    torch.testing.assert_close(sum(x["loss"] for x in ranks), total.detach(), rtol=1e-6, atol=0)
-    for r in range(world):
-        for p, gradient in zip(trainer.parameters, ranks[r]["gradients"], strict=True):
-            assert p.grad is not None
+        for expected, gradient in zip(gradients, ranks[r]["gradients"], strict=True):
             torch.testing.assert_close(
-                gradient, p.grad, rtol=1e-4, atol=1e-7 + 1e-5 * p.grad.abs().max().item()
+                gradient, expected, rtol=1e-4, atol=1e-7 + 1e-5 * expected.abs().max().item()
             )
+
+
+def test_slices_and_empty_batches_of_an_image_encoder(dataset: Dataset, tmp_path: Path) -> None:
+    """Whole or in slices, with pages for both processes or for one: by the error budget of one process's gradient."""
+    world = 2
+    budget = next(b for b in range(25, 45) if _batches(dataset, b) % world == 1)
+    last = _batches(dataset, budget) // world
+    overrides = {
+        "data.dataset": str(dataset.path), "data.images": budget, "data.size": 32, "data.threads": 1, "model.dim": 8,
+        "model.backbone": "test_convnext", "loss.learnable_temperature": True, "run.device": "cpu", "run.out": str(tmp_path / "run"),
+    }  # fmt: skip
+    cases = [
+        (f"{name}-{size}", overrides | {"model.slice": size}, step)
+        for name, step in (("full", 0), ("empty", last))
+        for size in (0, 7)
+    ]
+    found = on_processes(world, cases, tmp_path)
+    for name, _, step in cases:
+        ranks = found[name]
+        assert [x["pages"] > 0 for x in ranks] == [True, name.startswith("full")]
+        total, once, _ = in_one_process(overrides, world, step)
+        _, exact, _ = in_one_process(overrides, world, step, torch.float64)
+        torch.testing.assert_close(sum(x["loss"] for x in ranks), total)
+        for x, y, one, z in zip(*(r["gradients"] for r in ranks), once, exact, strict=True):
+            rounding = torch.finfo(torch.float32).eps * z.norm()
+            assert torch.equal(x, y)
+            assert (x - z).norm() <= 2 * (one - z).norm() + rounding, name
+
+
+def test_all_processes_start_from_the_first_ones_tensors(dataset: Dataset, tmp_path: Path) -> None:
+    """Parameters and buffers, here from another seed and other features on each."""
+    for rank in range(2):
+        table = np.random.default_rng(rank).normal(rank, size=(dataset.num_items, 12))
+        np.save(tmp_path / f"features-{rank}.npy", table.astype(np.float32))
+    overrides = {
+        "data.dataset": str(dataset.path), "data.features": str(tmp_path / "features-{rank}.npy"), "model.dim": 8, "run.seed": "{rank}",
+        "run.device": "cpu", "run.out": str(tmp_path / "run"),
+    }  # fmt: skip
+    a, b = (x["state"] for x in on_processes(2, [("start", overrides, 0)], tmp_path)["start"])
+    alone = Trainer(
+        Config.load(None, json.loads(json.dumps(overrides).replace("{rank}", "0")))
+    ).model.state_dict()
+    assert {"encoder.backbone.mean", "encoder.head.1.weight"} <= a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], alone[name])
+        assert torch.equal(b[name], alone[name])
+
+
+def test_processes_that_resume_are_the_same_run(
+    dataset: Dataset, features: Path, tmp_path: Path
+) -> None:
+    """Three add in an order that depends on where a gradient lies in its bucket: buckets are the same from the first step on."""
+    overrides = {
+        "data.dataset": str(dataset.path), "data.features": str(features), "data.pages": 8, "model.dim": 64,
+        "loss.learnable_temperature": True, "optim.steps": 6, "run.device": "cpu", "run.log_steps": 1, "run.tensorboard": False,
+        "run.progress": False,
+    }  # fmt: skip
+    (tmp_path / "worker.py").write_text(RESUMED)
+    torchrun(3, str(tmp_path / "worker.py"), json.dumps(overrides), str(tmp_path))
+    assert len(metrics(tmp_path / "whole")) == 6
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "whole")
+    a, b = (load_file(tmp_path / x / "encoder.safetensors") for x in ("resumed", "whole"))
+    assert all(torch.equal(a[n], b[n]) for n in b)
 
 
 def test_a_process_without_pages_joins_every_step(

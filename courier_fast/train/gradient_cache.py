@@ -27,6 +27,7 @@ def cached_backward(
     loss_of: Callable[[Tensor], Tensor],
     size: int,
     seed: int,
+    synchronised: Callable[[Callable[[], Tensor]], Tensor] = lambda compute: compute(),
 ) -> Tensor:
     """Adds the gradient of `loss_of(encode(images))` to every parameter and returns the loss, detached.
 
@@ -35,6 +36,7 @@ def cached_backward(
         encode: the part that is too large for one graph, on a slice.
         loss_of: its output for all images to a scalar; parameters in it get their gradients too.
         seed: random numbers (dropout, stochastic depth) are drawn from (seed, slice), the same in both passes.
+        synchronised: around the last slice, whose backward completes every gradient (`Processes.synchronised`).
     """
     slices = images.split(size)
 
@@ -48,6 +50,8 @@ def cached_backward(
     loss = loss_of(embeddings)
     loss.backward()
     assert embeddings.grad is not None
-    for i, gradient in enumerate(embeddings.grad.split(size)):
+    *gradients, last = embeddings.grad.split(size)
+    for i, gradient in enumerate(gradients):
         encode_slice(i).backward(gradient)
+    synchronised(lambda: encode_slice(len(gradients))).backward(last)
     return loss.detach()

@@ -3,10 +3,43 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+Compute = Callable[[], Tensor]
+
+
+class _Attach(torch.autograd.Function):
+    """x with parameters in its graph that get no gradient from it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, *[None] * ctx.count
+
+
+class _Replica(nn.Module):
+    """What DistributedDataParallel wraps: parameters alone, as it would broadcast buffers at every step.
+
+    It waits for the gradient of each parameter, also of those that `compute` has not used, so all are attached to the result.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.all = nn.ParameterList(parameters)
+
+    def forward(self, compute: Compute) -> Tensor:
+        return _Attach.apply(compute(), *self.all)
 
 
 class Processes:
@@ -26,18 +59,22 @@ class Processes:
         dist.all_reduce(total)
         return total.tolist()
 
-    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Sums all gradients in one collective; a process without pages joins with zeros."""
+    def synchronised(self, parameters: list[nn.Parameter]) -> Callable[[Compute], Tensor]:
+        """f with f(compute) = compute(), a tensor; its backward averages `.grad` over the processes, bucket by bucket as they are complete.
+
+        Every process calls it once a step. What earlier backward passes of the step left in `.grad` is averaged with the rest.
+        """
         if self.world == 1:
-            return
-        flat = torch.cat(
-            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+            return lambda compute: compute()
+        replica = DistributedDataParallel(
+            _Replica(parameters), gradient_as_bucket_view=True, init_sync=False
         )
-        dist.all_reduce(flat)
-        for p, gradient in zip(
-            parameters, flat.split([p.numel() for p in parameters]), strict=True
-        ):
-            p.grad = gradient.view_as(p)
+        # Buckets are laid out anew after the first backward, in its order, and the layout decides in which order numbers are added.
+        # Two passes here, last parameter first, fix it before the first step: a resumed run adds as one that never stopped.
+        for _ in range(2):
+            start = torch.zeros((), device=parameters[0].device)
+            replica(lambda x=start: reduce(_Attach.apply, parameters, x)).backward()
+        return replica
 
     def broadcast(self, tensors: list[Tensor]) -> None:
         """Rank 0's values on every rank."""

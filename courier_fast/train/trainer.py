@@ -152,6 +152,7 @@ class Trainer:
         self.model = nn.ModuleDict({"encoder": self.encoder, "objective": self.objective})
         self.processes.broadcast(list(self.model.state_dict().values()))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.synchronised = self.processes.synchronised(self.parameters)
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": c.optim.weight_decay},
@@ -251,22 +252,19 @@ class Trainer:
                 self.head(features), batch, int(anchors), int(sequence_anchors), stats
             )
             results.append(found)
-            return found.loss
+            # The processes' gradients are averaged, and their sum is wanted.
+            return found.loss * self.processes.world
 
-        for p in self.parameters:
-            p.grad = None
-        if not batch.num_items:
-            zero = torch.zeros((), device=self.device)
-            results.append(
-                StepResult(
-                    zero, zero, zero, zero.new_zeros(0, self.encoder.dim), None, int(anchors)
-                )
-            )
-        elif self.config.model.slice and len(batch.images) > self.config.model.slice:
-            cached_backward(self.features, batch.images, loss_of, self.config.model.slice, seed)
-        else:
-            loss_of(self.features(batch.images)).backward()
-        self.processes.sum_gradients(self.parameters)
+        # With several processes gradients stay where they are: in the buckets that are exchanged.
+        self.optimizer.zero_grad(set_to_none=self.processes.world == 1)
+        size = self.config.model.slice
+        if size and len(batch.images) > size:
+            cached_backward(self.features, batch.images, loss_of, size, seed, self.synchronised)
+        elif batch.num_items:
+            self.synchronised(lambda: loss_of(self.features(batch.images))).backward()
+        else:  # no page is left for this process: no row, and the others wait for its zeros
+            rows = torch.zeros(0, self.encoder.features, device=self.device)
+            self.synchronised(lambda: loss_of(rows)).backward()
         return results[0]
 
     def step(self, batch: Batch, stats: bool = False) -> tuple[StepResult, Tensor]:
