@@ -18,6 +18,7 @@ import pytest
 import torch
 from dataset_factory import make_dataset
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from train_factory import make_features, metrics, settings
 
 from courier_fast.data.dataset import Dataset
@@ -227,6 +228,57 @@ def test_learning_rate_rises_and_falls(dataset: Dataset, features: Path, tmp_pat
     assert (np.diff(rates[: peak + 1]) > 0).all()
     assert (np.diff(rates[peak:]) <= 0).all()
     assert rates[-1] == pytest.approx(0.1 * lr, rel=0.05)
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_memory_holds_the_candidates_of_earlier_steps(
+    dataset: Dataset, features: Path, tmp_path: Path, unit: bool
+) -> None:
+    """The newest ones, as they were; from `memory_after` on the loss has them as candidates."""
+    trainer, plain = (
+        Trainer(settings(dataset, tmp_path / n, data__features=features, loss__unit=unit, **c))
+        for n, c in (("with", {"loss__memory": 400, "loss__memory_after": 2}), ("without", {}))
+    )
+    expected: list[Tensor] = []
+    expected_ids: list[Tensor] = []
+    for step in range(5):
+        batch = trainer.loader.load(0, step)
+        with torch.no_grad():
+            table = trainer.encode(batch.images)
+            table = nn.functional.normalize(table, dim=1) if unit else table
+        plain.model.load_state_dict(trainer.model.state_dict(), strict=False)
+        loss, without = trainer.step(batch)[0].loss.item(), plain.backward(batch).loss.item()
+        if step < 2:
+            assert loss == without
+        else:
+            assert loss > without + 0.1  # more candidates
+        shown = torch.cat([batch.pv_index, batch.history_index])
+        expected.append(table[shown])
+        expected_ids.append(torch.from_numpy(batch.plan.items)[shown])
+        rows, ids, _ = trainer.objective.memory.read()
+        size = min(400, sum(map(len, expected)))
+        newest = {
+            (int(i), *row.tolist())
+            for i, row in zip(
+                torch.cat(expected_ids)[-size:], torch.cat(expected)[-size:], strict=True
+            )
+        }
+        assert {(int(i), *row.tolist()) for i, row in zip(ids, rows, strict=True)} == newest
+        assert len(rows) == size
+
+
+def test_memory_is_used_after_the_warm_up(dataset: Dataset, features: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"data__features": features, "optim__steps": 10, "optim__warmup": 0.3}
+    trainer = Trainer(settings(dataset, tmp_path / "default", loss__memory=400, **options))
+    used = []
+    forward = trainer.objective.forward
+    trainer.objective.forward = lambda *inputs: (used.append(inputs[-1]), forward(*inputs))[1]  # type: ignore[method-assign]
+    trainer.fit()
+    assert used == [False] * 3 + [True] * 7
+    ages = [x["memory_age"] for x in metrics(tmp_path / "default")]
+    assert ages[0] < ages[-1] < 10
+    Trainer(settings(dataset, tmp_path / "without", **options)).fit()
+    assert "memory_age" not in metrics(tmp_path / "without")[-1]
 
 
 def test_divergence_is_an_error_and_keeps_the_checkpoints(

@@ -84,6 +84,11 @@ def test_attention_that_does_not_go_together(loss: dict[str, Any], message: str)
         Config.load(None, {"data.dataset": "x"} | {f"loss.{k}": v for k, v in loss.items()})
 
 
+def test_memory_has_no_page() -> None:
+    with pytest.raises(ValueError, match="negatives batch or other_pages with a memory, got page"):
+        Config.load(None, {"data.dataset": "x", "loss.memory": 10, "loss.negatives": "page"})
+
+
 def test_command_line_overrides_the_file(
     dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,8 +46,10 @@ for name, overrides, step in json.loads(sys.argv[1].replace("{rank}", rank)):
     state = {n: t.clone() for n, t in trainer.model.state_dict().items()}
     batch = trainer.loader.load(0, step)
     found = [trainer.backward(batch) for _ in range(2)]  # gradients of a step do not stay for the next
-    torch.save({"gradients": [p.grad.clone() for p in trainer.parameters], "pages": len(batch.plan.pages),
-                "loss": found[1].loss.detach(), "state": state}, f"{sys.argv[2]}/{name}-{rank}.pt")
+    gradients = [p.grad.clone() for p in trainer.parameters]
+    trainer.step(batch)
+    torch.save({"gradients": gradients, "pages": len(batch.plan.pages), "loss": found[1].loss.detach(), "state": state,
+                "after": trainer.model.state_dict()}, f"{sys.argv[2]}/{name}-{rank}.pt")
     trainer.close()
 torch.distributed.destroy_process_group()
 """
@@ -123,7 +125,7 @@ def test_gradient_over_processes_is_that_of_the_mean_over_all_anchors(
     world, pages = 3, 37
     overrides = {
         "data.dataset": str(dataset.path), "data.features": str(features), "data.pages": pages, "model.dim": 8,
-        "loss.learnable_temperature": True, "run.device": "cpu", "run.out": str(tmp_path / "run"),
+        "loss.candidates": "process", "loss.learnable_temperature": True, "run.device": "cpu", "run.out": str(tmp_path / "run"),
     }  # fmt: skip
     ranks = on_processes(world, [("mean", overrides, 0)], tmp_path)["mean"]
     total, gradients, anchors = in_one_process(overrides, world, 0)
@@ -136,6 +138,55 @@ def test_gradient_over_processes_is_that_of_the_mean_over_all_anchors(
             )
 
 
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_gradient_over_the_candidates_of_all_processes_is_that_of_one_batch(
+    dataset: Dataset, features: Path, tmp_path: Path, exchange: str
+) -> None:
+    world = 3
+    overrides = {
+        "data.dataset": str(dataset.path), "data.features": str(features), "data.pages": 11, "model.dim": 8, "loss.candidates": "all",
+        "loss.exchange": exchange, "loss.log_q": True, "loss.learnable_temperature": True, "loss.memory": 200, "run.device": "cpu",
+        "run.out": str(tmp_path / "run"),
+    }  # fmt: skip
+    ranks = on_processes(world, [("all", overrides, 0)], tmp_path)["all"]
+    trainer = Trainer(Config.load(None, overrides))
+    pages = []
+    for r in range(world):
+        trainer.plan.rank, trainer.plan.world, trainer.plan._epoch = r, world, -1
+        pages.append(trainer.plan.pages(0, 0))
+    batch = trainer.plan.assemble(np.concatenate(pages))
+    trainer.plan.batch = lambda epoch, step: batch  # type: ignore[method-assign]
+    loss = trainer.backward(trainer.loader.load(0, 0)).loss.detach()
+    torch.testing.assert_close(sum(x["loss"] for x in ranks), loss, rtol=1e-6, atol=0)
+    for x in ranks:
+        for p, gradient in zip(trainer.parameters, x["gradients"], strict=True):
+            assert p.grad is not None
+            torch.testing.assert_close(
+                gradient, p.grad, rtol=1e-4, atol=1e-7 + 1e-5 * p.grad.abs().max().item()
+            )
+        # The memory has what all of them have shown, on each.
+        assert x["after"].keys() == trainer.model.state_dict().keys()
+        assert any("memory" in name for name in x["after"])
+        assert all(torch.equal(t, ranks[0]["after"][name]) for name, t in x["after"].items())
+
+
+def test_two_processes_are_one_with_batches_twice_as_large(
+    dataset: Dataset, features: Path, tmp_path: Path
+) -> None:
+    """Candidates of both and of a memory that holds them all, over several steps; features, as no random number is drawn for them."""
+    arguments = [
+        "-m", "courier_fast.cli", "train", f"--data.dataset={dataset.path}", f"--data.features={features}", "--data.pages=8",
+        "--model.dim=8", "--loss.memory=2000", "--loss.memory_after=2", "--optim.steps=6", "--run.device=cpu",
+        f"--run.out={tmp_path / 'two'}", "--run.progress=false", "--run.tensorboard=false", "--run.log_steps=1",
+    ]  # fmt: skip
+    torchrun(2, *arguments)
+    one = {"data__pages": 16, "loss__memory": 2000, "loss__memory_after": 2, "optim__steps": 6}
+    Trainer(settings(dataset, tmp_path / "one", data__features=features, **one)).fit()
+    for two, expected in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        for name in ("loss", "loss_rec", "loss_seq", "grad_norm", "memory_age"):
+            assert two[name] == pytest.approx(expected[name], rel=1e-4), (name, two["step"])
+
+
 def test_slices_and_empty_batches_of_an_image_encoder(dataset: Dataset, tmp_path: Path) -> None:
     """Whole or in slices, with pages for both processes or for one: by the error budget of one process's gradient."""
     world = 2
@@ -146,8 +197,12 @@ def test_slices_and_empty_batches_of_an_image_encoder(dataset: Dataset, tmp_path
         "model.backbone": "test_convnext", "loss.learnable_temperature": True, "run.device": "cpu", "run.out": str(tmp_path / "run"),
     }  # fmt: skip
     cases = [
-        (f"{name}-{size}", overrides | {"model.slice": size}, step)
-        for name, step in (("full", 0), ("empty", last))
+        (f"{name}-{size}", overrides | {"model.slice": size, "loss.candidates": candidates}, step)
+        for name, candidates, step in (
+            ("full", "process", 0),
+            ("empty", "process", last),
+            ("empty-all", "all", last),
+        )
         for size in (0, 7)
     ]
     found = on_processes(world, cases, tmp_path)
@@ -182,8 +237,16 @@ def test_all_processes_start_from_the_first_ones_tensors(dataset: Dataset, tmp_p
         assert torch.equal(b[name], alone[name])
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"loss.candidates": "process"},
+        {"loss.candidates": "all", "loss.memory": 200, "loss.memory_after": 1},
+    ],
+    ids=["process", "all"],
+)
 def test_processes_that_resume_are_the_same_run(
-    dataset: Dataset, features: Path, tmp_path: Path
+    dataset: Dataset, features: Path, tmp_path: Path, loss: dict[str, Any]
 ) -> None:
     """Three add in an order that depends on where a gradient lies in its bucket: buckets are the same from the first step on."""
     overrides = {
@@ -192,7 +255,7 @@ def test_processes_that_resume_are_the_same_run(
         "run.progress": False,
     }  # fmt: skip
     (tmp_path / "worker.py").write_text(RESUMED)
-    torchrun(3, str(tmp_path / "worker.py"), json.dumps(overrides), str(tmp_path))
+    torchrun(3, str(tmp_path / "worker.py"), json.dumps(overrides | loss), str(tmp_path))
     assert len(metrics(tmp_path / "whole")) == 6
     assert metrics(tmp_path / "resumed") == metrics(tmp_path / "whole")
     a, b = (load_file(tmp_path / x / "encoder.safetensors") for x in ("resumed", "whole"))

@@ -115,6 +115,23 @@ class LossConfig(Section):
         True,
         description="items of the batch's histories are candidates, too: as popular as clicks are",
     )
+    candidates: Literal["auto", "all", "process"] = Field(
+        "auto",
+        description="whose items are candidates: those of all processes (auto, too) or of each process alone",
+    )
+    exchange: Literal["auto", "gather", "ring"] = Field(
+        "auto",
+        description="how candidates of other processes arrive: gather: all at once; ring: one process's after another's, in less memory; "
+        "auto: by their size",
+    )
+    memory: int = Field(
+        0,
+        ge=0,
+        description="newest candidates of earlier steps, of all processes, that are candidates, too; 0: none",
+    )
+    memory_after: int | None = Field(
+        None, ge=0, description="steps before the memory is used; default: those of optim.warmup"
+    )
     log_q: bool = Field(
         False, description="sampling-bias correction by how often items are candidates in training"
     )
@@ -138,6 +155,12 @@ class LossConfig(Section):
                 f"expected {'none' if most == 0 else 'one'} of attention_scale and attention_temperature with attention "
                 f"{chosen['attention']}, got {' and '.join(given)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def memory_within_reach(self) -> LossConfig:
+        if self.memory and self.negatives == "page":
+            raise ValueError("expected negatives batch or other_pages with a memory, got page")
         return self
 
     @property

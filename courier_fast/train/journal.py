@@ -44,6 +44,8 @@ def measure(trainer: Trainer, result: StepResult, norm: Tensor, lr: float) -> di
         line["top1"] = result.stats.recall_at(1).item()
         cosine = result.stats.positive_similarity.sum() / result.stats.num_anchors
         line["alignment"] = 2 - 2 * cosine.item()
+    if trainer.objective.memory is not None:
+        line["memory_age"] = trainer.objective.memory.age()
     if not math.isfinite(loss) or not math.isfinite(line["grad_norm"]):
         raise RuntimeError(
             f"loss {loss:g}, gradient norm {line['grad_norm']:g} at step {p.step}: training has diverged. Lower optim.lr "

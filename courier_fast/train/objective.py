@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .. import ClickSequenceLoss, EmbeddingMemory, ReconstructionLoss, ReconstructionStats
 from ..data.loader import Batch
-from ..loss import ClickSequenceLoss, ReconstructionLoss, ReconstructionStats
 from .config import LossConfig
 
 
@@ -29,18 +30,31 @@ class StepResult:
 class Objective(nn.Module):
     """L_rec + weight * L_seq of a batch, from its unique embeddings.
 
-    Each process sums its own anchors (their candidates are those of its batch) and divides by the anchors of all, so the sum of the
-    processes' gradients is that of the mean over all anchors, however unequal the shards.
+    Each process sums its own anchors and divides by the anchors of all, so the sum of the processes' gradients is that of the mean over all
+    anchors, however unequal the shards. Candidates are the items of all processes, or with `candidates` "process" those of its batch, and
+    with a memory the candidates of earlier steps.
 
     Args:
+        dim: D of the embeddings.
         log_q: log sampling probability of each item of the dataset as a candidate [items], or None: no correction.
+        group: all processes; None: there is one.
     """
 
     log_q: Tensor | None
 
-    def __init__(self, config: LossConfig, log_q: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        config: LossConfig,
+        dim: int,
+        log_q: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         c = config
+        self.processes = group
+        self.group = None if c.candidates == "process" else group
+        self.exchange = c.exchange
+        reduction = "sum" if self.group is None else "mean"
         self.weight, self.unit, self.history_negatives = (
             c.sequence_weight,
             c.unit,
@@ -48,9 +62,11 @@ class Objective(nn.Module):
         )
         self.rec = ReconstructionLoss(
             c.temperature, c.learnable_temperature, c.min_temperature, **c.reconstruction,
-            negatives=c.negatives, direction=c.direction, reduction="sum", impl=c.impl,
+            negatives=c.negatives, direction=c.direction, reduction=reduction, impl=c.impl,
         )  # fmt: skip
-        self.seq = ClickSequenceLoss(c.sequence_temperature, reduction="sum", impl=c.impl)
+        self.seq = ClickSequenceLoss(c.sequence_temperature, reduction=reduction, impl=c.impl)
+        # Filled with what all processes have shown, so that a checkpoint of one is that of all.
+        self.memory = EmbeddingMemory(c.memory, dim) if c.memory else None
         self.register_buffer("log_q", log_q, persistent=False)
 
     def _candidates(self, batch: Batch) -> dict[str, Any]:
@@ -63,31 +79,74 @@ class Objective(nn.Module):
             clicked = functional.pad(clicked, (0, len(batch.history_index)))
             pv_offsets = torch.cat([pv_offsets, pv_offsets.new_tensor([len(pv)])])
             history_offsets = torch.cat([history_offsets, history_offsets[-1:]])
-        log_q = None
-        if self.log_q is not None:
-            log_q = self.log_q[torch.from_numpy(batch.plan.items).to(pv.device)[pv]]
+        log_q = None if self.log_q is None else self.log_q[self._ids(batch)[pv]]
         return {
             "pv": pv, "clicked": clicked, "pv_offsets": pv_offsets, "history_offsets": history_offsets, "log_q": log_q,
         }  # fmt: skip
 
-    def forward(
-        self, embeddings: Tensor, batch: Batch, anchors: int, sequence_anchors: int, stats: bool
-    ) -> StepResult:
+    def _ids(self, batch: Batch) -> Tensor:
+        """Items of the table's rows [n]."""
+        return torch.from_numpy(batch.plan.items).to(batch.pv_index.device)
+
+    def _table(self, embeddings: Tensor, batch: Batch) -> Tensor:
         table = embeddings[: batch.num_items]
-        if self.unit:
-            table = functional.normalize(table, dim=1)
+        return functional.normalize(table, dim=1) if self.unit else table
+
+    def _share(self, loss: Tensor, anchors: int) -> Tensor:
+        """This process's share of the mean: it has the sum of its anchors, or as many times the share as there are processes."""
+        return loss / (max(anchors, 1) if self.group is None else dist.get_world_size(self.group))
+
+    def _reach(
+        self, batch: Batch, dtype: torch.dtype, recall: bool
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What both losses take for the candidates of other processes, and what L_rec takes for those of the memory."""
+        shared, recalled = {}, {}
+        if self.group is not None:
+            shared = {"table_ids": self._ids(batch), "group": self.group, "exchange": self.exchange}
+        if recall and self.memory is not None:
+            rows, ids, log_q = self.memory.read()
+            recalled = {
+                "table_ids": self._ids(batch), "memory": rows.to(dtype), "memory_ids": ids, "memory_log_q": log_q,
+            }  # fmt: skip
+        return shared, recalled
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        batch: Batch,
+        anchors: int,
+        sequence_anchors: int,
+        stats: bool,
+        recall: bool = False,
+    ) -> StepResult:
+        """With `recall` the memory's rows are candidates, too. With other processes every one of them calls it, also without pages."""
+        table = self._table(embeddings, batch)
+        shared, recalled = self._reach(batch, table.dtype, recall)
         rec = self.rec(
             history=batch.history_index,
             embeddings=table,
             return_stats=stats,
             **self._candidates(batch),
+            **(shared | recalled),
         )
         rec, found = rec if stats else (rec, None)
-        rec = rec / max(anchors, 1)
+        rec = self._share(rec, anchors)
         seq = rec.new_zeros(())
         if self.weight:
             seq = self.seq(
-                batch.history_index, history_offsets=batch.history_offsets, embeddings=table
+                batch.history_index,
+                history_offsets=batch.history_offsets,
+                embeddings=table,
+                **shared,
             )
-            seq = seq / max(sequence_anchors, 1)
+            seq = self._share(seq, sequence_anchors)
         return StepResult(rec + self.weight * seq, rec, seq, embeddings.detach(), found, anchors)
+
+    @torch.no_grad()
+    def remember(self, embeddings: Tensor, batch: Batch) -> None:
+        """The candidates of a step, after its backward pass, into the memory, those of all processes; every process calls it."""
+        if self.memory is None:
+            return
+        c = self._candidates(batch)
+        rows, ids = self._table(embeddings, batch)[c["pv"]], self._ids(batch)[c["pv"]]
+        self.memory.push(rows, ids, c["log_q"], group=self.processes)

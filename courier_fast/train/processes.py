@@ -50,6 +50,7 @@ class Processes:
         self.owned = self.world > 1 and not dist.is_initialized()
         if self.owned:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        self.group = dist.group.WORLD if self.world > 1 else None
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums over the processes, on the host: a GPU is not waited for."""

@@ -148,7 +148,8 @@ class Trainer:
         log_q = (
             torch.from_numpy(self.plan.log_q(c.loss.history_negatives)) if c.loss.log_q else None
         )
-        self.objective = Objective(c.loss, log_q).to(self.device)
+        self.objective = Objective(c.loss, c.model.dim, log_q, self.processes.group)
+        self.objective.to(self.device)
         self.model = nn.ModuleDict({"encoder": self.encoder, "objective": self.objective})
         self.processes.broadcast(list(self.model.state_dict().values()))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -202,16 +203,26 @@ class Trainer:
 
     def learning_rate(self) -> float:
         """Linear warm-up, then a cosine to min_lr, by the share of the run that is done."""
-        c, p = self.config.optim, self.progress
-        if c.steps:
-            done = p.step / c.steps
-        else:
-            done = (p.epoch + p.step_in_epoch / self.plan.steps(p.epoch)) / c.epochs
+        c, done = self.config.optim, self._done()
         if done < c.warmup:
             # Half a step ahead, so that the first update is not lost to a rate of 0.
             return c.lr * min(1.0, (done + 0.5 / max(self._steps_estimate(), 1)) / c.warmup)
         share = 0.5 * (1 + math.cos(math.pi * min(1.0, (done - c.warmup) / (1 - c.warmup))))
         return c.lr * (c.min_lr + (1 - c.min_lr) * share)
+
+    def _done(self) -> float:
+        """The share of the run that is done."""
+        c, p = self.config.optim, self.progress
+        if c.steps:
+            return p.step / c.steps
+        return (p.epoch + p.step_in_epoch / self.plan.steps(p.epoch)) / c.epochs
+
+    def _recalls(self) -> bool:
+        """Whether the memory is old enough to be used."""
+        after = self.config.loss.memory_after
+        if after is None:
+            return self._done() >= self.config.optim.warmup
+        return self.progress.step >= after
 
     def _steps_estimate(self) -> int:
         c = self.config.optim
@@ -245,11 +256,12 @@ class Trainer:
         seed = _mix(self.config.run.seed, self.progress.step, self.processes.rank)
         torch.manual_seed(seed)
         results: list[StepResult] = []
+        recall = self._recalls()
 
         def loss_of(features: Tensor) -> Tensor:
             # The head sees the whole batch, also where the backbone sees slices.
             found = self.objective(
-                self.head(features), batch, int(anchors), int(sequence_anchors), stats
+                self.head(features), batch, int(anchors), int(sequence_anchors), stats, recall
             )
             results.append(found)
             # The processes' gradients are averaged, and their sum is wanted.
@@ -273,6 +285,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         result = self.backward(batch, stats)
+        self.objective.remember(result.embeddings, batch)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip or math.inf)
         self.optimizer.step()
         if self.average is not None:
