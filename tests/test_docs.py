@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from courier_fast import ReconstructionLoss
+
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "kernels/README.md", *sorted((ROOT / "docs").glob("*.md")))
 Check = Callable[[dict[str, Any]], None]
@@ -43,6 +45,57 @@ def loss_of_ones_own_training(names: dict[str, Any]) -> Check:
     return check
 
 
+def loss_of_unique_items(names: dict[str, Any]) -> Check:
+    names |= {
+        "torch": torch,
+        "loss_fn": ReconstructionLoss(),
+        "encoder": torch.nn.Linear(3, 16),
+        "images": torch.randn(9, 3),
+        "shown": torch.tensor([0, 1, 2, 1, 3]),
+        "seen": torch.tensor([3, 4, 4, 8]),
+        "clicked": torch.tensor([True, False, False, False, True]),
+        "shown_offsets": torch.tensor([0, 3, 5]),
+        "seen_offsets": torch.tensor([0, 2, 4]),
+    }
+
+    def check(names: dict[str, Any]) -> None:
+        assert names["table"].shape == (6, 16)
+        assert names["loss"] > 0
+        assert names["encoder"].weight.grad.any()
+
+    return check
+
+
+def statistics(names: dict[str, Any]) -> Check:
+    names |= {
+        "loss_fn": ReconstructionLoss(),
+        "pv": torch.randn(4, 5, 16),
+        "history": torch.randn(4, 6, 16),
+        "clicked": torch.tensor([[True, False, False, True, False]] * 4),
+        "pv_mask": torch.ones(4, 5, dtype=torch.bool),
+        "history_mask": torch.ones(4, 6, dtype=torch.bool),
+    }
+
+    def check(names: dict[str, Any]) -> None:
+        assert names["stats"].num_anchors == 8
+
+    return check
+
+
+def training_from_python(names: dict[str, Any]) -> Check:
+    make_dataset = pytest.importorskip("dataset_factory", exc_type=ImportError).make_dataset
+    make_dataset(Path("shop"), users=6, items=12, pages=30, history=4)
+    Path("config.toml").write_text(
+        '[data]\ndataset = "shop"\nsize = 32\npages = 8\n[model]\ndim = 8\n[run]\ndevice = "cpu"\n'
+    )
+
+    def check(names: dict[str, Any]) -> None:
+        assert names["last"]["step"] == 2
+        assert Path("run/encoder.safetensors").is_file()
+
+    return check
+
+
 def features_of_a_backbone(names: dict[str, Any]) -> Check:
     """A dataset, and the backbone's file as it is: other names, a classifier, weights in channels-last order."""
     timm = pytest.importorskip("timm")
@@ -69,6 +122,9 @@ def features_of_a_backbone(names: dict[str, Any]) -> Check:
 STAND_INS = {
     "README.md 0": loss_of_ones_own_training,
     "docs/hm-fashion.md 0": features_of_a_backbone,
+    "docs/loss.md 0": loss_of_unique_items,
+    "docs/loss.md 1": statistics,
+    "docs/training.md 0": training_from_python,
 }
 
 
