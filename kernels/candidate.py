@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .contrast import MASK_OTHER_PAGES, MASK_PAGE, add_in
+from .contrast import MASK_OTHER_PAGES, MASK_PAGE, AnchorResults, Items, add_in, finish
 from .reconstruct import head_mask, load_rows
 from .tl_common import LN2, LOG2E, kernel, rank_before, score_scale, unit_scale
 
@@ -456,20 +456,10 @@ def finish_candidates(
         top, total = add_in(top, total, part_top, part_total)
         if STATS:
             above += tl.load(above_ptr + where, mask=valid, other=0)
-    position = tl.load(list_ptr + row, mask=valid, other=0)
-    cosine = tl.load(positive_ptr + row.to(tl.int64) * 2, mask=valid, other=0.0)
-    positive = cosine * scale
-    if HAS_LOG_Q:
-        positive -= tl.load(log_q_ptr + position, mask=valid, other=0.0) * LOG2E
-    highest, everything = add_in(top, total, positive, tl.full([BLOCK], 1.0, tl.float32))
-    lse = highest + tl.log2(everything)
-    tl.store(miss_ptr + row, total * tl.exp2(top - highest) / everything, mask=valid)
-    tl.store(loss_ptr + row, (lse - positive) * LN2, mask=valid)
-    tl.store(lse_ptr + row, lse, mask=valid)
-    if STATS:
-        tl.store(item_lse_ptr + position, lse * LN2, mask=valid)
-        tl.store(item_positive_ptr + position, cosine, mask=valid)
-        tl.store(item_rank_ptr + position, above.to(tl.int64) + 1, mask=valid)
+    log_q = log_q_ptr if HAS_LOG_Q else None
+    items = Items(item_lse_ptr, item_positive_ptr, item_rank_ptr) if STATS else None
+    out = AnchorResults(loss_ptr, lse_ptr, miss_ptr, items)
+    finish(row, valid, top, total, above, positive_ptr, list_ptr, log_q, scale, out)
 
 
 @triton.jit

@@ -1,4 +1,9 @@
-"""Helpers shared by the Triton kernels."""
+"""Helpers shared by the Triton kernels.
+
+What several device functions need travels as a NamedTuple, made in the kernel from its plain arguments: one of tensors and
+pointers, None where there is nothing; or one of constants, which is assigned with `: tl.constexpr` and passed so, because
+Triton makes tensors of the constants in any other one.
+"""
 
 from __future__ import annotations
 
