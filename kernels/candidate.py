@@ -10,196 +10,35 @@ Scores in powers of two, t_bj = log2(e) s_bj + bias_j. With g_bj = dL/ds_bj and 
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from .contrast import MASK_OTHER_PAGES, MASK_PAGE, AnchorResults, Items, add_in, finish
-from .reconstruct import head_mask, load_rows
-from .tl_common import LN2, LOG2E, kernel, rank_before, score_scale, unit_scale
-
-
-@triton.jit
-def page_history(history_page_ptr, row, high, page):
-    """Which rows of a block of history are real ones of a page."""
-    return tl.load(history_page_ptr + row, mask=row < high, other=-1) == page
-
-
-@triton.jit
-def of_head(x, head, D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """x with zeros outside of a head's dimensions."""
-    if HEADS > 1:
-        dims = tl.arange(0, BLOCK_D)
-        x = tl.where(head_mask(dims, head, D // HEADS)[None, :], x, 0.0).to(x.dtype)
-    return x
-
-
-@triton.jit
-def head_lengths(x, COSINE: tl.constexpr):
-    """1 / |x| of rows that hold one head's dimensions; 1 where the attention is not by cosines."""
-    inverse = tl.full([x.shape[0]], 1.0, tl.float32)
-    if COSINE:
-        wide = x.to(tl.float32)
-        inverse = unit_scale(tl.sqrt(tl.sum(wide * wide, axis=1)))
-    return inverse
-
-
-@triton.jit
-def logits(q, k, q_inverse, scale, mine, COSINE: tl.constexpr, PRECISION: tl.constexpr):
-    """c q_j . k_k [BLOCK_M, BLOCK_H], or their cosines times c; -inf where the page has no such row."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    if COSINE:
-        s = s * q_inverse[:, None] * head_lengths(k, COSINE)[None, :]
-    return tl.where(mine[None, :], s, -float("inf"))
-
-
-@triton.jit
-def attend_page(
-    q,  # [BLOCK_M, BLOCK_D], of one head
-    q_inverse,
-    k_ptr,
-    k_index_ptr,
-    v_ptr,
-    v_index_ptr,
-    history_page_ptr,
-    low,
-    high,
-    page,
-    head,
-    scale,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    COSINE: tl.constexpr,
-    HAS_K_INDEX: tl.constexpr,
-    HAS_V_INDEX: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One head of R of some candidates on one page, float32 [BLOCK_M, BLOCK_D], the largest logits and 1 / sum of exp."""
-    rows: tl.constexpr = q.shape[0]
-    top = tl.full([rows], -float("inf"), tl.float32)
-    total = tl.zeros([rows], tl.float32)
-    acc = tl.zeros([rows, BLOCK_D], tl.float32)
-    for start in range(low, high, BLOCK_H):
-        row = start + tl.arange(0, BLOCK_H)
-        mine = page_history(history_page_ptr, row, high, page)
-        k = of_head(load_rows(k_ptr, k_index_ptr, row, mine, D, BLOCK_D, HAS_K_INDEX), head, D, HEADS, BLOCK_D)  # fmt: skip
-        v = of_head(load_rows(v_ptr, v_index_ptr, row, mine, D, BLOCK_D, HAS_V_INDEX), head, D, HEADS, BLOCK_D)  # fmt: skip
-        s = logits(q, k, q_inverse, scale, mine, COSINE, PRECISION)
-        new_top = tl.maximum(top, tl.max(s, axis=1))
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        p = tl.exp2((s - shift[:, None]) * LOG2E)
-        rescale = tl.exp2((top - shift) * LOG2E)
-        total = total * rescale + tl.sum(p, axis=1)
-        acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        top = new_top
-    share = 1.0 / tl.where(total == 0.0, 1.0, total)
-    return acc * share[:, None], tl.where(top == -float("inf"), 0.0, top), share
-
-
-@triton.jit
-def candidate_tile(
-    position,
-    valid,
-    q_ptr,
-    q_index_ptr,
-    e_ptr,
-    e_index_ptr,
-    D: tl.constexpr,
-    SAME_Q: tl.constexpr,
-    HAS_Q_INDEX: tl.constexpr,
-    HAS_E_INDEX: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """E and q of some candidates, and 1 / |E|."""
-    e = load_rows(e_ptr, e_index_ptr, position, valid, D, BLOCK_D, HAS_E_INDEX)
-    q = e
-    if not SAME_Q:
-        q = load_rows(q_ptr, q_index_ptr, position, valid, D, BLOCK_D, HAS_Q_INDEX)
-    wide = e.to(tl.float32)
-    return e, q, unit_scale(tl.sqrt(tl.sum(wide * wide, axis=1)))
-
-
-@triton.jit
-def reconstruct_candidates(
-    q,
-    k_ptr,
-    k_index_ptr,
-    v_ptr,
-    v_index_ptr,
-    history_page_ptr,
-    low,
-    high,
-    page,
-    scale,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    COSINE: tl.constexpr,
-    HAS_K_INDEX: tl.constexpr,
-    HAS_V_INDEX: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """R of some candidates on one page, and the softmax of its last head."""
-    r = tl.zeros([q.shape[0], BLOCK_D], tl.float32)
-    top = tl.zeros([q.shape[0]], tl.float32)
-    share = top
-    for head in range(HEADS):
-        q_head = of_head(q, head, D, HEADS, BLOCK_D)
-        part, top, share = attend_page(
-            q_head,
-            head_lengths(q_head, COSINE),
-            k_ptr,
-            k_index_ptr,
-            v_ptr,
-            v_index_ptr,
-            history_page_ptr,
-            low,
-            high,
-            page,
-            head,
-            scale,
-            D,
-            HEADS,
-            COSINE,
-            HAS_K_INDEX,
-            HAS_V_INDEX,
-            BLOCK_H,
-            BLOCK_D,
-            PRECISION,
-        )
-        r += part
-    return r, top, share
-
-
-@triton.jit
-def cosine_of(r, e, e_inverse):
-    """cos(R, E) and 1 / |R|."""
-    r_inverse = unit_scale(tl.sqrt(tl.sum(r * r, axis=1)))
-    return tl.sum(r * e.to(tl.float32), axis=1) * r_inverse * e_inverse, r_inverse
-
-
-@triton.jit
-def columns_of(page, pv_offsets_ptr, column_rank_ptr, count, MASK: tl.constexpr):
-    """The range of columns among which a page's candidates are."""
-    low = count * 0
-    high = count
-    if MASK == MASK_PAGE:
-        low = rank_before(column_rank_ptr, tl.load(pv_offsets_ptr + page))
-        high = rank_before(column_rank_ptr, tl.load(pv_offsets_ptr + page + 1))
-    return low, high
-
-
-@triton.jit
-def allowed_pairs(
-    id, column_page, inside, own_id, page, slot_valid, MASK: tl.constexpr
-):  # fmt: skip
-    """Which columns are candidates of which anchors of a page, their positives apart [BLOCK_M, SLOTS]."""
-    other = inside[:, None] & slot_valid[None, :] & (id[:, None] != own_id[None, :])
-    if MASK == MASK_OTHER_PAGES:
-        other = other & (column_page != page)[:, None]
-    return other
+from .page_attention import (
+    Anchors,
+    Attention,
+    Candidates,
+    Columns,
+    History,
+    Rules,
+    Source,
+    Tile,
+    allowed_pairs,
+    candidate_tile,
+    columns_of,
+    cosine_of,
+    head_lengths,
+    head_of,
+    load_bias,
+    load_columns,
+    load_head,
+    load_source,
+    logits,
+    of_head,
+    page_gradients,
+    page_history,
+    reconstruct_candidates,
+)
+from .tl_common import LOG2E, kernel, rank_before, score_scale
 
 
 @kernel
@@ -236,33 +75,21 @@ def own_scores(
     i = tl.program_id(0)
     if i >= tl.load(count_ptr):
         return
+    how: tl.constexpr = Attention(D, HEADS, COSINE, BLOCK_H, BLOCK_D, PRECISION)
+    e_of = Source(e_ptr, e_index_ptr if HAS_E_INDEX else None)
+    q_of = Source(q_ptr, q_index_ptr if HAS_Q_INDEX else None)
+    candidates = Candidates(e_of, None if SAME_Q else q_of)
+    k_of = Source(k_ptr, k_index_ptr if HAS_K_INDEX else None)
+    v_of = Source(v_ptr, v_index_ptr if HAS_V_INDEX else None)
+    history = History(k_of, v_of, history_page_ptr, scale)
     row = tl.arange(0, BLOCK_M)
     valid = row < 1
     position = row + tl.load(list_ptr + i)
     page = tl.load(list_page_ptr + i)
-    e, q, e_inverse = candidate_tile(
-        position, valid, q_ptr, q_index_ptr, e_ptr, e_index_ptr, D, SAME_Q, HAS_Q_INDEX, HAS_E_INDEX, BLOCK_D
-    )  # fmt: skip
-    r, _top, _share = reconstruct_candidates(
-        q,
-        k_ptr,
-        k_index_ptr,
-        v_ptr,
-        v_index_ptr,
-        history_page_ptr,
-        tl.load(history_offsets_ptr + page),
-        tl.load(history_offsets_ptr + page + 1),
-        page,
-        scale,
-        D,
-        HEADS,
-        COSINE,
-        HAS_K_INDEX,
-        HAS_V_INDEX,
-        BLOCK_H,
-        BLOCK_D,
-        PRECISION,
-    )
+    e, q, e_inverse = candidate_tile(position, valid, candidates, how)
+    past = tl.load(history_offsets_ptr + page)
+    until = tl.load(history_offsets_ptr + page + 1)
+    r, _top, _share = reconstruct_candidates(q, history, past, until, page, how)
     cosine, _inverse = cosine_of(r, e, e_inverse)
     for part in tl.static_range(2):
         tl.store(positive_ptr + i.to(tl.int64) * 2 + part + row * 0, cosine, mask=valid)
@@ -342,6 +169,16 @@ def candidate_scores(
             tl.store(top_ptr + where, slot * 0.0 - float("inf"), mask=slot_valid)
             tl.store(total_ptr + where, slot * 0.0, mask=slot_valid)
             return
+    how: tl.constexpr = Attention(D, HEADS, COSINE, BLOCK_H, BLOCK_D, PRECISION)
+    e_of = Source(e_ptr, e_index_ptr if HAS_E_INDEX else None)
+    q_of = Source(q_ptr, q_index_ptr if HAS_Q_INDEX else None)
+    candidates = Candidates(e_of, None if SAME_Q else q_of)
+    k_of = Source(k_ptr, k_index_ptr if HAS_K_INDEX else None)
+    v_of = Source(v_ptr, v_index_ptr if HAS_V_INDEX else None)
+    history = History(k_of, v_of, history_page_ptr, scale)
+    columns = Columns(
+        column_list_ptr, column_id_ptr, column_page_ptr, column_bias_ptr if HAS_BIAS else None
+    )
     own_id = tl.load(anchor_id_ptr + slot, mask=slot_valid, other=0)
     inverse_tau = score_scale(tau, TAU_IS_TENSOR)
     own = tl.zeros([SLOTS], tl.float32)
@@ -365,40 +202,15 @@ def candidate_scores(
     for start in range(begin, end, BLOCK_M):
         column = start + tl.arange(0, BLOCK_M)
         inside = column < end
-        position = tl.load(column_list_ptr + column, mask=inside, other=0)
-        id = tl.load(column_id_ptr + column, mask=inside, other=0)
-        column_page = column
-        if MASK == MASK_OTHER_PAGES:
-            column_page = tl.load(column_page_ptr + column, mask=inside, other=-2)
-        e, q, e_inverse = candidate_tile(
-            position, inside, q_ptr, q_index_ptr, e_ptr, e_index_ptr, D, SAME_Q, HAS_Q_INDEX, HAS_E_INDEX, BLOCK_D
-        )  # fmt: skip
-        r, _top, _share = reconstruct_candidates(
-            q,
-            k_ptr,
-            k_index_ptr,
-            v_ptr,
-            v_index_ptr,
-            history_page_ptr,
-            past,
-            until,
-            page,
-            scale,
-            D,
-            HEADS,
-            COSINE,
-            HAS_K_INDEX,
-            HAS_V_INDEX,
-            BLOCK_H,
-            BLOCK_D,
-            PRECISION,
-        )
+        position, id, column_page = load_columns(columns, column, inside, MASK == MASK_OTHER_PAGES)
+        e, q, e_inverse = candidate_tile(position, inside, candidates, how)
+        r, _top, _share = reconstruct_candidates(q, history, past, until, page, how)
         cosine, _inverse = cosine_of(r, e, e_inverse)
         t = cosine * inverse_tau
         multiple = tl.full([BLOCK_M], 1, tl.int32)
         ranked = t
         if HAS_BIAS:
-            bias = tl.load(column_bias_ptr + column, mask=inside, other=0.0)
+            bias = load_bias(columns, column, inside)
             t += bias
             if BIAS_IS_COUNT:
                 multiple = tl.floor(tl.exp2(bias) + 0.5).to(tl.int32)
@@ -460,57 +272,6 @@ def finish_candidates(
     items = Items(item_lse_ptr, item_positive_ptr, item_rank_ptr) if STATS else None
     out = AnchorResults(loss_ptr, lse_ptr, miss_ptr, items)
     finish(row, valid, top, total, above, positive_ptr, list_ptr, log_q, scale, out)
-
-
-@triton.jit
-def score_gradients(
-    t,  # [BLOCK_M], biases included
-    id,
-    position,
-    column_page,
-    inside,
-    page,
-    first,
-    last,
-    anchor_list_ptr,
-    anchor_id_ptr,
-    lse_ptr,
-    miss_ptr,
-    g_ptr,
-    MASK: tl.constexpr,
-    MERGED: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """dL/ds_bj [BLOCK_M]: sum over the page's anchors i of g_i (p_ij - [j = i])."""
-    found = tl.zeros([t.shape[0]], tl.float32)
-    for start in range(first, last, SLOTS):
-        slot = start + tl.arange(0, SLOTS)
-        slot_valid = slot < last
-        own_id = tl.load(anchor_id_ptr + slot, mask=slot_valid, other=0)
-        own = tl.load(anchor_list_ptr + slot, mask=slot_valid, other=-1)
-        lse = tl.load(lse_ptr + slot, mask=slot_valid, other=0.0)
-        g = tl.load(g_ptr + slot, mask=slot_valid, other=0.0)
-        pull = g * tl.load(miss_ptr + slot, mask=slot_valid, other=0.0)
-        allowed = allowed_pairs(id, column_page, inside, own_id, page, slot_valid, MASK)
-        # A row without weight has no share, also where its log-sum-exp is over nothing.
-        p = tl.where(allowed & (g != 0.0)[None, :], tl.exp2(t[:, None] - lse[None, :]), 0.0)
-        if MERGED:
-            positive = id[:, None] == own_id[None, :]
-        else:
-            positive = position[:, None] == own[None, :]
-        positive = positive & inside[:, None] & slot_valid[None, :]
-        found += tl.sum(p * g[None, :] - tl.where(positive, pull[None, :], 0.0), axis=1)
-    return found
-
-
-@triton.jit
-def reconstruction_gradients(r, e, r_inverse, e_inverse, cosine, g):
-    """dL/dR and dL/dE of a tile of candidates on one page, both float32 [BLOCK_M, BLOCK_D]; g is dL/dcos."""
-    unit_r = r * r_inverse[:, None]
-    unit_e = e.to(tl.float32) * e_inverse[:, None]
-    dr = (unit_e - cosine[:, None] * unit_r) * (g * r_inverse)[:, None]
-    de = (unit_r - cosine[:, None] * unit_e) * (g * e_inverse)[:, None]
-    return dr, de
 
 
 @kernel
@@ -575,19 +336,24 @@ def candidate_columns(
         if listed == 0:
             tl.store(tau_part_ptr + pid, 0.0)
             return
+    how: tl.constexpr = Attention(D, HEADS, COSINE, BLOCK_H, BLOCK_D, PRECISION)
+    e_of = Source(e_ptr, e_index_ptr if HAS_E_INDEX else None)
+    q_of = Source(q_ptr, q_index_ptr if HAS_Q_INDEX else None)
+    candidates = Candidates(e_of, None if SAME_Q else q_of)
+    k_of = Source(k_ptr, k_index_ptr if HAS_K_INDEX else None)
+    v_of = Source(v_ptr, v_index_ptr if HAS_V_INDEX else None)
+    history = History(k_of, v_of, history_page_ptr, scale)
+    columns = Columns(
+        column_list_ptr, column_id_ptr, column_page_ptr, column_bias_ptr if HAS_BIAS else None
+    )
+    anchors = Anchors(anchor_list_ptr, anchor_id_ptr, lse_ptr, miss_ptr, g_ptr)
+    rules: tl.constexpr = Rules(MASK, MERGED, SLOTS)
     column = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = column < tl.load(column_count_ptr)
-    position = tl.load(column_list_ptr + column, mask=inside, other=0)
-    id = tl.load(column_id_ptr + column, mask=inside, other=0)
-    column_page = column
-    if MASK == MASK_OTHER_PAGES or MASK == MASK_PAGE:
-        column_page = tl.load(column_page_ptr + column, mask=inside, other=-2)
-    bias = tl.zeros([BLOCK_M], tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(column_bias_ptr + column, mask=inside, other=0.0)
-    e, q, e_inverse = candidate_tile(
-        position, inside, q_ptr, q_index_ptr, e_ptr, e_index_ptr, D, SAME_Q, HAS_Q_INDEX, HAS_E_INDEX, BLOCK_D
-    )  # fmt: skip
+    with_page: tl.constexpr = MASK == MASK_OTHER_PAGES or MASK == MASK_PAGE
+    position, id, column_page = load_columns(columns, column, inside, with_page)
+    bias = load_bias(columns, column, inside)
+    e, q, e_inverse = candidate_tile(position, inside, candidates, how)
     inverse_tau = score_scale(tau, TAU_IS_TENSOR)
     d_e = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     d_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -612,86 +378,27 @@ def candidate_columns(
         last = rank_before(anchor_rank_ptr, tl.load(pv_offsets_ptr + page + 1))
         past = tl.load(history_offsets_ptr + page)
         until = tl.load(history_offsets_ptr + page + 1)
-        r, top, share = reconstruct_candidates(
-            q,
-            k_ptr,
-            k_index_ptr,
-            v_ptr,
-            v_index_ptr,
-            history_page_ptr,
-            past,
-            until,
-            page,
-            scale,
-            D,
-            HEADS,
-            COSINE,
-            HAS_K_INDEX,
-            HAS_V_INDEX,
-            BLOCK_H,
-            BLOCK_D,
-            PRECISION,
-        )
-        cosine, r_inverse = cosine_of(r, e, e_inverse)
         seen = inside
         if MASK == MASK_PAGE:
             seen = inside & (column_page == page)
-        g = score_gradients(
-            cosine * inverse_tau + bias,
-            id,
-            position,
-            column_page,
-            seen,
-            page,
-            first,
-            last,
-            anchor_list_ptr,
-            anchor_id_ptr,
-            lse_ptr,
-            miss_ptr,
-            g_ptr,
-            MASK,
-            MERGED,
-            SLOTS,
+        tile = Tile(e, q, e_inverse, position, id, column_page, bias, seen)
+        r, top, share, dr, de, g_cosine = page_gradients(
+            tile, history, anchors, page, first, last, past, until, inverse_tau, rules, how
         )
-        slope += g * cosine
-        dr, de = reconstruction_gradients(r, e, r_inverse, e_inverse, cosine, g * inverse_tau * LN2)
+        slope += g_cosine
         d_e += de
         for head in range(HEADS):
-            q_head = of_head(q, head, D, HEADS, BLOCK_D)
-            dr_head = of_head(dr, head, D, HEADS, BLOCK_D)
-            q_inverse = head_lengths(q_head, COSINE)
-            if HEADS > 1:
-                _r, top, share = attend_page(
-                    q_head,
-                    q_inverse,
-                    k_ptr,
-                    k_index_ptr,
-                    v_ptr,
-                    v_index_ptr,
-                    history_page_ptr,
-                    past,
-                    until,
-                    page,
-                    head,
-                    scale,
-                    D,
-                    HEADS,
-                    COSINE,
-                    HAS_K_INDEX,
-                    HAS_V_INDEX,
-                    BLOCK_H,
-                    BLOCK_D,
-                    PRECISION,
-                )
+            q_head, dr_head, q_inverse, top, share = head_of(
+                tile, dr, top, share, history, past, until, page, head, how
+            )
             delta = tl.sum(dr_head * r, axis=1)
             turned = tl.zeros([BLOCK_M], tl.float32)
             part = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             for start in range(past, until, BLOCK_H):
                 row = start + tl.arange(0, BLOCK_H)
                 mine = page_history(history_page_ptr, row, until, page)
-                k = of_head(load_rows(k_ptr, k_index_ptr, row, mine, D, BLOCK_D, HAS_K_INDEX), head, D, HEADS, BLOCK_D)  # fmt: skip
-                v = of_head(load_rows(v_ptr, v_index_ptr, row, mine, D, BLOCK_D, HAS_V_INDEX), head, D, HEADS, BLOCK_D)  # fmt: skip
+                k = load_head(history.k, row, mine, head, how)
+                v = load_head(history.v, row, mine, head, how)
                 s = logits(q_head, k, q_inverse, scale, mine, COSINE, PRECISION)
                 a = tl.exp2((s - top[:, None]) * LOG2E) * share[:, None]
                 da = tl.dot(
@@ -780,6 +487,18 @@ def candidate_history(
     if PACKED:
         if tl.load(page_place_ptr + page) >= 0:
             return
+    how: tl.constexpr = Attention(D, HEADS, COSINE, BLOCK_H, BLOCK_D, PRECISION)
+    e_of = Source(e_ptr, e_index_ptr if HAS_E_INDEX else None)
+    q_of = Source(q_ptr, q_index_ptr if HAS_Q_INDEX else None)
+    candidates = Candidates(e_of, None if SAME_Q else q_of)
+    k_of = Source(k_ptr, k_index_ptr if HAS_K_INDEX else None)
+    v_of = Source(v_ptr, v_index_ptr if HAS_V_INDEX else None)
+    history = History(k_of, v_of, history_page_ptr, scale)
+    columns = Columns(
+        column_list_ptr, column_id_ptr, column_page_ptr, column_bias_ptr if HAS_BIAS else None
+    )
+    anchors = Anchors(anchor_list_ptr, anchor_id_ptr, lse_ptr, miss_ptr, g_ptr)
+    rules: tl.constexpr = Rules(MASK, MERGED, SLOTS)
     first = rank_before(anchor_rank_ptr, tl.load(pv_offsets_ptr + page))
     last = rank_before(anchor_rank_ptr, tl.load(pv_offsets_ptr + page + 1))
     past = tl.load(history_offsets_ptr + page)
@@ -792,95 +511,28 @@ def candidate_history(
     for block in range(past, until, BLOCK_H):
         row = block + tl.arange(0, BLOCK_H)
         mine = page_history(history_page_ptr, row, until, page)
-        all_k = load_rows(k_ptr, k_index_ptr, row, mine, D, BLOCK_D, HAS_K_INDEX)
-        all_v = load_rows(v_ptr, v_index_ptr, row, mine, D, BLOCK_D, HAS_V_INDEX)
+        all_k = load_source(history.k, row, mine, how)
+        all_v = load_source(history.v, row, mine, how)
         d_k = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
         d_v = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
         for start in range(low, high, BLOCK_M):
             column = start + tl.arange(0, BLOCK_M)
             inside = column < high
-            position = tl.load(column_list_ptr + column, mask=inside, other=0)
-            id = tl.load(column_id_ptr + column, mask=inside, other=0)
-            column_page = column
-            if MASK == MASK_OTHER_PAGES:
-                column_page = tl.load(column_page_ptr + column, mask=inside, other=-2)
-            bias = tl.zeros([BLOCK_M], tl.float32)
-            if HAS_BIAS:
-                bias = tl.load(column_bias_ptr + column, mask=inside, other=0.0)
-            e, q, e_inverse = candidate_tile(
-                position, inside, q_ptr, q_index_ptr, e_ptr, e_index_ptr, D, SAME_Q, HAS_Q_INDEX, HAS_E_INDEX, BLOCK_D
-            )  # fmt: skip
-            r, top, share = reconstruct_candidates(
-                q,
-                k_ptr,
-                k_index_ptr,
-                v_ptr,
-                v_index_ptr,
-                history_page_ptr,
-                past,
-                until,
-                page,
-                scale,
-                D,
-                HEADS,
-                COSINE,
-                HAS_K_INDEX,
-                HAS_V_INDEX,
-                BLOCK_H,
-                BLOCK_D,
-                PRECISION,
+            position, id, column_page = load_columns(
+                columns, column, inside, MASK == MASK_OTHER_PAGES
             )
-            cosine, r_inverse = cosine_of(r, e, e_inverse)
-            g = score_gradients(
-                cosine * inverse_tau + bias,
-                id,
-                position,
-                column_page,
-                inside,
-                page,
-                first,
-                last,
-                anchor_list_ptr,
-                anchor_id_ptr,
-                lse_ptr,
-                miss_ptr,
-                g_ptr,
-                MASK,
-                MERGED,
-                SLOTS,
-            )
-            dr, _de = reconstruction_gradients(
-                r, e, r_inverse, e_inverse, cosine, g * inverse_tau * LN2
+            bias = load_bias(columns, column, inside)
+            e, q, e_inverse = candidate_tile(position, inside, candidates, how)
+            tile = Tile(e, q, e_inverse, position, id, column_page, bias, inside)
+            r, top, share, dr, _de, _slope = page_gradients(
+                tile, history, anchors, page, first, last, past, until, inverse_tau, rules, how
             )
             for head in range(HEADS):
-                q_head = of_head(q, head, D, HEADS, BLOCK_D)
-                dr_head = of_head(dr, head, D, HEADS, BLOCK_D)
+                q_head, dr_head, q_inverse, top, share = head_of(
+                    tile, dr, top, share, history, past, until, page, head, how
+                )
                 k = of_head(all_k, head, D, HEADS, BLOCK_D)
                 v = of_head(all_v, head, D, HEADS, BLOCK_D)
-                q_inverse = head_lengths(q_head, COSINE)
-                if HEADS > 1:
-                    _r, top, share = attend_page(
-                        q_head,
-                        q_inverse,
-                        k_ptr,
-                        k_index_ptr,
-                        v_ptr,
-                        v_index_ptr,
-                        history_page_ptr,
-                        past,
-                        until,
-                        page,
-                        head,
-                        scale,
-                        D,
-                        HEADS,
-                        COSINE,
-                        HAS_K_INDEX,
-                        HAS_V_INDEX,
-                        BLOCK_H,
-                        BLOCK_D,
-                        PRECISION,
-                    )
                 s = logits(q_head, k, q_inverse, scale, mine, COSINE, PRECISION)
                 a = tl.exp2((s - top[:, None]) * LOG2E) * share[:, None]
                 if WANT_DV:
