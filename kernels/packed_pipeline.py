@@ -1,4 +1,4 @@
-"""Launches of packed.py: pages with an anchor packed into blocks, which candidate_pipeline.py then leaves out."""
+"""Launches of packing.py and packed.py: pages with an anchor packed into blocks, which candidate_pipeline.py then leaves out."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, packed
+from . import configs, packed, packing
 from .state import MASKS, Shape, cdiv, temperature_argument
 
 if TYPE_CHECKING:
     from courier_fast.problem import Problem
 
 _SLOTS, _UNITS, _SIDE, _PADDING = (
-    x.value for x in (packed.SLOTS, packed.UNITS, packed.SIDE, packed.PADDING)
+    x.value for x in (packing.SLOTS, packing.UNITS, packing.SIDE, packing.PADDING)
 )
 # exp((x - 1) / T) squared must stay above float32's smallest number for every cosine x.
 _SHARPEST = 20.0
@@ -140,7 +140,7 @@ def pack(p: Problem, s: Shape, t: dict[str, Tensor]) -> None:
     source = p.pv if p.history is None else p.history
     merged = _merged(t)
     t["unit_page"].fill_(-1)
-    packed.pack_pages[(1,)](
+    packing.pack_pages[(1,)](
         p.pv_offsets,
         p.history_offsets,
         t["ranks"][0],
@@ -152,7 +152,7 @@ def pack(p: Problem, s: Shape, t: dict[str, Tensor]) -> None:
         CHUNK=512,
         num_warps=8,
     )
-    packed.pack_blocks[(_blocks(t),)](
+    packing.pack_blocks[(_blocks(t),)](
         source,
         p.history_index if p.history_index is not None else t["slot_row"],
         p.pv_offsets,
@@ -182,7 +182,7 @@ def pack(p: Problem, s: Shape, t: dict[str, Tensor]) -> None:
         PRECISION=s.precision,
         num_warps=8,
     )
-    packed.unit_columns[(cdiv(t["e"].shape[0], _ROWS),)](
+    packing.unit_columns[(cdiv(t["e"].shape[0], _ROWS),)](
         p.pv,
         t["slot_row"],
         t["column_list"],
@@ -205,7 +205,7 @@ def scores(p: Problem, s: Shape, t: dict[str, Tensor], top: Tensor, total: Tenso
     packed.packed_scores[(blocks, parts)](
         **_tiles(p, s, t, "scores"), parts=parts, top_ptr=packed_top, total_ptr=packed_total
     )
-    packed.merge_packed[(cdiv(s.rows, 256),)](
+    packing.merge_packed[(cdiv(s.rows, 256),)](
         **_anchors(p, t),
         packed_top_ptr=packed_top,
         packed_total_ptr=packed_total,
@@ -229,7 +229,7 @@ def backward(
     units, blocks = t["unit_page"].shape[0], _blocks(t)
     own = torch.empty(_SIDE, units, dtype=torch.float32, device=device)
     lse, weight = torch.empty(2, units, dtype=torch.float32, device=device)
-    packed.page_weights[(cdiv(s.rows, 256),)](
+    packing.page_weights[(cdiv(s.rows, 256),)](
         **_anchors(p, t),
         history_offsets_ptr=p.history_offsets,
         lse_ptr=t["lse"],
