@@ -75,10 +75,10 @@ def own_scores(
     i = tl.program_id(0)
     if i >= tl.load(count_ptr):
         return
-    how: tl.constexpr = Attention(D, HEADS, COSINE, BLOCK_H, BLOCK_D, PRECISION)
+    how: tl.constexpr = Attention(D, HEADS, COSINE, SAME_Q, BLOCK_H, BLOCK_D, PRECISION)
     e_of = Source(e_ptr, e_index_ptr if HAS_E_INDEX else None)
     q_of = Source(q_ptr, q_index_ptr if HAS_Q_INDEX else None)
-    candidates = Candidates(e_of, None if SAME_Q else q_of)
+    candidates = Candidates(e_of, q_of)
     k_of = Source(k_ptr, k_index_ptr if HAS_K_INDEX else None)
     v_of = Source(v_ptr, v_index_ptr if HAS_V_INDEX else None)
     history = History(k_of, v_of, history_page_ptr, scale)
@@ -169,10 +169,10 @@ def candidate_scores(
             tl.store(top_ptr + where, slot * 0.0 - float("inf"), mask=slot_valid)
             tl.store(total_ptr + where, slot * 0.0, mask=slot_valid)
             return
-    how: tl.constexpr = Attention(D, HEADS, COSINE, BLOCK_H, BLOCK_D, PRECISION)
+    how: tl.constexpr = Attention(D, HEADS, COSINE, SAME_Q, BLOCK_H, BLOCK_D, PRECISION)
     e_of = Source(e_ptr, e_index_ptr if HAS_E_INDEX else None)
     q_of = Source(q_ptr, q_index_ptr if HAS_Q_INDEX else None)
-    candidates = Candidates(e_of, None if SAME_Q else q_of)
+    candidates = Candidates(e_of, q_of)
     k_of = Source(k_ptr, k_index_ptr if HAS_K_INDEX else None)
     v_of = Source(v_ptr, v_index_ptr if HAS_V_INDEX else None)
     history = History(k_of, v_of, history_page_ptr, scale)
@@ -336,10 +336,10 @@ def candidate_columns(
         if listed == 0:
             tl.store(tau_part_ptr + pid, 0.0)
             return
-    how: tl.constexpr = Attention(D, HEADS, COSINE, BLOCK_H, BLOCK_D, PRECISION)
+    how: tl.constexpr = Attention(D, HEADS, COSINE, SAME_Q, BLOCK_H, BLOCK_D, PRECISION)
     e_of = Source(e_ptr, e_index_ptr if HAS_E_INDEX else None)
     q_of = Source(q_ptr, q_index_ptr if HAS_Q_INDEX else None)
-    candidates = Candidates(e_of, None if SAME_Q else q_of)
+    candidates = Candidates(e_of, q_of)
     k_of = Source(k_ptr, k_index_ptr if HAS_K_INDEX else None)
     v_of = Source(v_ptr, v_index_ptr if HAS_V_INDEX else None)
     history = History(k_of, v_of, history_page_ptr, scale)
@@ -487,10 +487,10 @@ def candidate_history(
     if PACKED:
         if tl.load(page_place_ptr + page) >= 0:
             return
-    how: tl.constexpr = Attention(D, HEADS, COSINE, BLOCK_H, BLOCK_D, PRECISION)
+    how: tl.constexpr = Attention(D, HEADS, COSINE, SAME_Q, BLOCK_H, BLOCK_D, PRECISION)
     e_of = Source(e_ptr, e_index_ptr if HAS_E_INDEX else None)
     q_of = Source(q_ptr, q_index_ptr if HAS_Q_INDEX else None)
-    candidates = Candidates(e_of, None if SAME_Q else q_of)
+    candidates = Candidates(e_of, q_of)
     k_of = Source(k_ptr, k_index_ptr if HAS_K_INDEX else None)
     v_of = Source(v_ptr, v_index_ptr if HAS_V_INDEX else None)
     history = History(k_of, v_of, history_page_ptr, scale)

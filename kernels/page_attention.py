@@ -21,10 +21,10 @@ class Source(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """E, and q where it is not the same."""
+    """E and q."""
 
     e: Any  # Source
-    q: Any  # Source or None
+    q: Any  # Source, unused with SAME_Q
 
 
 class History(NamedTuple):
@@ -37,11 +37,12 @@ class History(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """What is constant in it: the dimension, the heads, whether by cosines; and the tiles."""
+    """What is constant in it: the dimension, the heads, whether by cosines, whether q is E; and the tiles."""
 
     D: Any
     HEADS: Any
     COSINE: Any
+    SAME_Q: Any
     BLOCK_H: Any
     BLOCK_D: Any
     PRECISION: Any
@@ -164,7 +165,7 @@ def candidate_tile(position, valid, candidates, how: tl.constexpr):
     """E and q of some candidates, and 1 / |E|."""
     e = load_source(candidates.e, position, valid, how)
     q = e
-    if candidates.q is not None:
+    if not how.SAME_Q:
         q = load_source(candidates.q, position, valid, how)
     wide = e.to(tl.float32)
     return e, q, unit_scale(tl.sqrt(tl.sum(wide * wide, axis=1)))

@@ -2,7 +2,8 @@
 
 What several device functions need travels as a NamedTuple, made in the kernel from its plain arguments: one of tensors and
 pointers, None where there is nothing; or one of constants, which is assigned with `: tl.constexpr` and passed so, because
-Triton makes tensors of the constants in any other one.
+Triton makes tensors of the constants in any other one. Up to Triton 3.6 a tuple that holds None cannot itself be compared
+with None.
 """
 
 from __future__ import annotations
