@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .epilogue import combined_rows, summed_rows
+from .epilogue import Parts, PassTiles, pass_rows
 from .reconstruct import load_rows
 from .tl_common import LN2, kernel, normalize_backward, score_scale, unit_scale
 
@@ -202,39 +202,15 @@ def sequence_gradient(
     anchor = valid & (g != 0.0)
     where = row[:, None] * STRIDE + dims[None, :]
     mask = valid[:, None] & (dims < STRIDE)[None, :]
-    as_anchor = combined_rows(
-        forward_acc_ptr,
-        forward_top_ptr,
-        lse_ptr,
-        row,
-        anchor,
-        count_ptr,
-        count_ptr,
-        slots,
-        programs,
-        STREAM,
-        STRIDE,
-        TILE_M,
-        TILE_N,
-        BLOCK_D,
-    )
+    ahead = Parts(forward_acc_ptr, count_ptr, count_ptr, slots, programs, forward_top_ptr, lse_ptr)
+    ahead_how: tl.constexpr = PassTiles(STREAM, STRIDE, TILE_M, TILE_N, BLOCK_D)
+    as_anchor = pass_rows(ahead, row, anchor, ahead_how)
     as_anchor = (
         g[:, None] * (as_anchor - tl.load(mean_ptr + where, mask=mask, other=0.0)) * inverse_tau
     )
-    others = summed_rows(
-        transposed_acc_ptr,
-        row,
-        valid,
-        count_ptr,
-        count_ptr,
-        transposed_slots,
-        transposed_programs,
-        STREAM,
-        STRIDE,
-        TRANSPOSED_M,
-        TRANSPOSED_N,
-        BLOCK_D,
-    )
+    back = Parts(transposed_acc_ptr, count_ptr, count_ptr, transposed_slots, transposed_programs)
+    back_how: tl.constexpr = PassTiles(STREAM, STRIDE, TRANSPOSED_M, TRANSPOSED_N, BLOCK_D)
+    others = pass_rows(back, row, valid, back_how)
     if HAS_FACTOR:
         others *= tl.load(transposed_factor_ptr)
     elif UNIFORM:

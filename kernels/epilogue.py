@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -92,92 +94,96 @@ def row_gradients(
     tl.store(g_ptr + row, tl.where(valid, g * share, 0.0), mask=row < rows)
 
 
-@triton.jit
-def uniform_gradient(upstream_ptr, weight_sum_ptr, share):
-    """g where it is the same for every anchor: a mean or a sum without weights."""
-    return tl.load(upstream_ptr) / tl.load(weight_sum_ptr) * share
+class Upstream(NamedTuple):
+    """The gradient of the loss [0-d] and what makes g of it; and the factor of a transposed pass that left g out."""
+
+    g: Any  # [capacity], unused where it is the same for every anchor: a mean or a sum without weights
+    grad: Any
+    weight_sum: Any  # 0-d
+    share: Any
+    lower: Any
+    factor: Any  # 0-d, None where the pass had g in it
+
+
+class Parts(NamedTuple):
+    """What a contrast pass left, and what decides in how many parts (`schedule`)."""
+
+    acc: Any  # [slots * TILE_M, STRIDE]
+    count: Any
+    other_count: Any
+    slots: Any
+    programs: Any
+    top: Any = (
+        None  # [slots * TILE_M] of a forward pass; parts of a transposed one are summed as they are
+    )
+    lse: Any = None  # [capacity], likewise
+
+
+class PassTiles(NamedTuple):
+    """The constants of that."""
+
+    STREAM: Any
+    STRIDE: Any
+    TILE_M: Any
+    TILE_N: Any
+    BLOCK_D: Any
 
 
 @triton.jit
-def anchor_gradient(
-    g_ptr, upstream_ptr, weight_sum_ptr, share, anchor, is_anchor, UNIFORM: tl.constexpr
-):
+def uniform_gradient(up):
+    """g where it is the same for every anchor."""
+    return tl.load(up.grad) / tl.load(up.weight_sum) * up.share
+
+
+@triton.jit
+def anchor_gradient(up, anchor, is_anchor, UNIFORM: tl.constexpr):
     """g_i of anchors, 0 for other rows."""
     if UNIFORM:
-        g = uniform_gradient(upstream_ptr, weight_sum_ptr, share)
-        return tl.where(is_anchor, g, 0.0)
+        return tl.where(is_anchor, uniform_gradient(up), 0.0)
     else:
-        return tl.load(g_ptr + anchor, mask=is_anchor, other=0.0)
+        return tl.load(up.g + anchor, mask=is_anchor, other=0.0)
 
 
 @triton.jit
-def combined_rows(
-    acc_ptr,
-    top_ptr,
-    lse_ptr,
-    row,
-    valid,
-    count_ptr,
-    other_count_ptr,
-    slots,
-    programs,
-    STREAM: tl.constexpr,
-    STRIDE: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """sum_j p_ij y_j of rows [BLOCK_M], from the parts that the forward pass left."""
-    dims = tl.arange(0, BLOCK_D)
-    lse = tl.load(lse_ptr + row, mask=valid, other=0.0)
+def with_factor(x, up, UNIFORM: tl.constexpr):
+    """What a transposed pass left, times what it left out."""
+    if up.factor is not None:
+        x *= tl.load(up.factor)
+    elif UNIFORM:
+        x *= uniform_gradient(up) * up.lower
+    return x
+
+
+@triton.jit
+def pass_rows(passed, row, valid, how: tl.constexpr):
+    """Rows [BLOCK_M] of a pass: sum_j p_ij y_j from the parts that a forward pass left, the plain sum of a transposed one's."""
+    dims = tl.arange(0, how.BLOCK_D)
+    if passed.top is not None:
+        lse = tl.load(passed.lse + row, mask=valid, other=0.0)
     _tiles, blocks, parts, share = schedule(
-        tl.load(count_ptr), tl.load(other_count_ptr), slots, programs, TILE_M, TILE_N, STREAM
+        tl.load(passed.count),
+        tl.load(passed.other_count),
+        passed.slots,
+        passed.programs,
+        how.TILE_M,
+        how.TILE_N,
+        how.STREAM,
     )
-    first, number = parts_of((row // TILE_M).to(tl.int64), blocks, parts, share)
-    result = tl.zeros([row.shape[0], BLOCK_D], tl.float32)
+    first, number = parts_of((row // how.TILE_M).to(tl.int64), blocks, parts, share)
+    result = tl.zeros([row.shape[0], how.BLOCK_D], tl.float32)
     for part in range(tl.max(tl.where(valid, number, 0), axis=0)):
-        slot = (first + part) * TILE_M + row % TILE_M
+        slot = (first + part) * how.TILE_M + row % how.TILE_M
         there = valid & (part < number)
-        factor = tl.exp2(tl.load(top_ptr + slot, mask=there, other=0.0) - lse)
+        if passed.top is not None:
+            factor = tl.exp2(tl.load(passed.top + slot, mask=there, other=0.0) - lse)
         x = tl.load(
-            acc_ptr + slot[:, None] * STRIDE + dims[None, :],
-            mask=there[:, None] & (dims < STRIDE)[None, :],
+            passed.acc + slot[:, None] * how.STRIDE + dims[None, :],
+            mask=there[:, None] & (dims < how.STRIDE)[None, :],
             other=0.0,
-        )
-        result += x.to(tl.float32) * tl.where(there, factor, 0.0)[:, None]
-    return result
-
-
-@triton.jit
-def summed_rows(
-    acc_ptr,
-    row,
-    valid,
-    count_ptr,
-    other_count_ptr,
-    slots,
-    programs,
-    STREAM: tl.constexpr,
-    STRIDE: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Rows of a transposed pass: the plain sum of its parts."""
-    dims = tl.arange(0, BLOCK_D)
-    _tiles, blocks, parts, share = schedule(
-        tl.load(count_ptr), tl.load(other_count_ptr), slots, programs, TILE_M, TILE_N, STREAM
-    )
-    first, number = parts_of((row // TILE_M).to(tl.int64), blocks, parts, share)
-    result = tl.zeros([row.shape[0], BLOCK_D], tl.float32)
-    for part in range(tl.max(tl.where(valid, number, 0), axis=0)):
-        slot = (first + part) * TILE_M + row % TILE_M
-        x = tl.load(
-            acc_ptr + slot[:, None] * STRIDE + dims[None, :],
-            mask=(valid & (part < number))[:, None] & (dims < STRIDE)[None, :],
-            other=0.0,
-        )
-        result += x.to(tl.float32)
+        ).to(tl.float32)
+        if passed.top is not None:
+            x *= tl.where(there, factor, 0.0)[:, None]
+        result += x
     return result
 
 
@@ -236,6 +242,16 @@ def reconstruction_gradient(
     "identify" adds 1/tau (sum_j g_j p_ji e_j - g_i (1 - p_ii) e_i). tau_part: sum_i dL/dr_i . r_i, which is
     -tau dL/dtau, since every score is r . e / tau.
     """
+    factor = transposed_factor_ptr if HAS_FACTOR else None
+    up = Upstream(g_ptr, upstream_ptr, weight_sum_ptr, share, lower, factor)
+    ahead = Parts(
+        forward_acc_ptr, anchor_count_ptr, column_count_ptr, forward_slots, programs, forward_top_ptr, forward_lse_ptr
+    )  # fmt: skip
+    ahead_how: tl.constexpr = PassTiles(STREAM, STRIDE, FORWARD_M, FORWARD_N, BLOCK_D)
+    back = Parts(
+        transposed_acc_ptr, count_ptr, anchor_count_ptr, transposed_slots, transposed_programs
+    )
+    back_how: tl.constexpr = PassTiles(STREAM, STRIDE, TRANSPOSED_M, TRANSPOSED_N, BLOCK_D)
     dims = tl.arange(0, BLOCK_D)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     count = tl.load(count_ptr)
@@ -244,47 +260,16 @@ def reconstruction_gradient(
     inverse_tau = score_scale(tau, TAU_IS_TENSOR) * LN2
     is_anchor = valid & (tl.load(anchor_flag_ptr + position, mask=valid, other=0) != 0)
     anchor = tl.load(anchor_rank_ptr + position, mask=is_anchor, other=1) - 1
-    g = anchor_gradient(g_ptr, upstream_ptr, weight_sum_ptr, share, anchor, is_anchor, UNIFORM)
+    g = anchor_gradient(up, anchor, is_anchor, UNIFORM)
 
     dr = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     miss = tl.zeros([BLOCK_M], tl.float32)
     if RECONSTRUCT:
-        dr += g[:, None] * combined_rows(
-            forward_acc_ptr,
-            forward_top_ptr,
-            forward_lse_ptr,
-            anchor,
-            is_anchor,
-            anchor_count_ptr,
-            column_count_ptr,
-            forward_slots,
-            programs,
-            STREAM,
-            STRIDE,
-            FORWARD_M,
-            FORWARD_N,
-            BLOCK_D,
-        )
+        dr += g[:, None] * pass_rows(ahead, anchor, is_anchor, ahead_how)
         miss += tl.load(forward_miss_ptr + anchor, mask=is_anchor, other=0.0)
     if IDENTIFY:
-        part = summed_rows(
-            transposed_acc_ptr,
-            row,
-            valid,
-            count_ptr,
-            anchor_count_ptr,
-            transposed_slots,
-            transposed_programs,
-            STREAM,
-            STRIDE,
-            TRANSPOSED_M,
-            TRANSPOSED_N,
-            BLOCK_D,
-        )
-        if HAS_FACTOR:
-            part *= tl.load(transposed_factor_ptr)
-        elif UNIFORM:
-            part *= uniform_gradient(upstream_ptr, weight_sum_ptr, share) * lower
+        part = pass_rows(back, row, valid, back_how)
+        part = with_factor(part, up, UNIFORM)
         dr += part
         miss += tl.load(identify_miss_ptr + anchor, mask=is_anchor, other=0.0)
     e = load_rows(e_ptr, e_index_ptr, position, is_anchor, D, BLOCK_D, HAS_E_INDEX).to(tl.float32)
@@ -441,6 +426,16 @@ def pv_gradient(
     g_j/tau (sum_i p_ij r_i - (1 - p_jj) r_j). COLUMNS off: columns are unique items, the sum over i is added there.
     IN_PLACE: the transposed pass left its rows where dL/dE goes.
     """
+    factor = transposed_factor_ptr if HAS_FACTOR else None
+    up = Upstream(g_ptr, upstream_ptr, weight_sum_ptr, share, lower, factor)
+    ahead = Parts(
+        identify_acc_ptr, anchor_count_ptr, reconstructed_count_ptr, identify_slots, programs, identify_top_ptr, identify_lse_ptr
+    )  # fmt: skip
+    ahead_how: tl.constexpr = PassTiles(STREAM, STRIDE, IDENTIFY_M, IDENTIFY_N, BLOCK_D)
+    back = Parts(
+        transposed_acc_ptr, column_count_ptr, anchor_count_ptr, transposed_slots, transposed_programs
+    )  # fmt: skip
+    back_how: tl.constexpr = PassTiles(STREAM, STRIDE, TRANSPOSED_M, TRANSPOSED_N, BLOCK_D)
     dims = tl.arange(0, BLOCK_D)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
@@ -452,7 +447,7 @@ def pv_gradient(
         is_column = inside & (tl.load(flag_ptr + 2 * rows64 + row, mask=inside, other=0) != 0)
         is_anchor = inside & (tl.load(flag_ptr + row, mask=inside, other=0) != 0)
         anchor = tl.load(rank_ptr + row, mask=is_anchor, other=1) - 1
-        g = anchor_gradient(g_ptr, upstream_ptr, weight_sum_ptr, share, anchor, is_anchor, UNIFORM)
+        g = anchor_gradient(up, anchor, is_anchor, UNIFORM)
         miss = tl.zeros([BLOCK_M], tl.float32)
         de = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         if RECONSTRUCT:
@@ -466,42 +461,11 @@ def pv_gradient(
                     ).to(tl.float32)
                 else:
                     column = tl.load(rank_ptr + 2 * rows64 + row, mask=is_column, other=1) - 1
-                    part = summed_rows(
-                        transposed_acc_ptr,
-                        column,
-                        is_column,
-                        column_count_ptr,
-                        anchor_count_ptr,
-                        transposed_slots,
-                        transposed_programs,
-                        STREAM,
-                        STRIDE,
-                        TRANSPOSED_M,
-                        TRANSPOSED_N,
-                        BLOCK_D,
-                    )
-                if HAS_FACTOR:
-                    part *= tl.load(transposed_factor_ptr)
-                elif UNIFORM:
-                    part *= uniform_gradient(upstream_ptr, weight_sum_ptr, share) * lower
+                    part = pass_rows(back, column, is_column, back_how)
+                part = with_factor(part, up, UNIFORM)
                 de += part
         if IDENTIFY:
-            de += g[:, None] * combined_rows(
-                identify_acc_ptr,
-                identify_top_ptr,
-                identify_lse_ptr,
-                anchor,
-                is_anchor,
-                anchor_count_ptr,
-                reconstructed_count_ptr,
-                identify_slots,
-                programs,
-                STREAM,
-                STRIDE,
-                IDENTIFY_M,
-                IDENTIFY_N,
-                BLOCK_D,
-            )
+            de += g[:, None] * pass_rows(ahead, anchor, is_anchor, ahead_how)
             miss += tl.load(identify_miss_ptr + anchor, mask=is_anchor, other=0.0)
         r = tl.load(
             unit_ptr + place[:, None] * STRIDE + dims[None, :],
@@ -562,6 +526,12 @@ def table_gradient(
     BLOCK_D: tl.constexpr,
 ):
     """dL/dU_u: the sum over u's occurrences in a fixed order, and u's own share as a candidate column."""
+    factor = transposed_factor_ptr if HAS_FACTOR else None
+    up = Upstream(None, upstream_ptr, weight_sum_ptr, share, lower, factor)
+    back = Parts(
+        transposed_acc_ptr, column_count_ptr, anchor_count_ptr, transposed_slots, transposed_programs
+    )  # fmt: skip
+    back_how: tl.constexpr = PassTiles(STREAM, STRIDE, TRANSPOSED_M, TRANSPOSED_N, BLOCK_D)
     item = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
     first = tl.load(starts_ptr + item)
@@ -587,24 +557,8 @@ def table_gradient(
     if MERGED:
         if tl.load(item_count_ptr + item) > 0:
             column = tl.load(column_rank_ptr + item) - 1 + tl.arange(0, 1)
-            de = summed_rows(
-                transposed_acc_ptr,
-                column,
-                column >= 0,
-                column_count_ptr,
-                anchor_count_ptr,
-                transposed_slots,
-                transposed_programs,
-                STREAM,
-                STRIDE,
-                TRANSPOSED_M,
-                TRANSPOSED_N,
-                BLOCK_D,
-            )
-            if HAS_FACTOR:
-                de *= tl.load(transposed_factor_ptr)
-            elif UNIFORM:
-                de *= uniform_gradient(upstream_ptr, weight_sum_ptr, share) * lower
+            de = pass_rows(back, column, column >= 0, back_how)
+            de = with_factor(de, up, UNIFORM)
             de = de * (score_scale(tau, TAU_IS_TENSOR) * LN2)
             e = tl.load(
                 table_ptr + item * D + dims[None, :], mask=(dims < D)[None, :], other=0.0
