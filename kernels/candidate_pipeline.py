@@ -9,8 +9,15 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import candidate, configs, contrast, epilogue, packed_pipeline
-from .stages import attention_inputs, make_plan, occurrences, sum_occurrences
+from . import candidate, configs, packed_pipeline
+from .stages import (
+    attention_inputs,
+    make_plan,
+    occurrences,
+    reduce_losses,
+    row_gradients,
+    sum_occurrences,
+)
 from .state import MASKS, Shape, cdiv, empty_tensors, loss_shape, plan_spec, temperature_argument
 
 if TYPE_CHECKING:
@@ -188,26 +195,7 @@ def forward(
         STATS=stats,
         BLOCK=256,
     )
-    per_item = p.reduction == "none"
-    items = item_loss
-    if per_item and not stats:
-        items = torch.zeros(s.rows, dtype=torch.float32, device=device)
-    loss = torch.empty((), dtype=torch.float32, device=device)
-    contrast.reduce_loss[(1,)](
-        losses,
-        losses,
-        t["anchor_list"],
-        t["counts"][0:1],
-        p.weights if p.weights is not None else loss,
-        loss,
-        t["weight_sum"],
-        items,
-        BOTH=False,
-        HAS_WEIGHTS=p.weights is not None,
-        MEAN=p.reduction == "mean",
-        ITEMS=per_item or stats,
-        BLOCK=1024,
-    )
+    loss, items = reduce_losses(p, s, t, [losses], item_loss, stats)
     return loss, items, t
 
 
@@ -221,21 +209,7 @@ def backward(
     packed = packed_pipeline.packs(p, _merged(p, s))
     t = dict(zip(state_spec(p, s), saved, strict=True))
     tau, tau_is_tensor = temperature_argument(p)
-    g = torch.empty(s.rows, dtype=torch.float32, device=device)
-    epilogue.row_gradients[(cdiv(s.rows, 256),)](
-        grad,
-        grad.stride(0) if grad.dim() else 0,
-        p.weights if p.weights is not None else g,
-        t["weight_sum"],
-        t["anchor_list"],
-        t["counts"][0:1],
-        g,
-        s.rows,
-        1.0,
-        PER_ROW=p.reduction == "none",
-        HAS_WEIGHTS=p.weights is not None,
-        BLOCK=256,
-    )
+    g = row_gradients(p, s, t, grad, t["weight_sum"], 1.0)
     tiles = _tiles(s)
     shared = {
         **_inputs(p, merged),

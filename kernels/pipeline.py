@@ -8,7 +8,6 @@ README.md has the notation and the derivation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -18,15 +17,20 @@ from torch import Tensor
 
 from . import candidate_pipeline, configs, contrast, epilogue
 from .passes import lowered, run_chunks, run_contrast
+from .reconstruct_pipeline import reconstruct_backward, reconstruct_forward
 from .sequence import sequence_backward, sequence_forward, sequence_saved_spec
 from .stages import (
     attend,
     attention_backward,
     e_inputs,
+    gather_anchors,
     make_plan,
     normalize,
+    normalize_given,
     occurrences,
     reconstructed,
+    reduce_losses,
+    row_gradients,
     sides,
     spread,
     sum_occurrences,
@@ -43,7 +47,6 @@ from .state import (
     is_empty,
     loss_shape,
     needs_running_maximum,
-    plan_spec,
     state_spec,
     sums_dtype,
     temperature_argument,
@@ -153,39 +156,13 @@ def forward(
     if "reconstruct" in s.directions:
         normalize(p, s, t["e"], t["column_list"], t["counts"][2:3], not s.merged)
     if given is not None:
-        rows, _, count = reconstructed(s, t)
-        epilogue.given_rows[(cdiv(s.rows, s.small.block_m),)](
-            r_ptr=given,
-            **e_inputs(p),
-            list_ptr=rows,
-            count_ptr=count,
-            unit_ptr=t["r"],
-            norm_ptr=t["norm"],
-            positive_ptr=positive,
-            D=s.dim,
-            STRIDE=s.stride,
-            BLOCK_M=s.small.block_m,
-            BLOCK_D=s.block_d,
-            num_warps=s.small.num_warps,
-        )
+        normalize_given(p, s, t, given, positive)
     else:
         attend(p, s, t, positive, None)
     if s.both_lists:
         every, positive = positive, torch.empty_like(positive)
         normalize(p, s, t["e_anchor"], t["anchor_list"], t["counts"][0:1], True)
-        epilogue.gather_anchors[(cdiv(s.rows, s.small.block_m),)](
-            t["r"],
-            every,
-            t["ranks"][1],
-            t["anchor_list"],
-            t["counts"][0:1],
-            t["r_anchor"],
-            positive,
-            STRIDE=s.stride,
-            BLOCK_M=s.small.block_m,
-            BLOCK_D=configs.next_power_of_2(s.stride),
-            num_warps=s.small.num_warps,
-        )
+        gather_anchors(s, t, every, positive)
 
     losses = []
     online = needs_running_maximum(p, p.pv.dtype, p.log_q is not None)
@@ -270,25 +247,7 @@ def forward(
             finish(0, s.rows)
         losses.append(loss)
 
-    items = item_loss
-    if per_item and not stats:
-        items = torch.zeros(s.rows, dtype=torch.float32, device=device)
-    loss = torch.empty((), dtype=torch.float32, device=device)
-    contrast.reduce_loss[(1,)](
-        losses[0],
-        losses[-1],
-        t["anchor_list"],
-        t["counts"][0:1],
-        p.weights if p.weights is not None else loss,
-        loss,
-        t["weight_sum"],
-        items,
-        BOTH=len(losses) == 2,
-        HAS_WEIGHTS=p.weights is not None,
-        MEAN=p.reduction == "mean",
-        ITEMS=per_item or stats,
-        BLOCK=1024,
-    )
+    loss, items = reduce_losses(p, s, t, losses, item_loss, stats)
     return _results(
         p, needs, stats, loss, items, (item_loss, item_lse, item_positive, item_rank), t
     )
@@ -356,94 +315,9 @@ def backward(
     uniform = p.weights is None and p.reduction != "none"
     g = t["weight_sum"]
     if not uniform:
-        g = new(s.rows, dtype=torch.float32, device=device)
-        epilogue.row_gradients[(cdiv(s.rows, 256),)](
-            grad,
-            grad.stride(0) if grad.dim() else 0,
-            p.weights if p.weights is not None else g,
-            t["weight_sum"],
-            t["anchor_list"],
-            t["counts"][0:1],
-            g,
-            s.rows,
-            1.0 / len(s.directions),
-            PER_ROW=p.reduction == "none",
-            HAS_WEIGHTS=p.weights is not None,
-            BLOCK=256,
-        )
-    scale = None if uniform else g
-    factor = None
-    results: dict[str, Pass] = {}
+        g = row_gradients(p, s, t, grad, t["weight_sum"], 1.0 / len(s.directions))
     d_pv = torch.empty_like(p.pv) if needs[0] and p.history is not None else None
-    for direction in s.directions:
-        x, y = sides(p, s, t, direction)
-        if direction == "reconstruct" and not needs[0]:
-            continue
-        if s.early:
-            factor = t[f"{direction}_factor"] * grad
-            results[direction] = Pass(t[f"{direction}_dy"], g, g, g, 1, s.transposed)
-            continue
-        if half and scale is not None and factor is None:
-            scale, factor = lowered(g)
-        capacity = y.unit.shape[0]
-        tiles = cdiv(capacity, s.transposed.block_m)
-        # Chunks are summed in float32; one pass is rounded once.
-        kind = torch.float32 if s.chunked else sums_dtype(dtype)
-        in_place = (
-            direction == "reconstruct"
-            and d_pv is not None
-            and not s.chunked
-            and p.negatives != "page"
-            and d_pv.dtype == kind
-            and s.stride == s.dim
-            and 2 * tiles > s.programs(s.transposed, device)
-        )
-        if in_place:
-            assert d_pv is not None
-            result = Pass(d_pv, g, g, g, tiles, s.transposed, True)
-        else:
-            flat = s.flat(capacity, s.transposed, device)
-            acc = new(flat, s.stride, dtype=kind, device=device)
-            slots = s.slots(capacity, s.transposed, device)
-            result = Pass(acc, g, g, g, slots, s.transposed)
-        results[direction] = result
-        if s.chunked:
-            run_chunks(
-                s,
-                x,
-                y,
-                None,
-                t[f"{direction}_lse"],
-                None,
-                Transposed(g if scale is None else scale, result.acc),
-                p.workspace,
-                mask=MASKS[p.negatives],
-                tau=tau,
-                tau_is_tensor=tau_is_tensor,
-                y_offset=y.bias,
-            )
-            continue
-        run_contrast(
-            s,
-            y,
-            x,
-            out=result,
-            mask=MASKS[p.negatives],
-            tau=tau,
-            tau_is_tensor=tau_is_tensor,
-            page_offsets=p.pv_offsets,
-            y_offset=t[f"{direction}_lse"],
-            y_offset_is_lse=True,
-            y_scale=scale,
-            x_offset=y.bias,
-            x_offset_after=s.merged and not half,
-            need_sum=False,
-        )
-
-    rows, _pages, count = reconstructed(s, t)
-    tiles_of = {"FORWARD_M": s.tile.block_m, "FORWARD_N": s.tile.block_n}
-    tiles_of |= {"TRANSPOSED_M": s.transposed.block_m, "TRANSPOSED_N": s.transposed.block_n}
-    forward_slots = s.slots(s.rows, s.tile, device)
+    results, factor = _transposed_passes(p, s, t, needs, grad, None if uniform else g, d_pv)
     upstream: dict[str, Any] = {
         "g_ptr": g,
         "upstream_ptr": grad,
@@ -451,91 +325,19 @@ def backward(
         "share": 1.0 / len(s.directions),
         "lower": 2.0**-HALF_LIFT if half else 1.0,
         "UNIFORM": uniform,
+        "transposed_factor_ptr": factor if factor is not None else g,
+        "HAS_FACTOR": factor is not None,
+        "tau": tau,
+        "TAU_IS_TENSOR": tau_is_tensor,
     }
-    forward = "reconstruct" in s.directions
-    identify = "identify" in s.directions
-    columns = t["counts"][2:3]
-    dr = new(s.rows, s.stride, dtype=dtype, device=device)
-    delta = new(p.num_heads, s.rows, dtype=torch.float32, device=device)
-    programs = cdiv(s.rows, s.small.block_m)
-    tau_parts = new(programs, dtype=torch.float32, device=device)
-    any_pass = next(iter(results.values()), None)
-    back = results.get("identify", any_pass)
-    epilogue.reconstruction_gradient[(programs,)](
-        list_ptr=rows,
-        count_ptr=count,
-        anchor_rank_ptr=t["ranks"][0],
-        anchor_flag_ptr=t["flags"][0],
-        anchor_count_ptr=t["counts"][0:1],
-        column_count_ptr=columns,
-        unit_ptr=t["r"],
-        norm_ptr=t["norm"],
-        **e_inputs(p),
-        forward_acc_ptr=t["reconstruct_acc"] if forward else g,
-        forward_top_ptr=t["reconstruct_top"] if forward else g,
-        forward_lse_ptr=t["reconstruct_lse"] if forward else g,
-        forward_miss_ptr=t["reconstruct_miss"] if forward else g,
-        **upstream,
-        transposed_acc_ptr=back.acc if back is not None else g,
-        identify_miss_ptr=t["identify_miss"] if identify else g,
-        transposed_factor_ptr=factor if factor is not None else g,
-        dr_ptr=dr,
-        delta_ptr=delta,
-        tau_part_ptr=tau_parts,
-        capacity=s.rows,
-        forward_slots=forward_slots,
-        transposed_slots=back.slots if back is not None else 1,
-        programs=s.programs(s.tile, device),
-        transposed_programs=s.programs(s.transposed, device),
-        tau=tau,
-        TAU_IS_TENSOR=tau_is_tensor,
-        D=s.dim,
-        STRIDE=s.stride,
-        HEADS=p.num_heads,
-        RECONSTRUCT=forward,
-        IDENTIFY=identify,
-        HAS_FACTOR=factor is not None,
-        STREAM=s.stream,
-        **tiles_of,
-        BLOCK_M=s.small.block_m,
-        BLOCK_D=s.block_d,
-        num_warps=s.small.num_warps,
-    )
+    dr, delta, tau_parts = _reconstruction_gradient(p, s, t, results, upstream)
     d_temperature = None
     if needs[5]:
         assert p.temperature is not None
         d_temperature = -tau_parts.sum() / p.temperature
 
     def with_contrast(out: Tensor, dq: Tensor | None) -> Tensor:
-        column = results.get("reconstruct")
-        return spread(
-            p,
-            s,
-            t,
-            out,
-            dq,
-            anchor_count_ptr=t["counts"][0:1],
-            column_count_ptr=columns,
-            reconstructed_count_ptr=count,
-            transposed_acc_ptr=column.acc if column is not None else g,
-            transposed_factor_ptr=factor if factor is not None else g,
-            identify_acc_ptr=t["identify_acc"] if identify else g,
-            identify_top_ptr=t["identify_top"] if identify else g,
-            identify_lse_ptr=t["identify_lse"] if identify else g,
-            forward_miss_ptr=t["reconstruct_miss"] if forward else g,
-            identify_miss_ptr=t["identify_miss"] if identify else g,
-            **upstream,
-            transposed_slots=column.slots if column is not None else 1,
-            identify_slots=forward_slots,
-            tau=tau,
-            TAU_IS_TENSOR=tau_is_tensor,
-            CONTRAST=True,
-            COLUMNS=column is not None and not s.merged,
-            RECONSTRUCT=forward,
-            IDENTIFY=identify,
-            HAS_FACTOR=factor is not None,
-            IN_PLACE=column is not None and column.in_place,
-        )
+        return spread(p, s, t, out, dq, **_contrast_inputs(s, t, results, upstream))
 
     if given:
         d_rows = spread(p, s, t, new(s.rows, s.dim, dtype=dtype, device=device), dr)
@@ -562,13 +364,185 @@ def backward(
             grads[0] = with_contrast(d_pv, own_dq)
     elif needs[0]:
         d_rows_pv = with_contrast(new(s.rows, s.dim, dtype=torch.float32, device=device), own_dq)
-        merged = {"TAU_IS_TENSOR": tau_is_tensor, "tau": tau, "HAS_FACTOR": factor is not None}
-        merged |= upstream
-        del merged["g_ptr"]
         grads[0] = _table_gradient(
-            p, s, t, d_rows_pv, d_history, results.get("reconstruct"), factor, merged
+            p, s, t, d_rows_pv, d_history, results.get("reconstruct"), upstream
         )
     return grads, d_rows
+
+
+def _transposed_passes(
+    p: Problem,
+    s: Shape,
+    t: dict[str, Tensor],
+    needs: Sequence[bool],
+    grad: Tensor,
+    g: Tensor | None,
+    d_pv: Tensor | None,
+) -> tuple[dict[str, Pass], Tensor | None]:
+    """sum_i g_i p_ij x_i of each direction, to dL/dE itself where it can be; and the factor that is left out of them.
+
+    `g` None: the same for every anchor, and left out."""
+    tau, tau_is_tensor = temperature_argument(p)
+    device, dtype = p.pv.device, p.pv.dtype
+    half = dtype == torch.float16
+    scale, factor = g, None
+    none = t["weight_sum"]
+    results: dict[str, Pass] = {}
+    for direction in s.directions:
+        x, y = sides(p, s, t, direction)
+        if direction == "reconstruct" and not needs[0]:
+            continue
+        if s.early:
+            factor = t[f"{direction}_factor"] * grad
+            results[direction] = Pass(t[f"{direction}_dy"], none, none, none, 1, s.transposed)
+            continue
+        if half and g is not None and factor is None:
+            scale, factor = lowered(g)
+        capacity = y.unit.shape[0]
+        tiles = cdiv(capacity, s.transposed.block_m)
+        # Chunks are summed in float32; one pass is rounded once.
+        kind = torch.float32 if s.chunked else sums_dtype(dtype)
+        in_place = (
+            direction == "reconstruct"
+            and d_pv is not None
+            and not s.chunked
+            and p.negatives != "page"
+            and d_pv.dtype == kind
+            and s.stride == s.dim
+            and 2 * tiles > s.programs(s.transposed, device)
+        )
+        if in_place:
+            assert d_pv is not None
+            result = Pass(d_pv, none, none, none, tiles, s.transposed, True)
+        else:
+            flat = s.flat(capacity, s.transposed, device)
+            acc = torch.empty(flat, s.stride, dtype=kind, device=device)
+            slots = s.slots(capacity, s.transposed, device)
+            result = Pass(acc, none, none, none, slots, s.transposed)
+        results[direction] = result
+        if s.chunked:
+            assert scale is not None  # each row has its own: else P was used at once
+            run_chunks(
+                s,
+                x,
+                y,
+                None,
+                t[f"{direction}_lse"],
+                None,
+                Transposed(scale, result.acc),
+                p.workspace,
+                mask=MASKS[p.negatives],
+                tau=tau,
+                tau_is_tensor=tau_is_tensor,
+                y_offset=y.bias,
+            )
+            continue
+        run_contrast(
+            s,
+            y,
+            x,
+            out=result,
+            mask=MASKS[p.negatives],
+            tau=tau,
+            tau_is_tensor=tau_is_tensor,
+            page_offsets=p.pv_offsets,
+            y_offset=t[f"{direction}_lse"],
+            y_offset_is_lse=True,
+            y_scale=scale,
+            x_offset=y.bias,
+            x_offset_after=s.merged and not half,
+            need_sum=False,
+        )
+    return results, factor
+
+
+def _reconstruction_gradient(
+    p: Problem,
+    s: Shape,
+    t: dict[str, Tensor],
+    results: dict[str, Pass],
+    upstream: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/dR of the listed rows, its products with R per head, and parts of -tau dL/dtau."""
+    device, none = p.pv.device, t["weight_sum"]
+    rows, _pages, count = reconstructed(s, t)
+    tiles_of = {"FORWARD_M": s.tile.block_m, "FORWARD_N": s.tile.block_n}
+    tiles_of |= {"TRANSPOSED_M": s.transposed.block_m, "TRANSPOSED_N": s.transposed.block_n}
+    forward_slots = s.slots(s.rows, s.tile, device)
+    forward = "reconstruct" in s.directions
+    identify = "identify" in s.directions
+    dr = torch.empty(s.rows, s.stride, dtype=p.pv.dtype, device=device)
+    delta = torch.empty(p.num_heads, s.rows, dtype=torch.float32, device=device)
+    programs = cdiv(s.rows, s.small.block_m)
+    tau_parts = torch.empty(programs, dtype=torch.float32, device=device)
+    any_pass = next(iter(results.values()), None)
+    back = results.get("identify", any_pass)
+    epilogue.reconstruction_gradient[(programs,)](
+        list_ptr=rows,
+        count_ptr=count,
+        anchor_rank_ptr=t["ranks"][0],
+        anchor_flag_ptr=t["flags"][0],
+        anchor_count_ptr=t["counts"][0:1],
+        column_count_ptr=t["counts"][2:3],
+        unit_ptr=t["r"],
+        norm_ptr=t["norm"],
+        **e_inputs(p),
+        forward_acc_ptr=t["reconstruct_acc"] if forward else none,
+        forward_top_ptr=t["reconstruct_top"] if forward else none,
+        forward_lse_ptr=t["reconstruct_lse"] if forward else none,
+        forward_miss_ptr=t["reconstruct_miss"] if forward else none,
+        **upstream,
+        transposed_acc_ptr=back.acc if back is not None else none,
+        identify_miss_ptr=t["identify_miss"] if identify else none,
+        dr_ptr=dr,
+        delta_ptr=delta,
+        tau_part_ptr=tau_parts,
+        capacity=s.rows,
+        forward_slots=forward_slots,
+        transposed_slots=back.slots if back is not None else 1,
+        programs=s.programs(s.tile, device),
+        transposed_programs=s.programs(s.transposed, device),
+        D=s.dim,
+        STRIDE=s.stride,
+        HEADS=p.num_heads,
+        RECONSTRUCT=forward,
+        IDENTIFY=identify,
+        STREAM=s.stream,
+        **tiles_of,
+        BLOCK_M=s.small.block_m,
+        BLOCK_D=s.block_d,
+        num_warps=s.small.num_warps,
+    )
+    return dr, delta, tau_parts
+
+
+def _contrast_inputs(
+    s: Shape, t: dict[str, Tensor], results: dict[str, Pass], upstream: dict[str, Any]
+) -> dict[str, Any]:
+    """What `spread` needs to make dL/dE too."""
+    none = t["weight_sum"]
+    forward = "reconstruct" in s.directions
+    identify = "identify" in s.directions
+    column = results.get("reconstruct")
+    return {
+        "anchor_count_ptr": t["counts"][0:1],
+        "column_count_ptr": t["counts"][2:3],
+        "reconstructed_count_ptr": reconstructed(s, t)[2],
+        "transposed_acc_ptr": column.acc if column is not None else none,
+        "identify_acc_ptr": t["identify_acc"] if identify else none,
+        "identify_top_ptr": t["identify_top"] if identify else none,
+        "identify_lse_ptr": t["identify_lse"] if identify else none,
+        "forward_miss_ptr": t["reconstruct_miss"] if forward else none,
+        "identify_miss_ptr": t["identify_miss"] if identify else none,
+        **upstream,
+        "transposed_slots": column.slots if column is not None else 1,
+        "identify_slots": s.slots(s.rows, s.tile, none.device),
+        "CONTRAST": True,
+        "COLUMNS": column is not None and not s.merged,
+        "RECONSTRUCT": forward,
+        "IDENTIFY": identify,
+        "IN_PLACE": column is not None and column.in_place,
+    }
 
 
 def _early_row_gradients(
@@ -585,21 +559,7 @@ def _early_row_gradients(
             if p.weights is None
             else torch.where(flags != 0, p.weights, 0).sum()
         )
-    g = torch.empty(s.rows, dtype=torch.float32, device=device)
-    epilogue.row_gradients[(cdiv(s.rows, 256),)](
-        one,
-        0,
-        p.weights if p.weights is not None else g,
-        weight_sum,
-        t["anchor_list"],
-        t["counts"][0:1],
-        g,
-        s.rows,
-        1.0 / len(s.directions),
-        PER_ROW=False,
-        HAS_WEIGHTS=p.weights is not None,
-        BLOCK=256,
-    )
+    g = row_gradients(p, s, t, one, weight_sum, 1.0 / len(s.directions))
     return lowered(g) if p.pv.dtype == torch.float16 else (g, one)
 
 
@@ -610,8 +570,7 @@ def _table_gradient(
     d_pv: Tensor,
     d_history: Tensor | None,
     result: Pass | None,
-    factor: Tensor | None,
-    contrast_inputs: dict[str, Any],
+    upstream: dict[str, Any],
 ) -> Tensor:
     """dL/dU: occurrences summed in a fixed order, and what the merged columns add."""
     assert p.pv_index is not None and p.history_index is not None
@@ -626,82 +585,7 @@ def _table_gradient(
         "column_count_ptr": t["counts"][2:3],
         "anchor_count_ptr": t["counts"][0:1],
         "transposed_acc_ptr": result.acc,
-        "transposed_factor_ptr": factor if factor is not None else result.acc,
         "transposed_slots": result.slots,
         "MERGED": True,
-    } | contrast_inputs
+    } | {name: x for name, x in upstream.items() if name != "g_ptr"}
     return sum_occurrences(p.pv, s, order, starts, d_pv, d_history, s.rows, merged)
-
-
-def _reconstruct(p: Problem) -> tuple[Shape, dict[str, Tensor], Tensor]:
-    """The lists of all PV rows with a history, and their R [N, D]."""
-    p = replace(p, direction="reconstruct")  # a single list
-    s = loss_shape(p)
-    t = empty_tensors(plan_spec(p, s), p.pv.device)
-    make_plan(p, s, t, None)
-    r = torch.zeros(s.rows, s.dim, dtype=p.pv.dtype, device=p.pv.device)
-    t |= {"r": r, "norm": t["attention_lse"]}
-    attend(p, s, t, t["attention_lse"], r)
-    return s, t, r
-
-
-def reconstruct_forward(p: Problem) -> Tensor:
-    """R [N, D], zeros for padding and for pages without history."""
-    if is_empty(p):
-        return torch.zeros(p.num_pv, p.pv.shape[1], dtype=p.pv.dtype, device=p.pv.device)
-    return _reconstruct(p)[2]
-
-
-def reconstruct_backward(p: Problem, needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
-    """Gradients of (pv, history, query, key, value); the attention is computed again."""
-    inputs = (p.pv, p.history, p.query, p.key, p.value)
-    if is_empty(p):
-        return [
-            torch.zeros_like(x) if need and x is not None else None
-            for x, need in zip(inputs, needs, strict=True)
-        ]
-    s, t, r = _reconstruct(p)
-    device, dtype = p.pv.device, p.pv.dtype
-    rows, _, count = reconstructed(s, t)
-    dr = torch.empty(s.rows, s.stride, dtype=dtype, device=device)
-    delta = torch.empty(p.num_heads, s.rows, dtype=torch.float32, device=device)
-    epilogue.given_gradient[(cdiv(s.rows, s.small.block_m),)](
-        grad.contiguous(),
-        r,
-        rows,
-        count,
-        dr,
-        delta,
-        s.rows,
-        D=s.dim,
-        STRIDE=s.stride,
-        HEADS=p.num_heads,
-        BLOCK_M=s.small.block_m,
-        BLOCK_D=s.block_d,
-        num_warps=s.small.num_warps,
-    )
-    dq, d_key, d_value = attention_backward(p, s, t, needs, dr, delta)
-    grads: list[Tensor | None] = [None] * 5
-    grads[3] = d_key if needs[3] else None
-    grads[4] = d_value if needs[4] else None
-    d_history = d_key if p.key is None else d_value if p.value is None else None
-    table = p.history is None
-    # The list holds exactly the rows with a gradient, and every place of it is written.
-    d_rows = None
-    if dq is not None:
-        kind = torch.float32 if table and p.query is None else dtype
-        d_rows = torch.empty(s.rows, s.dim, dtype=kind, device=device)
-        spread(p, s, t, d_rows, dq)
-    if needs[2]:
-        grads[2] = d_rows
-    own = d_rows if p.query is None else None
-    if not table:
-        if needs[0]:
-            grads[0] = own if own is not None else torch.zeros_like(p.pv)
-        if needs[1]:
-            grads[1] = d_history if d_history is not None else torch.zeros_like(p.history)
-    elif needs[0]:
-        if own is None:
-            own = torch.zeros(s.rows, s.dim, dtype=torch.float32, device=device)
-        grads[0] = _table_gradient(p, s, t, own, d_history, None, None, {})
-    return grads

@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, epilogue, plan, reconstruct
+from . import configs, contrast, epilogue, plan, reconstruct
 from .state import Rows, Shape, cdiv
 
 if TYPE_CHECKING:
@@ -233,6 +233,98 @@ def normalize(
         HAS_INDEX=index is not None,
         BLOCK_M=s.small.block_m,
         BLOCK_D=s.block_d,
+        num_warps=s.small.num_warps,
+    )
+
+
+def reduce_losses(
+    p: Problem,
+    s: Shape,
+    t: dict[str, Tensor],
+    losses: Sequence[Tensor],
+    item_loss: Tensor,
+    stats: bool,
+) -> tuple[Tensor, Tensor]:
+    """(loss, items' losses [N]) from those of the anchors, in one direction or two; `item_loss` is where statistics go."""
+    per_item = p.reduction == "none"
+    items = item_loss
+    if per_item and not stats:
+        items = torch.zeros(s.rows, dtype=torch.float32, device=p.pv.device)
+    loss = torch.empty((), dtype=torch.float32, device=p.pv.device)
+    contrast.reduce_loss[(1,)](
+        losses[0],
+        losses[-1],
+        t["anchor_list"],
+        t["counts"][0:1],
+        p.weights if p.weights is not None else loss,
+        loss,
+        t["weight_sum"],
+        items,
+        BOTH=len(losses) == 2,
+        HAS_WEIGHTS=p.weights is not None,
+        MEAN=p.reduction == "mean",
+        ITEMS=per_item or stats,
+        BLOCK=1024,
+    )
+    return loss, items
+
+
+def row_gradients(
+    p: Problem, s: Shape, t: dict[str, Tensor], grad: Tensor, weight_sum: Tensor, share: float
+) -> Tensor:
+    """g_i [capacity], the upstream gradient of each anchor's loss, times `share`."""
+    g = torch.empty(s.rows, dtype=torch.float32, device=p.pv.device)
+    epilogue.row_gradients[(cdiv(s.rows, 256),)](
+        grad,
+        grad.stride(0) if grad.dim() else 0,
+        p.weights if p.weights is not None else g,
+        weight_sum,
+        t["anchor_list"],
+        t["counts"][0:1],
+        g,
+        s.rows,
+        share,
+        PER_ROW=p.reduction == "none",
+        HAS_WEIGHTS=p.weights is not None,
+        BLOCK=256,
+    )
+    return g
+
+
+def normalize_given(
+    p: Problem, s: Shape, t: dict[str, Tensor], given: Tensor, positive: Tensor
+) -> None:
+    """As `attend`, of an R [N, D] that is known."""
+    rows, _, count = reconstructed(s, t)
+    epilogue.given_rows[(cdiv(s.rows, s.small.block_m),)](
+        r_ptr=given,
+        **e_inputs(p),
+        list_ptr=rows,
+        count_ptr=count,
+        unit_ptr=t["r"],
+        norm_ptr=t["norm"],
+        positive_ptr=positive,
+        D=s.dim,
+        STRIDE=s.stride,
+        BLOCK_M=s.small.block_m,
+        BLOCK_D=s.block_d,
+        num_warps=s.small.num_warps,
+    )
+
+
+def gather_anchors(s: Shape, t: dict[str, Tensor], every: Tensor, positive: Tensor) -> None:
+    """r and the positives' cosines of the anchors, from those of every reconstructed row."""
+    epilogue.gather_anchors[(cdiv(s.rows, s.small.block_m),)](
+        t["r"],
+        every,
+        t["ranks"][1],
+        t["anchor_list"],
+        t["counts"][0:1],
+        t["r_anchor"],
+        positive,
+        STRIDE=s.stride,
+        BLOCK_M=s.small.block_m,
+        BLOCK_D=configs.next_power_of_2(s.stride),
         num_warps=s.small.num_warps,
     )
 
