@@ -528,11 +528,11 @@ def candidate_history(
                 tile, history, anchors, page, first, last, past, until, inverse_tau, rules, how
             )
             for head in range(HEADS):
+                k = of_head(all_k, head, D, HEADS, BLOCK_D)
+                v = of_head(all_v, head, D, HEADS, BLOCK_D)
                 q_head, dr_head, q_inverse, top, share = head_of(
                     tile, dr, top, share, history, past, until, page, head, how
                 )
-                k = of_head(all_k, head, D, HEADS, BLOCK_D)
-                v = of_head(all_v, head, D, HEADS, BLOCK_D)
                 s = logits(q_head, k, q_inverse, scale, mine, COSINE, PRECISION)
                 a = tl.exp2((s - top[:, None]) * LOG2E) * share[:, None]
                 if WANT_DV:
