@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .epilogue import combined_rows, summed_rows
+from .epilogue import Parts, PassTiles, pass_rows
 from .tl_common import kernel
 
 
@@ -30,16 +30,13 @@ def collect_rows(
     """sum_j p_ij y_j of the rows, or with SUM the plain sum of their parts."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < tl.load(count_ptr)
+    how: tl.constexpr = PassTiles(STREAM, STRIDE, TILE_M, TILE_N, BLOCK_D)
     if SUM:
-        found = summed_rows(
-            acc_ptr, row, valid, count_ptr, other_count_ptr, slots, programs,
-            STREAM, STRIDE, TILE_M, TILE_N, BLOCK_D,
-        )  # fmt: skip
+        passed = Parts(acc_ptr, count_ptr, other_count_ptr, slots, programs)
+        found = pass_rows(passed, row, valid, how)
     else:
-        found = combined_rows(
-            acc_ptr, top_ptr, lse_ptr, row, valid, count_ptr, other_count_ptr, slots, programs,
-            STREAM, STRIDE, TILE_M, TILE_N, BLOCK_D,
-        )  # fmt: skip
+        passed = Parts(acc_ptr, count_ptr, other_count_ptr, slots, programs, top_ptr, lse_ptr)
+        found = pass_rows(passed, row, valid, how)
     dims = tl.arange(0, BLOCK_D)
     tl.store(
         out_ptr + row[:, None] * D + dims[None, :], found, mask=valid[:, None] & (dims < D)[None, :]
