@@ -36,6 +36,16 @@ def watches_values() -> bool:
 
 
 @dataclass
+class Given:
+    """One side of the problem, PV or history, as the user gives it."""
+
+    name: str  # "pv" or "history"
+    x: Any  # embeddings, or indices into a table
+    mask: Any = None
+    offsets: Any = None
+
+
+@dataclass
 class Side:
     """The layout of one side of the problem, PV or history: how a tensor in that layout becomes rows."""
 
@@ -45,8 +55,8 @@ class Side:
     offsets: Tensor  # [B + 1] int64
     mask: Tensor | None  # [rows] bool
     shape: tuple[int, ...]  # of a tensor with one value per row: [B, L] or [rows]
-    watch: bool  # whether values may be looked at, for checks
     like: Tensor | None = None  # the nested tensor itself
+    watch: bool = False  # whether values may be looked at, for checks
 
     def live(self) -> Tensor | None:
         """Which rows are real [rows] bool; None: all."""
@@ -132,65 +142,60 @@ def as_index(name: str, x: Tensor) -> Tensor:
     return x.to(torch.int64)
 
 
-def side(
-    name: str,
-    x: Tensor,
-    features: int,
-    mask: Tensor | None,
-    offsets: Tensor | None,
-    device: torch.device,
-    validate: bool,
-) -> Side:
-    """The layout of `pv` or `history`: x has `features` (0 or 1) dimensions beside those of the layout."""
-    watch = watches_values() and (validate or device.type == "cpu")
-    if x.is_nested:
-        if mask is not None or offsets is not None:
-            raise ValueError(
-                f"{name}: a NestedTensor brings its own offsets; expected no {name}_mask and no {name}_offsets"
-            )
-        values = jagged_values(name, x)
-        starts = x.offsets().to(device=device, dtype=torch.int64)
-        if x.dim() != 2 + features:
-            raise ValueError(f"{name}: expected {2 + features} dimensions, got {x.dim()}")
-        lengths = x.lengths()
-        rows = values.shape[0]
-        holes = None
-        if lengths is not None:
-            # With holes, a page ends before the next one begins: what lies between is padding.
-            row = torch.arange(rows, device=device)
-            page = (torch.searchsorted(starts, row, right=True) - 1).clamp(
-                0, max(starts.shape[0] - 2, 0)
-            )
-            holes = (
-                row < starts[page] + lengths.to(device)[page] if starts.shape[0] > 1 else row < 0
-            )
-        return Side(name, "nested", rows, starts, holes, (rows,), watch, x)
-    if offsets is not None:
-        if mask is not None:
-            raise ValueError(
-                f"{name}: expected {name}_mask (padded) or {name}_offsets (packed), got both"
-            )
-        if x.dim() != 1 + features:
-            what = "[rows, D]" if features else "[rows]"
-            raise ValueError(
-                f"{name}: with {name}_offsets expected shape {what}, got {list(x.shape)}"
-            )
-        return Side(
-            name,
-            "packed",
-            x.shape[0],
-            _offsets(f"{name}_offsets", offsets, x.shape[0], device, validate),
-            None,
-            (x.shape[0],),
-            watch,
+def side(given: Given, features: int, device: torch.device, validate: bool) -> Side:
+    """The layout of a side, whose tensor has `features` (0 or 1) dimensions beside those of the layout."""
+    if given.x.is_nested:
+        layout = _nested(given, features, device)
+    else:
+        make = _padded if given.offsets is None else _packed
+        layout = make(given, features, device, validate)
+    layout.watch = watches_values() and (validate or device.type == "cpu")
+    return layout
+
+
+def _nested(given: Given, features: int, device: torch.device) -> Side:
+    name, x = given.name, given.x
+    if given.mask is not None or given.offsets is not None:
+        raise ValueError(
+            f"{name}: a NestedTensor brings its own offsets; expected no {name}_mask and no {name}_offsets"
         )
+    rows = jagged_values(name, x).shape[0]
+    starts = x.offsets().to(device=device, dtype=torch.int64)
+    if x.dim() != 2 + features:
+        raise ValueError(f"{name}: expected {2 + features} dimensions, got {x.dim()}")
+    lengths = x.lengths()
+    holes = None
+    if lengths is not None:
+        # With holes, a page ends before the next one begins: what lies between is padding.
+        row = torch.arange(rows, device=device)
+        last = max(starts.shape[0] - 2, 0)
+        page = (torch.searchsorted(starts, row, right=True) - 1).clamp(0, last)
+        holes = row < starts[page] + lengths.to(device)[page] if starts.shape[0] > 1 else row < 0
+    return Side(name, "nested", rows, starts, holes, (rows,), like=x)
+
+
+def _packed(given: Given, features: int, device: torch.device, validate: bool) -> Side:
+    name, x = given.name, given.x
+    if given.mask is not None:
+        raise ValueError(
+            f"{name}: expected {name}_mask (padded) or {name}_offsets (packed), got both"
+        )
+    if x.dim() != 1 + features:
+        what = "[rows, D]" if features else "[rows]"
+        raise ValueError(f"{name}: with {name}_offsets expected shape {what}, got {list(x.shape)}")
+    rows = x.shape[0]
+    offsets = _offsets(f"{name}_offsets", given.offsets, rows, device, validate)
+    return Side(name, "packed", rows, offsets, None, (rows,))
+
+
+def _padded(given: Given, features: int, device: torch.device, validate: bool) -> Side:
+    name, x, mask = given.name, given.x, given.mask
     if x.dim() != 2 + features:
         what = f"[pages, length{', D' if features else ''}]"
         raise ValueError(
             f"{name}: expected padded shape {what}, or packed rows with {name}_offsets, got {list(x.shape)}"
         )
     pages, length = x.shape[0], x.shape[1]
-    flat = None
     if mask is not None:
         mask = as_bool(f"{name}_mask", mask, None, validate)
         if tuple(mask.shape) != (pages, length):
@@ -199,12 +204,12 @@ def side(
             )
         if mask.device != device:
             raise ValueError(f"{name}_mask: expected a tensor on {device}, got {mask.device}")
-        flat = mask.reshape(-1).contiguous()
+        mask = mask.reshape(-1).contiguous()
     if length:
         starts = torch.arange(0, pages * length + 1, length, device=device)
     else:
         starts = torch.zeros(pages + 1, dtype=torch.int64, device=device)
-    return Side(name, "padded", pages * length, starts, flat, (pages, length), watch)
+    return Side(name, "padded", pages * length, starts, mask, (pages, length))
 
 
 def _offsets(name: str, offsets: Any, rows: int, device: torch.device, validate: bool) -> Tensor:

@@ -1,6 +1,6 @@
 """The canonical form of one loss evaluation: what every implementation receives.
 
-`loss.py` turns whatever layout the user has (padded, packed, nested, unique items) into a `Problem`; an
+`arguments.py` turns whatever layout the user has (padded, packed, nested, unique items) into a `Problem`; an
 implementation never sees a layout.
 """
 
@@ -14,6 +14,8 @@ ATTENTIONS = ("candidate", "anchor", "mean")
 NEGATIVES = ("batch", "page", "other_pages")
 DIRECTIONS = ("reconstruct", "identify", "both")
 REDUCTIONS = ("mean", "sum", "none")
+
+WORKSPACE = 1 << 30  # bytes
 
 # Vectors no longer than this count as zero: their cosine is 0 and so is its gradient.
 NORM_EPS = 1e-12
@@ -52,7 +54,7 @@ class Problem:
     negatives: str = "batch"
     direction: str = "reconstruct"
     reduction: str = "mean"
-    workspace: int = 1 << 30  # bytes that the chunked path may use for stored probabilities
+    workspace: int = WORKSPACE  # bytes that the chunked path may use for stored probabilities
     # "candidate" or "anchor", by whose query R is made; the mean of the history is either with a scale of 0.
     attention: str = "anchor"
     cosine: bool = False  # "candidate" only: q and k are divided by their lengths, head by head
@@ -86,7 +88,7 @@ class SequenceProblem:
     temperature: Tensor | None
     tau: float
     reduction: str = "mean"
-    workspace: int = 1 << 30
+    workspace: int = WORKSPACE
 
     @property
     def num_history(self) -> int:

@@ -87,51 +87,89 @@ class Reach:
         return self.peers.agree(facts, sizes)
 
 
-_MemoryArguments = tuple[Tensor | None, Tensor | None, Tensor | None]  # rows, ids, log_q
+@dataclass
+class Beside:
+    """What a call says about candidates beside its batch, as the user gives it."""
 
+    peers: Peers | None
+    exchange: str
+    table_ids: Tensor | None
+    memory: Tensor | None = None
+    memory_ids: Tensor | None = None
+    memory_log_q: Tensor | None = None
 
-def reach_of(
-    p: Any,
-    impl: str,
-    peers: Peers | None,
-    table_ids: Tensor | None,
-    exchange: str,
-    memory: _MemoryArguments = (None, None, None),
-) -> tuple[Any, Reach | None]:
-    """The problem, and what is beside it; None where this is the batch alone.
+    def reach(self, p: Any, impl: str) -> tuple[Any, Reach | None]:
+        """The problem, and what is beside it; None where this is the batch alone.
 
-    Raises ValueError or TypeError where the arguments do not fit.
-    """
-    table = p.pv_index is not None if isinstance(p, Problem) else p.history_index is not None
-    if table_ids is not None:
-        table_ids = _table_ids(p, table, table_ids)
-    elif peers is not None and table and p.item_ids is None:
-        raise ValueError(
-            "table_ids: expected the ids of the items of embeddings [n] with group, as an index means another item on "
-            "each process, got None"
-        )
-    found = None
-    if memory[0] is not None:
-        assert isinstance(p, Problem)
-        found = _memory(p, memory, table_ids is not None or p.item_ids is not None)
-    else:
-        for name, x in zip(("memory_ids", "memory_log_q"), memory[1:], strict=True):
-            if x is not None:
-                raise ValueError(f"{name}: expected None without memory, got {describe(x)}")
-    if peers is None or peers.size == 1:
-        if peers is not None:
-            peers.agreed = True
-        if found is None or not len(found.rows):
-            return _identified(p, table_ids), None
-        peers = None
-    if torch.compiler.is_compiling() or ops.transformed():
-        if peers is not None:
-            peers.agreed = True  # nothing can be sent from in there
-        raise RuntimeError(
-            "group and memory: expected a call outside of torch.compile and torch.func, got one inside; "
-            "wrap the loss in torch.compiler.disable"
-        )
-    return p, Reach(impl, peers, exchange, found, table_ids)
+        Raises ValueError or TypeError where the arguments do not fit.
+        """
+        peers, table_ids = self.peers, self.table_ids
+        table = p.pv_index is not None if isinstance(p, Problem) else p.history_index is not None
+        if table_ids is not None:
+            table_ids = _table_ids(p, table, table_ids)
+        elif peers is not None and table and p.item_ids is None:
+            raise ValueError(
+                "table_ids: expected the ids of the items of embeddings [n] with group, as an index means another item on "
+                "each process, got None"
+            )
+        found = None
+        if self.memory is not None:
+            assert isinstance(p, Problem)
+            found = self._memory(p, table_ids is not None or p.item_ids is not None)
+        else:
+            for name in ("memory_ids", "memory_log_q"):
+                x = getattr(self, name)
+                if x is not None:
+                    raise ValueError(f"{name}: expected None without memory, got {describe(x)}")
+        if peers is None or peers.size == 1:
+            if peers is not None:
+                peers.agreed = True
+            if found is None or not len(found.rows):
+                return _identified(p, table_ids), None
+            peers = None
+        if torch.compiler.is_compiling() or ops.transformed():
+            if peers is not None:
+                peers.agreed = True  # nothing can be sent from in there
+            raise RuntimeError(
+                "group and memory: expected a call outside of torch.compile and torch.func, got one inside; "
+                "wrap the loss in torch.compiler.disable"
+            )
+        return p, Reach(impl, peers, self.exchange, found, table_ids)
+
+    def _memory(self, p: Problem, identified: bool) -> Memory:
+        rows, ids, log_q = self.memory, self.memory_ids, self.memory_log_q
+        rows = require_tensor("memory", rows)
+        dim, device = p.pv.shape[1], p.pv.device
+        if rows.dim() != 2 or rows.shape[1] != dim or not rows.is_floating_point():
+            raise ValueError(f"memory: expected floating [Q, {dim}], got {describe(rows)}")
+        if rows.requires_grad:
+            raise ValueError(
+                "memory: expected rows without a gradient, got a tensor that requires one"
+            )
+        if p.direction != "reconstruct" or p.negatives == "page":
+            raise ValueError(
+                'memory: expected direction "reconstruct" and negatives "batch" or "other_pages", got '
+                f"direction {p.direction!r} and negatives {p.negatives!r}"
+            )
+        if p.attention == "candidate" and p.query is not None:
+            raise ValueError(
+                'memory: expected no query with attention "candidate", as its rows have none, got one'
+            )
+        if (ids is not None) != identified:
+            what = "the ids of its rows [Q], as the items have ids" if identified else "None"
+            raise ValueError(f"memory_ids: expected {what}, got {describe(ids)}")
+        if (log_q is not None) != (p.log_q is not None):
+            what = "None without log_q" if p.log_q is None else "[Q], as the items have log_q"
+            raise ValueError(f"memory_log_q: expected {what}, got {describe(log_q)}")
+        for name, x in (("memory", rows), ("memory_ids", ids), ("memory_log_q", log_q)):
+            if x is not None and (x.shape[:1] != rows.shape[:1] or x.device != device):
+                raise ValueError(
+                    f"{name}: expected {len(rows)} rows on {device}, got {describe(x)}"
+                )
+        if ids is not None:
+            # A copy: a memory goes on while a backward pass is still to come.
+            ids = as_index("memory_ids", ids).clone()
+        return Memory(rows.to(p.pv.dtype, copy=True), ids, log_q)
 
 
 def _table_ids(p: Any, table: bool, table_ids: Any) -> Tensor:
@@ -158,35 +196,3 @@ def _identified(p: Any, table_ids: Tensor | None) -> Any:
     return replace(
         p, item_ids=table_ids[index.clamp(0, len(table_ids) - 1)] if len(table_ids) else index
     )
-
-
-def _memory(p: Problem, given: _MemoryArguments, identified: bool) -> Memory:
-    rows, ids, log_q = given
-    rows = require_tensor("memory", rows)
-    dim, device = p.pv.shape[1], p.pv.device
-    if rows.dim() != 2 or rows.shape[1] != dim or not rows.is_floating_point():
-        raise ValueError(f"memory: expected floating [Q, {dim}], got {describe(rows)}")
-    if rows.requires_grad:
-        raise ValueError("memory: expected rows without a gradient, got a tensor that requires one")
-    if p.direction != "reconstruct" or p.negatives == "page":
-        raise ValueError(
-            'memory: expected direction "reconstruct" and negatives "batch" or "other_pages", got '
-            f"direction {p.direction!r} and negatives {p.negatives!r}"
-        )
-    if p.attention == "candidate" and p.query is not None:
-        raise ValueError(
-            'memory: expected no query with attention "candidate", as its rows have none, got one'
-        )
-    if (ids is not None) != identified:
-        what = "the ids of its rows [Q], as the items have ids" if identified else "None"
-        raise ValueError(f"memory_ids: expected {what}, got {describe(ids)}")
-    if (log_q is not None) != (p.log_q is not None):
-        what = "None without log_q" if p.log_q is None else "[Q], as the items have log_q"
-        raise ValueError(f"memory_log_q: expected {what}, got {describe(log_q)}")
-    for name, x in (("memory", rows), ("memory_ids", ids), ("memory_log_q", log_q)):
-        if x is not None and (x.shape[:1] != rows.shape[:1] or x.device != device):
-            raise ValueError(f"{name}: expected {len(rows)} rows on {device}, got {describe(x)}")
-    if ids is not None:
-        # A copy: a memory goes on while a backward pass is still to come.
-        ids = as_index("memory_ids", ids).clone()
-    return Memory(rows.to(p.pv.dtype, copy=True), ids, log_q)

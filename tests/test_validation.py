@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import courier_fast as cf
 from courier_fast import ops
-from courier_fast.loss import _check_temperature
+from courier_fast.temperature import check_temperature
 
 PADDED = {
     "pv": torch.randn(3, 4, 8),
@@ -503,7 +503,7 @@ def test_a_temperature_from_the_host_is_not_waited_for() -> None:
 
     tau = torch.tensor(0.1, requires_grad=True)
     with Watch():
-        moved, _ = _check_temperature(tau, torch.device("meta"), False)
+        moved, _ = check_temperature(tau, torch.device("meta"), False)
     assert moved is not None
     assert moved.requires_grad
     assert copies == [True]
