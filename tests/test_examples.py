@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EVERY = sorted((ROOT / "examples").glob("*.py"))
+TOGETHER = [path for path in EVERY if "torchrun" in path.read_text()]
+EXAMPLES = [path for path in EVERY if path not in TOGETHER]
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(script), run_name="__main__")
     assert "nan" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("script", TOGETHER, ids=lambda path: path.stem)
+def test_example_of_several_processes_runs(script: Path, size: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(size), str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    losses = [float(x) for x in re.findall(r"loss (\S+)", done.stdout)]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0] / 3
