@@ -6,7 +6,9 @@ bytes: counted at the collectives, received by a process in one step, forward an
 all-gather moves the longest shard W - 1 times.
 step: forward and backward, the slowest process of each step. "waiting": the same step, but each transfer is waited for
 where it begins, so that none is under way while something is computed. "transfers": the step's collectives alone, with
-nothing in between. hidden = (waiting - step) / transfers. All three take turns in one run.
+nothing in between. All three take turns in one run. hidden: median (p20 to p80) of (waiting - step) / transfers, turn by
+turn; whoever waits at each transfer also waits for slower processes, so it can be more than all, and on shared cores the
+spread says how much of it to believe.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -221,8 +222,12 @@ def measured(case: Case, settings: Settings, group: Any, device: torch.device) -
     dist.all_reduce(longest, dist.ReduceOp.MAX, group=group)
     rows, anchors = longest.tolist()
     element = inputs[0].element_size()
-    times = {kind: statistics.median(x) for kind, x in seconds.items()}
-    hidden = (times["waiting"] - times["step"]) / times["transfers"] if size > 1 else None
+    found = {kind: torch.tensor(x, dtype=torch.float64) for kind, x in seconds.items()}
+    times = {kind: float(x.median()) for kind, x in found.items()}
+    hidden = None
+    if size > 1:
+        share = (found["waiting"] - found["step"]) / times["transfers"]
+        hidden = share.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
     return asdict(case) | {
         "processes": size,
         "rows": rows,
@@ -278,17 +283,20 @@ def report(result: dict[str, Any]) -> str:
             f"All processes share {cores} cores, which also carry the transfers: times compare exchanges, they say nothing of scaling."
         )
     lines += ["", f"{'W':>2} {'attention':<10}{'exchange':<9}{'ids':<4}{'MB forward (formula)':>22}{'MB backward (formula)':>22}"
-              f"{'step ms':>9}{'waiting':>9}{'transfers':>10}{'hidden':>8}"]  # fmt: skip
+              f"{'step ms':>9}{'waiting':>9}{'transfers':>10}{'hidden':>21}"]  # fmt: skip
     for row in result["rows"]:
         moved = [
             f"{m / 1e6:.3f} ({p / 1e6:.3f})"
             for m, p in zip(row["bytes"], row["predicted"], strict=True)
         ]
         times = [row["seconds"][kind] * 1e3 for kind in KINDS]
-        hidden = "" if row["hidden"] is None else f"{row['hidden']:.0%}"
+        hidden = ""
+        if row["hidden"] is not None:
+            low, middle, high = (100 * x for x in row["hidden"])
+            hidden = f"{middle:.0f}% ({low:.0f} to {high:.0f})"
         lines.append(
             f"{row['processes']:>2} {row['attention']:<10}{row['exchange']:<9}{'yes' if row['ids'] else '':<4}"
-            f"{moved[0]:>22}{moved[1]:>22}{times[0]:>9.1f}{times[1]:>9.1f}{times[2]:>10.1f}{hidden:>8}"
+            f"{moved[0]:>22}{moved[1]:>22}{times[0]:>9.1f}{times[1]:>9.1f}{times[2]:>10.1f}{hidden:>21}"
         )
     return "\n".join(lines)
 
