@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .blocks import Pages, Partial, Scoring, Side
 from .peers import rounds_of
@@ -79,6 +80,7 @@ class LogSumExp(torch.autograd.Function):
         return found.lse, above
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor, _: Any) -> Any:  # type: ignore[override]
         x, y, lse, mean, inverse_tau = ctx.saved_tensors
         call: Call = ctx.call
@@ -140,6 +142,7 @@ class CandidateLogSumExp(torch.autograd.Function):
         return found.lse, above
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor, _: Any) -> Any:  # type: ignore[override]
         rows, query, key, value, lse = ctx.saved_tensors
         call: Call = ctx.call
@@ -187,6 +190,7 @@ class _Unit(torch.autograd.Function):
         return unit
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d: Tensor) -> Tensor:  # type: ignore[override]
         unit, norm = ctx.saved_tensors
         return ((d - (d * unit).sum(1, keepdim=True) * unit) / norm).to(ctx.dtype)
