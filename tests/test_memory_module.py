@@ -202,6 +202,16 @@ def test_a_push_between_forward_and_backward_changes_no_gradient() -> None:
     assert torch.equal(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("attention", ["anchor", "candidate"])
+def test_second_derivatives_are_an_error(attention: str) -> None:
+    """They were numbers, without what goes through the log-sum-exps."""
+    pv = batch(1, 4)[0].requires_grad_()
+    memory = {"memory": batch(2, 2)[0], "memory_ids": torch.arange(2), "attention": attention}
+    (g,) = torch.autograd.grad(loss(pv, impl="reference", **memory), pv, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.square().sum().backward()
+
+
 # ---- several processes -------------------------------------------------------------------------------------------
 
 COUNTS = [[2, 0, 1], [0, 0, 0], [3, 1, 0], [1, 1, 1], [0, 5, 9], [2, 2, 2]]

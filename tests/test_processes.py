@@ -24,6 +24,9 @@ from process_problems import (
 )
 from spawn import spawn
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import courier_fast as cf
@@ -426,3 +429,38 @@ def test_gradient_cache(tmp_path: Path) -> None:
         for mine in found:
             assert p.grad is not None
             assert (mine[name] - p.grad).norm() <= 1e-12 * p.grad.norm(), name
+
+
+def in_fsdp(c: Case) -> dict[str, Tensor]:
+    """The encoder in FSDP, the loss with its temperature in DDP."""
+    group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    given, _, _ = arguments(shards_of(c, size, 0)[rank], "packed")
+    model = encoder()
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    loss = cf.ReconstructionLoss(learnable_temperature=True, group=group)
+    return step_of(model, DistributedDataParallel(loss), given)
+
+
+def step_of(model: nn.Module, loss: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients by name."""
+    rows = model(torch.cat([given["pv"], given["history"]]).detach())
+    pv, history = rows.split([len(given["pv"]), len(given["history"])])
+    names = ("clicked", "pv_offsets", "history_offsets", "item_ids")
+    loss(pv, history, **{n: given[n] for n in names}).backward()
+    found = {}
+    for name, p in (*model.named_parameters(), *loss.named_parameters()):
+        assert p.grad is not None
+        grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        found[name.removeprefix("module.")] = grad
+    return found
+
+
+def test_fsdp_and_a_loss_that_is_wrapped(tmp_path: Path) -> None:
+    c, size = case("candidate ids"), 3
+    every = spawn(in_fsdp, size, tmp_path, c)
+    given, _, _ = arguments(Shard(union_of(shards_of(c, size, 0), None), None), "packed")
+    truth = step_of(encoder(), cf.ReconstructionLoss(learnable_temperature=True), given)
+    for found in every:
+        for name, x in truth.items():
+            eps = 1e-12 if x.dtype == torch.float64 else 1e-6
+            assert (found[name] - x).norm() <= eps * x.norm(), name
