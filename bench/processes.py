@@ -69,25 +69,29 @@ class Settings:
 # ---- bytes -------------------------------------------------------------------------------------------------------
 
 
-def predicted(case: Case, size: int, rows: int, anchors: int, dim: int, element: int) -> list[int]:
+def predicted(
+    case: Case, size: int, rows: int, anchors: int, dim: int, element: int, gpu: bool = False
+) -> list[int]:
     """Bytes that a process receives [forward, backward]; `rows` and `anchors` are those of the process with most.
 
     Forward, a header and the columns: D s, and 8 for an id. Backward, with attention "anchor" the anchors: D s, 8 for an id,
     8 for the log-sum-exp and 4 for the weight; with "candidate" the columns again, and 4 D for each that travel home.
+    On a GPU, where nobody asks how many anchors there are, all rows travel as such, and 4 with a column: whether it is one.
     """
     if size == 1:
         return [0, 0]
     identity = 8 if case.ids else 0
     wide = dim * element + identity
+    column = wide + (4 if gpu else 0)
 
     def moved(count: int, each: int) -> int:
         rounds = min(size, count) if case.exchange == "ring" else 1
         return (size - 1) * rounds * -(-count // max(rounds, 1)) * each
 
-    forward = (size - 1) * HEADER + moved(rows, wide)
+    forward = (size - 1) * HEADER + moved(rows, column)
     if case.attention == "candidate":
-        return [forward, moved(rows, wide) + moved(rows, 4 * dim)]
-    return [forward, moved(anchors, wide + 8 + 4)]
+        return [forward, moved(rows, column) + moved(rows, 4 * dim)]
+    return [forward, moved(rows if gpu else anchors, wide + 8 + 4)]
 
 
 class _Done:
@@ -233,7 +237,9 @@ def measured(case: Case, settings: Settings, group: Any, device: torch.device) -
         "rows": rows,
         "anchors": anchors,
         "bytes": moved,
-        "predicted": predicted(case, size, rows, anchors, batch.dim, element),
+        "predicted": predicted(
+            case, size, rows, anchors, batch.dim, element, device.type == "cuda"
+        ),
         "seconds": times,
         "hidden": hidden,
     }

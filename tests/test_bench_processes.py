@@ -32,6 +32,11 @@ def test_formula(case: Case, size: int, expected: list[int]) -> None:
     assert predicted(case, size, rows=100, anchors=21, dim=8, element=2) == expected
 
 
+def test_formula_where_the_host_knows_no_counts() -> None:
+    found = predicted(Case("anchor", "gather"), 2, rows=100, anchors=21, dim=8, element=2, gpu=True)
+    assert found == [64 + 100 * (16 + 4), 100 * (16 + 12)]
+
+
 def test_counts_are_those_of_the_formula(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
