@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from courier_fast import ReconstructionLoss
+import courier_fast as cf
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "kernels/README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -119,12 +121,74 @@ def features_of_a_backbone(names: dict[str, Any]) -> Check:
     return check
 
 
+def one_of_several_processes(names: dict[str, Any]) -> Check:
+    """A group of one, and items whose first half is shown and second half was seen."""
+    rendezvous = Path("rendezvous").absolute()
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    ids = torch.arange(300, 900, 2)
+    names |= {
+        "encoder": torch.nn.Linear(3, 32),
+        "images": torch.randn(1000, 3),
+        "ids": ids,
+        "pv": torch.arange(150).view(30, 5),
+        "history": torch.arange(150, 300).view(30, 5),
+        "clicked": torch.arange(5).expand(30, 5) == 0,
+    }
+
+    def check(names: dict[str, Any]) -> None:
+        assert names["loss"] > 0
+        assert all(x.grad.any() for x in names["encoder"].parameters())
+
+    return check
+
+
+def several_processes_are_set_up(names: dict[str, Any]) -> Check:
+    """What the first block of the page leaves."""
+    check = one_of_several_processes(names)
+    names |= {
+        "torch": torch,
+        "dist": dist,
+        "encoder": DistributedDataParallel(names["encoder"]),
+        "loss_fn": cf.ReconstructionLoss(group=dist.group.WORLD),
+    }
+    return check
+
+
+def gradient_cache(names: dict[str, Any]) -> Check:
+    several_processes_are_set_up(names)
+
+    def check(names: dict[str, Any]) -> None:
+        encoder, ids = names["encoder"], names["ids"]
+        found = [x.grad.clone() for x in encoder.parameters()]
+        encoder.zero_grad()
+        layout = {n: names[n] for n in ("pv", "history", "clicked")}
+        table = encoder(names["images"][ids])
+        names["loss_fn"](**layout, embeddings=table, table_ids=ids).backward()
+        for x, y in zip(encoder.parameters(), found, strict=True):
+            torch.testing.assert_close(x.grad, y)
+
+    return check
+
+
+def memory_of_earlier_batches(names: dict[str, Any]) -> Check:
+    check_loss = several_processes_are_set_up(names)
+
+    def check(names: dict[str, Any]) -> None:
+        check_loss(names)
+        assert len(names["memory"]) == 30 * len(names["ids"])
+
+    return check
+
+
 STAND_INS = {
     "README.md 0": loss_of_ones_own_training,
     "docs/hm-fashion.md 0": features_of_a_backbone,
     "docs/loss.md 0": loss_of_unique_items,
     "docs/loss.md 1": statistics,
     "docs/training.md 0": training_from_python,
+    "docs/processes.md 0": one_of_several_processes,
+    "docs/processes.md 1": gradient_cache,
+    "docs/processes.md 2": memory_of_earlier_batches,
 }
 
 
@@ -136,6 +200,10 @@ def test_every_block_has_its_stand_ins() -> None:
 def test_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    check = STAND_INS[block](names)
-    exec(compile(blocks()[block], block, "exec"), names)
-    check(names)
+    try:
+        check = STAND_INS[block](names)
+        exec(compile(blocks()[block], block, "exec"), names)
+        check(names)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
