@@ -50,7 +50,7 @@ def loss_of_ones_own_training(names: dict[str, Any]) -> Check:
 def loss_of_unique_items(names: dict[str, Any]) -> Check:
     names |= {
         "torch": torch,
-        "loss_fn": ReconstructionLoss(),
+        "loss_fn": cf.ReconstructionLoss(),
         "encoder": torch.nn.Linear(3, 16),
         "images": torch.randn(9, 3),
         "shown": torch.tensor([0, 1, 2, 1, 3]),
@@ -70,7 +70,7 @@ def loss_of_unique_items(names: dict[str, Any]) -> Check:
 
 def statistics(names: dict[str, Any]) -> Check:
     names |= {
-        "loss_fn": ReconstructionLoss(),
+        "loss_fn": cf.ReconstructionLoss(),
         "pv": torch.randn(4, 5, 16),
         "history": torch.randn(4, 6, 16),
         "clicked": torch.tensor([[True, False, False, True, False]] * 4),
