@@ -20,7 +20,6 @@ from .page_attention import (
     Columns,
     History,
     Rules,
-    Source,
     Tile,
     allowed_pairs,
     candidate_tile,
@@ -31,13 +30,13 @@ from .page_attention import (
     load_bias,
     load_columns,
     load_head,
-    load_source,
     logits,
     of_head,
     page_gradients,
     page_history,
     reconstruct_candidates,
 )
+from .reconstruct import Source, load_source
 from .tl_common import LOG2E, kernel, rank_before, score_scale
 
 

@@ -9,15 +9,8 @@ import triton
 import triton.language as tl
 
 from .contrast import MASK_OTHER_PAGES, MASK_PAGE
-from .reconstruct import head_mask, load_rows
+from .reconstruct import head_mask, load_source
 from .tl_common import LN2, LOG2E, rank_before, unit_scale
-
-
-class Source(NamedTuple):
-    """Rows [*, D], and what they are read through or None."""
-
-    rows: Any
-    index: Any
 
 
 class Candidates(NamedTuple):
@@ -120,14 +113,6 @@ def logits(q, k, q_inverse, scale, mine, COSINE: tl.constexpr, PRECISION: tl.con
     if COSINE:
         s = s * q_inverse[:, None] * head_lengths(k, COSINE)[None, :]
     return tl.where(mine[None, :], s, -float("inf"))
-
-
-@triton.jit
-def load_source(source, row, mask, how: tl.constexpr):
-    """Rows [*, BLOCK_D], zeros where the mask is off."""
-    return load_rows(
-        source.rows, source.index, row, mask, how.D, how.BLOCK_D, source.index is not None
-    )
 
 
 @triton.jit

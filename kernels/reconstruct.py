@@ -6,6 +6,8 @@ so pages of any length need no padding, and what belongs to another page is mask
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -30,44 +32,66 @@ def load_rows(
     )
 
 
+class Source(NamedTuple):
+    """Rows [*, D], and what they are read through or None."""
+
+    rows: Any
+    index: Any
+
+
+class Operand(NamedTuple):
+    """Rows of a product [rows, BLOCK_D], masked to a head; or, with BLOCK_C < BLOCK_D, where in memory they are."""
+
+    rows: Any
+    ptr: Any
+    start: Any  # [rows] int64 offsets
+    mask: Any
+
+
+class Tiles(NamedTuple):
+    """What is constant in the attention to a history."""
+
+    D: Any
+    HEADS: Any
+    BLOCK_M: Any
+    BLOCK_H: Any
+    BLOCK_D: Any
+    BLOCK_C: Any
+    PRECISION: Any
+
+
 @triton.jit
-def products(
-    a,  # [BLOCK_A, BLOCK_D], with BLOCK_C = BLOCK_D; masked to the head
-    b,  # [BLOCK_B, BLOCK_D], likewise
-    a_ptr,
-    a_start,  # [BLOCK_A] int64 offsets of the rows
-    a_mask,
-    b_ptr,
-    b_start,
-    b_mask,
-    head,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    DOT_TYPE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def load_source(source, row, mask, how: tl.constexpr):
+    """Rows [*, BLOCK_D], zeros where the mask is off."""
+    return load_rows(
+        source.rows, source.index, row, mask, how.D, how.BLOCK_D, source.index is not None
+    )
+
+
+@triton.jit
+def products(a, b, head, DOT_TYPE: tl.constexpr, how: tl.constexpr):
     """a_i . b_j [BLOCK_A, BLOCK_B] of one head; where whole rows are too many registers, from memory in parts of BLOCK_C."""
-    if BLOCK_C == BLOCK_D:
-        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
-    s = tl.zeros([a_start.shape[0], b_start.shape[0]], tl.float32)
-    for first in range(0, D, BLOCK_C):
-        dims = first + tl.arange(0, BLOCK_C)
-        inside = dims < D
-        if HEADS > 1:
-            inside = inside & head_mask(dims, head, D // HEADS)
+    if how.BLOCK_C == how.BLOCK_D:
+        return tl.dot(a.rows, tl.trans(b.rows), input_precision=how.PRECISION)
+    s = tl.zeros([a.start.shape[0], b.start.shape[0]], tl.float32)
+    for first in range(0, how.D, how.BLOCK_C):
+        dims = first + tl.arange(0, how.BLOCK_C)
+        inside = dims < how.D
+        if how.HEADS > 1:
+            inside = inside & head_mask(dims, head, how.D // how.HEADS)
         part_a = tl.load(
-            a_ptr + a_start[:, None] + dims[None, :],
-            mask=a_mask[:, None] & inside[None, :],
+            a.ptr + a.start[:, None] + dims[None, :],
+            mask=a.mask[:, None] & inside[None, :],
             other=0.0,
         )
         part_b = tl.load(
-            b_ptr + b_start[:, None] + dims[None, :],
-            mask=b_mask[:, None] & inside[None, :],
+            b.ptr + b.start[:, None] + dims[None, :],
+            mask=b.mask[:, None] & inside[None, :],
             other=0.0,
         )
-        s = tl.dot(part_a.to(DOT_TYPE), tl.trans(part_b.to(DOT_TYPE)), s, input_precision=PRECISION)
+        s = tl.dot(
+            part_a.to(DOT_TYPE), tl.trans(part_b.to(DOT_TYPE)), s, input_precision=how.PRECISION
+        )
     return s
 
 
@@ -81,12 +105,9 @@ def history_block(history_page_ptr, start, end, page, BLOCK_H: tl.constexpr):
 
 @triton.jit
 def attend_tile(
-    q_ptr,
-    q_index_ptr,
-    k_ptr,
-    k_index_ptr,
-    v_ptr,
-    v_index_ptr,
+    q_of,  # Source, as k_of and v_of
+    k_of,
+    v_of,
     history_offsets_ptr,
     history_page_ptr,
     attention_lse_ptr,  # [HEADS, capacity]
@@ -97,54 +118,38 @@ def attend_tile(
     last_page,
     capacity,
     scale_log2,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    HAS_Q_INDEX: tl.constexpr,
-    HAS_K_INDEX: tl.constexpr,
-    HAS_V_INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
+    how: tl.constexpr,
 ):
     """R_j = sum_k a_jk v_k, a_jk = softmax over k in H_b of (c q_j . k_k), as float32 [BLOCK_M, BLOCK_D]."""
-    dims = tl.arange(0, BLOCK_D)
+    dims = tl.arange(0, how.BLOCK_D)
     low = tl.load(history_offsets_ptr + first_page)
     high = tl.load(history_offsets_ptr + last_page + 1)
-    q_start = source_row(q_index_ptr, position, page >= 0, HAS_Q_INDEX) * D
+    q_start = source_row(q_of.index, position, page >= 0, q_of.index is not None) * how.D
     q = page
-    if BLOCK_C == BLOCK_D:
-        q = load_rows(q_ptr, q_index_ptr, position, page >= 0, D, BLOCK_D, HAS_Q_INDEX)
-    result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for head in range(HEADS):
+    if how.BLOCK_C == how.BLOCK_D:
+        q = load_source(q_of, position, page >= 0, how)
+    result = tl.zeros([how.BLOCK_M, how.BLOCK_D], tl.float32)
+    for head in range(how.HEADS):
         q_head = q
-        if HEADS > 1 and BLOCK_C == BLOCK_D:
-            q_head = tl.where(head_mask(dims, head, D // HEADS)[None, :], q, 0.0).to(q.dtype)
-        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for start in range(low, high, BLOCK_H):
-            row, real, mine = history_block(history_page_ptr, start, high, page, BLOCK_H)
+        if how.HEADS > 1 and how.BLOCK_C == how.BLOCK_D:
+            q_head = tl.where(head_mask(dims, head, how.D // how.HEADS)[None, :], q, 0.0).to(
+                q.dtype
+            )
+        top = tl.full([how.BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([how.BLOCK_M], tl.float32)
+        acc = tl.zeros([how.BLOCK_M, how.BLOCK_D], tl.float32)
+        for start in range(low, high, how.BLOCK_H):
+            row, real, mine = history_block(history_page_ptr, start, high, page, how.BLOCK_H)
             k = real
-            if BLOCK_C == BLOCK_D:
-                k = load_rows(k_ptr, k_index_ptr, row, real, D, BLOCK_D, HAS_K_INDEX)
+            if how.BLOCK_C == how.BLOCK_D:
+                k = load_source(k_of, row, real, how)
+            k_start = source_row(k_of.index, row, real, k_of.index is not None) * how.D
             s = products(
-                q_head,
-                k,
-                q_ptr,
-                q_start,
-                page >= 0,
-                k_ptr,
-                source_row(k_index_ptr, row, real, HAS_K_INDEX) * D,
-                real,
+                Operand(q_head, q_of.rows, q_start, page >= 0),
+                Operand(k, k_of.rows, k_start, real),
                 head,
-                D,
-                HEADS,
-                q_ptr.dtype.element_ty,
-                BLOCK_D,
-                BLOCK_C,
-                PRECISION,
+                q_of.rows.dtype.element_ty,
+                how,
             )
             s = tl.where(mine, s * scale_log2, -float("inf"))
             new_top = tl.maximum(top, tl.max(s, axis=1))
@@ -152,18 +157,18 @@ def attend_tile(
             p = tl.where(mine, tl.exp2(s - shift[:, None]), 0.0)
             rescale = tl.exp2(top - shift)
             total = total * rescale + tl.sum(p, axis=1)
-            v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX)
+            v = load_source(v_of, row, real, how)
             # A NaN or inf of another page must not come in through 0 * NaN; one of the own page must.
             bad = tl.max(
                 tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1), axis=1
             )  # [BLOCK_H]
             v = tl.where(bad[:, None] != 0, 0.0, v).to(v.dtype)
             poisoned = tl.max(tl.where(mine & (bad[None, :] != 0), 1, 0), axis=1)
-            acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+            acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=how.PRECISION)
             acc = tl.where(poisoned[:, None] != 0, float("nan"), acc)
             top = new_top
-        if HEADS > 1:
-            acc = tl.where(head_mask(dims, head, D // HEADS)[None, :], acc, 0.0)
+        if how.HEADS > 1:
+            acc = tl.where(head_mask(dims, head, how.D // how.HEADS)[None, :], acc, 0.0)
         result += acc / tl.where(total == 0.0, 1.0, total)[:, None]
         lse = top + tl.log2(tl.where(total == 0.0, 1.0, total))
         tl.store(attention_lse_ptr + head * capacity + place, lse, mask=page >= 0)
@@ -261,13 +266,11 @@ def attend(
     place, valid, position, page, first, last = list_tile(
         list_ptr, list_page_ptr, count, start, BLOCK_M
     )
+    how: tl.constexpr = Tiles(D, HEADS, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_C, PRECISION)
     r = attend_tile(
-        q_ptr,
-        q_index_ptr,
-        k_ptr,
-        k_index_ptr,
-        v_ptr,
-        v_index_ptr,
+        Source(q_ptr, q_index_ptr if HAS_Q_INDEX else None),
+        Source(k_ptr, k_index_ptr if HAS_K_INDEX else None),
+        Source(v_ptr, v_index_ptr if HAS_V_INDEX else None),
         history_offsets_ptr,
         history_page_ptr,
         attention_lse_ptr,
@@ -278,16 +281,7 @@ def attend(
         last,
         capacity,
         scale * LOG2E,
-        D,
-        HEADS,
-        HAS_Q_INDEX,
-        HAS_K_INDEX,
-        HAS_V_INDEX,
-        BLOCK_M,
-        BLOCK_H,
-        BLOCK_D,
-        BLOCK_C,
-        PRECISION,
+        how,
     )
     if RAW:
         dims = tl.arange(0, BLOCK_D)
@@ -359,6 +353,7 @@ def attend_dq(
     count = tl.load(count_ptr)
     if start >= count:
         return
+    how: tl.constexpr = Tiles(D, HEADS, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_C, PRECISION)
     dims = tl.arange(0, BLOCK_D)
     place, valid, position, page, first, last = list_tile(
         list_ptr, list_page_ptr, count, start, BLOCK_M
@@ -393,39 +388,21 @@ def attend_dq(
             v = real
             if BLOCK_C == BLOCK_D:
                 v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX).to(DOT_TYPE)
+            k_start = source_row(k_index_ptr, row, real, HAS_K_INDEX) * D
             s = products(
-                q_head,
-                k,
-                q_ptr,
-                q_start,
-                valid,
-                k_ptr,
-                source_row(k_index_ptr, row, real, HAS_K_INDEX) * D,
-                real,
+                Operand(q_head, q_ptr, q_start, valid),
+                Operand(k, k_ptr, k_start, real),
                 head,
-                D,
-                HEADS,
                 DOT_TYPE,
-                BLOCK_D,
-                BLOCK_C,
-                PRECISION,
+                how,
             )
+            v_start = source_row(v_index_ptr, row, real, HAS_V_INDEX) * D
             da = products(
-                dr_head,
-                v,
-                dr_ptr,
-                dr_start,
-                valid,
-                v_ptr,
-                source_row(v_index_ptr, row, real, HAS_V_INDEX) * D,
-                real,
+                Operand(dr_head, dr_ptr, dr_start, valid),
+                Operand(v, v_ptr, v_start, real),
                 head,
-                D,
-                HEADS,
                 DOT_TYPE,
-                BLOCK_D,
-                BLOCK_C,
-                PRECISION,
+                how,
             )
             a = tl.exp2(tl.where(mine, s * (scale * LOG2E) - lse[:, None], -float("inf")))
             ds = tl.where(mine, a * (da - delta[:, None]), 0.0)
@@ -480,6 +457,7 @@ def attend_dkv(
     PRECISION: tl.constexpr,
 ):
     """dL/dv_k = sum_j a_jk dL/dR_j and dL/dk_k = c sum_j a_jk (dL/dR_j . v_k - delta_j) q_j; SUM_KV: their sum to dk."""
+    how: tl.constexpr = Tiles(D, HEADS, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_C, PRECISION)
     # The second grid axis walks over slices of BLOCK_O output dimensions, all of them in one where registers allow.
     dims = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     row = tl.program_id(0).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -523,21 +501,11 @@ def attend_dkv(
                 q_head = q
                 dr_head = dr
             s = products(
-                k,
-                q_head,
-                k_ptr,
-                k_start,
-                real,
-                q_ptr,
-                q_start,
-                valid,
+                Operand(k, k_ptr, k_start, real),
+                Operand(q_head, q_ptr, q_start, valid),
                 head,
-                D,
-                HEADS,
                 DOT_TYPE,
-                BLOCK_D,
-                BLOCK_C,
-                PRECISION,
+                how,
             )
             a = tl.exp2(
                 tl.where(mine, s * (scale * LOG2E) - lse[None, :], -float("inf"))
@@ -546,21 +514,11 @@ def attend_dkv(
                 dv = tl.dot(a.to(DOT_TYPE), dr_head, dv, input_precision=PRECISION)
             if WANT_DK:
                 da = products(
-                    v,
-                    dr_head,
-                    v_ptr,
-                    v_start,
-                    real,
-                    dr_ptr,
-                    dr_start,
-                    valid,
+                    Operand(v, v_ptr, v_start, real),
+                    Operand(dr_head, dr_ptr, dr_start, valid),
                     head,
-                    D,
-                    HEADS,
                     DOT_TYPE,
-                    BLOCK_D,
-                    BLOCK_C,
-                    PRECISION,
+                    how,
                 )
                 ds = tl.where(mine, a * (da - delta[None, :]), 0.0) * scale
                 dk = tl.dot(ds.to(DOT_TYPE), q_head, dk, input_precision=PRECISION)
