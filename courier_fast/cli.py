@@ -15,7 +15,7 @@ COMMANDS = {
         "courier_fast.quickstart.command",
         "draw a catalogue, train on it, evaluate, and write a report: no data, no GPU",
     ),
-    "prepare": ("courier_fast.data.prepare", "interactions and images -> a dataset folder"),
+    "prepare": ("courier_fast.data.command", "interactions and images -> a dataset folder"),
     "train": ("courier_fast.train.command", "a dataset folder -> an encoder"),
     "embed": ("courier_fast.evaluate.embed", "an encoder and images -> embeddings"),
     "evaluate": (

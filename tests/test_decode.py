@@ -17,13 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from courier_fast.data import decode
-from courier_fast.data.decode import (
-    Decoder,
+from courier_fast.data import software
+from courier_fast.data.decode import Decoder, make_decoder
+from courier_fast.data.software import (
     Recycler,
     exif_orientation,
     jpeg_header,
-    make_decoder,
     normalise_batch,
     pixels,
     stored_window,
@@ -451,7 +450,7 @@ def test_dali_finds_the_image_that_it_cannot_do(name: str, monkeypatch: pytest.M
 
 
 def test_pillow_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "simplejpeg", None)
+    monkeypatch.setattr(software, "simplejpeg", None)
     with pytest.raises(
         ModuleNotFoundError, match=r'simplejpeg: pip install "courier_fast\[train\]"'
     ):

@@ -18,11 +18,13 @@ import polars as pl
 import pytest
 from PIL import Image
 
+from courier_fast.data import command, spool
 from courier_fast.data import prepare as module
 from courier_fast.data.dataset import Dataset
 from courier_fast.data.image_check import check_image
 from courier_fast.data.layouts import Columns, Source, generic
-from courier_fast.data.prepare import PrepareOptions, prepare
+from courier_fast.data.options import PrepareOptions
+from courier_fast.data.prepare import prepare
 
 HM = Path(__file__).parents[2] / "shared/data/hm-fashion"
 Event = tuple[str, str, int]
@@ -217,8 +219,8 @@ def test_same_bytes_for_any_order_of_rows_and_any_bucket_size(
     first = made("first", events)
     assert made("again", events) == first
     assert made("backwards", events[::-1]) == first
-    monkeypatch.setattr(module, "BATCH", 17)
-    monkeypatch.setattr(module, "BUCKET", 23)
+    monkeypatch.setattr(spool, "BATCH", 17)
+    monkeypatch.setattr(spool, "BUCKET", 23)
     assert made("buckets", events) == first
     other = made("seed", events, seed=1)
     assert other["page_items.arrow"] != first["page_items.arrow"]
@@ -253,7 +255,7 @@ def test_splits_by_date_and_by_share(tmp_path: Path) -> None:
 def test_given_pages_are_those_of_brute_force(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BUCKET", 50)
+    monkeypatch.setattr(spool, "BUCKET", 50)
     rng = np.random.default_rng(seed)
     rows, before = [], random_events(seed, users=6, n=30)
     for page in range(80):
@@ -510,12 +512,13 @@ from pathlib import Path
 import polars as pl
 from courier_fast.data import prepare as module
 from courier_fast.data.layouts import Source
+from courier_fast.data.options import PrepareOptions
 def wait(*_):
     print("writing", flush=True)
     time.sleep(60)
 module.write_table = wait
 columns = {"user_id": list("uuuvvv"), "item_id": list("abccba"), "time": [0, 2, 4, 1, 3, 5]}
-options = module.PrepareOptions(min_history=1)
+options = PrepareOptions(min_history=1)
 module.prepare(Path(sys.argv[1]), source=Source("test", pl.LazyFrame(columns)), options=options)
 """
     child = subprocess.Popen(
@@ -569,10 +572,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     rows = [f"{u},{i},{t}" for u, i, t in random_events(1)]
     path.write_text("\n".join(["who,what,timestamp", *rows]))
     parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
+    command.add_arguments(parser)
 
     def run(*arguments: str) -> int:
-        return module.run(parser.parse_args([str(tmp_path / "out"), *arguments]))
+        return command.run(parser.parse_args([str(tmp_path / "out"), *arguments]))
 
     own = ["--interactions", str(path), "--user-column", "who", "--item-column", "what"]
     assert run(*own, "--min-history", "1", "--page-size", "5") == 0

@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
         'decoder: DALI is not installed: pip install "courier_fast[dali]"', name=error.name
     ) from None
 
-from .decode import (
+from .software import (
     MAX_PIXELS,
     Recycler,
     SoftwareDecoder,

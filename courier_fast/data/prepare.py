@@ -6,16 +6,12 @@ disk; they are sorted there in buckets of a few million, first by user, then by 
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
 import shutil
-import sys
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
-from numba import njit
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 from .. import __version__
 from ..files import sync
-from .dataset import FORMAT, SPLITS, ImageStoreWriter, write_table
-from .image_check import check_images, index_images
-from .layouts import LAYOUTS, Columns, Source, generic
+from . import spool as on_disk
+from .dataset import FORMAT, SPLITS, write_table
+from .events import Items, Raw, Sorted, choose_items, read, sort_events
+from .layouts import Source
+from .options import PrepareOptions, epoch
 from .pages import (
     KEPT,
     NEGATIVES,
@@ -40,22 +34,16 @@ from .pages import (
     NO_NEGATIVE,
     REPEAT,
     SHORT_HISTORY,
-    Events,
     copy_items,
     given_pages,
     live_items,
     make_pages,
 )
+from .spool import Spool, by_time
 
 Array = npt.NDArray
 log = logging.getLogger(__name__)
 
-BATCH = 1 << 19  # rows that are read, or pages that are made, at once
-BUCKET = 1 << 22  # rows that are sorted at once
-
-EVENT = np.dtype([("user", np.int32), ("item", np.int32), ("time", np.int64)])
-SHOWN = np.dtype([*EVENT.descr, ("page", np.uint64), ("clicked", np.uint8)])
-AT = np.dtype([("time", np.int64), ("row", np.int64)])
 
 FATES = {
     SHORT_HISTORY: "fewer earlier events than --min-history",
@@ -63,396 +51,10 @@ FATES = {
     NO_NEGATIVE: "nothing else to show",
     NO_CLICK: "nothing clicked",
 }
-NO_IMAGE = "item without a usable image"
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """What `prepare` does.
-
-    Args:
-        page_size: items of a made page, the clicked one included; the most of a given page (all clicked ones stay).
-        negatives: for made pages: "uniform" over the items on offer at the time, "popularity" (an event drawn from all those before),
-            "category" (the clicked item's, filled up uniformly).
-        live_days: an item is on offer from so many days before its first event until so many after its last; where its first_seen and
-            last_seen are given, those hold.
-        min_history: earlier events that the user of a page needs.
-        max_history: the most recent events that are a page's history.
-        repeats: "drop" made pages whose clicked item the user had before, or "keep" them.
-        validation_share, test_share: shares of the pages, the last ones in time; the cut is never inside a timestamp.
-        validation_from, test_from: dates (ISO 8601, UTC) that cut instead.
-        shrink: images whose short side is longer are scaled down to this many pixels; 0: bytes stay as they are.
-        threads: threads that check images; 0: one for each core.
-    """
-
-    page_size: int = 10
-    negatives: str = "uniform"
-    live_days: float = 30.0
-    min_history: int = 3
-    max_history: int = 50
-    repeats: str = "drop"
-    validation_share: float = 0.1
-    test_share: float = 0.1
-    validation_from: str | None = None
-    test_from: str | None = None
-    shrink: int = 0
-    seed: int = 0
-    threads: int = 0
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if self.page_size < 2:
-            raise ValueError(f"page_size: expected at least 2, got {self.page_size}")
-        if self.negatives not in NEGATIVES:
-            raise ValueError(f"negatives: expected one of {NEGATIVES}, got {self.negatives!r}")
-        if self.repeats not in ("drop", "keep"):
-            raise ValueError(f"repeats: expected 'drop' or 'keep', got {self.repeats!r}")
-        for name, least in (("min_history", 1), ("max_history", 1), ("shrink", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        if not self.live_days >= 0:
-            raise ValueError(f"live_days: expected at least 0, got {self.live_days}")
-        shares = (self.validation_share, self.test_share)
-        if min(shares) < 0 or sum(shares) >= 1:
-            raise ValueError(
-                f"validation_share, test_share: expected shares of 0 or more that leave something for train, got {shares}"
-            )
-        if (self.validation_from is None) != (self.test_from is None):
-            raise ValueError("validation_from, test_from: expected both or neither")
-        dates = [
-            _epoch(name, date)
-            for name in ("validation_from", "test_from")
-            if (date := getattr(self, name)) is not None
-        ]
-        if dates != sorted(dates):
-            raise ValueError(
-                f"test_from: expected no date before {self.validation_from}, got {self.test_from}"
-            )
-
-
-def _epoch(name: str, date: str) -> int:
-    try:
-        moment = datetime.fromisoformat(date.replace("Z", "+00:00"))
-    except ValueError:
-        raise ValueError(f"{name}: expected a date such as 2020-09-01, got {date!r}") from None
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp())
 
 
 def _iso(time: int) -> str:
     return str(np.datetime64(int(time), "s")) + "Z"
-
-
-# ---- on disk --------------------------------------------------------------------------------------------------------
-
-
-class Spool:
-    """A column or records that grow on disk and are then mapped."""
-
-    def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
-        self.path, self.dtype, self.rows = path, np.dtype(dtype), 0
-        self._file = path.open("wb")
-
-    def append(self, values: Array) -> None:
-        np.ascontiguousarray(values, self.dtype).tofile(self._file)
-        self.rows += len(values)
-
-    def array(self) -> Array:
-        """All rows so far, mapped."""
-        self._file.flush()
-        return np.memmap(self.path, self.dtype, "r") if self.rows else np.zeros(0, self.dtype)
-
-    def chunks(self) -> Iterator[Array]:
-        """All rows so far, read a batch at a time."""
-        self._file.flush()
-        with self.path.open("rb") as file:
-            while len(rows := np.fromfile(file, self.dtype, BATCH)):
-                yield rows
-
-    def remove(self) -> None:
-        self._file.close()
-        self.path.unlink()
-
-
-class Buckets:
-    """Records in files by ranges of one of their fields: bucket b holds those from bounds[b - 1] on and below bounds[b], in order."""
-
-    def __init__(self, folder: Path, dtype: np.dtype, field: str, bounds: Array) -> None:
-        folder.mkdir()
-        self._field, self._bounds = field, bounds
-        self._spools = [Spool(folder / str(b), dtype) for b in range(len(bounds) + 1)]
-
-    def add(self, records: Array) -> None:
-        bucket = np.searchsorted(self._bounds, records[self._field], side="right")
-        order = np.argsort(bucket, kind="stable")
-        ends = np.cumsum(np.bincount(bucket, minlength=len(self._spools)))
-        for spool, part in zip(self._spools, np.split(order, ends[:-1]), strict=True):
-            if len(part):
-                spool.append(records[part])
-
-    def __iter__(self) -> Iterator[Array]:
-        """Each bucket's records; its file is gone afterwards."""
-        for spool in self._spools:
-            records = np.array(spool.array())
-            spool.remove()
-            yield records
-
-
-def by_time(times: Array, folder: Path) -> Iterator[Array]:
-    """Rows of `times` (mapped) in order of time, then row: batches of int64."""
-    count = -(-len(times) // BUCKET)
-    sample = np.sort(times[:: max(1, len(times) // (256 * count or 1))])
-    bounds = np.unique(sample[[len(sample) * b // count for b in range(1, count)]])
-    buckets = Buckets(folder, AT, "time", bounds)
-    for start in range(0, len(times), BATCH):
-        part = np.zeros(min(BATCH, len(times) - start), AT)
-        part["time"], part["row"] = (
-            times[start : start + BATCH],
-            np.arange(start, start + len(part)),
-        )
-        buckets.add(part)
-    for records in buckets:
-        rows = records["row"][np.argsort(records["time"], kind="stable")]
-        for start in range(0, len(rows), BATCH):
-            yield rows[start : start + BATCH]
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
-
-
-class Ids:
-    """Ids as codes, in order of first use."""
-
-    def __init__(self) -> None:
-        self._kind = pl.Categorical(pl.Categories.random())
-        # Polars forgets the codes when the last series that has some is gone.
-        self._held = pl.Series("id", [], pl.String).cast(self._kind)
-        self._parts: list[pl.Series] = [pl.Series("id", [], pl.String)]
-        self.count = 0
-
-    def codes(self, ids: pl.Series) -> Array:
-        self._held = ids.cast(self._kind)
-        codes = self._held.to_physical()
-        new = pl.DataFrame({"id": ids, "code": codes}).filter(pl.col("code") >= self.count)
-        new = new.unique("code").sort("code")
-        self._parts.append(new["id"])
-        self.count += len(new)
-        return codes.to_numpy().astype(np.int32)
-
-    def all(self) -> pl.Series:
-        """[count] the ids by code."""
-        ids = pl.concat(self._parts)
-        codes = ids.cast(self._kind).to_physical().to_numpy()
-        assert (codes == np.arange(self.count)).all()
-        return ids
-
-
-@dataclass
-class Raw:
-    """What was read, as codes."""
-
-    users: Ids
-    items: Ids
-    events: Spool  # EVENT
-    shown: Spool | None  # SHOWN
-    counts: dict[str, Counter[str]]  # by table: rows by what became of them
-
-
-def read(source: Source, folder: Path) -> Raw:
-    """Spools the source's rows. Raises ValueError where its files cannot be read as what they should be."""
-    if source.events is None and source.impressions is None:
-        raise ValueError("source: expected events or impressions, got neither")
-    given = source.impressions is not None
-    shown = Spool(folder / "raw-shown", SHOWN) if given else None
-    raw = Raw(Ids(), Ids(), Spool(folder / "raw-events", EVENT), shown, {})
-    for name, frame, spool in (
-        ("events", source.events, raw.events),
-        ("impressions", source.impressions, shown),
-    ):
-        if frame is None or spool is None:
-            continue
-        counts = raw.counts[name] = Counter()
-        columns = ["user_id", "item_id", "time"] + ["page_id", "clicked"] * (spool is shown)
-        try:
-            for batch in frame.select(columns).collect_batches(
-                chunk_size=BATCH, maintain_order=True, engine="streaming"
-            ):
-                _spool(batch, spool, raw, counts)
-        except pl.exceptions.PolarsError as error:
-            files = ", ".join(str(f) for f in source.files) or "the source"
-            raise ValueError(f"{files}: cannot be read: {error}") from error
-    return raw
-
-
-def _spool(batch: pl.DataFrame, spool: Spool, raw: Raw, counts: Counter[str]) -> None:
-    names = [n for n in ("user_id", "item_id", "page_id") if n in batch.columns]
-    counts["read"] += len(batch)
-    known = batch.filter(pl.all_horizontal(pl.col(n).is_not_null() for n in names))
-    counts["no user, item or page id"] += len(batch) - len(known)
-    batch = known.filter(pl.col("time").is_not_null())
-    counts["time missing or unreadable"] += len(known) - len(batch)
-    records = np.zeros(len(batch), spool.dtype)
-    records["user"] = raw.users.codes(batch["user_id"])
-    records["item"] = raw.items.codes(batch["item_id"])
-    records["time"] = batch["time"].to_numpy()
-    if "page_id" in names:
-        records["page"] = batch["page_id"].hash().to_numpy()
-        records["clicked"] = batch["clicked"].fill_null(False).to_numpy()
-    spool.append(records)
-
-
-@njit(cache=True, nogil=True)
-def _span(items, times, first, last):  # type: ignore[no-untyped-def]
-    for i in range(len(items)):
-        first[items[i]] = min(first[items[i]], times[i])
-        last[items[i]] = max(last[items[i]], times[i])
-
-
-# ---- items ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Items:
-    """The items that stay, in order of their ids."""
-
-    table: pl.DataFrame  # item_id, category, and first_seen, last_seen where the source has them
-    row: Array  # [codes] int32: the row of a code, -1 where the item does not stay
-    missing: list[str]
-    undecodable: dict[str, str]
-
-
-def choose_items(
-    raw: Raw, source: Source, images: Path | None, out: Path, options: PrepareOptions
-) -> Items:
-    """Joins the metadata, and with `images` writes images.arrow and leaves out the items without a usable one."""
-    ids = pl.DataFrame({"item_id": raw.items.all()}).with_row_index("code").sort("item_id")
-    extra = {
-        "category": pl.String,
-        "image": pl.String,
-        "first_seen": pl.Int64,
-        "last_seen": pl.Int64,
-    }
-    table = ids
-    if source.items is not None:
-        about = source.items.join(ids.lazy().select("item_id"), on="item_id", how="semi")
-        found = about.collect(engine="streaming").unique(
-            "item_id", keep="first", maintain_order=True
-        )
-        table = ids.join(found, on="item_id", how="left", maintain_order="left")
-    table = table.with_columns(
-        pl.lit(None, kind).alias(name) for name, kind in extra.items() if name not in table.columns
-    )
-    missing: list[str] = []
-    undecodable: dict[str, str] = {}
-    stays = np.ones(len(table), bool)
-    if images is not None:
-        names = table["item_id"].to_list()
-        other = table["image"].to_list()
-        paths = index_images(images, {*names, *(n for n in other if n is not None)})
-        chosen = [paths.get(a) or paths.get(b) for a, b in zip(names, other, strict=True)]
-        with ImageStoreWriter(out / "images.arrow") as store:
-            checks = check_images(chosen, shrink=options.shrink, threads=options.threads)
-            quiet = not sys.stderr.isatty()
-            console = Console(stderr=True)
-            for i, checked in enumerate(
-                track(checks, "images", len(chosen), console=console, transient=True, disable=quiet)
-            ):
-                if checked.image is not None:
-                    store.append(checked.image, checked.height, checked.width)
-                    continue
-                stays[i] = False
-                if chosen[i] is None:
-                    missing.append(names[i])
-                else:
-                    undecodable[names[i]] = checked.reason
-        if not stays.any():
-            raise ValueError(
-                f"images: expected files under {images} called after items such as {', '.join(names[:3])}; of {len(names)} items, {len(missing)} have none and {len(undecodable)} one that cannot be decoded"
-            )
-    table = table.filter(stays)
-    row = np.full(len(stays), -1, np.int32)
-    row[table["code"].to_numpy()] = np.arange(len(table))
-    return Items(table, row, missing, undecodable)
-
-
-# ---- events ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Sorted:
-    """The events that stay, by user; the rows shown, in buckets by user; when each item was seen."""
-
-    events: Events
-    shown: Buckets | None
-    user_ids: pl.Series
-    first_seen: Array
-    last_seen: Array
-
-
-def sort_events(raw: Raw, items: Items, folder: Path) -> Sorted:
-    """Sorts by user, then time, then item; an event that is there twice counts once."""
-    sizes = np.zeros(raw.users.count, np.int64)
-    for spool, name in ((raw.events, "events"), (raw.shown, "impressions")):
-        for records in spool.chunks() if spool else ():
-            stays = items.row[records["item"]] >= 0
-            raw.counts[name][NO_IMAGE] += int((~stays).sum())
-            sizes += np.bincount(records["user"][stays], minlength=len(sizes))
-    users = (
-        pl.DataFrame({"id": raw.users.all()}).with_row_index("code").filter(sizes > 0).sort("id")
-    )
-    codes = users["code"].to_numpy()
-    user_row = np.zeros(len(sizes), np.int32)
-    user_row[codes] = np.arange(len(codes))
-    # Buckets of about BUCKET rows.
-    ends = np.cumsum(sizes[codes])
-    total = int(ends[-1]) if len(ends) else 0
-    bounds = np.unique(np.searchsorted(ends, np.arange(BUCKET, total, BUCKET), side="right"))
-    clicks = Buckets(folder / "events", EVENT, "user", bounds)
-    shown = Buckets(folder / "shown", SHOWN, "user", bounds) if raw.shown else None
-    first_seen = np.full(len(items.table), np.iinfo(np.int64).max)
-    last_seen = np.full(len(items.table), np.iinfo(np.int64).min)
-    for spool, buckets in ((raw.events, clicks), (raw.shown, shown)):
-        for records in spool.chunks() if spool else ():
-            records["item"] = items.row[records["item"]]
-            records["user"] = user_row[records["user"]]
-            records = records[records["item"] >= 0]
-            _span(records["item"], records["time"], first_seen, last_seen)
-            if buckets is not None:
-                buckets.add(records)
-            if spool is raw.shown:
-                clicks.add(records[["user", "item", "time"]][records["clicked"] == 1].astype(EVENT))
-        if spool:
-            spool.remove()
-    for name, pick, seen in (
-        ("first_seen", np.fmin, first_seen),
-        ("last_seen", np.fmax, last_seen),
-    ):
-        about = items.table[name]
-        known = about.is_not_null().to_numpy()
-        seen[known] = pick(seen[known], about.drop_nulls().to_numpy())
-
-    item, time = Spool(folder / "item", np.int32), Spool(folder / "time", np.int64)
-    by_item = Spool(folder / "by-item", np.int32)
-    sizes = np.zeros(len(users), np.int64)
-    for records in clicks:
-        columns = {name: np.ascontiguousarray(records[name]) for name in EVENT.fields or ()}
-        order = pl.DataFrame(columns).select(pl.arg_sort_by("user", "time", "item")).to_series()
-        records = records[order.to_numpy()]
-        again = np.zeros(len(records), bool)
-        again[1:] = records[1:] == records[:-1]
-        raw.counts.setdefault("events", Counter())["the same user, item and time again"] += int(
-            again.sum()
-        )
-        records = records[~again]
-        owner = records["user"]
-        sizes += np.bincount(owner, minlength=len(sizes))
-        start = np.searchsorted(owner, owner)
-        item.append(records["item"])
-        time.append(records["time"])
-        key = owner.astype(np.int64) << 32 | records["item"]
-        by_item.append(np.argsort(key, kind="stable") - start)
-    first = np.concatenate([[0], np.cumsum(sizes)])
-    events = Events(item.array(), time.array(), by_item.array(), first)
-    return Sorted(events, shown, users["id"], first_seen, last_seen)
 
 
 # ---- pages ----------------------------------------------------------------------------------------------------------
@@ -515,9 +117,9 @@ def pages_of_events(
         pool = np.memmap(folder / "pool", np.int32, "w+", shape=(total,))
     done = np.zeros(3, np.int64)
     buffers = (
-        np.zeros((BATCH, 2), np.int64),
-        np.zeros(BATCH * size, np.int32),
-        np.zeros(BATCH * size, np.uint8),
+        np.zeros((on_disk.BATCH, 2), np.int64),
+        np.zeros(on_disk.BATCH * size, np.int32),
+        np.zeros(on_disk.BATCH * size, np.uint8),
     )
     for rows in by_time(events.time, folder / "by-time"):
         users = np.searchsorted(events.first, rows, side="right") - 1
@@ -581,8 +183,8 @@ def split_bounds(times: Array, options: PrepareOptions) -> list[int]:
     n = len(times)
     if options.validation_from and options.test_from:
         cuts = [
-            _epoch("validation_from", options.validation_from),
-            _epoch("test_from", options.test_from),
+            epoch("validation_from", options.validation_from),
+            epoch("test_from", options.test_from),
         ]
     else:
         test = round(n * (1 - options.test_share))
@@ -678,12 +280,12 @@ def _write(
     clicks = np.zeros(len(items.table), np.int64)
     lengths = np.zeros(options.max_history + 1, np.int64)
     train_end = int(columns["pv_end"][bounds[1] - 1])
-    for start in range(0, train_end, BUCKET):
-        part = slice(start, min(start + BUCKET, train_end))
+    for start in range(0, train_end, on_disk.BUCKET):
+        part = slice(start, min(start + on_disk.BUCKET, train_end))
         clicked = shown["item"][part][shown["clicked"][part] == 1]
         clicks += np.bincount(clicked, minlength=len(clicks))
-    for start in range(0, len(times), BUCKET):
-        part = slice(start, start + BUCKET)
+    for start in range(0, len(times), on_disk.BUCKET):
+        part = slice(start, start + on_disk.BUCKET)
         length = columns["history_end"][part] - columns["history_start"][part]
         lengths += np.bincount(length, minlength=len(lengths))
     write_table(folder / "users.arrow", {"user_id": _text(sorted_.user_ids)})
@@ -759,143 +361,3 @@ def _counts(raw: Raw) -> dict[str, Any]:
 
 def _text(ids: pl.Series) -> pa.Array:
     return ids.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string())
-
-
-# ---- the command ----------------------------------------------------------------------------------------------------
-
-
-def print_report(report: dict[str, Any]) -> None:
-    """The report of `prepare` for people."""
-    table = Table("", "read", "kept", "dropped, and why", show_edge=False)
-
-    def reasons(dropped: dict[str, int]) -> str:
-        return "\n".join(f"{n:,} {why}" for why, n in dropped.items())
-
-    for name in ("events", "impressions"):
-        if name in report:
-            counts = report[name]
-            kept = counts.get("kept", counts["read"] - sum(counts["dropped"].values()))
-            table.add_row(name, f"{counts['read']:,}", f"{kept:,}", reasons(counts["dropped"]))
-    pages = report["pages"]
-    table.add_row(
-        "pages", f"{pages['candidates']:,}", f"{pages['kept']:,}", reasons(pages["dropped"])
-    )
-    console = Console()
-    console.print(table)
-    images = report["images"]
-    console.print(
-        f"{report['users']:,} users, {report['items']:,} items, {pages['items'] / pages['kept']:.1f} items a page, median history {pages['median_history']}"
-    )
-    if images:
-        bad = images["undecodable"]
-        console.print(
-            f"{images['usable']:,} images, {len(images['missing']):,} missing, {len(bad):,} undecodable"
-            + "".join(f"\n  {item}: {why}" for item, why in list(bad.items())[:5])
-            + ("\n  ... (report.json has all)" if len(bad) > 5 else ""),
-            markup=False,
-        )
-    for name, split in report["splits"].items():
-        when = f", {split['from']} to {split['to']}" if split["pages"] else ""
-        console.print(f"{name}: {split['pages']:,} pages{when}")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    columns, options = Columns(), PrepareOptions()
-    parser.add_argument("out", type=Path, help="the dataset folder to write")
-    parser.add_argument("--layout", default="generic", choices=["generic", *LAYOUTS])
-    parser.add_argument(
-        "--source", type=Path, help="folder of the published files (not for generic)"
-    )
-    parser.add_argument("--images", type=Path, help="folder of image files called after the items")
-    parser.add_argument(
-        "--min-rating",
-        type=float,
-        help="least rating that is a click (movielens, amazon-reviews-2023)",
-    )
-
-    own = parser.add_argument_group("generic")
-    own.add_argument(
-        "--interactions", type=Path, nargs="+", default=[], help=".csv, .tsv, .parquet or .jsonl"
-    )
-    own.add_argument("--items", type=Path, help="a row per item, with its category")
-    own.add_argument("--user-column", default=columns.user)
-    own.add_argument("--item-column", default=columns.item)
-    own.add_argument("--time-column", default=columns.time, help="ISO dates, or numbers since 1970")
-    own.add_argument("--category-column", default=columns.category)
-    own.add_argument(
-        "--page-column", help="page or impression id: a row is then an item shown on that page"
-    )
-    own.add_argument("--clicked-column", default=columns.clicked, help="whether it was clicked")
-
-    pages = parser.add_argument_group("pages")
-    pages.add_argument("--page-size", type=int, default=options.page_size, help="items of a page")
-    pages.add_argument("--negatives", choices=NEGATIVES, default=options.negatives)
-    pages.add_argument(
-        "--live-days",
-        type=float,
-        default=options.live_days,
-        help="an item is on offer so long before its first and after its last event",
-    )
-    pages.add_argument(
-        "--min-history",
-        type=int,
-        default=options.min_history,
-        help="earlier events that a page needs",
-    )
-    pages.add_argument(
-        "--max-history",
-        type=int,
-        default=options.max_history,
-        help="most recent events that are kept",
-    )
-    pages.add_argument(
-        "--repeats",
-        choices=("drop", "keep"),
-        default=options.repeats,
-        help="made pages whose item the user had before",
-    )
-    pages.add_argument("--validation-share", type=float, default=options.validation_share)
-    pages.add_argument("--test-share", type=float, default=options.test_share)
-    pages.add_argument("--validation-from", metavar="DATE")
-    pages.add_argument("--test-from", metavar="DATE")
-    pages.add_argument("--seed", type=int, default=options.seed)
-
-    parser.add_argument(
-        "--shrink",
-        type=int,
-        default=0,
-        metavar="PIXELS",
-        help="scale longer short sides down to this",
-    )
-    parser.add_argument("--threads", type=int, default=0, help="threads that check images")
-    parser.add_argument("--overwrite", action="store_true")
-
-
-def source_of(args: argparse.Namespace) -> Source:
-    """The source that the command line names."""
-    if args.layout == "generic":
-        if args.min_rating is not None:
-            raise ValueError(
-                "min_rating: expected --layout movielens or amazon-reviews-2023, got generic"
-            )
-        names = ("user", "item", "time", "category", "page", "clicked")
-        columns = Columns(**{n: getattr(args, f"{n}_column") for n in names})
-        return generic(args.interactions, args.items, columns)
-    if args.source is None:
-        raise ValueError(
-            f"source: expected --source with the folder of the {args.layout} files, got none"
-        )
-    if args.min_rating is None:
-        return LAYOUTS[args.layout](args.source)
-    if args.layout not in ("movielens", "amazon-reviews-2023"):
-        raise ValueError(
-            f"min_rating: expected --layout movielens or amazon-reviews-2023, got {args.layout}"
-        )
-    return LAYOUTS[args.layout](args.source, min_rating=args.min_rating)
-
-
-def run(args: argparse.Namespace) -> int:
-    options = PrepareOptions(**{n: getattr(args, n) for n in PrepareOptions.__dataclass_fields__})
-    print_report(prepare(args.out, source=source_of(args), images=args.images, options=options))
-    print(f"written to {args.out}")
-    return 0

@@ -25,7 +25,8 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ..data.dataset import Dataset
-from ..data.decode import KINDS, Decoder, jpeg_header, make_decoder
+from ..data.decode import KINDS, Decoder, make_decoder
+from ..data.software import jpeg_header
 from ..data.transforms import eval_windows
 from ..files import remove, sync, write_atomically
 

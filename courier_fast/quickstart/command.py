@@ -92,7 +92,8 @@ def prepare_dataset(out: Path, q: Quickstart) -> Dataset:
     """The dataset folder, a fifth of the pages held out: few pages would make wide intervals."""
     from ..data.dataset import Dataset
     from ..data.layouts import Columns, generic
-    from ..data.prepare import PrepareOptions, prepare
+    from ..data.options import PrepareOptions
+    from ..data.prepare import prepare
 
     source = generic([out / "views.parquet"], out / "items.parquet", Columns(page="page_id"))
     options = PrepareOptions(page_size=q.behaviour.shown, min_history=1, validation_share=0.05, test_share=0.2, seed=q.seed)  # fmt: skip

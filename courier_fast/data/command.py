@@ -1,0 +1,154 @@
+"""The command line of `courier-fast prepare`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .layouts import LAYOUTS, Columns, Source, generic
+from .options import PrepareOptions
+from .pages import (
+    NEGATIVES,
+)
+from .prepare import prepare
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report of `prepare` for people."""
+    table = Table("", "read", "kept", "dropped, and why", show_edge=False)
+
+    def reasons(dropped: dict[str, int]) -> str:
+        return "\n".join(f"{n:,} {why}" for why, n in dropped.items())
+
+    for name in ("events", "impressions"):
+        if name in report:
+            counts = report[name]
+            kept = counts.get("kept", counts["read"] - sum(counts["dropped"].values()))
+            table.add_row(name, f"{counts['read']:,}", f"{kept:,}", reasons(counts["dropped"]))
+    pages = report["pages"]
+    table.add_row(
+        "pages", f"{pages['candidates']:,}", f"{pages['kept']:,}", reasons(pages["dropped"])
+    )
+    console = Console()
+    console.print(table)
+    images = report["images"]
+    console.print(
+        f"{report['users']:,} users, {report['items']:,} items, {pages['items'] / pages['kept']:.1f} items a page, median history {pages['median_history']}"
+    )
+    if images:
+        bad = images["undecodable"]
+        console.print(
+            f"{images['usable']:,} images, {len(images['missing']):,} missing, {len(bad):,} undecodable"
+            + "".join(f"\n  {item}: {why}" for item, why in list(bad.items())[:5])
+            + ("\n  ... (report.json has all)" if len(bad) > 5 else ""),
+            markup=False,
+        )
+    for name, split in report["splits"].items():
+        when = f", {split['from']} to {split['to']}" if split["pages"] else ""
+        console.print(f"{name}: {split['pages']:,} pages{when}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    columns, options = Columns(), PrepareOptions()
+    parser.add_argument("out", type=Path, help="the dataset folder to write")
+    parser.add_argument("--layout", default="generic", choices=["generic", *LAYOUTS])
+    parser.add_argument(
+        "--source", type=Path, help="folder of the published files (not for generic)"
+    )
+    parser.add_argument("--images", type=Path, help="folder of image files called after the items")
+    parser.add_argument(
+        "--min-rating",
+        type=float,
+        help="least rating that is a click (movielens, amazon-reviews-2023)",
+    )
+
+    own = parser.add_argument_group("generic")
+    own.add_argument(
+        "--interactions", type=Path, nargs="+", default=[], help=".csv, .tsv, .parquet or .jsonl"
+    )
+    own.add_argument("--items", type=Path, help="a row per item, with its category")
+    own.add_argument("--user-column", default=columns.user)
+    own.add_argument("--item-column", default=columns.item)
+    own.add_argument("--time-column", default=columns.time, help="ISO dates, or numbers since 1970")
+    own.add_argument("--category-column", default=columns.category)
+    own.add_argument(
+        "--page-column", help="page or impression id: a row is then an item shown on that page"
+    )
+    own.add_argument("--clicked-column", default=columns.clicked, help="whether it was clicked")
+
+    pages = parser.add_argument_group("pages")
+    pages.add_argument("--page-size", type=int, default=options.page_size, help="items of a page")
+    pages.add_argument("--negatives", choices=NEGATIVES, default=options.negatives)
+    pages.add_argument(
+        "--live-days",
+        type=float,
+        default=options.live_days,
+        help="an item is on offer so long before its first and after its last event",
+    )
+    pages.add_argument(
+        "--min-history",
+        type=int,
+        default=options.min_history,
+        help="earlier events that a page needs",
+    )
+    pages.add_argument(
+        "--max-history",
+        type=int,
+        default=options.max_history,
+        help="most recent events that are kept",
+    )
+    pages.add_argument(
+        "--repeats",
+        choices=("drop", "keep"),
+        default=options.repeats,
+        help="made pages whose item the user had before",
+    )
+    pages.add_argument("--validation-share", type=float, default=options.validation_share)
+    pages.add_argument("--test-share", type=float, default=options.test_share)
+    pages.add_argument("--validation-from", metavar="DATE")
+    pages.add_argument("--test-from", metavar="DATE")
+    pages.add_argument("--seed", type=int, default=options.seed)
+
+    parser.add_argument(
+        "--shrink",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="scale longer short sides down to this",
+    )
+    parser.add_argument("--threads", type=int, default=0, help="threads that check images")
+    parser.add_argument("--overwrite", action="store_true")
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """The source that the command line names."""
+    if args.layout == "generic":
+        if args.min_rating is not None:
+            raise ValueError(
+                "min_rating: expected --layout movielens or amazon-reviews-2023, got generic"
+            )
+        names = ("user", "item", "time", "category", "page", "clicked")
+        columns = Columns(**{n: getattr(args, f"{n}_column") for n in names})
+        return generic(args.interactions, args.items, columns)
+    if args.source is None:
+        raise ValueError(
+            f"source: expected --source with the folder of the {args.layout} files, got none"
+        )
+    if args.min_rating is None:
+        return LAYOUTS[args.layout](args.source)
+    if args.layout not in ("movielens", "amazon-reviews-2023"):
+        raise ValueError(
+            f"min_rating: expected --layout movielens or amazon-reviews-2023, got {args.layout}"
+        )
+    return LAYOUTS[args.layout](args.source, min_rating=args.min_rating)
+
+
+def run(args: argparse.Namespace) -> int:
+    options = PrepareOptions(**{n: getattr(args, n) for n in PrepareOptions.__dataclass_fields__})
+    print_report(prepare(args.out, source=source_of(args), images=args.images, options=options))
+    print(f"written to {args.out}")
+    return 0

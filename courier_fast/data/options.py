@@ -1,0 +1,82 @@
+"""What `prepare` is told, beside its source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+from .pages import (
+    NEGATIVES,
+)
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What `prepare` does.
+
+    Args:
+        page_size: items of a made page, the clicked one included; the most of a given page (all clicked ones stay).
+        negatives: for made pages: "uniform" over the items on offer at the time, "popularity" (an event drawn from all those before),
+            "category" (the clicked item's, filled up uniformly).
+        live_days: an item is on offer from so many days before its first event until so many after its last; where its first_seen and
+            last_seen are given, those hold.
+        min_history: earlier events that the user of a page needs.
+        max_history: the most recent events that are a page's history.
+        repeats: "drop" made pages whose clicked item the user had before, or "keep" them.
+        validation_share, test_share: shares of the pages, the last ones in time; the cut is never inside a timestamp.
+        validation_from, test_from: dates (ISO 8601, UTC) that cut instead.
+        shrink: images whose short side is longer are scaled down to this many pixels; 0: bytes stay as they are.
+        threads: threads that check images; 0: one for each core.
+    """
+
+    page_size: int = 10
+    negatives: str = "uniform"
+    live_days: float = 30.0
+    min_history: int = 3
+    max_history: int = 50
+    repeats: str = "drop"
+    validation_share: float = 0.1
+    test_share: float = 0.1
+    validation_from: str | None = None
+    test_from: str | None = None
+    shrink: int = 0
+    seed: int = 0
+    threads: int = 0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.page_size < 2:
+            raise ValueError(f"page_size: expected at least 2, got {self.page_size}")
+        if self.negatives not in NEGATIVES:
+            raise ValueError(f"negatives: expected one of {NEGATIVES}, got {self.negatives!r}")
+        if self.repeats not in ("drop", "keep"):
+            raise ValueError(f"repeats: expected 'drop' or 'keep', got {self.repeats!r}")
+        for name, least in (("min_history", 1), ("max_history", 1), ("shrink", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if not self.live_days >= 0:
+            raise ValueError(f"live_days: expected at least 0, got {self.live_days}")
+        shares = (self.validation_share, self.test_share)
+        if min(shares) < 0 or sum(shares) >= 1:
+            raise ValueError(
+                f"validation_share, test_share: expected shares of 0 or more that leave something for train, got {shares}"
+            )
+        if (self.validation_from is None) != (self.test_from is None):
+            raise ValueError("validation_from, test_from: expected both or neither")
+        dates = [
+            epoch(name, date)
+            for name in ("validation_from", "test_from")
+            if (date := getattr(self, name)) is not None
+        ]
+        if dates != sorted(dates):
+            raise ValueError(
+                f"test_from: expected no date before {self.validation_from}, got {self.test_from}"
+            )
+
+
+def epoch(name: str, date: str) -> int:
+    try:
+        moment = datetime.fromisoformat(date.replace("Z", "+00:00"))
+    except ValueError:
+        raise ValueError(f"{name}: expected a date such as 2020-09-01, got {date!r}") from None
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp())
