@@ -28,7 +28,7 @@ from factories import (
 from torch import Tensor
 
 from courier_fast import ops
-from courier_fast.kernels.cpu import driver, native
+from courier_fast.kernels.cpu import contrast, driver, native
 from courier_fast.problem import Problem
 
 needs_native = pytest.mark.skipif(native.library is None, reason="the native library is not built")
@@ -175,7 +175,7 @@ def test_products_at_every_edge(dim: int, columns: int) -> None:
     for rows in (1, 2, 5, 6, 7, 23, 24, 48, 49, 101):
         g = torch.Generator().manual_seed(rows)
         x, y = (torch.randint(-1, 2, (n, dim), generator=g) / 8 for n in (rows, columns))
-        products = driver._NativeProducts(y.bfloat16(), True, True)
+        products = contrast._NativeProducts(y.bfloat16(), True, True)
         products.room(rows)
         for memory in (products.scratch, products.kept, products.weighted):
             assert memory is not None
@@ -216,10 +216,10 @@ def test_auto_takes_the_kernels_for_small_batches() -> None:
     "case", ["plain", "both-page-ids", "items", "bfloat16", "bfloat16-128-both", "small-tau-log-q"]
 )
 def test_several_chunks(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    monkeypatch.setattr(driver, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(driver, "NATIVE_CHUNK_BYTES", 1)
-    monkeypatch.setattr(driver, "LEAST_CHUNK_ROWS", 5)
-    monkeypatch.setattr(driver, "PAGE_CHUNK_ROWS", 5)
+    monkeypatch.setattr(contrast, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(contrast, "NATIVE_CHUNK_BYTES", 1)
+    monkeypatch.setattr(contrast, "LEAST_CHUNK_ROWS", 5)
+    monkeypatch.setattr(contrast, "PAGE_CHUNK_ROWS", 5)
     check_loss("cpu", **VARIANT_CASES[case])
     check_sequence("cpu", ids=True, pages=20)
 
@@ -292,7 +292,7 @@ def test_memory_does_not_grow_with_rows_times_columns(dtype: str, ids: bool) -> 
     run = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
     done = subprocess.run(run, capture_output=True, text=True, check=True)
     # One chunk of rows, and a few copies of the inputs (4 MB each in float32), which all rows are here.
-    assert int(done.stdout) <= driver.CHUNK_BYTES + (64 << 20)
+    assert int(done.stdout) <= contrast.CHUNK_BYTES + (64 << 20)
 
 
 # ---- regressions -------------------------------------------------------------------------------------------------

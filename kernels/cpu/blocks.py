@@ -11,8 +11,8 @@ from torch import Tensor
 from courier_fast import blocks
 
 from . import candidate
-from .driver import contrast_block
-from .rows import Candidates, same_id
+from .contrast import contrast_block
+from .rows import Candidates, on_other_pages, same_id
 
 if TYPE_CHECKING:
     from courier_fast.blocks import CandidateGradients, Pages, Partial, Scoring, Side
@@ -25,29 +25,18 @@ def _candidates(x: Side, y: Side, pairs: str) -> Candidates:
         found.bias = y.bias.to(torch.float32)
     if x.ids is None or y.ids is None:
         return found
+    if pairs == "sequence":
+        assert x.page is not None
+        found.own = torch.arange(len(x))
+        found.order, found.same = on_other_pages(x.ids, x.page)
+        return found
     found.order, same = same_id(y.ids, x.ids)
     found.same = same[:, None]
     if pairs == "other_pages":
         assert x.page is not None and y.page is not None
         first = torch.searchsorted(y.page, x.page)
         found.page = torch.stack([first, torch.searchsorted(y.page, x.page, right=True)], 1)
-    elif pairs == "sequence":
-        found.own = torch.arange(len(x))
-        found.same = other_pages(x, found.order, same)
     return found
-
-
-def other_pages(x: Side, order: Tensor, same: Tensor) -> Tensor:
-    """Of each row's id the occurrences on other pages [M, 2, 2], in `order` (by id, then by page)."""
-    assert x.page is not None and x.ids is not None
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-    ordered_ids = x.ids[order]
-    pages = int(x.page[-1]) + 1 if len(x) else 1
-    ordered_page = x.page[order] + pages * torch.searchsorted(ordered_ids, ordered_ids)
-    own_page = ordered_page[place]
-    first = torch.searchsorted(ordered_page, own_page)
-    last = torch.searchsorted(ordered_page, own_page, right=True)
-    return torch.stack([same[:, 0], first, last, same[:, 1]], 1).view(-1, 2, 2)
 
 
 def forward(x: Side, y: Side, pairs: str, scoring: Scoring, bar: Tensor | None) -> Partial:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,19 @@ def same_id(ids: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
     ordered, order = torch.sort(ids, stable=True)
     first = torch.searchsorted(ordered, of)
     return order, torch.stack([first, torch.searchsorted(ordered, of, right=True)], 1)
+
+
+def on_other_pages(ids: Tensor, page: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions ordered by id, then by page [n], and for each row the two ranges among them of its id's occurrences on other
+    pages [n, 2, 2]; `page` [n] ascends."""
+    order, same = same_id(ids, ids)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    pages = int(page[-1]) + 1 if len(page) else 1
+    ordered_page = page[order] + pages * same[order, 0]
+    own_page = ordered_page[place]
+    first = torch.searchsorted(ordered_page, own_page)
+    last = torch.searchsorted(ordered_page, own_page, right=True)
+    return order, torch.stack([same[:, 0], first, last, same[:, 1]], 1).view(-1, 2, 2)
 
 
 def inverse_tau_of(p: Problem | SequenceProblem) -> float:
@@ -163,3 +177,16 @@ def placed(like: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     if rows.shape[0] == like.shape[0]:
         return values.to(like.dtype)
     return torch.zeros_like(like).index_copy_(0, rows, values.to(like.dtype))
+
+
+def gradient_shapes(
+    p: Any, names: Sequence[str], needs: Sequence[bool]
+) -> list[tuple[Any, torch.dtype]]:
+    tensors = [getattr(p, name) for name, need in zip(names, needs, strict=True) if need]
+    return [(tuple(t.shape), t.dtype) for t in tensors]
+
+
+def scaled(saved: Sequence[Tensor], needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
+    # Saved gradients are for an upstream gradient of 1; a new tensor each time, since backward may run again.
+    remaining = iter(saved)
+    return [next(remaining) * grad if need else None for need in needs]
