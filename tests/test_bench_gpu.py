@@ -62,7 +62,7 @@ def test_what_the_tests_stage_runs_is_there() -> None:
 @interpreted
 def test_the_smallest_cases_launch_every_kernel(tmp_path: Path) -> None:
     source = "".join(p.read_text() for p in (ROOT / "kernels").glob("*.py"))
-    modules = "plan|reconstruct|contrast|chunked|candidate|packed|epilogue|click_sequence"
+    modules = "plan|reconstruct|contrast|chunked|candidate|packing|packed|epilogue|click_sequence"
     launched = set(re.findall(rf"\b(?:{modules})\.(\w+)\[", source))
     assert "contrast" in launched
     seen: set[str] = set()
