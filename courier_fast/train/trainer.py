@@ -430,6 +430,8 @@ class Trainer:
         if not found:
             return
         state = self.checkpoints.load(found[-1], self._tensors())
+        # Its tensors were filled in place, of which a memory, that counts its rows on the host, has not heard.
+        self.model.load_state_dict(self.model.state_dict())
         here = self._identity()
         if state["identity"] != here:
             differ = {k: (v, here.get(k)) for k, v in state["identity"].items() if v != here.get(k)}
