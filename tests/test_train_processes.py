@@ -51,11 +51,12 @@ for name, overrides, step in json.loads(sys.argv[1].replace("{rank}", rank)):
     torch.save({"gradients": gradients, "pages": len(batch.plan.pages), "loss": found[1].loss.detach(), "state": state,
                 "after": trainer.model.state_dict()}, f"{sys.argv[2]}/{name}-{rank}.pt")
     trainer.close()
-torch.distributed.destroy_process_group()
+torch.distributed.barrier()
+os._exit(0)  # taking the group down, PyTorch's threads of gloo may abort a process on a busy machine
 """
 
 RESUMED = """
-import sys, json, torch
+import os, sys, json, torch
 from courier_fast.train.config import Config
 from courier_fast.train.trainer import Trainer
 torch.set_num_threads(1)
@@ -71,7 +72,8 @@ def step_and_stop(*arguments, **options):
 stopped.step = step_and_stop
 assert stopped.fit()["step"] == 3
 trainer("resumed").fit()
-torch.distributed.destroy_process_group()
+torch.distributed.barrier()
+os._exit(0)
 """
 
 Case = tuple[str, dict[str, Any], int]
