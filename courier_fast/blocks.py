@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .problem import Pages
 
 # Scores that are held at a time, by the reference and where ranks are counted.
 ELEMENTS = 1 << 24
@@ -64,19 +65,6 @@ class Scoring:
     @property
     def inverse_tau(self) -> Tensor | float:
         return 1.0 / self.tau if self.temperature is None else 1.0 / self.temperature.double()
-
-
-@dataclass
-class Pages:
-    """The pages' histories, and how a candidate asks them; rows are in the pages' order, padding in between."""
-
-    key: Tensor  # [K, D]
-    value: Tensor  # [K, D], the same tensor where they are the same
-    offsets: Tensor  # [B + 1] int64
-    page: Tensor  # [K] int64, -1 for padding
-    scale: float
-    cosine: bool
-    heads: int
 
 
 @dataclass
@@ -165,8 +153,12 @@ def allowed(x: Side, y: Side, pairs: str) -> Tensor | None:
 
 def scores(x: Side, y: Side, pairs: str, scoring: Scoring) -> Tensor:
     """[M, n] in float32 or better, -inf where a column is no candidate."""
-    s = (x.rows @ y.rows.T).to(sums_dtype(x.rows))
-    s = s * torch.as_tensor(scoring.inverse_tau, device=s.device).to(s.dtype)
+    return _scored((x.rows @ y.rows.T).to(sums_dtype(x.rows)), x, y, pairs, scoring)
+
+
+def _scored(cosine: Tensor, x: Side, y: Side, pairs: str, scoring: Scoring) -> Tensor:
+    """Scores from cosines [M, n], biases included, -inf where a column is no candidate."""
+    s = cosine * torch.as_tensor(scoring.inverse_tau, device=cosine.device).to(cosine.dtype)
     if y.bias is not None:
         s = s + y.bias.to(s.dtype)
     meet = allowed(x, y, pairs)
@@ -196,7 +188,7 @@ def forward(x: Side, y: Side, pairs: str, scoring: Scoring, bar: Tensor | None) 
         return no_columns(x, bar)
     s = scores(x, y, pairs, scoring)
     lse = s.logsumexp(1)
-    p = torch.where(lse == -torch.inf, 0.0, (s - lse[:, None]).exp().T).T
+    p = torch.where(lse[:, None] == -torch.inf, 0.0, (s - lse[:, None]).exp())
     mean = (p.to(x.rows.dtype) @ y.rows).to(s.dtype)
     ranks = None if bar is None else above(x, y, pairs, scoring, bar, s.dtype)
     return Partial(lse.double(), mean, ranks)
@@ -208,38 +200,16 @@ def backward(y: Side, x: Side, lse: Tensor, g: Tensor, pairs: str, scoring: Scor
     return (p.T.to(x.rows.dtype) @ x.rows).to(s.dtype)
 
 
-def page_cosines(pages: Pages, y: Side, page: Tensor) -> Tensor:
-    """cos(R_bj, E_j) [pages listed, n] with R_bj = sum_k a_bjk v_k, a_bjk = softmax over k in H_b of (c q_j . k_k)."""
-
-    def heads(x: Tensor) -> Tensor:  # [rows, D] -> [heads, rows, D / heads]
-        return x.view(len(x), pages.heads, x.shape[1] // pages.heads).transpose(0, 1)
-
-    q, k, v = (heads(x) for x in (y.rows if y.query is None else y.query, pages.key, pages.value))
-    if pages.cosine:
-        q, k = reference.normalize(q), reference.normalize(k)
-    e = reference.normalize(y.rows)
-    found = []
-    for b in page.tolist():
-        mine = pages.page == b
-        scores = (q @ k[:, mine].mT).to(sums_dtype(q)) * pages.scale
-        r = scores.softmax(-1).to(q.dtype) @ v[:, mine]
-        r = reference.normalize(r.transpose(0, 1).reshape(e.shape))
-        found.append((r[:, None, :] @ e[:, :, None]).view(-1))
-    return torch.stack(found) if found else e.new_zeros(0, len(e))
-
-
 def _candidate_scores(
     pages: Pages, x: Side, y: Side, pairs: str, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """Cosines and scores [M, n], biases included, -inf where a column is no candidate."""
     assert x.page is not None
     listed, which = x.page.unique_consecutive(return_inverse=True)
-    cosine = page_cosines(pages, y, listed)[which].to(sums_dtype(y.rows))
-    s = cosine * torch.as_tensor(scoring.inverse_tau, device=cosine.device).to(cosine.dtype)
-    if y.bias is not None:
-        s = s + y.bias.to(s.dtype)
-    meet = allowed(x, y, pairs)
-    return cosine, s if meet is None else s.masked_fill(~meet, -torch.inf)
+    query = y.rows if y.query is None else y.query
+    cosine = reference.candidate_cosines(pages, reference.normalize(y.rows), query, listed)
+    cosine = cosine[which].to(sums_dtype(y.rows))
+    return cosine, _scored(cosine, x, y, pairs, scoring)
 
 
 def count_above(s: Tensor, y: Side, scoring: Scoring, bar: Tensor) -> Tensor:

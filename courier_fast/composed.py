@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import ops, reference
-from .blocks import Pages, Scoring, Side
+from .blocks import Scoring, Side
 from .log_sum_exp import Call, CandidateLogSumExp, LogSumExp, unit_rows
 from .peers import Peers
-from .problem import Problem, SequenceProblem
+from .problem import Pages, Problem, SequenceProblem
 from .reach import Memory, Reach
 
 # The bias of a column that is none: its exp is 0 beside any score.
@@ -312,8 +312,12 @@ class _Scored:
 
 
 def _memory_side(memory: Memory, attention: str) -> Side:
-    rows = memory.rows if attention == "candidate" else unit_rows(memory.rows).to(memory.rows.dtype)
-    return Side(rows, memory.ids, None, None if memory.log_q is None else -memory.log_q)
+    bias = None if memory.log_q is None else -memory.log_q
+    if attention == "candidate":
+        # Copies: a memory may go on before the backward pass, which looks at these again.
+        ids = None if memory.ids is None else memory.ids.clone()
+        return Side(memory.rows.clone(), ids, None, bias)
+    return Side(unit_rows(memory.rows).to(memory.rows.dtype), memory.ids, None, bias)
 
 
 def _output(scored: _Scored, stats: bool) -> reference.LossOutput:

@@ -5,7 +5,7 @@ Columns come block by block (blocks.py): the batch's own, those of other process
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .blocks import Pages, Partial, Scoring, Side
+from .blocks import Partial, Scoring, Side
 from .peers import rounds_of
-from .problem import NORM_EPS
+from .problem import NORM_EPS, Pages
 from .reach import Reach
 
 
@@ -53,6 +53,16 @@ class Call:
             for (rows, query, ids, bias, *rest), live in peers.others(fields, counts, rounds)
         )
 
+    def merged(self, own: Side, partial: Callable[[Side, str], Partial]) -> Partial:
+        """What `partial` gives for this batch's columns, those of other processes and the memory's."""
+        blocks = self.others(own, self.columns)
+        found = partial(own, self.pairs)
+        for block, _ in blocks:
+            found = found.merge(partial(block, "ids"))
+        if self.memory is not None:
+            found = found.merge(partial(self.memory, "ids"))
+        return found
+
 
 class LogSumExp(torch.autograd.Function):
     """lse_i = logsumexp_j x_i . y_j / tau + bias_j [M] float64, and how many score above the positive [M].
@@ -65,14 +75,11 @@ class LogSumExp(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, y: Tensor, inverse_tau: Tensor, dtype: torch.dtype, call: Call
     ) -> tuple[Tensor, Tensor]:
-        backend, scoring, bar = call.reach.backend, call.scoring, call.bar
+        backend = call.reach.backend
         own_x, own_y = replace(call.x, rows=x.to(dtype)), replace(call.y, rows=y.to(dtype))
-        blocks = call.others(own_y, call.columns)
-        found: Partial = backend.forward(own_x, own_y, call.pairs, scoring, bar)
-        for block, _ in blocks:
-            found = found.merge(backend.forward(own_x, block, "ids", scoring, bar))
-        if call.memory is not None:
-            found = found.merge(backend.forward(own_x, call.memory, "ids", scoring, bar))
+        found = call.merged(
+            own_y, lambda y, pairs: backend.forward(own_x, y, pairs, call.scoring, call.bar)
+        )
         ctx.save_for_backward(own_x.rows, own_y.rows, found.lse, found.mean, inverse_tau)
         ctx.call, ctx.dtypes = call, (x.dtype, y.dtype)
         above = found.above if found.above is not None else x.new_zeros(0, dtype=torch.int64)
@@ -122,19 +129,12 @@ class CandidateLogSumExp(torch.autograd.Function):
         pages: Pages,
         call: Call,
     ) -> tuple[Tensor, Tensor]:
-        backend, scoring, bar = call.reach.backend, call.scoring, call.bar
+        partial = call.reach.backend.candidate_forward
         pages = replace(pages, key=key, value=key if value is None else value)
-        own = replace(call.y, rows=rows, query=query)
-        blocks = call.others(own, call.columns)
-        found: Partial = backend.candidate_forward(pages, call.x, own, call.pairs, scoring, bar)
-        for block, *_ in blocks:
-            found = found.merge(
-                backend.candidate_forward(pages, call.x, block, "ids", scoring, bar)
-            )
-        if call.memory is not None:
-            found = found.merge(
-                backend.candidate_forward(pages, call.x, call.memory, "ids", scoring, bar)
-            )
+        found = call.merged(
+            replace(call.y, rows=rows, query=query),
+            lambda y, pairs: partial(pages, call.x, y, pairs, call.scoring, call.bar),
+        )
         ctx.save_for_backward(rows, query, key, value, found.lse)
         ctx.call, ctx.pages = call, replace(pages, key=None, value=None)
         above = found.above if found.above is not None else rows.new_zeros(0, dtype=torch.int64)

@@ -17,8 +17,6 @@ from .problem import WORKSPACE, Problem, SequenceProblem
 from .reach import Beside
 from .temperature import WithTemperature
 
-_Attention = Attention  # as evaluate/ranking.py knows it
-
 
 @dataclass
 class ReconstructionStats:

@@ -107,8 +107,8 @@ class EmbeddingMemory(nn.Module):
             raise ValueError(f"log_q: expected as in the pushes before, which were {before} it")
 
     def read(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(rows [Q, D], ids [Q], log_q [Q] or None): what is filled so far, without gradient. Not copies: a push changes them,
-        so a backward pass has to come before it."""
+        """(rows [Q, D], ids [Q], log_q [Q] or None): what is filled so far, without gradient. Not copies: a push changes
+        them. A loss has what it needs of them, so it may come before the backward pass."""
         n = self._filled
         return self.rows[:n], self.ids[:n], self.log_q[:n] if self._has_log_q else None
 

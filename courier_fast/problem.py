@@ -97,3 +97,16 @@ class SequenceProblem:
     @property
     def ids(self) -> Tensor | None:
         return self.item_ids if self.item_ids is not None else self.history_index
+
+
+@dataclass
+class Pages:
+    """The pages' histories, and how a candidate asks them; rows are in the pages' order, padding in between."""
+
+    key: Tensor  # [K, D]
+    value: Tensor  # [K, D], the same tensor where they are the same
+    offsets: Tensor  # [B + 1] int64
+    page: Tensor  # [K] int64, -1 for padding
+    scale: float
+    cosine: bool
+    heads: int

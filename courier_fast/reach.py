@@ -166,10 +166,8 @@ class Beside:
                 raise ValueError(
                     f"{name}: expected {len(rows)} rows on {device}, got {describe(x)}"
                 )
-        if ids is not None:
-            # A copy: a memory goes on while a backward pass is still to come.
-            ids = as_index("memory_ids", ids).clone()
-        return Memory(rows.to(p.pv.dtype, copy=True), ids, log_q)
+        ids = None if ids is None else as_index("memory_ids", ids)
+        return Memory(rows.to(p.pv.dtype), ids, log_q)
 
 
 def _table_ids(p: Any, table: bool, table_ids: Any) -> Tensor:

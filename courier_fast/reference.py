@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .problem import NORM_EPS, Problem, SequenceProblem
+from .problem import NORM_EPS, Pages, Problem, SequenceProblem
 
 
 @dataclass
@@ -96,16 +96,21 @@ def _pad_pages(values: Tensor, rows: _Rows, length: int) -> Tensor:
     return padded.index_copy(0, slot, values).view(len(rows.counts), length, values.shape[1])
 
 
+def _attention_rows(p: Problem, pv: _Rows, history: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """q of the real PV rows, k and v of the real history rows."""
+    source = p.pv if p.history is None else p.history
+    q = _take(p.pv, p.pv_index, pv.keep) if p.query is None else p.query[pv.keep]
+    k = _take(source, p.history_index, history.keep) if p.key is None else p.key[history.keep]
+    v = _take(source, p.history_index, history.keep) if p.value is None else p.value[history.keep]
+    return q, k, v
+
+
 def _attend(p: Problem, pv: _Rows, history: _Rows) -> tuple[Tensor, Tensor]:
     """R [n_real, D] and the attention weights [n_real, heads, longest history], for every real PV row.
 
     a_jk = softmax over k in H_b of (c q_j . k_k),  R_j = sum_k a_jk v_k;  zeros where the page has no history.
     """
-    c_source = p.pv if p.history is None else p.history
-    q = _take(p.pv, p.pv_index, pv.keep) if p.query is None else p.query[pv.keep]
-    k = _take(c_source, p.history_index, history.keep) if p.key is None else p.key[history.keep]
-    v = _take(c_source, p.history_index, history.keep) if p.value is None else p.value[history.keep]
-
+    q, k, v = _attention_rows(p, pv, history)
     heads, dim = p.num_heads, q.shape[1]
     longest = int(history.counts.max()) if len(history.counts) else 0
     most = int(pv.counts.max()) if len(pv.counts) else 0
@@ -163,29 +168,25 @@ class _Contrast:
     rank: Tensor  # [M]
 
 
-def _candidate_cosines(p: Problem, pv: _Rows, history: _Rows, pages: Tensor, e: Tensor) -> Tensor:
-    """cos(R_bj, E_j) [pages, n]: every real PV row j asks the history of every page b in `pages` itself.
+def candidate_cosines(pages: Pages, e: Tensor, query: Tensor, listed: Tensor) -> Tensor:
+    """cos(R_bj, E_j) [pages listed, n]: every candidate j, with unit row e_j [n, D] and query q_j [n, D], asks the history of
+    every page b in `listed` itself.
 
     a_bjk = softmax over k in H_b of (c q_j . k_k),  R_bj = sum_k a_bjk v_k
     """
-    source = p.pv if p.history is None else p.history
-    q = _take(p.pv, p.pv_index, pv.keep) if p.query is None else p.query[pv.keep]
-    k = _take(source, p.history_index, history.keep) if p.key is None else p.key[history.keep]
-    v = _take(source, p.history_index, history.keep) if p.value is None else p.value[history.keep]
 
     def heads(x: Tensor) -> Tensor:  # [rows, D] -> [heads, rows, D / heads]
-        return x.view(len(x), p.num_heads, x.shape[1] // p.num_heads).transpose(0, 1)
+        return x.view(len(x), pages.heads, x.shape[1] // pages.heads).transpose(0, 1)
 
-    q, k, v = heads(q), heads(k), heads(v)
-    if p.cosine:
+    q, k, v = heads(query), heads(pages.key), heads(pages.value)
+    if pages.cosine:
         q, k = normalize(q), normalize(k)
-    first = history.counts.cumsum(0) - history.counts
     cosines = []
-    for b in pages.tolist():
-        mine = slice(int(first[b]), int(first[b] + history.counts[b]))
-        scores = (q @ k[:, mine].mT).to(_compute_dtype(q)) * p.attention_scale
+    for b in listed.tolist():
+        mine = pages.page == b
+        scores = (q @ k[:, mine].mT).to(_compute_dtype(q)) * pages.scale
         r = scores.softmax(-1).to(q.dtype) @ v[:, mine]  # [heads, n, D / heads]
-        r = normalize(r.transpose(0, 1).reshape(len(e), -1))
+        r = normalize(r.transpose(0, 1).reshape(e.shape))
         cosines.append((r[:, None, :] @ e[:, :, None]).view(-1))
     return torch.stack(cosines) if cosines else e.new_zeros(0, len(e))
 
@@ -253,7 +254,11 @@ def reconstruction_loss(p: Problem) -> LossOutput:
     if p.attention == "candidate":
         assert p.direction == "reconstruct"
         pages, which = pv.page[anchor].unique_consecutive(return_inverse=True)
-        cosine = _candidate_cosines(p, pv, history, pages, e)[which]
+        q, k, v = _attention_rows(p, pv, history)
+        histories = Pages(
+            k, v, p.history_offsets, history.page, p.attention_scale, p.cosine, p.num_heads
+        )
+        cosine = candidate_cosines(histories, e, q, pages)[which]
     else:
         r_raw, _ = _attend(p, pv, history)
         cosine = normalize(r_raw[anchor]) @ e.T

@@ -13,22 +13,32 @@ from torch import Tensor
 from courier_fast import blocks
 
 from . import candidate, configs, contrast
+from .candidate_pipeline import SLOTS, parts_of, tiles_of
 from .collect import collect_rows
 from .passes import lowered, run_chunks, run_contrast
-from .state import MASKS, Pass, Rows, Transposed, block_shape, cdiv, sums_dtype
-from .tl_common import LOG2E, SMALLEST_FIXED_TAU
+from .state import (
+    MASKS,
+    Pass,
+    Rows,
+    Transposed,
+    allows_fixed_shift,
+    block_shape,
+    cdiv,
+    needs_running_maximum,
+    sums_dtype,
+    temperature_argument,
+)
+from .tl_common import LOG2E
 
 if TYPE_CHECKING:
-    from courier_fast.blocks import CandidateGradients, Pages, Partial, Scoring, Side
-
-# Anchors of a page whose sums are kept side by side.
-SLOTS = 16
+    from courier_fast.blocks import CandidateGradients, Partial, Scoring, Side
+    from courier_fast.problem import Pages
 
 
 class _Pass:
     """Rows x against columns y: shapes, both sides as the kernels take them, and what a launch is told."""
 
-    def __init__(self, x: Side, y: Side, pairs: str, scoring: Scoring, values: bool = True) -> None:
+    def __init__(self, x: Side, y: Side, pairs: str, scoring: Scoring) -> None:
         unit = x.rows
         self.device, self.dim, self.half = unit.device, unit.shape[1], unit.dtype == torch.float16
         self.shape = block_shape(unit, "sequence" if pairs == "sequence" else "forward")
@@ -37,17 +47,16 @@ class _Pass:
         if x.ids is None or y.ids is None:
             # Nothing is left out: ids of which no two are equal.
             self.x.ids, self.y.ids = torch.ones_like(self.x.list), torch.zeros_like(self.y.list)
-        tau = scoring.temperature
+        tau, tau_is_tensor = temperature_argument(scoring)
         self.options: dict[str, Any] = {
             "mask": {"ids": MASKS["batch"], "other_pages": MASKS["other_pages"]}.get(pairs, contrast.MASK_SEQUENCE_IDS.value),
-            "tau": tau if tau is not None else 1.0 / (scoring.tau * math.log(2.0)),
-            "tau_is_tensor": tau is not None,
+            "tau": tau,
+            "tau_is_tensor": tau_is_tensor,
         }  # fmt: skip
-        # As `needs_running_maximum` and `allows_fixed_shift` of state.py: log m is no more than a few times 1/tau.
-        bounded = not self.half and (y.bias is None or y.merged) and y.count is None
-        small = tau is None and scoring.tau < SMALLEST_FIXED_TAU
-        self.online = tau is not None or small or not bounded
-        self.fixed = bounded and not small
+        # log m is no more than a few times 1/tau; where rows are counted on the device, some columns are none.
+        biased = y.count is not None or (y.bias is not None and not y.merged)
+        self.online = needs_running_maximum(scoring, unit.dtype, biased)
+        self.fixed = allows_fixed_shift(scoring, unit.dtype, biased)
         self.workspace = scoring.workspace
 
     def _rows(self, side: Side) -> Rows:
@@ -174,14 +183,12 @@ class _CandidatePass:
         assert x.page is not None
         int32 = {"dtype": torch.int32, "device": self.device}
         rows, columns = torch.arange(self.m + 1, **int32), torch.arange(self.n, **int32)
-        stride = configs.row_stride(self.dim, configs.use_chunks(e.dtype, self.dim))
-        precision = configs.dot_precision(e.dtype)
-        tile = configs.candidate_tile(precision, configs.block_dim(stride))
-        self.block_m = tile.block_m
+        tiles = tiles_of(block_shape(e, "forward"))
+        self.block_m = tiles["BLOCK_M"]
         # First anchor of each page; where they are padded, the last ones are of no page.
         anchors = torch.searchsorted(x.page, torch.arange(len(pages.offsets), device=self.device))
         identified = x.ids is not None and y.ids is not None
-        tau = scoring.temperature
+        tau, tau_is_tensor = temperature_argument(scoring)
         query = None if y.query is None else y.query.contiguous()
         key, value = pages.key.contiguous(), pages.value.contiguous()
         nothing = rows
@@ -200,22 +207,18 @@ class _CandidatePass:
             "column_id_ptr": y.ids if identified else torch.zeros_like(columns),
             "column_bias_ptr": nothing if y.bias is None else (y.bias * LOG2E.value).float(),
             "column_count_ptr": self._count(y),
-            "tau": tau if tau is not None else 1.0 / (scoring.tau * math.log(2.0)),
+            "tau": tau,
             "scale": pages.scale,
             "D": self.dim,
             "HEADS": pages.heads,
             "COSINE": pages.cosine,
             "SAME_Q": query is None,
-            "TAU_IS_TENSOR": tau is not None,
+            "TAU_IS_TENSOR": tau_is_tensor,
             "MASK": MASKS["other_pages" if pairs == "other_pages" else "batch"],
             "HAS_BIAS": y.bias is not None,
             "PACKED": False,
             "SLOTS": SLOTS,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_H": tile.block_n,
-            "BLOCK_D": configs.block_dim(stride),
-            "PRECISION": precision,
-            **tile.launch,
+            **tiles,
         }
         for name in "qkve":
             self.shared |= {f"{name}_index_ptr": nothing, f"HAS_{name.upper()}_INDEX": False}
@@ -236,7 +239,7 @@ def candidate_forward(
     if not len(x) or not len(y):
         return replace(blocks.no_columns(x, bar), mean=None)
     run = _CandidatePass(pages, x, y, pairs, scoring)
-    parts = max(1, min(16, configs.programs(run.device) * 4 // (len(pages.offsets) - 1)))
+    parts = parts_of(run.device, len(pages.offsets) - 1)
     new = torch.zeros
     top = torch.full((parts, run.m), -torch.inf, dtype=torch.float32, device=run.device)
     total, positive = torch.zeros_like(top), new(run.m, 2, dtype=torch.float32, device=run.device)

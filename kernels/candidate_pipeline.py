@@ -90,7 +90,7 @@ def _columns(p: Problem, s: Shape, t: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _tiles(s: Shape) -> dict[str, Any]:
+def tiles_of(s: Shape) -> dict[str, Any]:
     tile = configs.candidate_tile(s.precision, s.block_d)
     return {
         "BLOCK_M": tile.block_m,
@@ -101,9 +101,9 @@ def _tiles(s: Shape) -> dict[str, Any]:
     }
 
 
-def _parts(p: Problem, s: Shape) -> int:
+def parts_of(device: torch.device, pages: int) -> int:
     """Into how many the candidates are divided, where there are few pages: decided by what may be there, not by what is."""
-    return max(1, min(16, configs.programs(p.pv.device) * 4 // max(s.pages, 1)))
+    return max(1, min(16, configs.programs(device) * 4 // max(pages, 1)))
 
 
 def forward(
@@ -130,7 +130,7 @@ def forward(
         packed_pipeline.pack(p, s, t)
     # Ranks need every score beside every anchor's.
     fast = packed and not stats
-    tiles = _tiles(s)
+    tiles = tiles_of(s)
     candidate.own_scores[(s.rows,)](
         **_inputs(p, False),
         **history,
@@ -140,7 +140,7 @@ def forward(
         positive_ptr=positive,
         **(tiles | {"BLOCK_M": 16}),
     )
-    parts = _parts(p, s)
+    parts = parts_of(device, s.pages)
     top = torch.empty(parts, s.rows, dtype=torch.float32, device=device)
     total = torch.empty_like(top)
     above = torch.empty((parts, s.rows) if stats else (1, 1), dtype=torch.int32, device=device)
@@ -210,7 +210,7 @@ def backward(
     t = dict(zip(state_spec(p, s), saved, strict=True))
     tau, tau_is_tensor = temperature_argument(p)
     g = row_gradients(p, s, t, grad, t["weight_sum"], 1.0)
-    tiles = _tiles(s)
+    tiles = tiles_of(s)
     shared = {
         **_inputs(p, merged),
         **_columns(p, s, t),

@@ -13,6 +13,7 @@ from . import configs
 from .tl_common import SMALLEST_FIXED_TAU
 
 if TYPE_CHECKING:
+    from courier_fast.blocks import Scoring
     from courier_fast.problem import Problem, SequenceProblem
 
 
@@ -206,26 +207,30 @@ def empty_tensors(spec: _Spec, device: torch.device) -> dict[str, Tensor]:
     }
 
 
-def temperature_argument(p: Problem | SequenceProblem) -> tuple[Any, bool]:
+def temperature_argument(p: Problem | SequenceProblem | Scoring) -> tuple[Any, bool]:
     """What `score_scale` of the kernels takes."""
     return (
         (1.0 / (p.tau * math.log(2.0)), False) if p.temperature is None else (p.temperature, True)
     )
 
 
-def needs_running_maximum(p: Problem | SequenceProblem, dtype: torch.dtype, log_q: bool) -> bool:
+def needs_running_maximum(
+    p: Problem | SequenceProblem | Scoring, dtype: torch.dtype, biased: bool
+) -> bool:
     """Whether the running maximum may be needed: tau unknown here or small, or no bound on the scores."""
-    return p.temperature is not None or p.tau < SMALLEST_FIXED_TAU or not _bounded(dtype, log_q)
+    return p.temperature is not None or p.tau < SMALLEST_FIXED_TAU or not _bounded(dtype, biased)
 
 
-def allows_fixed_shift(p: Problem | SequenceProblem, dtype: torch.dtype, log_q: bool) -> bool:
+def allows_fixed_shift(
+    p: Problem | SequenceProblem | Scoring, dtype: torch.dtype, biased: bool
+) -> bool:
     """Whether 1/tau may replace the running maximum. Where tau is on the device, both hold and the kernel looks there."""
-    return _bounded(dtype, log_q) and (p.temperature is not None or p.tau >= SMALLEST_FIXED_TAU)
+    return _bounded(dtype, biased) and (p.temperature is not None or p.tau >= SMALLEST_FIXED_TAU)
 
 
-def _bounded(dtype: torch.dtype, log_q: bool) -> bool:
+def _bounded(dtype: torch.dtype, biased: bool) -> bool:
     """Biases are of unknown size; float16 products need every bit of their range."""
-    return not log_q and dtype != torch.float16
+    return not biased and dtype != torch.float16
 
 
 @dataclass
@@ -267,44 +272,6 @@ class SequenceShape(Shape):
     mask: int = 0
 
 
-def sequence_shape(p: SequenceProblem) -> SequenceShape:
-    dim = p.history.shape[1]
-    chunks = configs.use_chunks(p.history.dtype, dim)
-    stride = configs.row_stride(dim, chunks)
-    dtype = p.history.dtype
-
-    def tile(kind: str) -> configs.Tile:
-        kind = kind if p.ids is None else "sequence"
-        return configs.contrast_tile(dtype, stride, p.history.device, kind)
-
-    return SequenceShape(
-        dim=dim,
-        stride=stride,
-        block_d=configs.block_dim(stride),
-        rows=p.num_history,
-        history_rows=p.num_history,
-        pages=p.history_offsets.shape[0] - 1,
-        items=0 if p.history_index is None else p.history.shape[0],
-        merged=False,
-        every=False,
-        both_lists=False,
-        directions=(),
-        id_dtype=torch.int64 if p.item_ids is not None else torch.int32,
-        chunked=chunks,
-        early=False,
-        stream=_divisible(dtype, chunks),
-        tile=tile("forward"),
-        lse=tile("lse"),
-        transposed=tile("transposed"),
-        product=configs.product_tile(dtype),
-        attention=configs.attention_tile(dtype, stride, 1, False),
-        backward=configs.attention_tile(dtype, stride, 1, True),
-        small=configs.rows_tile(stride),
-        precision=configs.dot_precision(dtype),
-        mask=3 if p.ids is None else 4,
-    )
-
-
 def block_shape(unit: Tensor, kind: str) -> Shape:
     """Of rows against columns alone: no pages, lists or attention."""
     dim, dtype = unit.shape[1], unit.dtype
@@ -339,6 +306,17 @@ def block_shape(unit: Tensor, kind: str) -> Shape:
         small=configs.rows_tile(stride),
         precision=configs.dot_precision(dtype),
     )
+
+
+def sequence_shape(p: SequenceProblem) -> SequenceShape:
+    shape = vars(block_shape(p.history, "forward" if p.ids is None else "sequence")) | {
+        "rows": p.num_history,
+        "history_rows": p.num_history,
+        "pages": p.history_offsets.shape[0] - 1,
+        "items": 0 if p.history_index is None else p.history.shape[0],
+        "id_dtype": torch.int64 if p.item_ids is not None else torch.int32,
+    }
+    return SequenceShape(**shape, mask=3 if p.ids is None else 4)
 
 
 def sequence_spec(p: SequenceProblem, s: SequenceShape, values: bool = True) -> _Spec:

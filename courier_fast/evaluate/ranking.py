@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import reconstruct
+from ..arguments import Attention
 from ..data.dataset import Dataset
 from ..data.embeddings import check_embeddings
-from ..loss import _Attention
 
 Array = npt.NDArray
 
@@ -43,7 +43,7 @@ class Reconstruction:
         if not isinstance(self.unit, bool):
             raise TypeError(f"unit: expected True or False, got {self.unit!r}")
         # The loss's own checks of the numbers.
-        _Attention(self.attention, self.attention_scale, self.attention_temperature, heads=1)
+        Attention(self.attention, self.attention_scale, self.attention_temperature, heads=1)
 
     @classmethod
     def of_run(cls, run: Path) -> Reconstruction:

@@ -15,7 +15,8 @@ from .contrast import contrast_block
 from .rows import Candidates, on_other_pages, same_id
 
 if TYPE_CHECKING:
-    from courier_fast.blocks import CandidateGradients, Pages, Partial, Scoring, Side
+    from courier_fast.blocks import CandidateGradients, Partial, Scoring, Side
+    from courier_fast.problem import Pages
 
 
 def _candidates(x: Side, y: Side, pairs: str) -> Candidates:

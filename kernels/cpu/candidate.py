@@ -335,20 +335,13 @@ class _Run(Tiles):
     ) -> None:
         starts = self.pages.anchors[first : last + 1]
         mine = slice(int(starts[0]), int(starts[-1]))
-        y = self.y
         stage(
             "softmax",
             s,
             columns.start,
             starts - starts[0],
             ranges,
-            part(y.bias, columns),
-            part(y.rank_bias, columns),
-            part(y.count, columns),
-            y.own[mine],
-            y.order,
-            part(y.same, mine),
-            part(y.page, mine),
+            *self.y.about(mine, columns),
             part(self.g, mine),
             self.lse[mine],
             self.loss[mine],

@@ -5,20 +5,14 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native
 from .native import VARIANT_VARIABLE, call, stage
-from .rows import (
-    Candidates,
-    part,
-)
-
-if TYPE_CHECKING:
-    pass
+from .rows import Candidates, part
 
 # Rows of P held at a time: as many as fit here, but enough that the products stay efficient (README.md).
 CHUNK_BYTES = 32 << 20
@@ -106,16 +100,7 @@ def contrast(
     for start, stop, low, high in chunks:
         rows, columns = slice(start, stop), slice(low, high)
         xs, ys = x[rows], y.unit[columns]
-        about = (
-            inverse_tau,
-            part(y.bias, columns),
-            part(y.rank_bias, columns),
-            part(y.count, columns),
-            y.own[rows],
-            y.order,
-            part(y.same, rows),
-            part(y.page, rows),
-        )
+        about = (inverse_tau, *y.about(rows, columns))
         results = (top[rows], total[rows], part(above, rows))
         product = None if part_x is None else d_x[rows] if part_x is d_x else part_x[: stop - start]
         if products is None:

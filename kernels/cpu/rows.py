@@ -61,6 +61,18 @@ class Candidates:
     page: Tensor | None = None  # [M, 2] columns of the row's page
     page_only: bool = False  # these alone are candidates; else they are none
 
+    def about(self, rows: slice, columns: slice) -> tuple[Tensor | None, ...]:
+        """What a native contrast of some rows with some columns is told."""
+        return (
+            part(self.bias, columns),
+            part(self.rank_bias, columns),
+            part(self.count, columns),
+            self.own[rows],
+            self.order,
+            part(self.same, rows),
+            part(self.page, rows),
+        )
+
 
 def part(x: Tensor | None, rows: slice) -> Tensor | None:
     return None if x is None else x[rows]
