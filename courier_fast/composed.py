@@ -260,7 +260,7 @@ def _of_own_page(p: Problem, reach: Reach, b: _Batch, stats: bool) -> reference.
     if reach.impl == "reference":
         out = reference.reconstruction_loss(q)
     else:
-        out = reference.LossOutput(*ops.reconstruction_loss(q, reach.impl, stats))
+        out = reference.LossOutput(*ops.loss(q, reach.impl, stats))
     if p.reduction != "none":
         weights = b.is_anchor.double()
         if p.weights is not None:

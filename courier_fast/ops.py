@@ -7,7 +7,7 @@ lists the functions an implementation module provides.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from types import ModuleType
@@ -102,25 +102,17 @@ def flat(p: Problem | SequenceProblem) -> list[Any]:
     return [getattr(p, f.name) for f in fields(p)]
 
 
-_LOSS_FIELDS = len(fields(Problem))
-_SEQUENCE_FIELDS = len(fields(SequenceProblem))
-
 # The inputs that may take a gradient, in the order of `needs`.
-_LOSS_GRADS = ("pv", "history", "query", "key", "value", "temperature")
-_RECONSTRUCT_GRADS = _LOSS_GRADS[:5]
+_RECONSTRUCT_GRADS = ("pv", "history", "query", "key", "value")
+_LOSS_GRADS = (*_RECONSTRUCT_GRADS, "temperature")
 _SEQUENCE_GRADS = ("history", "temperature")
 
 _lib = torch.library.Library("courier_fast", "DEF")
 
 
-def _wanted(p: Problem | SequenceProblem, names: Sequence[str]) -> list[bool]:
-    tensors = (getattr(p, name) for name in names)
-    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
-
-
 def gradient_names(p: Problem | SequenceProblem) -> tuple[str, ...]:
     """The fields that may take a gradient, in the order of `needs`."""
-    return _LOSS_GRADS if isinstance(p, Problem) else _SEQUENCE_GRADS
+    return _operator_of(p).gradients
 
 
 def wanted(p: Problem | SequenceProblem) -> list[bool]:
@@ -128,70 +120,15 @@ def wanted(p: Problem | SequenceProblem) -> list[bool]:
     return _wanted(p, gradient_names(p))
 
 
-def _device_of(x: Tensor) -> Any:
-    """Kernels are launched on the current GPU: make it the inputs' one. On the CPU, nothing."""
-    return torch.cuda.device_of(x)
-
-
-def _dense(grads: Sequence[Tensor | None]) -> list[Tensor]:
-    """An operator returns tensors only: drop the gradients nobody asked for."""
-    return [g for g in grads if g is not None]
-
-
-def _like_inputs(
-    p: Problem | SequenceProblem, names: Sequence[str], needs: Sequence[bool]
-) -> list[Tensor]:
-    return [
-        torch.empty_like(getattr(p, name)) for name, need in zip(names, needs, strict=True) if need
-    ]
-
-
-def _scatter_grads(
-    problem: type, names: Sequence[str], needs: Sequence[bool], grads: Sequence[Tensor]
-) -> list[Any]:
-    """Gradients by field of the problem dataclass, None elsewhere."""
-    remaining = iter(grads)
-    by_name = {name: next(remaining) for name, need in zip(names, needs, strict=True) if need}
-    return [by_name.get(f.name) for f in fields(problem)]
-
-
-def _define(name: str, schema: str, run: Any, fake: Any) -> Any:
-    _lib.define(f"{name}({schema}")
-    _lib.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"courier_fast::{name}", fake, lib=_lib)
-    return getattr(torch.ops.courier_fast, name).default
+def _wanted(p: Problem | SequenceProblem, names: Sequence[str]) -> list[bool]:
+    tensors = (getattr(p, name) for name in names)
+    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
 
 
 def refuse_double_backward(ctx: Any, *_: Any) -> Any:
     raise RuntimeError(
         "double backward through a fused courier_fast loss is not implemented (create_graph=True): "
         'use impl="reference" where second derivatives are needed'
-    )
-
-
-def _no_context(ctx: Any, inputs: Any, output: Any) -> None:
-    pass
-
-
-def _save(ctx: Any, flat: Sequence[Any], saved: Sequence[Tensor]) -> None:
-    """Keep tensors through save_for_backward (so that in-place changes are caught), the rest on the context."""
-    ctx.places = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
-    ctx.constants = [None if isinstance(x, Tensor) else x for x in flat]
-    ctx.save_for_backward(*(flat[i] for i in ctx.places), *saved)
-
-
-def _restore(ctx: Any) -> tuple[list[Any], list[Tensor]]:
-    tensors = list(ctx.saved_tensors)
-    flat = list(ctx.constants)
-    for place, tensor in zip(ctx.places, tensors, strict=False):
-        flat[place] = tensor
-    return flat, tensors[len(ctx.places) :]
-
-
-def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work (and not torch.compile)."""
-    return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
 
 
@@ -209,18 +146,176 @@ def _refuse_jvp(*_: Any) -> Any:
     )
 
 
-def _for_transforms(run: Any, backward_run: Any, context: Any, grad: Any, outputs: int) -> Any:
-    """The operator as torch.func wants it, with setup_context; what torch.library generates has none.
+def _no_context(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
 
-    `outputs`: how many tensors `run` gives before the list of what it saves, which counts as output here.
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work (and not torch.compile)."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def direct(values: Sequence[Any]) -> bool:
+    """Whether the implementation can be called without the operator around it: plain tensors, and nobody who traces,
+    transforms or watches operators. What an operator with this many arguments costs the host exceeds what it computes
+    in a small batch."""
+    return (
+        not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and not transformed()
+        and all(type(x) in (Tensor, Parameter) for x in values if isinstance(x, Tensor))
+    )
+
+
+class Operator:
+    """A forward and a backward of the implementations, for everyone who may call them:
+
+        name(fields of the problem ..., needs, stats, impl) -> (outputs ..., saved)
+        name_backward(fields ..., needs, impl, saved, grad) -> the gradients that `needs` asks for
+
+    Only the first output takes a gradient. torch.compile and those who watch operators see the two above; torch.func
+    an autograd function with setup_context; everyone else one that costs the host less.
     """
+
+    def __init__(
+        self,
+        name: str,
+        problem: type,
+        gradients: tuple[str, ...],
+        outputs: int,
+        forward: Callable[[Any, Any, Sequence[bool], bool], tuple[Any, ...]],
+        backward: Callable[[Any, Any, Sequence[bool], Sequence[Tensor], Tensor], Any],
+        fake: Callable[[Any, bool], list[Tensor]],
+        saved_spec: Callable[[Any, Any, Sequence[bool]], Any],
+    ) -> None:
+        """`forward(module, p, needs, stats)`, `backward(module, p, needs, saved, grad)` and `saved_spec(module, p, needs)`
+        call a function of an implementation's module; `fake(p, stats)` gives empty outputs."""
+        self.gradients, self.forward, self.backward = gradients, forward, backward
+        self._problem, self._outputs = problem, outputs
+        self._fake_outputs, self._saved_spec = fake, saved_spec
+        inputs = f"{_schema_of(problem)}, bool[] needs"
+        self._op = self._define(
+            name,
+            f"{inputs}, bool stats, str impl) -> ({'Tensor, ' * outputs}Tensor[])",
+            (self._run, self._fake),
+            (self._backward, self._save),
+        )
+        self._backward_op = self._define(
+            f"{name}_backward",
+            f"{inputs}, str impl, Tensor[] saved, Tensor grad) -> Tensor[]",
+            (self._run_backward, self._fake_backward),
+            (refuse_double_backward, _no_context),
+        )
+        self._transformed = _for_transforms(self, outputs)
+        self._direct = _without_operator(self)
+
+    @staticmethod
+    def _define(name: str, schema: str, run: tuple[Any, Any], autograd: tuple[Any, Any]) -> Any:
+        _lib.define(f"{name}({schema}")
+        _lib.impl(name, run[0], "CompositeExplicitAutograd")
+        name = f"courier_fast::{name}"
+        torch.library.register_fake(name, run[1], lib=_lib)
+        torch.library.register_autograd(name, autograd[0], setup_context=autograd[1], lib=_lib)
+        return getattr(torch.ops.courier_fast, name.split("::")[1]).default
+
+    def __call__(
+        self, p: Problem | SequenceProblem, impl: str, stats: bool = False
+    ) -> tuple[Tensor, ...]:
+        """The outputs; all but the first may need `stats`."""
+        needs = _wanted(p, self.gradients)
+        inputs = (*flat(p), needs, stats, impl)
+        if not direct(inputs):
+            call = self._transformed.apply if transformed() else self._op
+            return call(*inputs)[: self._outputs]
+        if any(needs):
+            return self._direct.apply(*inputs)
+        with torch.no_grad():
+            return self._run(*inputs)[:-1]
+
+    def _run(self, *inputs: Any) -> Any:
+        *values, needs, stats, impl = inputs
+        # Kernels are launched on the current GPU: make it the inputs' one. On the CPU, nothing.
+        with torch.cuda.device_of(values[0]):
+            return self.forward(_module(impl), self._problem(*values), needs, stats)
+
+    def _fake(self, *inputs: Any) -> Any:
+        *values, needs, stats, impl = inputs
+        p = self._problem(*values)
+        spec = self._saved_spec(_module(impl), p, needs)
+        new = values[0].new_empty
+        return (*self._fake_outputs(p, stats), [new(shape, dtype=dtype) for shape, dtype in spec])
+
+    def _run_backward(self, *inputs: Any) -> list[Tensor]:
+        *values, needs, impl, saved, grad = inputs
+        with torch.cuda.device_of(values[0]):
+            grads = self.backward(_module(impl), self._problem(*values), needs, saved, grad)
+        # An operator returns tensors only: without the gradients nobody asked for.
+        return [g for g in grads if g is not None]
+
+    def _fake_backward(self, *inputs: Any) -> list[Tensor]:
+        *values, needs, _impl, _saved, _grad = inputs
+        p = self._problem(*values)
+        names = zip(self.gradients, needs, strict=True)
+        return [torch.empty_like(getattr(p, name)) for name, need in names if need]
+
+    def _save(self, ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep tensors through save_for_backward (so that in-place changes are caught), the rest on the context."""
+        *values, ctx.needs, _stats, ctx.impl = inputs
+        *outputs, saved = output
+        ctx.places = [i for i, x in enumerate(values) if isinstance(x, Tensor)]
+        ctx.constants = [None if isinstance(x, Tensor) else x for x in values]
+        ctx.save_for_backward(*(values[i] for i in ctx.places), *saved)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+
+    def _backward(self, ctx: Any, grad: Tensor | None, *_: Any, run: Any = None) -> Any:
+        """Gradients of the operator's inputs, by `run`: the backward operator, or what stands for it."""
+        names = [f.name for f in fields(self._problem)]
+        if grad is None:
+            return (None,) * (len(names) + 3)
+        tensors, values = list(ctx.saved_tensors), list(ctx.constants)
+        for place, tensor in zip(ctx.places, tensors, strict=False):
+            values[place] = tensor
+        saved = tensors[len(ctx.places) :]
+        found = iter((run or self._backward_op)(*values, ctx.needs, ctx.impl, saved, grad))
+        asked = zip(self.gradients, ctx.needs, strict=True)
+        grads = {name: next(found) for name, need in asked if need}
+        return (*(grads.get(name) for name in names), None, None, None)
+
+
+def _without_operator(op: Operator) -> Any:
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = op._run(*inputs)
+            op._save(ctx, inputs, output)
+            return tuple(output[:-1])
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+            run = op._run_backward
+            if torch._C._are_functorch_transforms_active():
+                run = op._transformed.gradients
+            elif torch.is_grad_enabled():
+                # With create_graph, the operator: it says why there is no second derivative.
+                run = op._backward_op
+            return op._backward(ctx, grad, run=run)
+
+    return Direct
+
+
+def _for_transforms(op: Operator, outputs: int) -> Any:
+    """The operator as torch.func wants it, with setup_context; what torch.library generates has none. What is saved counts
+    as output here."""
 
     class Backward(torch.autograd.Function):
         """Of a flat list: torch.func looks for tensors of a level that is gone (vjp) in no list inside it."""
 
         @staticmethod
         def forward(spec: TreeSpec, *leaves: Any) -> Any:
-            return tuple(backward_run(*tree_unflatten(leaves, spec)))
+            return tuple(op._run_backward(*tree_unflatten(leaves, spec)))
 
         setup_context = staticmethod(_no_context)
         backward = staticmethod(refuse_double_backward)
@@ -237,358 +332,101 @@ def _for_transforms(run: Any, backward_run: Any, context: Any, grad: Any, output
             found = tuple(torch.stack(x) for x in each)
             return found, (0,) * len(found)
 
-    def backward_of(*args: Any) -> Any:
+    def gradients_of(*args: Any) -> Any:
         leaves, spec = tree_flatten(args)
         return Backward.apply(spec, *leaves)
 
     class Forward(torch.autograd.Function):
         @staticmethod
-        def forward(*args: Any) -> Any:
-            *found, saved = run(*args)
+        def forward(*inputs: Any) -> Any:
+            *found, saved = op._run(*inputs)
             return (*found, *saved)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            context(ctx, inputs, (*output[:outputs], list(output[outputs:])))
+            op._save(ctx, inputs, (*output[:outputs], list(output[outputs:])))
             ctx.mark_non_differentiable(*output[1:])
 
         @staticmethod
         def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> Any:
-            return grad(ctx, upstream, run=backward_of)
+            return op._backward(ctx, upstream, run=gradients_of)
 
         vmap = staticmethod(_refuse_vmap)
         jvp = staticmethod(_refuse_jvp)
-        gradients = staticmethod(backward_of)
+        gradients = staticmethod(gradients_of)
 
     return Forward
 
 
-def direct(values: Sequence[Any]) -> bool:
-    """Whether the implementation can be called without the operator around it: plain tensors, and nobody who traces,
-    transforms or watches operators. What an operator with this many arguments costs the host exceeds what it computes
-    in a small batch."""
-    return (
-        not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()
-        and not transformed()
-        and all(type(x) in (Tensor, Parameter) for x in values if isinstance(x, Tensor))
-    )
+# ---- the three ----------------------------------------------------------------------------------------------------
 
 
-# ---- reconstruction loss ------------------------------------------------------------------------------------------
-
-
-def _loss_run(*args: Any) -> Any:
-    *flat, needs, stats, impl = args
-    with _device_of(flat[0]):
-        return _module(impl).loss_forward(Problem(*flat), needs, stats)
-
-
-def _loss_fake(*args: Any) -> Any:
-    *flat, needs, stats, impl = args
-    p = Problem(*flat)
-    rows = p.num_pv
+def _loss_fake(p: Problem, stats: bool) -> list[Tensor]:
+    rows, new = p.num_pv, p.pv.new_empty
     per_row = (rows if stats else 0,)
-    new = p.pv.new_empty
-    loss = new((rows,) if p.reduction == "none" else (), dtype=torch.float32)
-    floats = [new(per_row, dtype=torch.float32) for _ in range(3)]
-    rank, is_anchor = new(per_row, dtype=torch.int64), new(per_row, dtype=torch.bool)
-    skipped = new(() if stats else (0,), dtype=torch.int64)
-    saved = [new(shape, dtype=dtype) for shape, dtype in _module(impl).saved_spec(p, needs)]
-    return (loss, *floats, rank, is_anchor, skipped, saved)
+    return [
+        new((rows,) if p.reduction == "none" else (), dtype=torch.float32),
+        *(new(per_row, dtype=torch.float32) for _ in range(3)),
+        new(per_row, dtype=torch.int64),
+        new(per_row, dtype=torch.bool),
+        new(() if stats else (0,), dtype=torch.int64),
+    ]
 
 
-def _loss_backward_run(*args: Any) -> list[Tensor]:
-    *flat, needs, impl, saved, grad = args
-    with _device_of(flat[0]):
-        return _dense(_module(impl).loss_backward(Problem(*flat), needs, saved, grad))
+def _sequence_fake(p: SequenceProblem, stats: bool) -> list[Tensor]:
+    shape = (p.num_history,) if p.reduction == "none" else ()
+    return [p.history.new_empty(shape, dtype=torch.float32)]
 
 
-def _loss_backward_fake(*args: Any) -> list[Tensor]:
-    *flat, needs, _impl, _saved, _grad = args
-    return _like_inputs(Problem(*flat), _LOSS_GRADS, needs)
-
-
-_loss_op = _define(
+_loss = Operator(
     "reconstruction_loss",
-    f"{_schema_of(Problem)}, bool[] needs, bool stats, str impl) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
-    _loss_run,
+    Problem,
+    _LOSS_GRADS,
+    7,
+    lambda module, p, needs, stats: module.loss_forward(p, needs, stats),
+    lambda module, *args: module.loss_backward(*args),
     _loss_fake,
+    lambda module, p, needs: module.saved_spec(p, needs),
 )
-_loss_backward_op = _define(
-    "reconstruction_loss_backward",
-    f"{_schema_of(Problem)}, bool[] needs, str impl, Tensor[] saved, Tensor grad) -> Tensor[]",
-    _loss_backward_run,
-    _loss_backward_fake,
-)
-
-
-def _loss_context(ctx: Any, inputs: Any, output: Any) -> None:
-    *flat, ctx.needs, _, ctx.impl = inputs
-    _save(ctx, flat, output[-1])
-    ctx.mark_non_differentiable(*output[1:-1])
-    ctx.set_materialize_grads(False)
-
-
-def _loss_grad(ctx: Any, grad: Tensor | None, *_: Any, run: Any = _loss_backward_op) -> Any:
-    flat, saved = _restore(ctx)
-    if grad is None:
-        return (None,) * (_LOSS_FIELDS + 3)
-    grads = run(*flat, ctx.needs, ctx.impl, saved, grad)
-    return (*_scatter_grads(Problem, _LOSS_GRADS, ctx.needs, grads), None, None, None)
-
-
-torch.library.register_autograd(
-    "courier_fast::reconstruction_loss", _loss_grad, setup_context=_loss_context, lib=_lib
-)
-torch.library.register_autograd(
-    "courier_fast::reconstruction_loss_backward",
-    refuse_double_backward,
-    setup_context=_no_context,
-    lib=_lib,
-)
-
-
-_TransformedLoss = _for_transforms(
-    _loss_run, _loss_backward_run, _loss_context, _loss_grad, outputs=7
-)
-
-
-def _backward_way(operator: Any, run: Any, function: Any) -> Any:
-    """How a backward without the operator around it computes gradients."""
-    if torch._C._are_functorch_transforms_active():
-        return function.gradients
-    # With create_graph, the operator: it says why there is no second derivative.
-    return operator if torch.is_grad_enabled() else run
-
-
-class _DirectLoss(torch.autograd.Function):
-    """The same without the operator."""
-
-    @staticmethod
-    def forward(ctx: Any, needs: Sequence[bool], stats: bool, impl: str, *flat: Any) -> Any:
-        *outputs, saved = _loss_run(*flat, needs, stats, impl)
-        _loss_context(ctx, (*flat, needs, stats, impl), (*outputs, saved))
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-        run = _backward_way(_loss_backward_op, _loss_backward_run, _TransformedLoss)
-        return (None, None, None, *_loss_grad(ctx, grad, run=run)[:_LOSS_FIELDS])
-
-
-def reconstruction_loss(p: Problem, impl: str, stats: bool) -> tuple[Tensor, ...]:
-    """(loss, item_loss, log_sum_exp, positive_similarity, rank, is_anchor, num_skipped); all but loss need `stats`."""
-    values, needs = flat(p), wanted(p)
-    if not direct(values):
-        if transformed():
-            return _TransformedLoss.apply(*values, needs, stats, impl)[:7]
-        return _loss_op(*values, needs, stats, impl)[:-1]
-    if not any(needs):
-        with torch.no_grad():
-            return _loss_run(*values, needs, stats, impl)[:-1]
-    return _DirectLoss.apply(needs, stats, impl, *values)
-
-
-# ---- reconstruct --------------------------------------------------------------------------------------------------
-
-
-def _reconstruct_run(*args: Any) -> Tensor:
-    *flat, _needs, impl = args
-    with _device_of(flat[0]):
-        return _module(impl).reconstruct_forward(Problem(*flat))
-
-
-def _reconstruct_fake(*args: Any) -> Tensor:
-    *flat, _needs, _impl = args
-    p = Problem(*flat)
-    return p.pv.new_empty((p.num_pv, p.pv.shape[1]))
-
-
-def _reconstruct_backward_run(*args: Any) -> list[Tensor]:
-    *flat, needs, impl, grad = args
-    with _device_of(flat[0]):
-        return _dense(_module(impl).reconstruct_backward(Problem(*flat), needs, grad))
-
-
-def _reconstruct_backward_fake(*args: Any) -> list[Tensor]:
-    *flat, needs, _impl, _grad = args
-    return _like_inputs(Problem(*flat), _RECONSTRUCT_GRADS, needs)
-
-
-_reconstruct_op = _define(
+_reconstruct = Operator(
     "reconstruct",
-    f"{_schema_of(Problem)}, bool[] needs, str impl) -> Tensor",
-    _reconstruct_run,
-    _reconstruct_fake,
+    Problem,
+    _RECONSTRUCT_GRADS,
+    1,
+    lambda module, p, needs, stats: (module.reconstruct_forward(p), []),
+    lambda module, p, needs, saved, grad: module.reconstruct_backward(p, needs, grad),
+    lambda p, stats: [p.pv.new_empty((p.num_pv, p.pv.shape[1]))],
+    lambda module, p, needs: [],
 )
-_reconstruct_backward_op = _define(
-    "reconstruct_backward",
-    f"{_schema_of(Problem)}, bool[] needs, str impl, Tensor grad) -> Tensor[]",
-    _reconstruct_backward_run,
-    _reconstruct_backward_fake,
-)
-
-
-def _reconstruct_context(ctx: Any, inputs: Any, output: Any) -> None:
-    *flat, ctx.needs, ctx.impl = inputs
-    _save(ctx, flat, ())
-
-
-def _reconstruct_grad(ctx: Any, grad: Tensor, *_: Any, run: Any = _reconstruct_backward_op) -> Any:
-    flat, _saved = _restore(ctx)
-    grads = run(*flat, ctx.needs, ctx.impl, grad)
-    return (*_scatter_grads(Problem, _RECONSTRUCT_GRADS, ctx.needs, grads), None, None)
-
-
-torch.library.register_autograd(
-    "courier_fast::reconstruct", _reconstruct_grad, setup_context=_reconstruct_context, lib=_lib
-)
-torch.library.register_autograd(
-    "courier_fast::reconstruct_backward",
-    refuse_double_backward,
-    setup_context=_no_context,
-    lib=_lib,
+_sequence = Operator(
+    "click_sequence_loss",
+    SequenceProblem,
+    _SEQUENCE_GRADS,
+    1,
+    lambda module, p, needs, stats: module.sequence_forward(p, needs),
+    lambda module, *args: module.sequence_backward(*args),
+    _sequence_fake,
+    lambda module, p, needs: module.sequence_saved_spec(p, needs),
 )
 
 
-_TransformedReconstruct = _for_transforms(
-    lambda *args: (_reconstruct_run(*args), ()),
-    _reconstruct_backward_run,
-    _reconstruct_context,
-    _reconstruct_grad,
-    outputs=1,
-)
+def _operator_of(p: Problem | SequenceProblem) -> Operator:
+    return _loss if isinstance(p, Problem) else _sequence
+
+
+def loss(p: Problem | SequenceProblem, impl: str, stats: bool = False) -> tuple[Tensor, ...]:
+    """The loss of either kind of problem, 0-d, or [N] or [K] with reduction "none". Of a `Problem` after it item_loss,
+    log_sum_exp, positive_similarity, rank, is_anchor and num_skipped, which need `stats`."""
+    return _operator_of(p)(p, impl, stats)
 
 
 def reconstruct(p: Problem, impl: str) -> Tensor:
     """R [N, D]; zeros for padding and for pages without history."""
-    values, needs = flat(p), _wanted(p, _RECONSTRUCT_GRADS)
-    if transformed():
-        return _TransformedReconstruct.apply(*values, needs, impl)[0]
-    return _reconstruct_op(*values, needs, impl)
-
-
-# ---- click-sequence loss ------------------------------------------------------------------------------------------
-
-
-def _sequence_run(*args: Any) -> Any:
-    *flat, needs, impl = args
-    with _device_of(flat[0]):
-        return _module(impl).sequence_forward(SequenceProblem(*flat), needs)
-
-
-def _sequence_fake(*args: Any) -> Any:
-    *flat, needs, impl = args
-    p = SequenceProblem(*flat)
-    loss = p.history.new_empty(
-        (p.num_history,) if p.reduction == "none" else (), dtype=torch.float32
-    )
-    spec = _module(impl).sequence_saved_spec(p, needs)
-    return loss, [p.history.new_empty(shape, dtype=dtype) for shape, dtype in spec]
-
-
-def _sequence_backward_run(*args: Any) -> list[Tensor]:
-    *flat, needs, impl, saved, grad = args
-    with _device_of(flat[0]):
-        return _dense(_module(impl).sequence_backward(SequenceProblem(*flat), needs, saved, grad))
-
-
-def _sequence_backward_fake(*args: Any) -> list[Tensor]:
-    *flat, needs, _impl, _saved, _grad = args
-    return _like_inputs(SequenceProblem(*flat), _SEQUENCE_GRADS, needs)
-
-
-_sequence_op = _define(
-    "click_sequence_loss",
-    f"{_schema_of(SequenceProblem)}, bool[] needs, str impl) -> (Tensor, Tensor[])",
-    _sequence_run,
-    _sequence_fake,
-)
-_sequence_backward_op = _define(
-    "click_sequence_loss_backward",
-    f"{_schema_of(SequenceProblem)}, bool[] needs, str impl, Tensor[] saved, Tensor grad) -> Tensor[]",
-    _sequence_backward_run,
-    _sequence_backward_fake,
-)
-
-
-def _sequence_context(ctx: Any, inputs: Any, output: Any) -> None:
-    *flat, ctx.needs, ctx.impl = inputs
-    _save(ctx, flat, output[-1])
-    ctx.set_materialize_grads(False)
-
-
-def _sequence_grad(ctx: Any, grad: Tensor | None, *_: Any, run: Any = _sequence_backward_op) -> Any:
-    flat, saved = _restore(ctx)
-    if grad is None:
-        return (None,) * (_SEQUENCE_FIELDS + 2)
-    grads = run(*flat, ctx.needs, ctx.impl, saved, grad)
-    return (*_scatter_grads(SequenceProblem, _SEQUENCE_GRADS, ctx.needs, grads), None, None)
-
-
-torch.library.register_autograd(
-    "courier_fast::click_sequence_loss", _sequence_grad, setup_context=_sequence_context, lib=_lib
-)
-torch.library.register_autograd(
-    "courier_fast::click_sequence_loss_backward",
-    refuse_double_backward,
-    setup_context=_no_context,
-    lib=_lib,
-)
-
-
-_TransformedSequence = _for_transforms(
-    _sequence_run, _sequence_backward_run, _sequence_context, _sequence_grad, outputs=1
-)
-
-
-class _DirectSequence(torch.autograd.Function):
-    """The same without the operator."""
-
-    @staticmethod
-    def forward(ctx: Any, needs: Sequence[bool], impl: str, *flat: Any) -> Any:
-        loss, saved = _sequence_run(*flat, needs, impl)
-        _sequence_context(ctx, (*flat, needs, impl), (loss, saved))
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Any:
-        run = _backward_way(_sequence_backward_op, _sequence_backward_run, _TransformedSequence)
-        return (None, None, *_sequence_grad(ctx, grad, run=run)[:_SEQUENCE_FIELDS])
-
-
-def click_sequence_loss(p: SequenceProblem, impl: str) -> Tensor:
-    """0-d, or [K] with reduction "none"."""
-    values, needs = flat(p), wanted(p)
-    if not direct(values):
-        if transformed():
-            return _TransformedSequence.apply(*values, needs, impl)[0]
-        return _sequence_op(*values, needs, impl)[0]
-    if not any(needs):
-        with torch.no_grad():
-            return _sequence_run(*values, needs, impl)[0]
-    return _DirectSequence.apply(needs, impl, *values)
-
-
-# ---- for CUDA graphs ----------------------------------------------------------------------------------------------
-
-
-def loss(p: Problem | SequenceProblem, impl: str, stats: bool) -> tuple[Tensor, ...]:
-    """The loss of either kind of problem, and what belongs to `stats`."""
-    if isinstance(p, Problem):
-        return reconstruction_loss(p, impl, stats)
-    return (click_sequence_loss(p, impl),)
+    return _reconstruct(p, impl)[0]
 
 
 def passes(p: Problem | SequenceProblem, impl: str) -> tuple[Any, Any]:
     """forward(needs, stats) -> (outputs ..., saved) and backward(needs, saved, upstream) -> gradients, None where not
     asked for: what an implementation computes, without autograd."""
-    module = _module(impl)
-    if isinstance(p, Problem):
-        return partial(module.loss_forward, p), partial(module.loss_backward, p)
-    return (
-        lambda needs, _stats: module.sequence_forward(p, needs),
-        partial(module.sequence_backward, p),
-    )
+    operator, module = _operator_of(p), _module(impl)
+    return partial(operator.forward, module, p), partial(operator.backward, module, p)

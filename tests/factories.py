@@ -211,7 +211,7 @@ def check_problems(impl: str, problems: Sequence[Problem]) -> None:
     skip_unless_available(impl, problems[0])
     budget = Budget(problems[0].pv.dtype)
     for seed, p in enumerate(problems):
-        found = results(lambda q: ops.reconstruction_loss(q, impl, False)[0], p, LOSS_INPUTS)
+        found = results(lambda q: ops.loss(q, impl, False)[0], p, LOSS_INPUTS)
         budget.add(loss_yardstick(p, seed), found)
     budget.check()
 
@@ -232,6 +232,6 @@ def check_sequence(impl: str, draws: int = 4, **case: Any) -> None:
     skip_unless_available(impl, problems[0])
     budget = Budget(problems[0].history.dtype)
     for seed, p in enumerate(problems):
-        found = results(lambda q: ops.click_sequence_loss(q, impl), p, SEQUENCE_INPUTS)
+        found = results(lambda q: ops.loss(q, impl)[0], p, SEQUENCE_INPUTS)
         budget.add(yardstick(reference.click_sequence_loss, p, SEQUENCE_INPUTS, seed), found)
     budget.check()

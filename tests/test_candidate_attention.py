@@ -106,7 +106,7 @@ def problem(seed: int = 0, **case: Any) -> Any:
 
 def loss_results(impl: str, p: Any) -> dict[str, Tensor]:
     skip_unless_available(impl, p)
-    return results(lambda q: ops.reconstruction_loss(q, impl, False)[0], p, LOSS_INPUTS)
+    return results(lambda q: ops.loss(q, impl, False)[0], p, LOSS_INPUTS)
 
 
 # ---- the definition ------------------------------------------------------------------------------

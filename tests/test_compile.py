@@ -117,24 +117,23 @@ def test_opcheck(impl: str, options: dict[str, Any]) -> None:
         # Not for buffers of which only part is written: the check compares all of what an operator returns.
         checks.append("test_aot_dispatch_dynamic")
     needs = [getattr(p, name) is not None for name in LOSS_INPUTS]
-    loss = torch.ops.courier_fast.reconstruction_loss.default
-    assert set(
-        torch.library.opcheck(loss, (*ops.flat(p), needs, True, impl), test_utils=checks).values()
-    ) == {"SUCCESS"}
-    reconstruct = torch.ops.courier_fast.reconstruct.default
-    assert set(
-        torch.library.opcheck(
-            reconstruct, (*ops.flat(p), needs[:5], impl), test_utils=checks
-        ).values()
-    ) == {"SUCCESS"}
     q = make_sequence(
         1, impl=impl, table=bool(options.get("table")), tensor_tau=bool(options.get("tensor_tau"))
     )
-    sequence = torch.ops.courier_fast.click_sequence_loss.default
-    arguments = (*ops.flat(q), [True, q.temperature is not None], impl)
-    assert set(torch.library.opcheck(sequence, arguments, test_utils=checks).values()) == {
-        "SUCCESS"
-    }
+    operators = torch.ops.courier_fast
+    for operator, *arguments in (
+        (operators.reconstruction_loss, *ops.flat(p), needs, True, impl),
+        (operators.reconstruct, *ops.flat(p), needs[:5], False, impl),
+        (
+            operators.click_sequence_loss,
+            *ops.flat(q),
+            [True, q.temperature is not None],
+            False,
+            impl,
+        ),
+    ):
+        found = torch.library.opcheck(operator.default, tuple(arguments), test_utils=checks)
+        assert set(found.values()) == {"SUCCESS"}
 
 
 def test_autocast_casts_the_embeddings_and_keeps_the_loss() -> None:
@@ -238,9 +237,9 @@ def test_double_backward_is_refused_clearly(impl: str) -> None:
     skip_unless_available(impl, p)
     q = make_sequence(1, impl=impl)
     for out, x in (
-        (ops.reconstruction_loss(p, impl, False)[0], p.pv),
+        (ops.loss(p, impl, False)[0], p.pv),
         (ops.reconstruct(p, impl).sum(), p.pv),
-        (ops.click_sequence_loss(q, impl), q.history),
+        (ops.loss(q, impl)[0], q.history),
     ):
         (grad,) = torch.autograd.grad(out, x, create_graph=True)
         with pytest.raises(RuntimeError, match='double backward .*impl="reference"'):
@@ -268,7 +267,7 @@ def test_no_graph_without_gradients(impl: str) -> None:
     p = make(1, impl=impl)
     skip_unless_available(impl, p)
     with torch.no_grad():
-        loss = ops.reconstruction_loss(p, impl, False)[0]
+        loss = ops.loss(p, impl, False)[0]
     assert not loss.requires_grad
-    with_grad = ops.reconstruction_loss(p, impl, False)[0]
+    with_grad = ops.loss(p, impl, False)[0]
     torch.testing.assert_close(loss, with_grad.detach())

@@ -36,7 +36,7 @@ VARIANTS = () if native.library is None else tuple(native.library.variants())
 
 
 def loss_results(p: Problem) -> dict[str, Tensor]:
-    return results(lambda q: ops.reconstruction_loss(q, "cpu", False)[0], p, LOSS_INPUTS)
+    return results(lambda q: ops.loss(q, "cpu", False)[0], p, LOSS_INPUTS)
 
 
 def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -131,7 +131,7 @@ def test_ranks_of_a_variant(variant: str) -> None:
 
     for case in ({}, {"log_q": True}, {"table": True}, {"ids": True, "negatives": "other_pages"}):
         p = make(3, pages=60, **case)
-        rank = ops.reconstruction_loss(p, "cpu", True)[4]
+        rank = ops.loss(p, "cpu", True)[4]
         assert torch.equal(rank, reference.reconstruction_loss(p).rank)
 
 
@@ -262,7 +262,7 @@ PEAK = """
         return next(int(x.split()[1]) << 10 for x in lines if x.startswith(field + ":"))
 
     def run(p):
-        return results(lambda q: ops.reconstruction_loss(q, "cpu", False)[0], p, LOSS_INPUTS)
+        return results(lambda q: ops.loss(q, "cpu", False)[0], p, LOSS_INPUTS)
 
     torch.set_num_threads(2)
     options = dict(longest_pv=10, longest_history=10, dim=64, clicked={clicked}, ids={ids})
@@ -324,7 +324,7 @@ def test_frozen_inputs() -> None:
         alone = {n: getattr(p, n).detach() for n in LOSS_INPUTS if getattr(p, n) is not None}
         alone[name] = x.detach().requires_grad_()
         q = replace(p, **alone)
-        loss = ops.reconstruction_loss(q, "cpu", False)[0]
+        loss = ops.loss(q, "cpu", False)[0]
         g = torch.Generator().manual_seed(7)
         upstream = torch.randn(loss.shape, generator=g)
         (grad,) = torch.autograd.grad(loss, [alone[name]], upstream)
@@ -335,8 +335,8 @@ def test_frozen_inputs() -> None:
 def test_click_sequence_none_equals_mean() -> None:
     p = make_sequence(2, ids=True, pages=20)
     skip_unless_available("cpu", p)
-    mean = results(lambda q: ops.click_sequence_loss(q, "cpu"), p, SEQUENCE_INPUTS)["output"]
-    each = ops.click_sequence_loss(replace(p, reduction="none"), "cpu").detach()
+    mean = results(lambda q: ops.loss(q, "cpu")[0], p, SEQUENCE_INPUTS)["output"]
+    each = ops.loss(replace(p, reduction="none"), "cpu")[0].detach()
     torch.testing.assert_close(each.sum() / (each != 0).sum(), mean)
 
 

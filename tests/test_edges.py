@@ -36,7 +36,7 @@ def loss_of(impl: str, p: Problem) -> Tensor:
     if impl == "reference":
         return reference.reconstruction_loss(p).loss
     skip_unless_available(impl, p)
-    return ops.reconstruction_loss(p, impl, False)[0]
+    return ops.loss(p, impl, False)[0]
 
 
 def run(impl: str, p: Problem) -> dict[str, Tensor]:
@@ -169,7 +169,7 @@ def test_page_without_history_has_candidates_but_no_anchors(impl: str) -> None:
     assert loss_of(impl, both) > loss_of(impl, alone)  # two more negatives
     assert run(impl, both)["pv"][3:].any()
     if impl != "reference":
-        out = ops.reconstruction_loss(both, impl, True)
+        out = ops.loss(both, impl, True)
         assert (int(out[5].sum()), int(out[6])) == (1, 2)
 
 
@@ -352,7 +352,7 @@ def test_more_than_2_31_similarities() -> None:
     )
     skip_unless_available("cpu", p)
     with torch.no_grad():
-        found = ops.reconstruction_loss(p, "cpu", False)[0]
+        found = ops.loss(p, "cpu", False)[0]
     s = kinds @ kinds.T / 0.5  # a single history item is its own reconstruction
     lse = (s + torch.bincount(kind, minlength=16).log()).logsumexp(1)
     before = kind.roll(1)

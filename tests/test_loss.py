@@ -178,10 +178,7 @@ def test_click_sequence_half(impl: str, dtype: torch.dtype) -> None:
 def test_two_runs_give_the_same_bits(impl: str, options: dict[str, Any]) -> None:
     p = make(3, impl=impl, pages=30, **options)
     skip_unless_available(impl, p)
-    runs = [
-        results(lambda q: ops.reconstruction_loss(q, impl, False)[0], p, LOSS_INPUTS)
-        for _ in range(2)
-    ]
+    runs = [results(lambda q: ops.loss(q, impl, False)[0], p, LOSS_INPUTS) for _ in range(2)]
     for name, x in runs[0].items():
         assert torch.equal(x, runs[1][name]), name
 
@@ -201,8 +198,8 @@ def test_merged_columns_equal_expanded_rows() -> None:
             history_index=None,
             item_ids=p.pv_index,
         )
-        merged = results(lambda q: ops.reconstruction_loss(q, impl, False)[0], p, LOSS_INPUTS)  # noqa: B023
-        rows = results(lambda q: ops.reconstruction_loss(q, impl, False)[0], expanded, LOSS_INPUTS)  # noqa: B023
+        merged = results(lambda q: ops.loss(q, impl, False)[0], p, LOSS_INPUTS)  # noqa: B023
+        rows = results(lambda q: ops.loss(q, impl, False)[0], expanded, LOSS_INPUTS)  # noqa: B023
         table = (
             torch.zeros_like(p.pv)
             .index_add_(0, p.pv_index, rows["pv"])

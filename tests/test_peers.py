@@ -29,7 +29,7 @@ IMPLS = ("cpu", "triton")
 
 def run(impl: str, p: Problem) -> dict[str, Tensor]:
     skip_unless_available(impl, p)
-    return results(lambda q: ops.reconstruction_loss(q, impl, False)[0], p, LOSS_INPUTS)
+    return results(lambda q: ops.loss(q, impl, False)[0], p, LOSS_INPUTS)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -119,7 +119,7 @@ def test_masks_do_not_make_the_temperatures_gradient_nan(impl: str) -> None:
     loss = (
         reference.reconstruction_loss(p).loss
         if impl == "reference"
-        else ops.reconstruction_loss(p, impl, False)[0]
+        else ops.loss(p, impl, False)[0]
     )
     (grad,) = torch.autograd.grad(loss, [p.temperature])
     assert grad.isfinite()
@@ -297,7 +297,7 @@ def test_second_backward_gives_the_same(impl: str, options: dict[str, Any]) -> N
     """Backward passes that change what was saved: the second one, with retain_graph, was wrong."""
     p = make(1, impl=impl, **options)
     skip_unless_available(impl, p)
-    loss = ops.reconstruction_loss(p, impl, False)[0]
+    loss = ops.loss(p, impl, False)[0]
     upstream = torch.rand_like(loss)
     first = torch.autograd.grad(loss, p.pv, upstream, retain_graph=True)[0].clone()
     second = torch.autograd.grad(loss, p.pv, 2 * upstream, retain_graph=True)[0]

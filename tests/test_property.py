@@ -78,7 +78,7 @@ def test_ragged_batches(impl: str, examples: int) -> None:
                 tau=tau,
             )
             p = with_gradients(to_device(p, DEVICES[impl]), LOSS_INPUTS)
-            found = results(lambda q: ops.reconstruction_loss(q, impl, False)[0], p, LOSS_INPUTS)
+            found = results(lambda q: ops.loss(q, impl, False)[0], p, LOSS_INPUTS)
             bad = [name for name, x in found.items() if not x.isfinite().all()]
             assert not bad, bad
             budget.add(loss_yardstick(p, draw), found)

@@ -199,7 +199,7 @@ def test_gradients_in_place_without_an_anchor() -> None:
     p = make(0, impl="triton", pages=60, dim=32, clicked=0.0)
     skip_unless_available("triton", p)
     assert p.num_pv > 4 * TILE
-    found = results(lambda q: ops.reconstruction_loss(q, "triton", False)[0], p, LOSS_INPUTS)
+    found = results(lambda q: ops.loss(q, "triton", False)[0], p, LOSS_INPUTS)
     assert all(not x.any() for x in found.values())
 
 

@@ -475,7 +475,7 @@ def test_gpu_inputs_are_not_read_back(monkeypatch: pytest.MonkeyPatch, layout: s
         return torch.zeros((), device="cuda"), *rows, torch.zeros((), device="cuda")
 
     monkeypatch.setattr(ops, "unavailable_reasons", lambda impl, p: [])
-    monkeypatch.setattr(ops, "reconstruction_loss", operator)
+    monkeypatch.setattr(ops, "loss", operator)
     good = {"padded": PADDED, "packed": PACKED, "items": ITEMS}[layout]
     shape = good["clicked"].shape
     with FakeTensorMode(allow_non_fake_inputs=True):

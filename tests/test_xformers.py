@@ -185,7 +185,7 @@ def test_loss_and_its_gradients(stand_in: None, case: str) -> None:
     p = make_problem(case, dim=16 if case != "heads" else 18)
     p = with_gradients(p, INPUTS)
     budget = Budget(torch.float32)
-    fused = results(lambda q: ops.reconstruction_loss(q, "xformers", False)[0], p, INPUTS)
+    fused = results(lambda q: ops.loss(q, "xformers", False)[0], p, INPUTS)
     budget.add(yardstick(lambda q: reference.reconstruction_loss(q).loss, p, INPUTS), fused)
     budget.check()
 
