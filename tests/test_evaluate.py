@@ -317,6 +317,8 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"attention_temperature": 0.2, "unit": True},
     {"attention": "mean"},
     {"attention": "mean", "unit": True},
+    {"attention_temperature": 0.2, "num_heads": 2},
+    {"attention_scale": 1.5, "num_heads": 3, "unit": True},
 )
 
 
@@ -328,15 +330,20 @@ def reconstruction_by_hand(e: np.ndarray, c: np.ndarray, how: Reconstruction) ->
 
     if how.unit:
         e, c = unit(e), np.stack([unit(x) for x in c])
-    scale = how.attention_scale or len(e) ** -0.5
-    if how.attention == "mean":
-        logits = [0.0 for _ in c]
-    elif how.attention_temperature is not None:
-        logits = [unit(e) @ unit(x) / how.attention_temperature for x in c]
-    else:
-        logits = [scale * (e @ x) for x in c]
-    total = sum(math.exp(x) for x in logits)
-    r = sum(math.exp(x) / total * v for x, v in zip(logits, c, strict=True))
+    size = len(e) // how.num_heads
+    scale = how.attention_scale or size**-0.5
+    r = np.zeros(len(e))
+    for head in range(0, len(e), size):
+        q, k = e[head : head + size], c[:, head : head + size]
+        if how.attention == "mean":
+            logits = [0.0 for _ in k]
+        elif how.attention_temperature is not None:
+            logits = [unit(q) @ unit(x) / how.attention_temperature for x in k]
+        else:
+            logits = [scale * (q @ x) for x in k]
+        total = sum(math.exp(x) for x in logits)
+        for x, v in zip(logits, k, strict=True):
+            r[head : head + size] += math.exp(x) / total * v
     return float(unit(r) @ unit(e))
 
 
@@ -711,17 +718,17 @@ def test_command_without_images(tmp_path: Path, dataset: Dataset) -> None:
         (
             {"loss.attention": "candidate", "loss.attention_temperature": 0.3, "loss.unit": True},
             Reconstruction(attention_temperature=0.3, unit=True),
-            "reconstruction (attention candidate, attention_temperature 0.3, unit True)",
+            "reconstruction (attention candidate, attention_temperature 0.3, num_heads 1, unit True)",
         ),
         (
             {"loss.attention": "anchor", "loss.attention_scale": 2.0, "loss.unit": False},
             Reconstruction(attention_scale=2.0),
-            "reconstruction (attention candidate, attention_scale 2.0, unit False)",
+            "reconstruction (attention candidate, attention_scale 2.0, num_heads 1, unit False)",
         ),
         (
             {"loss.attention": "mean"},
             Reconstruction("mean", unit=True),
-            "reconstruction (attention mean, unit True)",
+            "reconstruction (attention mean, num_heads 1, unit True)",
         ),
     ],
 )
@@ -790,5 +797,16 @@ def test_command_reconstructs_given_embeddings_by_the_defaults(
     assert run(*command_line, "--score", "reconstruction", "--baselines", "random") == 0
     settings = json.loads(out.read_text())["settings"]
     assert settings["reconstruction"] == {
-        "attention": "candidate", "attention_scale": None, "attention_temperature": None, "unit": False,
+        "attention": "candidate", "attention_scale": None, "attention_temperature": None, "num_heads": 1, "unit": False,
     }  # fmt: skip
+
+
+def test_projections_of_the_loss_are_not_there_to_rank_by(tmp_path: Path) -> None:
+    from courier_fast.train.config import Config
+
+    given = {"data.dataset": tmp_path, "loss.projections": "query_key"}
+    Config.load(None, given).save(tmp_path / "config.toml")
+    with pytest.raises(
+        ValueError, match="loss.projections none, as they are not exported, got query_key"
+    ):
+        Reconstruction.of_run(tmp_path)

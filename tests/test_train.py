@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,66 @@ def test_memory_holds_the_candidates_of_earlier_steps(
         }
         assert {(int(i), *row.tolist()) for i, row in zip(ids, rows, strict=True)} == newest
         assert len(rows) == size
+
+
+def test_projections_are_the_identity_at_first_and_learned(
+    dataset: Dataset, features: Path, tmp_path: Path
+) -> None:
+    """They belong to the loss, not to the encoder that is exported."""
+    plain = Trainer(settings(dataset, tmp_path / "none", data__features=features, loss__heads=2))
+    for projections, count in (("query_key", 2), ("all", 3)):
+        trainer = Trainer(
+            settings(
+                dataset, tmp_path / projections, data__features=features, loss__heads=2,
+                loss__projections=projections, optim__steps=3,
+            )
+        )  # fmt: skip
+        start = trainer.backward(trainer.loader.load(0, 0)).loss
+        assert start.item() == plain.backward(plain.loader.load(0, 0)).loss.item()
+        trainer.fit()
+        moved = [p for n, p in trainer.objective.named_parameters() if n.startswith("projections")]
+        assert len(moved) == count
+        assert all(p.abs().sum() > 0 for p in moved)
+        assert load_encoder(trainer.out).state_dict().keys() == plain.encoder.state_dict().keys()
+
+
+@pytest.mark.parametrize("candidates", ["all", "process"])
+def test_anchor_weights_are_a_power_of_the_items_clicks(
+    dataset: Dataset, features: Path, tmp_path: Path, candidates: str
+) -> None:
+    """L_rec is the weighted mean over anchors of what it is for each of them."""
+    plain, weighted = (
+        Trainer(settings(dataset, tmp_path / str(p), data__features=features, loss__weight_power=p, loss__candidates=candidates))
+        for p in (0.0, -0.7)
+    )  # fmt: skip
+    pages = dataset.split("train")
+    shown = slice(int(dataset.pv_start[pages.start]), int(dataset.pv_end[pages.stop - 1]))
+    clicks = Counter(dataset.pv_item[shown][dataset.pv_clicked[shown]].tolist())
+    batch = plain.loader.load(0, 0)
+    found = plain.backward(batch, stats=True).stats
+    items = torch.from_numpy(batch.plan.items)[batch.pv_index].tolist()
+    weights = torch.tensor([max(clicks[i], 1) ** -0.7 for i in items])
+    rows = slice(len(items))  # the histories' items are candidates only
+    anchors = found.is_anchor[rows]
+    expected = (weights * found.item_loss[rows])[anchors].sum() / weights[anchors].sum()
+    assert weighted.backward(batch).rec.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert len(set(weights[anchors].tolist())) > 2, "equal weights would not tell"
+
+
+def test_temperature_of_each_loss_is_learned_or_fixed(
+    dataset: Dataset, features: Path, tmp_path: Path
+) -> None:
+    for rec, seq in ((True, False), (False, True)):
+        trainer = Trainer(
+            settings(
+                dataset, tmp_path / f"{rec}", data__features=features, optim__steps=4,
+                loss__learnable_temperature=rec, loss__sequence_learnable_temperature=seq,
+            )
+        )  # fmt: skip
+        trainer.fit()
+        last = metrics(trainer.out)[-1]
+        assert (abs(last["temperature"] - 0.2) > 1e-6) == rec
+        assert (abs(last["sequence_temperature"] - 0.2) > 1e-6) == seq
 
 
 def test_memory_is_used_after_the_warm_up(dataset: Dataset, features: Path, tmp_path: Path) -> None:

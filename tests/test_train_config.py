@@ -62,7 +62,7 @@ def test_attention_of_the_settings(
     loss: dict[str, Any], expected: tuple[Any, ...], tmp_path: Path
 ) -> None:
     config = Config.load(None, {"data.dataset": "x"} | {f"loss.{k}": v for k, v in loss.items()})
-    assert tuple(config.loss.reconstruction.values()) == expected
+    assert tuple(config.loss.reconstruction.values()) == (*expected, 1)
     # What is not given stays open for the next override of a saved file.
     config.save(tmp_path / "c.toml")
     assert Config.load(tmp_path / "c.toml", {"loss.attention": "mean"} if not loss else {})
@@ -76,6 +76,9 @@ def test_attention_of_the_settings(
         ({"attention": "mean", "attention_temperature": 1.0}, "none of attention_scale and attention_temperature with attention mean, got attention_temperature"),
         ({"attention_temperature": 0}, "loss.attention_temperature: Input should be greater than 0"),
         ({"attention": "own"}, "loss.attention: "),
+        ({"attention": "mean", "heads": 2}, "no heads with attention mean, which asks nothing, got 2"),
+        ({"attention": "mean", "projections": "query_key"}, "no projections with attention mean, which asks nothing, got query_key"),
+        ({"heads": 3}, "loss.heads: expected a divisor of model.dim 256, got 3"),
     ],
     ids=str,
 )  # fmt: skip

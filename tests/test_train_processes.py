@@ -106,7 +106,7 @@ def in_one_process(
     for r in range(world):
         trainer.plan.rank, trainer.plan.world, trainer.plan._epoch = r, world, -1
         batches.append(trainer.loader.load(0, step))
-    anchors = sum(b.plan.num_anchors for b in batches)
+    anchors = sum(trainer.objective.anchors(b.plan) for b in batches)
     sequence = sum(b.plan.num_sequence_anchors for b in batches)
     total = sum(
         trainer.objective(trainer.encoder(b.images.to(dtype)), b, anchors, sequence, False).loss
@@ -127,7 +127,8 @@ def test_gradient_over_processes_is_that_of_the_mean_over_all_anchors(
     world, pages = 3, 37
     overrides = {
         "data.dataset": str(dataset.path), "data.features": str(features), "data.pages": pages, "model.dim": 8,
-        "loss.candidates": "process", "loss.learnable_temperature": True, "run.device": "cpu", "run.out": str(tmp_path / "run"),
+        "loss.candidates": "process", "loss.learnable_temperature": True, "loss.sequence_learnable_temperature": True,
+        "loss.heads": 2, "loss.projections": "all", "loss.weight_power": -0.5, "run.device": "cpu", "run.out": str(tmp_path / "run"),
     }  # fmt: skip
     ranks = on_processes(world, [("mean", overrides, 0)], tmp_path)["mean"]
     total, gradients, anchors = in_one_process(overrides, world, 0)
@@ -147,7 +148,8 @@ def test_gradient_over_the_candidates_of_all_processes_is_that_of_one_batch(
     world = 3
     overrides = {
         "data.dataset": str(dataset.path), "data.features": str(features), "data.pages": 11, "model.dim": 8, "loss.candidates": "all",
-        "loss.exchange": exchange, "loss.log_q": True, "loss.learnable_temperature": True, "loss.memory": 200, "run.device": "cpu",
+        "loss.exchange": exchange, "loss.log_q": True, "loss.learnable_temperature": True, "loss.memory": 200,
+        "loss.heads": 2, "loss.projections": "all", "loss.weight_power": -0.5, "run.device": "cpu",
         "run.out": str(tmp_path / "run"),
     }  # fmt: skip
     ranks = on_processes(world, [("all", overrides, 0)], tmp_path)["all"]

@@ -36,8 +36,14 @@ class PageBatch:
     @property
     def num_anchors(self) -> int:
         """Clicked items on pages with a history: what L_rec averages over."""
+        return len(self.anchor_items)
+
+    @property
+    def anchor_items(self) -> Array:
+        """[anchors] rows of the dataset's items."""
         has_history = np.diff(self.history_offsets) > 0
-        return int((self.clicked & np.repeat(has_history, np.diff(self.pv_offsets))).sum())
+        anchor = self.clicked & np.repeat(has_history, np.diff(self.pv_offsets))
+        return self.items[self.pv_index[anchor]]
 
     @property
     def num_sequence_anchors(self) -> int:
@@ -235,6 +241,14 @@ class BatchPlan:
             np.add.at(uses, d.history_end[pages], -1)
             counts += np.bincount(d.event_item, np.cumsum(uses)[:-1], d.num_items)
         return np.log(np.maximum(counts, 0.5) / counts.sum()).astype(np.float32)
+
+    def weights(self, power: float) -> Array:
+        """[items] float32: the split's clicks of each item to a power, divided by the mean over clicks; items without a click as with one."""
+        d, pages = self.dataset, self.rows
+        shown = slice(int(d.pv_start[pages.start]), int(d.pv_end[pages.stop - 1]))
+        clicks = np.bincount(d.pv_item[shown], d.pv_clicked[shown], d.num_items)
+        weights = np.maximum(clicks, 1.0) ** power
+        return (weights * (clicks.sum() / max(clicks @ weights, 1e-300))).astype(np.float32)
 
     def batch(self, epoch: int, step: int) -> PageBatch:
         """This rank's pages of a step in terms of their unique items."""

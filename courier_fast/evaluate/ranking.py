@@ -35,6 +35,7 @@ class Reconstruction:
     attention: str = "candidate"  # each candidate asks the history; "mean": nobody does
     attention_scale: float | None = None  # None: 1/sqrt(D) of each method's own embeddings
     attention_temperature: float | None = None
+    num_heads: int = 1
     unit: bool = False  # embeddings divided by their length before anything else
 
     def __post_init__(self) -> None:
@@ -43,14 +44,18 @@ class Reconstruction:
         if not isinstance(self.unit, bool):
             raise TypeError(f"unit: expected True or False, got {self.unit!r}")
         # The loss's own checks of the numbers.
-        Attention(self.attention, self.attention_scale, self.attention_temperature, heads=1)
+        Attention(self.attention, self.attention_scale, self.attention_temperature, self.num_heads)
 
     @classmethod
     def of_run(cls, run: Path) -> Reconstruction:
-        """What the loss of a training run trained, by its config.toml; FileNotFoundError without one."""
+        """What the loss of a training run trained, by its config.toml; FileNotFoundError without one, ValueError where it had projections."""
         from ..train.config import Config
 
         loss = Config.load(run / "config.toml").loss
+        if loss.projections != "none":
+            raise ValueError(
+                f"score reconstruction: expected a run with loss.projections none, as they are not exported, got {loss.projections} in {run}"
+            )
         trained = loss.reconstruction
         if trained["attention"] == "anchor":  # the same where the clicked item is not known
             trained["attention"] = "candidate"
@@ -60,7 +65,11 @@ class Reconstruction:
     def arguments(self) -> dict[str, Any]:
         """Those of `courier_fast.reconstruct`."""
         scale = 0.0 if self.attention == "mean" else self.attention_scale
-        return {"attention_scale": scale, "attention_temperature": self.attention_temperature}
+        return {
+            "attention_scale": scale,
+            "attention_temperature": self.attention_temperature,
+            "num_heads": self.num_heads,
+        }
 
 
 def check_score(score: str, reconstruction: Reconstruction | None) -> Reconstruction | None:

@@ -102,6 +102,12 @@ class LossConfig(Section):
         gt=0,
         description="attention by cosines at this temperature; default 1 without a scale",
     )
+    heads: int = Field(1, ge=1, description="of the attention; a divisor of model.dim")
+    projections: Literal["none", "query_key", "all"] = Field(
+        "none",
+        description="learned matrices of the loss (not of the exported embedding), the identity at first: of query and key, or of query, key "
+        "and value",
+    )
     unit: bool = Field(
         True,
         description="embeddings of length 1 into the losses: a history item counts by its direction alone",
@@ -109,6 +115,10 @@ class LossConfig(Section):
     temperature: float = Field(0.2, gt=0)
     learnable_temperature: bool = False
     min_temperature: float = Field(0.01, gt=0)
+    weight_power: float = Field(
+        0.0,
+        description="an anchor's weight in L_rec: the training clicks of its item to this power; -0.5: rarer items count for more",
+    )
     negatives: Literal["batch", "page", "other_pages"] = "batch"
     direction: Literal["reconstruct", "identify", "both"] = "reconstruct"
     history_negatives: bool = Field(
@@ -137,6 +147,7 @@ class LossConfig(Section):
     )
     sequence_weight: float = Field(1.0, ge=0, description="weight of the click-sequence loss")
     sequence_temperature: float = Field(0.2, gt=0)
+    sequence_learnable_temperature: bool = False
     impl: Literal["auto", "reference", "triton", "cpu", "xformers"] = "auto"
 
     @model_validator(mode="after")
@@ -155,6 +166,15 @@ class LossConfig(Section):
                 f"expected {'none' if most == 0 else 'one'} of attention_scale and attention_temperature with attention "
                 f"{chosen['attention']}, got {' and '.join(given)}"
             )
+        if chosen["attention"] == "mean":
+            for name, unused in {
+                "heads": self.heads > 1,
+                "projections": self.projections == "query_key",
+            }.items():
+                if unused:
+                    raise ValueError(
+                        f"expected no {name} with attention mean, which asks nothing, got {getattr(self, name)}"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -175,6 +195,7 @@ class LossConfig(Section):
             "attention": attention,
             "attention_scale": self.attention_scale,
             "attention_temperature": temperature,
+            "num_heads": self.heads,
         }
 
 
@@ -240,6 +261,14 @@ class Config(Section):
         if bool(self.data.images) == bool(self.data.pages):
             raise ValueError(
                 f"data: expected one of pages and images above 0, got pages={self.data.pages}, images={self.data.images}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def whole_heads(self) -> Config:
+        if self.model.dim % self.loss.heads:
+            raise ValueError(
+                f"loss.heads: expected a divisor of model.dim {self.model.dim}, got {self.loss.heads}"
             )
         return self
 

@@ -7,6 +7,7 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .monitor import effective_rank, uniformity
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 
+@torch.no_grad()
 def measure(trainer: Trainer, result: StepResult, norm: Tensor, lr: float) -> dict[str, Any]:
     """A line of the journal. Values of the loss are over all processes, those of the embeddings of this one.
 
@@ -34,7 +36,8 @@ def measure(trainer: Trainer, result: StepResult, norm: Tensor, lr: float) -> di
     )
     line: dict[str, Any] = {
         "step": p.step, "epoch": p.epoch, "loss": loss, "loss_rec": rec, "loss_seq": seq, "lr": lr,
-        "temperature": float(trainer.objective.rec.temperature), "grad_norm": norm.item(),
+        "temperature": float(trainer.objective.rec.temperature),
+        "sequence_temperature": float(trainer.objective.seq.temperature), "grad_norm": norm.item(),
         "images": int(images), "occurrences": int(occurrences), "damaged_share": damaged / max(images, 1),
     }  # fmt: skip
     if len(result.embeddings) > 1:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import ClickSequenceLoss, EmbeddingMemory, ReconstructionLoss, ReconstructionStats
+from ..data.batches import PageBatch
 from ..data.loader import Batch
 from .config import LossConfig
 
@@ -24,7 +25,17 @@ class StepResult:
     seq: Tensor
     embeddings: Tensor
     stats: ReconstructionStats | None
-    anchors: int  # of all processes
+
+
+class _Projection(nn.Module):
+    """x + x A^T: the identity at first, where weight decay leads back to."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + functional.linear(x, self.weight.to(x.dtype))
 
 
 class Objective(nn.Module):
@@ -37,16 +48,19 @@ class Objective(nn.Module):
     Args:
         dim: D of the embeddings.
         log_q: log sampling probability of each item of the dataset as a candidate [items], or None: no correction.
+        weights: weight of each item of the dataset as an anchor [items], or None: all the same.
         group: all processes; None: there is one.
     """
 
     log_q: Tensor | None
+    weights: Tensor | None
 
     def __init__(
         self,
         config: LossConfig,
         dim: int,
         log_q: Tensor | None = None,
+        weights: Tensor | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
@@ -64,10 +78,26 @@ class Objective(nn.Module):
             c.temperature, c.learnable_temperature, c.min_temperature, **c.reconstruction,
             negatives=c.negatives, direction=c.direction, reduction=reduction, impl=c.impl,
         )  # fmt: skip
-        self.seq = ClickSequenceLoss(c.sequence_temperature, reduction=reduction, impl=c.impl)
+        self.seq = ClickSequenceLoss(
+            c.sequence_temperature, c.sequence_learnable_temperature, c.min_temperature, reduction=reduction, impl=c.impl,
+        )  # fmt: skip
+        # The mean asks nothing: it has no query and no key.
+        names = [] if c.projections == "none" or c.attention == "mean" else ["query", "key"]
+        if c.projections == "all":
+            names.append("value")
+        self.projections = nn.ModuleDict({name: _Projection(dim) for name in names})
         # Filled with what all processes have shown, so that a checkpoint of one is that of all.
         self.memory = EmbeddingMemory(c.memory, dim) if c.memory else None
         self.register_buffer("log_q", log_q, persistent=False)
+        self.register_buffer("weights", weights, persistent=False)
+
+    def anchors(self, plan: PageBatch) -> float:
+        """The weights of a batch's anchors, what L_rec is divided by: their number without weights."""
+        if self.weights is None:
+            return plan.num_anchors
+        return float(
+            self.weights[torch.from_numpy(plan.anchor_items).to(self.weights.device)].double().sum()
+        )
 
     def _candidates(self, batch: Batch) -> dict[str, Any]:
         """Pages as the loss takes them; with `history_negatives` the items of all histories are shown on one page more,
@@ -79,10 +109,19 @@ class Objective(nn.Module):
             clicked = functional.pad(clicked, (0, len(batch.history_index)))
             pv_offsets = torch.cat([pv_offsets, pv_offsets.new_tensor([len(pv)])])
             history_offsets = torch.cat([history_offsets, history_offsets[-1:]])
-        log_q = None if self.log_q is None else self.log_q[self._ids(batch)[pv]]
+        ids = self._ids(batch)[pv]
         return {
-            "pv": pv, "clicked": clicked, "pv_offsets": pv_offsets, "history_offsets": history_offsets, "log_q": log_q,
+            "pv": pv, "clicked": clicked, "pv_offsets": pv_offsets, "history_offsets": history_offsets,
+            "log_q": None if self.log_q is None else self.log_q[ids],
+            "weights": None if self.weights is None else self.weights[ids],
         }  # fmt: skip
+
+    def _projected(self, table: Tensor, pv: Tensor, history: Tensor) -> dict[str, Tensor]:
+        """Query, key and value of the attention, those that are projected."""
+        return {
+            name: functional.embedding(pv if name == "query" else history, project(table))
+            for name, project in self.projections.items()
+        }
 
     def _ids(self, batch: Batch) -> Tensor:
         """Items of the table's rows [n]."""
@@ -92,9 +131,9 @@ class Objective(nn.Module):
         table = embeddings[: batch.num_items]
         return functional.normalize(table, dim=1) if self.unit else table
 
-    def _share(self, loss: Tensor, anchors: int) -> Tensor:
+    def _share(self, loss: Tensor, anchors: float) -> Tensor:
         """This process's share of the mean: it has the sum of its anchors, or as many times the share as there are processes."""
-        return loss / (max(anchors, 1) if self.group is None else dist.get_world_size(self.group))
+        return loss / ((anchors or 1) if self.group is None else dist.get_world_size(self.group))
 
     def _reach(
         self, batch: Batch, dtype: torch.dtype, recall: bool
@@ -114,7 +153,7 @@ class Objective(nn.Module):
         self,
         embeddings: Tensor,
         batch: Batch,
-        anchors: int,
+        anchors: float,
         sequence_anchors: int,
         stats: bool,
         recall: bool = False,
@@ -122,11 +161,13 @@ class Objective(nn.Module):
         """With `recall` the memory's rows are candidates, too. With other processes every one of them calls it, also without pages."""
         table = self._table(embeddings, batch)
         shared, recalled = self._reach(batch, table.dtype, recall)
+        candidates = self._candidates(batch)
         rec = self.rec(
             history=batch.history_index,
             embeddings=table,
             return_stats=stats,
-            **self._candidates(batch),
+            **candidates,
+            **self._projected(table, candidates["pv"], batch.history_index),
             **(shared | recalled),
         )
         rec, found = rec if stats else (rec, None)
@@ -140,7 +181,7 @@ class Objective(nn.Module):
                 **shared,
             )
             seq = self._share(seq, sequence_anchors)
-        return StepResult(rec + self.weight * seq, rec, seq, embeddings.detach(), found, anchors)
+        return StepResult(rec + self.weight * seq, rec, seq, embeddings.detach(), found)
 
     @torch.no_grad()
     def remember(self, embeddings: Tensor, batch: Batch) -> None:

@@ -148,7 +148,12 @@ class Trainer:
         log_q = (
             torch.from_numpy(self.plan.log_q(c.loss.history_negatives)) if c.loss.log_q else None
         )
-        self.objective = Objective(c.loss, c.model.dim, log_q, self.processes.group)
+        weights = (
+            torch.from_numpy(self.plan.weights(c.loss.weight_power))
+            if c.loss.weight_power
+            else None
+        )
+        self.objective = Objective(c.loss, c.model.dim, log_q, weights, self.processes.group)
         self.objective.to(self.device)
         self.model = nn.ModuleDict({"encoder": self.encoder, "objective": self.objective})
         self.processes.broadcast(list(self.model.state_dict().values()))
@@ -251,7 +256,7 @@ class Trainer:
     def backward(self, batch: Batch, stats: bool = False) -> StepResult:
         """Gradients of one batch, summed over the processes, in the parameters' `.grad`."""
         anchors, sequence_anchors = self.processes.sum(
-            [batch.plan.num_anchors, batch.plan.num_sequence_anchors]
+            [self.objective.anchors(batch.plan), batch.plan.num_sequence_anchors]
         )
         seed = _mix(self.config.run.seed, self.progress.step, self.processes.rank)
         torch.manual_seed(seed)
@@ -261,7 +266,7 @@ class Trainer:
         def loss_of(features: Tensor) -> Tensor:
             # The head sees the whole batch, also where the backbone sees slices.
             found = self.objective(
-                self.head(features), batch, int(anchors), int(sequence_anchors), stats, recall
+                self.head(features), batch, anchors, int(sequence_anchors), stats, recall
             )
             results.append(found)
             # The processes' gradients are averaged, and their sum is wanted.
