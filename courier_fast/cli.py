@@ -18,6 +18,10 @@ COMMANDS = {
     "prepare": ("courier_fast.data.command", "interactions and images -> a dataset folder"),
     "train": ("courier_fast.train.command", "a dataset folder -> an encoder"),
     "embed": ("courier_fast.evaluate.embed", "an encoder and images -> embeddings"),
+    "sweep": (
+        "courier_fast.evaluate.sweep",
+        "a grid of training settings: train, embed and evaluate each; one table, plots",
+    ),
     "evaluate": (
         "courier_fast.evaluate.command",
         "embeddings against the held-out clicks, beside baselines",

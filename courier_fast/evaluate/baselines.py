@@ -161,7 +161,7 @@ def compare(
     clicks = int(dataset.pv_clicked[rows].sum())
     sets: dict[str, Any] = {}
     for name in dict.fromkeys(candidates):
-        drawn = _draw(dataset, targets, name, count, seed)
+        drawn = draw(dataset, targets, name, count, seed)
         sets[name] = _compare(
             dataset, methods, drawn, sorted(set(k)), score, reconstruction, bootstrap, seed, device
         )
@@ -178,7 +178,8 @@ def compare(
     }  # fmt: skip
 
 
-def _draw(dataset: Dataset, targets: Targets, name: str, count: int, seed: int) -> Candidates:
+def draw(dataset: Dataset, targets: Targets, name: str, count: int, seed: int) -> Candidates:
+    """The candidates of a set, by its name; see `compare`."""
     if name == "page":
         return page_candidates(dataset, targets)
     return sampled_candidates(dataset, targets, count, popular=name == "popular", seed=seed)
@@ -189,6 +190,29 @@ def _missing(method: Method) -> int:
     if method.embeddings is None:
         return 0
     return int((~np.isfinite(method.embeddings).all(1)).sum())
+
+
+def page_table(
+    dataset: Dataset,
+    method: Method,
+    drawn: Candidates,
+    k: Sequence[int],
+    *,
+    score: str = "mean",
+    reconstruction: Reconstruction | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[dict[str, Array], int]:
+    """Each metric's value by page with a target [pages], pages in order; and the clicks that could not be ranked."""
+    if method.embeddings is None:
+        assert method.scores is not None
+        scores = np.asarray(method.scores)[drawn.items]
+    else:
+        scores = history_scores(
+            dataset, drawn, method.embeddings, score=score, reconstruction=reconstruction, device=device
+        )  # fmt: skip
+    pages, page = np.unique(drawn.targets.page, return_inverse=True)
+    values = page_values(count_ranks(scores, drawn.offsets), page, len(pages), k)
+    return values, int(np.isnan(scores[drawn.offsets[:-1]]).sum())
 
 
 def _compare(
@@ -202,19 +226,12 @@ def _compare(
     seed: int,
     device: torch.device | str,
 ) -> dict[str, Any]:
-    pages, page = np.unique(drawn.targets.page, return_inverse=True)
-    first = drawn.offsets[:-1]
+    pages = np.unique(drawn.targets.page)
     columns, unranked = [], {}
     for method in methods:
-        if method.embeddings is None:
-            assert method.scores is not None
-            scores = np.asarray(method.scores)[drawn.items]
-        else:
-            scores = history_scores(
-                dataset, drawn, method.embeddings, score=score, reconstruction=reconstruction, device=device
-            )  # fmt: skip
-        unranked[method.name] = int(np.isnan(scores[first]).sum())
-        values = page_values(count_ranks(scores, drawn.offsets), page, len(pages), k)
+        values, unranked[method.name] = page_table(
+            dataset, method, drawn, k, score=score, reconstruction=reconstruction, device=device
+        )
         columns.append(np.stack(list(values.values()), 1))
     metrics, table = list(values), np.stack(columns, 1)  # [pages, methods, metrics]
     user = dataset.page_user[pages]

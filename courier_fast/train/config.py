@@ -314,8 +314,8 @@ class Config(Section):
         Path(path).write_text(tomli_w.dumps(self.model_dump(mode="json", exclude_none=True)))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option per setting, `--section.name`, with its description and default."""
+def add_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """One option per setting, `--section.name`, with its description and default; with `several` it takes any number of values."""
     for section, field in Config.model_fields.items():
         group = parser.add_argument_group(section)
         model = field.annotation
@@ -323,7 +323,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         for name, setting in model.model_fields.items():
             choices = [c for c in get_args(setting.annotation) if isinstance(c, str)]
             values = "|".join(choices)
-            several = str(setting.annotation).startswith("tuple")
+            is_tuple = str(setting.annotation).startswith("tuple")
             default = (
                 ""
                 if setting.is_required() or setting.default is None
@@ -336,7 +336,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 default=argparse.SUPPRESS,
                 help=text.replace("%", "%%"),
                 metavar=name.upper(),
-                nargs="*" if several else None,
+                nargs="*" if is_tuple else "+" if several else None,
             )
 
 
