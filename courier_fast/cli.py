@@ -22,6 +22,10 @@ COMMANDS = {
         "courier_fast.evaluate.sweep",
         "a grid of training settings: train, embed and evaluate each; one table, plots",
     ),
+    "report": (
+        "courier_fast.report.command",
+        "one HTML page about a run: pictures, curves, numbers",
+    ),
     "evaluate": (
         "courier_fast.evaluate.command",
         "embeddings against the held-out clicks, beside baselines",

@@ -62,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    *_, result = evaluate(args)
+    print_result(result)
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> tuple[Dataset, list[Method], dict[str, Any]]:
+    """The dataset, its methods, the main one first, and what `compare` gives of them, written to --json."""
     dataset = Dataset(args.dataset)
     # What is wrong is an error before the work, not after.
     dataset.split(args.split)
@@ -74,9 +81,10 @@ def run(args: argparse.Namespace) -> int:
         images = has_images(dataset)
         possible = {"pixels": images, "backbone": images or args.run is not None}
         wanted = [name for name in BASELINES if possible.get(name, True)]
+    methods = [_main_method(args, dataset), *_baselines(args, dataset, wanted)]
     result = compare(
         dataset,
-        [_main_method(args, dataset), *_baselines(args, dataset, wanted)],
+        methods,
         split=args.split,
         candidates=args.candidates,
         count=args.count,
@@ -88,10 +96,9 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         device=device_of(args)[0],
     )
-    print_result(result)
     if args.json is not None:
         write_atomically(args.json, lambda path: path.write_text(json.dumps(result, indent=1)))
-    return 0
+    return dataset, methods, result
 
 
 def _encode(name: str, model: Any, source: Source, args: argparse.Namespace) -> Method:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray
 
+LEAD = "The network saw pictures and clicks, and nothing else: no categories, no attributes, no pre-trained weights."
 MARK = "quickstart.json"  # says that a folder is a quickstart's, and may be written anew
 
 
@@ -215,7 +216,8 @@ def quickstart(out: Path, q: Quickstart, console: Console | None = None) -> Path
     Raises:
         FileExistsError: `out` has something else in it than an earlier quickstart.
     """
-    from .report import headline, margins, write_report
+    from ..report.page import About, write_report
+    from ..report.text import headline, margins
 
     console = console or Console()
     if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
@@ -235,17 +237,17 @@ def quickstart(out: Path, q: Quickstart, console: Console | None = None) -> Path
     with stages("Evaluate", f"{len(dataset.split('test')):,} held-out pages"):
         results = evaluate(out, dataset, embeddings, q)
     path = out / "report.html"
-    about = {
+    settings = {
         "Catalogue": f"{q.items:,} items drawn, seed {q.seed}",
         "Shoppers": f"{q.users:,}, {q.behaviour.pages} pages each, {q.behaviour.shown} items a page",
         "Network": f"small_conv at {q.size} px, {q.dim} dimensions",
         "Training": f"{steps:,} steps of {q.pages} pages, histories of {q.history}, AdamW at {q.lr:g}",
     }
     with stages("Report", "pictures, curves and numbers in one file"):
-        write_report(
-            path, run_dir=out / "run", dataset=dataset, embeddings=embeddings, results=results,
-            seconds=stages.seconds, settings=about, history=q.history, seed=q.seed,
-        )  # fmt: skip
+        about = About(
+            dataset, out / "run", embeddings, seconds=stages.seconds, settings=settings, lead=LEAD
+        )
+        write_report(path, about, results, history=q.history, seed=q.seed)
     console.print(f"\n[bold]{headline(results, 'page', 'HR@1')}[/bold]")
     for margin in margins(results, "page", "HR@1"):
         console.print(f"  minus {margin['name'].lower()}: {margin['text']} points", highlight=False)  # fmt: skip

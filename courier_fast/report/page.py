@@ -1,0 +1,166 @@
+"""Writes report.html: one file with pictures, curves and numbers, which needs nothing else to be read.
+
+`results` is what `courier_fast.evaluate.baselines.compare` gives; its main method is the one that the report is about.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from jinja2 import Environment, StrictUndefined, Template
+
+from .. import __version__
+from ..data.dataset import Dataset
+from ..evaluate.ranking import Reconstruction
+from ..files import write_atomically
+from .charts import forest
+from .items import attention_examples, map_of_items, neighbours
+from .sections import (
+    curves,
+    health,
+    read_journal,
+    settings_of,
+    slices,
+    summary,
+    sweep_pictures,
+    tables,
+)
+from .text import TITLES, headline, margins, number
+
+Array = npt.NDArray
+
+
+@dataclass(frozen=True)
+class About:
+    """What the report is about, beside the results.
+
+    Attributes:
+        run_dir: the run's folder, of which metrics.jsonl and config.toml are read.
+        embeddings: [items, D], rows as the dataset's items.
+        sweep: folder of `courier-fast sweep`, or None.
+        seconds: how long each stage took.
+        settings: what was run, name to value, shown as it is; None: the run's settings that are not the defaults.
+        lead: a sentence below the headline.
+    """
+
+    dataset: Dataset
+    run_dir: Path
+    embeddings: Array
+    sweep: Path | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] | None = None
+    lead: str = ""
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    about: About,
+    results: Mapping[str, Any],
+    *,
+    candidates: str = "page",
+    metric: str = "HR@1",
+    history: int = 20,
+    examples: int = 5,
+    seed: int = 0,
+) -> None:
+    """Writes the report, a single HTML file.
+
+    Args:
+        results: of the evaluation; see the module.
+        candidates, metric: which of the results the headline is about.
+        history: most recent history items, as in training.
+        examples: clicked items and neighbour queries that are shown.
+
+    Raises:
+        ValueError: the embeddings have not a row per item, or `results` lacks the headline's number.
+        FileNotFoundError: there is no sweep in the folder given.
+    """
+    d, embeddings = about.dataset, about.embeddings
+    if embeddings.ndim != 2 or len(embeddings) != d.num_items:
+        raise ValueError(
+            f"embeddings: expected [{d.num_items}, D], a row per item, got {list(embeddings.shape)}"
+        )
+    try:
+        results["sets"][candidates]["methods"][results["settings"]["main"]][metric]["mean"]
+    except KeyError as missing:
+        raise ValueError(
+            f"results: expected what `compare` gives, with {metric} in the set {candidates!r}, got none: {missing} is not there"
+        ) from None
+    journal = read_journal(about.run_dir)
+    how, hidden = _attention_of(about.run_dir)
+    versus = TITLES.get(candidates, candidates)
+    page = _template().render(
+        headline=headline(results, candidates, metric),
+        lead=about.lead,
+        margins=margins(results, candidates, metric),
+        forest=forest(results, candidates, metric),
+        metric=metric,
+        versus=versus,
+        forest_title=f"{metric} against {versus}, in percent",
+        history=history,
+        scored=results["settings"].get("score", "mean"),
+        tables=tables(results),
+        slices=slices(d, embeddings, results["settings"], history=history, seed=seed),
+        sweep=None if about.sweep is None else sweep_pictures(about.sweep),
+        curves=curves(journal),
+        attention=[] if hidden else attention_examples(d, embeddings, history=history, count=examples, seed=seed, how=how),
+        attention_hidden=hidden,
+        neighbours=neighbours(d, embeddings, count=examples + 1, seed=seed),
+        map=map_of_items(d, embeddings, seed=seed),
+        health=health(d, embeddings, journal),
+        data=summary(d),
+        test_pages=f"{len(d.split('test')):,}",
+        train_pages=f"{len(d.split('train')):,}",
+        items=f"{d.num_items:,}",
+        users=f"{len(d.user_ids):,}",
+        stages=_stages(about.seconds),
+        total=f"{number(sum(about.seconds.values()), 0)} s",
+        settings=settings_of(about.run_dir) if about.settings is None else [(n, str(v)) for n, v in about.settings.items()],
+        versions=_versions(),
+        written=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC").lstrip("0"),
+    )  # fmt: skip
+    write_atomically(Path(path), lambda partial: partial.write_text(page, encoding="utf-8"))
+
+
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    return environment.from_string(
+        (files(__package__) / "report.html.jinja").read_text(encoding="utf-8")
+    )
+
+
+def _attention_of(run_dir: Path) -> tuple[Reconstruction | None, str]:
+    """The attention of a run's loss, the default without a run; or why it cannot be shown."""
+    if not (run_dir / "config.toml").is_file():
+        return None, ""
+    try:
+        return Reconstruction.of_run(run_dir), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def _stages(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
+    longest = max(seconds.values(), default=1.0) or 1.0
+    return [
+        {"name": name, "text": f"{number(s, 1)} s", "width": round(100 * s / longest, 1)}
+        for name, s in seconds.items()
+    ]
+
+
+def _versions() -> list[tuple[str, str]]:
+    cores = len(os.sched_getaffinity(0))
+    return [
+        ("courier_fast", __version__),
+        ("PyTorch", torch.__version__),
+        ("Python", platform.python_version()),
+        ("Machine", f"{platform.machine()}, {cores} cores, {torch.get_num_threads()} threads"),
+    ]
