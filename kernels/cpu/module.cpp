@@ -6,25 +6,20 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#ifdef __linux__
-#include <dlfcn.h>
-#endif
 #ifdef COURIER_X86
 #include <cpuid.h>
 #endif
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <functional>
 #include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
+#include "parallel.h"
 #include "stages.h"
 
 namespace nb = nanobind;
@@ -43,6 +38,8 @@ courier::Finished courier::finished(double top, double others, double positive) 
     return f;
 }
 
+using courier::parallel;
+using courier::parallel_each;
 using courier::Stages;
 using courier::Type;
 
@@ -118,76 +115,6 @@ Type type_of(const A& x, const char* name) {
     if (t.code == uint8_t(nb::dlpack::dtype_code::Float) && t.bits == 32) return Type::f32;
     if (t.code == kDlpackBfloat && t.bits == 16) return Type::bf16;
     throw std::invalid_argument(std::string(name) + ": expected float32 or bfloat16");
-}
-
-// A part of a range, and which of the threads takes it.
-using Range = std::function<void(int64_t, int64_t, int)>;
-
-// Parts of a range, taken one after the other by whichever thread is free.
-struct Job {
-    const Range* run;
-    std::vector<std::pair<int64_t, int64_t>> parts;
-    std::atomic<size_t> next{0};
-    std::atomic<int> threads{0};
-    void work() {
-        const int thread = threads.fetch_add(1);
-        for (size_t i; (i = next.fetch_add(1)) < parts.size();) (*run)(parts[i].first, parts[i].second, thread);
-    }
-};
-
-using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-
-// The OpenMP runtime that torch has loaded, if it is one. Its threads spin for a while after each product; threads of our
-// own would compete with them for the cores. Looked up by name: nothing is linked, and nothing is missing without it.
-GompParallel openmp() {
-#ifdef __linux__
-    static const auto found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    return found;
-#else
-    return nullptr;
-#endif
-}
-
-// Numbers to read or write (about 10 us) for which another thread is woken; that can take as long.
-constexpr int64_t kWorthAThread = 1 << 15;
-
-// [0, n) in contiguous parts, one a thread; `row`: numbers of one. `cuts`: only these places may divide it.
-void run_parts(Job& job, int threads);
-
-void parallel(int64_t n, int64_t row, int threads, const Range& run, const int64_t* cuts = nullptr,
-              int64_t n_cuts = 0) {
-    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, n * row / kWorthAThread)));
-    Job job;
-    job.run = &run;
-    for (int64_t t = 1, begin = 0; t <= threads; ++t) {
-        int64_t end = n * t / threads;
-        if (cuts && t < threads) {
-            const int64_t* cut = std::lower_bound(cuts, cuts + n_cuts, end);
-            end = cut == cuts + n_cuts ? n : *cut;
-        }
-        if (begin < end) job.parts.emplace_back(begin, end);
-        begin = end;
-    }
-    run_parts(job, threads);
-}
-
-// [0, n) in parts of one, for what takes long: a thread whose core is shared takes fewer of them.
-void parallel_each(int64_t n, int threads, const Range& run) {
-    Job job;
-    job.run = &run;
-    for (int64_t i = 0; i < n; ++i) job.parts.emplace_back(i, i + 1);
-    run_parts(job, threads);
-}
-
-void run_parts(Job& job, int threads) {
-    threads = std::min(threads, int(job.parts.size()));
-    if (threads < 2) return job.work();
-    if (const auto in_openmp = openmp())
-        return in_openmp([](void* x) { static_cast<Job*>(x)->work(); }, &job, unsigned(threads), 0);
-    std::vector<std::thread> others;
-    for (int t = 1; t < threads; ++t) others.emplace_back(&Job::work, &job);
-    job.work();
-    for (auto& other : others) other.join();
 }
 
 template <class A>
@@ -555,77 +482,53 @@ void add(Floats sum, Array part, int threads, std::optional<std::string> variant
     parallel(n, 1, threads, [&](int64_t b, int64_t e, int) { s.add(a, b, e); });
 }
 
+// Arrays are written in place: a silent copy of a non-contiguous one would lose the result, hence noconvert.
+auto array(const char* name) { return nb::arg(name).noconvert(); }
+auto maybe(const char* name) { return nb::arg(name).noconvert().none(); }
+
 }  // namespace
 
-// Arrays are written in place: a silent copy of a non-contiguous one would lose the result, hence noconvert.
 NB_MODULE(_native, m) {
+    using nb::arg;
+    const auto variant = nb::arg("variant").none() = nb::none();
     m.def("variants", &variants, "Instruction sets this CPU runs, the best first.");
-    m.def("real_rows", &real_rows, nb::arg("offsets").noconvert(), nb::arg("mask").noconvert().none(), nb::arg("rows"),
-          nb::arg("keep").noconvert(), nb::arg("page").noconvert(), nb::arg("start").noconvert());
-    m.def("spans", &spans, nb::arg("page").noconvert(), nb::arg("start").noconvert(), nb::arg("heads"),
-          nb::arg("first").noconvert(), nb::arg("last").noconvert(), nb::arg("weights_at").noconvert(),
-          nb::arg("page_starts").noconvert());
-    m.def("finish", &finish, nb::arg("top").noconvert(), nb::arg("total").noconvert(),
-          nb::arg("positive").noconvert().none(), nb::arg("g").noconvert().none(), nb::arg("lse").noconvert(),
-          nb::arg("loss").noconvert(), nb::arg("factor").noconvert().none(), nb::arg("pull").noconvert().none());
-    m.def("normalize", &normalize, nb::arg("source").noconvert(), nb::arg("row").noconvert(),
-          nb::arg("unit").noconvert(), nb::arg("norm").noconvert(), nb::arg("threads"),
-          nb::arg("variant").none() = nb::none());
-    m.def("attend", &attend, nb::arg("q").noconvert(), nb::arg("q_row").noconvert(), nb::arg("k").noconvert(),
-          nb::arg("k_row").noconvert(), nb::arg("v").noconvert(), nb::arg("v_row").noconvert(),
-          nb::arg("first").noconvert(), nb::arg("last").noconvert(), nb::arg("weights_at").noconvert(),
-          nb::arg("weights").noconvert(), nb::arg("e").noconvert(), nb::arg("e_row").noconvert(),
-          nb::arg("out").noconvert(), nb::arg("norm").noconvert(), nb::arg("positive").noconvert(), nb::arg("scale"),
-          nb::arg("heads"), nb::arg("raw"), nb::arg("threads"), nb::arg("variant").none() = nb::none());
-    m.def("attend_backward", &attend_backward, nb::arg("q").noconvert(), nb::arg("q_row").noconvert(),
-          nb::arg("k").noconvert(), nb::arg("k_row").noconvert(), nb::arg("v").noconvert(),
-          nb::arg("v_row").noconvert(), nb::arg("first").noconvert(), nb::arg("last").noconvert(),
-          nb::arg("weights_at").noconvert(), nb::arg("weights").noconvert(), nb::arg("d_r").noconvert(),
-          nb::arg("d_q").noconvert().none(), nb::arg("d_k").noconvert().none(), nb::arg("d_v").noconvert().none(),
-          nb::arg("page_starts").noconvert(), nb::arg("scale"), nb::arg("heads"), nb::arg("threads"),
-          nb::arg("variant").none() = nb::none());
-    m.def("contrast", &contrast, nb::arg("scores").noconvert(), nb::arg("low"), nb::arg("inverse_tau"),
-          nb::arg("bias").noconvert().none(), nb::arg("rank_bias").noconvert().none(),
-          nb::arg("count").noconvert().none(), nb::arg("own").noconvert(), nb::arg("order").noconvert().none(),
-          nb::arg("same").noconvert().none(), nb::arg("page").noconvert().none(), nb::arg("page_only"),
-          nb::arg("top").noconvert(), nb::arg("total").noconvert(),
-          nb::arg("above").noconvert().none(), nb::arg("threads"), nb::arg("variant").none() = nb::none());
-    m.def("panel_columns", &panel_columns, nb::arg("variant").none() = nb::none(),
+    m.def("real_rows", &real_rows, array("offsets"), maybe("mask"), arg("rows"), array("keep"), array("page"),
+          array("start"));
+    m.def("spans", &spans, array("page"), array("start"), arg("heads"), array("first"), array("last"),
+          array("weights_at"), array("page_starts"));
+    m.def("finish", &finish, array("top"), array("total"), maybe("positive"), maybe("g"), array("lse"), array("loss"),
+          maybe("factor"), maybe("pull"));
+    m.def("normalize", &normalize, array("source"), array("row"), array("unit"), array("norm"), arg("threads"),
+          variant);
+    m.def("attend", &attend, array("q"), array("q_row"), array("k"), array("k_row"), array("v"), array("v_row"),
+          array("first"), array("last"), array("weights_at"), array("weights"), array("e"), array("e_row"),
+          array("out"), array("norm"), array("positive"), arg("scale"), arg("heads"), arg("raw"), arg("threads"),
+          variant);
+    m.def("attend_backward", &attend_backward, array("q"), array("q_row"), array("k"), array("k_row"), array("v"),
+          array("v_row"), array("first"), array("last"), array("weights_at"), array("weights"), array("d_r"),
+          maybe("d_q"), maybe("d_k"), maybe("d_v"), array("page_starts"), arg("scale"), arg("heads"), arg("threads"),
+          variant);
+    m.def("contrast", &contrast, array("scores"), arg("low"), arg("inverse_tau"), maybe("bias"), maybe("rank_bias"),
+          maybe("count"), array("own"), maybe("order"), maybe("same"), maybe("page"), arg("page_only"), array("top"),
+          array("total"), maybe("above"), arg("threads"), variant);
+    m.def("panel_columns", &panel_columns, variant,
           "What the dimension has to be a multiple of for `pack`, `tile` and `transposed`; 0: the variant has none.");
-    m.def("packed_sizes", &packed_sizes, nb::arg("rows"), nb::arg("columns"), nb::arg("dim"));
-    m.def("pack", &pack, nb::arg("rows").noconvert(), nb::arg("across").noconvert().none(),
-          nb::arg("along").noconvert().none(), nb::arg("threads"), nb::arg("variant").none() = nb::none());
-    m.def("tile", &tile, nb::arg("x").noconvert(), nb::arg("across").noconvert(), nb::arg("along").noconvert().none(),
-          nb::arg("columns"), nb::arg("inverse_tau"), nb::arg("bias").noconvert().none(),
-          nb::arg("rank_bias").noconvert().none(), nb::arg("count").noconvert().none(), nb::arg("own").noconvert(),
-          nb::arg("order").noconvert().none(), nb::arg("same").noconvert().none(), nb::arg("page").noconvert().none(),
-          nb::arg("top").noconvert(), nb::arg("total").noconvert(), nb::arg("above").noconvert().none(),
-          nb::arg("product").noconvert().none(), nb::arg("kept").noconvert().none(),
-          nb::arg("scratch").noconvert(), nb::arg("threads"),
-          nb::arg("variant").none() = nb::none());
-    m.def("transposed", &transposed, nb::arg("kept").noconvert(), nb::arg("weighted").noconvert(), nb::arg("rows"),
-          nb::arg("d_y").noconvert(), nb::arg("threads"), nb::arg("variant").none() = nb::none());
-    m.def("weigh", &weigh, nb::arg("product").noconvert(), nb::arg("x").noconvert(), nb::arg("own").noconvert().none(),
-          nb::arg("factor").noconvert(), nb::arg("pull").noconvert().none(), nb::arg("d_x").noconvert(),
-          nb::arg("weighted").noconvert(), nb::arg("d_own").noconvert().none(), nb::arg("threads"),
-          nb::arg("variant").none() = nb::none());
-    m.def("normalize_backward", &normalize_backward, nb::arg("d_unit").noconvert(), nb::arg("unit").noconvert(),
-          nb::arg("norm").noconvert(), nb::arg("out").noconvert(), nb::arg("scale"), nb::arg("threads"),
-          nb::arg("variant").none() = nb::none());
-    m.def("candidate", &candidate, nb::arg("x").noconvert(), nb::arg("y").noconvert().none(),
-          nb::arg("start").noconvert(), nb::arg("range").noconvert().none(), nb::arg("v").noconvert(),
-          nb::arg("v_row").noconvert(), nb::arg("column_scale").noconvert().none(),
-          nb::arg("row_scale").noconvert().none(), nb::arg("e_inverse").noconvert(), nb::arg("scale"),
-          nb::arg("inverse_tau"), nb::arg("s").noconvert(), nb::arg("backward"), nb::arg("q_radial").noconvert().none(),
-          nb::arg("k_radial").noconvert().none(), nb::arg("d_v").noconvert().none(),
-          nb::arg("slope").noconvert().none(), nb::arg("threads"), nb::arg("variant").none() = nb::none());
-    m.def("softmax", &softmax, nb::arg("s").noconvert(), nb::arg("low"), nb::arg("anchors").noconvert(),
-          nb::arg("range").noconvert().none(), nb::arg("bias").noconvert().none(),
-          nb::arg("rank_bias").noconvert().none(), nb::arg("count").noconvert().none(), nb::arg("own").noconvert(),
-          nb::arg("order").noconvert().none(), nb::arg("same").noconvert().none(), nb::arg("page").noconvert().none(),
-          nb::arg("g").noconvert().none(), nb::arg("lse").noconvert(), nb::arg("loss").noconvert(),
-          nb::arg("positive").noconvert(), nb::arg("above").noconvert().none(), nb::arg("threads"),
-          nb::arg("variant").none() = nb::none());
-    m.def("add", &add, nb::arg("sum").noconvert(), nb::arg("part").noconvert(), nb::arg("threads"),
-          nb::arg("variant").none() = nb::none());
+    m.def("packed_sizes", &packed_sizes, arg("rows"), arg("columns"), arg("dim"));
+    m.def("pack", &pack, array("rows"), maybe("across"), maybe("along"), arg("threads"), variant);
+    m.def("tile", &tile, array("x"), array("across"), maybe("along"), arg("columns"), arg("inverse_tau"), maybe("bias"),
+          maybe("rank_bias"), maybe("count"), array("own"), maybe("order"), maybe("same"), maybe("page"), array("top"),
+          array("total"), maybe("above"), maybe("product"), maybe("kept"), array("scratch"), arg("threads"), variant);
+    m.def("transposed", &transposed, array("kept"), array("weighted"), arg("rows"), array("d_y"), arg("threads"),
+          variant);
+    m.def("weigh", &weigh, array("product"), array("x"), maybe("own"), array("factor"), maybe("pull"), array("d_x"),
+          array("weighted"), maybe("d_own"), arg("threads"), variant);
+    m.def("normalize_backward", &normalize_backward, array("d_unit"), array("unit"), array("norm"), array("out"),
+          arg("scale"), arg("threads"), variant);
+    m.def("candidate", &candidate, array("x"), maybe("y"), array("start"), maybe("range"), array("v"), array("v_row"),
+          maybe("column_scale"), maybe("row_scale"), array("e_inverse"), arg("scale"), arg("inverse_tau"), array("s"),
+          arg("backward"), maybe("q_radial"), maybe("k_radial"), maybe("d_v"), maybe("slope"), arg("threads"), variant);
+    m.def("softmax", &softmax, array("s"), arg("low"), array("anchors"), maybe("range"), maybe("bias"),
+          maybe("rank_bias"), maybe("count"), array("own"), maybe("order"), maybe("same"), maybe("page"), maybe("g"),
+          array("lse"), array("loss"), array("positive"), maybe("above"), arg("threads"), variant);
+    m.def("add", &add, array("sum"), array("part"), arg("threads"), variant);
 }
