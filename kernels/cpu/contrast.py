@@ -50,6 +50,35 @@ def _chunks(m: int, y: Candidates, chunk_bytes: int) -> list[tuple[int, int, int
     return [(start, min(start + rows, m), 0, n) for start in range(0, m, rows)]
 
 
+class _Room:
+    """What all chunks use one after the other: fresh memory for each would cost more in page faults than the pass over it."""
+
+    x: Tensor | None = (
+        None  # products of a half type, before they are summed in float32: of rows, and of columns
+    )
+    y: Tensor | None = None
+
+    def __init__(
+        self,
+        x: Tensor,
+        chunks: list[tuple[int, int, int, int]],
+        products: _NativeProducts | None,
+        gradients: bool,
+    ) -> None:
+        dim, longest = x.shape[1], max((b - a for a, b, _, _ in chunks), default=0)
+        self.weighted = x.new_empty(longest if gradients else 0, dim)
+        if products is not None:
+            products.room(longest)
+            return
+        self.tile = x.new_empty(max(((b - a) * (d - c) for a, b, c, d in chunks), default=0))
+        if gradients and x.dtype != torch.float32:
+            self.x = x.new_empty(longest, dim)
+            self.y = x.new_empty(max((d - c for _, _, c, d in chunks), default=0), dim)
+
+    def scores(self, rows: int, columns: int) -> Tensor:
+        return self.tile[: rows * columns].view(rows, columns)
+
+
 def contrast(
     x: Tensor,
     y: Candidates,
@@ -76,80 +105,53 @@ def contrast(
     factor, pull = torch.empty(2, m)
     top = torch.empty(m)
     above = torch.empty(m, dtype=torch.int64) if want_rank else None
-    half = x.dtype != torch.float32
     want_x = g is not None and given is None
     products = _native_products(x, y, want_x, g is not None and want_y)
     chunks = _chunks(m, y, CHUNK_BYTES if products is None else NATIVE_CHUNK_BYTES)
-    longest = max((b - a for a, b, _, _ in chunks), default=0)
-    # One workspace for all chunks: a fresh one each time would cost more in page faults than the pass over it.
-    if products is None:
-        workspace = x.new_empty(max(((b - a) * (d - c) for a, b, c, d in chunks), default=0))
-    else:
-        products.room(longest)
-    d_x = d_y = d_own = part_x = part_y = part_weighted = None
+    room = _Room(x, chunks, products, g is not None)
+    d_x = d_y = d_own = None
     if want_x:
         d_x = torch.empty(m, dim)
-        part_x = x.new_empty(longest, dim) if half and products is None else d_x
         d_own = torch.empty(m, dim) if own_unit is not None else None
-    if g is not None:
-        part_weighted = x.new_empty(longest, dim)
-        if want_y:
-            d_y = torch.zeros(n, dim) if add_to is None else add_to
-            widest = max((d - c for _, _, c, d in chunks), default=0)
-            part_y = x.new_empty(widest, dim) if half and products is None else None
+    if g is not None and want_y:
+        d_y = torch.zeros(n, dim) if add_to is None else add_to
     for start, stop, low, high in chunks:
         rows, columns = slice(start, stop), slice(low, high)
         xs, ys = x[rows], y.unit[columns]
         about = (inverse_tau, *y.about(rows, columns))
         results = (top[rows], total[rows], part(above, rows))
-        product = None if part_x is None else d_x[rows] if part_x is d_x else part_x[: stop - start]
+        product = None if d_x is None else d_x[rows] if room.x is None else room.x[: stop - start]
         if products is None:
-            scores = workspace[: (stop - start) * (high - low)].view(stop - start, high - low)
+            scores = room.scores(stop - start, high - low)
             torch.mm(xs, ys.T, out=scores)
             stage("contrast", scores, low, *about, y.page_only, *results)
         else:
             products.tile(xs, about, results, product)
-        weighted = None if part_weighted is None else part_weighted[: stop - start]
+        weighted = None if g is None else room.weighted[: stop - start]
         if given is not None:
             assert g is not None and weighted is not None
             torch.mul(xs, (g[rows] * (top[rows] - given[rows]).exp())[:, None], out=weighted)
         else:
             own_pull = None if own_unit is None else pull[rows]
-            call(
-                "finish",
-                *results[:2],
-                part(positive, rows),
-                part(g, rows),
-                lse[rows],
-                loss[rows],
-                factor[rows],
-                own_pull,
-            )
+            numbers = (part(positive, rows), part(g, rows), lse[rows], loss[rows])
+            call("finish", *results[:2], *numbers, factor[rows], own_pull)
             if weighted is None:
                 continue
             if products is None:
                 torch.mm(scores, ys, out=product)
             # One pass, not five small ones: where cores are shared, each start of all threads may wait for a slice of time.
-            stage(
-                "weigh",
-                product,
-                xs,
-                part(own_unit, rows),
-                factor[rows],
-                own_pull,
-                part(d_x, rows),
-                weighted,
-                part(d_own, rows),
-            )
+            own = part(own_unit, rows)
+            gradients = (part(d_x, rows), weighted, part(d_own, rows))
+            stage("weigh", product, xs, own, factor[rows], own_pull, *gradients)
         if d_y is None:
             continue
         if products is not None:
             products.transposed(weighted, d_y)
-        elif part_y is None:
+        elif room.y is None:
             d_y[columns].addmm_(scores.T, weighted)
         else:
             # Sums over chunks stay in float32; torch's += would first make a float32 copy of the product.
-            product = part_y[: high - low]
+            product = room.y[: high - low]
             torch.mm(scores.T, weighted, out=product)
             stage("add", d_y[columns], product)
     return Scores(lse, loss, above, d_x, d_own, d_y)

@@ -204,16 +204,8 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
         rank = want_rank and not scores
         if direction == "reconstruct":
             assert columns is not None
-            s = contrast(
-                r_anchor,
-                columns.candidates,
-                inverse_tau,
-                positive_score,
-                e_anchor,
-                g,
-                rank,
-                needs[0],
-            )
+            y = columns.candidates
+            s = contrast(r_anchor, y, inverse_tau, positive_score, e_anchor, g, rank, needs[0])
         else:
             y = masked(p, pv, r.unit, listed, anchor, place, ids, log_q)
             if grads and d_r is None:
@@ -237,10 +229,7 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
     gradients: list[Tensor | None] = [None] * 6
     if d_r is not None and d_e_anchor is not None:
         if needs[5]:
-            assert p.temperature is not None
-            # Every score is r . e / tau: the sum of dL/dr . r is dL/d(1/tau).
-            slope = (d_r * r.unit).sum(dtype=torch.float64)
-            gradients[5] = (-slope * inverse_tau**2).to(p.temperature.dtype)
+            gradients[5] = _temperature_gradient(p, d_r, r.unit, inverse_tau)
         normalize_backward(d_r, r.unit, r.norm, inverse_tau)
         total = None
         if needs[0]:
@@ -252,6 +241,13 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
     items = scores[0].loss if len(scores) == 1 else (scores[0].loss + scores[1].loss) / 2
     first = scores[0]
     return Result(items, first.lse, first.above, cosine, anchors, gradients)
+
+
+def _temperature_gradient(p: Problem, d_r: Tensor, r: Tensor, inverse_tau: float) -> Tensor:
+    """Every score is r . e / tau: the sum of dL/dr . r is dL/d(1/tau)."""
+    assert p.temperature is not None
+    slope = (d_r * r).sum(dtype=torch.float64)
+    return (-slope * inverse_tau**2).to(p.temperature.dtype)
 
 
 def _reconstruction_gradients(
