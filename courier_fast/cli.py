@@ -22,7 +22,12 @@ COMMANDS = {
         "courier_fast.evaluate.command",
         "embeddings against the held-out clicks, beside baselines",
     ),
+    "ctr": (
+        "courier_fast.evaluate.ctr.command",
+        "what embeddings are worth to a click-through-rate model",
+    ),
 }
+EXTRAS = {"ctr": "ctr"}  # of pip, where it is not "train"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
                 if error.name is None or error.name.startswith("courier_fast"):
                     raise
                 print(
-                    f'courier-fast {name} needs {error.name}: pip install "courier_fast[train]"',
+                    f'courier-fast {name} needs {error.name}: pip install "courier_fast[{EXTRAS.get(name, "train")}]"',
                     file=sys.stderr,
                 )
                 return 2

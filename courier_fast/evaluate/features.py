@@ -80,6 +80,12 @@ def similarity_features(embeddings: Array, impressions: Impressions, *, block: i
     return out
 
 
+def random_vectors(items: int, dim: int, seed: int = 0) -> Array:
+    """The control: [items, dim] float32 of random directions, which know nothing of the items."""
+    rows = np.random.default_rng([seed, 7]).normal(size=(items, dim))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
 def _known(embeddings: Array, known: Array | None) -> tuple[Array, Array]:
     """[items] bool: has an embedding; and the rows of those in `known`, in float64."""
     if embeddings.ndim != 2 or not embeddings.size:

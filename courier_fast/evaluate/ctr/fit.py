@@ -34,8 +34,8 @@ class Settings:
         patience: looks without a better logloss before training ends. CTR models overfit from the second epoch on.
     """
 
-    batch: int = 1024
-    lr: float = 1e-3
+    batch: int = 256
+    lr: float = 2e-3
     l2: float = 1e-5
     epochs: int = 5
     looks: int = 2

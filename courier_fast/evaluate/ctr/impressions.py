@@ -115,6 +115,15 @@ class Protocol:
     test: range
     bound: int
 
+    def describe(self, dataset: Dataset) -> str:
+        """A line about the ranges, for people."""
+        parts = [("embeddings", self.encoder), ("CTR model", self.train), ("validation", self.validation), ("test", self.test)]  # fmt: skip
+        said = ", ".join(
+            f"{what} {len(pages):,} pages from {_date(dataset.page_time[pages.start])}"
+            for what, pages in parts
+        )
+        return f"{self.name}: {said}; embeddings must come from pages before {_date(self.bound)}"
+
     def known_items(self, dataset: Dataset) -> Array:
         """[items] bool: shown or clicked before `bound`; k-means and standardisation see no other."""
         known = np.zeros(dataset.num_items, bool)
@@ -151,6 +160,10 @@ def make_protocol(dataset: Dataset, name: str = "disjoint", encoder_share: float
     ctr = range(cut, train.stop) if name == "disjoint" else train
     bound = int(time[cut]) if cut < len(time) else int(time[-1]) + 1
     return Protocol(name, encoder, ctr, validation, test, bound)
+
+
+def _date(seconds: int) -> str:
+    return str(np.datetime64(int(seconds), "s"))
 
 
 def check_dataset(dataset: Dataset) -> None:

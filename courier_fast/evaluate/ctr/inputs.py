@@ -86,6 +86,17 @@ class Inputs:
         return self.splits["train"].dense.shape[1]
 
 
+def base_numbers(shown: Impressions) -> Array:
+    """[n, 4] float32 of every form: `popularity`, and log(1 + times) that the item and that its category are in the history.
+
+    The latter so that no form wins, nor a random vector, by telling that alone.
+    """
+    category, names = category_codes(shown.dataset)
+    category[category == len(names) - 1] = -1
+    same = np.stack([np.arange(shown.dataset.num_items), category], 1)
+    return np.concatenate([shown.popularity(), same_cluster(same, shown)], 1)
+
+
 class Material:
     """Makes `Inputs`; what several forms share is worked out once.
 
@@ -104,8 +115,8 @@ class Material:
         self.known = protocol.known_items(dataset)
 
     @cached_property
-    def _popularity(self) -> dict[str, Array]:
-        return {name: x.popularity() for name, x in self.shown.items()}
+    def _numbers(self) -> dict[str, Array]:
+        return {name: base_numbers(x) for name, x in self.shown.items()}
 
     @cached_property
     def _codes(self) -> tuple[Array, Array, list[int]]:
@@ -122,7 +133,7 @@ class Material:
         if form != "none" and embeddings is None:
             raise ValueError(f"embeddings: expected some for the form {form!r}, got none")
         user, codes, sizes = self._codes
-        dense, vectors = {name: [x] for name, x in self._popularity.items()}, None
+        dense, vectors = {name: [x] for name, x in self._numbers.items()}, None
         if embeddings is not None and form in ("vector", "all"):
             vectors = torch.from_numpy(vector_features(embeddings, self.known))
         if embeddings is not None and form in ("similarity", "all"):
