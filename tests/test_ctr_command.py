@@ -198,11 +198,14 @@ def test_an_image_is_worth_what_it_decides(tmp_path: Path, style_decides: bool) 
     none, *rows = table["rows"]
     assert none["form"] == "none" and len(rows) == 4
     for row in rows:
-        gain = row["minus_none"]["auc"]
+        gain = row["difference"]["auc"]
         if style_decides and row["embedding"] == "style":
             assert gain["low"] > 0.05, row["form"]
         else:
             assert gain["low"] < 0 < gain["high"] < 0.06, row
+    for one in table["against"]:  # in the same form: sight, not capacity
+        assert (one["embedding"], one["other"]) == ("style", "random")
+        assert (one["auc"]["low"] > 0.05) == style_decides, one
     text = (tmp_path / "out" / "ctr.md").read_text()
     assert text.count("minus none |") >= 3
     assert f"| similarity | style | {rows[0]['auc']['value']:.4f}" in text

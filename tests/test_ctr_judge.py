@@ -41,7 +41,7 @@ def test_values_are_their_definitions() -> None:
         q = np.clip(p, 1e-7, 1 - 1e-7)
         loss = -np.log(np.where(clicked, q, 1 - q)).mean()
         assert found["logloss"]["value"] == pytest.approx(loss)
-    difference = result["x"]["minus_none"]["auc"]["value"]
+    difference = result["x"]["difference"]["auc"]["value"]
     assert difference == pytest.approx(pairs_auc(clicked, good) - pairs_auc(clicked, poor))
     none = result["none"]["auc"]["value"]
     assert result["x"]["relaimpr"] == pytest.approx(difference / (none - 0.5))
@@ -57,18 +57,18 @@ def test_intervals_are_those_of_a_bootstrap_over_users() -> None:
         some = np.concatenate([rows[u] for u in chosen])
         who = np.repeat(np.arange(150), [len(rows[u]) for u in chosen])
         one = judge(clicked[some], {"none": poor[some], "x": good[some]}, who)
-        draws.append([one["x"][m]["value"] for m in ("auc", "gauc", "logloss")] + [one["x"]["minus_none"][m]["value"] for m in ("auc", "gauc", "logloss")])  # fmt: skip
+        draws.append([one["x"][m]["value"] for m in ("auc", "gauc", "logloss")] + [one["x"]["difference"][m]["value"] for m in ("auc", "gauc", "logloss")])  # fmt: skip
     expected = np.std(draws, 0, ddof=1)
     x = result["x"]
-    found = [of[m]["se"] for of in (x, x["minus_none"]) for m in ("auc", "gauc", "logloss")]
+    found = [of[m]["se"] for of in (x, x["difference"]) for m in ("auc", "gauc", "logloss")]
     # 400 draws know a deviation to 3.5 %.
     np.testing.assert_allclose(found, expected, rtol=0.14)
-    assert x["mde"] == pytest.approx(2.8 * x["minus_none"]["auc"]["se"])
+    assert x["mde"] == pytest.approx(2.8 * x["difference"]["auc"]["se"])
 
 
 def test_the_same_prediction_differs_by_nothing() -> None:
     clicked, good, _, user = simulated(30)
-    same = judge(clicked, {"none": good, "x": good}, user)["x"]["minus_none"]["auc"]
+    same = judge(clicked, {"none": good, "x": good}, user)["x"]["difference"]["auc"]
     assert (same["value"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
 
 

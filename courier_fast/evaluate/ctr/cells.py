@@ -33,6 +33,10 @@ Array = npt.NDArray
 
 NONE = "none"  # the form without an embedding, and the name of that
 RANDOM = "random"  # the control
+VERSION = 1  # of what a cell is made by; another one makes all cells anew
+_WRITING = (
+    threading.Lock()
+)  # a folder is flushed with all that is in it: nothing may come or go meanwhile
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Plan:
 
         def of(cell: Cell) -> str:
             about = {
-                "cell": asdict(cell), "data": data, "embedding": tables[cell.embedding], "bounds": bounds[cell.protocol],
+                "version": VERSION, "cell": asdict(cell), "data": data, "embedding": tables[cell.embedding], "bounds": bounds[cell.protocol],
                 "settings": asdict(self.settings), "history": self.history, "least": self.least, "ranges": self.ranges,
             }  # fmt: skip
             return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
@@ -117,7 +121,8 @@ def _hash(*arrays: Array, about: Any = None) -> str:
 def write_cell(path: Path, cell: Cell, fingerprint: str, columns: dict[str, Any], losses: list[float]) -> None:  # fmt: skip
     about = {"cell": asdict(cell), "fingerprint": fingerprint, "validation_logloss": losses}
     table = pa.table(columns).replace_schema_metadata({"courier_fast": json.dumps(about)})
-    write_atomically(path, lambda partial: pq.write_table(table, partial))
+    with _WRITING:
+        write_atomically(path, lambda partial: pq.write_table(table, partial))
 
 
 def is_done(path: Path, fingerprint: str) -> bool:

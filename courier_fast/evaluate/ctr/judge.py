@@ -22,16 +22,17 @@ from ..metrics import Ranks, group_mean
 
 Array = npt.NDArray
 
-BASE = "none"
 BINS = 15  # of calibration
 POWER = 2.8  # standard errors of the difference that is found in 80 % of samples, two-sided 5 %
 
 
-def judge(clicked: Array, p: Mapping[str, Array], user: Array) -> dict[str, dict[str, Any]]:
+def judge(
+    clicked: Array, p: Mapping[str, Array], user: Array, base: str = "none"
+) -> dict[str, dict[str, Any]]:
     """By name of probabilities [n]: "auc", "gauc" and "logloss" with "value", "low", "high" (95 %).
 
-    For all but the name "none" also "minus_none" with the three differences, paired by user, and "p" after Holm's correction over the names;
-    "mde", the least difference of AUC that is found with power 80 %; "relaimpr", (AUC - 0.5) / (AUC of none - 0.5) - 1.
+    For all names but `base` also "difference": the three minus those of `base`, paired by user, with "p" after Holm's correction over the names;
+    "mde": the least difference of AUC that is found with power 80 %; "relaimpr": (AUC - 0.5) / (AUC of base - 0.5) - 1.
     """
     _, who = np.unique(user, return_inverse=True)
     users = int(who.max()) + 1
@@ -40,21 +41,21 @@ def judge(clicked: Array, p: Mapping[str, Array], user: Array) -> dict[str, dict
     result: dict[str, dict[str, Any]] = {
         name: {m: _interval(value, h) for m, (value, h) in of.items()} for name, of in found.items()
     }
-    base = found[BASE]
-    others = [name for name in p if name != BASE]
+    against = found[base]
+    others = [name for name in p if name != base]
     for name in others:
         differences = {
-            m: _interval(value - base[m][0], h - base[m][1])
+            m: _interval(value - against[m][0], h - against[m][1])
             for m, (value, h) in found[name].items()
         }
-        result[name]["minus_none"] = differences
+        result[name]["difference"] = differences
         result[name]["mde"] = POWER * differences["auc"]["se"]
-        above = base["auc"][0] - 0.5
+        above = against["auc"][0] - 0.5
         result[name]["relaimpr"] = (found[name]["auc"][0] - 0.5) / above - 1 if above else math.nan
-    for metric in base:
-        raw = [result[n]["minus_none"][metric]["p"] for n in others]
+    for metric in against:
+        raw = [result[n]["difference"][metric]["p"] for n in others]
         for name, corrected in zip(others, holm(raw), strict=True):
-            result[name]["minus_none"][metric]["p"] = corrected
+            result[name]["difference"][metric]["p"] = corrected
     return result
 
 

@@ -100,8 +100,21 @@ def _table(
         "users": users,
         "made_pages": made,
         "rows": rows,
+        "against": _against(plan, shown, p),
         "slices": list(_slices(shown, p)),
     }
+
+
+def _against(plan: Plan, shown: Impressions, p: dict[str, Array]) -> list[dict[str, Any]]:
+    """The first embedding minus each other one in the same form: what sets it apart, where "minus none" is what a form adds."""
+    first, *others = plan.embeddings
+    found = []
+    for form in (f for f in plan.forms if f != NONE):
+        for other in others:
+            names = [_name(form, first), _name(form, other)]
+            judged = judge(shown.clicked, {n: p[n] for n in names}, shown.user, base=names[1])
+            found.append({"form": form, "embedding": first, "other": other, **judged[names[0]]["difference"]})  # fmt: skip
+    return found
 
 
 def _name(form: str, embedding: str) -> str:
@@ -116,7 +129,7 @@ def _slices(shown: Impressions, p: dict[str, Array]) -> Iterator[dict[str, Any]]
         found: dict[str, Any] = {"kind": kind, "name": name, "impressions": int(mask.sum()), "clicks": clicks, "users": users, "rows": None}  # fmt: skip
         if 0 < clicks < mask.sum() and users > 1:
             judged = judge(shown.clicked[mask], {n: x[mask] for n, x in p.items()}, user[mask])
-            found["rows"] = {n: {"auc": x["auc"], **({"minus_none": x["minus_none"]["auc"]} if n != NONE else {})} for n, x in judged.items()}  # fmt: skip
+            found["rows"] = {n: {"auc": x["auc"], **({"difference": x["difference"]["auc"]} if n != NONE else {})} for n, x in judged.items()}  # fmt: skip
         yield found
 
 
@@ -142,6 +155,12 @@ def markdown(report: dict[str, Any]) -> str:
     for table in report["tables"]:
         parts.append(f"## {table['model']}, {table['protocol']}\n\n{_about(table)}")
         parts.append(_grid(HEAD, [_cells(row, table["made_pages"]) for row in table["rows"]]))
+        if table["against"]:
+            first, others = table["against"][0]["embedding"], list(dict.fromkeys(a["other"] for a in table["against"]))  # fmt: skip
+            forms = list(dict.fromkeys(a["form"] for a in table["against"]))
+            of = {(a["form"], a["other"]): _range(a["auc"], "+") for a in table["against"]}
+            parts.append(f"### {table['model']}, {table['protocol']}: AUC of {first} minus others, form by form")  # fmt: skip
+            parts.append(_grid(["form", *others], [[f, *(of[f, o] for o in others)] for f in forms]))  # fmt: skip
         for kind in dict.fromkeys(s["kind"] for s in table["slices"]):
             parts.append(f"### {table['model']}, {table['protocol']}: by {kind}")
             parts.append(_slice_grid(kind, [s for s in table["slices"] if s["kind"] == kind]))
@@ -178,7 +197,7 @@ def _range(x: dict[str, float], sign: str = "", digits: int = 4) -> str:
 
 def _cells(row: dict[str, Any], made: bool) -> list[str]:
     spread = f" ± {np.std(row['auc_of_seeds'], ddof=1):.4f}" if len(row["auc_of_seeds"]) > 1 else ""
-    d = row.get("minus_none")
+    d = row.get("difference")
 
     def metric(name: str, digits: int = 4) -> list[str]:
         return [f"{row[name]['value']:.{digits}f}", _range(d[name], "+", digits) if d else ""]
@@ -201,7 +220,7 @@ def _slice_grid(kind: str, found: Sequence[dict[str, Any]]) -> str:
     for s in found:
         values = ["n/a"] * len(names)
         if s["rows"]:
-            values = [_range(r["minus_none"], "+", 3) if "minus_none" in r else f"{r['auc']['value']:.3f}" for r in s["rows"].values()]  # fmt: skip
+            values = [_range(r["difference"], "+", 3) if "difference" in r else f"{r['auc']['value']:.3f}" for r in s["rows"].values()]  # fmt: skip
         rows.append([s["name"], f"{s['impressions']:,}", f"{s['users']:,}", *values])
     head = [f"AUC, {n}" if n == NONE else f"{n} minus none" for n in names]
     return _grid([kind, "impressions", "users", *head], rows)
@@ -229,7 +248,7 @@ def _rich(table: dict[str, Any]) -> Table:
         if row["form"] == NONE:
             grid.add_row(NONE, "", _value(row["auc"]), "", "", "", "", f"{row['calibration']['ece']:.4f}")  # fmt: skip
             continue
-        d = row["minus_none"]
+        d = row["difference"]
         grid.add_row(
             row["form"], Text(row["embedding"]), _value(row["auc"]), _value(d["auc"], "+"), f"{d['auc']['p']:.3f}", _value(d["gauc"], "+"),
             _value(d["logloss"], "+", better=-1), f"{row['calibration']['ece']:.4f}",
