@@ -18,6 +18,14 @@ COMMANDS = {
     "prepare": ("courier_fast.data.command", "interactions and images -> a dataset folder"),
     "train": ("courier_fast.train.command", "a dataset folder -> an encoder"),
     "embed": ("courier_fast.evaluate.embed", "an encoder and images -> embeddings"),
+    "evaluate": (
+        "courier_fast.evaluate.command",
+        "embeddings against the held-out clicks, beside baselines",
+    ),
+    "ctr": (
+        "courier_fast.evaluate.ctr.command",
+        "what embeddings are worth to a click-through-rate model",
+    ),
     "sweep": (
         "courier_fast.evaluate.sweep",
         "a grid of training settings: train, embed and evaluate each; one table, plots",
@@ -26,11 +34,8 @@ COMMANDS = {
         "courier_fast.report.command",
         "one HTML page about a run: pictures, curves, numbers",
     ),
-    "evaluate": (
-        "courier_fast.evaluate.command",
-        "embeddings against the held-out clicks, beside baselines",
-    ),
 }
+EXTRAS = {"ctr": "ctr"}  # of pip, where it is not "train"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
                 if error.name is None or error.name.startswith("courier_fast"):
                     raise
                 print(
-                    f'courier-fast {name} needs {error.name}: pip install "courier_fast[train]"',
+                    f'courier-fast {name} needs {error.name}: pip install "courier_fast[{EXTRAS.get(name, "train")}]"',
                     file=sys.stderr,
                 )
                 return 2

@@ -121,6 +121,18 @@ def features_of_a_backbone(names: dict[str, Any]) -> Check:
     return check
 
 
+def features_of_impressions(names: dict[str, Any]) -> Check:
+    make_dataset = pytest.importorskip("dataset_factory", exc_type=ImportError).make_dataset
+    dataset = make_dataset(Path("shop"), pages=60, images=False)
+    np.save("embeddings.npy", np.random.default_rng(0).normal(size=(dataset.num_items, 4)))
+
+    def check(names: dict[str, Any]) -> None:
+        assert names["x"].shape == (len(names["impressions"]), len(names["SIMILARITY"]))
+        assert names["x"].any()
+
+    return check
+
+
 def one_of_several_processes(names: dict[str, Any]) -> Check:
     """A group of one, and items whose first half is shown and second half was seen."""
     rendezvous = Path("rendezvous").absolute()
@@ -182,6 +194,7 @@ def memory_of_earlier_batches(names: dict[str, Any]) -> Check:
 
 STAND_INS = {
     "README.md 0": loss_of_ones_own_training,
+    "docs/evaluation.md 0": features_of_impressions,
     "docs/hm-fashion.md 0": features_of_a_backbone,
     "docs/loss.md 0": loss_of_unique_items,
     "docs/loss.md 1": statistics,

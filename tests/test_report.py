@@ -284,7 +284,7 @@ def test_projections_hide_the_attention_and_say_so(tmp_path: Path, tiny: Dataset
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a real run, with a sweep."""
+    """The page of a real run, with a sweep and a CTR table."""
     folder = tmp_path_factory.mktemp("report")
     dataset = make_dataset(folder / "dataset", users=30, items=60, pages=200, history=6, seed=2)
     (dataset.path / "report.json").write_text(json.dumps(PREPARED))
@@ -297,13 +297,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer.close()
     given = [str(x) for n, v in train_options.items() for x in (f"--{n}", v)]
     assert main(["sweep", *given, "--loss.temperature", "0.1", "0.4", "--out", str(folder / "sweep"), "--bootstrap", "50", "--device", "cpu"]) == 0  # fmt: skip
-    arguments = ["--dataset", dataset.path, "--run", folder / "run", "--sweep", folder / "sweep", "--out", folder / "report.html", "--device", "cpu", "--bootstrap", 50]  # fmt: skip
+    run = next((folder / "sweep" / "runs").iterdir())
+    assert main(["ctr", "--dataset", str(dataset.path), "--embeddings", str(run / "embeddings.npy"), "--out", str(folder / "ctr"), "--models", "din", "--forms", "none", "similarity", "--seeds", "1", "--epochs", "1", "--protocol", "shared"]) == 0  # fmt: skip
+    arguments = ["--dataset", dataset.path, "--run", folder / "run", "--sweep", folder / "sweep", "--ctr", folder / "ctr", "--out", folder / "report.html", "--device", "cpu", "--bootstrap", 50]  # fmt: skip
     assert main(["report", *map(str, arguments)]) == 0
     return folder / "report.html"
 
 
 SECTIONS = (
-    "What it sees as alike", "A map of the catalogue", "Which past clicks explain this one", "All results", "Where it is good", "Other settings",
+    "What it sees as alike", "A map of the catalogue", "Which past clicks explain this one", "All results", "Where it is good", "What it adds to a CTR model", "Other settings",
     "Training", "Collapse watch", "The data", "What was run", "Now with your own data",
 )  # fmt: skip
 
@@ -312,6 +314,9 @@ def test_the_command_writes_every_section(written: Path) -> None:
     html = written.read_text()
     assert re.findall("<h2>(.*?)</h2>", html) == list(SECTIONS)
     page = Page(html)
+    found = json.loads((written.parent / "ctr" / "ctr.json").read_text())
+    for row in found["tables"][0]["rows"]:
+        assert f"{row['logloss']['value']:.5f}" in " ".join(page.words)
     assert all(s.startswith("data:image/") for s in page.sources)
     assert any("loss.temperature" in (image["alt"] or "") for image in page.images)
 
@@ -347,6 +352,7 @@ def test_a_browser_shows_it_without_scrolling_sideways(
     ("options", "message"),
     [
         (("--sweep", "nowhere"), "--sweep: expected the folder of a sweep"),
+        (("--ctr", "nowhere"), "--ctr: expected the folder of a finished"),
         (("--headline", "popular"), "--headline: expected one of --candidates, got 'popular'"),
     ],
 )

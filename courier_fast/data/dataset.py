@@ -2,7 +2,7 @@
 
 | file | rows | columns |
 | --- | --- | --- |
-| dataset.json | | format, source, options, splits {name: [first page, end)}, counts |
+| dataset.json | | format, source, pages ("given" or "made"), options, splits {name: [first page, end)}, counts |
 | users.arrow | user | user_id (string) |
 | items.arrow | item | item_id (string), category (string), clicks (int64: clicks on pages of the train split), first_seen, last_seen (int64) |
 | events.arrow | event | item (int32), time (int64): what users clicked or bought, by user, then time |

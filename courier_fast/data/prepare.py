@@ -333,6 +333,7 @@ def _write(
     about = {
         "format": FORMAT,
         "source": {"layout": source.layout, "files": [str(f) for f in source.files], "images": str(images) if images else None},
+        "pages": "made" if source.impressions is None else "given",
         "options": asdict(options),
         "splits": splits,
         "counts": {

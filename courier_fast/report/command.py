@@ -7,26 +7,32 @@ from pathlib import Path
 
 from ..evaluate import command as evaluate
 from .page import About, write_report
-from .sections import sweep_pictures
+from .sections import ctr_tables, sweep_pictures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default report.html)")  # fmt: skip
+    parser.add_argument("--ctr", type=Path, help="folder of `courier-fast ctr`: its tables are shown")  # fmt: skip
     parser.add_argument("--sweep", type=Path, help="folder of `courier-fast sweep`: its plots are shown")  # fmt: skip
     parser.add_argument("--headline", default="page", metavar="SET", help="the set of candidates that the headline is about (default page)")  # fmt: skip
     evaluate.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    # What is wrong is an error before the work, not after.
     if args.sweep is not None:
-        sweep_pictures(args.sweep)  # what is wrong is an error before the work, not after
+        sweep_pictures(args.sweep)
+    if args.ctr is not None:
+        ctr_tables(args.ctr)
     if args.headline not in args.candidates:
         raise ValueError(f"--headline: expected one of --candidates, got {args.headline!r}")
     args.k = sorted({1, *args.k})
     dataset, methods, results = evaluate.evaluate(args)
     embeddings = methods[0].embeddings
     assert embeddings is not None
-    about = About(dataset, args.run or args.embeddings.parent, embeddings, sweep=args.sweep)
+    about = About(
+        dataset, args.run or args.embeddings.parent, embeddings, ctr=args.ctr, sweep=args.sweep
+    )
     write_report(args.out, about, results, candidates=args.headline, history=args.history, seed=args.seed)  # fmt: skip
     print(f"{args.out}")
     return 0

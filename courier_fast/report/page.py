@@ -25,6 +25,7 @@ from ..files import write_atomically
 from .charts import forest
 from .items import attention_examples, map_of_items, neighbours
 from .sections import (
+    ctr_tables,
     curves,
     health,
     read_journal,
@@ -46,6 +47,7 @@ class About:
     Attributes:
         run_dir: the run's folder, of which metrics.jsonl and config.toml are read.
         embeddings: [items, D], rows as the dataset's items.
+        ctr: folder of `courier-fast ctr`, or None.
         sweep: folder of `courier-fast sweep`, or None.
         seconds: how long each stage took.
         settings: what was run, name to value, shown as it is; None: the run's settings that are not the defaults.
@@ -55,6 +57,7 @@ class About:
     dataset: Dataset
     run_dir: Path
     embeddings: Array
+    ctr: Path | None = None
     sweep: Path | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] | None = None
@@ -82,7 +85,7 @@ def write_report(
 
     Raises:
         ValueError: the embeddings have not a row per item, or `results` lacks the headline's number.
-        FileNotFoundError: there is no sweep in the folder given.
+        FileNotFoundError: there is no sweep or CTR table in the folder given.
     """
     d, embeddings = about.dataset, about.embeddings
     if embeddings.ndim != 2 or len(embeddings) != d.num_items:
@@ -110,6 +113,7 @@ def write_report(
         scored=results["settings"].get("score", "mean"),
         tables=tables(results),
         slices=slices(d, embeddings, results["settings"], history=history, seed=seed),
+        ctr=None if about.ctr is None else ctr_tables(about.ctr),
         sweep=None if about.sweep is None else sweep_pictures(about.sweep),
         curves=curves(journal),
         attention=[] if hidden else attention_examples(d, embeddings, history=history, count=examples, seed=seed, how=how),

@@ -189,3 +189,21 @@ def settings_of(run_dir: Path) -> list[tuple[str, str]]:
             if value != field.default and (section, name) not in (("run", "out"), ("data", "dataset")):  # fmt: skip
                 found.append((f"{section}.{name}", str(value)))
     return found
+
+
+def ctr_tables(folder: Path) -> dict[str, Any]:
+    """The tables of `courier-fast ctr`, with the slices; FileNotFoundError where there are none."""
+    path = folder / "ctr.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"--ctr: expected the folder of a finished `courier-fast ctr`, with ctr.json, got {folder}")  # fmt: skip
+    from ..evaluate.ctr.report import HEAD, about_table, cells_of, notes_of, slice_cells
+
+    report, tables = json.loads(path.read_text()), []
+    for table in report["tables"]:
+        name = f"{table['model']}, {table['protocol']}"
+        rows = [cells_of(row, table["made_pages"]) for row in table["rows"]]
+        tables.append({"title": name, "note": about_table(table), "head": HEAD, "rows": rows})
+        for kind in dict.fromkeys(s["kind"] for s in table["slices"]):
+            head, rows = slice_cells(kind, [s for s in table["slices"] if s["kind"] == kind])
+            tables.append({"title": f"{name}, by {kind}", "note": "", "head": head, "rows": rows})
+    return {"notes": [note.strip("*") for note in notes_of(report)], "tables": tables}

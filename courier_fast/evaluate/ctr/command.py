@@ -1,0 +1,170 @@
+"""`courier-fast ctr`: what embeddings are worth to a click-through-rate model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import faiss  # noqa: F401  (missing: said before any work)
+import numpy.typing as npt
+from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
+
+from ...data.dataset import Dataset
+from ...data.embeddings import read_embeddings, without_embedding
+from ...files import write_atomically
+from ..features import FORMS, check_form, random_vectors
+from .cells import NONE, RANDOM, Cell, Plan, run_plan
+from .export import export
+from .fit import Settings
+from .impressions import PROTOCOLS, Impressions, check_dataset, make_protocol
+from .models import MODELS
+from .report import make_report, print_report, write_report
+
+log = logging.getLogger(__name__)
+
+Array = npt.NDArray
+
+DESCRIPTION = (
+    "Trains click-through-rate models on the dataset's pages with and without each embedding, in several forms, and prints what it adds. "
+    "A run that was stopped goes on with the cells of the table that are missing."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.add_argument("--dataset", type=Path, required=True, help="folder written by `courier-fast prepare`")  # fmt: skip
+    parser.add_argument("--embeddings", type=Path, nargs="+", required=True, help=".parquet (item_id, embedding) or .npy (rows as items of the dataset); a table's name is its file's")  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="folder for cells, ctr.json and ctr.md")  # fmt: skip
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"some of {', '.join(MODELS)}")  # fmt: skip
+    parser.add_argument("--forms", nargs="+", default=list(FORMS[:4]), help=f"some of {', '.join(FORMS)}; none is always there")  # fmt: skip
+    parser.add_argument("--protocol", nargs="+", default=["disjoint"], help=f"some of {', '.join(PROTOCOLS)}: whether the embeddings were trained on other pages than the CTR model is")  # fmt: skip
+    parser.add_argument("--encoder-share", type=float, default=0.5, help="of all pages, the first ones, left to the embeddings by disjoint")  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=3, help="models of each cell; their probabilities are averaged")  # fmt: skip
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="what the table is of; validation leaves test unseen, for choosing settings")  # fmt: skip
+    parser.add_argument("--history", type=int, default=20, help="most recent history items used")
+    parser.add_argument("--min-count", type=int, default=2, help="impressions in training that an id needs for a row of its own")  # fmt: skip
+    defaults = Settings()
+    for name, text in {
+        "batch": "impressions of a step",
+        "lr": "of Adam",
+        "l2": "weight of the squares of id rows",
+        "epochs": "at most; validation logloss ends training",
+    }.items():
+        value = getattr(defaults, name)
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=text)
+    parser.add_argument("--no-control", action="store_true", help="without the random vectors that show what capacity alone is worth")  # fmt: skip
+    parser.add_argument("--allow-missing", action="store_true", help="items without an embedding get zeros in place of an error")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=0, help="cells trained at once; 0: as many as cores")  # fmt: skip
+    parser.add_argument("--export", type=Path, help="also write the impressions with every form as Parquet there, for a model of your own")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    dataset = Dataset(args.dataset)
+    plan = _plan(args, dataset)  # what is wrong is an error before the work, not after
+    for protocol in plan.protocols:
+        log.info("%s", protocol.describe(dataset))
+    args.out.mkdir(parents=True, exist_ok=True)
+    _same_dimensions(args.out / "embeddings.json", plan.embeddings)
+    if args.export is not None:
+        own = {name: x for name, x in plan.embeddings.items() if name != RANDOM}
+        for protocol in plan.protocols:
+            folder = args.export / protocol.name if len(plan.protocols) > 1 else args.export
+            export(dataset, protocol, own, folder, history=plan.history)
+            print(f"{folder}: impressions of {protocol.name} as Parquet, described in README.md")
+    groups = plan.groups()
+    total = sum(len(plan.cells(group)) for group in groups)
+    columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as bar:
+        bars = _Bars(bar, total)
+        found = run_plan(plan, args.out, threads=args.threads or os.cpu_count() or 1, began=bars.began, ended=bars.ended)  # fmt: skip
+    if found:
+        log.info("%d of %d cells were there already", found, total)
+    report = make_report(plan, args.out, args.split)
+    write_report(report, args.out)
+    print_report(report)
+    return 0
+
+
+def _plan(args: argparse.Namespace, dataset: Dataset) -> Plan:
+    """Everything checked."""
+    for form in args.forms:
+        check_form(form)
+    _some("models", args.models, MODELS)
+    _some("protocol", args.protocol, PROTOCOLS)
+    if args.seeds < 1 or args.threads < 0 or args.min_count < 1:
+        raise ValueError(f"seeds, threads, min_count: expected at least 1, 0 and 1, got {args.seeds}, {args.threads} and {args.min_count}")  # fmt: skip
+    settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)})  # fmt: skip
+    check_dataset(dataset)
+    Impressions(dataset, args.split, history=args.history)  # its own check
+    protocols = [make_protocol(dataset, p, args.encoder_share) for p in dict.fromkeys(args.protocol)]  # fmt: skip
+    tables: dict[str, Array] = {}
+    for path in args.embeddings:
+        if path.stem in tables or path.stem in (NONE, RANDOM):
+            raise ValueError(f"embeddings: expected files of different names, none of them {NONE} or {RANDOM}, got {path}")  # fmt: skip
+        tables[path.stem] = _read(path, dataset, args.allow_missing)
+    if not args.no_control:
+        tables[RANDOM] = random_vectors(dataset.num_items, max(x.shape[1] for x in tables.values()))
+    return Plan(
+        dataset, tables, list(dict.fromkeys(args.models)), list(dict.fromkeys([NONE, *args.forms])), protocols, args.seeds, settings, args.history,
+        args.min_count, ("validation",) if args.split == "validation" else ("validation", "test"),
+    )  # fmt: skip
+
+
+def _some(name: str, got: list[str], known: tuple[str, ...]) -> None:
+    unknown = [x for x in got if x not in known]
+    if unknown:
+        raise ValueError(f"{name}: expected some of {', '.join(known)}, got {unknown[0]!r}")
+
+
+def _read(path: Path, dataset: Dataset, allow_missing: bool) -> Array:
+    table = read_embeddings(path, dataset, strict=True)
+    missing, first = without_embedding(table, dataset)
+    if missing and not allow_missing:
+        raise ValueError(
+            f"embeddings: expected finite numbers for all {dataset.num_items:,} items, got none for {missing:,} in {path} (first: {first}); "
+            "--allow-missing gives them zeros"
+        )
+    if missing:
+        log.warning("%s: %d items have no embedding; they get zeros", path, missing)
+    return table
+
+
+def _same_dimensions(path: Path, tables: dict[str, Array]) -> None:
+    """ValueError where the last run into the folder had embeddings of this name with other dimensions."""
+    now = {name: x.shape[1] for name, x in tables.items()}
+    before: dict[str, int] = json.loads(path.read_text()) if path.is_file() else {}
+    for name in now.keys() & before.keys() - {RANDOM}:
+        if now[name] != before[name]:
+            raise ValueError(
+                f"embeddings: expected {before[name]} dimensions of {name!r}, as in the last run into {path.parent}, got {now[name]}; "
+                "another --out begins anew"
+            )
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(before | now)))
+
+
+class _Bars:
+    """One bar for the table and one for each cell that is being trained."""
+
+    def __init__(self, bar: Progress, total: int) -> None:
+        self.bar, self.all = bar, bar.add_task("cells", total=total)
+        self.tasks: dict[Cell, TaskID] = {}
+        self.lock = threading.Lock()
+
+    def began(self, cell: Cell) -> Callable[[float], None]:
+        task = self.bar.add_task(cell.file.removesuffix(".parquet"), total=100)
+        with self.lock:
+            self.tasks[cell] = task
+        return lambda share: self.bar.update(task, completed=int(100 * share))
+
+    def ended(self, cell: Cell) -> None:
+        with self.lock:
+            task = self.tasks.pop(cell, None)
+        if task is not None:
+            self.bar.remove_task(task)
+        self.bar.advance(self.all)

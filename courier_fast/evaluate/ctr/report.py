@@ -1,0 +1,267 @@
+"""The tables: made from the cells' files alone, as JSON, Markdown and in the terminal."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ...files import write_atomically
+from .cells import NONE, RANDOM, Cell, Plan, read_predictions
+from .impressions import Impressions
+from .judge import by_page, calibrated, judge, plain_auc
+from .slices import platt, recalibrated, slices
+
+log = logging.getLogger(__name__)
+
+Array = npt.NDArray
+
+LEAK = 0.99  # an AUC above it: the model was told
+
+
+def make_report(plan: Plan, out: Path, split: str = "test") -> dict[str, Any]:
+    """What the cells in `out` say about a split, fit for JSON.
+
+    Probabilities are averaged over the seeds, impression by impression; intervals (95 %) and differences to the form "none" are of these, by users.
+    """
+    shown = Impressions(plan.dataset, split, history=plan.history)
+    tables = [
+        _table(plan, out, shown, split, protocol.name, model)
+        for protocol, model in itertools.product(plan.protocols, plan.models)
+    ]
+    return {
+        "dataset": str(plan.dataset.path),
+        "split": split,
+        "pages": plan.dataset.info.get("pages", "given or made"),
+        "protocols": {p.name: p.describe(plan.dataset) for p in plan.protocols},
+        "settings": asdict(plan.settings) | {"history": plan.history, "min_count": plan.least, "seeds": plan.seeds},
+        "embeddings": {name: x.shape[1] for name, x in plan.embeddings.items()},
+        "tables": tables,
+        "alarms": [
+            f"{model} {row['form']} {row['embedding']} ({protocol}): AUC {row['auc']['value']:.4f} is above {LEAK}: an input knows the answer"
+            for table in tables
+            for protocol, model in [(table["protocol"], table["model"])]
+            for row in table["rows"]
+            if row["auc"]["value"] > LEAK
+        ],
+    }  # fmt: skip
+
+
+def _table(
+    plan: Plan, out: Path, shown: Impressions, split: str, protocol: str, model: str
+) -> dict[str, Any]:
+    mine = [(form, name) for p, form, name in plan.groups() if p.name == protocol]
+    seeds = {
+        key: [
+            read_predictions(out / "cells" / Cell(model, *key, protocol, seed).file, plan.ranges)
+            for seed in range(plan.seeds)
+        ]
+        for key in mine
+    }
+    mean = {
+        key: {r: np.mean([s[r] for s in of], 0) for r in plan.ranges} for key, of in seeds.items()
+    }
+    p = {_name(*key): of[split] for key, of in mean.items()}
+    judged = judge(shown.clicked, p, shown.user)
+    tuned = Impressions(plan.dataset, "validation", history=plan.history).clicked
+    made = plan.dataset.info.get("pages") == "made"
+    rows = []
+    for key in mine:
+        here = mean[key]
+        curve = platt(here["validation"], tuned)
+        rows.append(
+            {
+                "form": key[0],
+                "embedding": key[1],
+                **judged[_name(*key)],
+                "auc_of_seeds": [plain_auc(shown.clicked, s[split]) for s in seeds[key]],
+                **by_page(shown.clicked, here[split], shown.page),
+                "calibration": calibrated(shown.clicked, here[split]),
+                "recalibrated": calibrated(shown.clicked, recalibrated(here[split], *curve)),
+            }
+        )
+    users, clicks = len(np.unique(shown.user)), int(shown.clicked.sum())
+    return {
+        "protocol": protocol,
+        "model": model,
+        "impressions": len(shown),
+        "clicks": clicks,
+        "users": users,
+        "made_pages": made,
+        "rows": rows,
+        "against": _against(plan, shown, p),
+        "slices": list(_slices(shown, p)),
+    }
+
+
+def _against(plan: Plan, shown: Impressions, p: dict[str, Array]) -> list[dict[str, Any]]:
+    """The first embedding minus each other one in the same form: what sets it apart, where "minus none" is what a form adds."""
+    first, *others = plan.embeddings
+    found = []
+    for form in (f for f in plan.forms if f != NONE):
+        for other in others:
+            names = [_name(form, first), _name(form, other)]
+            judged = judge(shown.clicked, {n: p[n] for n in names}, shown.user, base=names[1])
+            found.append({"form": form, "embedding": first, "other": other, **judged[names[0]]["difference"]})  # fmt: skip
+    return found
+
+
+def _name(form: str, embedding: str) -> str:
+    return form if form == NONE else f"{form} {embedding}"
+
+
+def _slices(shown: Impressions, p: dict[str, Array]) -> Iterator[dict[str, Any]]:
+    """Each slice's numbers; those with one label or one user have no AUC."""
+    user = shown.user
+    for kind, name, mask in slices(shown):
+        clicks, users = int(shown.clicked[mask].sum()), len(np.unique(user[mask]))
+        found: dict[str, Any] = {"kind": kind, "name": name, "impressions": int(mask.sum()), "clicks": clicks, "users": users, "rows": None}  # fmt: skip
+        if 0 < clicks < mask.sum() and users > 1:
+            judged = judge(shown.clicked[mask], {n: x[mask] for n, x in p.items()}, user[mask])
+            found["rows"] = {n: {"auc": x["auc"], **({"difference": x["difference"]["auc"]} if n != NONE else {})} for n, x in judged.items()}  # fmt: skip
+        yield found
+
+
+# ---- as text ------------------------------------------------------------------------------------------------------
+
+
+def write_report(report: dict[str, Any], out: Path) -> None:
+    """ctr.json and ctr.md."""
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    write_atomically(out / "ctr.json", lambda path: path.write_text(text + "\n"))
+    write_atomically(out / "ctr.md", lambda path: path.write_text(markdown(report)))
+
+
+HEAD = (
+    "form", "embedding", "AUC", "minus none", "Holm p", "RelaImpr", "GAUC", "minus none", "logloss", "minus none", "NDCG@10", "MRR", "ECE",
+    "ECE, recalibrated", "clicks, predicted / observed",
+)  # fmt: skip
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """All tables and slices."""
+    parts = [f"# What embeddings add to a CTR model: {Path(report['dataset']).name}, {report['split']}", *notes_of(report)]  # fmt: skip
+    for table in report["tables"]:
+        parts.append(f"## {table['model']}, {table['protocol']}\n\n{about_table(table)}")
+        parts.append(_grid(HEAD, [cells_of(row, table["made_pages"]) for row in table["rows"]]))
+        if table["against"]:
+            first, others = table["against"][0]["embedding"], list(dict.fromkeys(a["other"] for a in table["against"]))  # fmt: skip
+            forms = list(dict.fromkeys(a["form"] for a in table["against"]))
+            of = {(a["form"], a["other"]): _range(a["auc"], "+") for a in table["against"]}
+            parts.append(f"### {table['model']}, {table['protocol']}: AUC of {first} minus others, form by form")  # fmt: skip
+            parts.append(_grid(["form", *others], [[f, *(of[f, o] for o in others)] for f in forms]))  # fmt: skip
+        for kind in dict.fromkeys(s["kind"] for s in table["slices"]):
+            parts.append(f"### {table['model']}, {table['protocol']}: by {kind}")
+            parts.append(
+                _grid(*slice_cells(kind, [s for s in table["slices"] if s["kind"] == kind]))
+            )
+    return "\n\n".join(parts) + "\n"
+
+
+def notes_of(report: dict[str, Any]) -> list[str]:
+    made = {
+        "made": "Pages are made: the other items were drawn, not seen, so AUC measures the draw, too. Compare forms here, never kinds of pages.",
+        "given": "Pages are given: what was shown is known.",
+    }
+    seeds = report["settings"]["seeds"]
+    notes = [
+        *(f"**{alarm}**" for alarm in report["alarms"]),
+        made.get(report["pages"], "Whether pages are given or made is not recorded in this dataset."),
+        *(f"Pages, {line}." for line in report["protocols"].values()),
+        f"Probabilities are means of {seeds} seeds; after ± the deviation over seeds. Intervals: 95 %, by users, paired for differences; p by Holm over "
+        "a table's rows. Slices are exploratory: their intervals are not corrected for their number.",
+    ]  # fmt: skip
+    if RANDOM in report["embeddings"]:
+        notes.append(f'"{RANDOM}" are random vectors: what they add is capacity, not sight.')
+    return notes
+
+
+def about_table(table: dict[str, Any]) -> str:
+    shown = [r["mde"] for r in table["rows"] if r["form"] != NONE]
+    least = f" A difference of AUC below {max(shown):.4f} is more likely missed than found here (power 80 %)." if shown else ""  # fmt: skip
+    return f"{table['impressions']:,} impressions with {table['clicks']:,} clicks of {table['users']:,} users.{least}"
+
+
+def _range(x: dict[str, float], sign: str = "", digits: int = 4) -> str:
+    return f"{x['value']:{sign}.{digits}f} ({x['low']:{sign}.{digits}f} to {x['high']:{sign}.{digits}f})"  # fmt: skip
+
+
+def cells_of(row: dict[str, Any], made: bool) -> list[str]:
+    spread = f" ± {np.std(row['auc_of_seeds'], ddof=1):.4f}" if len(row["auc_of_seeds"]) > 1 else ""
+    d = row.get("difference")
+
+    def metric(name: str, digits: int = 4) -> list[str]:
+        return [f"{row[name]['value']:.{digits}f}", _range(d[name], "+", digits) if d else ""]
+
+    auc, difference = metric("auc")
+    of_auc = [auc + spread, difference, f"{d['auc']['p']:.3f}" if d else "", f"{100 * row['relaimpr']:+.1f} %" if d else ""]  # fmt: skip
+    numbers = [row["ndcg@10"], row["mrr"], row["calibration"]["ece"], row["recalibrated"]["ece"]]
+    rate = "n/a" if made else f"{row['calibration']['ratio']:.3f}"
+    return [row["form"], row["embedding"] if d else "", *of_auc, *metric("gauc"), *metric("logloss", 5), *(f"{x:.4f}" for x in numbers), rate]  # fmt: skip
+
+
+def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(x) + " |" for x in [head, ["---"] * len(head), *rows]]
+    return "\n".join(lines)
+
+
+def slice_cells(kind: str, found: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines."""
+    names = next((list(s["rows"]) for s in found if s["rows"]), [])
+    rows = []
+    for s in found:
+        values = ["n/a"] * len(names)
+        if s["rows"]:
+            values = [_range(r["difference"], "+", 3) if "difference" in r else f"{r['auc']['value']:.3f}" for r in s["rows"].values()]  # fmt: skip
+        rows.append([s["name"], f"{s['impressions']:,}", f"{s['users']:,}", *values])
+    head = [f"AUC, {n}" if n == NONE else f"{n} minus none" for n in names]
+    return [kind, "impressions", "users", *head], rows
+
+
+def print_report(report: dict[str, Any], console: Console | None = None) -> None:
+    """The main tables; slices are in ctr.md."""
+    if console is None:
+        console = Console()
+        if not console.is_terminal:
+            console.width = 120
+    for note in notes_of(report):
+        console.print(note.strip("*"), highlight=False, style="bold red" if note.startswith("**") else "")  # fmt: skip
+    for table in report["tables"]:
+        console.print(f"\n{table['model']}, {table['protocol']}: {about_table(table)}", style="bold", highlight=False)  # fmt: skip
+        console.print(_rich(table))
+    console.print("All columns and slices are in ctr.md, all numbers in ctr.json.", highlight=False)
+
+
+def _rich(table: dict[str, Any]) -> Table:
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("form", "embedding", "AUC", "minus none", "Holm p", "GAUC minus none", "logloss minus none", "ECE"):  # fmt: skip
+        grid.add_column(name)
+    for row in table["rows"]:
+        if row["form"] == NONE:
+            grid.add_row(NONE, "", _value(row["auc"]), "", "", "", "", f"{row['calibration']['ece']:.4f}")  # fmt: skip
+            continue
+        d = row["difference"]
+        grid.add_row(
+            row["form"], Text(row["embedding"]), _value(row["auc"]), _value(d["auc"], "+"), f"{d['auc']['p']:.3f}", _value(d["gauc"], "+"),
+            _value(d["logloss"], "+", better=-1), f"{row['calibration']['ece']:.4f}",
+        )  # fmt: skip
+    return grid
+
+
+def _value(x: dict[str, float], sign: str = "", better: int = 1) -> Text:
+    low, high = sorted((better * x["low"], better * x["high"]))
+    colour = "green" if low > 0 else "red" if high < 0 else ""
+    return Text.assemble(
+        (f"{x['value']:{sign}.4f}\n", colour if sign else "bold"), (f"{x['low']:.4f} {x['high']:.4f}", "dim")
+    )  # fmt: skip

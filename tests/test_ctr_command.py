@@ -1,0 +1,324 @@
+"""`courier-fast ctr`: bad input before any work, resuming, simulated worlds, slices, the export."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ctr_factory import make_world
+
+from courier_fast.cli import main
+from courier_fast.data.dataset import Dataset
+from courier_fast.evaluate import features
+from courier_fast.evaluate.ctr import Impressions, cells, make_protocol
+from courier_fast.evaluate.ctr.cells import Plan, read_predictions, run_plan
+from courier_fast.evaluate.ctr.export import export
+from courier_fast.evaluate.ctr.fit import Settings
+from courier_fast.evaluate.ctr.slices import platt, recalibrated, slices
+
+QUICK = Settings(batch=256, epochs=1, lr=3e-3)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, np.ndarray]:
+    path = tmp_path_factory.mktemp("world") / "d"
+    return make_world(path, style_decides=True, users=60, items=120, pages=800)
+
+
+def write(path: Path, ids: list[str], table: np.ndarray) -> Path:
+    rows = pa.FixedSizeListArray.from_arrays(
+        pa.array(table.ravel().astype(np.float32)), table.shape[1]
+    )
+    pq.write_table(pa.table({"item_id": ids, "embedding": rows}), path)
+    return path
+
+
+def command(dataset: Dataset, embeddings: Path, out: Path, *more: str) -> int:
+    what = ["ctr", "--dataset", str(dataset.path), "--embeddings", str(embeddings), "--out", str(out)]  # fmt: skip
+    return main([*what, *more])
+
+
+# ---- bad input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("missing", "expected finite numbers for all 120 items, got none for 1 in .* (first: 00007)"),
+        ("nan", "expected finite numbers for all 120 items, got none for 2 in .* (first: 00003)"),
+        ("extra", "expected items of .* alone, got 1 others in .* (first: other)"),
+        ("duplicate", "expected each item_id once, got 00004 twice"),
+    ],
+)  # fmt: skip
+def test_wrong_embeddings_are_named_before_any_training(
+    tmp_path: Path, world: tuple[Dataset, np.ndarray], capsys: pytest.CaptureFixture, what: str, message: str
+) -> None:  # fmt: skip
+    d, style = world
+    ids, table = d.item_ids.to_pylist(), style.copy()
+    if what == "missing":
+        ids, table = ids[:7] + ids[8:], np.delete(table, 7, 0)
+    elif what == "nan":
+        table[[3, 9], 0] = [np.nan, np.inf]
+    elif what == "extra":
+        ids, table = [*ids, "other"], np.concatenate([table, table[:1]])
+    elif what == "duplicate":
+        ids[5] = ids[4]
+    out = tmp_path / "out"
+    assert command(d, write(tmp_path / "e.parquet", ids, table), out) == 2
+    said = capsys.readouterr().err
+    assert re.search(message.replace("(", r"\(").replace(")", r"\)"), said), said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--forms", "pixels"], "form: expected one of none, vector, similarity, cluster, all, got 'pixels'"),
+        (["--models", "deepfm"], "models: expected some of din, dcnv2, got 'deepfm'"),
+        (["--protocol", "both"], "protocol: expected some of disjoint, shared, got 'both'"),
+        (["--encoder-share", "0.9"], "encoder_share: expected a share"),
+        (["--seeds", "0"], "seeds, threads, min_count: expected at least 1, 0 and 1, got 0"),
+        (["--history", "0"], "history: expected at least 1, got 0"),
+        (["--batch", "0"], "batch: expected at least 1, got 0"),
+        (["--lr", "0"], "lr, l2: expected above 0"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_named_before_any_training(
+    tmp_path: Path, world: tuple[Dataset, np.ndarray], capsys: pytest.CaptureFixture, more: list[str], message: str
+) -> None:  # fmt: skip
+    d, style = world
+    path = write(tmp_path / "e.parquet", d.item_ids.to_pylist(), style)
+    assert command(d, path, tmp_path / "out", *more) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_embeddings_are_their_own(
+    tmp_path: Path, world: tuple[Dataset, np.ndarray], capsys: pytest.CaptureFixture
+) -> None:
+    d, style = world
+    for name in ("random", "none"):
+        path = write(tmp_path / f"{name}.parquet", d.item_ids.to_pylist(), style)
+        assert command(d, path, tmp_path / "out") == 2
+        assert "expected files of different names" in capsys.readouterr().err
+
+
+# ---- cells --------------------------------------------------------------------------------------------------------
+
+
+def small_plan(world: tuple[Dataset, np.ndarray], **more: Any) -> Plan:
+    d, style = world
+    settings = {
+        "models": ["din"],
+        "forms": ["none", "similarity"],
+        "protocols": [make_protocol(d)],
+        "seeds": 2,
+        "settings": QUICK,
+    }
+    return Plan(d, {"style": style}, **(settings | more))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((folder / "cells").iterdir())}
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
+    tmp_path: Path, world: tuple[Dataset, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = small_plan(world)
+    assert run_plan(plan, tmp_path / "whole", threads=2) == 0
+    whole = contents(tmp_path / "whole")
+    assert list(whole) == [f"din-{f}-{e}-disjoint-{s}.parquet" for f, e in (("none", "none"), ("similarity", "style")) for s in (0, 1)]  # fmt: skip
+
+    done = 0
+
+    def stop(cell: cells.Cell) -> None:
+        nonlocal done
+        done += 1
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(plan, tmp_path / "parts", threads=1, ended=stop)
+    before = contents(tmp_path / "parts")
+    assert 2 <= len(before) < 4
+    assert run_plan(plan, tmp_path / "parts", threads=1) == len(before)
+    assert contents(tmp_path / "parts") == whole
+    # All there: nothing is trained.
+    monkeypatch.setattr(cells, "fit", None)
+    assert run_plan(plan, tmp_path / "parts", threads=1) == 4
+
+
+def test_a_cell_of_other_settings_is_made_anew(
+    tmp_path: Path, world: tuple[Dataset, np.ndarray], caplog: pytest.LogCaptureFixture
+) -> None:
+    run_plan(small_plan(world, forms=["none"]), tmp_path, threads=1)
+    before = contents(tmp_path)
+    other = small_plan(world, forms=["none"], settings=Settings(batch=128, epochs=1))
+    assert run_plan(other, tmp_path, threads=1) == 0
+    assert caplog.text.count("was made with other data or settings") == 2
+    assert all(x != before[name] for name, x in contents(tmp_path).items())
+
+
+def test_predictions_are_of_the_splits_impressions(
+    tmp_path: Path, world: tuple[Dataset, np.ndarray]
+) -> None:
+    d, _ = world
+    run_plan(small_plan(world, seeds=1, forms=["none"]), tmp_path, threads=1)
+    path = tmp_path / "cells" / "din-none-none-disjoint-0.parquet"
+    read = pq.read_table(path).to_pydict()
+    shown = [Impressions(d, s) for s in ("validation", "test")]
+    assert read["item"] == np.concatenate([x.item for x in shown]).tolist()
+    assert read["clicked"] == np.concatenate([x.clicked for x in shown]).tolist()
+    parts = read_predictions(path, ("test",))
+    assert parts["test"].tolist() == read["p"][len(shown[0]) :]
+    run_plan(small_plan(world, seeds=1, forms=["none"], ranges=("validation",)), tmp_path, threads=1)  # fmt: skip
+    assert set(pq.read_table(path)["range"].to_pylist()) == {"validation"}
+
+
+# ---- the whole command --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("style_decides", [True, False])
+def test_an_image_is_worth_what_it_decides(tmp_path: Path, style_decides: bool) -> None:
+    """Where style decides clicks it adds AUC, in each form, and where the item decides it adds nothing; random vectors never do."""
+    d, style = make_world(tmp_path / "d", style_decides=style_decides)
+    path = write(tmp_path / "style.parquet", d.item_ids.to_pylist(), style)
+    more = ["--models", "din", "--forms", "similarity", "vector", "--protocol", "shared", "--seeds", "1", "--epochs", "3"]  # fmt: skip
+    assert command(d, path, tmp_path / "out", *more) == 0
+    report = json.loads((tmp_path / "out" / "ctr.json").read_text())
+    (table,) = report["tables"]
+    assert report["alarms"] == []
+    none, *rows = table["rows"]
+    assert none["form"] == "none" and len(rows) == 4
+    for row in rows:
+        gain = row["difference"]["auc"]
+        if style_decides and row["embedding"] == "style":
+            assert gain["low"] > 0.05, row["form"]
+        else:
+            assert gain["low"] < 0 < gain["high"] < 0.06, row
+    for one in table["against"]:  # in the same form: sight, not capacity
+        assert (one["embedding"], one["other"]) == ("style", "random")
+        assert (one["auc"]["low"] > 0.05) == style_decides, one
+    text = (tmp_path / "out" / "ctr.md").read_text()
+    assert text.count("minus none |") >= 3
+    assert f"| similarity | style | {rows[0]['auc']['value']:.4f}" in text
+
+
+def test_an_input_that_knows_the_answer_is_an_alarm(
+    tmp_path: Path, world: tuple[Dataset, np.ndarray], capsys: pytest.CaptureFixture
+) -> None:
+    d, style = world
+    path = write(tmp_path / "style.parquet", d.item_ids.to_pylist(), style)
+    more = ["--models", "din", "--forms", "none", "--seeds", "1", "--epochs", "1", "--no-control"]
+    assert command(d, path, tmp_path / "out", *more) == 0
+    assert "an input knows the answer" not in capsys.readouterr().out
+    cell = tmp_path / "out" / "cells" / "din-none-none-disjoint-0.parquet"
+    read = pq.read_table(cell)
+    told = np.where(read["clicked"].to_numpy(), 0.9, 0.1).astype(np.float32)
+    pq.write_table(read.set_column(read.column_names.index("p"), "p", pa.array(told)), cell)
+    assert command(d, path, tmp_path / "out", *more) == 0  # the table is made from the cells
+    assert "AUC 1.0000 is above 0.99: an input knows the answer" in capsys.readouterr().out.replace("\n", " ")  # fmt: skip
+
+
+def test_other_dimensions_than_the_last_run_are_an_error(
+    tmp_path: Path, world: tuple[Dataset, np.ndarray], capsys: pytest.CaptureFixture
+) -> None:
+    d, style = world
+    ids, more = d.item_ids.to_pylist(), ["--models", "din", "--forms", "none", "--seeds", "1", "--epochs", "1"]  # fmt: skip
+    assert command(d, write(tmp_path / "e.parquet", ids, style), tmp_path / "out", *more) == 0
+    path = write(tmp_path / "e.parquet", ids, np.tile(style, (1, 2)))
+    capsys.readouterr()
+    assert command(d, path, tmp_path / "out", *more) == 2
+    assert "expected 8 dimensions of 'e', as in the last run into" in capsys.readouterr().err
+
+
+def test_items_without_an_embedding_are_allowed_when_asked(
+    tmp_path: Path, world: tuple[Dataset, np.ndarray]
+) -> None:
+    d, style = world
+    path = write(tmp_path / "e.parquet", d.item_ids.to_pylist()[10:], style[10:])
+    more = ["--models", "dcnv2", "--forms", "all", "--seeds", "1", "--epochs", "1", "--allow-missing", "--split", "validation", "--export", str(tmp_path / "x")]  # fmt: skip
+    assert command(d, path, tmp_path / "out", *more) == 0
+    report = json.loads((tmp_path / "out" / "ctr.json").read_text())
+    assert [r["form"] for r in report["tables"][0]["rows"]] == ["none", "all", "all"]
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["README.md", "items.parquet", "test.parquet", "train.parquet", "validation.parquet"]  # fmt: skip
+
+
+# ---- slices -------------------------------------------------------------------------------------------------------
+
+
+def test_slices_divide_the_impressions(world: tuple[Dataset, np.ndarray]) -> None:
+    d, _ = world
+    x = Impressions(d, "test")
+    total: dict[str, int] = {}
+    for kind, name, mask in slices(x):
+        total[kind] = total.get(kind, 0) + int(mask.sum())
+        if kind == "category":
+            assert {d.categories[int(i)].as_py() for i in x.item[mask]} == {name}
+        values = d.item_clicks[x.item] if kind == "clicks in training" else x.history_length
+        if kind != "category":
+            low, high = (name.rstrip("+").split("-") * 2)[:2]
+            assert values[mask].min() >= int(low)
+            assert name.endswith("+") or values[mask].max() <= int(high)
+    assert total == dict.fromkeys(("clicks in training", "history", "category"), len(x))
+
+
+def test_platt_finds_the_distortion() -> None:
+    rng = np.random.default_rng(0)
+    logit = rng.normal(size=200_000) - 1
+    clicked = rng.random(len(logit)) < 1 / (1 + np.exp(-logit))
+    distorted = 1 / (1 + np.exp(-(2 * logit + 1)))
+    slope, intercept = platt(distorted, clicked)
+    assert (slope, intercept) == (pytest.approx(0.5, abs=0.01), pytest.approx(-0.5, abs=0.02))
+    again = recalibrated(distorted, slope, intercept)
+    assert again.mean() == pytest.approx(clicked.mean(), rel=1e-4)
+
+
+# ---- export -------------------------------------------------------------------------------------------------------
+
+
+def test_export_has_the_impressions_and_all_forms(
+    tmp_path: Path, world: tuple[Dataset, np.ndarray]
+) -> None:
+    d, style = world
+    protocol = make_protocol(d)
+    export(d, protocol, {"style": style}, tmp_path, history=5, rows=300)
+    for name in ("train", "validation", "test"):
+        x = Impressions(d, getattr(protocol, name), history=5)
+        read = pq.read_table(tmp_path / f"{name}.parquet")
+        ids = np.array(d.item_ids.to_pylist())
+        assert read["item_id"].to_pylist() == ids[x.item].tolist()
+        assert read["clicked"].to_pylist() == x.clicked.tolist()
+        for row in (0, len(x) // 2, len(x) - 1):
+            page = x.page[row] - x.pages.start
+            history = d.event_item[x.history_start[page] : x.history_end[page]]
+            assert read["history"][row].as_py() == ids[history].tolist()
+        found = np.stack([read[f"style_similarity_{c}"] for c in features.SIMILARITY], 1)
+        np.testing.assert_allclose(found, features.similarity_features(style, x), atol=1e-6)
+        np.testing.assert_array_equal(read["popularity"], x.popularity()[:, 0])
+    items = pq.read_table(tmp_path / "items.parquet")
+    known = protocol.known_items(d)
+    vectors = np.stack(items["style_vector"].to_numpy())
+    np.testing.assert_array_equal(vectors, features.vector_features(style, known))
+    clusters = features.cluster_features(style, known)
+    np.testing.assert_array_equal(items["style_cluster_256"], clusters[:, 0])
+    text = (tmp_path / "README.md").read_text()
+    for table in (read, items):
+        for column in table.column_names:
+            generic = column.replace("style_similarity_", "style_similarity_*|").split("|")[0]
+            generic = "_".join([*generic.split("_")[:-1], "*"]) if "cluster_" in generic else generic  # fmt: skip
+            assert f"| {generic} |" in text, column
+
+
+def test_the_control_knows_nothing_and_is_always_the_same() -> None:
+    rows = features.random_vectors(500, 16)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(rows, features.random_vectors(500, 16))
+    assert abs((rows @ rows.T)[~np.eye(500, dtype=bool)].mean()) < 0.01
