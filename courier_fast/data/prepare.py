@@ -82,6 +82,10 @@ class PageSpools:
         self._item.append(items)
         self._clicked.append(clicked)
 
+    @property
+    def dropped(self) -> dict[str, int]:
+        return {FATES[f]: n for f, n in sorted(self.fates.items()) if f != KEPT and n}
+
     def columns(self) -> dict[str, Array]:
         """pages.arrow, mapped."""
         return {name: spool.array() for name, spool in self._columns.items()}
@@ -263,38 +267,16 @@ def _write(
         pages = pages_of_events(sorted_, items, scratch, options)
 
     columns, shown = pages.columns(), pages.items()
-    times = columns["time"]
-    dropped = {FATES[f]: n for f, n in sorted(pages.fates.items()) if f != KEPT and n}
-    if not len(times):
-        raise ValueError(f"pages: expected at least one, got none; dropped: {dropped}")
-    bounds = [0, *split_bounds(times, options)]
-    splits = {name: bounds[i : i + 2] for i, name in enumerate(SPLITS)}
-    if not bounds[1]:
-        raise ValueError(
-            f"splits: expected pages to train on, got none before {_iso(times[0])}: all {len(times)} pages are in validation or test"
-        )
-    for name, (start, end) in splits.items():
-        if start == end:
-            log.warning("%s: no page, the times are too coarse or the share is 0", name)
+    splits = _splits(columns["time"], pages.dropped, options)
     log.info("writing")
-    clicks = np.zeros(len(items.table), np.int64)
-    lengths = np.zeros(options.max_history + 1, np.int64)
-    train_end = int(columns["pv_end"][bounds[1] - 1])
-    for start in range(0, train_end, on_disk.BUCKET):
-        part = slice(start, min(start + on_disk.BUCKET, train_end))
-        clicked = shown["item"][part][shown["clicked"][part] == 1]
-        clicks += np.bincount(clicked, minlength=len(clicks))
-    for start in range(0, len(times), on_disk.BUCKET):
-        part = slice(start, start + on_disk.BUCKET)
-        length = columns["history_end"][part] - columns["history_start"][part]
-        lengths += np.bincount(length, minlength=len(lengths))
+    train_end = int(columns["pv_end"][splits["train"][1] - 1])
     write_table(folder / "users.arrow", {"user_id": _text(sorted_.user_ids)})
     write_table(
         folder / "items.arrow",
         {
             "item_id": _text(items.table["item_id"]),
             "category": _text(items.table["category"]),
-            "clicks": clicks,
+            "clicks": _clicks(shown, train_end, len(items.table)),
             "first_seen": sorted_.first_seen,
             "last_seen": sorted_.last_seen,
         },
@@ -304,31 +286,21 @@ def _write(
     write_table(folder / "pages.arrow", columns)
     write_table(folder / "page_items.arrow", shown)
 
+    times = columns["time"]
     report: dict[str, Any] = {
         **_counts(raw),
         "users": len(sorted_.user_ids),
         "items": len(items.table),
-        "images": None
-        if images is None
-        else {
-            "usable": len(items.table),
-            "missing": items.missing,
-            "undecodable": items.undecodable,
-        },
+        "images": None if images is None else {"usable": len(items.table), "missing": items.missing, "undecodable": items.undecodable},
         "pages": {
-            "candidates": sum(pages.fates.values()),
-            "kept": len(times),
-            "dropped": dropped,
-            "items": len(shown["item"]),
-            "median_history": int(np.searchsorted(np.cumsum(lengths), (len(times) + 1) // 2)),
+            "candidates": sum(pages.fates.values()), "kept": len(times), "dropped": pages.dropped, "items": len(shown["item"]),
+            "median_history": _median_history(columns, options.max_history),
         },
         "splits": {
-            name: {"pages": b - a, "from": _iso(times[a]), "to": _iso(times[b - 1])}
-            if b > a
-            else {"pages": 0}
+            name: {"pages": b - a, "from": _iso(times[a]), "to": _iso(times[b - 1])} if b > a else {"pages": 0}
             for name, (a, b) in splits.items()
         },
-    }
+    }  # fmt: skip
     report["events"]["kept"] = len(events.item)
     about = {
         "format": FORMAT,
@@ -337,10 +309,7 @@ def _write(
         "options": asdict(options),
         "splits": splits,
         "counts": {
-            "users": report["users"],
-            "items": report["items"],
-            "events": report["events"]["kept"],
-            "pages": len(times),
+            "users": report["users"], "items": report["items"], "events": report["events"]["kept"], "pages": len(times),
             "page_items": len(shown["item"]),
         },
         "courier_fast": __version__,
@@ -348,6 +317,40 @@ def _write(
     (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     (folder / "dataset.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     return report
+
+
+def _splits(times: Array, dropped: dict[str, int], options: PrepareOptions) -> dict[str, list[int]]:
+    """First page and end of each split."""
+    if not len(times):
+        raise ValueError(f"pages: expected at least one, got none; dropped: {dropped}")
+    bounds = [0, *split_bounds(times, options)]
+    if not bounds[1]:
+        raise ValueError(
+            f"splits: expected pages to train on, got none before {_iso(times[0])}: all {len(times)} pages are in validation or test"
+        )
+    splits = {name: bounds[i : i + 2] for i, name in enumerate(SPLITS)}
+    for name, (start, end) in splits.items():
+        if start == end:
+            log.warning("%s: no page, the times are too coarse or the share is 0", name)
+    return splits
+
+
+def _clicks(shown: dict[str, Array], end: int, items: int) -> Array:
+    """[items] clicks among the first `end` rows, a part at a time: the columns are on the disk."""
+    clicks = np.zeros(items, np.int64)
+    for start in range(0, end, on_disk.BUCKET):
+        part = slice(start, min(start + on_disk.BUCKET, end))
+        clicks += np.bincount(shown["item"][part][shown["clicked"][part] == 1], minlength=items)
+    return clicks
+
+
+def _median_history(columns: dict[str, Array], longest: int) -> int:
+    lengths, pages = np.zeros(longest + 1, np.int64), len(columns["time"])
+    for start in range(0, pages, on_disk.BUCKET):
+        part = slice(start, start + on_disk.BUCKET)
+        length = columns["history_end"][part] - columns["history_start"][part]
+        lengths += np.bincount(length, minlength=len(lengths))
+    return int(np.searchsorted(np.cumsum(lengths), (pages + 1) // 2))
 
 
 def _counts(raw: Raw) -> dict[str, Any]:

@@ -345,25 +345,38 @@ def embed_source(
     columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
     display = Progress(*columns, disable=not bar)
     task = display.add_task("images", total=len(rows), completed=done)
-    display.start()
+    parts = encode(encoder, source, rows[done:], batch=batch, device=device, dtype=dtype)
     try:
-        for part, found, bad in encode(
-            encoder, source, rows[done:], batch=batch, device=device, dtype=dtype
-        ):
-            table[part] = found
-            damaged.update(part[bad].tolist())
-            done += len(part)
-            display.update(task, completed=done)
-            if time.monotonic() - saved >= save_seconds:
-                save()
-                saved = time.monotonic()
+        with display:
+            for part, found, bad in parts:
+                table[part] = found
+                damaged.update(part[bad].tolist())
+                done += len(part)
+                display.update(task, completed=done)
+                if time.monotonic() - saved >= save_seconds:
+                    save()
+                    saved = time.monotonic()
     finally:
-        display.stop()
         save()
-    names = source.ids
+    report = _finish(out, partial, source, table, sorted(damaged), resumed, began)
+    remove(progress)
+    return report
+
+
+def _finish(
+    out: Path,
+    partial: Path,
+    source: Source,
+    table: np.memmap,
+    damaged: list[int],
+    resumed: int,
+    began: float,
+) -> EmbedReport:
+    """The complete table as the file asked for, and the JSON file beside it."""
+    names, (size, dim) = source.ids, table.shape
     report = EmbedReport(
-        out, size, dim, [str(names[i]) for i in np.flatnonzero(~source.present).tolist()],
-        [str(names[i]) for i in sorted(damaged)], resumed, time.monotonic() - began,
+        out, size, dim, [str(names[i]) for i in np.flatnonzero(~source.present).tolist()], [str(names[i]) for i in damaged], resumed,
+        time.monotonic() - began,
     )  # fmt: skip
     beside = {"rows": size, "dim": dim, "missing": report.missing, "damaged": report.damaged}
     if out.suffix == ".npy":
@@ -379,7 +392,6 @@ def embed_source(
         sync(partial)
         os.replace(partial, out)
         sync(out.parent)
-    remove(progress)
     return report
 
 
