@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import html
 import io
 import json
 from pathlib import Path
@@ -14,7 +15,14 @@ import pytest
 from PIL import Image
 
 from courier_fast.quickstart import catalogue, command
-from courier_fast.quickstart.users import Behaviour, item_codes, liking, simulate, user_tastes
+from courier_fast.quickstart.users import (
+    Behaviour,
+    click_probability,
+    item_codes,
+    liking,
+    simulate,
+    user_tastes,
+)
 from courier_fast.report.text import headline
 
 # ---- catalogue ----------------------------------------------------------------------------------------------------
@@ -195,4 +203,24 @@ def test_short_quickstart_runs_to_the_report(
     assert command.run(parser.parse_args(arguments)) == 0
     found = json.loads((out / "results.json").read_text())
     assert headline(found, "page", "HR@1") in (out / "report.html").read_text()
-    assert "report.html" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "report.html" in printed
+    assert "left out: " not in printed
+    found = json.loads((out / "ctr" / "ctr.json").read_text())
+    assert found["summary"] in html.unescape((out / "report.html").read_text())
+    best = max(r["auc"]["value"] for r in found["tables"][0]["rows"])
+    assert best < found["attainable"] < 1
+
+
+def test_click_probability_is_what_shoppers_do() -> None:
+    """Counted over many pages of the same liking; a perfect model's mean is the rate of clicks."""
+    like = np.tile([[0.0, 1.0, 0.2, 3.3, 3.3, 0.5]], (40_000, 1))
+    behaviour = Behaviour(sharpness=1.3, noise=0.2, again=0.3, none=0.25)
+    p = click_probability(like[:1], behaviour)[0]
+    assert p.sum() == pytest.approx(1 + 0.3 / 0.75)
+    rng = np.random.default_rng(0)
+    careless = rng.random(len(like)) < behaviour.noise
+    score = np.where(careless[:, None], 0, behaviour.sharpness * like) + rng.gumbel(size=like.shape)
+    clicks = np.where(rng.random(len(like)) < 0.3 / 0.75, 2, 1)
+    clicked = np.argsort(np.argsort(-score, 1), 1) < clicks[:, None]
+    np.testing.assert_allclose(clicked.mean(0), p, atol=4 * 0.5 / len(like) ** 0.5)

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..files import remove, write_atomically
 from .catalogue import draw_catalogue
-from .users import Behaviour, simulate
+from .users import Behaviour, click_probability, simulate
 
 if TYPE_CHECKING:
     from ..data.dataset import Dataset
@@ -84,7 +84,9 @@ def draw(out: Path, q: Quickstart, console: Console) -> None:
     with bar:
         task = bar.add_task("", total=q.items)
         catalogue = draw_catalogue(out / "images", q.items, q.seed, lambda: bar.advance(task))
-    views, _ = simulate(catalogue, q.users, q.seed, q.behaviour)
+    views, like = simulate(catalogue, q.users, q.seed, q.behaviour)
+    truth = click_probability(like.reshape(-1, q.behaviour.shown), q.behaviour).ravel()
+    np.save(out / "truth.npy", truth)
     pq.write_table(catalogue, out / "items.parquet")
     pq.write_table(views, out / "views.parquet")
 
@@ -218,6 +220,7 @@ def quickstart(out: Path, q: Quickstart, console: Console | None = None) -> Path
     """
     from ..report.page import About, write_report
     from ..report.text import headline, margins
+    from .ctr import compare_ctr
 
     console = console or Console()
     if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
@@ -236,6 +239,10 @@ def quickstart(out: Path, q: Quickstart, console: Console | None = None) -> Path
         embeddings = embed(out, dataset)
     with stages("Evaluate", f"{len(dataset.split('test')):,} held-out pages"):
         results = evaluate(out, dataset, embeddings, q)
+    with stages("CTR", "a click model with and without the embedding"):
+        ctr = compare_ctr(out, dataset, embeddings, q.history)
+        if isinstance(ctr, str):
+            console.print(f"      left out: {ctr}", highlight=False)
     path = out / "report.html"
     settings = {
         "Catalogue": f"{q.items:,} items drawn, seed {q.seed}",
@@ -245,12 +252,14 @@ def quickstart(out: Path, q: Quickstart, console: Console | None = None) -> Path
     }
     with stages("Report", "pictures, curves and numbers in one file"):
         about = About(
-            dataset, out / "run", embeddings, seconds=stages.seconds, settings=settings, lead=LEAD
-        )
+            dataset, out / "run", embeddings, None if isinstance(ctr, str) else out / "ctr", seconds=stages.seconds, settings=settings, lead=LEAD,
+        )  # fmt: skip
         write_report(path, about, results, history=q.history, seed=q.seed)
     console.print(f"\n[bold]{headline(results, 'page', 'HR@1')}[/bold]")
     for margin in margins(results, "page", "HR@1"):
         console.print(f"  minus {margin['name'].lower()}: {margin['text']} points", highlight=False)  # fmt: skip
+    if not isinstance(ctr, str):
+        console.print(ctr["summary"], highlight=False)
     console.print(f"\n{sum(stages.seconds.values()):.0f} s in all. Open {path}", soft_wrap=True)
     return path
 

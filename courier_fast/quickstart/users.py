@@ -71,6 +71,23 @@ def liking(tastes: Array, items: Array) -> Array:
     return value.max(-1)
 
 
+def click_probability(like: Array, behaviour: Behaviour) -> Array:
+    """P(clicked) of each item of pages with liking [pages, shown], pages without a click left out: what a perfect model would say.
+
+    With p = softmax(sharpness * liking): one click, or with a second one, drawn from the others, p_i + sum_{j != i} p_j p_i / (1 - p_j).
+    """
+    b = behaviour
+
+    def clicked(scores: Array) -> Array:
+        p = np.exp(scores - scores.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        odds = p / np.maximum(1 - p, 1e-300)
+        second = p * (odds.sum(1, keepdims=True) - odds)
+        return p + b.again / (1 - b.none) * second
+
+    return (1 - b.noise) * clicked(b.sharpness * like) + b.noise * clicked(np.zeros(like.shape))
+
+
 def simulate(
     catalogue: pa.Table, users: int, seed: int = 0, behaviour: Behaviour | None = None
 ) -> tuple[pa.Table, Array]:

@@ -206,4 +206,5 @@ def ctr_tables(folder: Path) -> dict[str, Any]:
         for kind in dict.fromkeys(s["kind"] for s in table["slices"]):
             head, rows = slice_cells(kind, [s for s in table["slices"] if s["kind"] == kind])
             tables.append({"title": f"{name}, by {kind}", "note": "", "head": head, "rows": rows})
-    return {"notes": [note.strip("*") for note in notes_of(report)], "tables": tables}
+    notes = [report["summary"]] if "summary" in report else []
+    return {"notes": [*notes, *(note.strip("*") for note in notes_of(report))], "tables": tables}

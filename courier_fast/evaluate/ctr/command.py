@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as bar:
         bars = _Bars(bar, total)
-        found = run_plan(plan, args.out, threads=args.threads or os.cpu_count() or 1, began=bars.began, ended=bars.ended)  # fmt: skip
+        found = run_plan(plan, args.out, threads=args.threads or len(os.sched_getaffinity(0)), began=bars.began, ended=bars.ended)  # fmt: skip
     if found:
         log.info("%d of %d cells were there already", found, total)
     report = make_report(plan, args.out, args.split)

@@ -163,7 +163,7 @@ def make_protocol(dataset: Dataset, name: str = "disjoint", encoder_share: float
 
 
 def _date(seconds: int) -> str:
-    return str(np.datetime64(int(seconds), "s"))
+    return str(np.datetime64(int(seconds), "s")).replace("T", " ").removesuffix(" 00:00:00")
 
 
 def check_dataset(dataset: Dataset) -> None:
