@@ -312,6 +312,24 @@ def test_anchor_weights_are_a_power_of_the_items_clicks(
     assert len(set(weights[anchors].tolist())) > 2, "equal weights would not tell"
 
 
+def test_a_loss_of_weight_0_is_left_out(dataset: Dataset, features: Path, tmp_path: Path) -> None:
+    weights = {"both": (2.0, 0.5), "rec": (1.0, 0.0), "seq": (0.0, 1.0)}
+    found = {}
+    for name, (rec, seq) in weights.items():
+        trainer = Trainer(
+            settings(
+                dataset, tmp_path / name, data__features=features, loss__reconstruction_weight=rec, loss__sequence_weight=seq,
+            )
+        )  # fmt: skip
+        found[name] = trainer.backward(trainer.loader.load(0, 0), stats=True)
+    assert found["both"].loss.item() == pytest.approx(
+        2 * found["rec"].loss.item() + 0.5 * found["seq"].loss.item()
+    )
+    assert found["rec"].seq == 0
+    assert found["seq"].rec == 0
+    assert found["seq"].stats is None
+
+
 def test_temperature_of_each_loss_is_learned_or_fixed(
     dataset: Dataset, features: Path, tmp_path: Path
 ) -> None:

@@ -78,6 +78,8 @@ def test_attention_of_the_settings(
         ({"attention": "own"}, "loss.attention: "),
         ({"attention": "mean", "heads": 2}, "no heads with attention mean, which asks nothing, got 2"),
         ({"attention": "mean", "projections": "query_key"}, "no projections with attention mean, which asks nothing, got query_key"),
+        ({"reconstruction_weight": 0, "sequence_weight": 0}, "reconstruction_weight or sequence_weight above 0, got neither"),
+        ({"reconstruction_weight": 0, "memory": 9}, "memory: expected a reconstruction_weight above 0 with it, got 0 and 9 rows"),
         ({"heads": 3}, "loss.heads: expected a divisor of model.dim 256, got 3"),
     ],
     ids=str,

@@ -145,7 +145,12 @@ class LossConfig(Section):
     log_q: bool = Field(
         False, description="sampling-bias correction by how often items are candidates in training"
     )
-    sequence_weight: float = Field(1.0, ge=0, description="weight of the click-sequence loss")
+    reconstruction_weight: float = Field(
+        1.0, ge=0, description="weight of the reconstruction loss; 0: without"
+    )
+    sequence_weight: float = Field(
+        1.0, ge=0, description="weight of the click-sequence loss; 0: without"
+    )
     sequence_temperature: float = Field(0.2, gt=0)
     sequence_learnable_temperature: bool = False
     impl: Literal["auto", "reference", "triton", "cpu", "xformers"] = "auto"
@@ -181,6 +186,19 @@ class LossConfig(Section):
     def memory_within_reach(self) -> LossConfig:
         if self.memory and self.negatives == "page":
             raise ValueError("expected negatives batch or other_pages with a memory, got page")
+        return self
+
+    @model_validator(mode="after")
+    def one_loss(self) -> LossConfig:
+        if not self.reconstruction_weight:
+            if not self.sequence_weight:
+                raise ValueError(
+                    "expected reconstruction_weight or sequence_weight above 0, got neither"
+                )
+            if self.memory:
+                raise ValueError(
+                    f"memory: expected a reconstruction_weight above 0 with it, got 0 and {self.memory} rows"
+                )
         return self
 
     @property

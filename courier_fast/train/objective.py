@@ -39,7 +39,7 @@ class _Projection(nn.Module):
 
 
 class Objective(nn.Module):
-    """L_rec + weight * L_seq of a batch, from its unique embeddings.
+    """The weighted sum of L_rec and L_seq of a batch, from its unique embeddings; a loss of weight 0 is not computed.
 
     Each process sums its own anchors and divides by the anchors of all, so the sum of the processes' gradients is that of the mean over all
     anchors, however unequal the shards. Candidates are the items of all processes, or with `candidates` "process" those of its batch, and
@@ -69,11 +69,8 @@ class Objective(nn.Module):
         self.group = None if c.candidates == "process" else group
         self.exchange = c.exchange
         reduction = "sum" if self.group is None else "mean"
-        self.weight, self.unit, self.history_negatives = (
-            c.sequence_weight,
-            c.unit,
-            c.history_negatives,
-        )
+        self.rec_weight, self.seq_weight = c.reconstruction_weight, c.sequence_weight
+        self.unit, self.history_negatives = c.unit, c.history_negatives
         self.rec = ReconstructionLoss(
             c.temperature, c.learnable_temperature, c.min_temperature, **c.reconstruction,
             negatives=c.negatives, direction=c.direction, reduction=reduction, impl=c.impl,
@@ -161,19 +158,20 @@ class Objective(nn.Module):
         """With `recall` the memory's rows are candidates, too. With other processes every one of them calls it, also without pages."""
         table = self._table(embeddings, batch)
         shared, recalled = self._reach(batch, table.dtype, recall)
-        candidates = self._candidates(batch)
-        rec = self.rec(
-            history=batch.history_index,
-            embeddings=table,
-            return_stats=stats,
-            **candidates,
-            **self._projected(table, candidates["pv"], batch.history_index),
-            **(shared | recalled),
-        )
-        rec, found = rec if stats else (rec, None)
-        rec = self._share(rec, anchors)
-        seq = rec.new_zeros(())
-        if self.weight:
+        found, rec, seq = None, table.new_zeros(()), table.new_zeros(())
+        if self.rec_weight:
+            candidates = self._candidates(batch)
+            rec = self.rec(
+                history=batch.history_index,
+                embeddings=table,
+                return_stats=stats,
+                **candidates,
+                **self._projected(table, candidates["pv"], batch.history_index),
+                **(shared | recalled),
+            )
+            rec, found = rec if stats else (rec, None)
+            rec = self._share(rec, anchors)
+        if self.seq_weight:
             seq = self.seq(
                 batch.history_index,
                 history_offsets=batch.history_offsets,
@@ -181,7 +179,8 @@ class Objective(nn.Module):
                 **shared,
             )
             seq = self._share(seq, sequence_anchors)
-        return StepResult(rec + self.weight * seq, rec, seq, embeddings.detach(), found)
+        loss = self.rec_weight * rec + self.seq_weight * seq
+        return StepResult(loss, rec, seq, embeddings.detach(), found)
 
     @torch.no_grad()
     def remember(self, embeddings: Tensor, batch: Batch) -> None:
