@@ -58,10 +58,9 @@ def test_every_combination_is_a_row_with_the_numbers_of_compare(
     for key in set(keys):
         means = []
         for seed in (0, 1):
-            (run,) = (out / "runs").glob(
-                f"temperature-{key[0]}_sequence_weight-{key[1]}_seed-{seed}_*"
-            )
-            method = Method("x", np.load(run / "embeddings.npy"))
+            name = f"temperature-{key[0]}_sequence_weight-{key[1]}_seed-{seed}_*.npy"
+            (table,) = (out / "embeddings").glob(name)
+            method = Method("x", np.load(table))
             found = compare(dataset, [method], split="validation", k=[10], bootstrap=2)
             means.append({s: v["methods"]["x"] for s, v in found["sets"].items()})
         for row in (r for r, k in zip(rows, keys, strict=True) if k == key):

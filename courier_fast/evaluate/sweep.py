@@ -1,6 +1,7 @@
 """`courier-fast sweep`: a grid of training settings, each trained, embedded and evaluated; one table with intervals, and plots.
 
-A cell of the grid is a run in `runs/` and what its evaluation gave for each page in `cells/`: what is there is not done again.
+A cell of the grid is a run in `runs/`, its items' `embeddings/` and what its evaluation gave for each page in `cells/`: what is there is not
+done again.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ class Judge:
         return found
 
 
-def evaluate_cell(cell: Cell, judge: Judge, folder: Path, args: argparse.Namespace) -> Path:
+def evaluate_cell(cell: Cell, judge: Judge, out: Path, args: argparse.Namespace) -> Path:
     """Trains, embeds and evaluates a cell, what of it is not done; gives the file with its values by page.
 
     Raises RuntimeError if the training diverges, KeyboardInterrupt if a signal stopped it (the run can go on).
@@ -152,7 +153,7 @@ def evaluate_cell(cell: Cell, judge: Judge, folder: Path, args: argparse.Namespa
     from ..train.encoder import load_encoder
     from ..train.trainer import Trainer
 
-    path = folder / f"{cell.name}-{judge.key}.npz"
+    path = out / "cells" / f"{cell.name}-{judge.key}.npz"
     if path.is_file():
         return path
     trainer = Trainer(cell.config)
@@ -167,7 +168,8 @@ def evaluate_cell(cell: Cell, judge: Judge, folder: Path, args: argparse.Namespa
     source = run_source(encoder, run, judge.dataset, args)
     embeddings = encode_all(encoder, source, batch=args.batch, device=device, dtype=dtype)
     values = judge.values(embeddings, run)
-    write_atomically(run / "embeddings.npy", lambda p: _save(p, np.save, embeddings))
+    table = out / "embeddings" / f"{cell.name}.npy"
+    write_atomically(table, lambda p: _save(p, np.save, embeddings))
     write_atomically(path, lambda p: _save(p, lambda file, x: np.savez(file, **x), values))
     return path
 
@@ -307,8 +309,8 @@ def run(args: argparse.Namespace) -> int:
     judge = Judge(
         Dataset(first.data.dataset), args.split, args.candidates, args.count, args.k, args.history, args.score, seed=0,
     )  # fmt: skip
-    folder = args.out / "cells"
-    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("cells", "embeddings"):
+        (args.out / name).mkdir(parents=True, exist_ok=True)
     console = Console()
     done, failed = [], []
     total, number = len(combinations) * args.seeds, 0
@@ -318,7 +320,7 @@ def run(args: argparse.Namespace) -> int:
             number += 1
             console.print(f"[bold]{number} of {total}[/bold]  {cell.title}", highlight=False)
             try:
-                files.append(evaluate_cell(cell, judge, folder, args))
+                files.append(evaluate_cell(cell, judge, args.out, args))
             except RuntimeError as error:
                 failed.append(f"{cell.title}: {error}")
                 log.warning("%s", failed[-1])
