@@ -242,30 +242,30 @@ def _add_gains(first, clicked, page, discounts, state, out):  # type: ignore[no-
             run += 1
         g = page[i]
         if state[g, 3] != run:
-            _close_run(state[g], discounts, out[g])
+            _close_run(g, state, discounts, out)
             state[g, 3] = run
         state[g, 1] += 1
         state[g, 2] += clicked[i]
     for g in range(len(out)):
-        _close_run(state[g], discounts, out[g])
+        _close_run(g, state, discounts, out)
 
 
 @njit(cache=True, nogil=True)
-def _close_run(state, discounts, out):  # type: ignore[no-untyped-def]
-    above, tied, clicks = state[0], state[1], state[2]
+def _close_run(g, state, discounts, out):  # type: ignore[no-untyped-def]
+    above, tied, clicks = state[g, 0], state[g, 1], state[g, 2]
     k = len(discounts) - 1
     if clicks:
         gain = discounts[min(k, above + tied)] - discounts[min(k, above)]
-        out[0] += gain * clicks / tied
-        if out[1] == 0:
+        out[g, 0] += gain * clicks / tied
+        if out[g, 1] == 0:
             missed = 1.0  # probability of no click among the first t of the run
             for t in range(tied - clicks + 1):
-                out[1] += missed * clicks / (tied - t) / (above + t + 1)
+                out[g, 1] += missed * clicks / (tied - t) / (above + t + 1)
                 missed *= (tied - clicks - t) / (tied - t)
                 if above + t < k:
-                    out[2] = 1 - missed
-    state[0] += tied
-    state[1] = state[2] = 0
+                    out[g, 2] = 1 - missed
+    state[g, 0] += tied
+    state[g, 1] = state[g, 2] = 0
 
 
 @njit(cache=True, nogil=True)

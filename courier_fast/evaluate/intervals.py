@@ -192,7 +192,7 @@ class _Statistic:
     def se(self, influence: Array) -> float:
         if self.users < 2:
             return math.nan
-        return math.sqrt(self.users / (self.users - 1) * float(influence @ influence))
+        return math.sqrt(self.users / (self.users - 1) * float(np.square(influence).sum()))
 
     def estimate(self, name: str, z: float, base: _Statistic | None) -> Estimate:
         se = self.se(self.influence)
@@ -210,7 +210,7 @@ def _mean(value: Array, weight: Array, owner: Array | None = None, users: int = 
     total = weight.sum()
     if not total:
         return _Statistic(math.nan, np.full(users or len(value), math.nan), 0, 0, len(value))
-    mean = float(weight @ value / total)
+    mean = float((weight * value).sum() / total)  # no BLAS: the same bits with any threads
     influence = weight * (value - mean) / total
     kept = clusters = int(np.count_nonzero(weight))
     if owner is not None:
