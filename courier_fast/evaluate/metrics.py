@@ -1,6 +1,9 @@
-"""Exact rank statistics of the clicked item among its candidates, and bootstrap intervals over users.
+"""Metrics of predicted clicks, and ranks of a clicked item among its candidates. Nothing depends on the order of ties.
 
-Definitions. A target is one clicked item; its rank statistics are expectations over random orders of tied candidates, so a constant score gets
+Predictions of clicks, for impressions [n]: AUC, GAUC, logloss, calibration, and by page NDCG@k, MRR and HR@k; `compare` has all of
+them, with intervals. The metrics of pages are means over all orders of tied impressions.
+
+Ranks. A target is one clicked item; its rank statistics are expectations over random orders of tied candidates, so a constant score gets
 exactly what chance gets. A page's value is the mean over its targets, a result is the mean over pages, and an interval comes from drawing
 users, with all their pages, with replacement: pages of one user are not independent.
 """
@@ -13,7 +16,168 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .calibration import Bin, Calibration, Isotonic, Platt, calibration, fit_isotonic, fit_platt
+from .counts import (
+    BLOCK,
+    Sorted,
+    add_losses,
+    check_clicked,
+    check_predictions,
+    group_codes,
+    label_counts,
+    page_gains,
+    pairs_within,
+)
+from .intervals import (
+    Comparison,
+    Difference,
+    Estimate,
+    check_k,
+    compare,
+    group_auc,
+    holm,
+    relative_improvement,
+)
+
+__all__ = [
+    "Bin",
+    "Calibration",
+    "Comparison",
+    "Difference",
+    "Estimate",
+    "GroupMean",
+    "Isotonic",
+    "Platt",
+    "Ranks",
+    "auc",
+    "bootstrap_means",
+    "calibration",
+    "compare",
+    "count_ranks",
+    "fit_isotonic",
+    "fit_platt",
+    "gauc",
+    "group_mean",
+    "hit_rate",
+    "holm",
+    "interval",
+    "logloss",
+    "mrr",
+    "ndcg",
+    "normalised_entropy",
+    "page_values",
+    "relative_improvement",
+]
+
 Array = npt.NDArray
+
+
+# ---- predictions of clicks ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GroupMean:
+    """A mean over the `kept` groups; the `dropped` have no value."""
+
+    value: float
+    kept: int
+    dropped: int
+
+
+def auc(clicked: npt.ArrayLike, predictions: npt.ArrayLike) -> float:
+    """Probability that a clicked impression is predicted above one that was not, a tie counted one half.
+
+    Args:
+        clicked: [n] bool or 0 and 1, both of them.
+        predictions: [n] scores, higher for a likelier click.
+    """
+    y = check_clicked(clicked)
+    return gauc(y, predictions, np.zeros(len(y), np.int32)).value
+
+
+def gauc(
+    clicked: npt.ArrayLike,
+    predictions: npt.ArrayLike,
+    group: npt.ArrayLike,
+    weighting: str = "impressions",
+) -> GroupMean:
+    """sum_g w_g AUC_g / sum_g w_g over the groups (users or pages) with both labels; ValueError if there is none.
+
+    Args:
+        clicked: [n] bool or 0 and 1.
+        predictions: [n] scores.
+        group: [n] integers or strings, the user or the page of each.
+        weighting: w_g: "impressions" of the group (DIN's and FuxiCTR's), its "clicks", or "users": each group counts once.
+    """
+    y = check_clicked(clicked)
+    p = check_predictions(predictions, len(y))
+    code, groups = group_codes(group, len(y), "group")
+    by = Sorted.of(p)
+    pairs = pairs_within(by.first, by.take(y), by.take(code), groups)
+    value, weight = group_auc(pairs, label_counts(y, code, groups), weighting)
+    return _group_mean(value, weight, "both labels")
+
+
+def logloss(clicked: npt.ArrayLike, predictions: npt.ArrayLike) -> float:
+    """Mean of -log of the probability of the label, natural, of probabilities [n] clipped to [1e-7, 1 - 1e-7]."""
+    y = check_clicked(clicked, both=False)
+    p = check_predictions(predictions, len(y), probability=True)
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(y), BLOCK)]
+    one = np.zeros(min(len(y), BLOCK), np.int32)
+    return sum(float(add_losses(y[b], p[b], one[: len(y[b])], 1)[0]) for b in blocks) / len(y)
+
+
+def normalised_entropy(clicked: npt.ArrayLike, predictions: npt.ArrayLike) -> float:
+    """Logloss over that of the share of clicks as constant prediction: comparable across sets, 1 for knowing the share alone."""
+    y = check_clicked(clicked)
+    return logloss(y, predictions) / logloss(y, np.full(len(y), y.mean()))
+
+
+def ndcg(
+    clicked: npt.ArrayLike, predictions: npt.ArrayLike, page: npt.ArrayLike, k: int = 10
+) -> GroupMean:
+    """Mean over pages with a click of DCG@k / ideal DCG@k, DCG@k = sum of 1 / log2(1 + rank) over clicked impressions among the first k.
+
+    Args:
+        clicked: [n] bool or 0 and 1.
+        predictions: [n] scores.
+        page: [n] integers or strings.
+    """
+    return _page_mean(0, clicked, predictions, page, k)
+
+
+def mrr(clicked: npt.ArrayLike, predictions: npt.ArrayLike, page: npt.ArrayLike) -> GroupMean:
+    """Mean over pages with a click of 1 / rank of the first clicked impression; arguments as of `ndcg`."""
+    return _page_mean(1, clicked, predictions, page, 1)
+
+
+def hit_rate(
+    clicked: npt.ArrayLike, predictions: npt.ArrayLike, page: npt.ArrayLike, k: int = 10
+) -> GroupMean:
+    """HR@k: share of pages with a click that have one among the first k; arguments as of `ndcg`."""
+    return _page_mean(2, clicked, predictions, page, k)
+
+
+def _page_mean(
+    column: int, clicked: npt.ArrayLike, predictions: npt.ArrayLike, page: npt.ArrayLike, k: int
+) -> GroupMean:
+    check_k(k)
+    y = check_clicked(clicked, both=False)
+    p = check_predictions(predictions, len(y))
+    code, pages = group_codes(page, len(y), "page")
+    by, labels = Sorted.of(p), label_counts(y, code, pages)
+    value = page_gains(by.first, by.take(y), by.take(code), labels, k)[column]
+    return _group_mean(value, labels[:, 1] > 0, "a click")
+
+
+def _group_mean(value: Array, weight: Array, what: str) -> GroupMean:
+    kept = int(np.count_nonzero(weight))
+    if not kept:
+        raise ValueError(f"clicked: expected a group with {what}, got none in {len(value)} groups")
+    return GroupMean(float(np.average(value, weights=weight)), kept, len(value) - kept)
+
+
+# ---- ranks of a clicked item --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
