@@ -20,7 +20,7 @@ from courier_fast.evaluate.ctr import Impressions, cells, make_protocol
 from courier_fast.evaluate.ctr.cells import Plan, read_predictions, run_plan
 from courier_fast.evaluate.ctr.export import export
 from courier_fast.evaluate.ctr.fit import Settings
-from courier_fast.evaluate.ctr.slices import platt, recalibrated, slices
+from courier_fast.evaluate.ctr.slices import slices
 
 QUICK = Settings(batch=256, epochs=1, lr=3e-3)
 
@@ -268,17 +268,6 @@ def test_slices_divide_the_impressions(world: tuple[Dataset, np.ndarray]) -> Non
             assert values[mask].min() >= int(low)
             assert name.endswith("+") or values[mask].max() <= int(high)
     assert total == dict.fromkeys(("clicks in training", "history", "category"), len(x))
-
-
-def test_platt_finds_the_distortion() -> None:
-    rng = np.random.default_rng(0)
-    logit = rng.normal(size=200_000) - 1
-    clicked = rng.random(len(logit)) < 1 / (1 + np.exp(-logit))
-    distorted = 1 / (1 + np.exp(-(2 * logit + 1)))
-    slope, intercept = platt(distorted, clicked)
-    assert (slope, intercept) == (pytest.approx(0.5, abs=0.01), pytest.approx(-0.5, abs=0.02))
-    again = recalibrated(distorted, slope, intercept)
-    assert again.mean() == pytest.approx(clicked.mean(), rel=1e-4)
 
 
 # ---- export -------------------------------------------------------------------------------------------------------

@@ -18,10 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ...files import write_atomically
+from ..metrics import auc, calibration, fit_platt
 from .cells import NONE, RANDOM, Cell, Plan, read_predictions
 from .impressions import Impressions
-from .judge import by_page, calibrated, judge, plain_auc
-from .slices import platt, recalibrated, slices
+from .judge import calibrated, judge
+from .slices import slices
 
 log = logging.getLogger(__name__)
 
@@ -73,22 +74,20 @@ def _table(
         key: {r: np.mean([s[r] for s in of], 0) for r in plan.ranges} for key, of in seeds.items()
     }
     p = {_name(*key): of[split] for key, of in mean.items()}
-    judged = judge(shown.clicked, p, shown.user)
+    judged = judge(shown.clicked, p, shown.user, page=shown.page)
     tuned = Impressions(plan.dataset, "validation", history=plan.history).clicked
     made = plan.dataset.info.get("pages") == "made"
     rows = []
     for key in mine:
         here = mean[key]
-        curve = platt(here["validation"], tuned)
+        curve = fit_platt(tuned, here["validation"])
         rows.append(
             {
                 "form": key[0],
                 "embedding": key[1],
                 **judged[_name(*key)],
-                "auc_of_seeds": [plain_auc(shown.clicked, s[split]) for s in seeds[key]],
-                **by_page(shown.clicked, here[split], shown.page),
-                "calibration": calibrated(shown.clicked, here[split]),
-                "recalibrated": calibrated(shown.clicked, recalibrated(here[split], *curve)),
+                "auc_of_seeds": [auc(shown.clicked, s[split]) for s in seeds[key]],
+                "recalibrated": calibrated(calibration(shown.clicked, curve(here[split]))),
             }
         )
     users, clicks = len(np.unique(shown.user)), int(shown.clicked.sum())
@@ -204,10 +203,15 @@ def cells_of(row: dict[str, Any], made: bool) -> list[str]:
     def metric(name: str, digits: int = 4) -> list[str]:
         return [f"{row[name]['value']:.{digits}f}", _range(d[name], "+", digits) if d else ""]
 
-    auc, difference = metric("auc")
-    of_auc = [auc + spread, difference, f"{d['auc']['p']:.3f}" if d else "", f"{100 * row['relaimpr']:+.1f} %" if d else ""]  # fmt: skip
-    numbers = [row["ndcg@10"], row["mrr"], row["calibration"]["ece"], row["recalibrated"]["ece"]]
-    rate = "n/a" if made else f"{row['calibration']['ratio']:.3f}"
+    own, difference = metric("auc")
+    of_auc = [own + spread, difference, f"{d['auc']['p']:.3f}" if d else "", f"{100 * row['relaimpr']:+.1f} %" if d else ""]  # fmt: skip
+    numbers = [
+        row["ndcg@10"]["value"],
+        row["mrr"]["value"],
+        row["calibration"]["ece"],
+        row["recalibrated"]["ece"],
+    ]
+    rate = "n/a" if made else f"{row['calibration']['pcoc']:.3f}"
     return [row["form"], row["embedding"] if d else "", *of_auc, *metric("gauc"), *metric("logloss", 5), *(f"{x:.4f}" for x in numbers), rate]  # fmt: skip
 
 

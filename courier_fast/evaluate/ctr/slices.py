@@ -1,4 +1,4 @@
-"""Parts of the impressions that are looked at on their own, and recalibration."""
+"""Parts of the impressions that are looked at on their own."""
 
 from __future__ import annotations
 
@@ -35,28 +35,3 @@ def slices(shown: Impressions) -> Iterator[tuple[str, str, Array]]:
     rest = ~np.isin(of, largest)
     if rest.any():
         yield "category", "(the rest)", rest
-
-
-def platt(p: Array, clicked: Array, steps: int = 50) -> tuple[float, float]:
-    """Slope and intercept of the logistic regression of clicks on the logit of p, by Newton's method with a touch of ridge."""
-    x = np.stack([_logit(p), np.ones(len(p))], 1)
-    y, w = clicked.astype(np.float64), np.array([1.0, 0.0])
-    for _ in range(steps):
-        q = 1 / (1 + np.exp(-(x @ w)))
-        gradient = x.T @ (q - y) + 1e-6 * w
-        hessian = (x * (q * (1 - q))[:, None]).T @ x + 1e-6 * np.eye(2)
-        change = np.linalg.solve(hessian, gradient)
-        w = w - change
-        if np.abs(change).max() < 1e-10:
-            break
-    return float(w[0]), float(w[1])
-
-
-def recalibrated(p: Array, slope: float, intercept: float) -> Array:
-    """Probabilities after `platt`."""
-    return 1 / (1 + np.exp(-(slope * _logit(p) + intercept)))
-
-
-def _logit(p: Array) -> Array:
-    p = np.clip(p, 1e-7, 1 - 1e-7)
-    return np.log(p / (1 - p))
