@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from ..data.dataset import Dataset
 from ..evaluate.ctr.cells import NONE, RANDOM, Plan, run_plan
 from ..evaluate.ctr.impressions import Impressions, check_dataset, make_protocol
-from ..evaluate.ctr.judge import plain_auc
 from ..evaluate.ctr.report import make_report, write_report
 from ..evaluate.features import random_vectors
+from ..evaluate.metrics import auc
 
 Array = npt.NDArray
 
@@ -34,7 +34,7 @@ def compare_ctr(
     run_plan(plan, out / "ctr", threads=2)
     report = make_report(plan, out / "ctr")
     shown = Impressions(dataset, "test", history=history)
-    report["attainable"] = plain_auc(shown.clicked, truth_of(out, shown))
+    report["attainable"] = auc(shown.clicked, truth_of(out, shown))
     report["summary"] = sentence(report)
     write_report(report, out / "ctr")
     return report
