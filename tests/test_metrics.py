@@ -137,6 +137,8 @@ def test_page_metrics_by_libraries() -> None:
 
 
 def test_page_metrics_by_ranx() -> None:
+    """Where it is installed (`pip install ranx`): its compilation takes longer than all other tests here, and torchmetrics says the same."""
+    pytest.importorskip("ranx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its compiler's
         from ranx.metrics import hit_rate, ndcg, reciprocal_rank
