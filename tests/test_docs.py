@@ -192,9 +192,27 @@ def memory_of_earlier_batches(names: dict[str, Any]) -> Check:
     return check
 
 
+def predicted_clicks(names: dict[str, Any]) -> Check:
+    rng = np.random.default_rng(0)
+    p = rng.random((2, 400))
+    names |= {
+        "clicked": rng.random(400) < p[1],
+        "p0": p[0],
+        "p1": p[1],
+        "users": np.arange(400) // 20,
+        "pages": np.arange(400) // 5,
+    }
+
+    def check(names: dict[str, Any]) -> None:
+        assert names["gain"].low > 0
+
+    return check
+
+
 STAND_INS = {
     "README.md 0": loss_of_ones_own_training,
-    "docs/evaluation.md 0": features_of_impressions,
+    "docs/evaluation.md 0": predicted_clicks,
+    "docs/evaluation.md 1": features_of_impressions,
     "docs/hm-fashion.md 0": features_of_a_backbone,
     "docs/loss.md 0": loss_of_unique_items,
     "docs/loss.md 1": statistics,

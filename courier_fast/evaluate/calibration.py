@@ -158,7 +158,7 @@ def fit_platt(clicked: npt.ArrayLike, predictions: npt.ArrayLike, *, steps: int 
         z = at[0] * x + at[1]
         return float(np.mean(np.logaddexp(0, z) - target * z))
 
-    # From the constant: there and on the way down the second derivative is not flat, unless x is constant (then lstsq takes a part of it).
+    # From the best constant on; where x is constant the hessian is singular, and lstsq takes the shortest step.
     at = np.array([0.0, math.log(positives / (len(y) - positives))])
     before = loss(at)
     for _ in range(steps):

@@ -260,7 +260,7 @@ class _Design:
         if (owner[page] != user).any():
             row = int(np.argmax(owner[page] != user))
             raise ValueError(
-                f"page: expected pages of one user each, got one of several at row {row}"
+                f"page: expected pages of one user each, got one of several users at row {row}"
             )
         return cls(y, user, by_user, page, label_counts(y, page, pages), owner, k)
 
