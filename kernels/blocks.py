@@ -15,18 +15,17 @@ from courier_fast import blocks
 from . import candidate, configs, contrast
 from .candidate_pipeline import SLOTS, parts_of, tiles_of
 from .collect import collect_rows
-from .passes import lowered, run_chunks, run_contrast
+from .passes import forward_pass, lowered, run_chunks, run_contrast
 from .state import (
     MASKS,
     Pass,
+    Results,
     Rows,
     Transposed,
-    allows_fixed_shift,
     block_shape,
     cdiv,
-    needs_running_maximum,
-    sums_dtype,
-    temperature_argument,
+    scores,
+    temperature,
 )
 from .tl_common import LOG2E
 
@@ -40,24 +39,18 @@ class _Pass:
 
     def __init__(self, x: Side, y: Side, pairs: str, scoring: Scoring) -> None:
         unit = x.rows
-        self.device, self.dim, self.half = unit.device, unit.shape[1], unit.dtype == torch.float16
-        self.shape = block_shape(unit, "sequence" if pairs == "sequence" else "forward")
-        self.page_offsets = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.device, self.dim = unit.device, unit.shape[1]
+        self.shape = block_shape(unit, pairs == "sequence")
         self.x, self.y = self._rows(x), self._rows(y)
         if x.ids is None or y.ids is None:
             # Nothing is left out: ids of which no two are equal.
             self.x.ids, self.y.ids = torch.ones_like(self.x.list), torch.zeros_like(self.y.list)
-        tau, tau_is_tensor = temperature_argument(scoring)
-        self.options: dict[str, Any] = {
-            "mask": {"ids": MASKS["batch"], "other_pages": MASKS["other_pages"]}.get(pairs, contrast.MASK_SEQUENCE_IDS.value),
-            "tau": tau,
-            "tau_is_tensor": tau_is_tensor,
-        }  # fmt: skip
+        known = {"ids": MASKS["batch"], "other_pages": MASKS["other_pages"]}
+        mask = known.get(pairs, contrast.MASK_SEQUENCE_IDS.value)
+        offsets = torch.zeros(1, dtype=torch.int64, device=self.device)
         # log m is no more than a few times 1/tau; where rows are counted on the device, some columns are none.
         biased = y.count is not None or (y.bias is not None and not y.merged)
-        self.online = needs_running_maximum(scoring, unit.dtype, biased)
-        self.fixed = allows_fixed_shift(scoring, unit.dtype, biased)
-        self.workspace = scoring.workspace
+        self.scores = scores(scoring, mask, offsets, unit.dtype, biased)
 
     def _rows(self, side: Side) -> Rows:
         unit = side.rows
@@ -73,20 +66,19 @@ class _Pass:
         ids = every if side.ids is None else side.ids
         return Rows(unit.contiguous(), count, every, page, ids, bias, every)
 
-    def empty(self, tile: configs.Tile, rows: int, sums: torch.dtype, parts: bool) -> Pass:
+    def empty(self, tile: configs.Tile, rows: int, parts: bool) -> Pass:
         s, new = self.shape, torch.empty
-        flat = s.flat(rows, tile, self.device)
+        flat = s.flat(rows, tile)
         one = new(flat if parts else 1, dtype=torch.float32, device=self.device)
-        acc = new(flat, s.stride, dtype=sums, device=self.device)
-        slots = s.slots(rows, tile, self.device)
-        return Pass(acc, one, torch.empty_like(one), one, slots, tile)
+        acc = new(flat, s.stride, dtype=s.sums, device=self.device)
+        return Pass(acc, one, torch.empty_like(one), one, s.slots(rows, tile), tile)
 
     def collect(self, out: Pass, x: Rows, y: Rows, lse: Tensor | None) -> Tensor:
         s, n = self.shape, x.unit.shape[0]
         found = torch.zeros(n, self.dim, dtype=torch.float32, device=self.device)
         collect_rows[(cdiv(n, s.small.block_m),)](
             out.acc, out.top, lse if lse is not None else out.top, x.count, y.count, found, out.slots,
-            s.programs(out.tile, self.device),
+            s.programs(out.tile),
             D=self.dim,
             STRIDE=s.stride,
             SUM=lse is None,
@@ -105,31 +97,9 @@ def forward(x: Side, y: Side, pairs: str, scoring: Scoring, bar: Tensor | None) 
     if not len(y) or not len(x):
         return blocks.no_columns(x, bar)
     run = _Pass(x, y, pairs, scoring)
-    s, rows = run.shape, len(x)
-    out = run.empty(s.tile, rows, sums_dtype(x.rows.dtype), True)
-    lse = torch.full((rows,), -torch.inf, dtype=torch.float32, device=run.device)
-    options = run.options | {"y_offset": run.y.bias, "online": run.online}
-
-    def finish(first_row: int, number: int) -> None:
-        contrast.finish_rows[(cdiv(number, 256),)](
-            out.top, out.total, out.above, run.x.count, run.y.count, lse, run.x.list, lse, lse, lse, lse, lse, lse,
-            out.above, out.slots, s.programs(out.tile, run.device), first_row, first_row + number, options["tau"],
-            TAU_IS_TENSOR=options["tau_is_tensor"],
-            HAS_LOG_Q=False,
-            HAS_POSITIVE=False,
-            STATS=False,
-            STREAM=s.stream,
-            BLOCK_M=out.tile.block_m,
-            BLOCK_N=out.tile.block_n,
-            BLOCK=256,
-        )  # fmt: skip
-
-    if s.chunked:
-        run_chunks(s, run.x, run.y, out, lse, finish, None, run.workspace, **options)
-    else:
-        about = {"page_offsets": run.page_offsets, "fixed_shift": run.fixed}
-        run_contrast(s, run.x, run.y, out=out, **about, **options)
-        finish(0, rows)
+    out = run.empty(run.shape.tile, len(x), True)
+    lse = torch.full((len(x),), -torch.inf, dtype=torch.float32, device=run.device)
+    forward_pass(run.shape, run.x, run.y, run.scores, out, Results(lse, lse, lse))
     mean = torch.where(lse[:, None] == -torch.inf, 0.0, run.collect(out, run.x, run.y, lse))
     ranks = None if bar is None else blocks.above(x, y, pairs, scoring, bar)
     return blocks.Partial(lse.double() * math.log(2.0), mean, ranks)
@@ -153,20 +123,18 @@ def backward(y: Side, x: Side, lse: Tensor, g: Tensor, pairs: str, scoring: Scor
         x, lse, g = _with_weight(x, lse, g)
     run = _Pass(x, y, pairs, scoring)
     s = run.shape
-    g, factor = lowered(g) if run.half else (g.to(torch.float32), None)
+    g, factor = lowered(g) if s.dtype == torch.float16 else (g.to(torch.float32), None)
     offset = (lse * LOG2E.value).to(torch.float32)
     if s.chunked:
         acc = torch.zeros(len(y), s.stride, dtype=torch.float32, device=run.device)
-        run_chunks(
-            s, run.x, run.y, None, offset, None, Transposed(g, acc), run.workspace, y_offset=run.y.bias, **run.options
-        )  # fmt: skip
+        run_chunks(s, run.x, run.y, run.scores, offset, Transposed(g, acc))
         found = acc[:, : run.dim]
     else:
-        out = run.empty(s.transposed, len(y), sums_dtype(x.rows.dtype), False)
-        about = {"page_offsets": run.page_offsets, "x_offset": run.y.bias, "need_sum": False}
+        out = run.empty(s.transposed, len(y), False)
+        about: dict[str, Any] = {"x_offset": run.y.bias, "y_scale": g, "need_sum": False}
         run_contrast(
-            s, run.y, run.x, out=out, y_offset=offset, y_offset_is_lse=True, y_scale=g, **about, **run.options
-        )  # fmt: skip
+            s, run.y, run.x, run.scores, out, y_offset=offset, y_offset_is_lse=True, **about
+        )
         found = run.collect(out, run.y, run.x, None)
     return found if factor is None else found * factor
 
@@ -183,12 +151,11 @@ class _CandidatePass:
         assert x.page is not None
         int32 = {"dtype": torch.int32, "device": self.device}
         rows, columns = torch.arange(self.m + 1, **int32), torch.arange(self.n, **int32)
-        tiles = tiles_of(block_shape(e, "forward"))
+        tiles = tiles_of(block_shape(e))
         self.block_m = tiles["BLOCK_M"]
         # First anchor of each page; where they are padded, the last ones are of no page.
         anchors = torch.searchsorted(x.page, torch.arange(len(pages.offsets), device=self.device))
         identified = x.ids is not None and y.ids is not None
-        tau, tau_is_tensor = temperature_argument(scoring)
         query = None if y.query is None else y.query.contiguous()
         key, value = pages.key.contiguous(), pages.value.contiguous()
         nothing = rows
@@ -207,13 +174,12 @@ class _CandidatePass:
             "column_id_ptr": y.ids if identified else torch.zeros_like(columns),
             "column_bias_ptr": nothing if y.bias is None else (y.bias * LOG2E.value).float(),
             "column_count_ptr": self._count(y),
-            "tau": tau,
+            **temperature(scoring),
             "scale": pages.scale,
             "D": self.dim,
             "HEADS": pages.heads,
             "COSINE": pages.cosine,
             "SAME_Q": query is None,
-            "TAU_IS_TENSOR": tau_is_tensor,
             "MASK": MASKS["other_pages" if pairs == "other_pages" else "batch"],
             "HAS_BIAS": y.bias is not None,
             "PACKED": False,

@@ -14,13 +14,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+
+if TYPE_CHECKING:
+    from courier_fast.problem import Problem
 
 # Shared memory a block can have, in bytes, by compute capability: a kernel that wants more compiles but cannot be launched.
 _KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -168,25 +171,73 @@ def launches(
     dtype: torch.dtype,
     capability: int = 90,
     *,
+    everything: bool = True,
+    stats: bool = False,
+    tf32: bool = False,
+    **options: Any,
+) -> list[Launch]:
+    """The launches for such a problem; `options` are those of `_problem`."""
+    from courier_fast.problem import SequenceProblem
+
+    from . import configs, pipeline
+
+    p = _problem(dim, dtype, **options)
+    sequence = SequenceProblem(
+        history=p.pv if p.history is None else p.history,
+        history_index=p.history_index,
+        history_offsets=p.history_offsets,
+        history_mask=p.history_mask,
+        item_ids=None if p.item_ids is None else torch.zeros(p.num_history, dtype=torch.int64),
+        temperature=p.temperature,
+        tau=p.tau,
+        reduction=p.reduction,
+    )
+    names = ("pv", "history", "query", "key", "value", "temperature")
+    needs = [getattr(p, name) is not None for name in names]
+
+    def grad(rows: int) -> torch.Tensor:
+        return torch.ones(rows if p.reduction == "none" else ())
+
+    before = torch.get_float32_matmul_precision(), configs.TARGET
+    configs.TARGET = capability
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        with recorded(capability) as found:
+            pipeline.loss_forward(p, [False] * 6, stats)
+            saved = pipeline.loss_forward(p, needs, stats)[-1]
+            pipeline.loss_backward(p, needs, saved, grad(p.num_pv))
+            if everything:
+                q = replace(p, direction="reconstruct")
+                pipeline.reconstruct_forward(q)
+                pipeline.reconstruct_backward(q, needs[:5], p.pv.new_empty(p.num_pv, dim))
+                _, saved = pipeline.sequence_forward(sequence, [True, needs[5]])
+                pipeline.sequence_backward(
+                    sequence, [True, needs[5]], saved, grad(sequence.num_history)
+                )
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        configs.TARGET = before[1]
+    return list({x.key: x for x in found}.values())
+
+
+def _problem(
+    dim: int,
+    dtype: torch.dtype,
+    *,
     pages: int = 512,
     items: int = 4,
     past: int = 16,
-    everything: bool = True,
-    stats: bool = False,
     masks: bool = False,
     ids: bool = False,
     weights: bool = False,
     log_q: bool = False,
     table: bool = False,
-    tf32: bool = False,
     projected: bool = False,
     tensor_tau: bool = False,
     **options: Any,
-) -> list[Launch]:
-    """The launches for pages of so many items and so much history each; `options` are those of `Problem`."""
-    from courier_fast.problem import Problem, SequenceProblem
-
-    from . import configs, pipeline
+) -> Problem:
+    """Pages of so many items and so much history each, which hold nothing; `options` are those of `Problem`."""
+    from courier_fast.problem import Problem
 
     rows, history_rows = pages * items, pages * past
     masks = masks or table
@@ -197,7 +248,7 @@ def launches(
     def if_(wanted: bool, tensor: torch.Tensor) -> torch.Tensor | None:
         return tensor if wanted else None
 
-    p = Problem(
+    return Problem(
         pv=embeddings(max(rows // 2, 1) if table else rows),
         history=if_(not table, embeddings(history_rows)),
         query=if_(projected, embeddings(rows)),
@@ -218,41 +269,6 @@ def launches(
         attention_scale=dim**-0.5,
         **options,
     )
-    history = p.pv if p.history is None else p.history
-    sequence = SequenceProblem(
-        history=history,
-        history_index=p.history_index,
-        history_offsets=p.history_offsets,
-        history_mask=p.history_mask,
-        item_ids=if_(ids, torch.zeros(history_rows, dtype=torch.int64)),
-        temperature=p.temperature,
-        tau=p.tau,
-        reduction=p.reduction,
-    )
-    needs = [
-        getattr(p, name) is not None
-        for name in ("pv", "history", "query", "key", "value", "temperature")
-    ]
-    per_item = p.reduction == "none"
-    before = torch.get_float32_matmul_precision(), configs.TARGET
-    configs.TARGET = capability
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    try:
-        with recorded(capability) as found:
-            pipeline.loss_forward(p, [False] * 6, stats)
-            saved = pipeline.loss_forward(p, needs, stats)[-1]
-            pipeline.loss_backward(p, needs, saved, torch.ones(rows if per_item else ()))
-            if everything:
-                p = replace(p, direction="reconstruct")
-                pipeline.reconstruct_forward(p)
-                pipeline.reconstruct_backward(p, needs[:5], embeddings(rows))
-                _, saved = pipeline.sequence_forward(sequence, [True, needs[5]])
-                grad = torch.ones(history_rows if per_item else ())
-                pipeline.sequence_backward(sequence, [True, needs[5]], saved, grad)
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        configs.TARGET = before[1]
-    return list({x.key: x for x in found}.values())
 
 
 # ---- what a launch compiles to ------------------------------------------------------------------------------------

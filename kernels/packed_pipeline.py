@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, packed, packing
-from .state import MASKS, Shape, cdiv, temperature_argument
+from .state import MASKS, Listed, Plan, Shape, State, cdiv, loss_shape, part, temperature, tensor
 
 if TYPE_CHECKING:
     from courier_fast.problem import Problem
@@ -23,107 +24,125 @@ _SHARPEST = 20.0
 _ROWS = 16
 
 
-def packs(p: Problem, merged: bool) -> bool:
-    """Whether dot products of E and C are all that is needed, and every column is an item of its own."""
-    return (
-        configs.packs(p.pv.dtype, p.pv.device)
-        and p.pv.shape[1] <= configs.LARGEST_REGISTER_DIM
+@dataclass(frozen=True)
+class CandidateShape(Shape):
+    packed: bool = False
+    blocks: Any = 0  # of the packing
+
+    @property
+    def block_slots(self) -> Any:
+        return self.blocks * _SLOTS
+
+    @property
+    def units(self) -> Any:
+        return self.blocks * _UNITS
+
+    @property
+    def padded_columns(self) -> Any:
+        return cdiv(self.columns, _PADDING) * _PADDING
+
+
+def candidate_shape(p: Problem) -> CandidateShape:
+    s = loss_shape(p)
+    # A block holds at least 33 rows, or 16 pages of a single unit; the last one of each size may hold less.
+    blocks = torch.sym_min(s.pages, s.pages * 34 // 1024 + cdiv(s.history_rows, 33) + 6)
+    return CandidateShape(
+        **vars(s),
+        # Whether dot products of E and C are all that is needed, and every column is an item of its own.
+        packed=configs.packs(s.dtype, s.device)
+        and s.dim <= configs.LARGEST_REGISTER_DIM
         and p.cosine
         and 0 <= p.attention_scale <= _SHARPEST
-        and p.num_heads == 1
+        and s.heads == 1
         and p.query is None
         and p.key is None
         and p.value is None
         and p.item_ids is None
-        and (merged or p.pv_index is None)
-        and p.negatives != "page"
+        and (s.merged or p.pv_index is None)
+        and p.negatives != "page",
+        blocks=torch.sym_max(blocks, 1),
     )
 
 
-def state_spec(p: Problem, s: Shape, columns: Any) -> dict[str, tuple[Any, torch.dtype]]:
+@dataclass
+class Packing(State):
     """What the backward needs of the packing."""
-    # A block holds at least 33 rows, or 16 pages of a single unit; the last one of each size may hold less.
-    blocks = torch.sym_min(s.pages, s.pages * 34 // 1024 + cdiv(s.history_rows, 33) + 6)
-    blocks = torch.sym_max(blocks, 1)
-    slots, units = blocks * _SLOTS, blocks * _UNITS
-    numbers, counts = torch.float32, torch.int32
-    return {
-        "unit_page": ((units,), counts),
-        "block_group": ((blocks,), counts),
-        "block_most": ((blocks,), counts),
-        "page_place": ((s.pages,), counts),
-        "long": ((s.pages,), counts),
-        "packed_count": ((3,), counts),
-        "c": ((slots, s.block_d), p.pv.dtype),
-        "gram": ((slots, _SLOTS), _dot_dtype(p)),
-        "slot_log": ((slots,), numbers),
-        "slot_length": ((slots,), numbers),
-        "slot_row": ((slots,), torch.int64),
-        "unit_poison": ((units,), numbers),
-        "unit_column": ((_SIDE, units), counts),
-        "e": ((cdiv(columns, _PADDING) * _PADDING, s.block_d), p.pv.dtype),
-        "e_length": ((columns,), numbers),
-    }
+
+    unit_page: Tensor = tensor("units", dtype=torch.int32)
+    block_group: Tensor = tensor("blocks", dtype=torch.int32)
+    block_most: Tensor = tensor("blocks", dtype=torch.int32)
+    page_place: Tensor = tensor("pages", dtype=torch.int32)
+    long: Tensor = tensor("pages", dtype=torch.int32)
+    packed_count: Tensor = tensor(3, dtype=torch.int32)
+    c: Tensor = tensor("block_slots", "block_d", dtype="dtype")
+    # Weights and gradients in products: float16 has too little range for them.
+    gram: Tensor = tensor("block_slots", _SLOTS, dtype="sums")
+    slot_log: Tensor = tensor("block_slots")
+    slot_length: Tensor = tensor("block_slots")
+    slot_row: Tensor = tensor("block_slots", dtype=torch.int64)
+    unit_poison: Tensor = tensor("units")
+    unit_column: Tensor = tensor(_SIDE, "units", dtype=torch.int32)
+    e: Tensor = tensor("padded_columns", "block_d", dtype="dtype")
+    e_length: Tensor = tensor("columns")
 
 
-def _dot_dtype(p: Problem) -> torch.dtype:
-    """Of weights and gradients in products: float16 has too little range for them."""
-    return torch.bfloat16 if p.pv.dtype == torch.bfloat16 else torch.float32
+@dataclass
+class CandidateState(Plan):
+    column: Listed = part(Listed, capacity="columns", bias="column_biased")
+    lse: Tensor = tensor("rows")
+    miss: Tensor = tensor("rows")
+    weight_sum: Tensor = tensor()
+    positive: Tensor | None = tensor("rows", 2, when="packed")
+    packing: Packing | None = part(Packing, "packed")
 
 
-def _merged(t: dict[str, Tensor]) -> bool:
-    return "item_count" in t
-
-
-def _anchors(p: Problem, t: dict[str, Tensor]) -> dict[str, Any]:
+def _anchors(p: Problem, s: CandidateShape, t: CandidateState, k: Packing) -> dict[str, Any]:
     """What the small kernels know of anchors and their pages."""
-    tau, tau_is_tensor = temperature_argument(p)
     return {
         "pv_offsets_ptr": p.pv_offsets,
-        "anchor_rank_ptr": t["ranks"][0],
-        "anchor_list_ptr": t["anchor_list"],
-        "anchor_page_ptr": t["anchor_page"],
-        "anchor_id_ptr": t["anchor_id"] if _merged(t) else t["anchor_list"],
-        "count_ptr": t["counts"][0:1],
-        "page_place_ptr": t["page_place"],
-        "positive_ptr": t["positive"],
-        "log_q_ptr": p.log_q if p.log_q is not None else t["positive"],
-        "pv_index_ptr": p.pv_index if _merged(t) else t["anchor_list"],
-        "item_count_ptr": t["item_count"] if _merged(t) else t["anchor_list"],
-        "units": t["unit_page"].shape[0],
-        "tau": tau,
-        "TAU_IS_TENSOR": tau_is_tensor,
+        "anchor_rank_ptr": t.ranks[0],
+        "anchor_list_ptr": t.anchor.list,
+        "anchor_page_ptr": t.anchor.page,
+        "anchor_id_ptr": t.anchor.id if s.merged else t.anchor.list,
+        "count_ptr": t.counts[0:1],
+        "page_place_ptr": k.page_place,
+        "positive_ptr": t.positive,
+        "log_q_ptr": p.log_q if p.log_q is not None else t.positive,
+        "pv_index_ptr": p.pv_index if s.merged else t.anchor.list,
+        "item_count_ptr": t.item_count if s.merged else t.anchor.list,
+        "units": s.units,
+        **temperature(p),
         "MASK": MASKS[p.negatives],
         "HAS_LOG_Q": p.log_q is not None,
-        "MERGED": _merged(t),
+        "MERGED": s.merged,
         "BLOCK": 256,
     }
 
 
-def _tiles(p: Problem, s: Shape, t: dict[str, Tensor], kind: str) -> dict[str, Any]:
+def _tiles(
+    p: Problem, s: CandidateShape, t: CandidateState, k: Packing, kind: str
+) -> dict[str, Any]:
     """What the passes over candidates times blocks have in common."""
-    tau, tau_is_tensor = temperature_argument(p)
-    tile = configs.packed_tile(kind, p.pv.device)
+    tile = configs.packed_tile(kind, s.device)
     return {
-        "e_ptr": t["e"],
-        "c_ptr": t["c"],
-        "gram_ptr": t["gram"],
-        "slot_log_ptr": t["slot_log"],
-        "block_group_ptr": t["block_group"],
-        "block_most_ptr": t["block_most"],
-        "unit_page_ptr": t["unit_page"],
-        "unit_poison_ptr": t["unit_poison"],
-        "unit_column_ptr": t["unit_column"],
-        "column_page_ptr": t["column_page"],
-        "column_bias_ptr": t.get("column_bias", t["slot_log"]),
-        "column_count_ptr": t["counts"][2:3],
-        "packed_count_ptr": t["packed_count"],
-        "units": t["unit_page"].shape[0],
+        "e_ptr": k.e,
+        "c_ptr": k.c,
+        "gram_ptr": k.gram,
+        "slot_log_ptr": k.slot_log,
+        "block_group_ptr": k.block_group,
+        "block_most_ptr": k.block_most,
+        "unit_page_ptr": k.unit_page,
+        "unit_poison_ptr": k.unit_poison,
+        "unit_column_ptr": k.unit_column,
+        "column_page_ptr": t.column.page,
+        "column_bias_ptr": k.slot_log if t.column.bias is None else t.column.bias,
+        "column_count_ptr": t.counts[2:3],
+        "packed_count_ptr": k.packed_count,
+        "units": s.units,
         "sharpness": p.attention_scale / math.log(2.0),
-        "tau": tau,
-        "TAU_IS_TENSOR": tau_is_tensor,
+        **temperature(p),
         "MASK": MASKS[p.negatives],
-        "HAS_BIAS": "column_bias" in t,
+        "HAS_BIAS": t.column.bias is not None,
         "BLOCK_M": tile.block_m,
         "BLOCK_D": s.block_d,
         "PRECISION": s.precision,
@@ -131,64 +150,59 @@ def _tiles(p: Problem, s: Shape, t: dict[str, Tensor], kind: str) -> dict[str, A
     }
 
 
-def _blocks(t: dict[str, Tensor]) -> int:
-    return t["unit_page"].shape[0] // _UNITS
-
-
-def pack(p: Problem, s: Shape, t: dict[str, Tensor]) -> None:
-    """Fills what `state_spec` names."""
+def pack(p: Problem, s: CandidateShape, t: CandidateState, k: Packing) -> None:
+    """Fills `k`."""
     source = p.pv if p.history is None else p.history
-    merged = _merged(t)
-    t["unit_page"].fill_(-1)
+    k.unit_page.fill_(-1)
     packing.pack_pages[(1,)](
         p.pv_offsets,
         p.history_offsets,
-        t["ranks"][0],
-        t["unit_page"],
-        t["page_place"],
-        t["long"],
-        t["packed_count"],
+        t.ranks[0],
+        k.unit_page,
+        k.page_place,
+        k.long,
+        k.packed_count,
         s.pages,
         CHUNK=512,
         num_warps=8,
     )
-    packing.pack_blocks[(_blocks(t),)](
+    packing.pack_blocks[(s.blocks,)](
         source,
-        p.history_index if p.history_index is not None else t["slot_row"],
+        p.history_index if p.history_index is not None else k.slot_row,
         p.pv_offsets,
         p.history_offsets,
-        t["history_page"],
-        t["anchor_list"],
-        t["ranks"][0],
-        p.pv_index if merged else t["slot_row"],
-        t["item_rank"] if merged else t["ranks"][2],
-        t["unit_page"],
-        t["page_place"],
-        t["packed_count"],
-        t["c"],
-        t["gram"],
-        t["slot_log"],
-        t["slot_length"],
-        t["slot_row"],
-        t["unit_poison"],
-        t["unit_column"],
-        t["block_group"],
-        t["block_most"],
-        t["unit_page"].shape[0],
+        t.history_page,
+        t.anchor.list,
+        t.ranks[0],
+        p.pv_index if s.merged else k.slot_row,
+        t.item_rank if s.merged else t.ranks[2],
+        k.unit_page,
+        k.page_place,
+        k.packed_count,
+        k.c,
+        k.gram,
+        k.slot_log,
+        k.slot_length,
+        k.slot_row,
+        k.unit_poison,
+        k.unit_column,
+        k.block_group,
+        k.block_most,
+        s.units,
         D=s.dim,
         HAS_INDEX=p.history_index is not None,
-        MERGED=merged,
+        MERGED=s.merged,
         BLOCK_D=s.block_d,
         PRECISION=s.precision,
         num_warps=8,
     )
-    packing.unit_columns[(cdiv(t["e"].shape[0], _ROWS),)](
+    packing.unit_columns[(cdiv(k.e.shape[0], _ROWS),)](
         p.pv,
-        t["slot_row"],
-        t["column_list"],
-        t["counts"][2:3],
-        t["e"],
-        t["e_length"],
+        k.slot_row,
+        t.column.list,
+        t.counts[2:3],
+        k.e,
+        k.e_length,
         D=s.dim,
         HAS_INDEX=False,
         BLOCK_M=_ROWS,
@@ -196,17 +210,19 @@ def pack(p: Problem, s: Shape, t: dict[str, Tensor]) -> None:
     )
 
 
-def scores(p: Problem, s: Shape, t: dict[str, Tensor], top: Tensor, total: Tensor) -> None:
+def scores(
+    p: Problem, s: CandidateShape, t: CandidateState, k: Packing, top: Tensor, total: Tensor
+) -> None:
     """Log-sum-exps of the packed pages' anchors over everything but their positives, to the first rows of top and total."""
-    blocks, device = _blocks(t), p.pv.device
+    blocks, device = s.blocks, s.device
     parts = max(1, min(16, configs.programs(device) * 4 // max(blocks, 1)))
     packed_top = torch.empty(parts, blocks * _UNITS, dtype=torch.float32, device=device)
     packed_total = torch.empty_like(packed_top)
     packed.packed_scores[(blocks, parts)](
-        **_tiles(p, s, t, "scores"), parts=parts, top_ptr=packed_top, total_ptr=packed_total
+        **_tiles(p, s, t, k, "scores"), parts=parts, top_ptr=packed_top, total_ptr=packed_total
     )
     packing.merge_packed[(cdiv(s.rows, 256),)](
-        **_anchors(p, t),
+        **_anchors(p, s, t, k),
         packed_top_ptr=packed_top,
         packed_total_ptr=packed_total,
         top_ptr=top,
@@ -217,68 +233,68 @@ def scores(p: Problem, s: Shape, t: dict[str, Tensor], top: Tensor, total: Tenso
 
 def backward(
     p: Problem,
-    s: Shape,
-    t: dict[str, Tensor],
+    s: CandidateShape,
+    t: CandidateState,
+    k: Packing,
     g: Tensor,
     d_e: Tensor | None,
     d_c: Tensor | None,
     want_tau: bool,
-) -> Tensor | None:
+) -> list[Tensor]:
     """Adds to dL/dE and dL/dC; parts of sum of g cos."""
-    device = p.pv.device
-    units, blocks = t["unit_page"].shape[0], _blocks(t)
+    device, units = s.device, s.units
     own = torch.empty(_SIDE, units, dtype=torch.float32, device=device)
     lse, weight = torch.empty(2, units, dtype=torch.float32, device=device)
     packing.page_weights[(cdiv(s.rows, 256),)](
-        **_anchors(p, t),
+        **_anchors(p, s, t, k),
         history_offsets_ptr=p.history_offsets,
-        lse_ptr=t["lse"],
-        miss_ptr=t["miss"],
+        lse_ptr=t.lse,
+        miss_ptr=t.miss,
         g_ptr=g,
         unit_lse_ptr=lse,
         unit_weight_ptr=weight,
         unit_own_ptr=own,
     )
     pages = {"unit_own_ptr": own, "unit_lse_ptr": lse, "unit_weight_ptr": weight}
-    dots = {"DOT_TYPE": tl.bfloat16 if _dot_dtype(p) == torch.bfloat16 else tl.float32}
+    dots = {"DOT_TYPE": tl.bfloat16 if s.dtype == torch.bfloat16 else tl.float32}
     if d_e is not None:
-        unit = torch.empty(t["e"].shape, dtype=torch.float32, device=device)
+        unit = torch.empty(k.e.shape, dtype=torch.float32, device=device)
         # Half a block at a time; and what one page fills, whole.
         for kind, step in (("columns", _SLOTS // 2), ("columns of large pages", _SLOTS)):
-            tiles = _tiles(p, s, t, kind)
-            packed.packed_columns[(cdiv(t["e"].shape[0], tiles["BLOCK_M"]),)](
+            tiles = _tiles(p, s, t, k, kind)
+            packed.packed_columns[(cdiv(k.e.shape[0], tiles["BLOCK_M"]),)](
                 **tiles,
                 **pages,
                 **dots,
                 unit_gradient_ptr=unit,
                 STEP=step,
             )
-        packed.finish_columns[(cdiv(t["e"].shape[0], _ROWS),)](
+        packed.finish_columns[(cdiv(k.e.shape[0], _ROWS),)](
             unit,
-            t["e"],
-            t["e_length"],
-            t["column_list"],
-            t["counts"][2:3],
-            t["packed_count"],
+            k.e,
+            k.e_length,
+            t.column.list,
+            t.counts[2:3],
+            k.packed_count,
             d_e,
             D=s.dim,
             BLOCK_M=_ROWS,
             BLOCK_D=s.block_d,
         )
     if d_c is None and not want_tau:
-        return None
-    tau_parts = torch.empty(blocks, dtype=torch.float32, device=device)
-    packed.packed_history[(blocks,)](
-        **_tiles(p, s, t, "history"),
+        return []
+    tau_parts = torch.empty(s.blocks, dtype=torch.float32, device=device)
+    packed.packed_history[(s.blocks,)](
+        **_tiles(p, s, t, k, "history"),
         **pages,
         **dots,
-        slot_length_ptr=t["slot_length"],
-        slot_row_ptr=t["slot_row"],
-        page_place_ptr=t["page_place"],
+        slot_length_ptr=k.slot_length,
+        slot_row_ptr=k.slot_row,
+        page_place_ptr=k.page_place,
         D=s.dim,
         dc_ptr=d_c if d_c is not None else g,
         tau_part_ptr=tau_parts,
         WANT_C=d_c is not None,
         WANT_TAU=want_tau,
     )
-    return tau_parts
+    return [tau_parts]

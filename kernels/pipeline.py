@@ -15,8 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
-from . import candidate_pipeline, configs, contrast, epilogue
-from .passes import lowered, run_chunks, run_contrast
+from . import candidate_pipeline, configs, epilogue
+from .passes import forward_pass, lowered, run_chunks, run_contrast
 from .reconstruct_pipeline import reconstruct_backward, reconstruct_forward
 from .sequence import sequence_backward, sequence_forward, sequence_saved_spec
 from .stages import (
@@ -24,10 +24,10 @@ from .stages import (
     attention_backward,
     e_inputs,
     gather_anchors,
+    history_gradient,
     make_plan,
     normalize,
     normalize_given,
-    occurrences,
     reconstructed,
     reduce_losses,
     row_gradients,
@@ -38,18 +38,20 @@ from .stages import (
 from .state import (
     HALF_LIFT,
     MASKS,
+    LossState,
     Pass,
+    Plan,
+    Results,
+    Rows,
+    Scores,
     Shape,
+    Spec,
     Transposed,
-    allows_fixed_shift,
     cdiv,
-    empty_tensors,
     is_empty,
     loss_shape,
-    needs_running_maximum,
-    state_spec,
-    sums_dtype,
-    temperature_argument,
+    scores,
+    temperature,
 )
 
 if TYPE_CHECKING:
@@ -104,20 +106,13 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
     return reasons
 
 
-def saved_spec(p: Problem, needs: Sequence[bool]) -> list[tuple[tuple[Any, ...], torch.dtype]]:
+def saved_spec(p: Problem, needs: Sequence[bool]) -> Spec:
     """Shapes and types of `saved`; nothing is saved where there is nothing to compute or nobody wants gradients."""
     if not any(needs) or is_empty(p):
         return []
     if p.attention == "candidate":
-        return list(candidate_pipeline.state_spec(p, loss_shape(p)).values())
-    return list(state_spec(p, loss_shape(p)).values())
-
-
-def _stats_buffers(rows: int, stats: bool, device: torch.device) -> tuple[Tensor, ...]:
-    size = rows if stats else 0
-    floats = [torch.zeros(size, dtype=torch.float32, device=device) for _ in range(3)]
-    rank = torch.zeros(size, dtype=torch.int64, device=device)
-    return (*floats, rank)
+        return candidate_pipeline.saved_spec(p)
+    return LossState.spec(loss_shape(p))
 
 
 def loss_forward(p: Problem, needs: Sequence[bool], stats: bool) -> tuple[Any, ...]:
@@ -129,148 +124,75 @@ def forward(
     p: Problem, needs: Sequence[bool], stats: bool, given: Tensor | None
 ) -> tuple[Any, ...]:
     """The loss; `given` is R [N, D] where another implementation computes the attention."""
-    device = p.pv.device
-    item_loss, item_lse, item_positive, item_rank = _stats_buffers(p.num_pv, stats, device)
-    per_item = p.reduction == "none"
+    rows, device = p.num_pv if stats else 0, p.pv.device
+    floats = (torch.zeros(rows, dtype=torch.float32, device=device) for _ in range(3))
+    per_row = (*floats, torch.zeros(rows, dtype=torch.int64, device=device))
     if is_empty(p):
-        loss = torch.zeros((p.num_pv,) if per_item else (), dtype=torch.float32, device=device)
-        is_anchor = torch.zeros(p.num_pv if stats else 0, dtype=torch.bool, device=device)
-        skipped = (
-            _skipped_without_history(p)
-            if stats
-            else torch.zeros(0, dtype=torch.int64, device=device)
-        )
-        return loss, item_loss, item_lse, item_positive, item_rank, is_anchor, skipped, []
+        shape = (p.num_pv,) if p.reduction == "none" else ()
+        loss = torch.zeros(shape, dtype=torch.float32, device=device)
+        is_anchor = torch.zeros(rows, dtype=torch.bool, device=device)
+        skipped = _skipped_without_history(p) if stats else per_row[3].clone()
+        return loss, *per_row, is_anchor, skipped, []
 
     if p.attention == "candidate":
-        per_row = (item_loss, item_lse, item_positive, item_rank)
-        loss, items, t = candidate_pipeline.forward(p, stats, per_row)
-        return _results(p, needs, stats, loss, items, per_row, t)
-    s = loss_shape(p)
-    grads = any(needs)
-    t = empty_tensors(state_spec(p, s, grads), device)
-    tile = s.forward(grads)
+        found: tuple[Tensor, Tensor, Plan] = candidate_pipeline.forward(p, stats, per_row)
+    else:
+        found = _forward(p, any(needs), stats, given, per_row)
+    loss, items, state = found
+    if p.reduction == "none":
+        loss = items.clone() if stats else items
+    is_anchor = state.flags[0] != 0 if stats else state.flags.new_zeros(0, dtype=torch.bool)
+    skipped = state.counts[3].to(torch.int64) if stats else per_row[3].clone()
+    saved = state.saved() if any(needs) else []
+    return loss, *per_row, is_anchor, skipped, saved
+
+
+def _forward(
+    p: Problem, grads: bool, stats: bool, given: Tensor | None, per_row: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Plan]:
+    """(loss, items' losses, state); `per_row` are where statistics go: item loss, log-sum-exp, similarity, rank."""
+    s = loss_shape(p, grads)
+    t = LossState.empty(s)
     make_plan(p, s, t, p.clicked)
-    tau, tau_is_tensor = temperature_argument(p)
-    positive = torch.empty(s.rows, 2, dtype=torch.float32, device=device)
-    if "reconstruct" in s.directions:
-        normalize(p, s, t["e"], t["column_list"], t["counts"][2:3], not s.merged)
+    positive = torch.empty(s.rows, 2, dtype=torch.float32, device=s.device)
+    if t.e is not None and t.column is not None:
+        normalize(p, s, t.e, t.column.list, t.counts[2:3], not s.merged)
     if given is not None:
         normalize_given(p, s, t, given, positive)
     else:
-        attend(p, s, t, positive, None)
-    if s.both_lists:
+        attend(p, s, t, t.r, t.norm, positive)
+    if t.e_anchor is not None:
         every, positive = positive, torch.empty_like(positive)
-        normalize(p, s, t["e_anchor"], t["anchor_list"], t["counts"][0:1], True)
+        normalize(p, s, t.e_anchor, t.anchor.list, t.counts[0:1], True)
         gather_anchors(s, t, every, positive)
 
     losses = []
-    online = needs_running_maximum(p, p.pv.dtype, p.log_q is not None)
     for direction in s.directions:
         x, y = sides(p, s, t, direction)
-        flat = s.flat(s.rows, tile, device)
+        kept, first = t.kept(direction), direction == s.directions[0]
         out = Pass(
-            t[f"{direction}_acc"],
-            t[f"{direction}_top"],
-            torch.empty(flat, dtype=torch.float32, device=device),
-            torch.empty(flat if stats else 0, dtype=torch.int32, device=device),
-            s.slots(s.rows, tile, device),
-            tile,
+            kept.acc,
+            kept.top,
+            torch.empty(s.part_rows, dtype=torch.float32, device=s.device),
+            torch.empty(s.part_rows if stats else 0, dtype=torch.int32, device=s.device),
+            s.slots(s.rows, s.tile),
+            s.tile,
         )
-        first_stats = stats and direction == s.directions[0]
-        loss = torch.empty(s.rows, dtype=torch.float32, device=device)
-        options: dict[str, Any] = {
-            "mask": MASKS[p.negatives],
-            "tau": tau,
-            "tau_is_tensor": tau_is_tensor,
-            "y_offset": y.bias,
-            "y_offset_is_count": s.merged and direction == "reconstruct",
-            "positive": positive,
-            "log_q": p.log_q,
-            "online": online,
-            "need_values": grads,
-            "need_rank": first_stats,
-        }
-
-        def finish(
-            first_row: int, rows: int, x: Any = x, y: Any = y, out: Any = out, loss: Any = loss
-        ) -> None:
-            contrast.finish_rows[(cdiv(rows, 256),)](
-                out.top,
-                out.total,
-                out.above,
-                x.count,
-                y.count,
-                positive,
-                t["anchor_list"],
-                p.log_q if p.log_q is not None else positive,
-                loss,
-                t[f"{direction}_lse"],
-                t[f"{direction}_miss"],
-                item_lse,
-                item_positive,
-                item_rank,
-                out.slots,
-                s.programs(tile, device),
-                first_row,
-                first_row + rows,
-                tau,
-                TAU_IS_TENSOR=tau_is_tensor,
-                HAS_LOG_Q=p.log_q is not None,
-                HAS_POSITIVE=True,
-                STATS=first_stats,
-                STREAM=s.stream,
-                BLOCK_M=out.tile.block_m,
-                BLOCK_N=out.tile.block_n,
-                BLOCK=256,
-            )
-
-        if s.chunked:
-            transposed = None
-            if grads and s.early:
-                g, factor = _early_row_gradients(p, s, t, direction)
-                transposed = Transposed(g, t[f"{direction}_dy"])
-                t[f"{direction}_factor"].copy_(factor)
-            run_chunks(
-                s, x, y, out, t[f"{direction}_lse"], finish, transposed, p.workspace, **options
-            )
-        else:
-            run_contrast(
-                s,
-                x,
-                y,
-                out=out,
-                page_offsets=p.pv_offsets,
-                fixed_shift=allows_fixed_shift(p, p.pv.dtype, p.log_q is not None),
-                **options,
-            )
-            finish(0, s.rows)
-        losses.append(loss)
-
-    loss, items = reduce_losses(p, s, t, losses, item_loss, stats)
-    return _results(
-        p, needs, stats, loss, items, (item_loss, item_lse, item_positive, item_rank), t
-    )
+        losses.append(torch.empty(s.rows, dtype=torch.float32, device=s.device))
+        results = Results(
+            kept.lse, kept.miss, losses[-1], positive, p.log_q, per_row[1:], stats and first
+        )
+        transposed = None
+        if kept.dy is not None and kept.factor is not None:
+            g, factor = _early_row_gradients(p, s, t)
+            transposed = Transposed(g, kept.dy)
+            kept.factor.copy_(factor)
+        forward_pass(s, x, y, _scores(p, s), out, results, transposed)
+    return *reduce_losses(p, s, t, t.weight_sum, losses, per_row[0], stats), t
 
 
-def _results(
-    p: Problem,
-    needs: Sequence[bool],
-    stats: bool,
-    loss: Tensor,
-    items: Tensor,
-    per_row: tuple[Tensor, ...],
-    t: dict[str, Tensor],
-) -> tuple[Any, ...]:
-    """What `loss_forward` gives, from the reduced loss, the items' losses and the state."""
-    if p.reduction == "none":
-        loss = items.clone() if stats else items
-    is_anchor = t["flags"][0] != 0 if stats else t["flags"].new_zeros(0, dtype=torch.bool)
-    skipped = (
-        t["counts"][3].to(torch.int64) if stats else t["counts"].new_zeros(0, dtype=torch.int64)
-    )
-    saved = list(t.values()) if any(needs) else []
-    return loss, *per_row, is_anchor, skipped, saved
+def _scores(p: Problem, s: Shape) -> Scores:
+    return scores(p, MASKS[p.negatives], p.pv_offsets, s.dtype, s.biased)
 
 
 def _skipped_without_history(p: Problem) -> Tensor:
@@ -304,76 +226,61 @@ def backward(
     if p.attention == "candidate":
         return candidate_pipeline.backward(p, needs, saved, grad), None
     s = loss_shape(p)
-    device, dtype = p.pv.device, p.pv.dtype
-    t = dict(zip(state_spec(p, s), saved, strict=True))
-    tau, tau_is_tensor = temperature_argument(p)
-    half = dtype == torch.float16
-    new = torch.empty
+    t = LossState.restored(s, saved)
 
     # Upstream gradient of each anchor. In a mean or a sum without weights it is one number, and stays out of the
     # transposed pass: a factor of every column costs it 3 percent.
     uniform = p.weights is None and p.reduction != "none"
-    g = t["weight_sum"]
+    g = t.weight_sum
     if not uniform:
-        g = row_gradients(p, s, t, grad, t["weight_sum"], 1.0 / len(s.directions))
+        g = row_gradients(p, s, t, grad, t.weight_sum, 1.0 / len(s.directions))
     d_pv = torch.empty_like(p.pv) if needs[0] and p.history is not None else None
     results, factor = _transposed_passes(p, s, t, needs, grad, None if uniform else g, d_pv)
     upstream: dict[str, Any] = {
         "g_ptr": g,
         "upstream_ptr": grad,
-        "weight_sum_ptr": t["weight_sum"],
+        "weight_sum_ptr": t.weight_sum,
         "share": 1.0 / len(s.directions),
-        "lower": 2.0**-HALF_LIFT if half else 1.0,
+        "lower": 2.0**-HALF_LIFT if s.dtype == torch.float16 else 1.0,
         "UNIFORM": uniform,
         "transposed_factor_ptr": factor if factor is not None else g,
         "HAS_FACTOR": factor is not None,
-        "tau": tau,
-        "TAU_IS_TENSOR": tau_is_tensor,
+        **temperature(p),
     }
     dr, delta, tau_parts = _reconstruction_gradient(p, s, t, results, upstream)
-    d_temperature = None
+    grads: list[Tensor | None] = [None] * 6
+    d_rows = dq = dk = dv = None
     if needs[5]:
         assert p.temperature is not None
-        d_temperature = -tau_parts.sum() / p.temperature
-
-    def with_contrast(out: Tensor, dq: Tensor | None) -> Tensor:
-        return spread(p, s, t, out, dq, **_contrast_inputs(s, t, results, upstream))
-
+        grads[5] = -tau_parts.sum() / p.temperature
     if given:
-        d_rows = spread(p, s, t, new(s.rows, s.dim, dtype=dtype, device=device), dr)
-        dq, d_key, d_value = None, None, None
+        d_rows = torch.empty(s.rows, s.dim, dtype=s.dtype, device=s.device)
+        spread(p, s, t, t.r, d_rows, dr)
     else:
-        d_rows = None
-        dq, d_key, d_value = attention_backward(p, s, t, needs, dr, delta)
-    grads: list[Tensor | None] = [None] * 6
-    grads[5] = d_temperature
+        dq, dk, dv = attention_backward(p, s, t, needs, dr, delta)
     if needs[2]:
-        grads[2] = spread(p, s, t, torch.empty_like(p.query), dq)
-    if needs[3]:
-        grads[3] = d_key
-    if needs[4]:
-        grads[4] = d_value
-    own_dq = dq if p.query is None else None
-    # dk and dv of history rows that are not given apart; with both, their sum is in d_key.
-    d_history = d_key if p.key is None else d_value if p.value is None else None
-    if p.history is not None:
-        if needs[1]:
-            grads[1] = d_history if d_history is not None else torch.zeros_like(p.history)
-        if needs[0]:
-            assert d_pv is not None
-            grads[0] = with_contrast(d_pv, own_dq)
-    elif needs[0]:
-        d_rows_pv = with_contrast(new(s.rows, s.dim, dtype=torch.float32, device=device), own_dq)
-        grads[0] = _table_gradient(
-            p, s, t, d_rows_pv, d_history, results.get("reconstruct"), upstream
-        )
+        grads[2] = spread(p, s, t, t.r, torch.empty_like(p.query), dq)
+    grads[3], grads[4] = dk if needs[3] else None, dv if needs[4] else None
+    d_history = history_gradient(p, dk, dv)
+    if p.history is not None and needs[1]:
+        grads[1] = d_history if d_history is not None else torch.zeros_like(p.history)
+    if needs[0]:
+        if d_pv is None:
+            d_pv = torch.empty(s.rows, s.dim, dtype=torch.float32, device=s.device)
+        own_dq = dq if p.query is None else None
+        spread(p, s, t, t.r, d_pv, own_dq, **_contrast_inputs(s, t, results, upstream))
+        grads[0] = d_pv
+        if p.history is None:
+            merged = _merged_columns(s, t, results, upstream)
+            shown = [(p.pv_index, t.pv_page), (p.history_index, t.history_page)]
+            grads[0] = sum_occurrences(p.pv, s, shown, d_pv, d_history, merged)
     return grads, d_rows
 
 
 def _transposed_passes(
     p: Problem,
     s: Shape,
-    t: dict[str, Tensor],
+    t: LossState,
     needs: Sequence[bool],
     grad: Tensor,
     g: Tensor | None,
@@ -382,71 +289,33 @@ def _transposed_passes(
     """sum_i g_i p_ij x_i of each direction, to dL/dE itself where it can be; and the factor that is left out of them.
 
     `g` None: the same for every anchor, and left out."""
-    tau, tau_is_tensor = temperature_argument(p)
-    device, dtype = p.pv.device, p.pv.dtype
-    half = dtype == torch.float16
-    scale, factor = g, None
-    none = t["weight_sum"]
+    half = s.dtype == torch.float16
+    scale, factor, none = g, None, t.weight_sum
     results: dict[str, Pass] = {}
     for direction in s.directions:
-        x, y = sides(p, s, t, direction)
         if direction == "reconstruct" and not needs[0]:
             continue
-        if s.early:
-            factor = t[f"{direction}_factor"] * grad
-            results[direction] = Pass(t[f"{direction}_dy"], none, none, none, 1, s.transposed)
+        x, y = sides(p, s, t, direction)
+        kept = t.kept(direction)
+        if kept.dy is not None:
+            factor = kept.factor * grad
+            results[direction] = Pass(kept.dy, none, none, none, 1, s.transposed)
             continue
         if half and g is not None and factor is None:
             scale, factor = lowered(g)
-        capacity = y.unit.shape[0]
-        tiles = cdiv(capacity, s.transposed.block_m)
-        # Chunks are summed in float32; one pass is rounded once.
-        kind = torch.float32 if s.chunked else sums_dtype(dtype)
-        in_place = (
-            direction == "reconstruct"
-            and d_pv is not None
-            and not s.chunked
-            and p.negatives != "page"
-            and d_pv.dtype == kind
-            and s.stride == s.dim
-            and 2 * tiles > s.programs(s.transposed, device)
-        )
-        if in_place:
-            assert d_pv is not None
-            result = Pass(d_pv, none, none, none, tiles, s.transposed, True)
-        else:
-            flat = s.flat(capacity, s.transposed, device)
-            acc = torch.empty(flat, s.stride, dtype=kind, device=device)
-            slots = s.slots(capacity, s.transposed, device)
-            result = Pass(acc, none, none, none, slots, s.transposed)
-        results[direction] = result
+        into = d_pv if direction == "reconstruct" and p.negatives != "page" else None
+        out = results[direction] = _transposed_pass(s, y, into, none)
         if s.chunked:
             assert scale is not None  # each row has its own: else P was used at once
-            run_chunks(
-                s,
-                x,
-                y,
-                None,
-                t[f"{direction}_lse"],
-                None,
-                Transposed(scale, result.acc),
-                p.workspace,
-                mask=MASKS[p.negatives],
-                tau=tau,
-                tau_is_tensor=tau_is_tensor,
-                y_offset=y.bias,
-            )
+            run_chunks(s, x, y, _scores(p, s), kept.lse, Transposed(scale, out.acc))
             continue
         run_contrast(
             s,
             y,
             x,
-            out=result,
-            mask=MASKS[p.negatives],
-            tau=tau,
-            tau_is_tensor=tau_is_tensor,
-            page_offsets=p.pv_offsets,
-            y_offset=t[f"{direction}_lse"],
+            _scores(p, s),
+            out,
+            y_offset=kept.lse,
             y_offset_is_lse=True,
             y_scale=scale,
             x_offset=y.bias,
@@ -456,59 +325,69 @@ def _transposed_passes(
     return results, factor
 
 
+def _transposed_pass(s: Shape, y: Rows, d_pv: Tensor | None, none: Tensor) -> Pass:
+    """Where such a pass goes: to dL/dE itself, if it is given and each tile is written whole and once."""
+    capacity = y.unit.shape[0]
+    tiles = cdiv(capacity, s.transposed.block_m)
+    # Chunks are summed in float32; one pass is rounded once.
+    kind = torch.float32 if s.chunked else s.sums
+    whole = not s.chunked and s.stride == s.dim and 2 * tiles > s.programs(s.transposed)
+    if d_pv is not None and d_pv.dtype == kind and whole:
+        return Pass(d_pv, none, none, none, tiles, s.transposed, True)
+    acc = torch.empty(s.flat(capacity, s.transposed), s.stride, dtype=kind, device=s.device)
+    return Pass(acc, none, none, none, s.slots(capacity, s.transposed), s.transposed)
+
+
 def _reconstruction_gradient(
     p: Problem,
     s: Shape,
-    t: dict[str, Tensor],
+    t: LossState,
     results: dict[str, Pass],
     upstream: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dL/dR of the listed rows, its products with R per head, and parts of -tau dL/dtau."""
-    device, none = p.pv.device, t["weight_sum"]
-    rows, _pages, count = reconstructed(s, t)
-    tiles_of = {"FORWARD_M": s.tile.block_m, "FORWARD_N": s.tile.block_n}
-    tiles_of |= {"TRANSPOSED_M": s.transposed.block_m, "TRANSPOSED_N": s.transposed.block_n}
-    forward_slots = s.slots(s.rows, s.tile, device)
-    forward = "reconstruct" in s.directions
-    identify = "identify" in s.directions
-    dr = torch.empty(s.rows, s.stride, dtype=p.pv.dtype, device=device)
-    delta = torch.empty(p.num_heads, s.rows, dtype=torch.float32, device=device)
+    rows, _pages, count = reconstructed(t)
+    dr = torch.empty(s.rows, s.stride, dtype=s.dtype, device=s.device)
+    delta = torch.empty(s.heads, s.rows, dtype=torch.float32, device=s.device)
     programs = cdiv(s.rows, s.small.block_m)
-    tau_parts = torch.empty(programs, dtype=torch.float32, device=device)
-    any_pass = next(iter(results.values()), None)
-    back = results.get("identify", any_pass)
+    tau_parts = torch.empty(programs, dtype=torch.float32, device=s.device)
+    none, kept = t.weight_sum, t.reconstruct
+    back = results.get("identify", results.get("reconstruct"))
     epilogue.reconstruction_gradient[(programs,)](
         list_ptr=rows,
         count_ptr=count,
-        anchor_rank_ptr=t["ranks"][0],
-        anchor_flag_ptr=t["flags"][0],
-        anchor_count_ptr=t["counts"][0:1],
-        column_count_ptr=t["counts"][2:3],
-        unit_ptr=t["r"],
-        norm_ptr=t["norm"],
+        anchor_rank_ptr=t.ranks[0],
+        anchor_flag_ptr=t.flags[0],
+        anchor_count_ptr=t.counts[0:1],
+        column_count_ptr=t.counts[2:3],
+        unit_ptr=t.r,
+        norm_ptr=t.norm,
         **e_inputs(p),
-        forward_acc_ptr=t["reconstruct_acc"] if forward else none,
-        forward_top_ptr=t["reconstruct_top"] if forward else none,
-        forward_lse_ptr=t["reconstruct_lse"] if forward else none,
-        forward_miss_ptr=t["reconstruct_miss"] if forward else none,
+        forward_acc_ptr=kept.acc if kept is not None else none,
+        forward_top_ptr=kept.top if kept is not None else none,
+        forward_lse_ptr=kept.lse if kept is not None else none,
+        forward_miss_ptr=kept.miss if kept is not None else none,
         **upstream,
         transposed_acc_ptr=back.acc if back is not None else none,
-        identify_miss_ptr=t["identify_miss"] if identify else none,
+        identify_miss_ptr=t.identify.miss if t.identify is not None else none,
         dr_ptr=dr,
         delta_ptr=delta,
         tau_part_ptr=tau_parts,
         capacity=s.rows,
-        forward_slots=forward_slots,
+        forward_slots=s.slots(s.rows, s.tile),
         transposed_slots=back.slots if back is not None else 1,
-        programs=s.programs(s.tile, device),
-        transposed_programs=s.programs(s.transposed, device),
+        programs=s.programs(s.tile),
+        transposed_programs=s.programs(s.transposed),
         D=s.dim,
         STRIDE=s.stride,
-        HEADS=p.num_heads,
-        RECONSTRUCT=forward,
-        IDENTIFY=identify,
+        HEADS=s.heads,
+        RECONSTRUCT=s.reconstruct,
+        IDENTIFY=s.identify,
         STREAM=s.stream,
-        **tiles_of,
+        FORWARD_M=s.tile.block_m,
+        FORWARD_N=s.tile.block_n,
+        TRANSPOSED_M=s.transposed.block_m,
+        TRANSPOSED_N=s.transposed.block_n,
         BLOCK_M=s.small.block_m,
         BLOCK_D=s.block_d,
         num_warps=s.small.num_warps,
@@ -517,75 +396,59 @@ def _reconstruction_gradient(
 
 
 def _contrast_inputs(
-    s: Shape, t: dict[str, Tensor], results: dict[str, Pass], upstream: dict[str, Any]
+    s: Shape, t: LossState, results: dict[str, Pass], upstream: dict[str, Any]
 ) -> dict[str, Any]:
     """What `spread` needs to make dL/dE too."""
-    none = t["weight_sum"]
-    forward = "reconstruct" in s.directions
-    identify = "identify" in s.directions
+    none, back = t.weight_sum, t.identify
     column = results.get("reconstruct")
     return {
-        "anchor_count_ptr": t["counts"][0:1],
-        "column_count_ptr": t["counts"][2:3],
-        "reconstructed_count_ptr": reconstructed(s, t)[2],
+        "anchor_count_ptr": t.counts[0:1],
+        "column_count_ptr": t.counts[2:3],
+        "reconstructed_count_ptr": reconstructed(t)[2],
         "transposed_acc_ptr": column.acc if column is not None else none,
-        "identify_acc_ptr": t["identify_acc"] if identify else none,
-        "identify_top_ptr": t["identify_top"] if identify else none,
-        "identify_lse_ptr": t["identify_lse"] if identify else none,
-        "forward_miss_ptr": t["reconstruct_miss"] if forward else none,
-        "identify_miss_ptr": t["identify_miss"] if identify else none,
+        "identify_acc_ptr": back.acc if back is not None else none,
+        "identify_top_ptr": back.top if back is not None else none,
+        "identify_lse_ptr": back.lse if back is not None else none,
+        "forward_miss_ptr": t.reconstruct.miss if t.reconstruct is not None else none,
+        "identify_miss_ptr": back.miss if back is not None else none,
         **upstream,
         "transposed_slots": column.slots if column is not None else 1,
-        "identify_slots": s.slots(s.rows, s.tile, none.device),
+        "identify_slots": s.slots(s.rows, s.tile),
         "CONTRAST": True,
         "COLUMNS": column is not None and not s.merged,
-        "RECONSTRUCT": forward,
-        "IDENTIFY": identify,
+        "RECONSTRUCT": s.reconstruct,
+        "IDENTIFY": s.identify,
         "IN_PLACE": column is not None and column.in_place,
     }
 
 
-def _early_row_gradients(
-    p: Problem, s: Shape, t: dict[str, Tensor], direction: str
-) -> tuple[Tensor, Tensor]:
+def _early_row_gradients(p: Problem, s: Shape, t: LossState) -> tuple[Tensor, Tensor]:
     """g_i for an upstream gradient of 1, before the losses are known, and the factor that belongs to it."""
-    device = p.pv.device
-    one = torch.ones((), dtype=torch.float32, device=device)
+    one = torch.ones((), dtype=torch.float32, device=s.device)
     weight_sum = one
     if p.reduction == "mean":
-        flags = t["flags"][0]
+        flags = t.flags[0]
         weight_sum = (
             flags.sum(dtype=torch.float32)
             if p.weights is None
             else torch.where(flags != 0, p.weights, 0).sum()
         )
     g = row_gradients(p, s, t, one, weight_sum, 1.0 / len(s.directions))
-    return lowered(g) if p.pv.dtype == torch.float16 else (g, one)
+    return lowered(g) if s.dtype == torch.float16 else (g, one)
 
 
-def _table_gradient(
-    p: Problem,
-    s: Shape,
-    t: dict[str, Tensor],
-    d_pv: Tensor,
-    d_history: Tensor | None,
-    result: Pass | None,
-    upstream: dict[str, Any],
-) -> Tensor:
-    """dL/dU: occurrences summed in a fixed order, and what the merged columns add."""
-    assert p.pv_index is not None and p.history_index is not None
-    order, starts = occurrences(
-        s.items, [(p.pv_index, t["pv_page"]), (p.history_index, t["history_page"])]
-    )
-    if not s.merged or result is None:
-        return sum_occurrences(p.pv, s, order, starts, d_pv, d_history, s.rows)
-    merged = {
-        "item_count_ptr": t["item_count"],
-        "column_rank_ptr": t["item_rank"],
-        "column_count_ptr": t["counts"][2:3],
-        "anchor_count_ptr": t["counts"][0:1],
-        "transposed_acc_ptr": result.acc,
-        "transposed_slots": result.slots,
+def _merged_columns(
+    s: Shape, t: LossState, results: dict[str, Pass], upstream: dict[str, Any]
+) -> dict[str, Any] | None:
+    """What merged columns add to a table's gradient."""
+    if not s.merged:
+        return None
+    return {
+        "item_count_ptr": t.item_count,
+        "column_rank_ptr": t.item_rank,
+        "column_count_ptr": t.counts[2:3],
+        "anchor_count_ptr": t.counts[0:1],
+        "transposed_acc_ptr": results["reconstruct"].acc,
+        "transposed_slots": results["reconstruct"].slots,
         "MERGED": True,
     } | {name: x for name, x in upstream.items() if name != "g_ptr"}
-    return sum_occurrences(p.pv, s, order, starts, d_pv, d_history, s.rows, merged)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,27 +12,25 @@ from . import epilogue
 from .stages import (
     attend,
     attention_backward,
+    history_gradient,
     make_plan,
-    occurrences,
     reconstructed,
     spread,
     sum_occurrences,
 )
-from .state import Shape, cdiv, empty_tensors, is_empty, loss_shape, plan_spec
+from .state import AttentionState, Shape, cdiv, is_empty, loss_shape
 
 if TYPE_CHECKING:
     from courier_fast.problem import Problem
 
 
-def _reconstruct(p: Problem) -> tuple[Shape, dict[str, Tensor], Tensor]:
+def _reconstruct(p: Problem) -> tuple[Shape, AttentionState, Tensor]:
     """The lists of all PV rows with a history, and their R [N, D]."""
-    p = replace(p, direction="reconstruct")  # a single list
-    s = loss_shape(p)
-    t = empty_tensors(plan_spec(p, s), p.pv.device)
+    s = loss_shape(p, contrast=False)
+    t = AttentionState.empty(s)
     make_plan(p, s, t, None)
-    r = torch.zeros(s.rows, s.dim, dtype=p.pv.dtype, device=p.pv.device)
-    t |= {"r": r, "norm": t["attention_lse"]}
-    attend(p, s, t, t["attention_lse"], r)
+    r = torch.zeros(s.rows, s.dim, dtype=s.dtype, device=s.device)
+    attend(p, s, t, r, t.attention_lse, t.attention_lse, raw=True)
     return s, t, r
 
 
@@ -53,10 +50,9 @@ def reconstruct_backward(p: Problem, needs: Sequence[bool], grad: Tensor) -> lis
             for x, need in zip(inputs, needs, strict=True)
         ]
     s, t, r = _reconstruct(p)
-    device, dtype = p.pv.device, p.pv.dtype
-    rows, _, count = reconstructed(s, t)
-    dr = torch.empty(s.rows, s.stride, dtype=dtype, device=device)
-    delta = torch.empty(p.num_heads, s.rows, dtype=torch.float32, device=device)
+    rows, _, count = reconstructed(t)
+    dr = torch.empty(s.rows, s.stride, dtype=s.dtype, device=s.device)
+    delta = torch.empty(s.heads, s.rows, dtype=torch.float32, device=s.device)
     epilogue.given_gradient[(cdiv(s.rows, s.small.block_m),)](
         grad.contiguous(),
         r,
@@ -67,23 +63,22 @@ def reconstruct_backward(p: Problem, needs: Sequence[bool], grad: Tensor) -> lis
         s.rows,
         D=s.dim,
         STRIDE=s.stride,
-        HEADS=p.num_heads,
+        HEADS=s.heads,
         BLOCK_M=s.small.block_m,
         BLOCK_D=s.block_d,
         num_warps=s.small.num_warps,
     )
-    dq, d_key, d_value = attention_backward(p, s, t, needs, dr, delta)
+    dq, dk, dv = attention_backward(p, s, t, needs, dr, delta)
     grads: list[Tensor | None] = [None] * 5
-    grads[3] = d_key if needs[3] else None
-    grads[4] = d_value if needs[4] else None
-    d_history = d_key if p.key is None else d_value if p.value is None else None
+    grads[3], grads[4] = dk if needs[3] else None, dv if needs[4] else None
+    d_history = history_gradient(p, dk, dv)
     table = p.history is None
     # The list holds exactly the rows with a gradient, and every place of it is written.
     d_rows = None
     if dq is not None:
-        kind = torch.float32 if table and p.query is None else dtype
-        d_rows = torch.empty(s.rows, s.dim, dtype=kind, device=device)
-        spread(p, s, t, d_rows, dq)
+        kind = torch.float32 if table and p.query is None else s.dtype
+        d_rows = torch.empty(s.rows, s.dim, dtype=kind, device=s.device)
+        spread(p, s, t, r, d_rows, dq)
     if needs[2]:
         grads[2] = d_rows
     own = d_rows if p.query is None else None
@@ -94,10 +89,7 @@ def reconstruct_backward(p: Problem, needs: Sequence[bool], grad: Tensor) -> lis
             grads[1] = d_history if d_history is not None else torch.zeros_like(p.history)
     elif needs[0]:
         if own is None:
-            own = torch.zeros(s.rows, s.dim, dtype=torch.float32, device=device)
-        assert p.pv_index is not None and p.history_index is not None
-        order, starts = occurrences(
-            s.items, [(p.pv_index, t["pv_page"]), (p.history_index, t["history_page"])]
-        )
-        grads[0] = sum_occurrences(p.pv, s, order, starts, own, d_history, s.rows)
+            own = torch.zeros(s.rows, s.dim, dtype=torch.float32, device=s.device)
+        shown = [(p.pv_index, t.pv_page), (p.history_index, t.history_page)]
+        grads[0] = sum_occurrences(p.pv, s, shown, own, d_history)
     return grads

@@ -3,68 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import click_sequence, configs, contrast, epilogue
-from .passes import lowered, run_chunks, run_contrast
-from .stages import occurrences, sequence_plan, sum_occurrences
+from . import click_sequence, configs, epilogue
+from .passes import forward_pass, lowered, run_chunks, run_contrast
+from .stages import sequence_plan, sum_occurrences
 from .state import (
     HALF_LIFT,
     Pass,
+    Results,
     Rows,
+    Scores,
     SequenceShape,
+    SequenceState,
+    Spec,
     Transposed,
-    allows_fixed_shift,
     cdiv,
-    empty_tensors,
-    needs_running_maximum,
+    scores,
     sequence_is_empty,
     sequence_shape,
-    sequence_spec,
-    sums_dtype,
-    temperature_argument,
+    temperature,
 )
 
 if TYPE_CHECKING:
     from courier_fast.problem import SequenceProblem
 
 
-def sequence_saved_spec(
-    p: SequenceProblem, needs: Sequence[bool]
-) -> list[tuple[tuple[Any, ...], torch.dtype]]:
+def sequence_saved_spec(p: SequenceProblem, needs: Sequence[bool]) -> Spec:
     """As `saved_spec`."""
     if not any(needs) or sequence_is_empty(p):
         return []
-    return list(sequence_spec(p, sequence_shape(p)).values())
+    return SequenceState.spec(sequence_shape(p))
 
 
-def _sequence_rows(s: SequenceShape, t: dict[str, Tensor]) -> Rows:
-    ids = t["row_id"] if s.mask == 4 else t["row_list"]
-    return Rows(t["c"], t["counts"], t["row_list"], t["row_page"], ids, None, t["ranks"][0])
+def _sequence_rows(s: SequenceShape, t: SequenceState) -> Rows:
+    ids = t.row.id if s.mask == 4 else t.row.list
+    return Rows(t.c, t.counts, t.row.list, t.row.page, ids, None, t.ranks[0])
+
+
+def _scores(p: SequenceProblem, s: SequenceShape) -> Scores:
+    return scores(p, s.mask, p.history_offsets, s.dtype, False)
 
 
 def _page_mean(
     p: SequenceProblem,
     s: SequenceShape,
-    t: dict[str, Tensor],
+    t: SequenceState,
     factor: Tensor | None,
+    number: Tensor,
     cosine: Tensor,
 ) -> Tensor:
     out = torch.empty(s.rows, s.stride, dtype=torch.float32, device=cosine.device)
     rows = _sequence_rows(s, t)
     click_sequence.page_mean[(cdiv(s.rows, s.attention.block_m),)](
-        t["c"],
+        t.c,
         rows.ids,
         rows.page,
         rows.count,
         p.history_offsets,
-        t["ranks"],
+        t.ranks,
         factor if factor is not None else cosine,
         out,
-        t["number"],
+        number,
         cosine,
         STRIDE=s.stride,
         HAS_ID=s.mask == 4,
@@ -87,10 +90,8 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
         return torch.zeros(
             (p.num_history,) if per_item else (), dtype=torch.float32, device=device
         ), []
-    s = sequence_shape(p)
-    tile = s.forward(any(needs))
-    t = empty_tensors(sequence_spec(p, s, any(needs)), device)
-    tau, tau_is_tensor = temperature_argument(p)
+    s = sequence_shape(p, any(needs))
+    t = SequenceState.empty(s)
     sequence_plan(p, t)
     rows = _sequence_rows(s, t)
     epilogue.normalize_rows[(cdiv(s.rows, s.small.block_m),)](
@@ -98,7 +99,7 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
         p.history_index if p.history_index is not None else rows.list,
         rows.list,
         rows.count,
-        t["c"],
+        t.c,
         D=s.dim,
         STRIDE=s.stride,
         HAS_INDEX=p.history_index is not None,
@@ -107,84 +108,27 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
         num_warps=s.small.num_warps,
     )
     cosine = torch.empty(s.rows, dtype=torch.float32, device=device)
-    _page_mean(p, s, t, None, cosine)
-    out = Pass(
-        t["pass_acc"],
-        t["pass_top"],
-        torch.empty(s.flat(s.rows, tile, device), dtype=torch.float32, device=device),
-        t["flags"],
-        s.slots(s.rows, tile, device),
-        tile,
-    )
-    options = {
-        "mask": s.mask,
-        "tau": tau,
-        "tau_is_tensor": tau_is_tensor,
-        "online": needs_running_maximum(p, p.history.dtype, False),
-        "need_values": any(needs),
-    }
-
-    def finish(first_row: int, number: int) -> None:
-        contrast.finish_rows[(cdiv(number, 256),)](
-            out.top,
-            out.total,
-            out.above,
-            rows.count,
-            rows.count,
-            cosine,
-            rows.list,
-            cosine,
-            cosine,
-            t["pass_lse"],
-            t["pass_miss"],
-            cosine,
-            cosine,
-            out.above,
-            out.slots,
-            s.programs(tile, device),
-            first_row,
-            first_row + number,
-            tau,
-            TAU_IS_TENSOR=tau_is_tensor,
-            HAS_LOG_Q=False,
-            HAS_POSITIVE=False,
-            STATS=False,
-            STREAM=s.stream,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK=256,
-        )
-
-    if s.chunked:
-        run_chunks(s, rows, rows, out, t["pass_lse"], finish, None, p.workspace, **options)
-    else:
-        run_contrast(
-            s,
-            rows,
-            rows,
-            out=out,
-            page_offsets=p.history_offsets,
-            fixed_shift=allows_fixed_shift(p, p.history.dtype, False),
-            **options,
-        )
-        finish(0, s.rows)
+    _page_mean(p, s, t, None, t.number, cosine)
+    kept, total = t.kept, torch.empty(s.part_rows, dtype=torch.float32, device=device)
+    out = Pass(kept.acc, kept.top, total, t.flags, s.slots(s.rows, s.tile), s.tile)
+    results = Results(kept.lse, kept.miss, cosine)
+    forward_pass(s, rows, rows, _scores(p, s), out, results)
     loss = torch.zeros((s.rows,) if per_item else (), dtype=torch.float32, device=device)
     click_sequence.sequence_losses[(1,)](
-        t["pass_lse"],
+        kept.lse,
         cosine,
-        t["number"],
+        t.number,
         rows.list,
         rows.count,
         cosine if per_item else loss,
-        t["anchors"],
+        t.anchors,
         loss,
-        tau,
-        TAU_IS_TENSOR=tau_is_tensor,
+        **temperature(p),
         MEAN=p.reduction == "mean",
         ITEMS=per_item,
         BLOCK=1024,
     )
-    return loss, list(t.values()) if any(needs) else []
+    return loss, t.saved() if any(needs) else []
 
 
 def sequence_backward(
@@ -198,21 +142,18 @@ def sequence_backward(
             torch.zeros_like(p.temperature) if needs[1] and p.temperature is not None else None,
         ]
     s = sequence_shape(p)
-    t = dict(zip(sequence_spec(p, s), saved, strict=True))
-    # `page_mean` counts the positives again: not into what was saved.
-    scratch = t | {"number": torch.empty_like(t["number"])}
-    tau, tau_is_tensor = temperature_argument(p)
-    half = p.history.dtype == torch.float16
+    t = SequenceState.restored(s, saved)
     rows = _sequence_rows(s, t)
-    g, offset, factor, cosine = (
-        torch.empty(s.rows, dtype=torch.float32, device=device) for _ in range(4)
+    half = s.dtype == torch.float16
+    g, offset, factor, cosine, number = (
+        torch.empty(s.rows, dtype=torch.float32, device=device) for _ in range(5)
     )
     click_sequence.sequence_row_gradients[(cdiv(s.rows, 256),)](
         grad,
         grad.stride(0) if grad.dim() else 0,
-        t["anchors"],
-        t["number"],
-        t["pass_lse"],
+        t.anchors,
+        t.number,
+        t.kept.lse,
         rows.list,
         rows.count,
         g,
@@ -226,86 +167,85 @@ def sequence_backward(
     scale, lower = lowered(g) if half else (g, None)
     # One upstream gradient for all anchors stays out of the transposed pass; rows that are none have no weight there.
     uniform = p.reduction != "none" and not half and not s.chunked
-    slots = s.slots(s.rows, s.transposed, device)
     # Chunks are summed in float32; one pass is rounded once.
-    kind = torch.float32 if s.chunked else sums_dtype(p.history.dtype)
-    acc = torch.empty(s.flat(s.rows, s.transposed, device), s.stride, dtype=kind, device=device)
-    options = {"mask": s.mask, "tau": tau, "tau_is_tensor": tau_is_tensor}
+    kind = torch.float32 if s.chunked else s.sums
+    acc = torch.empty(s.flat(s.rows, s.transposed), s.stride, dtype=kind, device=device)
+    out = Pass(acc, g, g, g, s.slots(s.rows, s.transposed), s.transposed)
     if s.chunked:
-        run_chunks(
-            s,
-            rows,
-            rows,
-            None,
-            t["pass_lse"],
-            None,
-            Transposed(scale, acc),
-            p.workspace,
-            **options,
-        )
+        run_chunks(s, rows, rows, _scores(p, s), t.kept.lse, Transposed(scale, acc))
     else:
+        y_scale = None if uniform else scale
         run_contrast(
-            s,
-            rows,
-            rows,
-            out=Pass(acc, g, g, g, slots, s.transposed),
-            page_offsets=p.history_offsets,
-            y_offset=offset,
-            y_scale=None if uniform else scale,
-            need_sum=False,
-            **options,
+            s, rows, rows, _scores(p, s), out, y_offset=offset, y_scale=y_scale, need_sum=False
         )
-    mean = _page_mean(p, s, scratch, None, cosine)
-    pulled = _page_mean(p, s, scratch, factor, cosine)
-    table = p.history_index is not None
-    d_rows = torch.zeros(
-        s.rows, s.dim, dtype=torch.float32 if table else p.history.dtype, device=device
-    )
-    programs = cdiv(s.rows, s.small.block_m)
-    tau_parts = torch.empty(programs, dtype=torch.float32, device=device)
-    tiles = {"TILE_M": s.tile.block_m, "TILE_N": s.tile.block_n}
-    tiles |= {"TRANSPOSED_M": s.transposed.block_m, "TRANSPOSED_N": s.transposed.block_n}
-    click_sequence.sequence_gradient[(programs,)](
-        rows.list,
-        rows.count,
-        p.history,
-        p.history_index if p.history_index is not None else rows.list,
-        g,
-        t["pass_lse"],
-        mean,
-        pulled,
-        t["pass_acc"],
-        t["pass_top"],
-        acc,
-        lower if lower is not None else g,
-        grad,
-        t["anchors"],
-        d_rows,
-        tau_parts,
-        s.slots(s.rows, s.tile, device),
-        slots,
-        s.programs(s.tile, device),
-        s.programs(s.transposed, device),
-        tau,
-        TAU_IS_TENSOR=tau_is_tensor,
-        HAS_INDEX=table,
-        HAS_FACTOR=lower is not None,
-        UNIFORM=uniform,
-        D=s.dim,
-        STRIDE=s.stride,
-        STREAM=s.stream,
-        **tiles,
-        BLOCK_M=s.small.block_m,
-        BLOCK_D=s.block_d,
-        num_warps=s.small.num_warps,
-    )
+    # The positives are counted again, not into what was saved.
+    mean = _page_mean(p, s, t, None, number, cosine)
+    pulled = _page_mean(p, s, t, factor, number, cosine)
+    d_rows, tau_parts = _row_gradients(p, s, t, out, g, mean, pulled, lower, grad, uniform)
     d_temperature = None
     if needs[1]:
         assert p.temperature is not None
         d_temperature = -tau_parts.sum() / p.temperature
     if not needs[0]:
         return [None, d_temperature]
-    if not table:
+    if p.history_index is None:
         return [d_rows, d_temperature]
-    order, starts = occurrences(s.items, [(p.history_index, t["history_page"])])
-    return [sum_occurrences(p.history, s, order, starts, None, d_rows, 0), d_temperature]
+    shown = [(p.history_index, t.history_page)]
+    return [sum_occurrences(p.history, s, shown, None, d_rows), d_temperature]
+
+
+def _row_gradients(
+    p: SequenceProblem,
+    s: SequenceShape,
+    t: SequenceState,
+    transposed: Pass,
+    g: Tensor,
+    mean: Tensor,
+    pulled: Tensor,
+    lower: Tensor | None,
+    grad: Tensor,
+    uniform: bool,
+) -> tuple[Tensor, Tensor]:
+    """dL/dC [K, D] of the rows, and parts of -tau dL/dtau."""
+    table = p.history_index is not None
+    kind = torch.float32 if table else s.dtype
+    d_rows = torch.zeros(s.rows, s.dim, dtype=kind, device=s.device)
+    programs = cdiv(s.rows, s.small.block_m)
+    tau_parts = torch.empty(programs, dtype=torch.float32, device=s.device)
+    click_sequence.sequence_gradient[(programs,)](
+        t.row.list,
+        t.counts,
+        p.history,
+        p.history_index if table else t.row.list,
+        g,
+        t.kept.lse,
+        mean,
+        pulled,
+        t.kept.acc,
+        t.kept.top,
+        transposed.acc,
+        lower if lower is not None else g,
+        grad,
+        t.anchors,
+        d_rows,
+        tau_parts,
+        s.slots(s.rows, s.tile),
+        transposed.slots,
+        s.programs(s.tile),
+        s.programs(s.transposed),
+        **temperature(p),
+        HAS_INDEX=table,
+        HAS_FACTOR=lower is not None,
+        UNIFORM=uniform,
+        D=s.dim,
+        STRIDE=s.stride,
+        STREAM=s.stream,
+        TILE_M=s.tile.block_m,
+        TILE_N=s.tile.block_n,
+        TRANSPOSED_M=s.transposed.block_m,
+        TRANSPOSED_N=s.transposed.block_n,
+        BLOCK_M=s.small.block_m,
+        BLOCK_D=s.block_d,
+        num_warps=s.small.num_warps,
+    )
+    return d_rows, tau_parts

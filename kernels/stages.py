@@ -10,7 +10,16 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, contrast, epilogue, plan, reconstruct
-from .state import Rows, Shape, cdiv
+from .state import (
+    AttentionState,
+    Listed,
+    LossState,
+    Plan,
+    Rows,
+    SequenceState,
+    Shape,
+    cdiv,
+)
 
 if TYPE_CHECKING:
     from courier_fast.problem import Problem, SequenceProblem
@@ -21,20 +30,22 @@ def _steps(pages: int) -> int:
 
 
 def _compact(
-    t: dict[str, Tensor],
+    t: Plan | SequenceState,
     block_counts: Tensor,
     page: Tensor,
     ids: Tensor | None,
     log_q: Tensor | None,
-    names: Sequence[str | None],
+    first: Listed,
+    second: Listed | None = None,
+    third: Listed | None = None,
 ) -> None:
-    """Lists of the rows of each flag, where `names` has a name for it; prefix sums, and the counts."""
-    flags = t["flags"]
+    """Lists of the rows of each flag, where there is one; prefix sums, and the counts."""
+    flags = t.flags
 
-    def of(name: str | None, part: str) -> Tensor:
-        return flags if name is None else t.get(f"{name}_{part}", flags)
+    def of(listed: Listed | None, part: str) -> Tensor:
+        found = getattr(listed, part, None)
+        return flags if found is None else found
 
-    first, second, third = names
     rows, blocks = flags.shape[1], block_counts.shape[1]
     plan.compact[(blocks,)](
         flags,
@@ -42,8 +53,8 @@ def _compact(
         page,
         ids if ids is not None else flags,
         log_q if log_q is not None else flags,
-        t["ranks"],
-        t["counts"],
+        t.ranks,
+        t.counts,
         *(of(first, part) for part in ("list", "page", "id")),
         *(of(second, part) for part in ("list", "page", "id", "bias")),
         *(of(third, part) for part in ("list", "page", "id", "bias")),
@@ -58,9 +69,9 @@ def _compact(
     )
 
 
-def sequence_plan(p: SequenceProblem, t: dict[str, Tensor]) -> None:
+def sequence_plan(p: SequenceProblem, t: SequenceState) -> None:
     """Page of every history row, and the list of the real ones; their count stays on the device."""
-    page, flags = t["history_page"], t["flags"]
+    page, flags = t.history_page, t.flags
     pages = p.history_offsets.shape[0] - 1
     blocks = cdiv(page.shape[0], configs.BLOCK_PLAN)
     block_counts = torch.empty(1, blocks, dtype=torch.int32, device=page.device)
@@ -77,15 +88,14 @@ def sequence_plan(p: SequenceProblem, t: dict[str, Tensor]) -> None:
         HAS_MASK=p.history_mask is not None,
         BLOCK=configs.BLOCK_PLAN,
     )
-    _compact(t, block_counts, page, p.ids, None, ("row", None, None))
+    _compact(t, block_counts, page, p.ids, None, t.row)
 
 
-def make_plan(p: Problem, s: Shape, t: dict[str, Tensor], clicked: Tensor | None) -> None:
+def make_plan(p: Problem, s: Shape, t: Plan, clicked: Tensor | None) -> None:
     """Pages, flags, prefix sums and compacted lists; the counts stay on the device."""
-    dummy = t["flags"]
-    merged = "item_count" in t
-    if merged:
-        t["item_count"].zero_()
+    dummy, items = t.flags, t.item_count
+    if items is not None:
+        items.zero_()
     blocks = cdiv(s.rows, configs.BLOCK_PLAN)
     block_counts = torch.empty(4, blocks, dtype=torch.int32, device=dummy.device)
     plan.mark_rows[(blocks + cdiv(s.history_rows, configs.BLOCK_PLAN),)](
@@ -94,13 +104,13 @@ def make_plan(p: Problem, s: Shape, t: dict[str, Tensor], clicked: Tensor | None
         clicked if clicked is not None else dummy,
         p.weights if p.weights is not None else dummy,
         p.pv_index if p.pv_index is not None else dummy,
-        t["pv_page"],
-        t["flags"],
+        t.pv_page,
+        t.flags,
         block_counts,
-        t["item_count"] if merged else dummy,
+        items if items is not None else dummy,
         p.history_offsets,
         p.history_mask if p.history_mask is not None else dummy,
-        t["history_page"],
+        t.history_page,
         s.rows,
         s.history_rows,
         s.pages,
@@ -110,51 +120,39 @@ def make_plan(p: Problem, s: Shape, t: dict[str, Tensor], clicked: Tensor | None
         HAS_WEIGHTS=p.weights is not None,
         HAS_CLICKED=clicked is not None,
         HAS_HISTORY_MASK=p.history_mask is not None,
-        EVERY_RECONSTRUCTION=s.every,
-        COUNT_ITEMS=merged,
+        EVERY_RECONSTRUCTION=s.identify,
+        COUNT_ITEMS=s.merged,
         BLOCK=configs.BLOCK_PLAN,
     )
-    ids = p.item_ids if p.item_ids is not None else p.pv_index
-    biased = any(f"{name}_bias" in t for name in ("reconstructed", "column"))
-    names = (
-        "anchor",
-        "reconstructed" if "reconstructed_list" in t else None,
-        "column" if "column_list" in t and not merged else None,
-    )
-    _compact(t, block_counts, t["pv_page"], ids, p.log_q if biased else None, names)
-    if merged:
+    column = None if s.merged else t.column
+    log_q = p.log_q if s.directions else None
+    _compact(t, block_counts, t.pv_page, p.ids, log_q, t.anchor, t.reconstructed, column)
+    if s.merged:
+        assert t.column is not None
         plan.compact_items[(cdiv(s.items, configs.BLOCK_PLAN),)](
-            t["item_count"],
-            t["item_rank"],
-            t["counts"][2:3],
-            t["column_list"],
-            t["column_bias"],
+            items,
+            t.item_rank,
+            t.counts[2:3],
+            t.column.list,
+            t.column.bias,
             s.items,
             BLOCK=configs.BLOCK_PLAN,
         )
 
 
-def sides(p: Problem, s: Shape, t: dict[str, Tensor], direction: str) -> tuple[Rows, Rows]:
+def sides(p: Problem, s: Shape, t: LossState, direction: str) -> tuple[Rows, Rows]:
     """(anchors, candidates) of a direction."""
-    has_ids = p.item_ids is not None or p.pv_index is not None
 
-    def side(unit: str, name: str, flag: int) -> Rows:
-        return Rows(
-            t[unit],
-            t["counts"][flag : flag + 1],
-            t[f"{name}_list"],
-            t[f"{name}_page"],
-            # Without ids an item is itself alone; a merged column's list holds item numbers, which are the ids.
-            t[f"{name}_id"]
-            if has_ids and not (name == "column" and s.merged)
-            else t[f"{name}_list"],
-            t.get(f"{name}_bias"),
-            t["ranks"][flag],
-        )
+    def side(unit: Any, listed: Any, flag: int, merged: bool = False) -> Rows:
+        # Without ids an item is itself alone; a merged column's list holds item numbers, which are the ids.
+        ids = listed.list if p.ids is None or merged else listed.id
+        count, rank = t.counts[flag : flag + 1], t.ranks[flag]
+        return Rows(unit, count, listed.list, listed.page, ids, listed.bias, rank, merged)
 
     if direction == "reconstruct":
-        return side("r_anchor" if s.both_lists else "r", "anchor", 0), side("e", "column", 2)
-    return side("e_anchor", "anchor", 0), side("r", "reconstructed", 1)
+        anchors = t.r if t.r_anchor is None else t.r_anchor
+        return side(anchors, t.anchor, 0), side(t.e, t.column, 2, s.merged)
+    return side(t.e_anchor, t.anchor, 0), side(t.r, t.reconstructed, 1)
 
 
 def attention_inputs(p: Problem) -> dict[str, Any]:
@@ -181,34 +179,42 @@ def e_inputs(p: Problem) -> dict[str, Any]:
     }
 
 
-def reconstructed(s: Shape, t: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def reconstructed(t: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """List, pages and count of the rows that have an R."""
-    name, flag = ("reconstructed", 1) if s.both_lists else ("anchor", 0)
-    return t[f"{name}_list"], t[f"{name}_page"], t["counts"][flag : flag + 1]
+    if t.reconstructed is None:
+        return t.anchor.list, t.anchor.page, t.counts[0:1]
+    return t.reconstructed.list, t.reconstructed.page, t.counts[1:2]
 
 
 def attend(
-    p: Problem, s: Shape, t: dict[str, Tensor], positive: Tensor, raw: Tensor | None
+    p: Problem,
+    s: Shape,
+    t: AttentionState,
+    out: Tensor,
+    norm: Tensor,
+    positive: Tensor,
+    raw: bool = False,
 ) -> None:
-    rows, pages, count = reconstructed(s, t)
+    """Unit rows r of the list, their lengths and the positives' cosines; or with `raw` R [N, D] alone."""
+    rows, pages, count = reconstructed(t)
     reconstruct.attend[(cdiv(s.rows, s.attention.block_m),)](
         **attention_inputs(p),
         **e_inputs(p),
         history_offsets_ptr=p.history_offsets,
-        history_page_ptr=t["history_page"],
+        history_page_ptr=t.history_page,
         list_ptr=rows,
         list_page_ptr=pages,
         count_ptr=count,
-        attention_lse_ptr=t["attention_lse"],
-        unit_ptr=t["r"] if raw is None else raw,
-        norm_ptr=t["norm"],
+        attention_lse_ptr=t.attention_lse,
+        unit_ptr=out,
+        norm_ptr=norm,
         positive_ptr=positive,
         capacity=s.rows,
         scale=p.attention_scale,
         D=s.dim,
         STRIDE=s.stride,
         HEADS=p.num_heads,
-        RAW=raw is not None,
+        RAW=raw,
         BLOCK_M=s.attention.block_m,
         BLOCK_H=s.attention.block_n,
         BLOCK_D=s.block_d,
@@ -240,7 +246,8 @@ def normalize(
 def reduce_losses(
     p: Problem,
     s: Shape,
-    t: dict[str, Tensor],
+    t: Plan,
+    weight_sum: Tensor,
     losses: Sequence[Tensor],
     item_loss: Tensor,
     stats: bool,
@@ -249,16 +256,16 @@ def reduce_losses(
     per_item = p.reduction == "none"
     items = item_loss
     if per_item and not stats:
-        items = torch.zeros(s.rows, dtype=torch.float32, device=p.pv.device)
-    loss = torch.empty((), dtype=torch.float32, device=p.pv.device)
+        items = torch.zeros(s.rows, dtype=torch.float32, device=s.device)
+    loss = torch.empty((), dtype=torch.float32, device=s.device)
     contrast.reduce_loss[(1,)](
         losses[0],
         losses[-1],
-        t["anchor_list"],
-        t["counts"][0:1],
+        t.anchor.list,
+        t.counts[0:1],
         p.weights if p.weights is not None else loss,
         loss,
-        t["weight_sum"],
+        weight_sum,
         items,
         BOTH=len(losses) == 2,
         HAS_WEIGHTS=p.weights is not None,
@@ -270,17 +277,17 @@ def reduce_losses(
 
 
 def row_gradients(
-    p: Problem, s: Shape, t: dict[str, Tensor], grad: Tensor, weight_sum: Tensor, share: float
+    p: Problem, s: Shape, t: Plan, grad: Tensor, weight_sum: Tensor, share: float
 ) -> Tensor:
     """g_i [capacity], the upstream gradient of each anchor's loss, times `share`."""
-    g = torch.empty(s.rows, dtype=torch.float32, device=p.pv.device)
+    g = torch.empty(s.rows, dtype=torch.float32, device=s.device)
     epilogue.row_gradients[(cdiv(s.rows, 256),)](
         grad,
         grad.stride(0) if grad.dim() else 0,
         p.weights if p.weights is not None else g,
         weight_sum,
-        t["anchor_list"],
-        t["counts"][0:1],
+        t.anchor.list,
+        t.counts[0:1],
         g,
         s.rows,
         share,
@@ -291,18 +298,16 @@ def row_gradients(
     return g
 
 
-def normalize_given(
-    p: Problem, s: Shape, t: dict[str, Tensor], given: Tensor, positive: Tensor
-) -> None:
+def normalize_given(p: Problem, s: Shape, t: LossState, given: Tensor, positive: Tensor) -> None:
     """As `attend`, of an R [N, D] that is known."""
-    rows, _, count = reconstructed(s, t)
+    rows, _, count = reconstructed(t)
     epilogue.given_rows[(cdiv(s.rows, s.small.block_m),)](
         r_ptr=given,
         **e_inputs(p),
         list_ptr=rows,
         count_ptr=count,
-        unit_ptr=t["r"],
-        norm_ptr=t["norm"],
+        unit_ptr=t.r,
+        norm_ptr=t.norm,
         positive_ptr=positive,
         D=s.dim,
         STRIDE=s.stride,
@@ -312,15 +317,15 @@ def normalize_given(
     )
 
 
-def gather_anchors(s: Shape, t: dict[str, Tensor], every: Tensor, positive: Tensor) -> None:
+def gather_anchors(s: Shape, t: LossState, every: Tensor, positive: Tensor) -> None:
     """r and the positives' cosines of the anchors, from those of every reconstructed row."""
     epilogue.gather_anchors[(cdiv(s.rows, s.small.block_m),)](
-        t["r"],
+        t.r,
         every,
-        t["ranks"][1],
-        t["anchor_list"],
-        t["counts"][0:1],
-        t["r_anchor"],
+        t.ranks[1],
+        t.anchor.list,
+        t.counts[0:1],
+        t.r_anchor,
         positive,
         STRIDE=s.stride,
         BLOCK_M=s.small.block_m,
@@ -332,13 +337,14 @@ def gather_anchors(s: Shape, t: dict[str, Tensor], every: Tensor, positive: Tens
 def spread(
     p: Problem,
     s: Shape,
-    t: dict[str, Tensor],
+    t: Plan,
+    unit: Tensor,
     out: Tensor,
     dq: Tensor | None,
     **contrast_inputs: Any,
 ) -> Tensor:
     """Rows of the batch [N, D] from the compacted dq; with the contrast's inputs, dL/dE and dq together."""
-    dummy = t["ranks"]
+    dummy = t.ranks
     unused: dict[str, Any] = dict.fromkeys(
         (
             "anchor_count_ptr column_count_ptr reconstructed_count_ptr transposed_acc_ptr transposed_factor_ptr "
@@ -352,14 +358,14 @@ def spread(
     unused |= dict.fromkeys(flags.split(), False)
     epilogue.pv_gradient[(cdiv(s.rows, s.small.block_m),)](
         out_ptr=out,
-        rank_ptr=t["ranks"],
-        flag_ptr=t["flags"],
+        rank_ptr=t.ranks,
+        flag_ptr=t.flags,
         **e_inputs(p),
-        unit_ptr=t["r"],
+        unit_ptr=unit,
         dq_ptr=dq if dq is not None else dummy,
         rows=s.rows,
-        programs=s.programs(s.tile, out.device),
-        transposed_programs=s.programs(s.transposed, out.device),
+        programs=s.programs(s.tile),
+        transposed_programs=s.programs(s.transposed),
         **(unused | contrast_inputs),
         STREAM=s.stream,
         D=s.dim,
@@ -377,26 +383,50 @@ def spread(
     return out
 
 
+def empty_history(
+    p: Problem, s: Shape, needs: Sequence[bool], new: Any = torch.empty
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dk, dv) for a kernel to fill, None where nobody wants it; where key and value are both the history, dk is for their
+    sum and dv None."""
+    table = p.history is None
+
+    def output(given: Tensor | None, need: bool) -> Tensor | None:
+        if not (need if given is not None else needs[0 if table else 1]):
+            return None
+        kind = torch.float32 if table and given is None else s.dtype
+        return new(s.history_rows, s.dim, dtype=kind, device=s.device)
+
+    dk = output(p.key, needs[3])
+    return dk, None if p.key is None and p.value is None else output(p.value, needs[4])
+
+
+def history_gradient(p: Problem, dk: Tensor | None, dv: Tensor | None) -> Tensor | None:
+    """That of dk and dv which belongs to the history; with both, their sum is in dk."""
+    return dk if p.key is None else dv if p.value is None else None
+
+
 def attention_backward(
-    p: Problem, s: Shape, t: dict[str, Tensor], needs: Sequence[bool], dr: Tensor, delta: Tensor
+    p: Problem, s: Shape, t: AttentionState, needs: Sequence[bool], dr: Tensor, delta: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dq of the listed rows, dk, dv); where key and value are both the history, dk is their sum and dv None.
+    """(dq of the listed rows, dk, dv) as of `empty_history`.
 
     dr is lost: dq takes its place where it can.
     """
-    device, dtype = p.pv.device, p.pv.dtype
-    table = p.history is None
-    rows, pages, count = reconstructed(s, t)
-    shared = attention_inputs(p)
-    # float16 has too little range for gradients of a mean over many anchors: their products run in tf32.
-    dot_type = tl.float32 if dtype != torch.bfloat16 else tl.bfloat16
-    common = {
+    rows, pages, count = reconstructed(t)
+    common = attention_inputs(p) | {
+        "history_page_ptr": t.history_page,
+        "list_ptr": rows,
+        "list_page_ptr": pages,
+        "attention_lse_ptr": t.attention_lse,
+        "dr_ptr": dr,
+        "delta_ptr": delta,
         "capacity": s.rows,
         "scale": p.attention_scale,
         "D": s.dim,
         "STRIDE": s.stride,
-        "HEADS": p.num_heads,
-        "DOT_TYPE": dot_type,
+        "HEADS": s.heads,
+        # float16 has too little range for gradients of a mean over many anchors: their products run in tf32.
+        "DOT_TYPE": tl.bfloat16 if s.dtype == torch.bfloat16 else tl.float32,
         "BLOCK_M": s.backward.block_m,
         "BLOCK_H": s.backward.block_n,
         "BLOCK_D": s.block_d,
@@ -404,67 +434,48 @@ def attention_backward(
         "PRECISION": s.precision,
         **s.backward.launch,
     }
-    history_need = needs[0] if table else needs[1]
-    want_key = needs[3] if p.key is not None else history_need
-    want_value = needs[4] if p.value is not None else history_need
-    want_query = needs[2] if p.query is not None else needs[0]
-    together = p.key is None and p.value is None
-
-    def output(given: Tensor | None) -> Tensor:
-        kind = torch.float32 if table and given is None else dtype
-        return torch.empty(s.history_rows, s.dim, dtype=kind, device=device)
-
-    dk = output(p.key) if want_key else None
-    dv = output(p.value) if want_value and not together else None
-    if dk is not None or dv is not None:
-        anything = dk if dk is not None else dv
-        part = (
-            min(s.block_d, configs.LARGEST_REGISTER_DIM)
-            if common["BLOCK_C"] != s.block_d
-            else s.block_d
-        )
-        reconstruct.attend_dkv[(cdiv(s.history_rows, s.backward.block_n), cdiv(s.block_d, part))](
-            **shared,
-            pv_offsets_ptr=p.pv_offsets,
-            rank_ptr=t["ranks"][1 if s.both_lists else 0],
-            history_page_ptr=t["history_page"],
-            list_ptr=rows,
-            list_page_ptr=pages,
-            attention_lse_ptr=t["attention_lse"],
-            dr_ptr=dr,
-            delta_ptr=delta,
-            dk_ptr=dk if dk is not None else anything,
-            dv_ptr=dv if dv is not None else anything,
-            history_rows=s.history_rows,
-            WANT_DK=want_key,
-            WANT_DV=want_value,
-            SUM_KV=together,
-            BLOCK_O=part,
-            **common,
-        )
-    dq = None
-    if want_query:
-        # Occurrences of a table's items are summed: they stay in float32 until then, and so does what float16 cannot hold.
-        wide = (table and p.query is None) or dtype == torch.float16
-        dq = torch.empty(s.rows, s.dim, dtype=torch.float32, device=device) if wide else dr
-        reconstruct.attend_dq[(cdiv(s.rows, s.backward.block_m),)](
-            **shared,
-            history_offsets_ptr=p.history_offsets,
-            history_page_ptr=t["history_page"],
-            list_ptr=rows,
-            list_page_ptr=pages,
-            count_ptr=count,
-            attention_lse_ptr=t["attention_lse"],
-            dr_ptr=dr,
-            delta_ptr=delta,
-            dq_ptr=dq,
-            DQ_STRIDE=dq.shape[1],
-            **common,
-        )
+    dk, dv = _key_value_gradients(p, s, t, needs, common)
+    if not needs[0 if p.query is None else 2]:
+        return None, dk, dv
+    # Occurrences of a table's items are summed: they stay in float32 until then, and so does what float16 cannot hold.
+    wide = (p.history is None and p.query is None) or s.dtype == torch.float16
+    dq = torch.empty(s.rows, s.dim, dtype=torch.float32, device=s.device) if wide else dr
+    reconstruct.attend_dq[(cdiv(s.rows, s.backward.block_m),)](
+        **common,
+        history_offsets_ptr=p.history_offsets,
+        count_ptr=count,
+        dq_ptr=dq,
+        DQ_STRIDE=dq.shape[1],
+    )
     return dq, dk, dv
 
 
-def occurrences(items: int, rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _key_value_gradients(
+    p: Problem, s: Shape, t: AttentionState, needs: Sequence[bool], common: dict[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    dk, dv = empty_history(p, s, needs)
+    anything = dk if dk is not None else dv
+    if anything is None:
+        return None, None
+    whole = common["BLOCK_C"] == s.block_d
+    width = s.block_d if whole else min(s.block_d, configs.LARGEST_REGISTER_DIM)
+    together = p.key is None and p.value is None
+    reconstruct.attend_dkv[(cdiv(s.history_rows, s.backward.block_n), cdiv(s.block_d, width))](
+        **common,
+        pv_offsets_ptr=p.pv_offsets,
+        rank_ptr=t.ranks[int(s.identify)],
+        dk_ptr=dk if dk is not None else anything,
+        dv_ptr=dv if dv is not None else anything,
+        history_rows=s.history_rows,
+        WANT_DK=dk is not None,
+        WANT_DV=(dk if together else dv) is not None,
+        SUM_KV=together,
+        BLOCK_O=width,
+    )
+    return dk, dv
+
+
+def occurrences(items: int, rows: Sequence[tuple[Any, Tensor]]) -> tuple[Tensor, Tensor]:
     """Row numbers sorted by item, and where each item's begin [items + 1]; padding (page < 0) comes last."""
     kind = torch.int32 if items < 2**31 - 1 else torch.int64  # half the passes of a radix sort
     keys = torch.cat([torch.where(page >= 0, index.to(kind), items) for index, page in rows])
@@ -476,14 +487,13 @@ def occurrences(items: int, rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tens
 def sum_occurrences(
     table: Tensor,
     s: Shape,
-    order: Tensor,
-    starts: Tensor,
+    shown: Sequence[tuple[Any, Tensor]],
     d_pv: Tensor | None,
     d_history: Tensor | None,
-    rows: int,
     merged: dict[str, Any] | None = None,
 ) -> Tensor:
-    """The gradient of a table from those of its occurrences; the first `rows` of them are PV rows."""
+    """The gradient of a table from those of its occurrences, `shown` by (item, page): with d_pv, first the PV rows."""
+    order, starts = occurrences(s.items, shown)
     out = torch.empty_like(table)
     unused = dict.fromkeys(
         ("item_count_ptr", "column_rank_ptr", "column_count_ptr", "anchor_count_ptr"), order
@@ -499,8 +509,8 @@ def sum_occurrences(
         pv_ptr=d_pv if d_pv is not None else out,
         history_ptr=d_history if d_history is not None else out,
         table_ptr=table,
-        rows=rows,
-        transposed_programs=s.programs(s.transposed, out.device),
+        rows=0 if d_pv is None else shown[0][0].shape[0],
+        transposed_programs=s.programs(s.transposed),
         **(plain if merged is None else merged),
         STREAM=s.stream,
         D=s.dim,

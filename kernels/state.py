@@ -1,10 +1,12 @@
-"""Shapes, types and names that the stages of one problem share: pure arithmetic, no data, no launch."""
+"""Shapes of the problems, the state that forward and backward share, and what the passes are told: no launch."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from . import configs
 from .tl_common import SMALLEST_FIXED_TAU
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from courier_fast.blocks import Scoring
     from courier_fast.problem import Problem, SequenceProblem
 
@@ -24,218 +28,348 @@ HALF_LIFT = 12.0
 # Which candidates an anchor has, as the kernels are told.
 MASKS = {"batch": 0, "page": 1, "other_pages": 2}
 
-_Spec = dict[str, tuple[tuple[Any, ...], torch.dtype]]
-
 
 def cdiv(a: Any, b: int) -> Any:
     return (a + b - 1) // b
 
 
+# ---- shapes -------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Shape:
-    """What the launches of one problem have in common."""
+    """What the launches of one problem have in common, and the sizes that its state is declared with."""
 
+    device: torch.device
+    dtype: torch.dtype  # of the embeddings
     dim: int
     stride: int
     block_d: int
-    rows: int  # N
-    history_rows: int  # K
-    pages: int
-    items: int  # n of the table, 0 without one
-    merged: bool  # equal candidates are one column
-    every: bool  # R of every item with a history, not of the anchors only
-    both_lists: bool  # anchors and reconstructed rows are different lists
-    directions: tuple[str, ...]
-    id_dtype: torch.dtype
     chunked: bool  # P of a chunk of rows is stored, instead of sums over D in registers
-    early: bool  # ... and used at once for the gradient of the columns: the weights of the rows are known
     stream: bool  # a tile may be divided between programs anywhere (`schedule` in tl_common.py)
     tile: configs.Tile
-    lse: configs.Tile  # of a forward pass whose gradient nobody wants: without values
     transposed: configs.Tile
     product: configs.ProductTile
     attention: configs.Tile
     backward: configs.Tile
     small: configs.Tile
     precision: str
+    rows: int = 0  # N
+    history_rows: int = 0  # K
+    pages: int = 0
+    items: int = 0  # n of the table, 0 without one
+    heads: int = 1
+    id_dtype: torch.dtype = torch.int64
+    directions: tuple[str, ...] = ()
+    merged: bool = False  # equal candidates are one column
+    biased: bool = False  # log_q is given
+    values: bool = True  # somebody wants gradients: the forward pass sums values too
+    early: bool = False  # P is used at once for the gradient of the columns: the weights of the rows are known
 
-    def programs(self, tile: configs.Tile, device: torch.device) -> int:
+    unbiased = False  # what lists of anchors are
+
+    @cached_property
+    def reconstruct(self) -> bool:
+        return "reconstruct" in self.directions
+
+    @cached_property
+    def identify(self) -> bool:
+        """Then R of every item with a history is needed: anchors and reconstructed rows are different lists."""
+        return "identify" in self.directions
+
+    @cached_property
+    def columns(self) -> int:
+        return self.items if self.merged else self.rows
+
+    @cached_property
+    def column_biased(self) -> bool:
+        return self.biased or self.merged
+
+    @cached_property
+    def sums(self) -> torch.dtype:
+        """Of the sums that a contrast pass leaves: they are rounded once. float16 has too little range for them."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+
+    @cached_property
+    def part_rows(self) -> Any:
+        """Rows of the parts that a forward pass leaves."""
+        return self.flat(self.rows, self.tile)
+
+    @cached_property
+    def value_rows(self) -> Any:
+        return self.part_rows if self.values else 0
+
+    def programs(self, tile: configs.Tile) -> int:
         """Programs of a contrast pass that are at work at the same time."""
-        return 1 if self.chunked else configs.programs(device) * tile.per_processor
+        return 1 if self.chunked else configs.programs(self.device) * tile.per_processor
 
-    def slots(self, capacity: Any, tile: configs.Tile, device: torch.device) -> Any:
+    def slots(self, capacity: Any, tile: configs.Tile) -> Any:
         """Programs of a contrast pass over at most `capacity` rows, and so the tiles of partial sums it writes."""
         if self.chunked:
             return 1
-        return torch.sym_max(cdiv(capacity, tile.block_m), self.programs(tile, device))
+        return torch.sym_max(cdiv(capacity, tile.block_m), self.programs(tile))
 
-    def forward(self, values: bool) -> configs.Tile:
-        return self.tile if values else self.lse
-
-    def flat(self, capacity: Any, tile: configs.Tile, device: torch.device) -> Any:
+    def flat(self, capacity: Any, tile: configs.Tile) -> Any:
         """Rows of what such a pass writes."""
-        return capacity if self.chunked else self.slots(capacity, tile, device) * tile.block_m
+        return capacity if self.chunked else self.slots(capacity, tile) * tile.block_m
 
 
-def _divisible(dtype: torch.dtype, chunks: bool) -> bool:
-    """Whether a row tile may be divided anywhere between programs: float32 tiles have no registers left for that."""
-    return not chunks and (dtype != torch.float32 or configs.interpreted())
+@dataclass(frozen=True)
+class SequenceShape(Shape):
+    mask: int = 0
 
 
-def loss_shape(p: Problem) -> Shape:
-    dim = p.pv.shape[1]
-    chunks = configs.use_chunks(p.pv.dtype, dim)
+def _tiles(
+    unit: Tensor, sequence: bool = False, values: bool = True, heads: int = 1
+) -> dict[str, Any]:
+    """What a shape takes from its rows; `sequence`: the masks of the click sequence by id."""
+    dim, dtype = unit.shape[1], unit.dtype
+    chunks = configs.use_chunks(dtype, dim)
     stride = configs.row_stride(dim, chunks)
-    table = p.pv_index is not None
-    every = p.direction != "reconstruct"
 
     def tile(kind: str) -> configs.Tile:
-        return configs.contrast_tile(p.pv.dtype, stride, p.pv.device, kind)
+        kind = "sequence" if sequence else kind
+        return configs.contrast_tile(dtype, stride, unit.device, kind)
 
+    return {
+        "device": unit.device,
+        "dtype": dtype,
+        "dim": dim,
+        "stride": stride,
+        "block_d": configs.block_dim(stride),
+        "chunked": chunks,
+        # float32 tiles have no registers left for a division anywhere.
+        "stream": not chunks and (dtype != torch.float32 or configs.interpreted()),
+        "tile": tile("forward" if values else "lse"),
+        "transposed": tile("transposed"),
+        "product": configs.product_tile(dtype),
+        "attention": configs.attention_tile(dtype, stride, heads, False),
+        "backward": configs.attention_tile(dtype, stride, heads, True),
+        "small": configs.rows_tile(stride),
+        "precision": configs.dot_precision(dtype),
+        "heads": heads,
+        "values": values,
+    }
+
+
+def block_shape(unit: Tensor, sequence: bool = False) -> Shape:
+    """Of rows against columns alone: no pages, lists or attention."""
+    return Shape(**_tiles(unit, sequence))
+
+
+def loss_shape(p: Problem, values: bool = True, contrast: bool = True) -> Shape:
+    """`values` off: of a forward pass whose gradient nobody wants; `contrast` off: of the reconstructions alone."""
+    found = _tiles(p.pv, values=values, heads=p.num_heads)
+    found["stream"] &= p.negatives != "page"
+    table = p.pv_index is not None
+    directions = ("reconstruct", "identify") if p.direction == "both" else (p.direction,)
     return Shape(
-        dim=dim,
-        stride=stride,
-        block_d=configs.block_dim(stride),
+        **found,
         rows=p.num_pv,
         history_rows=p.num_history,
         pages=p.pv_offsets.shape[0] - 1,
         items=p.pv.shape[0] if table else 0,
+        id_dtype=torch.int64 if p.item_ids is not None else torch.int32,
+        directions=directions if contrast else (),
         # Columns can be merged where every page sees the same candidates, known by the index alone; a table much
         # larger than the batch is not worth a column list of its own.
-        merged=table
+        merged=contrast
+        and table
         and p.item_ids is None
         and p.log_q is None
         and p.negatives == "batch"
         and p.direction != "identify"
+        and (p.attention != "candidate" or p.query is None)  # else each occurrence has its own
         and p.pv.shape[0] <= p.num_pv,
-        every=every,
-        both_lists=every,
-        directions=("reconstruct", "identify") if p.direction == "both" else (p.direction,),
-        id_dtype=torch.int64 if p.item_ids is not None else torch.int32,
-        chunked=chunks,
-        early=chunks and p.reduction != "none",
-        stream=_divisible(p.pv.dtype, chunks) and p.negatives != "page",
-        tile=tile("forward"),
-        lse=tile("lse"),
-        transposed=tile("transposed"),
-        product=configs.product_tile(p.pv.dtype),
-        attention=configs.attention_tile(p.pv.dtype, stride, p.num_heads, False),
-        backward=configs.attention_tile(p.pv.dtype, stride, p.num_heads, True),
-        small=configs.rows_tile(stride),
-        precision=configs.dot_precision(p.pv.dtype),
+        biased=p.log_q is not None,
+        early=found["chunked"] and p.reduction != "none" and values,
     )
 
 
-def _list_spec(name: str, capacity: Any, id_dtype: torch.dtype, bias: bool) -> _Spec:
-    spec: _Spec = {
-        f"{name}_list": ((capacity,), torch.int32),
-        f"{name}_page": ((capacity,), torch.int32),
-        f"{name}_id": ((capacity,), id_dtype),
-    }
-    if bias:
-        spec[f"{name}_bias"] = ((capacity,), torch.float32)
-    return spec
-
-
-def sums_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the sums that a contrast pass leaves: they are rounded once. float16 has too little range for them."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
-def _pass_spec(
-    name: str, flat: Any, stride: int, rows: Any, dtype: torch.dtype, values: bool
-) -> _Spec:
-    return {
-        f"{name}_acc": ((flat if values else 0, stride), sums_dtype(dtype)),
-        f"{name}_top": ((flat,), torch.float32),
-        f"{name}_lse": ((rows,), torch.float32),
-        f"{name}_miss": ((rows,), torch.float32),
-    }
-
-
-def plan_spec(p: Problem, s: Shape) -> _Spec:
-    """Pages, lists and the attention's log-sum-exp."""
-    spec: _Spec = {
-        "history_page": ((s.history_rows,), torch.int32),
-        "pv_page": ((s.rows,), torch.int32),
-        "flags": ((4, s.rows), torch.int8),
-        "ranks": ((4, s.rows), torch.int32),
-        "counts": ((4,), torch.int32),
-        "attention_lse": ((p.num_heads, s.rows), torch.float32),
-    }
-    return spec | _list_spec("anchor", s.rows, s.id_dtype, False)
-
-
-def state_spec(p: Problem, s: Shape, values: bool = True) -> _Spec:
-    """Name, shape and type of every tensor that the backward needs, in the order of `saved`; `values` off: of the
-    forward pass alone."""
-    device, dtype, rows = p.pv.device, p.pv.dtype, s.rows
-    columns = s.items if s.merged else rows
-    spec = plan_spec(p, s) | {
-        "r": ((rows, s.stride), dtype),
-        "norm": ((rows,), torch.float32),
-        "weight_sum": ((), torch.float32),
-    }
-    if s.both_lists:
-        spec |= _list_spec("reconstructed", rows, s.id_dtype, p.log_q is not None)
-        spec |= {"r_anchor": ((rows, s.stride), dtype), "e_anchor": ((rows, s.stride), dtype)}
-    if "reconstruct" in s.directions:
-        spec |= _list_spec("column", columns, s.id_dtype, p.log_q is not None or s.merged)
-        spec |= {"e": ((columns, s.stride), dtype)}
-    if s.merged:
-        spec |= {"item_count": ((s.items,), torch.int32), "item_rank": ((s.items,), torch.int32)}
-    for name in s.directions:
-        flat = s.flat(rows, s.forward(values), device)
-        spec |= _pass_spec(name, flat, s.stride, rows, dtype, values)
-        if s.early and values:
-            columns_of = columns if name == "reconstruct" else rows
-            spec |= {
-                f"{name}_dy": ((columns_of, s.stride), torch.float32),
-                f"{name}_factor": ((), torch.float32),
-            }
-    return spec
+def sequence_shape(p: SequenceProblem, values: bool = True) -> SequenceShape:
+    return SequenceShape(
+        **_tiles(p.history, p.ids is not None, values),
+        rows=p.num_history,
+        history_rows=p.num_history,
+        pages=p.history_offsets.shape[0] - 1,
+        items=0 if p.history_index is None else p.history.shape[0],
+        id_dtype=torch.int64 if p.item_ids is not None else torch.int32,
+        mask=3 if p.ids is None else 4,
+    )
 
 
 def is_empty(p: Problem) -> bool:
     return p.num_pv == 0 or p.num_history == 0 or p.pv_offsets.shape[0] == 1
 
 
-def empty_tensors(spec: _Spec, device: torch.device) -> dict[str, Tensor]:
-    return {
-        name: torch.empty(shape, dtype=dtype, device=device)
-        for name, (shape, dtype) in spec.items()
-    }
+def sequence_is_empty(p: SequenceProblem) -> bool:
+    return p.num_history == 0 or p.history_offsets.shape[0] == 1
 
 
-def temperature_argument(p: Problem | SequenceProblem | Scoring) -> tuple[Any, bool]:
-    """What `score_scale` of the kernels takes."""
-    return (
-        (1.0 / (p.tau * math.log(2.0)), False) if p.temperature is None else (p.temperature, True)
-    )
+# ---- the state ----------------------------------------------------------------------------------------------------
+
+Spec = list[tuple[tuple[Any, ...], torch.dtype]]
 
 
-def needs_running_maximum(
-    p: Problem | SequenceProblem | Scoring, dtype: torch.dtype, biased: bool
-) -> bool:
-    """Whether the running maximum may be needed: tau unknown here or small, or no bound on the scores."""
-    return p.temperature is not None or p.tau < SMALLEST_FIXED_TAU or not _bounded(dtype, biased)
+class _Declared(NamedTuple):
+    shape: tuple[str | int, ...]
+    dtype: torch.dtype | str
+    when: str
+    kind: Any = None
+    names: Any = None
 
 
-def allows_fixed_shift(
-    p: Problem | SequenceProblem | Scoring, dtype: torch.dtype, biased: bool
-) -> bool:
-    """Whether 1/tau may replace the running maximum. Where tau is on the device, both hold and the kernel looks there."""
-    return _bounded(dtype, biased) and (p.temperature is not None or p.tau >= SMALLEST_FIXED_TAU)
+def tensor(*shape: str | int, dtype: torch.dtype | str = torch.float32, when: str = "") -> Any:
+    """A tensor of a state. Names are attributes of its `Shape`: sizes, a type, and the flag without which it is None."""
+    return field(metadata={"": _Declared(shape, dtype, when)})
 
 
-def _bounded(dtype: torch.dtype, biased: bool) -> bool:
-    """Biases are of unknown size; float16 products need every bit of their range."""
-    return not biased and dtype != torch.float16
+def part(kind: type[State], when: str = "", **names: str) -> Any:
+    """A state in a state; `names`: what its own names mean here."""
+    return field(metadata={"": _Declared((), "", when, kind, names)})
+
+
+@cache
+def _declared(kind: Any) -> list[_Declared]:
+    return [f.metadata[""] for f in fields(kind)]
+
+
+@dataclass
+class State:
+    """Tensors that the stages of a problem share and its backward needs, each declared with its shape and type."""
+
+    @classmethod
+    def build(cls, s: Shape, make: Callable[..., Any], names: dict[Any, str] = {}) -> Self:
+        """`make(shape, dtype, value)` gives each tensor, in the order of `saved`; `value` of a name is what it stands for."""
+
+        def value(x: Any) -> Any:
+            return getattr(s, names.get(x, x)) if isinstance(x, str) else x
+
+        found: list[Any] = []
+        for shape, dtype, when, kind, meant in _declared(cast(Any, cls)):
+            if when and not value(when):
+                found.append(None)
+            elif kind is None:
+                found.append(make(shape, dtype, value))
+            else:
+                found.append(kind.build(s, make, meant))
+        return cls(*found)
+
+    @classmethod
+    def empty(cls, s: Shape) -> Self:
+        def new(shape: Any, dtype: Any, value: Any) -> Tensor:
+            return torch.empty([value(x) for x in shape], dtype=value(dtype), device=s.device)
+
+        return cls.build(s, new)
+
+    @classmethod
+    def spec(cls, s: Shape) -> Spec:
+        """Shapes and types of `saved`."""
+        found: Spec = []
+
+        def note(shape: Any, dtype: Any, value: Any) -> None:
+            found.append((tuple(map(value, shape)), value(dtype)))
+
+        cls.build(s, note)
+        return found
+
+    @classmethod
+    def restored(cls, s: Shape, saved: Sequence[Tensor]) -> Self:
+        left = iter(saved)
+        found = cls.build(s, lambda *_: next(left))
+        assert next(left, None) is None
+        return found
+
+    def saved(self) -> list[Tensor]:
+        """The tensors, as they cross to the backward."""
+        found: list[Tensor] = []
+        for x in vars(self).values():
+            if isinstance(x, State):
+                found += x.saved()
+            elif x is not None:
+                found.append(x)
+        return found
+
+
+@dataclass
+class Listed(State):
+    """Rows that a flag chose, the first of [capacity]; how many is known on the device."""
+
+    list: Tensor = tensor("capacity", dtype=torch.int32)
+    page: Tensor = tensor("capacity", dtype=torch.int32)
+    id: Tensor = tensor("capacity", dtype="id_dtype")
+    bias: Tensor | None = tensor("capacity", when="bias")
+
+
+@dataclass
+class Kept(State):
+    """What the forward pass of a direction leaves."""
+
+    acc: Tensor = tensor("value_rows", "stride", dtype="sums")
+    top: Tensor = tensor("part_rows")
+    lse: Tensor = tensor("rows")
+    miss: Tensor = tensor("rows")
+    # Gradient of the columns for an upstream gradient of 1, in units of the factor.
+    dy: Tensor | None = tensor("candidates", "stride", when="early")
+    factor: Tensor | None = tensor(when="early")
+
+
+@dataclass
+class Plan(State):
+    """Pages and lists."""
+
+    history_page: Tensor = tensor("history_rows", dtype=torch.int32)
+    pv_page: Tensor = tensor("rows", dtype=torch.int32)
+    # Of anchors, reconstructed rows, columns and clicked items that are skipped: plan.py.
+    flags: Tensor = tensor(4, "rows", dtype=torch.int8)
+    ranks: Tensor = tensor(4, "rows", dtype=torch.int32)
+    counts: Tensor = tensor(4, dtype=torch.int32)
+    anchor: Listed = part(Listed, capacity="rows", bias="unbiased")
+    reconstructed: Listed | None = part(Listed, "identify", capacity="rows", bias="biased")
+    column: Listed | None = part(Listed, "reconstruct", capacity="columns", bias="column_biased")
+    item_count: Tensor | None = tensor("items", dtype=torch.int32, when="merged")
+    item_rank: Tensor | None = tensor("items", dtype=torch.int32, when="merged")
+
+
+@dataclass
+class AttentionState(Plan):
+    attention_lse: Tensor = tensor("heads", "rows")
+
+
+@dataclass
+class LossState(AttentionState):
+    r: Tensor = tensor("rows", "stride", dtype="dtype")
+    norm: Tensor = tensor("rows")
+    weight_sum: Tensor = tensor()
+    r_anchor: Tensor | None = tensor("rows", "stride", dtype="dtype", when="identify")
+    e_anchor: Tensor | None = tensor("rows", "stride", dtype="dtype", when="identify")
+    e: Tensor | None = tensor("columns", "stride", dtype="dtype", when="reconstruct")
+    reconstruct: Kept | None = part(Kept, "reconstruct", candidates="columns")
+    identify: Kept | None = part(Kept, "identify", candidates="rows")
+
+    def kept(self, direction: str) -> Kept:
+        return getattr(self, direction)
+
+
+@dataclass
+class SequenceState(State):
+    history_page: Tensor = tensor("rows", dtype=torch.int32)
+    flags: Tensor = tensor(1, "rows", dtype=torch.int8)
+    ranks: Tensor = tensor(1, "rows", dtype=torch.int32)
+    counts: Tensor = tensor(1, dtype=torch.int32)
+    row: Listed = part(Listed, capacity="rows", bias="unbiased")
+    c: Tensor = tensor("rows", "stride", dtype="dtype")
+    number: Tensor = tensor("rows")
+    anchors: Tensor = tensor()
+    kept: Kept = part(Kept, candidates="rows")
+
+
+# ---- passes of the contrast ---------------------------------------------------------------------------------------
 
 
 @dataclass
 class Rows:
-    """One side of a contrast pass: unit rows and what masks and offsets them. `ids` None: the list itself."""
+    """One side of a contrast pass: unit rows and what masks and offsets them. Without ids, `ids` is the list."""
 
     unit: Tensor
     count: Tensor
@@ -244,6 +378,7 @@ class Rows:
     ids: Tensor
     bias: Tensor | None
     rank: Tensor  # prefix sums that made the list
+    merged: bool = False  # the bias is log m of m equal candidates
 
 
 @dataclass
@@ -260,6 +395,19 @@ class Pass:
 
 
 @dataclass
+class Results:
+    """Where a forward pass leaves what it finds out of each row, beside the sums."""
+
+    lse: Tensor  # [capacity] in powers of two
+    miss: Tensor  # [capacity]
+    loss: Tensor  # [capacity]
+    positive: Tensor | None = None  # [capacity, 2]; None: positives are among the candidates
+    log_q: Tensor | None = None  # [N]
+    items: Sequence[Tensor] = ()  # [N] log-sum-exp, similarity and rank, with `stats`
+    stats: bool = False
+
+
+@dataclass
 class Transposed:
     """sum_i g_i p_ij x_i, into `out` [y capacity, STRIDE]; g may be in units of its largest entry (float16)."""
 
@@ -268,71 +416,44 @@ class Transposed:
 
 
 @dataclass(frozen=True)
-class SequenceShape(Shape):
-    mask: int = 0
+class Scores:
+    """Which pairs the passes score, and how."""
+
+    mask: int
+    tau: Any  # what `score_scale` of the kernels takes
+    tau_is_tensor: bool
+    page_offsets: Tensor
+    workspace: int  # bytes
+    # Whether the running maximum may be needed: tau unknown here or small, or no bound on the scores; and whether 1/tau
+    # may replace it. Where tau is on the device, both hold and the kernel looks there.
+    online: bool
+    fixed_shift: bool
 
 
-def block_shape(unit: Tensor, kind: str) -> Shape:
-    """Of rows against columns alone: no pages, lists or attention."""
-    dim, dtype = unit.shape[1], unit.dtype
-    chunks = configs.use_chunks(dtype, dim)
-    stride = configs.row_stride(dim, chunks)
+def temperature(p: Problem | SequenceProblem | Scoring) -> dict[str, Any]:
+    """What `score_scale` of the kernels takes."""
+    known = p.temperature is None
+    tau = 1.0 / (p.tau * math.log(2.0)) if known else p.temperature
+    return {"tau": tau, "TAU_IS_TENSOR": not known}
 
-    def tile(kind: str) -> configs.Tile:
-        return configs.contrast_tile(dtype, stride, unit.device, kind)
 
-    return Shape(
-        dim=dim,
-        stride=stride,
-        block_d=configs.block_dim(stride),
-        rows=0,
-        history_rows=0,
-        pages=0,
-        items=0,
-        merged=False,
-        every=False,
-        both_lists=False,
-        directions=(),
-        id_dtype=torch.int64,
-        chunked=chunks,
-        early=False,
-        stream=_divisible(dtype, chunks),
-        tile=tile(kind),
-        lse=tile(kind if kind == "sequence" else "lse"),
-        transposed=tile(kind if kind == "sequence" else "transposed"),
-        product=configs.product_tile(dtype),
-        attention=configs.attention_tile(dtype, stride, 1, False),
-        backward=configs.attention_tile(dtype, stride, 1, True),
-        small=configs.rows_tile(stride),
-        precision=configs.dot_precision(dtype),
+def scores(
+    p: Problem | SequenceProblem | Scoring,
+    mask: int,
+    page_offsets: Tensor,
+    dtype: torch.dtype,
+    biased: bool,
+) -> Scores:
+    tau, tau_is_tensor = temperature(p).values()
+    # Biases are of unknown size; float16 products need every bit of their range.
+    bounded = not biased and dtype != torch.float16
+    large = p.tau >= SMALLEST_FIXED_TAU
+    return Scores(
+        mask,
+        tau,
+        tau_is_tensor,
+        page_offsets,
+        p.workspace,
+        online=tau_is_tensor or not large or not bounded,
+        fixed_shift=bounded and (tau_is_tensor or large),
     )
-
-
-def sequence_shape(p: SequenceProblem) -> SequenceShape:
-    shape = vars(block_shape(p.history, "forward" if p.ids is None else "sequence")) | {
-        "rows": p.num_history,
-        "history_rows": p.num_history,
-        "pages": p.history_offsets.shape[0] - 1,
-        "items": 0 if p.history_index is None else p.history.shape[0],
-        "id_dtype": torch.int64 if p.item_ids is not None else torch.int32,
-    }
-    return SequenceShape(**shape, mask=3 if p.ids is None else 4)
-
-
-def sequence_spec(p: SequenceProblem, s: SequenceShape, values: bool = True) -> _Spec:
-    spec: _Spec = {
-        "history_page": ((s.rows,), torch.int32),
-        "flags": ((1, s.rows), torch.int8),
-        "ranks": ((1, s.rows), torch.int32),
-        "counts": ((1,), torch.int32),
-        "c": ((s.rows, s.stride), p.history.dtype),
-        "number": ((s.rows,), torch.float32),
-        "anchors": ((), torch.float32),
-    }
-    spec |= _list_spec("row", s.rows, s.id_dtype, False)
-    flat = s.flat(s.rows, s.forward(values), p.history.device)
-    return spec | _pass_spec("pass", flat, s.stride, s.rows, p.history.dtype, values)
-
-
-def sequence_is_empty(p: SequenceProblem) -> bool:
-    return p.num_history == 0 or p.history_offsets.shape[0] == 1

@@ -194,20 +194,22 @@ def test_which_pages_are_packed() -> None:
     p = build("triton", normal(rows, 8), normal(past, 8), pages, clicked, attention="candidate")
     p = replace(p, cosine=True, attention_scale=5.0)
     skip_unless_available("triton", p)
-    from courier_fast.kernels import candidate_pipeline, pipeline
+    from courier_fast.kernels import packed_pipeline, pipeline
 
     if GPU and p.pv.dtype != torch.bfloat16:
         p = mapped(p, lambda _, x: x.bfloat16() if x.is_floating_point() else x)
-    spec = candidate_pipeline.state_spec(p, candidate_pipeline.loss_shape(p))
-    saved = dict(zip(spec, pipeline.loss_forward(p, [True] * 6, False)[-1], strict=True))
+    saved = pipeline.loss_forward(p, [True] * 6, False)[-1]
+    shape = packed_pipeline.candidate_shape(p)
+    packing = packed_pipeline.CandidateState.restored(shape, saved).packing
+    assert packing is not None
     # Of one unit: pages 0 and 6; of two: page 2; of sixteen: 1 and 5. Page 4 is too long, page 7 has five anchors.
-    assert saved["page_place"].tolist() == [0, 32, 16, -1, -1, 48, 1, -1, -1]
-    assert saved["packed_count"].tolist() == [4, 2, 2]
-    assert saved["long"][:2].tolist() == [10, 14]
+    assert packing.page_place.tolist() == [0, 32, 16, -1, -1, 48, 1, -1, -1]
+    assert packing.packed_count.tolist() == [4, 2, 2]
+    assert packing.long[:2].tolist() == [10, 14]
     page = torch.full((64,), -1)
     page[[0, 1]], page[16:18], page[32:48], page[48:] = torch.tensor([0, 6]), 2, 1, 5
-    assert saved["unit_page"][:64].tolist() == page.tolist()
-    row = saved["slot_row"].view(-1, 64)
+    assert packing.unit_page[:64].tolist() == page.tolist()
+    row = packing.slot_row.view(-1, 64)
     start = p.history_offsets.tolist()
     assert row[0, :6].tolist() == [start[0], -1, -1, -1, start[6], start[6] + 1]
     assert row[2].tolist() == list(range(start[1], start[2]))

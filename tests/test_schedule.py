@@ -169,10 +169,8 @@ class One:
         assert grid == (62_500,)
         return real[(1,)]
 contrast.contrast = One()
-passes.run_contrast(
-    s, rows(160), rows(2_000_000), out=out, mask=0, tau=10.0, tau_is_tensor=False,
-    page_offsets=torch.zeros(2, dtype=torch.int64), fixed_shift=True,
-)
+scores = state.Scores(0, 10.0, False, torch.zeros(2, dtype=torch.int64), 0, online=False, fixed_shift=True)
+passes.run_contrast(s, rows(160), rows(2_000_000), scores, out)
 assert all((x == 7.0).all() for x in left), "wrote"
 print("nothing written")
 """
