@@ -51,5 +51,13 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(CORES, 8)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of every implementation: that of Triton multiplies by NumPy, in the interpreter."""
+    for item in items:
+        call = getattr(item, "callspec", None)
+        if call is not None and call.params.get("impl") == "triton":
+            item.add_marker("numpy_products")
+
+
 def pytest_report_header() -> list[str]:
     return [f"courier_fast: torch {torch.__version__}, implementations on {DEVICES}"]
