@@ -90,6 +90,15 @@ class PageSpools:
         """page_items.arrow, mapped."""
         return {"item": self._item.array(), "clicked": self._clicked.array()}
 
+    @property
+    def kept(self) -> int:
+        return self.fates[KEPT]
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Pages that are not kept, by reason."""
+        return {FATES[f]: n for f, n in sorted(self.fates.items()) if f != KEPT and n}
+
     def count_fates(self, fate: Array) -> Array:
         """Which pages are kept; counts them all."""
         self.fates.update(dict(enumerate(np.bincount(fate, minlength=1).tolist())))
@@ -263,38 +272,18 @@ def _write(
         pages = pages_of_events(sorted_, items, scratch, options)
 
     columns, shown = pages.columns(), pages.items()
-    times = columns["time"]
-    dropped = {FATES[f]: n for f, n in sorted(pages.fates.items()) if f != KEPT and n}
-    if not len(times):
-        raise ValueError(f"pages: expected at least one, got none; dropped: {dropped}")
-    bounds = [0, *split_bounds(times, options)]
-    splits = {name: bounds[i : i + 2] for i, name in enumerate(SPLITS)}
-    if not bounds[1]:
-        raise ValueError(
-            f"splits: expected pages to train on, got none before {_iso(times[0])}: all {len(times)} pages are in validation or test"
-        )
-    for name, (start, end) in splits.items():
-        if start == end:
-            log.warning("%s: no page, the times are too coarse or the share is 0", name)
+    if not pages.kept:
+        raise ValueError(f"pages: expected at least one, got none; dropped: {pages.dropped}")
+    splits = _splits(columns["time"], options)
     log.info("writing")
-    clicks = np.zeros(len(items.table), np.int64)
-    lengths = np.zeros(options.max_history + 1, np.int64)
-    train_end = int(columns["pv_end"][bounds[1] - 1])
-    for start in range(0, train_end, on_disk.BUCKET):
-        part = slice(start, min(start + on_disk.BUCKET, train_end))
-        clicked = shown["item"][part][shown["clicked"][part] == 1]
-        clicks += np.bincount(clicked, minlength=len(clicks))
-    for start in range(0, len(times), on_disk.BUCKET):
-        part = slice(start, start + on_disk.BUCKET)
-        length = columns["history_end"][part] - columns["history_start"][part]
-        lengths += np.bincount(length, minlength=len(lengths))
+    train_end = int(columns["pv_end"][splits["train"][1] - 1])
     write_table(folder / "users.arrow", {"user_id": _text(sorted_.user_ids)})
     write_table(
         folder / "items.arrow",
         {
             "item_id": _text(items.table["item_id"]),
             "category": _text(items.table["category"]),
-            "clicks": clicks,
+            "clicks": _clicks(shown, train_end, len(items.table)),
             "first_seen": sorted_.first_seen,
             "last_seen": sorted_.last_seen,
         },
@@ -304,22 +293,83 @@ def _write(
     write_table(folder / "pages.arrow", columns)
     write_table(folder / "page_items.arrow", shown)
 
-    report: dict[str, Any] = {
-        **_counts(raw),
+    kept = {
         "users": len(sorted_.user_ids),
         "items": len(items.table),
+        "events": len(events.item),
+        "pages": pages.kept,
+        "page_items": len(shown["item"]),
+    }
+    about = {
+        "format": FORMAT,
+        "source": {"layout": source.layout, "files": [str(f) for f in source.files], "images": str(images) if images else None},
+        "options": asdict(options),
+        "splits": splits,
+        "counts": kept,
+        "courier_fast": __version__,
+    }  # fmt: skip
+    report = _report(raw, None if images is None else items, pages, splits, kept, options)
+    for name, content in (("report.json", report), ("dataset.json", about)):
+        (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return report
+
+
+def _splits(times: Array, options: PrepareOptions) -> dict[str, list[int]]:
+    """First page and end of each split; ValueError where there is none to train on."""
+    bounds = [0, *split_bounds(times, options)]
+    splits = {name: bounds[i : i + 2] for i, name in enumerate(SPLITS)}
+    if not bounds[1]:
+        raise ValueError(
+            f"splits: expected pages to train on, got none before {_iso(times[0])}: all {len(times)} pages are in validation or test"
+        )
+    for name, (start, end) in splits.items():
+        if start == end:
+            log.warning("%s: no page, the times are too coarse or the share is 0", name)
+    return splits
+
+
+def _clicks(shown: dict[str, Array], end: int, items: int) -> Array:
+    """Clicks of each item on the first `end` rows of the pages."""
+    clicks = np.zeros(items, np.int64)
+    for start in range(0, end, on_disk.BUCKET):
+        part = slice(start, min(start + on_disk.BUCKET, end))
+        clicked = shown["item"][part][shown["clicked"][part] == 1]
+        clicks += np.bincount(clicked, minlength=items)
+    return clicks
+
+
+def _report(
+    raw: Raw,
+    with_images: Items | None,
+    pages: PageSpools,
+    splits: dict[str, list[int]],
+    kept: dict[str, int],
+    options: PrepareOptions,
+) -> dict[str, Any]:
+    """report.json: what was read, what was dropped and why, what is left."""
+    columns = pages.columns()
+    times = columns["time"]
+    lengths = np.zeros(options.max_history + 1, np.int64)
+    for start in range(0, len(times), on_disk.BUCKET):
+        part = slice(start, start + on_disk.BUCKET)
+        length = columns["history_end"][part] - columns["history_start"][part]
+        lengths += np.bincount(length, minlength=len(lengths))
+    report: dict[str, Any] = {
+        **_counts(raw),
+        "users": kept["users"],
+        "items": kept["items"],
         "images": None
-        if images is None
+        if with_images is None
         else {
-            "usable": len(items.table),
-            "missing": items.missing,
-            "undecodable": items.undecodable,
+            "usable": kept["items"],
+            "missing": with_images.missing,
+            "undecodable": with_images.undecodable,
         },
         "pages": {
             "candidates": sum(pages.fates.values()),
             "kept": len(times),
-            "dropped": dropped,
-            "items": len(shown["item"]),
+            "dropped": pages.dropped,
+            "items": kept["page_items"],
             "median_history": int(np.searchsorted(np.cumsum(lengths), (len(times) + 1) // 2)),
         },
         "splits": {
@@ -329,23 +379,7 @@ def _write(
             for name, (a, b) in splits.items()
         },
     }
-    report["events"]["kept"] = len(events.item)
-    about = {
-        "format": FORMAT,
-        "source": {"layout": source.layout, "files": [str(f) for f in source.files], "images": str(images) if images else None},
-        "options": asdict(options),
-        "splits": splits,
-        "counts": {
-            "users": report["users"],
-            "items": report["items"],
-            "events": report["events"]["kept"],
-            "pages": len(times),
-            "page_items": len(shown["item"]),
-        },
-        "courier_fast": __version__,
-    }  # fmt: skip
-    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    (folder / "dataset.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+    report["events"]["kept"] = kept["events"]
     return report
 
 

@@ -316,8 +316,6 @@ def embed_source(
         raise ValueError(f"batch: expected at least 1, got {batch}")
     out.parent.mkdir(parents=True, exist_ok=True)
     size, dim = len(source.ids), int(encoder.dim)  # type: ignore[arg-type]
-    rows = np.flatnonzero(source.present)
-    partial, progress = (out.with_name(f"{out.name}.{end}") for end in ("partial", "progress"))
     about = {
         "encoder": _encoder_fingerprint(encoder),
         "input": source.fingerprint(),
@@ -326,44 +324,28 @@ def embed_source(
             "decoder": type(getattr(source, "decoder", None)).__name__, "torch": torch.__version__,
         },
     }  # fmt: skip
-    done, damaged = _resume(partial, progress, about)
+    work = _Partial(out, about, source, dim)
     encoder.to(device)
-    table: np.memmap
-    if done:
-        table = np.lib.format.open_memmap(partial, "r+")
-    else:
-        remove(progress)  # first: it must never speak of another partial file
-        table = _allocate(partial, size, dim)
-        table[~source.present] = np.nan
-
-    def save() -> None:
-        table.flush()
-        state = {"about": about, "done": done, "damaged": sorted(damaged)}
-        write_atomically(progress, lambda path: path.write_text(json.dumps(state)))
-
-    resumed, saved = done, time.monotonic()
+    rows, resumed = np.flatnonzero(source.present), work.done
     columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
     display = Progress(*columns, disable=not bar)
-    task = display.add_task("images", total=len(rows), completed=done)
+    task = display.add_task("images", total=len(rows), completed=resumed)
     display.start()
     try:
         for part, found, bad in encode(
-            encoder, source, rows[done:], batch=batch, device=device, dtype=dtype
+            encoder, source, rows[resumed:], batch=batch, device=device, dtype=dtype
         ):
-            table[part] = found
-            damaged.update(part[bad].tolist())
-            done += len(part)
-            display.update(task, completed=done)
-            if time.monotonic() - saved >= save_seconds:
-                save()
-                saved = time.monotonic()
+            work.add(part, found, bad)
+            display.update(task, completed=work.done)
+            if time.monotonic() - work.saved >= save_seconds:
+                work.save()
     finally:
         display.stop()
-        save()
+        work.save()
     names = source.ids
     report = EmbedReport(
         out, size, dim, [str(names[i]) for i in np.flatnonzero(~source.present).tolist()],
-        [str(names[i]) for i in sorted(damaged)], resumed, time.monotonic() - began,
+        [str(names[i]) for i in sorted(work.damaged)], resumed, time.monotonic() - began,
     )  # fmt: skip
     beside = {"rows": size, "dim": dim, "missing": report.missing, "damaged": report.damaged}
     if out.suffix == ".npy":
@@ -372,15 +354,49 @@ def embed_source(
         out.with_name(f"{out.name}.json"),
         lambda path: path.write_text(json.dumps(beside, indent=1, ensure_ascii=False), "utf-8"),
     )
-    if out.suffix == ".parquet":
-        write_atomically(out, lambda path: _write_parquet(path, names, table))
-        remove(partial)
-    else:
-        sync(partial)
-        os.replace(partial, out)
-        sync(out.parent)
-    remove(progress)
+    work.finish(out, names)
     return report
+
+
+class _Partial:
+    """The embeddings of an unfinished `out`, and which of them are there: from an earlier run, or none."""
+
+    def __init__(self, out: Path, about: dict[str, Any], source: Source, dim: int) -> None:
+        self.path, self.progress = (
+            out.with_name(f"{out.name}.{e}") for e in ("partial", "progress")
+        )
+        self.about = about
+        self.done, self.damaged = _resume(self.path, self.progress, about)
+        self.table: np.memmap
+        if self.done:
+            self.table = np.lib.format.open_memmap(self.path, "r+")
+        else:
+            remove(self.progress)  # first: it must never speak of another partial file
+            self.table = _allocate(self.path, len(source.ids), dim)
+            self.table[~source.present] = np.nan
+        self.saved = time.monotonic()
+
+    def add(self, rows: Array, found: Array, damaged: Array) -> None:
+        self.table[rows] = found
+        self.damaged.update(rows[damaged].tolist())
+        self.done += len(rows)
+
+    def save(self) -> None:
+        self.table.flush()
+        state = {"about": self.about, "done": self.done, "damaged": sorted(self.damaged)}
+        write_atomically(self.progress, lambda path: path.write_text(json.dumps(state)))
+        self.saved = time.monotonic()
+
+    def finish(self, out: Path, ids: Sequence[Any]) -> None:
+        """Makes it `out`."""
+        if out.suffix == ".parquet":
+            write_atomically(out, lambda path: _write_parquet(path, ids, self.table))
+            remove(self.path)
+        else:
+            sync(self.path)
+            os.replace(self.path, out)
+            sync(out.parent)
+        remove(self.progress)
 
 
 def _encoder_fingerprint(encoder: nn.Module) -> str:

@@ -368,6 +368,15 @@ def _tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return tables
 
 
+def _stages(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
+    """How long each stage took, and its bar in percent of the longest one's."""
+    longest = max(seconds.values(), default=1.0) or 1.0
+    return [
+        {"name": name, "text": f"{number(s, 1)} s", "width": round(100 * s / longest, 1)}
+        for name, s in seconds.items()
+    ]
+
+
 def write_report(
     path: str | os.PathLike[str],
     *,
@@ -411,8 +420,6 @@ def write_report(
     run_dir = Path(run_dir)
     journal = read_journal(run_dir)
     how = Reconstruction.of_run(run_dir) if (run_dir / "config.toml").is_file() else None
-    seconds = dict(seconds or {})
-    longest = max(seconds.values(), default=1.0) or 1.0
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     template = environment.from_string(
         (files(__package__) / "report.html.jinja").read_text(encoding="utf-8")
@@ -434,11 +441,8 @@ def write_report(
         train_pages=f"{len(dataset.split('train')):,}",
         items=f"{dataset.num_items:,}",
         users=f"{len(dataset.user_ids):,}",
-        stages=[
-            {"name": name, "text": f"{number(s, 1)} s", "width": round(100 * s / longest, 1)}
-            for name, s in seconds.items()
-        ],
-        total=f"{number(sum(seconds.values()), 0)} s",
+        stages=_stages(seconds or {}),
+        total=f"{number(sum((seconds or {}).values()), 0)} s",
         settings=[(name, str(value)) for name, value in (settings or {}).items()],
         versions=[
             ("courier_fast", __version__),
