@@ -23,6 +23,7 @@ from .rows import (
     Result,
     Rows,
     anchors_of,
+    can_merge,
     inverse_tau_of,
     masked,
     merged,
@@ -285,13 +286,10 @@ class _Run(Tiles):
 
     def _columns(self) -> tuple[Candidates, Tensor, bool]:
         p, pv, anchor = self.p, self.a.pv, self.a.row
-        ids = None if p.ids is None else p.ids[pv.keep]
-        log_q = None if p.log_q is None else p.log_q[pv.keep]
-        plain = p.item_ids is None and log_q is None and p.negatives == "batch"
-        if p.pv_index is not None and p.query is None and plain:
+        if p.pv_index is not None and p.query is None and can_merge(p):
             y, source = merged(p, pv, anchor)
             return y, source, len(source) == len(p.pv)
-        y = masked(p, pv, p.pv, torch.arange(len(pv.keep)), anchor, anchor, ids, log_q)
+        y = masked(p, pv, p.pv, torch.arange(len(pv.keep)), anchor, anchor)
         return y, pv.source, p.pv_index is None and len(pv.keep) == len(p.pv)
 
     def _operands(self, listed: Tensor) -> Operands:
