@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -217,7 +217,7 @@ def encode_all(
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """What `embed_*` wrote; also in the JSON file beside the output (with `item_ids` for .npy)."""
+    """What `embed_source` wrote; also in the JSON file beside the output (with `item_ids` for .npy)."""
 
     path: Path
     rows: int
@@ -226,59 +226,6 @@ class EmbedReport:
     damaged: list[str]  # ids whose image cannot be decoded
     resumed: int  # rows that an earlier, interrupted run had done
     seconds: float
-
-
-def embed_dataset(
-    encoder: nn.Module,
-    dataset: Dataset,
-    out: str | os.PathLike[str],
-    *,
-    batch: int = 256,
-    decoder: Decoder | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    save_seconds: float = 5.0,
-) -> EmbedReport:
-    """Embeds every item of a dataset, in its order; see `embed_source`."""
-    with _own_or_made(decoder, encoder, device) as using:
-        return embed_source(
-            encoder, DatasetImages(dataset, using), out,
-            batch=batch, device=device, dtype=dtype, save_seconds=save_seconds,
-        )  # fmt: skip
-
-
-def embed_folder(
-    encoder: nn.Module,
-    folder: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    batch: int = 256,
-    decoder: Decoder | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    save_seconds: float = 5.0,
-) -> EmbedReport:
-    """Embeds the images of a folder and its subfolders, sorted by their names without suffix, which are their ids; see `embed_source`."""
-    with _own_or_made(decoder, encoder, device) as using:
-        return embed_source(
-            encoder, FolderImages(folder, using), out,
-            batch=batch, device=device, dtype=dtype, save_seconds=save_seconds,
-        )  # fmt: skip
-
-
-@contextmanager
-def _own_or_made(
-    decoder: Decoder | None, encoder: Any, device: torch.device | str
-) -> Iterator[Decoder]:
-    """The decoder given, or one made for the encoder and closed at the end."""
-    if decoder is not None:
-        yield decoder
-        return
-    made = make_decoder("auto", encoder.size, device=device, mean=encoder.mean, std=encoder.std)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 def embed_source(
