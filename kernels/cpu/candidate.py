@@ -59,9 +59,8 @@ class Operand:
     rows: Tensor  # [n, D]
     inverse: Tensor | None  # [n] 1 / |row|
     gradient: Tensor | None  # [n, D] float32
-    radial: Tensor | None = (
-        None  # [n] of what row / |row|^2 is still to be subtracted from the gradient
-    )
+    # [n] of what row / |row|^2 is still to be subtracted from the gradient
+    radial: Tensor | None = None
 
     @classmethod
     def of(cls, rows: Tensor, unit: bool, wanted: bool) -> Operand:
@@ -135,12 +134,8 @@ class Tiles:
         inverse_tau: float,
         grads: bool,
     ) -> None:
-        self.pages, self.attention, self.inverse_tau, self.grads = (
-            pages,
-            attention,
-            inverse_tau,
-            grads,
-        )
+        self.pages, self.attention = pages, attention
+        self.inverse_tau, self.grads = inverse_tau, grads
         self.e, self.q, self.k, self.v = operands.e, operands.q, operands.k, operands.v
         self.same = operands.same
         self.slope = 0.0
@@ -333,19 +328,9 @@ class _Run(Tiles):
     ) -> None:
         starts = self.pages.anchors[first : last + 1]
         mine = slice(int(starts[0]), int(starts[-1]))
-        stage(
-            "softmax",
-            s,
-            columns.start,
-            starts - starts[0],
-            ranges,
-            *self.y.about(mine, columns),
-            part(self.g, mine),
-            self.lse[mine],
-            self.loss[mine],
-            self.positive[mine],
-            part(self.above, mine),
-        )
+        about = (columns.start, starts - starts[0], ranges, *self.y.about(mine, columns))
+        found = (self.lse[mine], self.loss[mine], self.positive[mine], part(self.above, mine))
+        stage("softmax", s, *about, part(self.g, mine), *found)
 
     # ---- results -------------------------------------------------------------------------------
 

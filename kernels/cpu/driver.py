@@ -105,17 +105,8 @@ class _Attention:
         d_q = torch.zeros(self.rows, self.dim) if want_q else None
         d_k = torch.zeros(self.history_rows, self.dim) if want_k else None
         d_v = d_k if together else torch.zeros(self.history_rows, self.dim) if want_v else None
-        stage(
-            "attend_backward",
-            *self.arguments,
-            d_r,
-            d_q,
-            d_k,
-            d_v,
-            self.page_starts,
-            self.scale,
-            self.heads,
-        )
+        given = (*self.arguments, d_r, d_q, d_k, d_v, self.page_starts, self.scale, self.heads)
+        stage("attend_backward", *given)
         return d_q, d_k, d_v
 
 
@@ -136,33 +127,17 @@ def _attend(p: Problem, pv: Rows, history: Rows, rows: Tensor, raw: bool) -> _Re
     sizes, pages = call("spans", *spans)
     weights = torch.empty(sizes, dtype=torch.float32)
     e_row = pv.source[rows]
-    arguments = (
-        p.pv if p.query is None else p.query,
-        e_row if p.query is None else pv.keep[rows],
-        c_source if p.key is None else p.key,
-        history.source if p.key is None else history.keep,
-        c_source if p.value is None else p.value,
-        history.source if p.value is None else history.keep,
-        first,
-        last,
-        weights_at,
-        weights,
-    )
+    q = (p.pv, e_row) if p.query is None else (p.query, pv.keep[rows])
+    k = (c_source, history.source) if p.key is None else (p.key, history.keep)
+    v = (c_source, history.source) if p.value is None else (p.value, history.keep)
+    arguments = (*q, *k, *v, first, last, weights_at, weights)
     unit = torch.empty(count, dim, dtype=p.pv.dtype)
     norm = torch.empty(count, dtype=torch.float32)
     positive = torch.empty(count, dtype=torch.float64)
-    stage(
-        "attend", *arguments, p.pv, e_row, unit, norm, positive, p.attention_scale, p.num_heads, raw
-    )
-    attention = _Attention(
-        arguments,
-        p.attention_scale,
-        p.num_heads,
-        page_starts[:pages],
-        dim,
-        count,
-        history.keep.shape[0],
-    )
+    how = (p.attention_scale, p.num_heads)
+    stage("attend", *arguments, p.pv, e_row, unit, norm, positive, *how, raw)
+    sizes = (dim, count, history.keep.shape[0])
+    attention = _Attention(arguments, *how, page_starts[:pages], *sizes)
     return _Reconstruction(unit, norm, positive, attention)
 
 
