@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from courier_fast.files import write_atomically
 from . import measure
 from .candidates import NAMES, OURS
 from .cases import GROUPS, VARIANTS, options_shape, selected
-from .loss import Row, measured, measured_variants, report
+from .command import parser_of
+from .loss import as_json, measured, measured_variants, report
 from .report import write_report
 
 RESULTS = Path(__file__).parent / "results"
@@ -41,11 +42,7 @@ def machine(device: torch.device) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench", __doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="a few cases, in less than two minutes")
     add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -65,11 +62,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     default = 3 if args.quick else 50 if args.device == "cuda" else 7
     args.repeats = args.repeats or default
     return args
-
-
-def as_json(rows: list[Row], about: dict[str, Any]) -> dict[str, Any]:
-    table = [asdict(r) | {"failures": [asdict(e) for e in r.failures]} for r in rows]
-    return about | {"results": table}
 
 
 def run(args: argparse.Namespace, out: Path, command: str) -> dict[str, Any]:

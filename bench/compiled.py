@@ -9,12 +9,13 @@ A problem is one of those of kernels/launches.py: `bf16-256` (the default), `bf1
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+from .command import parser_of, write_json
 
 # Arguments that tell launches of one kernel apart.
 _TELLING = (
@@ -23,11 +24,7 @@ _TELLING = (
 
 
 def parse(arguments: Sequence[str] | None, problems: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.compiled",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench.compiled", __doc__)
     add = parser.add_argument
     add("problem", nargs="*", default=["bf16-256"], help=f"of {', '.join(problems)}")
     add("--target", type=int, default=90, help="compute capability, 90 for sm_90")
@@ -71,8 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 | asdict(x)
                 | {"constants": telling}
             )
-    if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(args.json, found)
     return 0
 
 

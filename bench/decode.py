@@ -29,6 +29,7 @@ from courier_fast.data.transforms import (
     random_windows,
 )
 
+from .command import line_of
 from .measure import surroundings
 
 Array = npt.NDArray
@@ -201,7 +202,7 @@ def main() -> None:
             busy[name].append(time.process_time() - before)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(", ".join(f"{k} {v}" for k, v in surroundings(device).items() if v is not None))
+    print(line_of(surroundings(device)))
     print(
         f"{args.count} of {len(files)} photos, {np.mean([len(f) for f in files]) / 1000:.0f} KB, median {np.median(shapes, 0).astype(int).tolist()} px, "
         f"to {args.size} px, batches of {args.batch}, {args.threads} threads, {args.repeats} repeats in turns\n"

@@ -7,24 +7,20 @@ torchvision's transforms that opens every occurrence of an item. Occurrences/s i
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
-from courier_fast.data.dataset import Dataset
 from courier_fast.data.loader import Augmentation, Batch, Images, Loader
 from courier_fast.train.config import Config
 from courier_fast.train.trainer import Trainer
 
-from .datasets import QUICKSTART, quickstart_dataset
-from .measure import surroundings
-from .step import Pages, Rate, bare, collate, turn
+from .command import line_of
+from .datasets import QUICKSTART
+from .step import Pages, Rate, add_arguments, bare, collate, run, turn
 
 KINDS = ("dali", "software", "dali-cpu", "pillow")
 
@@ -104,7 +100,7 @@ def measure(
 def report(result: dict[str, Any]) -> str:
     rates = result["rates"]
     base = rates["backbone training"]["images_per_s"]
-    lines = [", ".join(f"{k} {v}" for k, v in result["surroundings"].items() if v is not None), ""]
+    lines = [line_of(result["surroundings"]), ""]
     lines.append(
         f"{'':<20}{'images/s':>10}{'occurrences/s':>15}{'images/s over the backbone in training':>42}"
     )
@@ -118,47 +114,11 @@ def report(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.loader")
-    parser.add_argument(
-        "--dataset",
-        type=Path,
-        help="a prepared dataset; without one, that of the quickstart is drawn",
-    )
+    add_arguments(parser, QUICKSTART.size)
     parser.add_argument("--decoders", nargs="+", default=KINDS, choices=KINDS)
-    parser.add_argument("--pages", type=int, default=QUICKSTART.pages)
-    parser.add_argument(
-        "--size", type=int, default=QUICKSTART.size, help="pixels; 0: the trainer's default"
-    )
-    parser.add_argument("--backbone", default="auto")
-    parser.add_argument("--history", type=int, default=QUICKSTART.history)
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10, help="batches per turn")
-    parser.add_argument("--workers", type=int, default=0, help="of the plain DataLoader")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.dataset is None:
-            args.dataset = quickstart_dataset(Path(folder))
-        overrides = {
-            "data.dataset": args.dataset, "data.pages": args.pages, "data.size": args.size, "data.history": args.history, "model.backbone": args.backbone,
-            "run.out": Path(folder) / "run",
-        }  # fmt: skip
-        result = measure(
-            Config.load(None, overrides),
-            args.decoders,
-            turns=args.turns,
-            steps=args.steps,
-            workers=args.workers,
-        )
-        dataset = Dataset(args.dataset)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        result |= {
-            "surroundings": surroundings(device),
-            "dataset": {"pages": dataset.num_pages, "items": dataset.num_items},
-        }
-    print(report(result))
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    sizes = {"turns": args.turns, "steps": args.steps, "workers": args.workers}
+    return run(args, {}, partial(measure, kinds=args.decoders, **sizes), report)
 
 
 if __name__ == "__main__":

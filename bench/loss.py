@@ -20,7 +20,6 @@ that of `courier_fast.budget`. Exit code 1 if an implementation of this package 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,6 +33,7 @@ from courier_fast.budget import Error
 
 from . import measure
 from .candidates import NAMES, OURS, Candidate, call, make
+from .command import line_of, parser_of, write_json
 from .errors import errors, loss_and_gradients, yardstick
 from .problems import SHAPES, Batch, Options, Shape, make_batch
 
@@ -45,9 +45,8 @@ class Row:
     """One candidate's measurements; None is what was not measured."""
 
     name: str
-    times: measure.Times | None = (
-        None  # p20, p50, p80 in seconds: of the GPU's work, or of wall time on the CPU
-    )
+    # p20, p50, p80 in seconds: of the GPU's work, or of wall time on the CPU
+    times: measure.Times | None = None
     wall: measure.Times | None = None  # of a call, from one idle device to the next
     memory: int | None = None  # bytes over the inputs
     beyond: int | None = None  # bytes over inputs and gradients
@@ -75,9 +74,7 @@ class Case:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="bench.loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("bench.loss", __doc__)
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="paper")
     add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -336,6 +333,11 @@ def report(rows: list[Row], about: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def as_json(rows: list[Row], about: dict[str, Any]) -> dict[str, Any]:
+    table = [asdict(r) | {"failures": [asdict(e) for e in r.failures]} for r in rows]
+    return about | {"results": table}
+
+
 def main(arguments: Sequence[str] | None = None, extra: Sequence[Candidate] = ()) -> int:
     """Exit code 1 if ours or one of `extra` breaks the budget, or cannot run though asked for."""
     args = parse(arguments)
@@ -356,13 +358,10 @@ def main(arguments: Sequence[str] | None = None, extra: Sequence[Candidate] = ()
     device = torch.device(args.device)
     rows, about = measured(case, device, args.repeats, not args.no_memory, extra)
     known = measure.surroundings(device)
-    print(", ".join(f"{k} {v}" for k, v in known.items() if v is not None))
+    print(line_of(known))
     ours = [*OURS, *(c.name for c in extra)]
     print(report(rows, about))
-    if args.json is not None:
-        table = [asdict(r) | {"failures": [asdict(e) for e in r.failures]} for r in rows]
-        result = {"surroundings": known} | about | {"results": table}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.json, {"surroundings": known} | as_json(rows, about))
     broken = [r.name for r in rows if r.name in ours and r.failures]
     asked = set(args.impl or []) & set(OURS)
     missing = [r.name for r in rows if r.left_out is not None and r.name in asked]

@@ -30,8 +30,12 @@ def run_time(work: Callable[[], object], device: torch.device) -> float:
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    return _between_events(work)
+
+
+def _between_events(work: Callable[[], object]) -> float:
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     first.record()
     work()
     last.record()
@@ -47,17 +51,11 @@ QUEUE_SECONDS = 2e-3
 def queued_time(work: Callable[[], object]) -> float:
     """Seconds of the GPU's work alone: it starts when all of it is queued. What synchronises with the host cannot be
     queued, and its waiting counts."""
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     rate = torch.cuda.get_device_properties(torch.cuda.current_device())
     cycles = int(QUEUE_SECONDS * 1e3 * getattr(rate, "clock_rate", 1_800_000))
     torch.cuda._sleep(cycles)
-    first.record()
-    work()
-    last.record()
-    last.synchronize()
-    milliseconds: float = first.elapsed_time(last)
-    return milliseconds / 1e3
+    return _between_events(work)
 
 
 def wall_time(work: Callable[[], object], device: torch.device) -> float:

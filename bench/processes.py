@@ -13,7 +13,6 @@ spread says how much of it to believe.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -29,8 +28,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from courier_fast import peers, reconstruction_loss
+from courier_fast import peers
 
+from .candidates import call
+from .command import line_of, parser_of, write_json
 from .measure import surroundings
 from .problems import Batch, Options, Shape, make_batch
 
@@ -162,19 +163,7 @@ def waiting() -> Iterator[None]:
 
 
 def forward(batch: Batch, case: Case, group: Any) -> Tensor:
-    found = reconstruction_loss(
-        batch.pv,
-        batch.history,
-        batch.clicked,
-        pv_offsets=batch.pv_offsets,
-        history_offsets=batch.history_offsets,
-        item_ids=batch.item_ids,
-        attention=case.attention,
-        group=group,
-        exchange=case.exchange,
-    )
-    assert isinstance(found, Tensor)
-    return found
+    return call(batch, "auto", group=group, exchange=case.exchange)
 
 
 def counted(batch: Batch, case: Case, group: Any) -> tuple[list[int], Transfers]:
@@ -279,7 +268,7 @@ def measure(sizes: Sequence[int], settings: Settings) -> list[dict[str, Any]]:
 
 def report(result: dict[str, Any]) -> str:
     shape = result["shape"]
-    lines = [", ".join(f"{k} {v}" for k, v in result["surroundings"].items() if v is not None), ""]
+    lines = [line_of(result["surroundings"]), ""]
     lines.append(
         f"{result['backend']}, {result['dtype']}, of each process {shape['pages']:,} pages of {shape['items']} items, D = {shape['dim']}"
     )
@@ -309,11 +298,7 @@ def report(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 1 if a count differs from its formula."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.processes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench.processes", __doc__)
     add = parser.add_argument
     add("--processes", type=int, nargs="+", default=[1, 2, 4], metavar="W")
     add("--device", choices=("cuda", "cpu"), help="default: cuda with a GPU for each process")
@@ -340,8 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rows": rows,
     }
     print(report(result))
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.json, result)
     return int(any(row["bytes"] != row["predicted"] for row in rows))
 
 

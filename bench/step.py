@@ -10,13 +10,13 @@ On a GPU: Swin-T at 224 px in bfloat16, compiled; on a CPU, training at the quic
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from courier_fast.data.loader import Batch
 from courier_fast.train.config import Config
 from courier_fast.train.trainer import Trainer
 
+from .command import line_of, write_json
 from .datasets import QUICKSTART, quickstart_dataset
 from .measure import surroundings
 
@@ -254,54 +255,61 @@ def measure(
     }
 
 
+def add_arguments(parser: argparse.ArgumentParser, size: int) -> None:
+    """What bench.loader is asked for, too."""
+    add = parser.add_argument
+    add("--dataset", type=Path, help="a prepared dataset; without one, that of the quickstart is drawn")  # fmt: skip
+    add("--pages", type=int, default=QUICKSTART.pages, help="per step (default: the quickstart's)")
+    add("--backbone", default="auto")
+    add("--size", type=int, default=size, help="pixels; 0: the trainer's default")
+    add("--history", type=int, default=QUICKSTART.history)
+    add("--turns", type=int, default=3)
+    add("--steps", type=int, default=10, help="batches per turn")
+    add("--workers", type=int, default=0, help="of the plain DataLoader; on two cores 0 was no slower than 2")  # fmt: skip
+    add("--json", type=Path)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.step", description=__doc__.split("\n")[0] if __doc__ else None
     )
-    parser.add_argument(
-        "--dataset",
-        type=Path,
-        help="a prepared dataset; without one, that of the quickstart is drawn",
-    )
-    parser.add_argument(
-        "--pages", type=int, default=QUICKSTART.pages, help="per step (default: the quickstart's)"
-    )
-    parser.add_argument("--backbone", default="auto")
     on_gpu = torch.cuda.is_available()
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=on_gpu,
-        help="torch.compile the encoder (default: on a GPU)",
-    )
-    parser.add_argument(
-        "--size",
-        type=int,
-        default=0 if on_gpu else QUICKSTART.size,
-        help="pixels; 0: the trainer's default",
-    )
-    parser.add_argument(
-        "--warm-up",
-        type=int,
-        default=20 if on_gpu else 2,
-        help="steps before the first turn: every padded number of images is compiled once",
-    )
-    parser.add_argument("--history", type=int, default=QUICKSTART.history)
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10, help="per turn")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        help="of the plain DataLoader; on two cores 0 was no slower than 2",
-    )
-    parser.add_argument("--json", type=Path)
+    add_arguments(parser, 0 if on_gpu else QUICKSTART.size)
+    add = parser.add_argument
+    add("--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help="torch.compile the encoder (default: on a GPU)")  # fmt: skip
+    add("--warm-up", type=int, default=20 if on_gpu else 2, help="steps before the first turn: every padded number of images is compiled once")  # fmt: skip
     return parser.parse_args(arguments)
+
+
+def run(
+    args: argparse.Namespace,
+    more: dict[str, Any],
+    measure: Callable[[Config], dict[str, Any]],
+    report: Callable[[dict[str, Any]], str],
+) -> int:
+    """Measures with the settings asked for and `more`, and says what came out."""
+    with tempfile.TemporaryDirectory() as folder:
+        if args.dataset is None:
+            args.dataset = quickstart_dataset(Path(folder))
+        overrides = {
+            "data.dataset": args.dataset, "data.pages": args.pages, "data.size": args.size, "data.history": args.history, "model.backbone": args.backbone,
+            "run.out": Path(folder) / "run",
+        }  # fmt: skip
+        result = measure(Config.load(None, overrides | more))
+        dataset = Dataset(args.dataset)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        result |= {
+            "surroundings": surroundings(device),
+            "dataset": {"pages": dataset.num_pages, "items": dataset.num_items},
+        }
+    print(report(result))
+    write_json(args.json, result)
+    return 0
 
 
 def report(result: dict[str, Any]) -> str:
     rates = result["rates"]
-    lines = [", ".join(f"{k} {v}" for k, v in result["surroundings"].items() if v is not None), ""]
+    lines = [line_of(result["surroundings"]), ""]
     lines += [f"{'':<16}{'occurrences/s':>15}{'images/s':>12}"]
     lines += [
         f"{name:<16}{r['occurrences_per_s']:>15,.0f}{r['images_per_s']:>12,.0f}"
@@ -322,31 +330,9 @@ def report(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.dataset is None:
-            args.dataset = quickstart_dataset(Path(folder))
-        overrides = {
-            "data.dataset": args.dataset, "data.pages": args.pages, "data.size": args.size, "data.history": args.history, "model.backbone": args.backbone,
-            "model.compile": args.compile, "run.out": Path(folder) / "run", "optim.steps": 10**6,
-        }  # fmt: skip
-        config = Config.load(None, overrides)
-        dataset = Dataset(args.dataset)
-        result = measure(
-            config,
-            turns=args.turns,
-            steps=args.steps,
-            workers=args.workers,
-            warm_up=args.warm_up,
-        )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        result |= {
-            "surroundings": surroundings(device),
-            "dataset": {"pages": dataset.num_pages, "items": dataset.num_items},
-        }
-    print(report(result))
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    sizes = {"turns": args.turns, "steps": args.steps, "workers": args.workers}
+    more = {"model.compile": args.compile, "optim.steps": 10**6}
+    return run(args, more, partial(measure, **sizes, warm_up=args.warm_up), report)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ to come from the second-level cache, so the time at the copy's rate is a floor, 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import os
 import sys
@@ -26,6 +24,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .command import parser_of, write_json
 from .problems import SHAPES, Shape
 
 # One H100 80GB: a copy's bytes a second, a large bfloat16 product's flops a second, multiprocessors.
@@ -291,19 +290,14 @@ def _cell(row: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     # With it, kernels cannot be told from helpers.
     os.environ.pop("TRITON_INTERPRET", None)
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.traffic",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench.traffic", __doc__)
     default = ("paper", "paper50", "big20", "big100")
     parser.add_argument("--shape", nargs="+", choices=default, default=default)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(arguments)
     tables = {name: table(SHAPES[name]) for name in args.shape}
     print(markdown(tables))
-    if args.json is not None:
-        args.json.write_text(json.dumps(tables, indent=1) + "\n")
+    write_json(args.json, tables)
     return 0
 
 

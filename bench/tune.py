@@ -29,6 +29,7 @@ from courier_fast.files import write_atomically
 
 from . import measure
 from .candidates import call
+from .command import parser_of
 from .errors import errors, loss_and_gradients, yardstick
 from .problems import Batch, Options, Shape, make_batch
 
@@ -36,11 +37,7 @@ KINDS = ("forward", "lse", "transposed")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.tune",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench.tune", __doc__)
     add = parser.add_argument
     add("--dim", type=int, nargs="+", default=[64, 128, 256], choices=(64, 128, 256))
     add("--kind", nargs="+", default=list(KINDS), choices=KINDS)

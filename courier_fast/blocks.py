@@ -33,9 +33,8 @@ class Side:
     """One side of a block of scores."""
 
     rows: Tensor  # [n, D] in the type of the inputs: unit rows; for attention "candidate" E itself
-    ids: Tensor | None = (
-        None  # [n] int64: rows and columns of one id do not meet; None: they all do
-    )
+    # [n] int64: rows and columns of one id do not meet; None: they all do
+    ids: Tensor | None = None
     page: Tensor | None = None  # [n] int64, ascending
     bias: Tensor | None = None  # [n] float32 or float64, added to a column's scores
     merged: bool = False  # the bias is log m: the column stands for m equal candidates

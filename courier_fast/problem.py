@@ -45,9 +45,7 @@ class Problem:
     item_ids: Tensor | None  # [N] int64; None: pv_index with a table, else all items differ
     log_q: Tensor | None  # [N] float32 or float64
     weights: Tensor | None  # [N] float32 or float64
-    temperature: (
-        Tensor | None
-    )  # 0-d float32 or float64, if it takes a gradient or lives on the device
+    temperature: Tensor | None  # 0-d float32 or 64, if it takes a gradient or is on the device
     tau: float  # the temperature when `temperature` is None
     attention_scale: float  # c; with `cosine` 1 / attention_temperature
     num_heads: int = 1

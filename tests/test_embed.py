@@ -13,6 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,7 +26,7 @@ from courier_fast.data.dataset import Dataset, ImageStoreWriter
 from courier_fast.data.decode import make_decoder
 from courier_fast.data.embeddings import read_embeddings
 from courier_fast.evaluate import embed
-from courier_fast.evaluate.embed import embed_dataset, embed_folder
+from courier_fast.evaluate.embed import DatasetImages, EmbedReport, FolderImages, embed_source
 
 SIZE = 16
 
@@ -62,6 +63,22 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
             store.append(None if i == 4 else image, *shape)
     path.replace(data.path / "images.arrow")
     return Dataset(data.path)
+
+
+def embed_images(kind: type, encoder: Any, images: Any, out: Path, **how: Any) -> EmbedReport:
+    decoder = make_decoder("auto", encoder.size, mean=encoder.mean, std=encoder.std)
+    try:
+        return embed_source(encoder, kind(images, decoder), out, **how)
+    finally:
+        decoder.close()
+
+
+def embed_dataset(encoder: Any, dataset: Dataset, out: Path, **how: Any) -> EmbedReport:
+    return embed_images(DatasetImages, encoder, dataset, out, **how)
+
+
+def embed_folder(encoder: Any, folder: Path, out: Path, **how: Any) -> EmbedReport:
+    return embed_images(FolderImages, encoder, folder, out, **how)
 
 
 def leftovers(folder: Path) -> list[str]:

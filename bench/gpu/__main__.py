@@ -31,6 +31,7 @@ import torch
 from courier_fast.files import write_atomically
 
 from .. import report
+from ..command import parser_of, write_json
 from . import summary, tools
 from .record import Record, finished
 from .stages import STAGES, Stage
@@ -41,11 +42,7 @@ GRACE = 5.0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench.gpu", __doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR")
     add("--minutes", type=float, default=9, help="for everything; default: %(default)s")
@@ -212,7 +209,7 @@ def write_tables(args: argparse.Namespace, command: str, records: Any) -> None:
     results = summary.results_of(records, command)
     folder = args.out / "bench"
     folder.mkdir(exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(folder / "results.json", results)
     if not results["cases"] or results["copy_bytes_per_second"] is None:
         return
     try:

@@ -20,6 +20,7 @@ import courier_fast
 from courier_fast.budget import DRAWS, Budget, Rounding, Yardstick, held
 
 from ..candidates import call, graphed
+from ..cases import VARIANTS
 from ..problems import Batch, Options, Shape, make_batch
 from .record import FAILED, SKIPPED, Result
 from .worker import attempt
@@ -53,19 +54,11 @@ class Smoke:
 
 def _variants(dtype: str, shape: Shape) -> list[Smoke]:
     """Everything that changes which kernels are launched, or their code."""
-    options = {
-        "item ids": Options(ids=True),
-        "log_q": Options(log_q=True),
-        "weights": Options(weights=True),
-        "page": Options(negatives="page"),
-        "other pages": Options(negatives="other_pages"),
-        "identify": Options(direction="identify"),
-        "both": Options(direction="both"),
-        "learned temperature": Options(learn_tau=True),
+    options = VARIANTS | {
         "small temperature": Options(tau=0.01),
-        "statistics": Options(stats=True),
         "unique items": Options(unique_items=shape.pages * shape.items // 2),
     }
+    del options["bare"]  # measured by itself
     found = [Smoke(name, dtype, shape, x) for name, x in options.items()]
     found.append(Smoke("heads", dtype, shape, more={"num_heads": 4}))
     # Few pages: the reference takes one after the other.

@@ -92,9 +92,8 @@ def _measured(case: Any, setting: Setting, memory: bool) -> tuple[Result, dict[s
     """A line of ours beside the fastest other, and the rows by name."""
     import torch
 
-    from ..__main__ import as_json
     from ..candidates import OURS
-    from ..loss import measured
+    from ..loss import as_json, measured
 
     repeats, device = (1 if setting.rehearse else 50), torch.device(setting.device)
     rows, about = measured(case, device, repeats, memory, limit=ROUNDS)
@@ -160,9 +159,8 @@ def graph(setting: Setting) -> Cases:
 def options(setting: Setting) -> Cases:
     import torch
 
-    from ..__main__ import as_json
     from ..cases import VARIANT_GOALS, VARIANTS, options_shape
-    from ..loss import measured_variants
+    from ..loss import as_json, measured_variants
 
     device = torch.device(setting.device)
     dtype = "float32" if setting.rehearse else "bfloat16"

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import courier_fast
-
 from .. import measure
+from ..candidates import call
 from ..problems import Batch, Options, Shape, make_batch
 from .record import Result
 from .worker import Setting
@@ -25,16 +24,7 @@ def _steps(
     """The whole step, the encoder's without the loss, and the loss alone on embeddings that are there."""
 
     def loss_of(table: Tensor) -> Tensor:
-        return courier_fast.reconstruction_loss(
-            batch.pv,
-            batch.history,
-            batch.clicked,
-            pv_offsets=batch.pv_offsets,
-            history_offsets=batch.history_offsets,
-            embeddings=table,
-            temperature=batch.options.tau,
-            impl=impl,
-        )
+        return call(batch, impl, embeddings=table)
 
     def update(objective: Callable[[Tensor], Tensor]) -> None:
         optimizer.zero_grad()

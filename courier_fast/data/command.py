@@ -11,9 +11,7 @@ from rich.table import Table
 
 from .layouts import LAYOUTS, Columns, Source, generic
 from .options import PrepareOptions
-from .pages import (
-    NEGATIVES,
-)
+from .pages import NEGATIVES
 from .prepare import prepare
 
 
@@ -54,74 +52,38 @@ def print_report(report: dict[str, Any]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     columns, options = Columns(), PrepareOptions()
-    parser.add_argument("out", type=Path, help="the dataset folder to write")
-    parser.add_argument("--layout", default="generic", choices=["generic", *LAYOUTS])
-    parser.add_argument(
-        "--source", type=Path, help="folder of the published files (not for generic)"
-    )
-    parser.add_argument("--images", type=Path, help="folder of image files called after the items")
-    parser.add_argument(
-        "--min-rating",
-        type=float,
-        help="least rating that is a click (movielens, amazon-reviews-2023)",
-    )
+    add = parser.add_argument
+    add("out", type=Path, help="the dataset folder to write")
+    add("--layout", default="generic", choices=["generic", *LAYOUTS])
+    add("--source", type=Path, help="folder of the published files (not for generic)")
+    add("--images", type=Path, help="folder of image files called after the items")
+    add("--min-rating", type=float, help="least rating that is a click (movielens, amazon-reviews-2023)")  # fmt: skip
+    add("--shrink", type=int, default=0, metavar="PIXELS", help="scale longer short sides down to this")  # fmt: skip
+    add("--threads", type=int, default=0, help="threads that check images")
+    add("--overwrite", action="store_true")
 
-    own = parser.add_argument_group("generic")
-    own.add_argument(
-        "--interactions", type=Path, nargs="+", default=[], help=".csv, .tsv, .parquet or .jsonl"
-    )
-    own.add_argument("--items", type=Path, help="a row per item, with its category")
-    own.add_argument("--user-column", default=columns.user)
-    own.add_argument("--item-column", default=columns.item)
-    own.add_argument("--time-column", default=columns.time, help="ISO dates, or numbers since 1970")
-    own.add_argument("--category-column", default=columns.category)
-    own.add_argument(
-        "--page-column", help="page or impression id: a row is then an item shown on that page"
-    )
-    own.add_argument("--clicked-column", default=columns.clicked, help="whether it was clicked")
+    add = parser.add_argument_group("generic").add_argument
+    add("--interactions", type=Path, nargs="+", default=[], help=".csv, .tsv, .parquet or .jsonl")
+    add("--items", type=Path, help="a row per item, with its category")
+    add("--user-column", default=columns.user)
+    add("--item-column", default=columns.item)
+    add("--time-column", default=columns.time, help="ISO dates, or numbers since 1970")
+    add("--category-column", default=columns.category)
+    add("--page-column", help="page or impression id: a row is then an item shown on that page")
+    add("--clicked-column", default=columns.clicked, help="whether it was clicked")
 
-    pages = parser.add_argument_group("pages")
-    pages.add_argument("--page-size", type=int, default=options.page_size, help="items of a page")
-    pages.add_argument("--negatives", choices=NEGATIVES, default=options.negatives)
-    pages.add_argument(
-        "--live-days",
-        type=float,
-        default=options.live_days,
-        help="an item is on offer so long before its first and after its last event",
-    )
-    pages.add_argument(
-        "--min-history",
-        type=int,
-        default=options.min_history,
-        help="earlier events that a page needs",
-    )
-    pages.add_argument(
-        "--max-history",
-        type=int,
-        default=options.max_history,
-        help="most recent events that are kept",
-    )
-    pages.add_argument(
-        "--repeats",
-        choices=("drop", "keep"),
-        default=options.repeats,
-        help="made pages whose item the user had before",
-    )
-    pages.add_argument("--validation-share", type=float, default=options.validation_share)
-    pages.add_argument("--test-share", type=float, default=options.test_share)
-    pages.add_argument("--validation-from", metavar="DATE")
-    pages.add_argument("--test-from", metavar="DATE")
-    pages.add_argument("--seed", type=int, default=options.seed)
-
-    parser.add_argument(
-        "--shrink",
-        type=int,
-        default=0,
-        metavar="PIXELS",
-        help="scale longer short sides down to this",
-    )
-    parser.add_argument("--threads", type=int, default=0, help="threads that check images")
-    parser.add_argument("--overwrite", action="store_true")
+    add = parser.add_argument_group("pages").add_argument
+    add("--page-size", type=int, default=options.page_size, help="items of a page")
+    add("--negatives", choices=NEGATIVES, default=options.negatives)
+    add("--live-days", type=float, default=options.live_days, help="an item is on offer so long before its first and after its last event")  # fmt: skip
+    add("--min-history", type=int, default=options.min_history, help="earlier events that a page needs")  # fmt: skip
+    add("--max-history", type=int, default=options.max_history, help="most recent events that are kept")  # fmt: skip
+    add("--repeats", choices=("drop", "keep"), default=options.repeats, help="made pages whose item the user had before")  # fmt: skip
+    add("--validation-share", type=float, default=options.validation_share)
+    add("--test-share", type=float, default=options.test_share)
+    add("--validation-from", metavar="DATE")
+    add("--test-from", metavar="DATE")
+    add("--seed", type=int, default=options.seed)
 
 
 def source_of(args: argparse.Namespace) -> Source:

@@ -32,8 +32,6 @@ import pyarrow as pa
 FORMAT = 1
 SPLITS = ("train", "validation", "test")
 
-Ints = npt.NDArray[np.int64]
-
 
 def arrow_array(values: Any) -> pa.Array:
     """`values` as one Arrow array; NumPy numbers without a copy."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy.typing as npt
 import torch
@@ -67,6 +67,7 @@ def make_decoder(
     if size < 1:
         raise ValueError(f"size: expected at least 1 pixel, got {size}")
     threads = threads or len(os.sched_getaffinity(0))
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads, "mean": mean, "std": std}  # fmt: skip
     if kind == "auto":
         kind = "software" if software.is_fast() else "pillow"
         if device.type == "cuda":
@@ -83,25 +84,10 @@ def make_decoder(
             )
         from .dali import DaliDecoder
 
-        return DaliDecoder(
-            size,
-            device=device,
-            on_gpu=kind == "dali",
-            dtype=dtype,
-            threads=threads,
-            mean=mean,
-            std=std,
-        )
+        return DaliDecoder(size, on_gpu=kind == "dali", **how)
     if kind == "software" and not software.is_fast():
         raise ModuleNotFoundError(
             'decoder: "software" needs simplejpeg: pip install "courier_fast[train]"'
         )
-    return software.SoftwareDecoder(
-        software.fastest_reader() if kind == "software" else software.read_pillow,
-        size,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        mean=mean,
-        std=std,
-    )
+    reader = software.fastest_reader() if kind == "software" else software.read_pillow
+    return software.SoftwareDecoder(reader, size, **how)

@@ -89,22 +89,16 @@ class Images:
         decoder: Decoder,
         augmentation: Augmentation | None,
         *,
-        crop: float = 1.0,
         max_damaged: float = 0.01,
     ) -> None:
-        self.store, self.decoder, self.augmentation, self.crop = (
-            plan.dataset.images,
-            decoder,
-            augmentation,
-            crop,
-        )
-        self.seed = plan.seed
+        self.store, self.seed = plan.dataset.images, plan.seed
+        self.decoder, self.augmentation = decoder, augmentation
         self.damaged = DamagedImages(plan.dataset.item_ids, max_damaged)
 
     def __call__(self, items: Array, counter: tuple[int, int, int]) -> tuple[Tensor, int]:
         shapes = self.store.shapes[items]
         if self.augmentation is None:
-            windows, flips = eval_windows(shapes, self.crop), np.zeros(len(items), bool)
+            windows, flips = eval_windows(shapes), np.zeros(len(items), bool)
         else:
             epoch, step, rank = counter
             # The seed is the key and where we are the counter: no state, so a resumed run draws the same.

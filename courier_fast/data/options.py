@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
-from .pages import (
-    NEGATIVES,
-)
+from .pages import NEGATIVES
 
 
 @dataclass(frozen=True)

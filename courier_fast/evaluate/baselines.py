@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from ..data.dataset import Dataset
 from ..data.decode import Decoder, make_decoder
 from ..data.embeddings import check_embeddings
-from .embed import DatasetImages, Source, encode_all
+from .embed import DatasetImages, encode_all
 from .metrics import bootstrap_means, count_ranks, interval, page_values
 from .ranking import (
     CANDIDATES,
@@ -65,19 +64,6 @@ def pixels(dataset: Dataset, side: int = 8, decoder: Decoder | None = None) -> M
         if decoder is None:
             made.close()
     return Method(f"pixels {side}x{side}", table)
-
-
-def features(
-    name: str,
-    backbone: Callable[[Tensor], Tensor],
-    source: Source,
-    *,
-    batch: int = 256,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-) -> Method:
-    """What a backbone gives for every item before any training on clicks."""
-    return Method(name, encode_all(backbone, source, batch=batch, device=device, dtype=dtype))
 
 
 def standardised(method: Method) -> Method:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -217,7 +217,7 @@ def encode_all(
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """What `embed_*` wrote; also in the JSON file beside the output (with `item_ids` for .npy)."""
+    """What `embed_source` wrote; also in the JSON file beside the output (with `item_ids` for .npy)."""
 
     path: Path
     rows: int
@@ -226,59 +226,6 @@ class EmbedReport:
     damaged: list[str]  # ids whose image cannot be decoded
     resumed: int  # rows that an earlier, interrupted run had done
     seconds: float
-
-
-def embed_dataset(
-    encoder: nn.Module,
-    dataset: Dataset,
-    out: str | os.PathLike[str],
-    *,
-    batch: int = 256,
-    decoder: Decoder | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    save_seconds: float = 5.0,
-) -> EmbedReport:
-    """Embeds every item of a dataset, in its order; see `embed_source`."""
-    with _own_or_made(decoder, encoder, device) as using:
-        return embed_source(
-            encoder, DatasetImages(dataset, using), out,
-            batch=batch, device=device, dtype=dtype, save_seconds=save_seconds,
-        )  # fmt: skip
-
-
-def embed_folder(
-    encoder: nn.Module,
-    folder: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    batch: int = 256,
-    decoder: Decoder | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    save_seconds: float = 5.0,
-) -> EmbedReport:
-    """Embeds the images of a folder and its subfolders, sorted by their names without suffix, which are their ids; see `embed_source`."""
-    with _own_or_made(decoder, encoder, device) as using:
-        return embed_source(
-            encoder, FolderImages(folder, using), out,
-            batch=batch, device=device, dtype=dtype, save_seconds=save_seconds,
-        )  # fmt: skip
-
-
-@contextmanager
-def _own_or_made(
-    decoder: Decoder | None, encoder: Any, device: torch.device | str
-) -> Iterator[Decoder]:
-    """The decoder given, or one made for the encoder and closed at the end."""
-    if decoder is not None:
-        yield decoder
-        return
-    made = make_decoder("auto", encoder.size, device=device, mean=encoder.mean, std=encoder.std)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 def embed_source(
@@ -316,8 +263,6 @@ def embed_source(
         raise ValueError(f"batch: expected at least 1, got {batch}")
     out.parent.mkdir(parents=True, exist_ok=True)
     size, dim = len(source.ids), int(encoder.dim)  # type: ignore[arg-type]
-    rows = np.flatnonzero(source.present)
-    partial, progress = (out.with_name(f"{out.name}.{end}") for end in ("partial", "progress"))
     about = {
         "encoder": _encoder_fingerprint(encoder),
         "input": source.fingerprint(),
@@ -326,57 +271,28 @@ def embed_source(
             "decoder": type(getattr(source, "decoder", None)).__name__, "torch": torch.__version__,
         },
     }  # fmt: skip
-    done, damaged = _resume(partial, progress, about)
+    work = _Partial(out, about, source, dim)
     encoder.to(device)
-    table: np.memmap
-    if done:
-        table = np.lib.format.open_memmap(partial, "r+")
-    else:
-        remove(progress)  # first: it must never speak of another partial file
-        table = _allocate(partial, size, dim)
-        table[~source.present] = np.nan
-
-    def save() -> None:
-        table.flush()
-        state = {"about": about, "done": done, "damaged": sorted(damaged)}
-        write_atomically(progress, lambda path: path.write_text(json.dumps(state)))
-
-    resumed, saved = done, time.monotonic()
+    rows, resumed = np.flatnonzero(source.present), work.done
     columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
     display = Progress(*columns, disable=not bar)
-    task = display.add_task("images", total=len(rows), completed=done)
-    parts = encode(encoder, source, rows[done:], batch=batch, device=device, dtype=dtype)
+    task = display.add_task("images", total=len(rows), completed=resumed)
+    display.start()
     try:
-        with display:
-            for part, found, bad in parts:
-                table[part] = found
-                damaged.update(part[bad].tolist())
-                done += len(part)
-                display.update(task, completed=done)
-                if time.monotonic() - saved >= save_seconds:
-                    save()
-                    saved = time.monotonic()
+        for part, found, bad in encode(
+            encoder, source, rows[resumed:], batch=batch, device=device, dtype=dtype
+        ):
+            work.add(part, found, bad)
+            display.update(task, completed=work.done)
+            if time.monotonic() - work.saved >= save_seconds:
+                work.save()
     finally:
-        save()
-    report = _finish(out, partial, source, table, sorted(damaged), resumed, began)
-    remove(progress)
-    return report
-
-
-def _finish(
-    out: Path,
-    partial: Path,
-    source: Source,
-    table: np.memmap,
-    damaged: list[int],
-    resumed: int,
-    began: float,
-) -> EmbedReport:
-    """The complete table as the file asked for, and the JSON file beside it."""
-    names, (size, dim) = source.ids, table.shape
+        display.stop()
+        work.save()
+    names = source.ids
     report = EmbedReport(
-        out, size, dim, [str(names[i]) for i in np.flatnonzero(~source.present).tolist()], [str(names[i]) for i in damaged], resumed,
-        time.monotonic() - began,
+        out, size, dim, [str(names[i]) for i in np.flatnonzero(~source.present).tolist()],
+        [str(names[i]) for i in sorted(work.damaged)], resumed, time.monotonic() - began,
     )  # fmt: skip
     beside = {"rows": size, "dim": dim, "missing": report.missing, "damaged": report.damaged}
     if out.suffix == ".npy":
@@ -385,14 +301,49 @@ def _finish(
         out.with_name(f"{out.name}.json"),
         lambda path: path.write_text(json.dumps(beside, indent=1, ensure_ascii=False), "utf-8"),
     )
-    if out.suffix == ".parquet":
-        write_atomically(out, lambda path: _write_parquet(path, names, table))
-        remove(partial)
-    else:
-        sync(partial)
-        os.replace(partial, out)
-        sync(out.parent)
+    work.finish(out, names)
     return report
+
+
+class _Partial:
+    """The embeddings of an unfinished `out`, and which of them are there: from an earlier run, or none."""
+
+    def __init__(self, out: Path, about: dict[str, Any], source: Source, dim: int) -> None:
+        self.path, self.progress = (
+            out.with_name(f"{out.name}.{e}") for e in ("partial", "progress")
+        )
+        self.about = about
+        self.done, self.damaged = _resume(self.path, self.progress, about)
+        self.table: np.memmap
+        if self.done:
+            self.table = np.lib.format.open_memmap(self.path, "r+")
+        else:
+            remove(self.progress)  # first: it must never speak of another partial file
+            self.table = _allocate(self.path, len(source.ids), dim)
+            self.table[~source.present] = np.nan
+        self.saved = time.monotonic()
+
+    def add(self, rows: Array, found: Array, damaged: Array) -> None:
+        self.table[rows] = found
+        self.damaged.update(rows[damaged].tolist())
+        self.done += len(rows)
+
+    def save(self) -> None:
+        self.table.flush()
+        state = {"about": self.about, "done": self.done, "damaged": sorted(self.damaged)}
+        write_atomically(self.progress, lambda path: path.write_text(json.dumps(state)))
+        self.saved = time.monotonic()
+
+    def finish(self, out: Path, ids: Sequence[Any]) -> None:
+        """Makes it `out`."""
+        if out.suffix == ".parquet":
+            write_atomically(out, lambda path: _write_parquet(path, ids, self.table))
+            remove(self.path)
+        else:
+            sync(self.path)
+            os.replace(self.path, out)
+            sync(out.parent)
+        remove(self.progress)
 
 
 def _encoder_fingerprint(encoder: nn.Module) -> str:

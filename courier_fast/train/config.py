@@ -23,84 +23,78 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
+def described(default: Any, description: str, **limits: Any) -> Any:
+    return Field(default, description=description, **limits)
+
+
 class DataConfig(Section):
     dataset: Path = Field(description="folder written by `courier-fast prepare`")
-    features: Path | None = Field(
+    features: Path | None = described(
         None,
-        description="train a projection on these embeddings (.npy rows as items, or .parquet) and no images",
+        "train a projection on these embeddings (.npy rows as items, or .parquet) and no images",
     )
-    pages: int = Field(64, ge=0, description="pages per step and process; 0 with data.images")
-    images: int = Field(
-        0, ge=0, description="unique images per step and process, in place of data.pages"
+    pages: int = described(64, "pages per step and process; 0 with data.images", ge=0)
+    images: int = described(0, "unique images per step and process, in place of data.pages", ge=0)
+    history: int = described(20, "most recent history items used", ge=1)
+    size: int = described(0, "side of the images in pixels; 0: 224 on a GPU, 96 on a CPU", ge=0)
+    scale: tuple[float, float] = described(
+        (0.5, 1.0), "random crop: least and largest share of the area"
     )
-    history: int = Field(20, ge=1, description="most recent history items used")
-    size: int = Field(
-        0, ge=0, description="side of the images in pixels; 0: 224 on a GPU, 96 on a CPU"
+    ratio: tuple[float, float] = described(
+        (0.75, 4 / 3), "random crop: aspect ratio, width over height"
     )
-    scale: tuple[float, float] = Field(
-        (0.5, 1.0), description="random crop: least and largest share of the area"
-    )
-    ratio: tuple[float, float] = Field(
-        (0.75, 4 / 3), description="random crop: aspect ratio, width over height"
-    )
-    flip: bool = Field(True, description="random horizontal flips")
+    flip: bool = described(True, "random horizontal flips")
     decoder: Literal["auto", "dali", "dali-cpu", "software", "pillow"] = "auto"
-    threads: int = Field(0, ge=0, description="decoding threads; 0: as many as cores")
-    ahead: int = Field(2, ge=1, description="batches decoded in advance")
-    buckets: tuple[int, ...] = Field(
+    threads: int = described(0, "decoding threads; 0: as many as cores", ge=0)
+    ahead: int = described(2, "batches decoded in advance", ge=1)
+    buckets: tuple[int, ...] = described(
         (),
-        description="numbers of images that batches are padded to; empty: chosen, on a GPU or with model.compile",
+        "numbers of images that batches are padded to; empty: chosen, on a GPU or with model.compile",
     )
-    max_damaged: float = Field(
-        0.01, ge=0, le=1, description="share of images that may be undecodable before the run stops"
+    max_damaged: float = described(
+        0.01, "share of images that may be undecodable before the run stops", ge=0, le=1
     )
 
 
 class ModelConfig(Section):
-    backbone: str = Field(
-        "auto",
-        description="any timm model, or small_conv; auto: Swin-T on a GPU, small_conv on a CPU",
+    backbone: str = described(
+        "auto", "any timm model, or small_conv; auto: Swin-T on a GPU, small_conv on a CPU"
     )
-    pretrained: bool = Field(False, description="timm's pre-trained weights (downloads them)")
-    weights: Path | None = Field(
-        None, description="safetensors file with weights of the backbone to start from"
+    pretrained: bool = described(False, "timm's pre-trained weights (downloads them)")
+    weights: Path | None = described(
+        None, "safetensors file with weights of the backbone to start from"
     )
-    dim: int = Field(256, ge=1, description="dimensions of the embedding")
-    batch_norm: bool | None = Field(
+    dim: int = described(256, "dimensions of the embedding", ge=1)
+    batch_norm: bool | None = described(
         None,
-        description="batch norm before the projection, against early collapse; default: for a backbone without pre-trained weights",
+        "batch norm before the projection, against early collapse; default: for a backbone without pre-trained weights",
     )
-    checkpointing: bool = Field(
-        False, description="gradient checkpointing: less memory, a second forward pass"
+    checkpointing: bool = described(
+        False, "gradient checkpointing: less memory, a second forward pass"
     )
-    compile: bool = Field(False, description="torch.compile the encoder")
-    slice: int = Field(
-        0,
-        ge=0,
-        description="two-pass gradient cache: images in one slice of the encoder; 0: one pass",
+    compile: bool = described(False, "torch.compile the encoder")
+    slice: int = described(
+        0, "two-pass gradient cache: images in one slice of the encoder; 0: one pass", ge=0
     )
-    ema: float = Field(
+    ema: float = described(
         0.0,
+        "decay of an average of the weights that is then the exported encoder; 0: none",
         ge=0,
         lt=1,
-        description="decay of an average of the weights that is then the exported encoder; 0: none",
     )
 
 
 class LossConfig(Section):
-    attention: Literal["candidate", "anchor", "mean"] | None = Field(
+    attention: Literal["candidate", "anchor", "mean"] | None = described(
         None,
-        description="whose query reconstructs an item from a history: each candidate's (the default; in other directions anchor), "
+        "whose query reconstructs an item from a history: each candidate's (the default; in other directions anchor), "
         "the clicked item's, or nobody's",
     )
-    attention_scale: float | None = Field(
-        None,
-        description="factor of the attention's dot products, in place of attention_temperature",
+    attention_scale: float | None = described(
+        None, "factor of the attention's dot products, in place of attention_temperature"
     )
-    attention_temperature: float | None = Field(
-        None,
-        gt=0,
-        description="attention by cosines at this temperature; default 1 without a scale",
+    attention_temperature: float | None = described(
+        None, "attention by cosines at this temperature; default 1 without a scale", gt=0
     )
     heads: int = Field(1, ge=1, description="of the attention; a divisor of model.dim")
     projections: Literal["none", "query_key", "all"] = Field(
@@ -108,9 +102,8 @@ class LossConfig(Section):
         description="learned matrices of the loss (not of the exported embedding), the identity at first: of query and key, or of query, key "
         "and value",
     )
-    unit: bool = Field(
-        True,
-        description="embeddings of length 1 into the losses: a history item counts by its direction alone",
+    unit: bool = described(
+        True, "embeddings of length 1 into the losses: a history item counts by its direction alone"
     )
     temperature: float = Field(0.2, gt=0)
     learnable_temperature: bool = False
@@ -121,29 +114,28 @@ class LossConfig(Section):
     )
     negatives: Literal["batch", "page", "other_pages"] = "batch"
     direction: Literal["reconstruct", "identify", "both"] = "reconstruct"
-    history_negatives: bool = Field(
-        True,
-        description="items of the batch's histories are candidates, too: as popular as clicks are",
+    history_negatives: bool = described(
+        True, "items of the batch's histories are candidates, too: as popular as clicks are"
     )
-    candidates: Literal["auto", "all", "process"] = Field(
+    candidates: Literal["auto", "all", "process"] = described(
         "auto",
-        description="whose items are candidates: those of all processes (auto, too) or of each process alone",
+        "whose items are candidates: those of all processes (auto, too) or of each process alone",
     )
-    exchange: Literal["auto", "gather", "ring"] = Field(
+    exchange: Literal["auto", "gather", "ring"] = described(
         "auto",
-        description="how candidates of other processes arrive: gather: all at once; ring: one process's after another's, in less memory; "
+        "how candidates of other processes arrive: gather: all at once; ring: one process's after another's, in less memory; "
         "auto: by their size",
     )
-    memory: int = Field(
+    memory: int = described(
         0,
+        "newest candidates of earlier steps, of all processes, that are candidates, too; 0: none",
         ge=0,
-        description="newest candidates of earlier steps, of all processes, that are candidates, too; 0: none",
     )
-    memory_after: int | None = Field(
-        None, ge=0, description="steps before the memory is used; default: those of optim.warmup"
+    memory_after: int | None = described(
+        None, "steps before the memory is used; default: those of optim.warmup", ge=0
     )
-    log_q: bool = Field(
-        False, description="sampling-bias correction by how often items are candidates in training"
+    log_q: bool = described(
+        False, "sampling-bias correction by how often items are candidates in training"
     )
     reconstruction_weight: float = Field(
         1.0, ge=0, description="weight of the reconstruction loss; 0: without"
@@ -218,16 +210,16 @@ class LossConfig(Section):
 
 
 class OptimConfig(Section):
-    epochs: int = Field(0, ge=0, description="passes over the training pages")
-    steps: int = Field(0, ge=0, description="updates, in place of epochs")
-    lr: float = Field(5e-4, gt=0, description="peak learning rate of AdamW")
-    min_lr: float = Field(0.01, ge=0, le=1, description="last learning rate as a share of the peak")
-    warmup: float = Field(
-        0.05, ge=0, lt=1, description="share of the run over which the learning rate rises"
+    epochs: int = described(0, "passes over the training pages", ge=0)
+    steps: int = described(0, "updates, in place of epochs", ge=0)
+    lr: float = described(5e-4, "peak learning rate of AdamW", gt=0)
+    min_lr: float = described(0.01, "last learning rate as a share of the peak", ge=0, le=1)
+    warmup: float = described(
+        0.05, "share of the run over which the learning rate rises", ge=0, lt=1
     )
-    weight_decay: float = Field(0.05, ge=0, description="for matrices; never for biases and norms")
+    weight_decay: float = described(0.05, "for matrices; never for biases and norms", ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: none")
+    clip: float = described(1.0, "largest norm of the gradient; 0: none", ge=0)
 
     @model_validator(mode="after")
     def one_length(self) -> OptimConfig:
@@ -241,24 +233,20 @@ class OptimConfig(Section):
 
 
 class RunConfig(Section):
-    out: Path = Field(
-        Path("run"), description="folder of the run; one that has checkpoints is resumed"
-    )
+    out: Path = described(Path("run"), "folder of the run; one that has checkpoints is resumed")
     seed: int = Field(0, ge=0)
-    device: str = Field("auto", description="cuda, cpu; auto: the GPU where there is one")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the encoder; auto: bfloat16 on a GPU"
+    device: str = described("auto", "cuda, cpu; auto: the GPU where there is one")
+    precision: Literal["auto", "float32", "bfloat16"] = described(
+        "auto", "of the encoder; auto: bfloat16 on a GPU"
     )
-    save_steps: int = Field(
-        0,
-        ge=0,
-        description="a checkpoint every so many steps; 0: by minutes and at the end of an epoch",
+    save_steps: int = described(
+        0, "a checkpoint every so many steps; 0: by minutes and at the end of an epoch", ge=0
     )
-    save_minutes: float = Field(
-        10.0, ge=0, description="a checkpoint every so many minutes; 0: by steps alone"
+    save_minutes: float = described(
+        10.0, "a checkpoint every so many minutes; 0: by steps alone", ge=0
     )
-    keep: int = Field(2, ge=1, description="newest checkpoints kept")
-    log_steps: int = Field(20, ge=1, description="steps between two lines of metrics.jsonl")
+    keep: int = described(2, "newest checkpoints kept", ge=1)
+    log_steps: int = described(20, "steps between two lines of metrics.jsonl", ge=1)
     tensorboard: bool = True
     progress: bool = True
 

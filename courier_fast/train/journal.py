@@ -24,15 +24,9 @@ def measure(trainer: Trainer, result: StepResult, norm: Tensor, lr: float) -> di
     Every process calls it. Raises RuntimeError where the loss or the gradient is no longer finite.
     """
     p = trainer.progress
+    losses = [x.item() for x in (result.loss, result.rec, result.seq)]
     loss, rec, seq, images, occurrences, damaged = trainer.processes.sum(
-        [
-            result.loss.item(),
-            result.rec.item(),
-            result.seq.item(),
-            p.images,
-            p.occurrences,
-            p.damaged,
-        ]
+        [*losses, p.images, p.occurrences, p.damaged]
     )
     line: dict[str, Any] = {
         "step": p.step, "epoch": p.epoch, "loss": loss, "loss_rec": rec, "loss_seq": seq, "lr": lr,
@@ -67,11 +61,8 @@ class Journal:
         self.path = trainer.out / "metrics.jsonl"
         self._forget_after(trainer.progress.step)
         self.file = self.path.open("a", buffering=1)
-        self.started, self.images, self.occurrences = (
-            time.monotonic(),
-            trainer.progress.images,
-            trainer.progress.occurrences,
-        )
+        self.started, p = time.monotonic(), trainer.progress
+        self.images, self.occurrences = p.images, p.occurrences
         self.board: Any = None
         if config.run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -66,20 +66,13 @@ class Trainer:
     """
 
     def __init__(self, config: Config) -> None:
-        self.device = torch.device(
-            config.run.device
-            if config.run.device != "auto"
-            else "cuda"
-            if torch.cuda.is_available()
-            else "cpu"
-        )
+        name = config.run.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(name)
         if self.device.type == "cuda":
-            self.device = torch.device(
-                "cuda",
-                int(os.environ.get("LOCAL_RANK", 0))
-                if self.device.index is None
-                else self.device.index,
-            )
+            if self.device.index is None:
+                self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         self.config = config = self._resolve(config)
         self.processes = Processes(self.device)

@@ -61,7 +61,7 @@ struct Lanes<double> {
 
 template <class V>
 inline V square_root(V x) {
-    V y;
+    V y{};
     for (size_t l = 0; l < sizeof(V) / sizeof(x[0]); ++l) y[l] = __builtin_sqrt(x[l]);
     return y;
 }

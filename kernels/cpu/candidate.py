@@ -23,6 +23,7 @@ from .rows import (
     Result,
     Rows,
     anchors_of,
+    can_merge,
     inverse_tau_of,
     masked,
     merged,
@@ -58,9 +59,8 @@ class Operand:
     rows: Tensor  # [n, D]
     inverse: Tensor | None  # [n] 1 / |row|
     gradient: Tensor | None  # [n, D] float32
-    radial: Tensor | None = (
-        None  # [n] of what row / |row|^2 is still to be subtracted from the gradient
-    )
+    # [n] of what row / |row|^2 is still to be subtracted from the gradient
+    radial: Tensor | None = None
 
     @classmethod
     def of(cls, rows: Tensor, unit: bool, wanted: bool) -> Operand:
@@ -134,12 +134,8 @@ class Tiles:
         inverse_tau: float,
         grads: bool,
     ) -> None:
-        self.pages, self.attention, self.inverse_tau, self.grads = (
-            pages,
-            attention,
-            inverse_tau,
-            grads,
-        )
+        self.pages, self.attention = pages, attention
+        self.inverse_tau, self.grads = inverse_tau, grads
         self.e, self.q, self.k, self.v = operands.e, operands.q, operands.k, operands.v
         self.same = operands.same
         self.slope = 0.0
@@ -285,13 +281,10 @@ class _Run(Tiles):
 
     def _columns(self) -> tuple[Candidates, Tensor, bool]:
         p, pv, anchor = self.p, self.a.pv, self.a.row
-        ids = None if p.ids is None else p.ids[pv.keep]
-        log_q = None if p.log_q is None else p.log_q[pv.keep]
-        plain = p.item_ids is None and log_q is None and p.negatives == "batch"
-        if p.pv_index is not None and p.query is None and plain:
+        if p.pv_index is not None and p.query is None and can_merge(p):
             y, source = merged(p, pv, anchor)
             return y, source, len(source) == len(p.pv)
-        y = masked(p, pv, p.pv, torch.arange(len(pv.keep)), anchor, anchor, ids, log_q)
+        y = masked(p, pv, p.pv, torch.arange(len(pv.keep)), anchor, anchor)
         return y, pv.source, p.pv_index is None and len(pv.keep) == len(p.pv)
 
     def _operands(self, listed: Tensor) -> Operands:
@@ -335,19 +328,9 @@ class _Run(Tiles):
     ) -> None:
         starts = self.pages.anchors[first : last + 1]
         mine = slice(int(starts[0]), int(starts[-1]))
-        stage(
-            "softmax",
-            s,
-            columns.start,
-            starts - starts[0],
-            ranges,
-            *self.y.about(mine, columns),
-            part(self.g, mine),
-            self.lse[mine],
-            self.loss[mine],
-            self.positive[mine],
-            part(self.above, mine),
-        )
+        about = (columns.start, starts - starts[0], ranges, *self.y.about(mine, columns))
+        found = (self.lse[mine], self.loss[mine], self.positive[mine], part(self.above, mine))
+        stage("softmax", s, *about, part(self.g, mine), *found)
 
     # ---- results -------------------------------------------------------------------------------
 

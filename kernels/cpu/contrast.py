@@ -35,8 +35,8 @@ class Scores:
     d_y: Tensor | None  # [n, D] sum_i g_i p_ij x_i
 
 
-def _chunks(m: int, y: Candidates, chunk_bytes: int) -> list[tuple[int, int, int, int]]:
-    """(first row, end, first column, end) of each chunk."""
+def _chunks(m: int, y: Candidates, chunk_bytes: int) -> list[tuple[slice, slice]]:
+    """Rows and columns of each chunk."""
     n = y.unit.shape[0]
     if y.page is not None and y.page_only:
         # Rows and columns are in the order of pages.
@@ -44,39 +44,15 @@ def _chunks(m: int, y: Candidates, chunk_bytes: int) -> list[tuple[int, int, int
         stops = [min(start + PAGE_CHUNK_ROWS, m) for start in starts]
         lows = y.page[list(starts), 0].tolist()
         highs = y.page[[stop - 1 for stop in stops], 1].tolist()
-        return list(zip(starts, stops, lows, highs, strict=True))
+        spans = map(slice, lows, highs)
+        return list(zip(map(slice, starts, stops), spans, strict=True))
     most = max(LEAST_CHUNK_ROWS, chunk_bytes // max(n * y.unit.element_size(), 1))
     rows = max(1, math.ceil(m / max(1, math.ceil(m / most))))
-    return [(start, min(start + rows, m), 0, n) for start in range(0, m, rows)]
+    return [(slice(start, min(start + rows, m)), slice(0, n)) for start in range(0, m, rows)]
 
 
-class _Room:
-    """What all chunks use one after the other: fresh memory for each would cost more in page faults than the pass over it."""
-
-    x: Tensor | None = (
-        None  # products of a half type, before they are summed in float32: of rows, and of columns
-    )
-    y: Tensor | None = None
-
-    def __init__(
-        self,
-        x: Tensor,
-        chunks: list[tuple[int, int, int, int]],
-        products: _NativeProducts | None,
-        gradients: bool,
-    ) -> None:
-        dim, longest = x.shape[1], max((b - a for a, b, _, _ in chunks), default=0)
-        self.weighted = x.new_empty(longest if gradients else 0, dim)
-        if products is not None:
-            products.room(longest)
-            return
-        self.tile = x.new_empty(max(((b - a) * (d - c) for a, b, c, d in chunks), default=0))
-        if gradients and x.dtype != torch.float32:
-            self.x = x.new_empty(longest, dim)
-            self.y = x.new_empty(max((d - c for _, _, c, d in chunks), default=0), dim)
-
-    def scores(self, rows: int, columns: int) -> Tensor:
-        return self.tile[: rows * columns].view(rows, columns)
+def _size(x: slice) -> int:
+    return x.stop - x.start
 
 
 def contrast(
@@ -99,61 +75,39 @@ def contrast(
     is wanted alone.
     """
     m, dim = x.shape
-    n = y.unit.shape[0]
     # A few numbers a row in float64: the loss is a difference of scores of 1/tau.
     lse, loss, total = torch.zeros(3, m, dtype=torch.float64)
     factor, pull = torch.empty(2, m)
     top = torch.empty(m)
     above = torch.empty(m, dtype=torch.int64) if want_rank else None
-    want_x = g is not None and given is None
-    products = _native_products(x, y, want_x, g is not None and want_y)
-    chunks = _chunks(m, y, CHUNK_BYTES if products is None else NATIVE_CHUNK_BYTES)
-    room = _Room(x, chunks, products, g is not None)
-    d_x = d_y = d_own = None
-    if want_x:
-        d_x = torch.empty(m, dim)
-        d_own = torch.empty(m, dim) if own_unit is not None else None
-    if g is not None and want_y:
-        d_y = torch.zeros(n, dim) if add_to is None else add_to
-    for start, stop, low, high in chunks:
-        rows, columns = slice(start, stop), slice(low, high)
-        xs, ys = x[rows], y.unit[columns]
-        about = (inverse_tau, *y.about(rows, columns))
+    want_x, want_y = g is not None and given is None, g is not None and want_y
+    products, chunks = _products(x, y, want_x, want_y)
+    d_x = torch.empty(m, dim) if want_x else None
+    d_own = torch.empty(m, dim) if want_x and own_unit is not None else None
+    d_y = None
+    if want_y:
+        d_y = torch.zeros(y.unit.shape[0], dim) if add_to is None else add_to
+    longest = max((_size(rows) for rows, _ in chunks), default=0)
+    all_weighted = None if g is None else x.new_empty(longest, dim)
+    for rows, columns in chunks:
+        xs, into = x[rows], part(d_x, rows)
         results = (top[rows], total[rows], part(above, rows))
-        product = None if d_x is None else d_x[rows] if room.x is None else room.x[: stop - start]
-        if products is None:
-            scores = room.scores(stop - start, high - low)
-            torch.mm(xs, ys.T, out=scores)
-            stage("contrast", scores, low, *about, y.page_only, *results)
-        else:
-            products.tile(xs, about, results, product)
-        weighted = None if g is None else room.weighted[: stop - start]
+        about = (inverse_tau, *y.about(rows, columns))
+        product = products.tile(xs, columns, about, results, into)
+        weighted = None if all_weighted is None else all_weighted[: len(xs)]
         if given is not None:
             assert g is not None and weighted is not None
             torch.mul(xs, (g[rows] * (top[rows] - given[rows]).exp())[:, None], out=weighted)
         else:
-            own_pull = None if own_unit is None else pull[rows]
-            numbers = (part(positive, rows), part(g, rows), lse[rows], loss[rows])
-            call("finish", *results[:2], *numbers, factor[rows], own_pull)
-            if weighted is None:
-                continue
-            if products is None:
-                torch.mm(scores, ys, out=product)
-            # One pass, not five small ones: where cores are shared, each start of all threads may wait for a slice of time.
-            own = part(own_unit, rows)
-            gradients = (part(d_x, rows), weighted, part(d_own, rows))
-            stage("weigh", product, xs, own, factor[rows], own_pull, *gradients)
-        if d_y is None:
-            continue
-        if products is not None:
-            products.transposed(weighted, d_y)
-        elif room.y is None:
-            d_y[columns].addmm_(scores.T, weighted)
-        else:
-            # Sums over chunks stay in float32; torch's += would first make a float32 copy of the product.
-            product = room.y[: high - low]
-            torch.mm(scores.T, weighted, out=product)
-            stage("add", d_y[columns], product)
+            own, own_pull = part(own_unit, rows), None if own_unit is None else pull[rows]
+            found = (lse[rows], loss[rows], factor[rows], own_pull)
+            call("finish", *results[:2], part(positive, rows), part(g, rows), *found)
+            if weighted is not None:
+                # One pass, not five small ones: where cores are shared, each start of all threads may wait for a slice of time.
+                out = (into, weighted, part(d_own, rows))
+                stage("weigh", product, xs, own, factor[rows], own_pull, *out)
+        if d_y is not None:
+            products.transposed(weighted, d_y[columns])
     return Scores(lse, loss, above, d_x, d_own, d_y)
 
 
@@ -167,6 +121,57 @@ def contrast_block(
         # Over no candidate at all, the sum is 0 and its inverse is not finite.
         s.d_x[s.lse == -math.inf] = 0
     return s.lse, s.d_x, s.d_y
+
+
+class _LibraryProducts:
+    """The products of a chunk through torch.mm; P in one workspace for all chunks: a fresh one each time would cost more in
+    page faults than the pass over it."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Candidates,
+        chunks: list[tuple[slice, slice]],
+        want_x: bool,
+        want_y: bool,
+    ) -> None:
+        self.y = y
+        self.workspace = x.new_empty(max((_size(a) * _size(b) for a, b in chunks), default=0))
+        # Sums over chunks, and what becomes of a product, are float32: one of another type comes by way of these.
+        self.part_x = self.part_y = None
+        if x.dtype != torch.float32:
+            longest = max((_size(rows) for rows, _ in chunks), default=0)
+            widest = max((_size(columns) for _, columns in chunks), default=0)
+            self.part_x = x.new_empty(longest, x.shape[1]) if want_x else None
+            self.part_y = x.new_empty(widest, x.shape[1]) if want_y else None
+
+    def tile(
+        self,
+        x: Tensor,
+        columns: slice,
+        about: tuple[Any, ...],
+        results: tuple[Any, ...],
+        into: Tensor | None,
+    ) -> Tensor | None:
+        """P of these rows, kept for `transposed`, and P y, if there is where to put it."""
+        ys = self.y.unit[columns]
+        self.scores = self.workspace[: len(x) * len(ys)].view(len(x), len(ys))
+        torch.mm(x, ys.T, out=self.scores)
+        stage("contrast", self.scores, columns.start, *about, self.y.page_only, *results)
+        if into is None:
+            return None
+        product = into if self.part_x is None else self.part_x[: len(x)]
+        return torch.mm(self.scores, ys, out=product)
+
+    def transposed(self, weighted: Tensor | None, d_y: Tensor) -> None:
+        """d_y += P^T weighted."""
+        assert weighted is not None
+        if self.part_y is None:
+            d_y.addmm_(self.scores.T, weighted)
+        else:
+            # torch's += would first make a float32 copy of the product.
+            product = self.part_y[: len(d_y)]
+            stage("add", d_y, torch.mm(self.scores.T, weighted, out=product))
 
 
 class _NativeProducts:
@@ -193,35 +198,34 @@ class _NativeProducts:
             self.weighted = torch.empty(weighted, dtype=torch.int32)
 
     def tile(
-        self, x: Tensor, about: tuple[Any, ...], results: tuple[Any, ...], product: Tensor | None
-    ) -> None:
-        """P of these rows, kept for `transposed`, and P y."""
-        stage(
-            "tile",
-            x,
-            self.across,
-            self.along,
-            self.columns,
-            *about,
-            *results,
-            product,
-            self.kept,
-            self.scratch,
-        )
+        self,
+        x: Tensor,
+        columns: slice,
+        about: tuple[Any, ...],
+        results: tuple[Any, ...],
+        into: Tensor | None,
+    ) -> Tensor | None:
+        """As the library's; the columns are all of them."""
+        packed = (self.across, self.along, self.columns)
+        stage("tile", x, *packed, *about, *results, into, self.kept, self.scratch)
+        return into
 
-    def transposed(self, weighted: Tensor, d_y: Tensor) -> None:
-        """d_y += P^T weighted."""
+    def transposed(self, weighted: Tensor | None, d_y: Tensor) -> None:
+        assert weighted is not None
         stage("pack", weighted, None, self.weighted)
         stage("transposed", self.kept, self.weighted, weighted.shape[0], d_y)
 
 
-def _native_products(
+def _products(
     x: Tensor, y: Candidates, want_x: bool, want_y: bool
-) -> _NativeProducts | None:
-    """Where this CPU has them and they fit; else torch.mm."""
-    if x.dtype != torch.bfloat16 or y.page_only or not len(x):
-        return None
-    panel = native.library.panel_columns(os.environ.get(VARIANT_VARIABLE))
-    if not panel or x.shape[1] % panel:
-        return None
-    return _NativeProducts(y.unit, want_x, want_y)
+) -> tuple[_NativeProducts | _LibraryProducts, list[tuple[slice, slice]]]:
+    """Our own where this CPU has them and they fit, else the library's; and the chunks."""
+    if x.dtype == torch.bfloat16 and not y.page_only and len(x):
+        panel = native.library.panel_columns(os.environ.get(VARIANT_VARIABLE))
+        if panel and x.shape[1] % panel == 0:
+            chunks = _chunks(len(x), y, NATIVE_CHUNK_BYTES)
+            products = _NativeProducts(y.unit, want_x, want_y)
+            products.room(max(_size(rows) for rows, _ in chunks))
+            return products, chunks
+    chunks = _chunks(len(x), y, CHUNK_BYTES)
+    return _LibraryProducts(x, y, chunks, want_x, want_y), chunks

@@ -23,6 +23,7 @@ from .rows import (
     Result,
     Rows,
     anchors_of,
+    can_merge,
     gradient_shapes,
     inverse_tau_of,
     masked,
@@ -104,17 +105,8 @@ class _Attention:
         d_q = torch.zeros(self.rows, self.dim) if want_q else None
         d_k = torch.zeros(self.history_rows, self.dim) if want_k else None
         d_v = d_k if together else torch.zeros(self.history_rows, self.dim) if want_v else None
-        stage(
-            "attend_backward",
-            *self.arguments,
-            d_r,
-            d_q,
-            d_k,
-            d_v,
-            self.page_starts,
-            self.scale,
-            self.heads,
-        )
+        given = (*self.arguments, d_r, d_q, d_k, d_v, self.page_starts, self.scale, self.heads)
+        stage("attend_backward", *given)
         return d_q, d_k, d_v
 
 
@@ -135,33 +127,17 @@ def _attend(p: Problem, pv: Rows, history: Rows, rows: Tensor, raw: bool) -> _Re
     sizes, pages = call("spans", *spans)
     weights = torch.empty(sizes, dtype=torch.float32)
     e_row = pv.source[rows]
-    arguments = (
-        p.pv if p.query is None else p.query,
-        e_row if p.query is None else pv.keep[rows],
-        c_source if p.key is None else p.key,
-        history.source if p.key is None else history.keep,
-        c_source if p.value is None else p.value,
-        history.source if p.value is None else history.keep,
-        first,
-        last,
-        weights_at,
-        weights,
-    )
+    q = (p.pv, e_row) if p.query is None else (p.query, pv.keep[rows])
+    k = (c_source, history.source) if p.key is None else (p.key, history.keep)
+    v = (c_source, history.source) if p.value is None else (p.value, history.keep)
+    arguments = (*q, *k, *v, first, last, weights_at, weights)
     unit = torch.empty(count, dim, dtype=p.pv.dtype)
     norm = torch.empty(count, dtype=torch.float32)
     positive = torch.empty(count, dtype=torch.float64)
-    stage(
-        "attend", *arguments, p.pv, e_row, unit, norm, positive, p.attention_scale, p.num_heads, raw
-    )
-    attention = _Attention(
-        arguments,
-        p.attention_scale,
-        p.num_heads,
-        page_starts[:pages],
-        dim,
-        count,
-        history.keep.shape[0],
-    )
+    how = (p.attention_scale, p.num_heads)
+    stage("attend", *arguments, p.pv, e_row, unit, norm, positive, *how, raw)
+    sizes = (dim, count, history.keep.shape[0])
+    attention = _Attention(arguments, *how, page_starts[:pages], *sizes)
     return _Reconstruction(unit, norm, positive, attention)
 
 
@@ -172,82 +148,100 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
     """Forward pass and, where `needs` says so, all gradients; `upstream` [N] for reduction "none"."""
     if p.attention == "candidate":
         return candidate.run(p, needs, want_rank, upstream)
-    inverse_tau = inverse_tau_of(p)
-    anchors = anchors_of(p)
-    pv, history, anchor = anchors.pv, anchors.history, anchors.row
-    directions = ("reconstruct", "identify") if p.direction == "both" else (p.direction,)
-    every = p.direction != "reconstruct"
-    listed = anchors.has_history.nonzero().squeeze(1) if every else anchor  # the rows with an R
-    r = _attend(p, pv, history, listed, False)
-    cosine, r_anchor = r.positive, r.unit
-    if every:
-        place = torch.searchsorted(listed, anchor)  # of the anchors among them
-        cosine, r_anchor = cosine[place], r_anchor[place]
+    one = _Run(p, needs, want_rank, upstream)
+    first, items = one.scores[0], one.scores[0].loss
+    if len(one.scores) > 1:
+        items = (items + one.scores[1].loss) / 2
+    return Result(items, first.lse, first.above, one.cosine, one.a, one.gradients())
 
-    grads = any(needs)
-    g = shares_of(p, anchors, upstream) if grads else None
-    if g is not None and len(directions) > 1:
-        g = g / 2
 
-    log_q = None if p.log_q is None else p.log_q[pv.keep]
-    ids = None if p.ids is None else p.ids[pv.keep]
-    columns = _item_columns(p, pv, anchor, ids, log_q) if "reconstruct" in directions else None
-    scores: list[Scores] = []
-    d_r: Tensor | None = None  # [listed, D], without the 1/tau as the next two
-    d_e_anchor: Tensor | None = None  # [M, D]
-    d_columns: Tensor | None = None
-    e_anchor, e_anchor_norm = normalize(p.pv, pv.source[anchor])
-    positive_score = cosine * inverse_tau
-    if log_q is not None:
-        positive_score = positive_score - log_q[anchor]
-    for direction in directions:
-        rank = want_rank and not scores
-        if direction == "reconstruct":
-            assert columns is not None
-            y = columns.candidates
-            s = contrast(r_anchor, y, inverse_tau, positive_score, e_anchor, g, rank, needs[0])
-        else:
-            y = masked(p, pv, r.unit, listed, anchor, place, ids, log_q)
-            if grads and d_r is None:
-                d_r = torch.zeros(listed.shape[0], p.pv.shape[1])
-            s = contrast(e_anchor, y, inverse_tau, positive_score, r_anchor, g, rank, add_to=d_r)
-        scores.append(s)
-        if s.d_x is None or s.d_own is None:
-            continue
-        if direction == "reconstruct":
-            d_e_anchor, d_columns = s.d_own, s.d_y
-            if not every:
-                d_r = s.d_x
-            else:
-                d_r = torch.zeros(listed.shape[0], p.pv.shape[1]).index_add_(0, place, s.d_x)
-        else:
-            assert d_r is not None
-            d_e_anchor = s.d_x if d_e_anchor is None else d_e_anchor.add_(s.d_x)
-            d_r.index_add_(0, place, s.d_own)
-        s.d_x = s.d_own = s.d_y = None
+class _Run:
+    """One forward pass, and the gradients of both sides with it where there are weights g of the anchors."""
 
-    gradients: list[Tensor | None] = [None] * 6
-    if d_r is not None and d_e_anchor is not None:
-        if needs[5]:
-            gradients[5] = _temperature_gradient(p, d_r, r.unit, inverse_tau)
-        normalize_backward(d_r, r.unit, r.norm, inverse_tau)
+    def __init__(
+        self, p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | None
+    ) -> None:
+        self.p, self.needs, self.inverse_tau = p, needs, inverse_tau_of(p)
+        self.a = a = anchors_of(p)
+        self.every = p.direction != "reconstruct"
+        # The rows with an R, and the anchors' places among them.
+        self.listed, self.place = a.row, None
+        if self.every:
+            self.listed = a.has_history.nonzero().squeeze(1)
+            self.place = torch.searchsorted(self.listed, a.row)
+        self.r = _attend(p, a.pv, a.history, self.listed, False)
+        self.r_anchor = self.r.unit if self.place is None else self.r.unit[self.place]
+        self.cosine = self.r.positive if self.place is None else self.r.positive[self.place]
+        self.g = shares_of(p, a, upstream) if any(needs) else None
+        if self.g is not None and p.direction == "both":
+            self.g = self.g / 2
+        self.columns = None if p.direction == "identify" else _item_columns(p, a.pv, a.row)
+        self.e_anchor, self.e_norm = normalize(p.pv, a.pv.source[a.row])
+        self.positive = self.cosine * self.inverse_tau
+        if p.log_q is not None:
+            self.positive = self.positive - p.log_q[a.pv.keep[a.row]]
+        self.d_r: Tensor | None = None  # [listed, D], without the 1/tau as the next two
+        self.d_e: Tensor | None = None  # [M, D] of the anchors
+        self.d_columns: Tensor | None = None
+        self.scores: list[Scores] = []
+        if self.columns is not None:
+            self._reconstruct(self.columns, want_rank)
+        if self.every:
+            self._identify(want_rank and not self.scores)
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(len(self.listed), self.p.pv.shape[1])
+
+    def _keep(self, s: Scores) -> None:
+        """Without its vectors, which are to be given back before the gradients through the attention."""
+        self.scores.append(Scores(s.lse, s.loss, s.above, None, None, None))
+
+    def _reconstruct(self, columns: _ItemColumns, want_rank: bool) -> None:
+        """Each anchor's R against the items."""
+        about = (columns.candidates, self.inverse_tau, self.positive, self.e_anchor, self.g)
+        s = contrast(self.r_anchor, *about, want_rank, self.needs[0])
+        if s.d_x is not None:
+            self.d_e, self.d_columns = s.d_own, s.d_y
+            self.d_r = s.d_x
+            if self.place is not None:
+                self.d_r = self._zeros().index_add_(0, self.place, s.d_x)
+        self._keep(s)
+
+    def _identify(self, want_rank: bool) -> None:
+        """Each anchor's item against all R."""
+        y = masked(self.p, self.a.pv, self.r.unit, self.listed, self.a.row, self.place)
+        if self.g is not None and self.d_r is None:
+            self.d_r = self._zeros()
+        about = (y, self.inverse_tau, self.positive, self.r_anchor, self.g)
+        s = contrast(self.e_anchor, *about, want_rank, add_to=self.d_r)
+        if s.d_x is not None:
+            assert self.d_r is not None
+            self.d_e = s.d_x if self.d_e is None else self.d_e.add_(s.d_x)
+            self.d_r.index_add_(0, self.place, s.d_own)
+        self._keep(s)
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of (pv, history, query, key, value, temperature); once."""
+        p, a, d_r = self.p, self.a, self.d_r
+        found: list[Tensor | None] = [None] * 6
+        if d_r is None or self.d_e is None:
+            return found
+        if self.needs[5]:
+            assert p.temperature is not None
+            # Every score is r . e / tau: the sum of dL/dr . r is dL/d(1/tau).
+            slope = (d_r * self.r.unit).sum(dtype=torch.float64)
+            found[5] = (-slope * self.inverse_tau**2).to(p.temperature.dtype)
+        normalize_backward(d_r, self.r.unit, self.r.norm, self.inverse_tau)
         total = None
-        if needs[0]:
-            total = _column_gradients(p, columns, d_columns, inverse_tau)
-            normalize_backward(d_e_anchor, e_anchor, e_anchor_norm, inverse_tau)
-            total.index_add_(0, pv.source[anchor], d_e_anchor)
-        columns = d_columns = d_e_anchor = None
-        _reconstruction_gradients(p, needs, gradients, total, pv, history, listed, r.attention, d_r)
-    items = scores[0].loss if len(scores) == 1 else (scores[0].loss + scores[1].loss) / 2
-    first = scores[0]
-    return Result(items, first.lse, first.above, cosine, anchors, gradients)
-
-
-def _temperature_gradient(p: Problem, d_r: Tensor, r: Tensor, inverse_tau: float) -> Tensor:
-    """Every score is r . e / tau: the sum of dL/dr . r is dL/d(1/tau)."""
-    assert p.temperature is not None
-    slope = (d_r * r).sum(dtype=torch.float64)
-    return (-slope * inverse_tau**2).to(p.temperature.dtype)
+        if self.needs[0]:
+            total = _column_gradients(p, self.columns, self.d_columns, self.inverse_tau)
+            normalize_backward(self.d_e, self.e_anchor, self.e_norm, self.inverse_tau)
+            total.index_add_(0, a.pv.source[a.row], self.d_e)
+        self.columns = self.d_columns = self.d_e = None  # their memory is for what follows
+        _reconstruction_gradients(
+            p, self.needs, found, total, a.pv, a.history, self.listed, self.r.attention, d_r
+        )
+        return found
 
 
 def _reconstruction_gradients(
@@ -313,16 +307,14 @@ def _column_gradients(
     return torch.zeros(p.pv.shape, dtype=torch.float32).index_add_(0, columns.source, d_columns)
 
 
-def _item_columns(
-    p: Problem, pv: Rows, anchor: Tensor, ids: Tensor | None, log_q: Tensor | None
-) -> _ItemColumns:
-    if p.pv_index is not None and p.item_ids is None and log_q is None and p.negatives == "batch":
+def _item_columns(p: Problem, pv: Rows, anchor: Tensor) -> _ItemColumns:
+    if p.pv_index is not None and can_merge(p):
         y, source = merged(p, pv, anchor)
         unit, norm = normalize(p.pv, source)
         y.unit = unit
         return _ItemColumns(y, norm, source, source.shape[0] == p.pv.shape[0])
     unit, norm = normalize(p.pv, pv.source)
-    y = masked(p, pv, unit, torch.arange(len(pv.keep)), anchor, anchor, ids, log_q)
+    y = masked(p, pv, unit, torch.arange(len(pv.keep)), anchor, anchor)
     every_row = p.pv_index is None and len(pv.keep) == p.pv.shape[0]
     return _ItemColumns(y, norm, pv.source, every_row)
 

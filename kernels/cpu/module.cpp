@@ -6,20 +6,25 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#ifdef __linux__
+#include <dlfcn.h>
+#endif
 #ifdef COURIER_X86
 #include <cpuid.h>
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
-#include "parallel.h"
 #include "stages.h"
 
 namespace nb = nanobind;
@@ -38,8 +43,6 @@ courier::Finished courier::finished(double top, double others, double positive) 
     return f;
 }
 
-using courier::parallel;
-using courier::parallel_each;
 using courier::Stages;
 using courier::Type;
 
@@ -52,6 +55,7 @@ using Doubles = nb::ndarray<double, nb::device::cpu, nb::c_contig>;
 using Rows = nb::ndarray<int64_t, nb::device::cpu, nb::c_contig>;
 using Bools = nb::ndarray<bool, nb::device::cpu, nb::c_contig>;
 using Words = nb::ndarray<int32_t, nb::device::cpu, nb::c_contig>;
+using Variant = std::optional<std::string>;  // an instruction set; none: the best that this CPU runs
 
 constexpr uint8_t kDlpackBfloat = 4;
 
@@ -100,7 +104,7 @@ std::vector<std::string> variants() {
     return found;
 }
 
-const Stages& stages_of(const std::optional<std::string>& name) {
+const Stages& stages_of(const Variant& name) {
     static const Stages* best = by_name(variants().front());
     if (!name) return *best;
     const auto all = variants();
@@ -115,6 +119,85 @@ Type type_of(const A& x, const char* name) {
     if (t.code == uint8_t(nb::dlpack::dtype_code::Float) && t.bits == 32) return Type::f32;
     if (t.code == kDlpackBfloat && t.bits == 16) return Type::bf16;
     throw std::invalid_argument(std::string(name) + ": expected float32 or bfloat16");
+}
+
+// A part of a range, and which of the threads takes it.
+using Range = std::function<void(int64_t, int64_t, int)>;
+
+// Parts of a range, taken one after the other by whichever thread is free.
+struct Job {
+    const Range* run;
+    std::vector<std::pair<int64_t, int64_t>> parts;
+    std::atomic<size_t> next{0};
+    std::atomic<int> threads{0};
+    void work() {
+        const int thread = threads.fetch_add(1);
+        for (size_t i; (i = next.fetch_add(1)) < parts.size();) (*run)(parts[i].first, parts[i].second, thread);
+    }
+};
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+// The OpenMP runtime that torch has loaded, if it is one. Its threads spin for a while after each product; threads of our
+// own would compete with them for the cores. Looked up by name: nothing is linked, and nothing is missing without it.
+GompParallel openmp() {
+#ifdef __linux__
+    static const auto found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return found;
+#else
+    return nullptr;
+#endif
+}
+
+// Numbers to read or write (about 10 us) for which another thread is woken; that can take as long.
+constexpr int64_t kWorthAThread = 1 << 15;
+
+// [0, n) in contiguous parts, one a thread; `row`: numbers of one. `cuts`: only these places may divide it.
+void run_parts(Job& job, int threads);
+
+void parallel(int64_t n, int64_t row, int threads, const Range& run, const int64_t* cuts = nullptr,
+              int64_t n_cuts = 0) {
+    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, n * row / kWorthAThread)));
+    Job job;
+    job.run = &run;
+    for (int64_t t = 1, begin = 0; t <= threads; ++t) {
+        int64_t end = n * t / threads;
+        if (cuts && t < threads) {
+            const int64_t* cut = std::lower_bound(cuts, cuts + n_cuts, end);
+            end = cut == cuts + n_cuts ? n : *cut;
+        }
+        if (begin < end) job.parts.emplace_back(begin, end);
+        begin = end;
+    }
+    run_parts(job, threads);
+}
+
+// [0, n) in parts of one, for what takes long: a thread whose core is shared takes fewer of them.
+void parallel_each(int64_t n, int threads, const Range& run) {
+    Job job;
+    job.run = &run;
+    for (int64_t i = 0; i < n; ++i) job.parts.emplace_back(i, i + 1);
+    run_parts(job, threads);
+}
+
+void run_parts(Job& job, int threads) {
+    threads = std::min(threads, int(job.parts.size()));
+    if (threads < 2) return job.work();
+    if (const auto in_openmp = openmp())
+        return in_openmp([](void* x) { static_cast<Job*>(x)->work(); }, &job, unsigned(threads), 0);
+    std::vector<std::thread> others;
+    for (int t = 1; t < threads; ++t) others.emplace_back(&Job::work, &job);
+    job.work();
+    for (auto& other : others) other.join();
+}
+
+// A stage over [0, n), as `parallel`.
+template <class A>
+void run(void (*Stages::*stage)(const A&, int64_t, int64_t), const A& a, int64_t n, int64_t row, int threads,
+         const Variant& variant, const int64_t* cuts = nullptr, int64_t n_cuts = 0) {
+    const auto rows = stages_of(variant).*stage;
+    nb::gil_scoped_release release;
+    parallel(n, row, threads, [&](int64_t b, int64_t e, int) { rows(a, b, e); }, cuts, n_cuts);
 }
 
 template <class A>
@@ -184,7 +267,7 @@ void finish(Floats top, Doubles total, std::optional<Doubles> positive, std::opt
     }
 }
 
-void normalize(Array source, Rows row, Array unit, Floats norm, int threads, std::optional<std::string> variant) {
+void normalize(Array source, Rows row, Array unit, Floats norm, int threads, Variant variant) {
     courier::Normalize a{};
     a.type = type_of(source, "source");
     a.source = source.data();
@@ -192,10 +275,7 @@ void normalize(Array source, Rows row, Array unit, Floats norm, int threads, std
     a.unit = unit.data();
     a.norm = norm.data();
     a.dim = int64_t(source.shape(1));
-    const Stages& s = stages_of(variant);
-    const int64_t n = int64_t(row.shape(0));
-    nb::gil_scoped_release release;
-    parallel(n, a.dim, threads, [&](int64_t b, int64_t e, int) { s.normalize(a, b, e); });
+    run(&Stages::normalize, a, int64_t(row.shape(0)), a.dim, threads, variant);
 }
 
 courier::Attend attention(const Array& q, const Rows& q_row, const Array& k, const Rows& k_row, const Array& v,
@@ -221,7 +301,7 @@ courier::Attend attention(const Array& q, const Rows& q_row, const Array& k, con
 
 void attend(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_row, Rows first, Rows last, Rows weights_at,
             Floats weights, Array e, Rows e_row, Array out, Floats norm, Doubles positive, double scale, int64_t heads,
-            bool raw, int threads, std::optional<std::string> variant) {
+            bool raw, int threads, Variant variant) {
     courier::Attend a = attention(q, q_row, k, k_row, v, v_row, first, last, weights_at, weights, scale, heads);
     a.e = e.data();
     a.e_row = e_row.data();
@@ -229,37 +309,27 @@ void attend(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_row, Rows 
     a.norm = norm.data();
     a.positive = positive.data();
     a.raw = raw;
-    const Stages& s = stages_of(variant);
-    const int64_t n = int64_t(q_row.shape(0));
-    nb::gil_scoped_release release;
-    parallel(n, 8 * a.dim, threads, [&](int64_t b, int64_t e, int) { s.attend(a, b, e); });
+    run(&Stages::attend, a, int64_t(q_row.shape(0)), 8 * a.dim, threads, variant);
 }
 
 void attend_backward(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_row, Rows first, Rows last,
                      Rows weights_at, Floats weights, Floats d_r, std::optional<Floats> d_q, std::optional<Floats> d_k,
                      std::optional<Floats> d_v, Rows page_starts, double scale, int64_t heads, int threads,
-                     std::optional<std::string> variant) {
+                     Variant variant) {
     courier::Attend a = attention(q, q_row, k, k_row, v, v_row, first, last, weights_at, weights, scale, heads);
     a.d_r = d_r.data();
     a.d_q = data_or_null(d_q);
     a.d_k = data_or_null(d_k);
     a.d_v = data_or_null(d_v);
-    const Stages& s = stages_of(variant);
-    const int64_t n = int64_t(q_row.shape(0));
-    nb::gil_scoped_release release;
-    parallel(
-        n, 16 * a.dim, threads, [&](int64_t b, int64_t e, int) { s.attend_backward(a, b, e); }, page_starts.data(),
+    run(&Stages::attend_backward, a, int64_t(q_row.shape(0)), 16 * a.dim, threads, variant, page_starts.data(),
         int64_t(page_starts.shape(0)));
 }
 
-courier::Contrast contrast_of(int64_t low, double inverse_tau, const std::optional<Floats>& bias,
-                              const std::optional<Floats>& rank_bias, const std::optional<Floats>& count,
-                              const Rows& own, const std::optional<Rows>& order, const std::optional<Rows>& same,
-                              const std::optional<Rows>& page, bool page_only, const Floats& top, const Doubles& total,
-                              const std::optional<Rows>& above) {
-    courier::Contrast a{};
+void set_candidates(courier::Candidates& a, int64_t low, const std::optional<Floats>& bias,
+                    const std::optional<Floats>& rank_bias, const std::optional<Floats>& count, const Rows& own,
+                    const std::optional<Rows>& order, const std::optional<Rows>& same, const std::optional<Rows>& page,
+                    const std::optional<Rows>& above) {
     a.low = low;
-    a.inverse_tau = float(inverse_tau);
     a.bias = data_or_null(bias);
     a.rank_bias = data_or_null(rank_bias);
     a.count = data_or_null(count);
@@ -268,33 +338,30 @@ courier::Contrast contrast_of(int64_t low, double inverse_tau, const std::option
     a.same = data_or_null(same);
     a.same_ranges = same ? int64_t(same->shape(1)) : 0;
     a.page = data_or_null(page);
-    a.page_only = page_only;
-    a.top = top.data();
-    a.total = total.data();
     a.above = data_or_null(above);
-    return a;
 }
 
 void contrast(Strided scores, int64_t low, double inverse_tau, std::optional<Floats> bias,
               std::optional<Floats> rank_bias, std::optional<Floats> count, Rows own, std::optional<Rows> order,
               std::optional<Rows> same, std::optional<Rows> page, bool page_only, Floats top,
-              Doubles total, std::optional<Rows> above, int threads, std::optional<std::string> variant) {
+              Doubles total, std::optional<Rows> above, int threads, Variant variant) {
     if (scores.ndim() != 2 || scores.stride(1) != 1)
         throw std::invalid_argument("scores: expected rows of consecutive numbers");
-    courier::Contrast a =
-        contrast_of(low, inverse_tau, bias, rank_bias, count, own, order, same, page, page_only, top, total, above);
+    courier::Contrast a{};
+    set_candidates(a, low, bias, rank_bias, count, own, order, same, page, above);
     a.type = type_of(scores, "scores");
+    a.inverse_tau = float(inverse_tau);
+    a.page_only = page_only;
+    a.top = top.data();
+    a.total = total.data();
     a.scores = scores.data();
     a.stride = scores.stride(0);
     a.columns = int64_t(scores.shape(1));
-    const Stages& s = stages_of(variant);
-    const int64_t n = int64_t(scores.shape(0));
-    nb::gil_scoped_release release;
-    parallel(n, a.columns, threads, [&](int64_t b, int64_t e, int) { s.contrast(a, b, e); });
+    run(&Stages::contrast, a, int64_t(scores.shape(0)), a.columns, threads, variant);
 }
 
 // The sizes of what `pack` and `tile` fill, so that only C++ knows the layouts: 0 where this variant has no products.
-int64_t panel_columns(std::optional<std::string> variant) {
+int64_t panel_columns(Variant variant) {
     return stages_of(variant).tile ? courier::kPanelColumns : 0;
 }
 
@@ -327,7 +394,7 @@ uint32_t* words(const std::optional<Words>& x, int64_t at_least) {
 }
 
 void pack(Array rows, std::optional<Words> across, std::optional<Words> along, int threads,
-          std::optional<std::string> variant) {
+          Variant variant) {
     const int64_t n = int64_t(rows.shape(0)), dim = int64_t(rows.shape(1));
     const auto sizes = packed_sizes(0, n, dim);
     courier::Pack a{rows.data(), n, dim, words(across, sizes[0]), words(along, sizes[1])};
@@ -341,7 +408,7 @@ void tile(Array x, Words across, std::optional<Words> along, int64_t columns, do
           std::optional<Floats> bias, std::optional<Floats> rank_bias, std::optional<Floats> count, Rows own,
           std::optional<Rows> order, std::optional<Rows> same, std::optional<Rows> page, Floats top, Doubles total,
           std::optional<Rows> above, std::optional<Floats> product, std::optional<Words> kept, Words scratch,
-          int threads, std::optional<std::string> variant) {
+          int threads, Variant variant) {
     courier::Tile a{};
     a.rows = int64_t(x.shape(0));
     a.dim = int64_t(x.shape(1));
@@ -349,8 +416,11 @@ void tile(Array x, Words across, std::optional<Words> along, int64_t columns, do
     a.x = x.data();
     a.across = words(across, sizes[0]);
     a.along = words(along, sizes[1]);
-    a.contrast = contrast_of(0, inverse_tau, bias, rank_bias, count, own, order, same, page, false, top, total, above);
+    set_candidates(a.contrast, 0, bias, rank_bias, count, own, order, same, page, above);
     a.contrast.type = Type::bf16;
+    a.contrast.inverse_tau = float(inverse_tau);
+    a.contrast.top = top.data();
+    a.contrast.total = total.data();
     a.contrast.columns = columns;
     a.product = data_or_null(product);
     a.kept = words(kept, sizes[2]);
@@ -366,7 +436,7 @@ void tile(Array x, Words across, std::optional<Words> along, int64_t columns, do
 }
 
 void transposed(Words kept, Words weighted, int64_t rows, Floats d_y, int threads,
-                std::optional<std::string> variant) {
+                Variant variant) {
     const int64_t columns = int64_t(d_y.shape(0)), dim = int64_t(d_y.shape(1));
     courier::Transposed a{words(kept, packed_sizes(rows, columns, dim)[2]),
                           words(weighted, packed_sizes(0, rows, dim)[1]), parts_of(rows, 2), columns, dim, d_y.data()};
@@ -377,7 +447,7 @@ void transposed(Words kept, Words weighted, int64_t rows, Floats d_y, int thread
 }
 
 void weigh(Array product, Array x, std::optional<Array> own, Floats factor, std::optional<Floats> pull, Floats d_x,
-           Array weighted, std::optional<Floats> d_own, int threads, std::optional<std::string> variant) {
+           Array weighted, std::optional<Floats> d_own, int threads, Variant variant) {
     courier::Weigh a{};
     a.type = type_of(x, "x");
     a.product_type = type_of(product, "product");
@@ -390,14 +460,11 @@ void weigh(Array product, Array x, std::optional<Array> own, Floats factor, std:
     a.weighted = weighted.data();
     a.d_own = data_or_null(d_own);
     a.dim = int64_t(x.shape(1));
-    const Stages& s = stages_of(variant);
-    const int64_t n = int64_t(x.shape(0));
-    nb::gil_scoped_release release;
-    parallel(n, 3 * a.dim, threads, [&](int64_t b, int64_t e, int) { s.weigh(a, b, e); });
+    run(&Stages::weigh, a, int64_t(x.shape(0)), 3 * a.dim, threads, variant);
 }
 
 void normalize_backward(Floats d_unit, Array unit, Floats norm, Array out, double scale, int threads,
-                        std::optional<std::string> variant) {
+                        Variant variant) {
     courier::NormalizeBackward a{};
     a.type = type_of(unit, "unit");
     a.out_type = type_of(out, "out");
@@ -407,16 +474,13 @@ void normalize_backward(Floats d_unit, Array unit, Floats norm, Array out, doubl
     a.norm = norm.data();
     a.out = out.data();
     a.dim = int64_t(unit.shape(1));
-    const Stages& s = stages_of(variant);
-    const int64_t n = int64_t(unit.shape(0));
-    nb::gil_scoped_release release;
-    parallel(n, 2 * a.dim, threads, [&](int64_t b, int64_t e, int) { s.normalize_backward(a, b, e); });
+    run(&Stages::normalize_backward, a, int64_t(unit.shape(0)), 2 * a.dim, threads, variant);
 }
 
 void candidate(Array x, std::optional<Array> y, Rows start, std::optional<Rows> range, Array v, Rows v_row,
                std::optional<Floats> column_scale, std::optional<Floats> row_scale, Floats e_inverse, double scale,
                double inverse_tau, Floats s, bool backward, std::optional<Floats> q_radial, std::optional<Floats> k_radial,
-               std::optional<Floats> d_v, std::optional<Doubles> slope, int threads, std::optional<std::string> variant) {
+               std::optional<Floats> d_v, std::optional<Doubles> slope, int threads, Variant variant) {
     courier::Candidate a{};
     a.type = type_of(x, "x");
     a.x = x.data();
@@ -447,88 +511,66 @@ void candidate(Array x, std::optional<Array> y, Rows start, std::optional<Rows> 
 void softmax(Floats s, int64_t low, Rows anchors, std::optional<Rows> range, std::optional<Floats> bias,
              std::optional<Floats> rank_bias, std::optional<Floats> count, Rows own, std::optional<Rows> order,
              std::optional<Rows> same, std::optional<Rows> page, std::optional<Floats> g, Doubles lse, Doubles loss,
-             Doubles positive, std::optional<Rows> above, int threads, std::optional<std::string> variant) {
+             Doubles positive, std::optional<Rows> above, int threads, Variant variant) {
     courier::Softmax a{};
+    set_candidates(a, low, bias, rank_bias, count, own, order, same, page, above);
     a.s = s.data();
-    a.low = low;
     a.columns = int64_t(s.shape(1));
     a.anchors = anchors.data();
     a.range = data_or_null(range);
-    a.bias = data_or_null(bias);
-    a.rank_bias = data_or_null(rank_bias);
-    a.count = data_or_null(count);
-    a.own = own.data();
-    a.order = data_or_null(order);
-    a.same = data_or_null(same);
-    a.same_ranges = same ? int64_t(same->shape(1)) : 0;
-    a.page = data_or_null(page);
     a.g = data_or_null(g);
     a.lse = lse.data();
     a.loss = loss.data();
     a.positive = positive.data();
-    a.above = data_or_null(above);
-    const Stages& stages = stages_of(variant);
-    const int64_t pages = int64_t(s.shape(0));
-    nb::gil_scoped_release release;
-    parallel(pages, a.columns, threads, [&](int64_t b, int64_t e, int) { stages.softmax(a, b, e); });
+    run(&Stages::softmax, a, int64_t(s.shape(0)), a.columns, threads, variant);
 }
 
-void add(Floats sum, Array part, int threads, std::optional<std::string> variant) {
+void add(Floats sum, Array part, int threads, Variant variant) {
     if (sum.size() != part.size()) throw std::invalid_argument("part: expected as many numbers as in sum");
     courier::Add a{sum.data(), part.data(), type_of(part, "part")};
-    const Stages& s = stages_of(variant);
-    const int64_t n = int64_t(sum.size());
-    nb::gil_scoped_release release;
-    parallel(n, 1, threads, [&](int64_t b, int64_t e, int) { s.add(a, b, e); });
+    run(&Stages::add, a, int64_t(sum.size()), 1, threads, variant);
 }
 
-// Arrays are written in place: a silent copy of a non-contiguous one would lose the result, hence noconvert.
-auto array(const char* name) { return nb::arg(name).noconvert(); }
-auto maybe(const char* name) { return nb::arg(name).noconvert().none(); }
+// Arguments go by their place. Arrays are written in place: a silent copy of one of another type or order would lose the
+// result, hence noconvert.
+template <class T>
+struct Argument {
+    static auto make() { return nb::arg(); }
+};
+template <class... Parameters>
+struct Argument<nb::ndarray<Parameters...>> {
+    static auto make() { return nb::arg().noconvert(); }
+};
+template <class T>
+struct Argument<std::optional<T>> {
+    static auto make() { return Argument<T>::make().none(); }
+};
+
+template <class Result, class... A>
+void define(nb::module_& m, const char* name, Result (*function)(A...)) {
+    m.def(name, function, Argument<A>::make()...);
+}
 
 }  // namespace
 
 NB_MODULE(_native, m) {
-    using nb::arg;
-    const auto variant = nb::arg("variant").none() = nb::none();
     m.def("variants", &variants, "Instruction sets this CPU runs, the best first.");
-    m.def("real_rows", &real_rows, array("offsets"), maybe("mask"), arg("rows"), array("keep"), array("page"),
-          array("start"));
-    m.def("spans", &spans, array("page"), array("start"), arg("heads"), array("first"), array("last"),
-          array("weights_at"), array("page_starts"));
-    m.def("finish", &finish, array("top"), array("total"), maybe("positive"), maybe("g"), array("lse"), array("loss"),
-          maybe("factor"), maybe("pull"));
-    m.def("normalize", &normalize, array("source"), array("row"), array("unit"), array("norm"), arg("threads"),
-          variant);
-    m.def("attend", &attend, array("q"), array("q_row"), array("k"), array("k_row"), array("v"), array("v_row"),
-          array("first"), array("last"), array("weights_at"), array("weights"), array("e"), array("e_row"),
-          array("out"), array("norm"), array("positive"), arg("scale"), arg("heads"), arg("raw"), arg("threads"),
-          variant);
-    m.def("attend_backward", &attend_backward, array("q"), array("q_row"), array("k"), array("k_row"), array("v"),
-          array("v_row"), array("first"), array("last"), array("weights_at"), array("weights"), array("d_r"),
-          maybe("d_q"), maybe("d_k"), maybe("d_v"), array("page_starts"), arg("scale"), arg("heads"), arg("threads"),
-          variant);
-    m.def("contrast", &contrast, array("scores"), arg("low"), arg("inverse_tau"), maybe("bias"), maybe("rank_bias"),
-          maybe("count"), array("own"), maybe("order"), maybe("same"), maybe("page"), arg("page_only"), array("top"),
-          array("total"), maybe("above"), arg("threads"), variant);
-    m.def("panel_columns", &panel_columns, variant,
+    m.def("panel_columns", &panel_columns, nb::arg().none(),
           "What the dimension has to be a multiple of for `pack`, `tile` and `transposed`; 0: the variant has none.");
-    m.def("packed_sizes", &packed_sizes, arg("rows"), arg("columns"), arg("dim"));
-    m.def("pack", &pack, array("rows"), maybe("across"), maybe("along"), arg("threads"), variant);
-    m.def("tile", &tile, array("x"), array("across"), maybe("along"), arg("columns"), arg("inverse_tau"), maybe("bias"),
-          maybe("rank_bias"), maybe("count"), array("own"), maybe("order"), maybe("same"), maybe("page"), array("top"),
-          array("total"), maybe("above"), maybe("product"), maybe("kept"), array("scratch"), arg("threads"), variant);
-    m.def("transposed", &transposed, array("kept"), array("weighted"), arg("rows"), array("d_y"), arg("threads"),
-          variant);
-    m.def("weigh", &weigh, array("product"), array("x"), maybe("own"), array("factor"), maybe("pull"), array("d_x"),
-          array("weighted"), maybe("d_own"), arg("threads"), variant);
-    m.def("normalize_backward", &normalize_backward, array("d_unit"), array("unit"), array("norm"), array("out"),
-          arg("scale"), arg("threads"), variant);
-    m.def("candidate", &candidate, array("x"), maybe("y"), array("start"), maybe("range"), array("v"), array("v_row"),
-          maybe("column_scale"), maybe("row_scale"), array("e_inverse"), arg("scale"), arg("inverse_tau"), array("s"),
-          arg("backward"), maybe("q_radial"), maybe("k_radial"), maybe("d_v"), maybe("slope"), arg("threads"), variant);
-    m.def("softmax", &softmax, array("s"), arg("low"), array("anchors"), maybe("range"), maybe("bias"),
-          maybe("rank_bias"), maybe("count"), array("own"), maybe("order"), maybe("same"), maybe("page"), maybe("g"),
-          array("lse"), array("loss"), array("positive"), maybe("above"), arg("threads"), variant);
-    m.def("add", &add, array("sum"), array("part"), arg("threads"), variant);
+    define(m, "real_rows", &real_rows);
+    define(m, "spans", &spans);
+    define(m, "finish", &finish);
+    define(m, "normalize", &normalize);
+    define(m, "attend", &attend);
+    define(m, "attend_backward", &attend_backward);
+    define(m, "contrast", &contrast);
+    define(m, "packed_sizes", &packed_sizes);
+    define(m, "pack", &pack);
+    define(m, "tile", &tile);
+    define(m, "transposed", &transposed);
+    define(m, "weigh", &weigh);
+    define(m, "normalize_backward", &normalize_backward);
+    define(m, "candidate", &candidate);
+    define(m, "softmax", &softmax);
+    define(m, "add", &add);
 }

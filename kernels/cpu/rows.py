@@ -102,6 +102,11 @@ def inverse_tau_of(p: Problem | SequenceProblem) -> float:
     return 1.0 / (p.tau if p.temperature is None else float(p.temperature))
 
 
+def can_merge(p: Problem) -> bool:
+    """Whether equal candidates of a table are the same to every anchor."""
+    return p.item_ids is None and p.log_q is None and p.negatives == "batch"
+
+
 def merged(p: Problem, pv: Rows, anchor: Tensor) -> tuple[Candidates, Tensor]:
     """Equal candidates as one column with the bias log m; the anchor's own item is the positive, whatever its m. Without
     their vectors; and the table's rows that are columns [n]."""
@@ -119,15 +124,14 @@ def masked(
     column: Tensor,  # [n] real PV rows of the columns
     anchor: Tensor,  # [M] real PV rows of the anchors
     own: Tensor,  # [M] columns of the anchors
-    ids: Tensor | None,
-    log_q: Tensor | None,
 ) -> Candidates:
     y = Candidates(unit, own, page_only=p.negatives == "page")
-    if ids is not None:
+    if p.ids is not None:
+        ids = p.ids[pv.keep]
         y.order, same = same_id(ids[column], ids[anchor])
         y.same = same[:, None]
-    if log_q is not None:
-        y.bias = y.rank_bias = -log_q[column].to(torch.float32)
+    if p.log_q is not None:
+        y.bias = y.rank_bias = -p.log_q[pv.keep[column]].to(torch.float32)
     if p.negatives != "batch":
         page, of = pv.page[column], pv.page[anchor]
         first, last = torch.searchsorted(page, of), torch.searchsorted(page, of, right=True)

@@ -37,13 +37,10 @@ struct Attend {
     float *d_q, *d_k, *d_v;                // [M, dim], [K, dim], [K, dim]; may be null. d_k = d_v: their sum
 };
 
-// Scores to probabilities, in place: P_ij = exp(s_ij - top_i) with s_ij = cos_ij / tau + bias_j, 0 where the row has no
-// such candidate. Columns are numbered among all; the tile begins at column `low`.
-struct Contrast {
-    Type type;
-    void* scores;                          // [rows, columns] with stride
-    int64_t stride, low, columns;
-    float inverse_tau;
+// The columns that rows meet, which of them are no candidates of a row, and what is added to their scores. Columns are
+// numbered among all; these begin at column `low`.
+struct Candidates {
+    int64_t low, columns;
     const float* bias;                     // [columns] or null
     const float* rank_bias;                // [columns] or null: the part of the bias that ranks see
     const float* count;                    // [columns] or null: how many candidates a column stands for
@@ -52,10 +49,19 @@ struct Contrast {
     const int64_t* same;                   // [rows, same_ranges, 2] ranges of `order` that are left out
     int64_t same_ranges;
     const int64_t* page;                   // [rows, 2] columns of the row's page, or null
-    bool page_only;                        // these are the candidates; else they are left out
+    int64_t* above;                        // [rows] candidates that score above the row's own column, or null
+};
+
+// Scores to probabilities, in place: P_ij = exp(s_ij - top_i) with s_ij = cos_ij / tau + bias_j, 0 where the row has no
+// such candidate.
+struct Contrast : Candidates {
+    Type type;
+    void* scores;                          // [rows, columns] with stride
+    int64_t stride;
+    float inverse_tau;
+    bool page_only;                        // the columns of the page are the candidates; else they are left out
     float* top;                            // [rows]
     double* total;                         // [rows]
-    int64_t* above;                        // [rows] candidates that score above the row's own column, or null
 };
 
 // What follows the product P y of a chunk: d_x = factor P y - pull own, weighted = factor x, d_own = -pull x.
@@ -151,18 +157,13 @@ struct Candidate {
     double* slope;                // [pages] sum of dL/ds s
 };
 
-// The contrast of those scores, for each anchor of a page; as `Contrast`, with these of its fields.
-struct Softmax {
+// The contrast of those scores, for each anchor (row) of a page.
+struct Softmax : Candidates {
     float* s;                     // [pages, columns]; with g: dL/ds in its place
-    int64_t low, columns;
     const int64_t* anchors;       // [pages + 1] first anchor of each page
-    const int64_t* range;         // [pages, 2]
-    const float *bias, *rank_bias, *count;  // [columns]
-    const int64_t *own, *order, *same, *page;
-    int64_t same_ranges;
+    const int64_t* range;         // [pages, 2] columns that a page looks at, or null: all
     const float* g;               // [M] or null
     double *lse, *loss, *positive;  // [M]
-    int64_t* above;               // [M] or null
 };
 
 struct Stages {
