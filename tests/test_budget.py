@@ -108,6 +108,7 @@ def narrowed(x: Tensor) -> None:
     x.copy_(x.bfloat16())
 
 
+@pytest.mark.numpy_products
 def test_a_rounding_to_bfloat16_of_the_unit_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     def change(p: Problem, s: Any, unit: Tensor, *rest: Any, **options: Any) -> None:
         narrowed(unit)
@@ -119,6 +120,7 @@ def test_a_rounding_to_bfloat16_of_the_unit_rows(monkeypatch: pytest.MonkeyPatch
     )
 
 
+@pytest.mark.numpy_products
 def test_the_positive_in_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     def change(p: Problem, s: Any, t: Any, positive: Tensor, raw: Tensor | None) -> None:
         narrowed(positive)
@@ -146,6 +148,7 @@ def test_no_running_maximum(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
     assert_caught(found, fused(impl), plant, eager if impl == "cpu" else None)
 
 
+@pytest.mark.numpy_products
 def test_log_m_of_repeated_items_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     def change(p: Problem, s: Any, t: Any, *rest: Any, **options: Any) -> None:
         t["column_bias"].zero_()
@@ -157,6 +160,7 @@ def test_log_m_of_repeated_items_forgotten(monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
+@pytest.mark.numpy_products
 @pytest.mark.parametrize("negatives", ["page", "other_pages"])
 def test_a_wrong_page_mask(monkeypatch: pytest.MonkeyPatch, negatives: str) -> None:
     """One candidate of one page is taken for one of the page after it."""

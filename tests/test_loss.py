@@ -114,6 +114,7 @@ CHUNKED = (
 )
 
 
+@pytest.mark.numpy_products
 @pytest.mark.parametrize("case", CHUNKED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_triton_in_several_chunks(
@@ -183,6 +184,7 @@ def test_two_runs_give_the_same_bits(impl: str, options: dict[str, Any]) -> None
         assert torch.equal(x, runs[1][name]), name
 
 
+@pytest.mark.numpy_products
 def test_merged_columns_equal_expanded_rows() -> None:
     """Equal candidates as one column change nothing: the table's loss is that of its expanded rows with ids."""
     for impl in IMPLS[:2]:
@@ -211,6 +213,7 @@ def test_merged_columns_equal_expanded_rows() -> None:
         budget.check()
 
 
+@pytest.mark.numpy_products
 def test_tf32_setting_is_followed() -> None:
     """float32 products follow torch's matmul precision; on a GPU the result must then be that of tf32 rows."""
     configs = pytest.importorskip("courier_fast.kernels.configs")
