@@ -68,7 +68,7 @@ def cases(which: str, capability: int) -> list[Any]:
 def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
     which, index, capability = job
     case = cases(which, capability)[index]
-    result: dict[str, Any] = {"name": case.name, "capability": capability}
+    result: dict[str, Any] = {"which": which, "name": case.name, "capability": capability}
     result["needs_wgmma"] = case.needs_wgmma
     result["constexprs"] = {k: x for k, x in case.constexprs.items() if isinstance(x, bool | int)}
     try:
@@ -88,7 +88,7 @@ def main() -> None:
     which, workers, *capabilities = sys.argv[1:]
     torch.set_num_threads(1)  # a forked process would wait forever for the threads of this one
     targets = [int(c) for c in capabilities]
-    jobs = [(which, i, c) for c in targets for i in range(len(cases(which, c)))]
+    jobs = [(w, i, c) for w in which.split(",") for c in targets for i in range(len(cases(w, c)))]
     context = multiprocessing.get_context("fork")  # a spawned process would import torch again
     with ProcessPoolExecutor(int(workers), mp_context=context) as pool:
         json.dump(list(pool.map(compile_one, jobs)), sys.stdout)

@@ -22,6 +22,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from factories import DEVICES, poison  # noqa: E402
+from interpreter import patch_language_once  # noqa: E402
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_language_once()
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +41,14 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a GPU what runs on Triton runs on NumPy; tests that say so in no parameter carry the mark themselves."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and callspec.params.get("impl") == "triton":
+            item.add_marker("numpy_products")
+
+
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     """Where pytest-xdist is not installed, what pyproject.toml asks of it is taken and ignored."""
     if not pluginmanager.hasplugin("xdist"):
@@ -49,14 +61,6 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 def pytest_xdist_auto_num_workers() -> int:
     """-n auto: a worker holds 1 GB and more, so not as many as a large machine has cores."""
     return min(CORES, 8)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of every implementation: that of Triton multiplies by NumPy, in the interpreter."""
-    for item in items:
-        call = getattr(item, "callspec", None)
-        if call is not None and call.params.get("impl") == "triton":
-            item.add_marker("numpy_products")
 
 
 def pytest_report_header() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -202,18 +203,46 @@ def loss_yardstick(p: Problem, seed: int = 0) -> Yardstick:
     return yardstick(lambda q: reference.reconstruction_loss(q).loss, p, LOSS_INPUTS, seed)
 
 
+_yardsticks: OrderedDict[Any, Yardstick] = OrderedDict()
+
+
+def shared(
+    compute: Callable[[Any, int], Yardstick], impl: str, seed: int, p: Any, case: dict[str, Any]
+) -> Yardstick:
+    """compute(p, seed), once for all implementations that are given p: the same seed, case and device."""
+    key = (compute, DEVICES[impl], seed, frozenset(case.items()))
+    if key not in _yardsticks:
+        _yardsticks[key] = compute(p, seed)
+        if len(_yardsticks) > 16:
+            _yardsticks.popitem(last=False)
+    return _yardsticks[key]
+
+
 def check_loss(impl: str, draws: int = 3, **case: Any) -> None:
     """Loss and every gradient of `draws` random problems within the budget."""
-    check_problems(impl, [make(seed, impl=impl, **case) for seed in range(draws)])
+    problems = [make(seed, impl=impl, **case) for seed in range(draws)]
+    check_problems(impl, problems, lambda p, seed: shared(loss_yardstick, impl, seed, p, case))
 
 
-def check_problems(impl: str, problems: Sequence[Problem]) -> None:
+def check_problems(
+    impl: str,
+    problems: Sequence[Problem],
+    judged: Callable[[Problem, int], Yardstick] = loss_yardstick,
+) -> None:
     skip_unless_available(impl, problems[0])
     budget = Budget(problems[0].pv.dtype)
     for seed, p in enumerate(problems):
         found = results(lambda q: ops.loss(q, impl, False)[0], p, LOSS_INPUTS)
-        budget.add(loss_yardstick(p, seed), found)
+        budget.add(judged(p, seed), found)
     budget.check()
+
+
+def reconstruct_yardstick(p: Problem, seed: int) -> Yardstick:
+    return yardstick(lambda q: reference.reconstruct(q)[0], p, LOSS_INPUTS[:5], seed)
+
+
+def sequence_yardstick(p: SequenceProblem, seed: int) -> Yardstick:
+    return yardstick(reference.click_sequence_loss, p, SEQUENCE_INPUTS, seed)
 
 
 def check_reconstruct(impl: str, draws: int = 3, **case: Any) -> None:
@@ -223,7 +252,7 @@ def check_reconstruct(impl: str, draws: int = 3, **case: Any) -> None:
     budget = Budget(problems[0].pv.dtype)
     for seed, p in enumerate(problems):
         found = results(lambda q: ops.reconstruct(q, impl), p, inputs)
-        budget.add(yardstick(lambda q: reference.reconstruct(q)[0], p, inputs, seed), found)
+        budget.add(shared(reconstruct_yardstick, impl, seed, p, case), found)
     budget.check()
 
 
@@ -233,5 +262,5 @@ def check_sequence(impl: str, draws: int = 4, **case: Any) -> None:
     budget = Budget(problems[0].history.dtype)
     for seed, p in enumerate(problems):
         found = results(lambda q: ops.loss(q, impl)[0], p, SEQUENCE_INPUTS)
-        budget.add(yardstick(reference.click_sequence_loss, p, SEQUENCE_INPUTS, seed), found)
+        budget.add(shared(sequence_yardstick, impl, seed, p, case), found)
     budget.check()

@@ -155,8 +155,8 @@ def check(impl: str, case: str, **more: Any) -> None:
     check_loss(impl, **CANDIDATE, **(small | more | CASES[case] | sizes))
 
 
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", CASES)
 def test_float32(impl: str, case: str) -> None:
     check(impl, case)
 
@@ -179,8 +179,8 @@ HALF_CASES = (
 )
 
 
-@pytest.mark.parametrize("case", HALF_CASES)
 @pytest.mark.parametrize(("impl", "dtype"), [(i, t) for i in IMPLS for t in HALF[i]], ids=str)
+@pytest.mark.parametrize("case", HALF_CASES)
 def test_half(impl: str, dtype: torch.dtype, case: str) -> None:
     check(impl, case, dtype=dtype, **({"pages": 14} if impl == "cpu" else {"pages": 7}))
 

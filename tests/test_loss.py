@@ -70,8 +70,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", CASES)
 def test_float32(impl: str, case: str) -> None:
     check_loss(impl, **CASES[case])
 
@@ -95,8 +95,8 @@ HALF_CASES = (
 )
 
 
-@pytest.mark.parametrize("case", HALF_CASES)
 @pytest.mark.parametrize(("impl", "dtype"), [(i, t) for i in IMPLS for t in HALF[i]], ids=str)
+@pytest.mark.parametrize("case", HALF_CASES)
 def test_half(impl: str, dtype: torch.dtype, case: str) -> None:
     check_loss(impl, dtype=dtype, **({"pages": 14} | CASES[case]))
 
@@ -139,8 +139,8 @@ RECONSTRUCT = (
 )
 
 
-@pytest.mark.parametrize("case", RECONSTRUCT)
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", RECONSTRUCT)
 def test_reconstruct(impl: str, case: str) -> None:
     options = {k: v for k, v in CASES[case].items() if k != "direction"}
     check_reconstruct(impl, **options)
@@ -161,8 +161,8 @@ SEQUENCE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", SEQUENCE)
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", SEQUENCE)
 def test_click_sequence(impl: str, case: str) -> None:
     check_sequence(impl, **SEQUENCE[case])
 
@@ -213,6 +213,7 @@ def test_merged_columns_equal_expanded_rows() -> None:
         budget.check()
 
 
+@pytest.mark.numpy_products
 def test_tf32_setting_is_followed() -> None:
     """float32 products follow torch's matmul precision; on a GPU the result must then be that of tf32 rows."""
     configs = pytest.importorskip("courier_fast.kernels.configs")

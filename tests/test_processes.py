@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from factories import Budget, skip_unless_available, yardstick_of
+from interpreter import patch_language_once
 from process_problems import (
     Case,
     Shard,
@@ -128,6 +129,8 @@ def numbered(
 
 def run_cases(cases: list[tuple[Case, int]], times: int = 1) -> list[list[dict[str, Tensor]]]:
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    if any(c.impl == "triton" for c, _ in cases):
+        patch_language_once()
     return [[run_shard(c, seed, group, rank, size) for c, seed in cases] for _ in range(times)]
 
 

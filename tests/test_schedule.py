@@ -222,6 +222,23 @@ def test_occurrences_are_sorted_by_keys_as_short_as_they_can_be(
     assert starts.tolist() == ([0, 1, 2, 2, 4, 4] if items == 5 else [0, 1])
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="for the interpreter")
+def test_a_language_patched_once_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what the tests' interpreter leaves out."""
+    from triton.runtime import interpreter
+
+    for options in ({"direction": "both", "table": True}, {"attention": "candidate"}):
+        p = make(1, impl="triton", pages=4, **options)
+        skip_unless_available("triton", p)
+        found = results(lambda q: ops.loss(q, "triton", False)[0], p, LOSS_INPUTS)
+        with monkeypatch.context() as m:
+            original = getattr(interpreter._patch_lang, "original", interpreter._patch_lang)
+            m.setattr(interpreter, "_patch_lang", original)
+            again = results(lambda q: ops.loss(q, "triton", False)[0], p, LOSS_INPUTS)
+        for name, x in found.items():
+            assert torch.equal(x, again[name]), name
+
+
 def test_an_interpreter_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for versions, works in {
         ("3.6.0", "2.4.1"): False,

@@ -61,17 +61,20 @@ from courier_fast.train.config import Config
 from courier_fast.train.trainer import Trainer
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
-def trainer(out):
-    return Trainer(Config.load(None, json.loads(sys.argv[1]) | {"run.out": f"{sys.argv[2]}/{out}"}))
-trainer("whole").fit()
-stopped = trainer("resumed")
-step = stopped.step
-def step_and_stop(*arguments, **options):
-    stopped._stop = stopped.progress.step == 2
-    return step(*arguments, **options)
-stopped.step = step_and_stop
-assert stopped.fit()["step"] == 3
-trainer("resumed").fit()
+def run(name, overrides):
+    def trainer(out):
+        return Trainer(Config.load(None, overrides | {"run.out": f"{sys.argv[2]}/{name}/{out}"}))
+    trainer("whole").fit()
+    stopped = trainer("resumed")
+    step = stopped.step
+    def step_and_stop(*arguments, **options):
+        stopped._stop = stopped.progress.step == 2
+        return step(*arguments, **options)
+    stopped.step = step_and_stop
+    assert stopped.fit()["step"] == 3
+    trainer("resumed").fit()
+for name, overrides in json.loads(sys.argv[1]).items():
+    run(name, overrides)
 torch.distributed.barrier()
 os._exit(0)
 """
@@ -120,17 +123,57 @@ def in_one_process(
     return total.detach(), gradients, [b.plan.num_anchors for b in batches]
 
 
-def test_gradient_over_processes_is_that_of_the_mean_over_all_anchors(
-    dataset: Dataset, features: Path, tmp_path: Path
-) -> None:
-    """For unequal shards, too: averaging the ranks' means, as many trainers do, would be wrong."""
-    world, pages = 3, 37
+Started = tuple[dict[str, Case], dict[str, list[dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def three(dataset: Dataset, features: Path, tmp_path_factory: pytest.TempPathFactory) -> Started:
+    """Cases on three processes, and what those have saved: one start for all, which takes longer than they do."""
+    folder = tmp_path_factory.mktemp("three")
     overrides = {
-        "data.dataset": str(dataset.path), "data.features": str(features), "data.pages": pages, "model.dim": 8,
-        "loss.candidates": "process", "loss.learnable_temperature": True, "loss.sequence_learnable_temperature": True,
-        "loss.heads": 2, "loss.projections": "all", "loss.weight_power": -0.5, "run.device": "cpu", "run.out": str(tmp_path / "run"),
+        "data.dataset": str(dataset.path), "data.features": str(features), "model.dim": 8, "loss.learnable_temperature": True,
+        "loss.heads": 2, "loss.projections": "all", "loss.weight_power": -0.5, "run.device": "cpu", "run.out": str(folder / "run"),
     }  # fmt: skip
-    ranks = on_processes(world, [("mean", overrides, 0)], tmp_path)["mean"]
+    every = {"data.pages": 11, "loss.candidates": "all", "loss.log_q": True, "loss.memory": 200}
+    differ: dict[str, dict[str, Any]] = {
+        "mean": {"data.pages": 37, "loss.candidates": "process", "loss.sequence_learnable_temperature": True},
+        "gather": every | {"loss.exchange": "gather"},
+        "ring": every | {"loss.exchange": "ring"},
+    }  # fmt: skip
+    cases = {name: (name, overrides | more, 0) for name, more in differ.items()}
+    return cases, on_processes(3, list(cases.values()), folder)
+
+
+@pytest.fixture(scope="module")
+def two(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Started:
+    """The same on two: an image encoder, whole or in slices, and processes that begin with different tensors."""
+    folder = tmp_path_factory.mktemp("two")
+    budget = next(b for b in range(25, 45) if _batches(dataset, b) % 2 == 1)
+    last = _batches(dataset, budget) // 2
+    overrides = {
+        "data.dataset": str(dataset.path), "data.images": budget, "data.size": 32, "data.threads": 1, "model.dim": 8,
+        "model.backbone": "test_convnext", "loss.learnable_temperature": True, "run.device": "cpu", "run.out": str(folder / "run"),
+    }  # fmt: skip
+    cases: dict[str, Case] = {}
+    for name, candidates, step in (("full", "process", 0), ("empty", "process", last), ("empty-all", "all", last)):  # fmt: skip
+        for size in (0, 7):
+            more = {"model.slice": size, "loss.candidates": candidates}
+            cases[f"{name}-{size}"] = (f"{name}-{size}", overrides | more, step)
+    for rank in range(2):
+        table = np.random.default_rng(rank).normal(rank, size=(dataset.num_items, 12))
+        np.save(folder / f"features-{rank}.npy", table.astype(np.float32))
+    start = {
+        "data.dataset": str(dataset.path), "data.features": str(folder / "features-{rank}.npy"), "model.dim": 8, "run.seed": "{rank}",
+        "run.device": "cpu", "run.out": str(folder / "run"),
+    }  # fmt: skip
+    cases["start"] = ("start", start, 0)
+    return cases, on_processes(2, list(cases.values()), folder)
+
+
+def test_gradient_over_processes_is_that_of_the_mean_over_all_anchors(three: Started) -> None:
+    """For unequal shards, too: averaging the ranks' means, as many trainers do, would be wrong."""
+    world = 3
+    overrides, ranks = three[0]["mean"][1], three[1]["mean"]
     total, gradients, anchors = in_one_process(overrides, world, 0)
     assert len(set(anchors)) > 1, "equal shards would not tell"
     torch.testing.assert_close(sum(x["loss"] for x in ranks), total, rtol=1e-6, atol=0)
@@ -143,16 +186,10 @@ def test_gradient_over_processes_is_that_of_the_mean_over_all_anchors(
 
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
 def test_gradient_over_the_candidates_of_all_processes_is_that_of_one_batch(
-    dataset: Dataset, features: Path, tmp_path: Path, exchange: str
+    three: Started, exchange: str
 ) -> None:
     world = 3
-    overrides = {
-        "data.dataset": str(dataset.path), "data.features": str(features), "data.pages": 11, "model.dim": 8, "loss.candidates": "all",
-        "loss.exchange": exchange, "loss.log_q": True, "loss.learnable_temperature": True, "loss.memory": 200,
-        "loss.heads": 2, "loss.projections": "all", "loss.weight_power": -0.5, "run.device": "cpu",
-        "run.out": str(tmp_path / "run"),
-    }  # fmt: skip
-    ranks = on_processes(world, [("all", overrides, 0)], tmp_path)["all"]
+    overrides, ranks = three[0][exchange][1], three[1][exchange]
     trainer = Trainer(Config.load(None, overrides))
     pages = []
     for r in range(world):
@@ -191,27 +228,13 @@ def test_two_processes_are_one_with_batches_twice_as_large(
             assert two[name] == pytest.approx(expected[name], rel=1e-4), (name, two["step"])
 
 
-def test_slices_and_empty_batches_of_an_image_encoder(dataset: Dataset, tmp_path: Path) -> None:
+def test_slices_and_empty_batches_of_an_image_encoder(two: Started) -> None:
     """Whole or in slices, with pages for both processes or for one: by the error budget of one process's gradient."""
     world = 2
-    budget = next(b for b in range(25, 45) if _batches(dataset, b) % world == 1)
-    last = _batches(dataset, budget) // world
-    overrides = {
-        "data.dataset": str(dataset.path), "data.images": budget, "data.size": 32, "data.threads": 1, "model.dim": 8,
-        "model.backbone": "test_convnext", "loss.learnable_temperature": True, "run.device": "cpu", "run.out": str(tmp_path / "run"),
-    }  # fmt: skip
-    cases = [
-        (f"{name}-{size}", overrides | {"model.slice": size, "loss.candidates": candidates}, step)
-        for name, candidates, step in (
-            ("full", "process", 0),
-            ("empty", "process", last),
-            ("empty-all", "all", last),
-        )
-        for size in (0, 7)
-    ]
-    found = on_processes(world, cases, tmp_path)
-    for name, _, step in cases:
-        ranks = found[name]
+    for name, overrides, step in two[0].values():
+        if name == "start":
+            continue
+        ranks = two[1][name]
         assert [x["pages"] > 0 for x in ranks] == [True, name.startswith("full")]
         total, once, _ = in_one_process(overrides, world, step)
         _, exact, _ = in_one_process(overrides, world, step, torch.float64)
@@ -222,16 +245,9 @@ def test_slices_and_empty_batches_of_an_image_encoder(dataset: Dataset, tmp_path
             assert (x - z).norm() <= 2 * (one - z).norm() + rounding, name
 
 
-def test_all_processes_start_from_the_first_ones_tensors(dataset: Dataset, tmp_path: Path) -> None:
+def test_all_processes_start_from_the_first_ones_tensors(two: Started) -> None:
     """Parameters and buffers, here from another seed and other features on each."""
-    for rank in range(2):
-        table = np.random.default_rng(rank).normal(rank, size=(dataset.num_items, 12))
-        np.save(tmp_path / f"features-{rank}.npy", table.astype(np.float32))
-    overrides = {
-        "data.dataset": str(dataset.path), "data.features": str(tmp_path / "features-{rank}.npy"), "model.dim": 8, "run.seed": "{rank}",
-        "run.device": "cpu", "run.out": str(tmp_path / "run"),
-    }  # fmt: skip
-    a, b = (x["state"] for x in on_processes(2, [("start", overrides, 0)], tmp_path)["start"])
+    overrides, (a, b) = two[0]["start"][1], (x["state"] for x in two[1]["start"])
     alone = Trainer(
         Config.load(None, json.loads(json.dumps(overrides).replace("{rank}", "0")))
     ).model.state_dict()
@@ -241,28 +257,31 @@ def test_all_processes_start_from_the_first_ones_tensors(dataset: Dataset, tmp_p
         assert torch.equal(b[name], alone[name])
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        {"loss.candidates": "process"},
-        {"loss.candidates": "all", "loss.memory": 200, "loss.memory_after": 1},
-    ],
-    ids=["process", "all"],
-)
-def test_processes_that_resume_are_the_same_run(
-    dataset: Dataset, features: Path, tmp_path: Path, loss: dict[str, Any]
-) -> None:
-    """Three add in an order that depends on where a gradient lies in its bucket: buckets are the same from the first step on."""
+@pytest.fixture(scope="module")
+def resumed(dataset: Dataset, features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of three processes, whole and resumed, by name."""
+    folder = tmp_path_factory.mktemp("resumed")
     overrides = {
         "data.dataset": str(dataset.path), "data.features": str(features), "data.pages": 8, "model.dim": 64,
         "loss.learnable_temperature": True, "optim.steps": 6, "run.device": "cpu", "run.log_steps": 1, "run.tensorboard": False,
         "run.progress": False,
     }  # fmt: skip
-    (tmp_path / "worker.py").write_text(RESUMED)
-    torchrun(3, str(tmp_path / "worker.py"), json.dumps(overrides | loss), str(tmp_path))
-    assert len(metrics(tmp_path / "whole")) == 6
-    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "whole")
-    a, b = (load_file(tmp_path / x / "encoder.safetensors") for x in ("resumed", "whole"))
+    cases = {
+        "process": overrides | {"loss.candidates": "process"},
+        "all": overrides | {"loss.candidates": "all", "loss.memory": 200, "loss.memory_after": 1},
+    }
+    (folder / "worker.py").write_text(RESUMED)
+    torchrun(3, str(folder / "worker.py"), json.dumps(cases), str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("candidates", ["process", "all"])
+def test_processes_that_resume_are_the_same_run(resumed: Path, candidates: str) -> None:
+    """Three add in an order that depends on where a gradient lies in its bucket: buckets are the same from the first step on."""
+    folder = resumed / candidates
+    assert len(metrics(folder / "whole")) == 6
+    assert metrics(folder / "resumed") == metrics(folder / "whole")
+    a, b = (load_file(folder / x / "encoder.safetensors") for x in ("resumed", "whole"))
     assert all(torch.equal(a[n], b[n]) for n in b)
 
 
