@@ -11,7 +11,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, packed, packing
-from .state import MASKS, Listed, Plan, Shape, State, cdiv, loss_shape, part, temperature, tensor
+from .state import (
+    MASKS,
+    Listed,
+    Plan,
+    Shape,
+    State,
+    cdiv,
+    larger,
+    loss_shape,
+    part,
+    temperature,
+    tensor,
+)
 
 if TYPE_CHECKING:
     from courier_fast.problem import Problem
@@ -60,7 +72,7 @@ def candidate_shape(p: Problem) -> CandidateShape:
         and p.item_ids is None
         and (s.merged or p.pv_index is None)
         and p.negatives != "page",
-        blocks=torch.sym_max(blocks, 1),
+        blocks=larger(blocks, 1),
     )
 
 

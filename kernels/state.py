@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -31,6 +32,11 @@ MASKS = {"batch": 0, "page": 1, "other_pages": 2}
 
 def cdiv(a: Any, b: int) -> Any:
     return (a + b - 1) // b
+
+
+def larger(a: Any, b: Any) -> Any:
+    """The larger size; torch's own function, for sizes that are symbols, is slow for numbers."""
+    return max(a, b) if type(a) is int and type(b) is int else torch.sym_max(a, b)
 
 
 # ---- shapes -------------------------------------------------------------------------------------------------------
@@ -68,24 +74,24 @@ class Shape:
 
     unbiased = False  # what lists of anchors are
 
-    @cached_property
+    @property
     def reconstruct(self) -> bool:
         return "reconstruct" in self.directions
 
-    @cached_property
+    @property
     def identify(self) -> bool:
         """Then R of every item with a history is needed: anchors and reconstructed rows are different lists."""
         return "identify" in self.directions
 
-    @cached_property
+    @property
     def columns(self) -> int:
         return self.items if self.merged else self.rows
 
-    @cached_property
+    @property
     def column_biased(self) -> bool:
         return self.biased or self.merged
 
-    @cached_property
+    @property
     def sums(self) -> torch.dtype:
         """Of the sums that a contrast pass leaves: they are rounded once. float16 has too little range for them."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
@@ -95,7 +101,7 @@ class Shape:
         """Rows of the parts that a forward pass leaves."""
         return self.flat(self.rows, self.tile)
 
-    @cached_property
+    @property
     def value_rows(self) -> Any:
         return self.part_rows if self.values else 0
 
@@ -107,7 +113,7 @@ class Shape:
         """Programs of a contrast pass over at most `capacity` rows, and so the tiles of partial sums it writes."""
         if self.chunked:
             return 1
-        return torch.sym_max(cdiv(capacity, tile.block_m), self.programs(tile))
+        return larger(cdiv(capacity, tile.block_m), self.programs(tile))
 
     def flat(self, capacity: Any, tile: configs.Tile) -> Any:
         """Rows of what such a pass writes."""
@@ -229,9 +235,53 @@ def part(kind: type[State], when: str = "", **names: str) -> Any:
     return field(metadata={"": _Declared((), "", when, kind, names)})
 
 
+class _Node(NamedTuple):
+    """A field, its names as places in the list of what they stand for."""
+
+    when: int | None
+    shape: tuple[int, ...]
+    dtype: int
+    kind: Any
+    nodes: Any
+
+
 @cache
-def _declared(kind: Any) -> list[_Declared]:
-    return [f.metadata[""] for f in fields(kind)]
+def _layout(kind: Any) -> tuple[Callable[[Shape], tuple[Any, ...]], tuple[Any, ...], list[_Node]]:
+    """What gives the names' values of a shape, then the constants beside them, and the fields; worked out once, as each step asks."""
+    names: dict[str, int] = {}
+    constants: dict[Any, int] = {}
+
+    def place(x: Any, meant: dict[str, str]) -> int:
+        if isinstance(x, str):
+            return names.setdefault(meant.get(x, x), len(names))
+        return ~constants.setdefault(x, len(constants))  # from the end
+
+    def nodes(kind: Any, meant: dict[str, str]) -> list[_Node]:
+        return [
+            _Node(
+                place(d.when, meant) if d.when else None,
+                tuple(place(x, meant) for x in d.shape),
+                0 if d.kind else place(d.dtype, meant),
+                d.kind,
+                nodes(d.kind, d.names) if d.kind else None,
+            )
+            for d in (f.metadata[""] for f in fields(kind))
+        ]
+
+    found = nodes(kind, {})
+    return attrgetter(*names), tuple(reversed(constants)), found
+
+
+def _built(kind: Any, nodes: list[_Node], values: tuple[Any, ...], make: Callable[..., Any]) -> Any:
+    found: list[Any] = []
+    for when, shape, dtype, inner, its in nodes:
+        if when is not None and not values[when]:
+            found.append(None)
+        elif inner is None:
+            found.append(make(values, shape, dtype))
+        else:
+            found.append(_built(inner, its, values, make))
+    return kind(*found)
 
 
 @dataclass
@@ -239,26 +289,17 @@ class State:
     """Tensors that the stages of a problem share and its backward needs, each declared with its shape and type."""
 
     @classmethod
-    def build(cls, s: Shape, make: Callable[..., Any], names: dict[Any, str] = {}) -> Self:
-        """`make(shape, dtype, value)` gives each tensor, in the order of `saved`; `value` of a name is what it stands for."""
-
-        def value(x: Any) -> Any:
-            return getattr(s, names.get(x, x)) if isinstance(x, str) else x
-
-        found: list[Any] = []
-        for shape, dtype, when, kind, meant in _declared(cast(Any, cls)):
-            if when and not value(when):
-                found.append(None)
-            elif kind is None:
-                found.append(make(shape, dtype, value))
-            else:
-                found.append(kind.build(s, make, meant))
-        return cls(*found)
+    def build(cls, s: Shape, make: Callable[..., Any]) -> Self:
+        """`make(values, shape, dtype)` gives each tensor, in the order of `saved`; shape and type are places among the values."""
+        values, constants, nodes = _layout(cast(Any, cls))
+        return _built(cls, nodes, (*values(s), *constants), make)
 
     @classmethod
     def empty(cls, s: Shape) -> Self:
-        def new(shape: Any, dtype: Any, value: Any) -> Tensor:
-            return torch.empty([value(x) for x in shape], dtype=value(dtype), device=s.device)
+        device = s.device
+
+        def new(values: Any, shape: Any, dtype: int) -> Tensor:
+            return torch.empty([values[i] for i in shape], dtype=values[dtype], device=device)
 
         return cls.build(s, new)
 
@@ -267,8 +308,8 @@ class State:
         """Shapes and types of `saved`."""
         found: Spec = []
 
-        def note(shape: Any, dtype: Any, value: Any) -> None:
-            found.append((tuple(map(value, shape)), value(dtype)))
+        def note(values: Any, shape: Any, dtype: int) -> None:
+            found.append((tuple(values[i] for i in shape), values[dtype]))
 
         cls.build(s, note)
         return found
