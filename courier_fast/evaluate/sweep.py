@@ -245,6 +245,7 @@ def write_plots(rows: list[dict[str, Any]], axes: list[str], out: Path) -> list[
         others = {a: v for a, v in base.items() if a != axis}
         chosen = [row for row in rows if all(row[a] == v for a, v in others.items())]
         values = list(dict.fromkeys(row[axis] for row in chosen))
+        places = range(len(values))
         figure, panels = plt.subplots(
             1, len(metrics), figsize=(3.2 * len(metrics), 3), squeeze=False, layout="constrained"
         )
@@ -252,7 +253,8 @@ def write_plots(rows: list[dict[str, Any]], axes: list[str], out: Path) -> list[
             for name, of_set in _shown([row for row in chosen if row["metric"] == metric]):
                 mean = np.array([row["mean"] for row in of_set])
                 ends = np.array([[row["low"], row["high"]] for row in of_set]).T
-                panel.errorbar(values, mean, abs(ends - mean), marker="o", capsize=3, label=name)
+                panel.errorbar(places, mean, abs(ends - mean), marker="o", capsize=3, label=name)
+            panel.set_xticks(places, values)
             panel.set_title(metric)
             panel.set_xlabel(axis)
             panel.grid(alpha=0.3)
