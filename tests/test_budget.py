@@ -122,7 +122,7 @@ def test_a_rounding_to_bfloat16_of_the_unit_rows(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.numpy_products
 def test_the_positive_in_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(p: Problem, s: Any, t: Any, positive: Tensor, raw: Tensor | None) -> None:
+    def change(p: Problem, s: Any, t: Any, r: Tensor, norm: Tensor, positive: Tensor) -> None:
         narrowed(positive)
 
     assert_caught(
@@ -143,7 +143,9 @@ def test_no_running_maximum(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
             monkeypatch.setattr(Tensor, "logsumexp", fixed_shift)
         else:
             pipeline = pytest.importorskip("courier_fast.kernels.pipeline")
-            monkeypatch.setattr(pipeline, "needs_running_maximum", lambda *_: False)
+            right = pipeline._scores
+            without = lambda *a: replace(right(*a), online=False, fixed_shift=True)  # noqa: E731
+            monkeypatch.setattr(pipeline, "_scores", without)
 
     assert_caught(found, fused(impl), plant, eager if impl == "cpu" else None)
 
@@ -151,7 +153,7 @@ def test_no_running_maximum(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
 @pytest.mark.numpy_products
 def test_log_m_of_repeated_items_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     def change(p: Problem, s: Any, t: Any, *rest: Any, **options: Any) -> None:
-        t["column_bias"].zero_()
+        t.column.bias.zero_()
 
     assert_caught(
         problems("triton", table=True),
@@ -166,7 +168,7 @@ def test_a_wrong_page_mask(monkeypatch: pytest.MonkeyPatch, negatives: str) -> N
     """One candidate of one page is taken for one of the page after it."""
 
     def change(p: Problem, s: Any, t: Any, *rest: Any, **options: Any) -> None:
-        t["column_page"][p.num_pv // 2] += 1
+        t.column.page[p.num_pv // 2] += 1
 
     assert_caught(
         problems("triton", pages=30, clicked=0.9, negatives=negatives),
