@@ -298,9 +298,10 @@ def test_anchor_weights_are_a_power_of_the_items_clicks(
         Trainer(settings(dataset, tmp_path / str(p), data__features=features, loss__weight_power=p, loss__candidates=candidates))
         for p in (0.0, -0.7)
     )  # fmt: skip
-    pages = dataset.split("train")
-    shown = slice(int(dataset.pv_start[pages.start]), int(dataset.pv_end[pages.stop - 1]))
-    clicks = Counter(dataset.pv_item[shown][dataset.pv_clicked[shown]].tolist())
+    # As it is on the disk: another test changes the fixture's columns in memory.
+    d, pages = plain.dataset, plain.dataset.split("train")
+    shown = slice(int(d.pv_start[pages.start]), int(d.pv_end[pages.stop - 1]))
+    clicks = Counter(d.pv_item[shown][d.pv_clicked[shown]].tolist())
     batch = plain.loader.load(0, 0)
     found = plain.backward(batch, stats=True).stats
     items = torch.from_numpy(batch.plan.items)[batch.pv_index].tolist()
