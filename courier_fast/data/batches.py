@@ -36,14 +36,17 @@ class PageBatch:
     @property
     def num_anchors(self) -> int:
         """Clicked items on pages with a history: what L_rec averages over."""
-        return len(self.anchor_items)
+        return int(self._is_anchor.sum())
 
     @property
     def anchor_items(self) -> Array:
         """[anchors] rows of the dataset's items."""
+        return self.items[self.pv_index[self._is_anchor]]
+
+    @property
+    def _is_anchor(self) -> Array:
         has_history = np.diff(self.history_offsets) > 0
-        anchor = self.clicked & np.repeat(has_history, np.diff(self.pv_offsets))
-        return self.items[self.pv_index[anchor]]
+        return self.clicked & np.repeat(has_history, np.diff(self.pv_offsets))
 
     @property
     def num_sequence_anchors(self) -> int:

@@ -14,6 +14,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from ..train.config import Config
 from .baselines import Method, draw, page_table
 from .embed import add_device_arguments, device_of, encode_all, run_source
 from .metrics import bootstrap_means, interval
-from .ranking import CANDIDATES, SCORES, Reconstruction, check_score, find_targets
+from .ranking import CANDIDATES, SCORES, Candidates, Reconstruction, check_score, find_targets
 
 log = logging.getLogger(__name__)
 
@@ -130,13 +131,20 @@ class Judge:
         how = [str(self.dataset.path), self.split, self.count, list(self.k), self.history, self.score, self.seed]  # fmt: skip
         return hashlib.sha256(json.dumps([*how, list(self.candidates)]).encode()).hexdigest()[:8]
 
+    @cached_property
+    def drawn(self) -> dict[str, Candidates]:
+        """The candidates of each set, the same for every cell."""
+        targets = find_targets(self.dataset, self.split, self.history)
+        return {
+            name: draw(self.dataset, targets, name, self.count, self.seed)
+            for name in self.candidates
+        }
+
     def values(self, embeddings: Array, run: Path) -> dict[str, Array]:
         """{"set/metric": value by page}; pages that have a target, in order."""
         reconstruction = Reconstruction.of_run(run) if self.score == "reconstruction" else None
         found: dict[str, Array] = {}
-        targets = find_targets(self.dataset, self.split, self.history)
-        for name in self.candidates:
-            drawn = draw(self.dataset, targets, name, self.count, self.seed)
+        for name, drawn in self.drawn.items():
             table, _ = page_table(
                 self.dataset, Method("cell", embeddings), drawn, self.k, score=self.score, reconstruction=reconstruction,
             )  # fmt: skip

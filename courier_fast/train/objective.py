@@ -87,14 +87,14 @@ class Objective(nn.Module):
         self.memory = EmbeddingMemory(c.memory, dim) if c.memory else None
         self.register_buffer("log_q", log_q, persistent=False)
         self.register_buffer("weights", weights, persistent=False)
+        # For their sum, which the host needs: a GPU is not waited for.
+        self.host_weights = None if weights is None else weights.cpu().double().numpy()
 
     def anchors(self, plan: PageBatch) -> float:
         """The weights of a batch's anchors, what L_rec is divided by: their number without weights."""
-        if self.weights is None:
+        if self.host_weights is None:
             return plan.num_anchors
-        return float(
-            self.weights[torch.from_numpy(plan.anchor_items).to(self.weights.device)].double().sum()
-        )
+        return float(self.host_weights[plan.anchor_items].sum())
 
     def _candidates(self, batch: Batch) -> dict[str, Any]:
         """Pages as the loss takes them; with `history_negatives` the items of all histories are shown on one page more,
@@ -106,7 +106,7 @@ class Objective(nn.Module):
             clicked = functional.pad(clicked, (0, len(batch.history_index)))
             pv_offsets = torch.cat([pv_offsets, pv_offsets.new_tensor([len(pv)])])
             history_offsets = torch.cat([history_offsets, history_offsets[-1:]])
-        ids = self._ids(batch)[pv]
+        ids = None if self.log_q is None and self.weights is None else self._ids(batch)[pv]
         return {
             "pv": pv, "clicked": clicked, "pv_offsets": pv_offsets, "history_offsets": history_offsets,
             "log_q": None if self.log_q is None else self.log_q[ids],
