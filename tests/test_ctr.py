@@ -23,6 +23,7 @@ from courier_fast.evaluate.ctr.fit import Settings, fit, predict
 from courier_fast.evaluate.ctr.impressions import check_dataset, id_codes
 from courier_fast.evaluate.ctr.inputs import Inputs, Material, Split
 from courier_fast.evaluate.ctr.models import DIN, Batch, DCNv2, Dice, ItemTables, make_model
+from courier_fast.evaluate.metrics import auc
 
 
 @pytest.fixture(scope="module")
@@ -436,3 +437,23 @@ def test_a_column_that_knows_the_label_is_learnt(world: tuple[Dataset, np.ndarra
     found = fit("din", planted, Settings(batch=64, epochs=4, lr=1e-2))
     p, clicked = found.predictions["test"], planted.splits["test"].shown.clicked
     assert (p[clicked][:, None] > p[~clicked]).mean() > 0.99
+
+
+def test_training_on_later_pages_would_show(tmp_path: Path) -> None:
+    """Where every week has its own items and their quality alone decides, a model that was trained on test's pages, too, is better there:
+    what the test of permuted pages guards against is worth a lot of AUC, and would be seen."""
+    rng = np.random.default_rng(0)
+    pages, shown = 1500, 6
+    item = np.arange(pages)[:, None] // 150 * 30 + rng.permuted(np.tile(np.arange(30), (pages, 1)), axis=1)[:, :shown]  # fmt: skip
+    quality = 2 * rng.normal(size=300)
+    clicked = rng.random(item.shape) < 1 / (1 + np.exp(1.5 - quality[item]))
+    time = 1_700_000_000 + np.arange(pages) * 3600
+    write_world(tmp_path / "d", rng.integers(0, 60, pages), time, item, clicked, 300)
+    d = Dataset(tmp_path / "d")
+    honest = make_protocol(d, "shared")
+    found = []
+    for protocol in (honest, replace(honest, train=range(d.num_pages))):
+        inputs = Material(d, protocol).inputs("none")
+        fitted = fit("din", inputs, replace(QUICK, epochs=3))
+        found.append(auc(inputs.splits["test"].shown.clicked, fitted.predictions["test"]))
+    assert found[1] > found[0] + 0.1, found

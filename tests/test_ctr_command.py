@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from courier_fast.data.dataset import Dataset
 from courier_fast.evaluate import features
 from courier_fast.evaluate.ctr import Impressions, cells, make_protocol
 from courier_fast.evaluate.ctr.cells import Plan, read_predictions, run_plan
+from courier_fast.evaluate.ctr.command import _files
 from courier_fast.evaluate.ctr.export import export
 from courier_fast.evaluate.ctr.fit import Settings
 from courier_fast.evaluate.ctr.slices import slices
@@ -106,7 +108,26 @@ def test_names_of_embeddings_are_their_own(
     for name in ("random", "none"):
         path = write(tmp_path / f"{name}.parquet", d.item_ids.to_pylist(), style)
         assert command(d, path, tmp_path / "out") == 2
-        assert "expected files of different names" in capsys.readouterr().err
+        assert "expected different names" in capsys.readouterr().err
+    assert command(d, tmp_path / "{seed}.npy", tmp_path / "out") == 2
+    assert "expected NAME=PATH where the file's name is but the seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "path"),
+    [
+        ("a/trained.npy", "trained", "a/trained.npy"),
+        ("mine=a/b.parquet", "mine", "a/b.parquet"),
+        ("a/day=3/b.npy", "b", "a/day=3/b.npy"),
+        ("a/mean_1f_seed-{seed}.npy", "mean_1f", "a/mean_1f_seed-1.npy"),
+        ("e{seed}.npy", "e", "e1.npy"),
+        ("mine=a/{seed}/e.npy", "mine", "a/1/e.npy"),
+    ],
+)
+def test_embeddings_have_names_and_seeds(text: str, name: str, path: str) -> None:
+    found, paths = _files(text, 2)
+    assert (found, paths[-1]) == (name, Path(path))
+    assert len(paths) == (2 if "{seed}" in text else 1)
 
 
 # ---- cells --------------------------------------------------------------------------------------------------------
@@ -121,7 +142,7 @@ def small_plan(world: tuple[Dataset, np.ndarray], **more: Any) -> Plan:
         "seeds": 2,
         "settings": QUICK,
     }
-    return Plan(d, {"style": style}, **(settings | more))
+    return Plan(d, {"style": [style]}, **(settings | more))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -166,6 +187,25 @@ def test_a_cell_of_other_settings_is_made_anew(
     assert all(x != before[name] for name, x in contents(tmp_path).items())
 
 
+def test_each_seed_has_the_encoder_of_its_own(
+    tmp_path: Path, world: tuple[Dataset, np.ndarray]
+) -> None:
+    _, style = world
+    other = features.random_vectors(*style.shape, seed=3)
+    several = small_plan(world, forms=["similarity"], seeds=2)
+    run_plan(replace(several, embeddings={"e": [style, other]}), tmp_path / "both", threads=2)
+    for seed, table in enumerate([style, other]):
+        alone = replace(several, embeddings={"e": [table]})
+        out = tmp_path / str(seed)
+        run_plan(alone, out, threads=2)
+        name = f"din-similarity-e-disjoint-{seed}.parquet"
+        assert contents(out)[name] == contents(tmp_path / "both")[name]
+        assert (
+            run_plan(alone, tmp_path / "both", threads=2) == 1
+        )  # of the other seed it is another cell
+        run_plan(replace(several, embeddings={"e": [style, other]}), tmp_path / "both", threads=2)
+
+
 def test_predictions_are_of_the_splits_impressions(
     tmp_path: Path, world: tuple[Dataset, np.ndarray]
 ) -> None:
@@ -206,6 +246,8 @@ def test_an_image_is_worth_what_it_decides(tmp_path: Path, style_decides: bool) 
     for one in table["against"]:  # in the same form: sight, not capacity
         assert (one["embedding"], one["other"]) == ("style", "random")
         assert (one["auc"]["low"] > 0.05) == style_decides, one
+    pictures = {p.name: p.read_bytes()[:4] for p in (tmp_path / "out").glob("*.png")}
+    assert pictures == dict.fromkeys(["gains.png", "categories.png", "calibration.png"], b"\x89PNG")
     text = (tmp_path / "out" / "ctr.md").read_text()
     assert text.count("minus none |") >= 3
     assert f"| similarity | style | {rows[0]['auc']['value']:.4f}" in text
@@ -248,26 +290,45 @@ def test_items_without_an_embedding_are_allowed_when_asked(
     assert command(d, path, tmp_path / "out", *more) == 0
     report = json.loads((tmp_path / "out" / "ctr.json").read_text())
     assert [r["form"] for r in report["tables"][0]["rows"]] == ["none", "all", "all"]
-    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["README.md", "items.parquet", "test.parquet", "train.parquet", "validation.parquet"]  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["README.md", "dataset_config.yaml", "e_vectors.npz", "items.parquet", "test.parquet", "train.parquet", "validation.parquet"]  # fmt: skip
 
 
 # ---- slices -------------------------------------------------------------------------------------------------------
 
 
 def test_slices_divide_the_impressions(world: tuple[Dataset, np.ndarray]) -> None:
-    d, _ = world
+    d = Dataset(world[0].path)
     x = Impressions(d, "test")
+    cosine = np.random.default_rng(0).uniform(-1, 1, len(x))
+    cosine[:7] = np.nan
+    first = int(x.time.min()) - 40 * 86_400  # items are older and younger than the slices' bounds
+    d.item_first_seen = first + np.arange(d.num_items) * 43_200
+    values = {
+        "clicks in training": d.item_clicks[x.item],
+        "days since first seen": (x.time - d.item_first_seen[x.item]) // 86_400,
+        "history": x.history_length,
+        "largest cosine to the history": cosine,
+        "category": None,
+    }
     total: dict[str, int] = {}
-    for kind, name, mask in slices(x):
+    sizes = []
+    for kind, name, mask in slices(x, cosine):
         total[kind] = total.get(kind, 0) + int(mask.sum())
-        if kind == "category":
+        of = values[kind]
+        if of is None:
             assert {d.categories[int(i)].as_py() for i in x.item[mask]} == {name}
-        values = d.item_clicks[x.item] if kind == "clicks in training" else x.history_length
-        if kind != "category":
+        elif name in ("before", "none"):
+            assert (of[mask] < 0).all() if name == "before" else np.isnan(of[mask]).all()
+        elif " to " in name:
+            low, high = map(float, name.split(" to "))
+            assert low - 0.01 < of[mask].min() <= of[mask].max() < high + 0.01
+            sizes.append(int(mask.sum()))
+        else:
             low, high = (name.rstrip("+").split("-") * 2)[:2]
-            assert values[mask].min() >= int(low)
-            assert name.endswith("+") or values[mask].max() <= int(high)
-    assert total == dict.fromkeys(("clicks in training", "history", "category"), len(x))
+            assert of[mask].min() >= int(low)
+            assert name.endswith("+") or of[mask].max() <= int(high)
+    assert total == dict.fromkeys(values, len(x))
+    assert len(sizes) == 4 and max(sizes) - min(sizes) <= 1
 
 
 # ---- export -------------------------------------------------------------------------------------------------------

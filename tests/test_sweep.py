@@ -58,7 +58,7 @@ def test_every_combination_is_a_row_with_the_numbers_of_compare(
     for key in set(keys):
         means = []
         for seed in (0, 1):
-            name = f"temperature-{key[0]}_sequence_weight-{key[1]}_seed-{seed}_*.npy"
+            name = f"temperature-{key[0]}_sequence_weight-{key[1]}_*_seed-{seed}.npy"
             (table,) = (out / "embeddings").glob(name)
             method = Method("x", np.load(table))
             found = compare(dataset, [method], split="validation", k=[10], bootstrap=2)
@@ -92,7 +92,7 @@ def test_what_is_done_is_not_done_again(
     assert sweep(dataset, features, out, *asked) == 0
     assert not trained
     assert (out / "results.parquet").read_bytes() == before
-    lost = next((out / "cells").glob("temperature-0.5_sequence_weight-1_seed-1_*"))
+    lost = next((out / "cells").glob("temperature-0.5_sequence_weight-1_*_seed-1-*"))
     lost.unlink()
     assert sweep(dataset, features, out, *asked) == 0
     assert len(trained) == 1  # and its run was complete: nothing to train

@@ -182,7 +182,9 @@ class Dataset:
         self.event_item, self.event_time = (events.column(n).to_numpy() for n in ("item", "time"))
         self.pv_item = shown.column("item").to_numpy()
         self.pv_clicked = shown.column("clicked").to_numpy().view(np.bool_)
-        self.item_clicks = self._items.column("clicks").to_numpy()
+        self.item_clicks, self.item_first_seen = (
+            self._items.column(n).to_numpy() for n in ("clicks", "first_seen")
+        )
 
     @property
     def num_items(self) -> int:

@@ -49,12 +49,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Readable, and another for other settings, also those that are not on an axis."""
-        settings = self.config.model_dump(mode="json", exclude={"run": {"out", "progress"}})
+        """Readable, and another for other settings, also those that are not on an axis; seeds differ in its end alone."""
+        settings = self.config.model_dump(mode="json", exclude={"run": {"out", "progress", "seed"}})
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         parts = [f"{axis.split('.')[1]}-{value}" for axis, value in self.values.items()]
         text = re.sub(r"[^A-Za-z0-9._-]", "-", "_".join(parts))[:120]
-        return f"{text}_seed-{self.config.run.seed}_{digest}".lstrip("_")
+        return f"{text}_{digest}_seed-{self.config.run.seed}".lstrip("_")
 
     @property
     def title(self) -> str:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from ..data.dataset import Dataset
 from ..evaluate.ctr.cells import NONE, RANDOM, Plan, run_plan
 from ..evaluate.ctr.impressions import Impressions, check_dataset, make_protocol
+from ..evaluate.ctr.plots import write_plots
 from ..evaluate.ctr.report import make_report, write_report
 from ..evaluate.features import random_vectors
 from ..evaluate.metrics import auc
@@ -29,7 +30,7 @@ def compare_ctr(
         protocol = make_protocol(dataset, "shared")
     except ValueError as error:
         return str(error)
-    tables = {"trained": embeddings, RANDOM: random_vectors(*embeddings.shape)}
+    tables = {"trained": [embeddings], RANDOM: [random_vectors(*embeddings.shape)]}
     plan = Plan(dataset, tables, ["din"], [NONE, "vector", "similarity"], [protocol], seeds=1, history=history)  # fmt: skip
     run_plan(plan, out / "ctr", threads=2)
     report = make_report(plan, out / "ctr")
@@ -37,6 +38,7 @@ def compare_ctr(
     report["attainable"] = auc(shown.clicked, truth_of(out, shown))
     report["summary"] = sentence(report)
     write_report(report, out / "ctr")
+    write_plots(report, out / "ctr")
     return report
 
 

@@ -171,6 +171,11 @@ def sweep_pictures(folder: Path) -> list[dict[str, str]]:
     """The plots of `courier-fast sweep` as data URIs; FileNotFoundError where there is no sweep."""
     if not (folder / "results.parquet").is_file():
         raise FileNotFoundError(f"--sweep: expected the folder of a sweep, with results.parquet, got {folder}")  # fmt: skip
+    return _pictures(folder)
+
+
+def _pictures(folder: Path) -> list[dict[str, str]]:
+    """Its PNG files as data URIs."""
     return [
         {"title": path.stem, "src": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()}
         for path in sorted(folder.glob("*.png"))
@@ -192,7 +197,7 @@ def settings_of(run_dir: Path) -> list[tuple[str, str]]:
 
 
 def ctr_tables(folder: Path) -> dict[str, Any]:
-    """The tables of `courier-fast ctr`, with the slices; FileNotFoundError where there are none."""
+    """The tables of `courier-fast ctr`, with the slices and pictures; FileNotFoundError where there are none."""
     path = folder / "ctr.json"
     if not path.is_file():
         raise FileNotFoundError(f"--ctr: expected the folder of a finished `courier-fast ctr`, with ctr.json, got {folder}")  # fmt: skip
@@ -207,4 +212,5 @@ def ctr_tables(folder: Path) -> dict[str, Any]:
             head, rows = slice_cells(kind, [s for s in table["slices"] if s["kind"] == kind])
             tables.append({"title": f"{name}, by {kind}", "note": "", "head": head, "rows": rows})
     notes = [report["summary"]] if "summary" in report else []
-    return {"notes": [*notes, *(note.strip("*") for note in notes_of(report))], "tables": tables}
+    notes += [note.strip("*") for note in notes_of(report)]
+    return {"notes": notes, "tables": tables, "pictures": _pictures(folder)}

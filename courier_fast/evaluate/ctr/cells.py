@@ -8,7 +8,7 @@ import json
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -59,13 +59,13 @@ class Plan:
     """Everything that decides the table's numbers.
 
     Args:
-        embeddings: {name: [items, D]}, the random control among them if there is to be one.
+        embeddings: {name: tables [items, D]}, one for all seeds or one for each; the random control among them if there is to be one.
         protocols: what `make_protocol` gave.
         ranges: validation, or validation and test, are predicted.
     """
 
     dataset: Dataset
-    embeddings: dict[str, Array]
+    embeddings: Mapping[str, Sequence[Array]]
     models: Sequence[str]
     forms: Sequence[str]
     protocols: Sequence[Protocol]
@@ -90,6 +90,10 @@ class Plan:
         pairs = itertools.product(self.models, range(self.seeds))
         return [Cell(model, form, name, protocol.name, seed) for model, seed in pairs]
 
+    def place(self, cell: Cell) -> int:
+        """Which of its embedding's tables a cell is given: its seed's, or the only one."""
+        return cell.seed if len(self.embeddings.get(cell.embedding, ())) > 1 else 0
+
     def fingerprints(self) -> Callable[[Cell], str]:
         """What a cell's file must have been made from; changes with anything that its predictions come from."""
         d = self.dataset
@@ -97,12 +101,12 @@ class Plan:
             d.page_user, d.page_time, d.history_start, d.history_end, d.pv_start, d.pv_end, d.pv_item, d.pv_clicked, d.event_item, d.event_time,
         )  # fmt: skip
         data = _hash(*arrays, about=[d.info["splits"], d.categories.to_pylist()])
-        tables = {name: _hash(table) for name, table in self.embeddings.items()} | {NONE: ""}
+        tables = {name: [_hash(x) for x in of] for name, of in self.embeddings.items()} | {NONE: [""]}  # fmt: skip
         bounds = {p.name: [p.bound, p.train.start] for p in self.protocols}
 
         def of(cell: Cell) -> str:
             about = {
-                "version": VERSION, "cell": asdict(cell), "data": data, "embedding": tables[cell.embedding], "bounds": bounds[cell.protocol],
+                "version": VERSION, "cell": asdict(cell), "data": data, "embedding": tables[cell.embedding][self.place(cell)], "bounds": bounds[cell.protocol],
                 "settings": asdict(self.settings), "history": self.history, "least": self.least, "ranges": self.ranges,
             }  # fmt: skip
             return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
@@ -211,13 +215,13 @@ def run_plan(
                     if cell not in missing:
                         found += 1
                         ended(cell)
-                if not missing:
-                    continue
-                inputs = _inputs(plan, group, material)
-                waiting.append([pool.submit(one, cell, inputs) for cell in missing])
-                del inputs
-                # The next group's inputs are made while this one's cells are trained; no more, for the memory.
-                _wait(waiting.popleft() if len(waiting) > 1 else ())
+                for place in sorted({plan.place(cell) for cell in missing}):
+                    inputs = _inputs(plan, group, place, material)
+                    mine = [cell for cell in missing if plan.place(cell) == place]
+                    waiting.append([pool.submit(one, cell, inputs) for cell in mine])
+                    del inputs
+                    # The next inputs are made while these cells are trained; no more, for the memory.
+                    _wait(waiting.popleft() if len(waiting) > 1 else ())
             for futures in waiting:
                 _wait(futures)
         except BaseException:
@@ -227,14 +231,17 @@ def run_plan(
     return found
 
 
-def _inputs(plan: Plan, group: tuple[Protocol, str, str], material: dict[str, Material]) -> Inputs:
+def _inputs(
+    plan: Plan, group: tuple[Protocol, str, str], place: int, material: dict[str, Material]
+) -> Inputs:
     protocol, form, name = group
     if protocol.name not in material:
         material.clear()
         material[protocol.name] = Material(
             plan.dataset, protocol, history=plan.history, least=plan.least, ranges=("train", *plan.ranges)
         )  # fmt: skip
-    return material[protocol.name].inputs(form, plan.embeddings.get(name))
+    table = plan.embeddings[name][place] if name in plan.embeddings else None
+    return material[protocol.name].inputs(form, table)
 
 
 def _wait(futures: Iterable[Future[None]]) -> None:

@@ -6,8 +6,9 @@ import argparse
 import json
 import logging
 import os
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from .export import export
 from .fit import Settings
 from .impressions import PROTOCOLS, Impressions, check_dataset, make_protocol
 from .models import MODELS
+from .plots import write_plots
 from .report import make_report, print_report, write_report
 
 log = logging.getLogger(__name__)
@@ -39,8 +41,8 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.add_argument("--dataset", type=Path, required=True, help="folder written by `courier-fast prepare`")  # fmt: skip
-    parser.add_argument("--embeddings", type=Path, nargs="+", required=True, help=".parquet (item_id, embedding) or .npy (rows as items of the dataset); a table's name is its file's")  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="folder for cells, ctr.json and ctr.md")  # fmt: skip
+    parser.add_argument("--embeddings", nargs="+", required=True, metavar="[NAME=]PATH", help=".parquet (item_id, embedding) or .npy (rows as items of the dataset), by the file's name or NAME; {seed} in it stands for 0, 1, ...: encoders of several seeds, one for each of the model's")  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="folder for cells, ctr.json, ctr.md and pictures")  # fmt: skip
     parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"some of {', '.join(MODELS)}")  # fmt: skip
     parser.add_argument("--forms", nargs="+", default=list(FORMS[:4]), help=f"some of {', '.join(FORMS)}; none is always there")  # fmt: skip
     parser.add_argument("--protocol", nargs="+", default=["disjoint"], help=f"some of {', '.join(PROTOCOLS)}: whether the embeddings were trained on other pages than the CTR model is")  # fmt: skip
@@ -72,7 +74,12 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     _same_dimensions(args.out / "embeddings.json", plan.embeddings)
     if args.export is not None:
-        own = {name: x for name, x in plan.embeddings.items() if name != RANDOM}
+        own = {
+            name if len(of) == 1 else f"{name}-{seed}": x
+            for name, of in plan.embeddings.items()
+            for seed, x in enumerate(of)
+            if name != RANDOM
+        }
         for protocol in plan.protocols:
             folder = args.export / protocol.name if len(plan.protocols) > 1 else args.export
             export(dataset, protocol, own, folder, history=plan.history)
@@ -87,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
         log.info("%d of %d cells were there already", found, total)
     report = make_report(plan, args.out, args.split)
     write_report(report, args.out)
+    for path in write_plots(report, args.out):
+        log.info("%s", path)
     print_report(report)
     return 0
 
@@ -103,13 +112,18 @@ def _plan(args: argparse.Namespace, dataset: Dataset) -> Plan:
     check_dataset(dataset)
     Impressions(dataset, args.split, history=args.history)  # its own check
     protocols = [make_protocol(dataset, p, args.encoder_share) for p in dict.fromkeys(args.protocol)]  # fmt: skip
-    tables: dict[str, Array] = {}
-    for path in args.embeddings:
-        if path.stem in tables or path.stem in (NONE, RANDOM):
-            raise ValueError(f"embeddings: expected files of different names, none of them {NONE} or {RANDOM}, got {path}")  # fmt: skip
-        tables[path.stem] = _read(path, dataset, args.allow_missing)
+    tables: dict[str, list[Array]] = {}
+    for text in args.embeddings:
+        name, paths = _files(text, args.seeds)
+        if name in tables or name in (NONE, RANDOM):
+            raise ValueError(f"embeddings: expected different names, none of them {NONE} or {RANDOM}, got {text}")  # fmt: skip
+        tables[name] = [_read(path, dataset, args.allow_missing) for path in paths]
+        widths = {x.shape[1] for x in tables[name]}
+        if len(widths) > 1:
+            raise ValueError(f"embeddings: expected the same dimensions of all seeds of {name!r}, got {sorted(widths)}")  # fmt: skip
     if not args.no_control:
-        tables[RANDOM] = random_vectors(dataset.num_items, max(x.shape[1] for x in tables.values()))
+        widest = max(x[0].shape[1] for x in tables.values())
+        tables[RANDOM] = [random_vectors(dataset.num_items, widest)]
     return Plan(
         dataset, tables, list(dict.fromkeys(args.models)), list(dict.fromkeys([NONE, *args.forms])), protocols, args.seeds, settings, args.history,
         args.min_count, ("validation",) if args.split == "validation" else ("validation", "test"),
@@ -120,6 +134,17 @@ def _some(name: str, got: list[str], known: tuple[str, ...]) -> None:
     unknown = [x for x in got if x not in known]
     if unknown:
         raise ValueError(f"{name}: expected some of {', '.join(known)}, got {unknown[0]!r}")
+
+
+def _files(text: str, seeds: int) -> tuple[str, list[Path]]:
+    """The name and the files of `[NAME=]PATH`; with {seed} in it one file for each."""
+    name, equals, path = text.partition("=")
+    if not equals or "/" in name:  # an "=" inside a path, as partitioned folders have it
+        name, path = re.sub(r"[-_.]?(seed)?[-_.]?\{seed\}", "", Path(text).stem), text
+    if not name:
+        raise ValueError(f"embeddings: expected NAME=PATH where the file's name is but the seed, got {text}")  # fmt: skip
+    several = range(seeds) if "{seed}" in path else [0]
+    return name, [Path(path.replace("{seed}", str(seed))) for seed in several]
 
 
 def _read(path: Path, dataset: Dataset, allow_missing: bool) -> Array:
@@ -135,9 +160,9 @@ def _read(path: Path, dataset: Dataset, allow_missing: bool) -> Array:
     return table
 
 
-def _same_dimensions(path: Path, tables: dict[str, Array]) -> None:
+def _same_dimensions(path: Path, tables: Mapping[str, Sequence[Array]]) -> None:
     """ValueError where the last run into the folder had embeddings of this name with other dimensions."""
-    now = {name: x.shape[1] for name, x in tables.items()}
+    now = {name: x[0].shape[1] for name, x in tables.items()}
     before: dict[str, int] = json.loads(path.read_text()) if path.is_file() else {}
     for name in now.keys() & before.keys() - {RANDOM}:
         if now[name] != before[name]:

@@ -21,6 +21,7 @@ from ..features import (
     similarity_features,
     vector_features,
 )
+from .fuxictr import dataset_config
 from .impressions import Impressions, Protocol
 from .inputs import RANGES, base_numbers
 
@@ -43,6 +44,7 @@ IMPRESSIONS = {
 }
 OF_EMBEDDING = {
     "{}_similarity_*": "float32; the item against the history: " + ", ".join(SIMILARITY),
+    "{}_cluster_*": "int32; the item's k-means cluster by number of clusters, -1 without an embedding",
     "{}_same_cluster_*": "float32; log(1 + history items in the item's cluster), by number of clusters",
 }
 ITEMS = {
@@ -62,7 +64,8 @@ def export(
     history: int = 20,
     rows: int = 1 << 20,
 ) -> None:
-    """Writes train, validation and test.parquet (a row per impression), items.parquet and README.md into the folder.
+    """Writes train, validation and test.parquet (a row per impression), items.parquet, for FuxiCTR dataset_config.yaml and each embedding's
+    vectors, and README.md into the folder.
 
     Numbers are those that the package's own models get, but for their standardisation. Clusters and scales come from the encoder's pages.
 
@@ -79,8 +82,21 @@ def export(
         write_atomically(folder / f"{name}.parquet", made)
     table = pa.table(_item_columns(dataset, embeddings, clusters, known))
     write_atomically(folder / "items.parquet", lambda path: pq.write_table(table, path))
+    ids = np.array(dataset.item_ids.to_pylist())
+    for name in embeddings:
+        vectors = np.stack(table[f"{name}_vector"].to_numpy())
+        made = partial(_save_vectors, key=ids, value=vectors)
+        write_atomically(folder / f"{name}_vectors.npz", made)
+    numbers = [n for n in IMPRESSIONS if n.startswith(("popularity", "same_"))]
+    config = dataset_config(numbers, ((n, x.shape[1]) for n, x in embeddings.items()), history)
+    write_atomically(folder / "dataset_config.yaml", lambda path: path.write_text(config))
     text = _dictionary(dataset, protocol, embeddings, history)
     write_atomically(folder / "README.md", lambda path: path.write_text(text))
+
+
+def _save_vectors(path: Path, key: Array, value: Array) -> None:
+    with path.open("wb") as file:  # NumPy would append a suffix to a name
+        np.savez(file, key=key, value=value)
 
 
 def _write(
@@ -134,7 +150,11 @@ def _embedding_columns(
     x = Impressions(dataset, pages, history=history)
     similar, same = similarity_features(table, x), same_cluster(clusters, x)
     columns = {f"{name}_similarity_{c}": similar[:, i] for i, c in enumerate(SIMILARITY)}
-    columns |= {f"{name}_same_cluster_{k}": same[:, i] for i, k in enumerate(CLUSTERS)}
+    for i, k in enumerate(CLUSTERS):
+        columns |= {
+            f"{name}_cluster_{k}": clusters[x.item, i],
+            f"{name}_same_cluster_{k}": same[:, i],
+        }
     return {n: pa.array(np.ascontiguousarray(c)) for n, c in columns.items()}
 
 
@@ -167,7 +187,8 @@ def _dictionary(
 
 {protocol.describe(dataset)}. Histories hold at most {history} items. Clusters, centres and scales of the embeddings come from items seen
 before that bound. Pages are {dataset.info.get("pages", "given or made")}: what was shown is {"known" if dataset.info.get("pages") == "given" else "drawn, so the rate of clicks and calibration mean nothing"}.
-Train on train.parquet, stop and choose by validation.parquet, look at test.parquet once.
+Train on train.parquet, stop and choose by validation.parquet, look at test.parquet once. dataset_config.yaml describes all this to
+FuxiCTR (2.3), with the vectors in *_vectors.npz: a dataset for each form and embedding.
 
 ## train.parquet, validation.parquet, test.parquet: a row per impression
 

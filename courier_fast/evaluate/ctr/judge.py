@@ -19,7 +19,7 @@ NAMES = {"auc": "auc", "gauc": "gauc[impressions]", "logloss": "logloss", "ndcg@
 def judge(
     clicked: Array, p: Mapping[str, Array], user: Array, base: str = "none", page: Array | None = None
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """By name of probabilities [n]: "auc", "gauc" and "logloss", with `page` also "ndcg@10" and "mrr", each {"value", "low", "high", "se"}, and "calibration".
+    """By name of probabilities [n]: "auc", "gauc" and "logloss", with `page` also "ndcg@10" and "mrr", each {"value", "low", "high", "se"}; "normalised_entropy" and "calibration".
 
     For all names but `base` also "difference": the same metrics minus those of `base`, paired by user, with "p" after Holm's correction over the
     names; "mde": the least difference of AUC that is found with power 80 %; "relaimpr": (AUC - 0.5) / (AUC of base - 0.5) - 1.
@@ -29,6 +29,7 @@ def judge(
         metrics = {n: found.metrics[m] for n, m in NAMES.items() if m in found.metrics}
         row: dict[str, Any] = {n: _interval(e) for n, e in metrics.items()}
         row["calibration"] = calibrated(found.calibration)
+        row["normalised_entropy"] = found.normalised_entropy
         if name != base:
             row["difference"] = {n: _difference(e) for n, e in metrics.items()}
             row["relaimpr"] = found.rela_impr

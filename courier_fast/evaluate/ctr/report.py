@@ -18,11 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ...files import write_atomically
+from ..features import SIMILARITY, similarity_features
 from ..metrics import auc, calibration, fit_platt
 from .cells import NONE, RANDOM, Cell, Plan, read_predictions
 from .impressions import Impressions
 from .judge import calibrated, judge
-from .slices import slices
+from .slices import Slice, slices
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,12 @@ def make_report(plan: Plan, out: Path, split: str = "test") -> dict[str, Any]:
     Probabilities are averaged over the seeds, impression by impression; intervals (95 %) and differences to the form "none" are of these, by users.
     """
     shown = Impressions(plan.dataset, split, history=plan.history)
+    first = next(iter(plan.embeddings.values()))[0]
+    similar = similarity_features(first, shown)
+    known = similar[:, SIMILARITY.index("count")] > 0
+    parts = list(slices(shown, np.where(known, similar[:, SIMILARITY.index("max")], np.nan)))
     tables = [
-        _table(plan, out, shown, split, protocol.name, model)
+        _table(plan, out, shown, split, protocol.name, model, parts)
         for protocol, model in itertools.product(plan.protocols, plan.models)
     ]
     return {
@@ -47,7 +52,8 @@ def make_report(plan: Plan, out: Path, split: str = "test") -> dict[str, Any]:
         "pages": plan.dataset.info.get("pages", "given or made"),
         "protocols": {p.name: p.describe(plan.dataset) for p in plan.protocols},
         "settings": asdict(plan.settings) | {"history": plan.history, "min_count": plan.least, "seeds": plan.seeds},
-        "embeddings": {name: x.shape[1] for name, x in plan.embeddings.items()},
+        "embeddings": {name: x[0].shape[1] for name, x in plan.embeddings.items()},
+        "encoders": {name: len(x) for name, x in plan.embeddings.items()},
         "tables": tables,
         "alarms": [
             f"{model} {row['form']} {row['embedding']} ({protocol}): AUC {row['auc']['value']:.4f} is above {LEAK}: an input knows the answer"
@@ -60,8 +66,8 @@ def make_report(plan: Plan, out: Path, split: str = "test") -> dict[str, Any]:
 
 
 def _table(
-    plan: Plan, out: Path, shown: Impressions, split: str, protocol: str, model: str
-) -> dict[str, Any]:
+    plan: Plan, out: Path, shown: Impressions, split: str, protocol: str, model: str, parts: Sequence[Slice]
+) -> dict[str, Any]:  # fmt: skip
     mine = [(form, name) for p, form, name in plan.groups() if p.name == protocol]
     seeds = {
         key: [
@@ -100,7 +106,7 @@ def _table(
         "made_pages": made,
         "rows": rows,
         "against": _against(plan, shown, p),
-        "slices": list(_slices(shown, p)),
+        "slices": list(_slices(shown, p, parts)),
     }
 
 
@@ -120,10 +126,12 @@ def _name(form: str, embedding: str) -> str:
     return form if form == NONE else f"{form} {embedding}"
 
 
-def _slices(shown: Impressions, p: dict[str, Array]) -> Iterator[dict[str, Any]]:
+def _slices(
+    shown: Impressions, p: dict[str, Array], parts: Sequence[Slice]
+) -> Iterator[dict[str, Any]]:
     """Each slice's numbers; those with one label or one user have no AUC."""
     user = shown.user
-    for kind, name, mask in slices(shown):
+    for kind, name, mask in parts:
         clicks, users = int(shown.clicked[mask].sum()), len(np.unique(user[mask]))
         found: dict[str, Any] = {"kind": kind, "name": name, "impressions": int(mask.sum()), "clicks": clicks, "users": users, "rows": None}  # fmt: skip
         if 0 < clicks < mask.sum() and users > 1:
@@ -143,7 +151,7 @@ def write_report(report: dict[str, Any], out: Path) -> None:
 
 
 HEAD = (
-    "form", "embedding", "AUC", "minus none", "Holm p", "RelaImpr", "GAUC", "minus none", "logloss", "minus none", "NDCG@10", "MRR", "ECE",
+    "form", "embedding", "AUC", "minus none", "Holm p", "RelaImpr", "GAUC", "minus none", "logloss", "minus none", "normalised entropy", "NDCG@10", "MRR", "ECE",
     "ECE, recalibrated", "clicks, predicted / observed",
 )  # fmt: skip
 
@@ -179,8 +187,13 @@ def notes_of(report: dict[str, Any]) -> list[str]:
         made.get(report["pages"], "Whether pages are given or made is not recorded in this dataset."),
         *(f"Pages, {line}." for line in report["protocols"].values()),
         f"Probabilities are means of {seeds} seeds; after ± the deviation over seeds. Intervals: 95 %, by users, paired for differences; p by Holm over "
-        "a table's rows. Slices are exploratory: their intervals are not corrected for their number.",
+        "a table's rows. Slices are exploratory: their intervals are not corrected for their number; cosines in them are the first embedding's.",
     ]  # fmt: skip
+    several = [name for name, n in report["encoders"].items() if n > 1]
+    if several:
+        notes.append(
+            f"{', '.join(several)}: each seed of the model has an encoder of its own, so that ± is the deviation over both."
+        )
     if RANDOM in report["embeddings"]:
         notes.append(f'"{RANDOM}" are random vectors: what they add is capacity, not sight.')
     return notes
@@ -206,6 +219,7 @@ def cells_of(row: dict[str, Any], made: bool) -> list[str]:
     own, difference = metric("auc")
     of_auc = [own + spread, difference, f"{d['auc']['p']:.3f}" if d else "", f"{100 * row['relaimpr']:+.1f} %" if d else ""]  # fmt: skip
     numbers = [
+        row["normalised_entropy"],
         row["ndcg@10"]["value"],
         row["mrr"]["value"],
         row["calibration"]["ece"],
