@@ -74,6 +74,21 @@ def test_ranks_neither_overlap_nor_lose_pages(
     assert sorted(seen) == list(dataset.split("train"))
 
 
+def test_a_share_is_the_first_pages_and_divides_no_moment(dataset: Dataset) -> None:
+    train, times = dataset.split("train"), dataset.page_time
+    for share in (0.2, 0.5):
+        plan = BatchPlan(dataset, pages=8, share=share)
+        seen = sorted(page for s in range(plan.steps(0)) for page in plan.pages(0, s).tolist())
+        assert seen == list(range(len(seen)))
+        assert abs(len(seen) - share * dataset.num_pages) <= (times == times[len(seen)]).sum()
+        assert times[len(seen) - 1] < times[len(seen)]
+        assert plan.until == times[len(seen) - 1]
+    assert dataset.first_pages(1.0) == dataset.first_pages(0.99) == train
+    for wrong in (0.0, 1.5, 1e-9):
+        with pytest.raises(ValueError, match=f"share: expected .*got {wrong}"):
+            dataset.first_pages(wrong)
+
+
 def test_more_ranks_than_pages_leaves_some_empty(dataset: Dataset) -> None:
     world = len(dataset.split("train")) + 3
     sizes = [

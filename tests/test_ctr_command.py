@@ -130,6 +130,25 @@ def test_embeddings_have_names_and_seeds(text: str, name: str, path: str) -> Non
     assert len(paths) == (2 if "{seed}" in text else 1)
 
 
+def test_an_encoder_that_saw_what_it_must_not_is_named(
+    tmp_path: Path, world: tuple[Dataset, np.ndarray], capsys: pytest.CaptureFixture
+) -> None:
+    d, style = world
+    path = write(tmp_path / "e.parquet", d.item_ids.to_pylist(), style)
+    bounds = {p: make_protocol(d, p).bound for p in ("disjoint", "shared")}
+    for protocol, bound in bounds.items():
+        for until, wrong in ((bound - 1, False), (bound, True), (None, False)):
+            (tmp_path / "e.parquet.json").write_text(json.dumps({"trained_until": until}))
+            more = ["--protocol", protocol, "--models", "din", "--forms", "none", "--seeds", "1", "--epochs", "1"]  # fmt: skip
+            if wrong:
+                assert command(d, path, tmp_path / "out", *more) == 2
+                said = capsys.readouterr().err
+                assert f"for --protocol {protocol}, got one that has seen pages until" in said
+                assert "--data.share" in said
+            else:
+                assert command(d, path, tmp_path / protocol, *more) == 0
+
+
 # ---- cells --------------------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from courier_fast.data.dataset import Dataset, ImageStoreWriter
 from courier_fast.data.decode import make_decoder
-from courier_fast.data.embeddings import read_embeddings
+from courier_fast.data.embeddings import read_embeddings, trained_until
 from courier_fast.evaluate import embed
 from courier_fast.evaluate.embed import DatasetImages, EmbedReport, FolderImages, embed_source
 
@@ -342,6 +342,7 @@ def make_run(folder: Path, dataset: Path, *, features: Path | None = None) -> No
         table = torch.from_numpy(np.load(features))
         encoder = build_projection(table.shape[1], 8, table)
         overrides["data.features"] = str(features)
+    encoder.about["trained_until"] = 1_700_000_000
     save_encoder(encoder, folder)
     Config.load(None, overrides).save(folder / "config.toml")
 
@@ -357,6 +358,7 @@ def test_commands_with_a_run(dataset: Dataset, tmp_path: Path) -> None:
         == 0
     )
     assert np.load(out).shape == (50, 8)
+    assert trained_until(out) == 1_700_000_000 and trained_until(tmp_path / "other.npy") is None
     common = (
         "--dataset",
         dataset.path,
@@ -402,6 +404,7 @@ def test_commands_with_a_run_on_features(tmp_path: Path) -> None:
     out = tmp_path / "e.parquet"
     assert command(embed, "--run", tmp_path / "run", "--dataset", data.path, "--out", out) == 0
     assert read_embeddings(out, data).shape == (50, 8)
+    assert trained_until(out) == 1_700_000_000
     found = tmp_path / "r.json"
     code = command(
         evaluate, "--dataset", data.path, "--run", tmp_path / "run", "--json", found,

@@ -13,6 +13,7 @@ from train_factory import make_features
 
 from courier_fast.cli import main
 from courier_fast.data.dataset import Dataset
+from courier_fast.data.embeddings import trained_until
 from courier_fast.evaluate.baselines import Method, compare
 from courier_fast.evaluate.sweep import grid
 from courier_fast.train.trainer import Trainer
@@ -60,6 +61,7 @@ def test_every_combination_is_a_row_with_the_numbers_of_compare(
         for seed in (0, 1):
             name = f"temperature-{key[0]}_sequence_weight-{key[1]}_*_seed-{seed}.npy"
             (table,) = (out / "embeddings").glob(name)
+            assert trained_until(table) == dataset.page_time[dataset.split("train")[-1]]
             method = Method("x", np.load(table))
             found = compare(dataset, [method], split="validation", k=[10], bootstrap=2)
             means.append({s: v["methods"]["x"] for s, v in found["sets"].items()})

@@ -142,6 +142,7 @@ class BatchPlan:
         pages: pages per rank and step at most; the epoch is cut evenly, so sizes differ by one page.
         images: unique items per rank and step at most; pages are added until the next one would exceed it.
         history: the most recent history items of a page that are used.
+        share: of all pages, the first ones, in place of the whole train split (`Dataset.first_pages`).
         shuffle: False keeps the order in time.
 
     Raises:
@@ -153,6 +154,7 @@ class BatchPlan:
         dataset: Dataset,
         *,
         split: str = "train",
+        share: float = 1.0,
         pages: int = 0,
         images: int = 0,
         history: int = 20,
@@ -169,7 +171,8 @@ class BatchPlan:
             raise ValueError(f"history: expected at least 1, got {history}")
         if not 0 <= rank < world:
             raise ValueError(f"rank: expected 0 <= rank < world, got rank {rank} of {world}")
-        self.dataset, self.rows = dataset, dataset.split(split)
+        self.dataset = dataset
+        self.rows = dataset.first_pages(share) if share < 1 else dataset.split(split)
         if not len(self.rows):
             raise ValueError(f"split: {split!r} of {dataset.path} has no page")
         self.pages_per_batch, self.images_per_batch, self.history = pages, images, history
@@ -244,6 +247,11 @@ class BatchPlan:
             np.add.at(uses, d.history_end[pages], -1)
             counts += np.bincount(d.event_item, np.cumsum(uses)[:-1], d.num_items)
         return np.log(np.maximum(counts, 0.5) / counts.sum()).astype(np.float32)
+
+    @property
+    def until(self) -> int:
+        """Time of the newest page, in seconds since 1970."""
+        return int(self.dataset.page_time[self.rows.stop - 1])
 
     def weights(self, power: float) -> Array:
         """[items] float32: the split's clicks of each item to a power, divided by the mean over clicks; items without a click as with one."""

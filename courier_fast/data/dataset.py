@@ -215,6 +215,22 @@ class Dataset:
             raise ValueError(f"split: expected one of {sorted(self.info['splits'])}, got {name!r}")
         return range(*self.info["splits"][name])
 
+    def first_pages(self, share: float) -> range:
+        """The rows of the train split that are among the first `share` of all pages; the cut never divides a moment.
+
+        ValueError for a share that is not above 0 and at most 1, or that leaves none.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"share: expected above 0 and at most 1, got {share}")
+        train = self.split("train")
+        cut = train.start + round(share * self.num_pages)
+        if cut < train.stop:
+            times = self.page_time[train.start : train.stop]
+            cut = train.start + int(np.searchsorted(times, self.page_time[cut]))
+        if cut <= train.start:
+            raise ValueError(f"share: expected a share that leaves pages of the {self.num_pages} in {self.path}, got {share}")  # fmt: skip
+        return range(train.start, min(cut, train.stop))
+
     @cached_property
     def images(self) -> ImageStore:
         """The image store; FileNotFoundError where the folder was prepared without images."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def read_embeddings(
         raise ValueError(f"embeddings: expected a .npy or .parquet file, got {path}")
     check_embeddings(table, dataset)
     return table
+
+
+def trained_until(path: str | os.PathLike[str]) -> int | None:
+    """Time of the newest page that the encoder was trained on, in seconds since 1970; None where nobody wrote it down beside the file."""
+    beside = Path(f"{os.fspath(path)}.json")
+    if not beside.is_file():
+        return None
+    value = json.loads(beside.read_text("utf-8")).get("trained_until")
+    return None if value is None else int(value)
 
 
 def without_embedding(table: Array, dataset: Dataset) -> tuple[int, str]:

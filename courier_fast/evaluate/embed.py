@@ -295,6 +295,7 @@ def embed_source(
         [str(names[i]) for i in sorted(work.damaged)], resumed, time.monotonic() - began,
     )  # fmt: skip
     beside = {"rows": size, "dim": dim, "missing": report.missing, "damaged": report.damaged}
+    beside["trained_until"] = getattr(encoder, "about", {}).get("trained_until")
     if out.suffix == ".npy":
         beside["item_ids"] = [str(name) for name in names]
     write_atomically(

@@ -177,6 +177,9 @@ def evaluate_cell(cell: Cell, judge: Judge, out: Path, args: argparse.Namespace)
     embeddings = encode_all(encoder, source, batch=args.batch, device=device, dtype=dtype)
     values = judge.values(embeddings, run)
     table = out / "embeddings" / f"{cell.name}.npy"
+    about = {"rows": len(embeddings), "dim": embeddings.shape[1], "trained_until": encoder.about["trained_until"]}  # fmt: skip
+    beside = table.with_name(f"{table.name}.json")
+    write_atomically(beside, lambda p: p.write_text(json.dumps(about, indent=1)))
     write_atomically(table, lambda p: _save(p, np.save, embeddings))
     write_atomically(path, lambda p: _save(p, lambda file, x: np.savez(file, **x), values))
     return path

@@ -35,6 +35,12 @@ class DataConfig(Section):
     )
     pages: int = described(64, "pages per step and process; 0 with data.images", ge=0)
     images: int = described(0, "unique images per step and process, in place of data.pages", ge=0)
+    share: float = described(
+        1.0,
+        "of all pages, the first ones that are trained on; 1: the whole train split. 0.5 leaves what `courier-fast ctr` trains on unseen",
+        gt=0,
+        le=1,
+    )
     history: int = described(20, "most recent history items used", ge=1)
     size: int = described(0, "side of the images in pixels; 0: 224 on a GPU, 96 on a CPU", ge=0)
     scale: tuple[float, float] = described(

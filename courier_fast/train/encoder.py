@@ -78,7 +78,7 @@ class Encoder(nn.Module):
     Attributes:
         backbone, head: the two halves; `head(backbone(x))` is `forward(x)`.
         features: F of the backbone's pooled output.
-        about: what `load_encoder` needs to build it again.
+        about: what `load_encoder` needs to build it again; after training also "trained_until", the time of the newest page it has seen.
     """
 
     def __init__(self, backbone: nn.Module, dim: int, about: dict[str, Any]) -> None:
@@ -193,8 +193,8 @@ def load_encoder(folder: str | os.PathLike[str], device: str | torch.device = "c
         encoder = build_encoder(
             about["backbone"], about["dim"], about["size"], batch_norm=about["batch_norm"]
         )
-        encoder.about = about
         encoder.mean, encoder.std = tuple(about["mean"]), tuple(about["std"])
+    encoder.about = about
     encoder.load_state_dict(load_file(os.fspath(folder / "encoder.safetensors")))
     if about["backbone"] is not None:
         encoder.to(memory_format=torch.channels_last)

@@ -80,7 +80,7 @@ class Trainer:
         self.dataset = Dataset(config.data.dataset)
         self.plan = BatchPlan(
             self.dataset, pages=config.data.pages, images=config.data.images, history=config.data.history,
-            seed=config.run.seed, rank=self.processes.rank, world=self.processes.world,
+            share=config.data.share, seed=config.run.seed, rank=self.processes.rank, world=self.processes.world,
         )  # fmt: skip
         self._build_model()
         self._build_loader()
@@ -126,6 +126,7 @@ class Trainer:
                 weights=c.model.weights,
                 batch_norm=bool(c.model.batch_norm),
             )
+        self.encoder.about["trained_until"] = self.plan.until
         self.encoder.to(self.device).train()
         if self.table is None:
             self.encoder.to(memory_format=torch.channels_last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -17,13 +18,20 @@ import numpy.typing as npt
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
 
 from ...data.dataset import Dataset
-from ...data.embeddings import read_embeddings, without_embedding
+from ...data.embeddings import read_embeddings, trained_until, without_embedding
 from ...files import write_atomically
 from ..features import FORMS, check_form, random_vectors
 from .cells import NONE, RANDOM, Cell, Plan, run_plan
 from .export import export
 from .fit import Settings
-from .impressions import PROTOCOLS, Impressions, check_dataset, make_protocol
+from .impressions import (
+    PROTOCOLS,
+    Impressions,
+    Protocol,
+    as_date,
+    check_dataset,
+    make_protocol,
+)
 from .models import MODELS
 from .plots import write_plots
 from .report import make_report, print_report, write_report
@@ -118,6 +126,8 @@ def _plan(args: argparse.Namespace, dataset: Dataset) -> Plan:
         if name in tables or name in (NONE, RANDOM):
             raise ValueError(f"embeddings: expected different names, none of them {NONE} or {RANDOM}, got {text}")  # fmt: skip
         tables[name] = [_read(path, dataset, args.allow_missing) for path in paths]
+        for path, protocol in itertools.product(paths, protocols):
+            _check_until(path, protocol)
         widths = {x.shape[1] for x in tables[name]}
         if len(widths) > 1:
             raise ValueError(f"embeddings: expected the same dimensions of all seeds of {name!r}, got {sorted(widths)}")  # fmt: skip
@@ -158,6 +168,16 @@ def _read(path: Path, dataset: Dataset, allow_missing: bool) -> Array:
     if missing:
         log.warning("%s: %d items have no embedding; they get zeros", path, missing)
     return table
+
+
+def _check_until(path: Path, protocol: Protocol) -> None:
+    """ValueError where the encoder is known to have seen pages that the protocol keeps from it."""
+    until = trained_until(path)
+    if until is not None and until >= protocol.bound:
+        raise ValueError(
+            f"embeddings: expected an encoder trained on pages before {as_date(protocol.bound)} for --protocol {protocol.name}, got one that has seen "
+            f"pages until {as_date(until)} in {path}; train one with --data.share (as --encoder-share here), or see --protocol"
+        )
 
 
 def _same_dimensions(path: Path, tables: Mapping[str, Sequence[Array]]) -> None:

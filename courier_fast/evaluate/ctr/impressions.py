@@ -119,10 +119,10 @@ class Protocol:
         """A line about the ranges, for people."""
         parts = [("embeddings", self.encoder), ("CTR model", self.train), ("validation", self.validation), ("test", self.test)]  # fmt: skip
         said = ", ".join(
-            f"{what} {len(pages):,} pages from {_date(dataset.page_time[pages.start])}"
+            f"{what} {len(pages):,} pages from {as_date(dataset.page_time[pages.start])}"
             for what, pages in parts
         )
-        return f"{self.name}: {said}; embeddings must come from pages before {_date(self.bound)}"
+        return f"{self.name}: {said}; embeddings must come from pages before {as_date(self.bound)}"
 
     def known_items(self, dataset: Dataset) -> Array:
         """[items] bool: shown or clicked before `bound`; k-means and standardisation see no other."""
@@ -148,10 +148,8 @@ def make_protocol(dataset: Dataset, name: str = "disjoint", encoder_share: float
     if name == "disjoint":
         if not 0 < encoder_share < 1:
             raise ValueError(f"encoder_share: expected above 0 and below 1, got {encoder_share}")
-        cut = train.start + round(encoder_share * dataset.num_pages)
-        if cut < train.stop:
-            cut = train.start + int(np.searchsorted(time[train.start : train.stop], time[cut]))
-        if not train.start < cut < train.stop:
+        cut = dataset.first_pages(encoder_share).stop
+        if cut == train.stop:
             raise ValueError(
                 f"encoder_share: expected a share of all {dataset.num_pages} pages that leaves some of the train split's {len(train)} to both encoder "
                 f"and CTR model, got {encoder_share}"
@@ -162,7 +160,7 @@ def make_protocol(dataset: Dataset, name: str = "disjoint", encoder_share: float
     return Protocol(name, encoder, ctr, validation, test, bound)
 
 
-def _date(seconds: int) -> str:
+def as_date(seconds: int) -> str:
     return str(np.datetime64(int(seconds), "s")).replace("T", " ").removesuffix(" 00:00:00")
 
 
