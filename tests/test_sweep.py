@@ -16,6 +16,7 @@ from courier_fast.data.dataset import Dataset
 from courier_fast.data.embeddings import trained_until
 from courier_fast.evaluate.baselines import Method, compare
 from courier_fast.evaluate.sweep import grid
+from courier_fast.evaluate.tables import markdown_table
 from courier_fast.train.trainer import Trainer
 
 
@@ -151,3 +152,8 @@ def test_wrong_settings_are_an_error_before_any_training(
     monkeypatch.setattr(Trainer, "fit", lambda trainer: pytest.fail("trained"))
     assert sweep(dataset, features, tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_cells_of_a_table_end_where_they_should() -> None:
+    text = markdown_table(["a", "b"], [["x|y", "1\n2"], ["", "<"]])
+    assert text.splitlines() == ["| a | b |", "| --- | --- |", "| x\\|y | 1 2 |", "|  | < |"]

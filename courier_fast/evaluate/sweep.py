@@ -34,6 +34,7 @@ from .baselines import Method, draw, page_table
 from .embed import add_device_arguments, device_of, encode_all, run_source
 from .metrics import bootstrap_means, interval
 from .ranking import CANDIDATES, SCORES, Candidates, Reconstruction, check_score, find_targets
+from .tables import markdown_table
 
 log = logging.getLogger(__name__)
 
@@ -290,8 +291,7 @@ def write_results(rows: list[dict[str, Any]], axes: list[str], out: Path, consol
         for line in lines:
             table.add_row(*line)
         console.print(table)
-        marks = ["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines]]
-        text += [f"Candidates: {name}", "", *marks, ""]
+        text += [f"Candidates: {name}", "", markdown_table(head, lines), ""]
     note = "Means over pages and seeds; 95 % intervals over users; after the semicolon the paired difference from the first line."
     console.print(note, highlight=False)
     write_atomically(out / "results.md", lambda p: p.write_text("\n".join([*text, note, ""])))

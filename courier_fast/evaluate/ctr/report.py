@@ -20,6 +20,7 @@ from rich.text import Text
 from ...files import write_atomically
 from ..features import SIMILARITY, similarity_features
 from ..metrics import auc, calibration, fit_platt
+from ..tables import markdown_table
 from .cells import NONE, RANDOM, Cell, Plan, read_predictions
 from .impressions import Impressions
 from .judge import calibrated, judge
@@ -161,17 +162,21 @@ def markdown(report: dict[str, Any]) -> str:
     parts = [f"# What embeddings add to a CTR model: {Path(report['dataset']).name}, {report['split']}", *notes_of(report)]  # fmt: skip
     for table in report["tables"]:
         parts.append(f"## {table['model']}, {table['protocol']}\n\n{about_table(table)}")
-        parts.append(_grid(HEAD, [cells_of(row, table["made_pages"]) for row in table["rows"]]))
+        parts.append(
+            markdown_table(HEAD, [cells_of(row, table["made_pages"]) for row in table["rows"]])
+        )
         if table["against"]:
             first, others = table["against"][0]["embedding"], list(dict.fromkeys(a["other"] for a in table["against"]))  # fmt: skip
             forms = list(dict.fromkeys(a["form"] for a in table["against"]))
             of = {(a["form"], a["other"]): _range(a["auc"], "+") for a in table["against"]}
             parts.append(f"### {table['model']}, {table['protocol']}: AUC of {first} minus others, form by form")  # fmt: skip
-            parts.append(_grid(["form", *others], [[f, *(of[f, o] for o in others)] for f in forms]))  # fmt: skip
+            parts.append(markdown_table(["form", *others], [[f, *(of[f, o] for o in others)] for f in forms]))  # fmt: skip
         for kind in dict.fromkeys(s["kind"] for s in table["slices"]):
             parts.append(f"### {table['model']}, {table['protocol']}: by {kind}")
             parts.append(
-                _grid(*slice_cells(kind, [s for s in table["slices"] if s["kind"] == kind]))
+                markdown_table(
+                    *slice_cells(kind, [s for s in table["slices"] if s["kind"] == kind])
+                )
             )
     return "\n\n".join(parts) + "\n"
 
@@ -227,11 +232,6 @@ def cells_of(row: dict[str, Any], made: bool) -> list[str]:
     ]
     rate = "n/a" if made else f"{row['calibration']['pcoc']:.3f}"
     return [row["form"], row["embedding"] if d else "", *of_auc, *metric("gauc"), *metric("logloss", 5), *(f"{x:.4f}" for x in numbers), rate]  # fmt: skip
-
-
-def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(x) + " |" for x in [head, ["---"] * len(head), *rows]]
-    return "\n".join(lines)
 
 
 def slice_cells(kind: str, found: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
