@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import sklearn.metrics as sk
 import torch
+from scipy.stats import t
 from sklearn.calibration import calibration_curve
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
@@ -433,10 +434,11 @@ def test_intervals_widen_with_the_level_and_detectable_is_in_the_unit_of_the_met
         compare(clicked, predictions, user=user, base="a", level=level)["b"].auc
         for level in (0.95, 0.99)
     )
-    assert (e.high - e.low) / e.se == pytest.approx(2 * 1.959964, rel=1e-6)
-    assert (wide.high - wide.low) / e.se == pytest.approx(2 * 2.575829, rel=1e-6)
-    assert e.minus_base is not None
-    assert e.minus_base.detectable == pytest.approx(2.8 * e.minus_base.se)
+    assert (e.high - e.low) / e.se == pytest.approx(2 * t.ppf(0.975, 99), rel=1e-9)
+    d = e.minus_base
+    assert d is not None and d.p == pytest.approx(2 * t.sf(abs(d.value) / d.se, 99), rel=1e-9)
+    assert (wide.high - wide.low) / e.se == pytest.approx(2 * t.ppf(0.995, 99), rel=1e-9)
+    assert d.detectable == pytest.approx(2.8 * d.se)
 
 
 def test_same_predictions_differ_by_nothing() -> None:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtr, stdtrit
 
 from . import counts
 from .calibration import Calibration, calibration_of
@@ -30,7 +30,7 @@ WEIGHTINGS = ("impressions", "clicks", "users")
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric minus that of the base, paired by user. `p`: two-sided, normal; `holm`: `p` adjusted for the other predictions (Holm 1979)."""
+    """A metric minus that of the base, paired by user. `p`: two-sided, by Student's t; `holm`: `p` adjusted for the other predictions (Holm 1979)."""
 
     value: float
     low: float
@@ -133,16 +133,15 @@ def compare(
     }
     if base is not None:
         names.insert(0, names.pop(names.index(base)))
-    z = NormalDist().inv_cdf((1 + level) / 2)
     against: dict[str, _Statistic] | None = None
     found: dict[str, Comparison] = {}
     for name in names:
         own, calibrated = design.statistics(checked[name], bins)
         if against is None:
-            metrics = {m: s.estimate(m, z, None) for m, s in own.items()}
+            metrics = {m: s.estimate(m, level, None) for m, s in own.items()}
             rela_impr = None
         else:
-            metrics = {m: s.estimate(m, z, against[m]) for m, s in own.items()}
+            metrics = {m: s.estimate(m, level, against[m]) for m, s in own.items()}
             rela_impr = relative_improvement(own["auc"].value, against["auc"].value)
         entropy = own["logloss"].value / design.entropy
         found[name] = Comparison(metrics, calibrated, entropy, rela_impr)
@@ -194,13 +193,15 @@ class _Statistic:
             return math.nan
         return math.sqrt(self.users / (self.users - 1) * float(np.square(influence).sum()))
 
-    def estimate(self, name: str, z: float, base: _Statistic | None) -> Estimate:
-        se = self.se(self.influence)
+    def estimate(self, name: str, level: float, base: _Statistic | None) -> Estimate:
+        """With Student's t of one degree less than there are users: their variance is an estimate, too."""
+        se, freedom = self.se(self.influence), max(self.users - 1, 1)
+        z = float(stdtrit(freedom, (1 + level) / 2))
         low, high = self.value - z * se, self.value + z * se
         minus = None
         if base is not None:
             d, e = self.value - base.value, self.se(self.influence - base.influence)
-            p = math.erfc(abs(d) / e / math.sqrt(2)) if e else float(d == 0)
+            p = 2 * float(stdtr(freedom, -abs(d) / e)) if e else float(d == 0)
             minus = Difference(d, d - z * e, d + z * e, e, p, math.nan)
         return Estimate(name, self.value, low, high, se, self.users, self.kept, self.dropped, minus)
 
