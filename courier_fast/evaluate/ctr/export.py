@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...data.dataset import Dataset
@@ -21,9 +23,11 @@ from ..features import (
     similarity_features,
     vector_features,
 )
-from .fuxictr import dataset_config
+from .fuxictr import SEPARATOR, dataset_config
 from .impressions import Impressions, Protocol
 from .inputs import RANGES, base_numbers
+
+log = logging.getLogger(__name__)
 
 Array = npt.NDArray
 
@@ -87,6 +91,8 @@ def export(
         vectors = np.stack(table[f"{name}_vector"].to_numpy())
         made = partial(_save_vectors, key=ids, value=vectors)
         write_atomically(folder / f"{name}_vectors.npz", made)
+    if pc.any(pc.match_substring(dataset.item_ids, SEPARATOR)).as_py():
+        log.warning("item ids with %r: FuxiCTR would cut the histories' ids there", SEPARATOR)
     numbers = [n for n in IMPRESSIONS if n.startswith(("popularity", "same_"))]
     config = dataset_config(numbers, ((n, x.shape[1]) for n, x in embeddings.items()), history)
     write_atomically(folder / "dataset_config.yaml", lambda path: path.write_text(config))
