@@ -297,7 +297,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer.close()
     given = [str(x) for n, v in train_options.items() for x in (f"--{n}", v)]
     assert main(["sweep", *given, "--loss.temperature", "0.1", "0.4", "--out", str(folder / "sweep"), "--bootstrap", "50", "--device", "cpu"]) == 0  # fmt: skip
-    table = next((folder / "sweep" / "embeddings").iterdir())
+    table = next((folder / "sweep" / "embeddings").glob("*.npy"))
     assert main(["ctr", "--dataset", str(dataset.path), "--embeddings", str(table), "--out", str(folder / "ctr"), "--models", "din", "--forms", "none", "similarity", "--seeds", "1", "--epochs", "1", "--protocol", "shared"]) == 0  # fmt: skip
     arguments = ["--dataset", dataset.path, "--run", folder / "run", "--sweep", folder / "sweep", "--ctr", folder / "ctr", "--out", folder / "report.html", "--device", "cpu", "--bootstrap", 50]  # fmt: skip
     assert main(["report", *map(str, arguments)]) == 0

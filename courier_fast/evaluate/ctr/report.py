@@ -152,7 +152,7 @@ def write_report(report: dict[str, Any], out: Path) -> None:
 
 
 HEAD = (
-    "form", "embedding", "AUC", "minus none", "Holm p", "RelaImpr", "GAUC", "minus none", "logloss", "minus none", "normalised entropy", "NDCG@10", "MRR", "ECE",
+    "form", "embedding", "AUC", "AUC of one seed", "minus none", "Holm p", "RelaImpr", "GAUC", "minus none", "logloss", "minus none", "normalised entropy", "NDCG@10", "MRR", "ECE",
     "ECE, recalibrated", "clicks, predicted / observed",
 )  # fmt: skip
 
@@ -191,13 +191,14 @@ def notes_of(report: dict[str, Any]) -> list[str]:
         *(f"**{alarm}**" for alarm in report["alarms"]),
         made.get(report["pages"], "Whether pages are given or made is not recorded in this dataset."),
         *(f"Pages, {line}." for line in report["protocols"].values()),
-        f"Probabilities are means of {seeds} seeds; after ± the deviation over seeds. Intervals: 95 %, by users, paired for differences; p by Holm over "
+        f"Probabilities are means of {seeds} seeds; beside their AUC stands that of one seed, mean ± deviation. Intervals: 95 %, by users, paired for differences; p by Holm over "
         "a table's rows. Slices are exploratory: their intervals are not corrected for their number; cosines in them are the first embedding's.",
     ]  # fmt: skip
     several = [name for name, n in report["encoders"].items() if n > 1]
     if several:
         notes.append(
-            f"{', '.join(several)}: each seed of the model has an encoder of its own, so that ± is the deviation over both."
+            f"{', '.join(several)}: each seed of the model has an encoder of its own, so that ± is the deviation over both. Averaged, they are several "
+            "encoders, where a row of one file is one: compare these by the AUC of one seed."
         )
     if RANDOM in report["embeddings"]:
         notes.append(f'"{RANDOM}" are random vectors: what they add is capacity, not sight.')
@@ -214,15 +215,20 @@ def _range(x: dict[str, float], sign: str = "", digits: int = 4) -> str:
     return f"{x['value']:{sign}.{digits}f} ({x['low']:{sign}.{digits}f} to {x['high']:{sign}.{digits}f})"  # fmt: skip
 
 
+def of_one_seed(row: dict[str, Any]) -> str:
+    """Mean over the seeds' own AUC, and their deviation."""
+    of = row["auc_of_seeds"]
+    return f"{np.mean(of):.4f}" + (f" ± {np.std(of, ddof=1):.4f}" if len(of) > 1 else "")
+
+
 def cells_of(row: dict[str, Any], made: bool) -> list[str]:
-    spread = f" ± {np.std(row['auc_of_seeds'], ddof=1):.4f}" if len(row["auc_of_seeds"]) > 1 else ""
     d = row.get("difference")
 
     def metric(name: str, digits: int = 4) -> list[str]:
         return [f"{row[name]['value']:.{digits}f}", _range(d[name], "+", digits) if d else ""]
 
     own, difference = metric("auc")
-    of_auc = [own + spread, difference, f"{d['auc']['p']:.3f}" if d else "", f"{100 * row['relaimpr']:+.1f} %" if d else ""]  # fmt: skip
+    of_auc = [own, of_one_seed(row), difference, f"{d['auc']['p']:.3f}" if d else "", f"{100 * row['relaimpr']:+.1f} %" if d else ""]  # fmt: skip
     numbers = [
         row["normalised_entropy"],
         row["ndcg@10"]["value"],
@@ -263,15 +269,15 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
 
 def _rich(table: dict[str, Any]) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("form", "embedding", "AUC", "minus none", "Holm p", "GAUC minus none", "logloss minus none", "ECE"):  # fmt: skip
+    for name in ("form", "embedding", "AUC", "one seed", "minus none", "Holm p", "GAUC minus none", "logloss minus none", "ECE"):  # fmt: skip
         grid.add_column(name)
     for row in table["rows"]:
         if row["form"] == NONE:
-            grid.add_row(NONE, "", _value(row["auc"]), "", "", "", "", f"{row['calibration']['ece']:.4f}")  # fmt: skip
+            grid.add_row(NONE, "", _value(row["auc"]), of_one_seed(row), "", "", "", "", f"{row['calibration']['ece']:.4f}")  # fmt: skip
             continue
         d = row["difference"]
         grid.add_row(
-            row["form"], Text(row["embedding"]), _value(row["auc"]), _value(d["auc"], "+"), f"{d['auc']['p']:.3f}", _value(d["gauc"], "+"),
+            row["form"], Text(row["embedding"]), _value(row["auc"]), of_one_seed(row), _value(d["auc"], "+"), f"{d['auc']['p']:.3f}", _value(d["gauc"], "+"),
             _value(d["logloss"], "+", better=-1), f"{row['calibration']['ece']:.4f}",
         )  # fmt: skip
     return grid
