@@ -23,7 +23,7 @@ import courier_fast
 from courier_fast.cli import main
 from courier_fast.data.decode import make_decoder
 from courier_fast.data.transforms import eval_windows
-from courier_fast.serve.contract import Contract, contract_of_run
+from courier_fast.serve.contract import Contract, contract_of_run, sha256
 from courier_fast.serve.export import export
 from courier_fast.serve.golden import decoded_in_full, distance, verify, without_antialiasing
 from courier_fast.serve.load import square
@@ -437,6 +437,7 @@ def test_a_projection_of_features_takes_features(run: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="dataset: expected none with an encoder of features"):
         export(tmp_path / "run", tmp_path / "out", licence="mit", dataset=data.path)
     contract = export(tmp_path / "run", tmp_path / "out", licence="mit", precisions=["int8"])
+    assert contract.trained["features_sha256"] == sha256(features)
     assert contract.input == {"name": "features", "dtype": "float32", "shape": ["batch", 12]}
     assert all(v.passes for v in verify(tmp_path / "out"))
     table = np.load(features)

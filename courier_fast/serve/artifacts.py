@@ -18,7 +18,9 @@ from .module import Serving
 
 OPSET = 20
 LARGEST = 2**31 - 2**20  # bytes: an ONNX file is one protobuf message
-SMALL = 16  # numbers: smaller constants stay float32
+# Numbers: smaller tensors stay float32. In an EfficientNet the first convolution, those by channel and the biases are 4 % of the weights; as
+# float16 they cost 0.0015 of cosine, all others 0.000003.
+SMALL = 1 << 14
 
 
 def check_installed() -> None:

@@ -42,7 +42,8 @@ def _hub_licence(licence: str) -> str:
 
 
 def _signed(value: dict[str, float]) -> str:
-    return f"{value['mean']:+.4f} ({value['low']:+.4f} to {value['high']:+.4f})"
+    mean, low, high = (round(value[n], 4) + 0.0 for n in ("mean", "low", "high"))  # no -0.0000
+    return f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 def _interval(value: dict[str, float]) -> str:

@@ -81,6 +81,8 @@ def export(
             "dataset: expected none with an encoder of features, which is measured by `courier-fast evaluate`"
         )
     data = None if dataset is None else Dataset(dataset)
+    if data is not None:
+        data.split(split)  # there is one
     contract = replace(contract, licence=licence, trained=_origin(run), versions=_versions())
 
     def write(folder: Path) -> None:
@@ -93,16 +95,18 @@ def export(
         program, names = program_of(serving), dict[str, str | None]()
         if "torch" in formats:
             names |= write_torch(run, folder, program)
+            if not parity.same(program.module()):
+                raise RuntimeError("encoder.pt2 differs from PyTorch: expected equal bits")
         for precision in dict.fromkeys(("float32", *precisions)) if "onnx" in formats else ():
-            name = (
-                write_onnx(folder, serving, program)
-                if precision == "float32"
-                else write_precision(folder, precision)
-            )
-            runs[precision] = onnx_run(contract, folder / name, threads)
-            size = (folder / name).stat().st_size
-            numbers[precision] = parity.of(runs[precision]) | {"bytes": size}
-            names[name] = precision
+            if precision == "float32":
+                name = write_onnx(folder, serving, program)
+            else:
+                name = write_precision(folder, precision)
+            names[name], path = precision, folder / name
+            runs[precision] = onnx_run(contract, path, threads)
+            numbers[precision] = parity.of(runs[precision]) | {"bytes": path.stat().st_size}
+            if precision == "float32":  # before hours of measuring
+                _keeps(path, precision, numbers)
         measured = {"inputs": len(inputs), "dataset": None, "rows": numbers}
         if data is not None:
             measured |= _measure(data, split, runs, numbers, inputs, threads)
@@ -186,7 +190,6 @@ def _measure(
     threads: int,
 ) -> dict[str, Any]:
     """Ranks by every precision and times all of them; fills `numbers`. float32 is that of ONNX where there is one."""
-    data.split(split)
     base = "float32" if "float32" in runs else "PyTorch"
     ranked = {base: runs[base]} | {k: r for k, r in runs.items() if k not in (base, "PyTorch")}
     tables = tables_of(data, ranked, inputs.shape[1])
@@ -220,6 +223,9 @@ def _origin(run: Path) -> dict[str, Any]:
     config = Config.load(settings)
     found["settings"] = config.model_dump(mode="json", exclude={"run"}, exclude_none=True)
     found["settings_sha256"] = sha256(settings)
+    features = config.data.features
+    if features is not None and features.is_file():
+        found["features_sha256"] = sha256(features)
     try:
         data = Dataset(config.data.dataset)
     except (OSError, ValueError) as error:

@@ -50,7 +50,9 @@ def load(
     if precision not in (None, *PRECISIONS):
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     path = Path(path)
-    threads = threads or len(os.sched_getaffinity(0))
+    if not threads:
+        counts = hasattr(os, "sched_getaffinity")  # on Linux
+        threads = len(os.sched_getaffinity(0)) if counts else os.cpu_count() or 1
     if path.suffix == ".onnx":
         if not path.is_file():
             raise FileNotFoundError(f"path: expected an .onnx file, got {path}, which is not there")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.dataset import Dataset
 from ..data.pictures import fastest_reader
@@ -75,6 +75,10 @@ class Parity:
         parts = range(0, len(self.inputs), self.batch)
         return np.concatenate([run(self.inputs[i : i + self.batch]) for i in parts])
 
+    def same(self, module: nn.Module) -> bool:
+        """Whether a module gives the bits of eager code."""
+        return np.array_equal(self._all(run_of(module)), self.eager)
+
     def of(self, run: Run) -> dict[str, float]:
         """Numbers about what a file makes of the inputs."""
         found = self._all(run).astype(np.float64)
@@ -123,7 +127,7 @@ def why_refused(precision: str, numbers: Mapping[str, float]) -> str:
     return "; ".join(wrong)
 
 
-def run_of(serving: Serving) -> Run:
+def run_of(serving: nn.Module) -> Run:
     """The module as a function of arrays."""
 
     def run(inputs: Array) -> Array:
