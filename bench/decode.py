@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from courier_fast.data.decode import Decoder, make_decoder
-from courier_fast.data.software import pixels, read_pillow
+from courier_fast.data.pictures import pixels, read_pillow
 from courier_fast.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,

@@ -18,6 +18,10 @@ COMMANDS = {
     "prepare": ("courier_fast.data.command", "interactions and images -> a dataset folder"),
     "train": ("courier_fast.train.command", "a dataset folder -> an encoder"),
     "embed": ("courier_fast.evaluate.embed", "an encoder and images -> embeddings"),
+    "export": (
+        "courier_fast.serve.command",
+        "an encoder -> ONNX and torch files for servers, with a contract and a model card",
+    ),
     "evaluate": (
         "courier_fast.evaluate.command",
         "embeddings against the held-out clicks, beside baselines",
@@ -35,7 +39,7 @@ COMMANDS = {
         "one HTML page about a run: pictures, curves, numbers",
     ),
 }
-EXTRAS = {"ctr": "ctr"}  # of pip, where it is not "train"
+EXTRAS = {"ctr": "ctr", "export": "export"}  # of pip, where it is not "train"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         return importlib.import_module(COMMANDS[args.command][0]).run(args)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
         if args.debug:
             raise
         print(f"courier-fast {args.command}: {error}", file=sys.stderr)

@@ -17,17 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from courier_fast.data import software
+from courier_fast.data import pictures as pictures_module
 from courier_fast.data.decode import Decoder, make_decoder
-from courier_fast.data.software import (
-    Recycler,
-    exif_orientation,
-    jpeg_header,
-    normalise_batch,
-    pixels,
-    stored_window,
-    turn,
-)
+from courier_fast.data.pictures import exif_orientation, jpeg_header, pixels, stored_window, turn
+from courier_fast.data.software import Recycler, normalise_batch
 from courier_fast.data.transforms import eval_windows, random_flips, random_windows
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -450,13 +443,36 @@ def test_dali_finds_the_image_that_it_cannot_do(name: str, monkeypatch: pytest.M
 
 
 def test_pillow_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(software, "simplejpeg", None)
+    monkeypatch.setattr(pictures_module, "simplejpeg", None)
     with pytest.raises(
         ModuleNotFoundError, match=r'simplejpeg: pip install "courier_fast\[train\]"'
     ):
         make_decoder("software")
     decoder = make_decoder("auto", SIZE)
     assert not decoder.decode([encoded(scene(90, 120))], *whole(1))[1].any()
+
+
+@pytest.mark.parametrize("name", ["CMYK", "EXIF 6", "grey", "RGB"])
+def test_resizing_without_torch_gives_the_same_picture(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = scene(150, 211)
+    options: dict[str, object] = {}
+    if name == "EXIF 6":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        options["exif"] = exif.tobytes()
+    file = encoded(image.convert({"CMYK": "CMYK", "grey": "L"}.get(name, "RGB")), **options)
+    window = whole(1)[0][0]
+    with_torch = [pictures_module.read_fast(file, window, size) for size in (SIZE, 300)]
+    monkeypatch.setattr(pictures_module, "torch", None)
+    for size, expected in zip((SIZE, 300), with_torch, strict=True):
+        # Both libraries round weights to integers, not quite alike.
+        found = pictures_module.read_fast(file, window, size)
+        off = np.abs(found.astype(int) - expected)
+        assert off.max() <= (2 if name == "CMYK" else 1)  # of which a product is made
+        assert (off > 0).mean() < 0.02
+        assert expected.std() > 10
 
 
 @pytest.mark.parametrize(

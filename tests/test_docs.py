@@ -209,13 +209,49 @@ def predicted_clicks(names: dict[str, Any]) -> Check:
     return check
 
 
+def encoder_of_a_run(names: dict[str, Any]) -> Check:
+    """A run's encoder, and photos."""
+    encoders = pytest.importorskip("courier_fast.train.encoder", exc_type=ImportError)
+    draw = pytest.importorskip("dataset_factory", exc_type=ImportError).draw
+    torch.manual_seed(0)
+    Path("run").mkdir()
+    encoders.save_encoder(encoders.build_encoder("small_conv", 8, 32, batch_norm=True), "run")
+    Path("photos").mkdir()
+    for path in (Path("a.jpg"), Path("b.jpg"), Path("photos/c.jpg"), Path("photos/d.jpg")):
+        path.write_bytes(draw(np.random.default_rng(ord(path.stem)), 60, 90))
+
+    def check(names: dict[str, Any]) -> None:
+        assert names["vectors"].shape == (2, 8)
+        np.testing.assert_allclose((names["vectors"] ** 2).sum(1), 1, atol=1e-5)
+
+    return check
+
+
+def another_client(names: dict[str, Any]) -> Check:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    encoder_of_a_run(names)
+    from courier_fast.serve.export import export
+
+    export(Path("run"), Path("export"), licence="mit", formats=["onnx"])
+
+    def check(names: dict[str, Any]) -> None:
+        expected = np.load("export/golden/vectors.npy")[:1]
+        np.testing.assert_allclose(names["embedding"], expected, atol=1e-5)
+
+    return check
+
+
 STAND_INS = {
     "README.md 0": loss_of_ones_own_training,
+    "README.md 1": encoder_of_a_run,
     "docs/evaluation.md 0": predicted_clicks,
     "docs/evaluation.md 1": features_of_impressions,
     "docs/hm-fashion.md 0": features_of_a_backbone,
     "docs/loss.md 0": loss_of_unique_items,
     "docs/loss.md 1": statistics,
+    "docs/serving.md 0": encoder_of_a_run,
+    "docs/serving.md 1": another_client,
     "docs/training.md 0": training_from_python,
     "docs/processes.md 0": one_of_several_processes,
     "docs/processes.md 1": gradient_cache,

@@ -288,7 +288,7 @@ def test_exif_rotation_counts_in_the_crop(tmp_path: Path) -> None:
     for suffix in ("jpg", "png"):
         Image.fromarray(picture).save(tmp_path / f"a.{suffix}", exif=exif)
         data = np.frombuffer((tmp_path / f"a.{suffix}").read_bytes(), np.uint8)
-        assert embed._seen_size(data) == (80, 40)
+        assert embed.seen_size(data) == (80, 40)
 
 
 def test_an_encoder_that_gives_nan_is_an_error(dataset: Dataset, tmp_path: Path) -> None:

@@ -22,15 +22,8 @@ except ModuleNotFoundError as error:
         'decoder: DALI is not installed: pip install "courier_fast[dali]"', name=error.name
     ) from None
 
-from .software import (
-    MAX_PIXELS,
-    Recycler,
-    SoftwareDecoder,
-    fastest_reader,
-    jpeg_header,
-    stored_window,
-    turn,
-)
+from .pictures import MAX_PIXELS, fastest_reader, jpeg_header, stored_window, turn
+from .software import Recycler, SoftwareDecoder
 
 log = logging.getLogger(__name__)
 

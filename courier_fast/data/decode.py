@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from . import software
+from . import pictures, software
 from .transforms import IMAGENET_MEAN, IMAGENET_STD
 
 Array = npt.NDArray
@@ -69,7 +69,7 @@ def make_decoder(
     threads = threads or len(os.sched_getaffinity(0))
     how: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads, "mean": mean, "std": std}  # fmt: skip
     if kind == "auto":
-        kind = "software" if software.is_fast() else "pillow"
+        kind = "software" if pictures.is_fast() else "pillow"
         if device.type == "cuda":
             try:
                 import nvidia.dali  # noqa: F401
@@ -85,9 +85,9 @@ def make_decoder(
         from .dali import DaliDecoder
 
         return DaliDecoder(size, on_gpu=kind == "dali", **how)
-    if kind == "software" and not software.is_fast():
+    if kind == "software" and not pictures.is_fast():
         raise ModuleNotFoundError(
             'decoder: "software" needs simplejpeg: pip install "courier_fast[train]"'
         )
-    reader = software.fastest_reader() if kind == "software" else software.read_pillow
+    reader = pictures.fastest_reader() if kind == "software" else pictures.read_pillow
     return software.SoftwareDecoder(reader, size, **how)

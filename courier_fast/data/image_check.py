@@ -14,7 +14,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-from .software import MAX_PIXELS, exif_orientation, rgb
+from .pictures import MAX_PIXELS, exif_orientation, rgb
 
 # An item with several files uses the first of these.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif")

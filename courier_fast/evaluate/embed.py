@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from ..data.dataset import Dataset
 from ..data.decode import KINDS, Decoder, make_decoder
-from ..data.software import jpeg_header
+from ..data.pictures import seen_size
 from ..data.transforms import eval_windows
 from ..files import remove, sync, write_atomically
 
@@ -84,7 +83,7 @@ class FolderImages:
 
     def load(self, rows: Array) -> tuple[Tensor, Array]:
         images = [_read(self.paths[row]) for row in rows.tolist()]
-        windows = eval_windows(np.array([_seen_size(image) for image in images]))
+        windows = eval_windows(np.array([seen_size(image) for image in images]))
         return self.decoder.decode(images, windows, np.zeros(len(rows), bool))
 
     def fingerprint(self) -> str:
@@ -117,22 +116,6 @@ def _read(path: str) -> Array:
         return np.fromfile(path, np.uint8)
     except OSError:
         return np.zeros(0, np.uint8)
-
-
-def _seen_size(image: Array) -> tuple[int, int]:
-    """Height and width in pixels after EXIF rotation; (0, 0) where the header says nothing."""
-    header = jpeg_header(image)
-    if header is not None:
-        size = header.height, header.width
-        return size[::-1] if header.orientation >= 5 else size
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(image.tobytes())) as file:
-            turned = file.getexif().get(0x0112, 1) >= 5
-            return (file.width, file.height) if turned else (file.height, file.width)
-    except Exception:  # the decoder will flag it
-        return 0, 0
 
 
 def _hash(about: Any, *arrays: Array) -> str:
