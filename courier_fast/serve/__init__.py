@@ -1,0 +1,1 @@
+"""Trained encoders as files for servers: export, contract, and the way back."""
