@@ -34,12 +34,16 @@ COMMANDS = {
         "courier_fast.evaluate.sweep",
         "a grid of training settings: train, embed and evaluate each; one table, plots",
     ),
+    "index": (
+        "courier_fast.serve.index_command",
+        "nearest neighbours of items and images; clusters",
+    ),
     "report": (
         "courier_fast.report.command",
         "one HTML page about a run: pictures, curves, numbers",
     ),
 }
-EXTRAS = {"ctr": "ctr", "export": "export"}  # of pip, where it is not "train"
+EXTRAS = {"ctr": "ctr", "export": "export", "index": "index"}  # of pip, where it is not "train"
 
 
 def main(argv: list[str] | None = None) -> int:

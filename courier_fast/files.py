@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -30,6 +31,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         remove(path)
     os.replace(partial, path)
     sync(path.parent)
+
+
+def sha256(*paths: Path) -> str:
+    """ "sha256:..." of the bytes of a file, or of several in that order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return f"sha256:{digest.hexdigest()}"
 
 
 def remove(path: Path) -> None:

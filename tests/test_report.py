@@ -169,11 +169,11 @@ def test_ids_are_escaped(tmp_path: Path, tiny: Dataset) -> None:
 
 
 def test_an_item_without_a_picture_is_shown_as_such(tmp_path: Path, tiny: Dataset) -> None:
-    assert items.thumbnail(tiny, 0) is not None
+    assert items.data_uri(tiny.images[0].tobytes()) is not None
     store = tiny.images
     store._map = store._map.copy()
     store._map[store._starts[0] : store._ends[0]] = 0
-    assert items.thumbnail(tiny, 0) is None
+    assert items.data_uri(tiny.images[0].tobytes()) is None
     assert 'class="none"' in write(tmp_path, tiny)
 
 

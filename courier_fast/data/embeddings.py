@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .dataset import Dataset
+from .embedding_store import EmbeddingStore
 
 Array = npt.NDArray
 
@@ -30,30 +32,63 @@ def check_embeddings(embeddings: Array, dataset: Dataset) -> None:
 def read_embeddings(
     path: str | os.PathLike[str], dataset: Dataset, *, strict: bool = False
 ) -> Array:
-    """Embeddings [items, D] float32 in the dataset's order, from .npy (rows in that order) or .parquet (item_id, embedding).
+    """Embeddings [items, D] float32 in the dataset's order, from .npy (rows in that order), .parquet (item_id, embedding), or a folder that
+    `courier-fast embed` wrote.
 
-    Items without a row in the Parquet file are NaN, its other items are left out; `strict` takes neither. ValueError where the shape is another or
-    an id comes twice.
+    Items without a row in a Parquet file or folder are NaN, its other items are left out; `strict` takes neither. ValueError where the shape is
+    another or an id comes twice.
     """
     path = Path(path)
+    if path.is_dir():
+        table = _in_order(*EmbeddingStore.open(path).read(), dataset, path, strict)
+        check_embeddings(table, dataset)
+        return table
     if not path.is_file():
-        raise FileNotFoundError(f"embeddings: expected a .npy or .parquet file, got {path}")
+        raise FileNotFoundError(
+            f"embeddings: expected a .npy or .parquet file or a folder of `courier-fast embed`, got {path}"
+        )
     if path.suffix == ".npy":
         table = np.load(path, allow_pickle=False).astype(np.float32, copy=False)
     elif path.suffix == ".parquet":
-        table = _read_parquet(path, dataset, strict)
+        table = _in_order(*read_parquet(path), dataset, path, strict)
     else:
         raise ValueError(f"embeddings: expected a .npy or .parquet file, got {path}")
     check_embeddings(table, dataset)
     return table
 
 
+def read_vectors(path: str | os.PathLike[str]) -> tuple[pa.Array, Array, str | None]:
+    """Item ids, each once, embeddings [n, D] float32, and the space of the encoder (None where nobody wrote it down), of what
+    `courier-fast embed` wrote: a folder, .parquet, or .npy with its ids in the JSON beside it."""
+    path = Path(path)
+    if path.is_dir():
+        store = EmbeddingStore.open(path)
+        return *store.read(), store.space
+    if not path.is_file():
+        raise FileNotFoundError(f"embeddings: expected a folder or file of `courier-fast embed`, got {path}")  # fmt: skip
+    about = _beside(path)
+    if path.suffix == ".parquet":
+        return *read_parquet(path), about.get("space")
+    if "item_ids" not in about:
+        raise ValueError(f"embeddings: expected item_ids in {path}.json, got none; .parquet has them within")  # fmt: skip
+    table = np.load(path, allow_pickle=False).astype(np.float32, copy=False)
+    ids = pa.array(about["item_ids"], pa.string())
+    if table.ndim != 2 or len(table) != len(ids):
+        raise ValueError(f"embeddings: expected [{len(ids)}, D] in {path}, got {list(table.shape)}")
+    return ids, table, about.get("space")
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    """What the JSON file beside embeddings says; empty where there is none."""
+    beside = Path(f"{path}.json")
+    return json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+
+
 def trained_until(path: str | os.PathLike[str]) -> int | None:
     """Time of the newest page that the encoder was trained on, in seconds since 1970; None where nobody wrote it down beside the file."""
-    beside = Path(f"{os.fspath(path)}.json")
-    if not beside.is_file():
-        return None
-    value = json.loads(beside.read_text("utf-8")).get("trained_until")
+    if Path(path).is_dir():
+        return EmbeddingStore.open(path).trained_until
+    value = _beside(Path(path)).get("trained_until")
     return None if value is None else int(value)
 
 
@@ -64,7 +99,8 @@ def without_embedding(table: Array, dataset: Dataset) -> tuple[int, str]:
     return int(missing.sum()), first
 
 
-def _read_parquet(path: Path, dataset: Dataset, strict: bool) -> Array:
+def read_parquet(path: Path) -> tuple[pa.Array, Array]:
+    """Item ids, each once, and rows [n, D] of a Parquet file with the columns item_id and embedding. ValueError where it is none."""
     read = pq.read_table(path, columns=["item_id", "embedding"])
     read = read.filter(pc.is_valid(read["embedding"]))
     widths = pc.unique(pc.list_value_length(read["embedding"])).to_pylist()
@@ -74,12 +110,15 @@ def _read_parquet(path: Path, dataset: Dataset, strict: bool) -> Array:
     if len(ids.unique()) != len(ids):
         twice = next(v["values"] for v in pc.value_counts(ids).to_pylist() if v["counts"] > 1)
         raise ValueError(f"embeddings: expected each item_id once, got {twice} twice in {path}")
-    values = pc.list_flatten(read["embedding"]).to_numpy()
+    return ids, pc.list_flatten(read["embedding"]).to_numpy().reshape(-1, widths[0])
+
+
+def _in_order(ids: pa.Array, rows: Array, dataset: Dataset, path: Path, strict: bool) -> Array:
     where = pc.fill_null(pc.index_in(ids, dataset.item_ids), -1).to_numpy()
     if strict and (where < 0).any():
         raise ValueError(
             f"embeddings: expected items of {dataset.path} alone, got {(where < 0).sum()} others in {path} (first: {ids[int((where < 0).argmax())]})"
         )
-    table = np.full((dataset.num_items, widths[0]), np.nan, np.float32)
-    table[where[where >= 0]] = values.reshape(len(ids), -1)[where >= 0]
+    table = np.full((dataset.num_items, rows.shape[1]), np.nan, np.float32)
+    table[where[where >= 0]] = rows[where >= 0]
     return table

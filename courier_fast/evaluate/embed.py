@@ -37,13 +37,16 @@ Array = npt.NDArray
 class Source(Protocol):
     """The inputs of an encoder, by row.
 
-    `load(rows)` gives inputs [n, ...] and damaged [n] bool, whose inputs mean nothing; `fingerprint` changes when the inputs may have.
+    `load(rows)` gives inputs [n, ...] and damaged [n] bool, whose inputs mean nothing; `digest` is that of a row's bytes; `fingerprint` changes
+    when the inputs may have.
     """
 
     ids: Sequence[Any]  # [rows] text
     present: Array  # [rows] bool
 
     def load(self, rows: Array) -> tuple[Tensor, Array]: ...
+
+    def digest(self, row: int) -> str: ...
 
     def fingerprint(self) -> str: ...
 
@@ -60,6 +63,9 @@ class DatasetImages:
         return self.decoder.decode(
             self.store.take(rows.tolist()), windows, np.zeros(len(rows), bool)
         )
+
+    def digest(self, row: int) -> str:
+        return hashlib.sha256(self.store[row].tobytes()).hexdigest()
 
     def fingerprint(self) -> str:
         about = os.stat(self.store.path)
@@ -86,6 +92,9 @@ class FolderImages:
         windows = eval_windows(np.array([seen_size(image) for image in images]))
         return self.decoder.decode(images, windows, np.zeros(len(rows), bool))
 
+    def digest(self, row: int) -> str:
+        return hashlib.sha256(_read(self.paths[row]).tobytes()).hexdigest()
+
     def fingerprint(self) -> str:
         stats = [os.stat(path) for path in self.paths]
         return _hash([self.paths, [[s.st_size, s.st_mtime_ns] for s in stats]])
@@ -100,6 +109,9 @@ class FeatureRows:
 
     def load(self, rows: Array) -> tuple[Tensor, Array]:
         return torch.from_numpy(self.table[rows]), np.zeros(len(rows), bool)
+
+    def digest(self, row: int) -> str:
+        return hashlib.sha256(self.table[row].tobytes()).hexdigest()
 
     def fingerprint(self) -> str:
         return _hash([str(i) for i in self.ids], self.table)
@@ -221,6 +233,7 @@ def embed_source(
     dtype: torch.dtype | None = None,
     save_seconds: float = 5.0,
     bar: bool = False,
+    space: str | None = None,
 ) -> EmbedReport:
     """Writes embeddings of every row of `source` to `out`, and a JSON file of the same name with ".json" added.
 
@@ -234,6 +247,7 @@ def embed_source(
         dtype: autocast to it; None: as the encoder is.
         save_seconds: how often progress is saved.
         bar: shows progress in the terminal.
+        space: identity of the encoder, for the JSON file.
 
     Raises:
         ValueError: `out` is neither .npy nor .parquet, or batch is below 1.
@@ -278,7 +292,7 @@ def embed_source(
         [str(names[i]) for i in sorted(work.damaged)], resumed, time.monotonic() - began,
     )  # fmt: skip
     beside = {"rows": size, "dim": dim, "missing": report.missing, "damaged": report.damaged}
-    beside["trained_until"] = getattr(encoder, "about", {}).get("trained_until")
+    beside |= {"space": space, "trained_until": getattr(encoder, "about", {}).get("trained_until")}
     if out.suffix == ".npy":
         beside["item_ids"] = [str(name) for name in names]
     write_atomically(
@@ -437,15 +451,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--dataset", type=Path, help="folder written by `courier-fast prepare`")
     what.add_argument("--images", type=Path, help="any folder of images; ids are the files' names without suffix")  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="embeddings.npy or embeddings.parquet")  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="embeddings.npy, embeddings.parquet, or a folder that can grow")  # fmt: skip
+    parser.add_argument("--only-new", action="store_true", help="into a folder that is there: items that it lacks, and those with another image")  # fmt: skip
+    parser.add_argument("--since", metavar="DATE", help="with --only-new: looks at items first seen since then only")  # fmt: skip
     add_device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..serve.contract import contract_of_run
     from ..train.encoder import load_encoder
 
     device, dtype = device_of(args)
     encoder = load_encoder(args.run, device)
+    space = contract_of_run(args.run).space
     source: Source
     if args.dataset is not None:
         source = run_source(encoder, args.run, Dataset(args.dataset), args)
@@ -455,12 +473,31 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         source = FolderImages(args.images, make_decoder_for(encoder, device, args))
-    report = embed_source(
-        encoder, source, args.out, batch=args.batch, device=device, dtype=dtype, bar=True
-    )
+    how: dict[str, Any] = {"batch": args.batch, "device": device, "dtype": dtype, "bar": True}
+    if not args.out.suffix or args.out.is_dir():
+        return _run_folder(args, encoder, source, how | {"space": space})
+    if args.only_new or args.since:
+        raise ValueError(f"only_new, since: expected a folder as --out with them, got {args.out}")
+    report = embed_source(encoder, source, args.out, space=space, **how)
     print(
         f"{report.path}: {report.rows:,} embeddings of {report.dim} dimensions in {report.seconds:.1f} s"
         f" ({report.resumed:,} from an interrupted run); {len(report.missing):,} items without an image and"
         f" {len(report.damaged):,} with a damaged one are NaN and listed in {report.path.name}.json"
     )
+    return 0
+
+
+def _run_folder(args: argparse.Namespace, encoder: Any, source: Source, how: dict[str, Any]) -> int:
+    from .embed_new import embed_new, rows_since
+
+    rows = None
+    if args.since:
+        if args.dataset is None or not args.only_new:
+            raise ValueError("since: expected --dataset, which knows when items were first seen, and --only-new with it")  # fmt: skip
+        rows = rows_since(Dataset(args.dataset).item_first_seen, args.since)
+    store, report = embed_new(encoder, source, args.out, rows=rows, only_new=args.only_new, **how)
+    new, name = (0, "nothing new") if report is None else (report.rows, store.parts[-1]["name"])
+    print(f"{args.out}: {new:,} embeddings of {store.dim} dimensions more ({name}), {store.rows:,} rows in all; space {store.space[:19]}")  # fmt: skip
+    if report is not None and report.damaged:
+        print(f"{len(report.damaged):,} with a damaged image are NaN: {', '.join(report.damaged[:5])}")  # fmt: skip
     return 0

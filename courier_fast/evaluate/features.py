@@ -163,19 +163,35 @@ def cluster_features(
         clusters: numbers of clusters, each at most the number of known items (else that many).
         seed: of the centroids; same seed, same clusters.
     """
-    import faiss
-
     if not clusters or min(clusters) < 1:
         raise ValueError(f"clusters: expected numbers of at least 1, got {list(clusters)}")
-    have, rows = _known(embeddings, known)
-    rows = _unit(rows)
-    found = np.full((len(have), len(clusters)), -1, np.int32)
-    for column, k in enumerate(clusters):
-        means = faiss.Kmeans(
-            rows.shape[1], min(k, len(rows)), niter=20, spherical=True, seed=seed, min_points_per_centroid=1
-        )  # fmt: skip
-        means.train(rows)
-        found[have, column] = means.index.search(_unit(embeddings[have]), 1)[1][:, 0]
+    return np.stack(
+        [nearest_centroid(embeddings, centroids_of(embeddings, known, k, seed)) for k in clusters],
+        1,
+    )
+
+
+def centroids_of(embeddings: Array, known: Array | None, clusters: int, seed: int = 0) -> Array:
+    """[clusters, D] float32: k-means centroids by cosine of the rows of `known` (None: all); fewer where there are fewer rows."""
+    import faiss
+
+    rows = _unit(_known(embeddings, known)[1])
+    means = faiss.Kmeans(
+        rows.shape[1], min(clusters, len(rows)), niter=20, spherical=True, seed=seed, min_points_per_centroid=1
+    )  # fmt: skip
+    means.train(rows)
+    return np.asarray(means.centroids)
+
+
+def nearest_centroid(embeddings: Array, centroids: Array) -> Array:
+    """[items] int32: the number of the nearest of the centroids [k, D] by cosine, -1 without an embedding."""
+    import faiss
+
+    have, _ = _known(embeddings, None)
+    index = faiss.IndexFlatIP(centroids.shape[1])
+    index.add(centroids)
+    found = np.full(len(have), -1, np.int32)
+    found[have] = index.search(_unit(embeddings[have]), 1)[1][:, 0]
     return found
 
 

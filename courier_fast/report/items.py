@@ -24,10 +24,10 @@ COLOURS = 8  # categories that are told apart in a picture
 THUMBNAIL = 112  # pixels: twice the side they are shown at on most screens
 
 
-def thumbnail(dataset: Dataset, item: int, side: int = THUMBNAIL) -> str | None:
-    """An item's picture as a data URI: a small JPEG, its centre cut square. None where there is none that can be read."""
+def data_uri(encoded: bytes, side: int = THUMBNAIL) -> str | None:
+    """A picture as a data URI: a small JPEG, its centre cut square. None where it cannot be read."""
     try:
-        with Image.open(io.BytesIO(dataset.images[item].tobytes())) as image:
+        with Image.open(io.BytesIO(encoded)) as image:
             small = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side))
     except (OSError, ValueError, SyntaxError):
         return None
@@ -39,15 +39,15 @@ def thumbnail(dataset: Dataset, item: int, side: int = THUMBNAIL) -> str | None:
 class Pictures:
     """What the template needs to show an item: picture, id, category."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, side: int = THUMBNAIL) -> None:
+        self.dataset, self.side = dataset, side
 
     def __call__(self, item: int, **more: Any) -> dict[str, Any]:
         category = self.dataset.categories[item].as_py()
         return {
             "id": self.dataset.item_ids[item].as_py(),
             "category": category or "",
-            "src": thumbnail(self.dataset, item),
+            "src": data_uri(self.dataset.images[item].tobytes(), self.side),
             **more,
         }
 

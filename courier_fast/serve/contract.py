@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..files import sha256
+
 SCHEMA = 1
 NAME = "contract.json"
 
@@ -111,16 +113,6 @@ class Contract:
                 f"{path} was altered: expected {expected[:15]}..., got {found[:15]}...; export it again"
             )
         return path
-
-
-def sha256(*paths: Path) -> str:
-    """ "sha256:..." of the bytes of a file, or of several in that order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return f"sha256:{digest.hexdigest()}"
 
 
 def space_of(weights: str, about: dict[str, Any]) -> str:

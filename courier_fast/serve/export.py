@@ -17,12 +17,12 @@ import torch
 
 from .. import __version__
 from ..data.dataset import Dataset
-from ..files import write_atomically
+from ..files import sha256, write_atomically
 from ..train.config import Config
 from ..train.encoder import load_encoder
 from .artifacts import check_installed, program_of, write_onnx, write_precision, write_torch
 from .card import write_card
-from .contract import NAME, Contract, contract_of_run, sha256
+from .contract import NAME, Contract, contract_of_run
 from .golden import FOLDER, scene, write_golden
 from .load import PRECISIONS, onnx_run
 from .measure import (

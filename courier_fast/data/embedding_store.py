@@ -1,0 +1,126 @@
+"""A folder of embeddings that grows: numbered parts, never changed once they are there, and a manifest that says which there are.
+
+| file | |
+| --- | --- |
+| manifest.json | format, space, dim, trained_until, parts [{name, rows, sha256}] |
+| part-00000.parquet | item_id (string), embedding (fixed_size_list<float32>[D]; NaN without an image that can be read), source (string: sha256 of what was encoded), encoded_at (timestamp, UTC) |
+
+Of an item in several parts the last one counts. `space` is the identity of the encoder: vectors of two encoders cannot be compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..files import sha256, write_atomically
+
+Array = npt.NDArray
+
+FORMAT = 1
+NAME = "manifest.json"
+ROWS = 50_000  # of a row group
+
+
+@dataclass(frozen=True)
+class EmbeddingStore:
+    """An opened folder; `append` gives the folder as it is then."""
+
+    path: Path
+    space: str
+    dim: int
+    trained_until: int | None
+    parts: tuple[dict[str, Any], ...] = ()
+    format: int = FORMAT
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> EmbeddingStore:
+        """FileNotFoundError where the folder or a part is not there, ValueError where the format is another."""
+        path = Path(path)
+        if not (path / NAME).is_file():
+            raise FileNotFoundError(f"embeddings: expected a folder that `courier-fast embed` wrote (with {NAME}), got {path}")  # fmt: skip
+        about = json.loads((path / NAME).read_text("utf-8"))
+        if about.get("format") != FORMAT:
+            raise ValueError(f"embeddings: expected format {FORMAT}, got {about.get('format')} in {path / NAME}")  # fmt: skip
+        parts = tuple(about.pop("parts"))
+        for part in parts:
+            if not (path / part["name"]).is_file():
+                raise FileNotFoundError(f"embeddings: {path / part['name']} is in {NAME}, but is not there")  # fmt: skip
+        return cls(path, parts=parts, **about)
+
+    @property
+    def rows(self) -> int:
+        """Of all parts; an item that was encoded again counts each time."""
+        return sum(part["rows"] for part in self.parts)
+
+    def require(self, space: str) -> None:
+        """ValueError unless the folder is of this space."""
+        if space != self.space:
+            raise ValueError(
+                f"embeddings: expected an encoder of the space {self.space[:19]} of {self.path}, got {space[:19]}: vectors of two encoders cannot be "
+                "compared; choose another folder"
+            )
+
+    def append(self, ids: Sequence[str], sources: Sequence[str], embeddings: Array) -> EmbeddingStore:  # fmt: skip
+        """Writes one more part: item ids, sha256 of what was encoded, rows [n, dim] float32. The manifest is written last."""
+        number = max((int(p["name"][5:10]) for p in self.parts), default=-1) + 1
+        name, now = f"part-{number:05}.parquet", datetime.now(timezone.utc)
+        table = pa.table(
+            {
+                "item_id": pa.array(ids, pa.string()),
+                "embedding": pa.FixedSizeListArray.from_arrays(
+                    pa.array(np.ascontiguousarray(embeddings, np.float32).ravel()), self.dim
+                ),
+                "source": pa.array(sources, pa.string()),
+                "encoded_at": pa.array([now] * len(ids), pa.timestamp("s", "UTC")),
+            }
+        )
+        write_atomically(self.path / name, lambda p: pq.write_table(table, p, row_group_size=ROWS))
+        part = {"name": name, "rows": len(ids), "sha256": sha256(self.path / name)}
+        return replace(self, parts=(*self.parts, part)).write()
+
+    def write(self) -> EmbeddingStore:
+        """The manifest."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        about = {name: value for name, value in asdict(self).items() if name != "path"}
+        text = json.dumps(about, indent=1)
+        write_atomically(self.path / NAME, lambda p: p.write_text(text, "utf-8"))
+        return self
+
+    def has(self, ids: Sequence[str], sources: Sequence[str]) -> Array:
+        """[n] bool: the item's newest row was made from the same."""
+        newest = self._newest(["item_id", "source"])
+        place = pc.index_in(pa.array(ids, pa.string()), newest["item_id"].combine_chunks())
+        before = newest["source"].combine_chunks().take(place)
+        return pc.fill_null(pc.equal(before, pa.array(sources, pa.string())), False).to_numpy(zero_copy_only=False)  # fmt: skip
+
+    def read(self) -> tuple[pa.Array, Array]:
+        """Item ids, each once, and their newest rows [n, dim] float32. ValueError names a part that was altered."""
+        for part in self.parts:
+            found = sha256(self.path / part["name"])
+            if found != part["sha256"]:
+                raise ValueError(f"embeddings: {self.path / part['name']} was altered: expected {part['sha256'][:19]}, got {found[:19]}")  # fmt: skip
+        newest = self._newest(["item_id", "embedding"])
+        rows = newest["embedding"].combine_chunks()
+        return newest["item_id"].combine_chunks(), rows.flatten().to_numpy().reshape(-1, self.dim)
+
+    def _newest(self, columns: list[str]) -> pa.Table:
+        schema = pa.schema([("item_id", pa.string()), ("source", pa.string()), ("embedding", pa.list_(pa.float32(), self.dim))])  # fmt: skip
+        empty = pa.schema([schema.field(c) for c in columns]).empty_table()
+        table = pa.concat_tables(
+            [empty, *(pq.read_table(self.path / p["name"], columns=columns).cast(empty.schema) for p in self.parts)]
+        )  # fmt: skip
+        place = pa.array(np.arange(len(table)))
+        last = pa.table({"id": table["item_id"], "place": place}).group_by("id").aggregate([("place", "max")])  # fmt: skip
+        return table.take(pa.array(np.sort(last["place_max"].to_numpy())))

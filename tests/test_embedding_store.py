@@ -1,0 +1,179 @@
+"""Folders of embeddings: what is new is appended, what is there stays, and vectors of two encoders do not mix."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from dataset_factory import make_dataset
+from torch import Tensor, nn
+
+from courier_fast.data.dataset import Dataset
+from courier_fast.data.embedding_store import EmbeddingStore
+from courier_fast.data.embeddings import read_embeddings, read_vectors, trained_until
+from courier_fast.evaluate import embed
+from courier_fast.evaluate.embed import FeatureRows
+from courier_fast.evaluate.embed_new import embed_new, rows_since
+
+SPACE = "sha256:" + "a" * 64
+
+
+class Double(nn.Module):
+    """Features [n, 3] to twice them; counts the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim, self.rows = 3, 0
+        self.about = {"trained_until": 7}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows += len(x)
+        return 2 * x
+
+
+def source(names: str, seed: int = 0, changed: str = "") -> FeatureRows:
+    """A row for each letter, always the same for a letter, but where it has changed."""
+    rows = [np.random.default_rng([ord(c), c in changed, seed]).normal(size=3) for c in names]
+    return FeatureRows(np.array(rows, np.float32), list(names))
+
+
+def checksums(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.glob("part-*"))}
+
+
+def test_only_what_is_new_or_changed_is_encoded(tmp_path: Path) -> None:
+    encoder, folder = Double(), tmp_path / "e"
+    embed_new(encoder, source("abcde"), folder, space=SPACE)
+    before = checksums(folder)
+    assert encoder.rows == 5
+    later = source("abcdefg", changed="bd")
+    store, report = embed_new(encoder, later, folder, space=SPACE, only_new=True)
+    assert report is not None and report.rows == 4 and encoder.rows == 9
+    assert {n: b for n, b in checksums(folder).items() if n in before} == before
+    ids, rows = EmbeddingStore.open(folder).read()
+    whole = embed_new(encoder, later, tmp_path / "whole", space=SPACE)[0].read()
+    order, other = np.argsort(ids.to_pylist()), np.argsort(whole[0].to_pylist())
+    assert ids.take(order).to_pylist() == whole[0].take(other).to_pylist() == list("abcdefg")
+    np.testing.assert_array_equal(rows[order], whole[1][other])
+    assert store.rows == 9 and store.trained_until == trained_until(folder) == 7
+    assert embed_new(encoder, later, folder, space=SPACE, only_new=True)[1] is None
+    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "part-00000.parquet", "part-00001.parquet"]  # fmt: skip
+
+
+def test_rows_that_are_not_looked_at_are_not_encoded(tmp_path: Path) -> None:
+    encoder = Double()
+    seen = np.array(["2024-01-01", "2024-03-01", "2024-02-01"], "datetime64[s]").astype(np.int64)
+    rows = rows_since(seen, "2024-02-01")
+    assert rows.tolist() == [1, 2]
+    store, _ = embed_new(encoder, source("abc"), tmp_path / "e", space=SPACE, rows=rows)
+    assert store.read()[0].to_pylist() == ["b", "c"]
+    with pytest.raises(ValueError, match="since: expected a date"):
+        rows_since(seen, "soon")
+
+
+def test_a_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, encoder = tmp_path / "e", Double()
+    embed_new(encoder, source("abc"), folder, space=SPACE)
+    more = source("abcdefghij")
+    calls = 0
+
+    def load(rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return FeatureRows.load(more, rows)
+
+    monkeypatch.setattr(more, "load", load)
+    how = {"space": SPACE, "only_new": True, "batch": 2, "save_seconds": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        embed_new(encoder, more, folder, **how)
+    assert EmbeddingStore.open(folder).read()[0].to_pylist() == list("abc")
+    encoder.rows = 0
+    _, report = embed_new(encoder, more, folder, **how)
+    assert report is not None and report.resumed == 7 - encoder.rows > 0
+    ids, rows = EmbeddingStore.open(folder).read()
+    assert ids.to_pylist() == list("abcdefghij")
+    np.testing.assert_array_equal(rows, 2 * more.table)
+
+
+def test_items_without_a_source_are_left_out(tmp_path: Path) -> None:
+    some = source("abc")
+    some.table[1] = np.nan
+    store, _ = embed_new(Double(), FeatureRows(some.table, some.ids), tmp_path / "e", space=SPACE)
+    assert store.read()[0].to_pylist() == ["a", "c"]
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    folder, encoder = tmp_path / "e", Double()
+    store, _ = embed_new(encoder, source("ab"), folder, space=SPACE)
+    with pytest.raises(ValueError, match="has 2 embeddings already; --only-new appends"):
+        embed_new(encoder, source("ab"), folder, space=SPACE)
+    other = "sha256:" + "b" * 64
+    with pytest.raises(
+        ValueError, match="space sha256:aaaaaaaaaaaa of .*, got sha256:bbbbbbbbbbbb"
+    ):
+        embed_new(encoder, source("abc"), folder, space=other, only_new=True)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "file").touch()
+    with pytest.raises(ValueError, match="out: expected a folder of embeddings or none"):
+        embed_new(encoder, source("ab"), tmp_path / "x", space=SPACE)
+    part = folder / store.parts[0]["name"]
+    table = pq.read_table(part)
+    pq.write_table(table.slice(0, 1), part)
+    with pytest.raises(ValueError, match=r"part-00000.parquet was altered"):
+        EmbeddingStore.open(folder).read()
+    part.unlink()
+    with pytest.raises(FileNotFoundError, match=r"part-00000.parquet is in manifest.json"):
+        EmbeddingStore.open(folder)
+    about = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(about | {"format": 9}))
+    with pytest.raises(ValueError, match="expected format 1, got 9"):
+        EmbeddingStore.open(folder)
+    with pytest.raises(FileNotFoundError, match="with manifest.json"):
+        EmbeddingStore.open(tmp_path)
+
+
+def test_the_command_grows_a_folder_that_others_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from test_embed import command, make_run
+
+    from courier_fast.serve.contract import contract_of_run
+
+    data = make_dataset(tmp_path / "d", images=False)
+    features = tmp_path / "features.npy"
+    np.save(features, np.random.default_rng(0).normal(size=(50, 12)).astype(np.float32))
+    make_run(tmp_path / "run", data.path, features=features)
+    common = ("--run", tmp_path / "run", "--dataset", data.path, "--device", "cpu")
+    folder = tmp_path / "e"
+    assert command(embed, *common, "--out", folder, "--since", "1970-01-01", "--only-new") == 0
+    assert "50 embeddings of 8 dimensions more (part-00000.parquet)" in capsys.readouterr().out
+    assert command(embed, *common, "--out", folder, "--only-new") == 0
+    assert "0 embeddings of 8 dimensions more (nothing new)" in capsys.readouterr().out
+    assert command(embed, *common, "--out", tmp_path / "e.npy") == 0
+    assert command(embed, *common, "--out", tmp_path / "e.parquet") == 0
+    table = read_embeddings(folder, Dataset(data.path), strict=True)
+    np.testing.assert_array_equal(table, np.load(tmp_path / "e.npy"))
+    space = contract_of_run(tmp_path / "run").space
+    for name in ("e", "e.npy", "e.parquet"):
+        ids, rows, said = read_vectors(tmp_path / name)
+        assert ids.to_pylist() == data.item_ids.to_pylist() and said == space
+        np.testing.assert_array_equal(rows, table)
+    for wrong in (("--out", tmp_path / "e.npy", "--only-new"), ("--out", folder, "--since", "1970-01-01")):  # fmt: skip
+        with pytest.raises(ValueError, match="only_new, since: expected a folder|since: expected"):
+            command(embed, *common, *wrong)
+
+
+def test_embeddings_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    np.save(tmp_path / "e.npy", np.ones((3, 2), np.float32))
+    with pytest.raises(ValueError, match=r"expected item_ids in .*e.npy.json"):
+        read_vectors(tmp_path / "e.npy")
+    (tmp_path / "e.npy.json").write_text(json.dumps({"item_ids": ["a", "b"]}))
+    with pytest.raises(ValueError, match=r"expected \[2, D\]"):
+        read_vectors(tmp_path / "e.npy")
+    with pytest.raises(FileNotFoundError, match="expected a folder or file"):
+        read_vectors(tmp_path / "other.npy")
