@@ -21,7 +21,7 @@ import polars as pl
 import pyarrow as pa
 
 from .. import __version__
-from ..files import sync
+from ..files import sync_all
 from . import spool as on_disk
 from .dataset import FORMAT, SPLITS, write_table
 from .events import Items, Raw, Sorted, choose_items, read, sort_events
@@ -233,7 +233,7 @@ def prepare(
     try:
         report = _write(partial, source, images, options)
         shutil.rmtree(partial / "scratch")
-        sync(partial)
+        sync_all(partial)
         if out.exists():
             old = out.with_name(f"{out.name}.old-{os.getpid()}")
             out.rename(old)
