@@ -35,6 +35,7 @@ except ModuleNotFoundError:  # Pillow alone then resizes
 Array = npt.NDArray
 
 MAX_PIXELS = 100_000_000  # more is taken for a decompression bomb
+MAX_FILE = 1 << 28  # bytes; a larger file is not read
 
 
 # ---- windows in pixels, and orientation -----------------------------------------------------------------------------
@@ -155,7 +156,8 @@ def seen_size(image: Array) -> tuple[int, int]:
         size = header.height, header.width
         return size[::-1] if header.orientation >= 5 else size
     try:
-        with Image.open(io.BytesIO(image.tobytes())) as file:
+        with Image.open(io.BytesIO(memoryview(image))) as file:  # type: ignore[arg-type]
+            check_size(file.height, file.width)  # a PNG's EXIF block may stand behind its pixels
             return seen_size_pillow(file)
     except Exception:  # the decoder will flag it
         return 0, 0
@@ -184,7 +186,8 @@ def resize(picture: Array, size: int) -> Array:
     return x[0].permute(1, 2, 0).numpy()
 
 
-def _limit(height: int, width: int) -> None:
+def check_size(height: int, width: int) -> None:
+    """ValueError for an image whose header says that it is larger than any photo: before memory is taken for it."""
     if height * width > MAX_PIXELS:
         raise ValueError(f"image: expected at most {MAX_PIXELS:,} pixels, got {width} x {height}")
 
@@ -200,7 +203,7 @@ def read_pillow(image: Array, window: Array, size: int) -> Array:
 
 def resize_pillow(image: Image.Image, window: Array, size: int) -> Array:
     """A window of an image of Pillow's as seen, [size, size, 3] uint8."""
-    _limit(image.height, image.width)
+    check_size(image.height, image.width)
     seen = rgb(ImageOps.exif_transpose(image))
     rows, columns = pixels(window, seen.height, seen.width)
     box = (columns.start, rows.start, columns.stop, rows.stop)
@@ -252,7 +255,7 @@ def read_fast(image: Array, window: Array, size: int) -> Array:
     if header is None or header.components not in (1, 3, 4):
         return read_pillow(image, window, size)
     height, width, components, orientation, _ = header
-    _limit(height, width)
+    check_size(height, width)
     if orientation != 1:
         window = stored_window(window, orientation)
     eighths = 8

@@ -293,7 +293,10 @@ def _write(
         **_counts(raw),
         "users": len(sorted_.user_ids),
         "items": len(items.table),
-        "images": None if images is None else {"usable": len(items.table), "missing": items.missing, "undecodable": items.undecodable},
+        "images": None if images is None else {
+            "usable": len(items.table), "missing": items.missing, "undecodable": items.undecodable,
+            "folders_not_followed": items.not_followed,
+        },
         "pages": {
             "candidates": sum(pages.fates.values()), "kept": len(times), "dropped": pages.dropped, "items": len(shown["item"]),
             "median_history": _median_history(columns, options.max_history),
