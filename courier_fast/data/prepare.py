@@ -210,7 +210,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Writes the dataset folder `out` (see dataset.py) and gives its report.
 
-    The folder appears when it is complete: until then there is `out`.partial-<pid>, which is removed again where something fails. Items
+    The folder appears when it is complete: until then there is `<out>.partial-<pid>`, which is removed again where something fails. Items
     that no event or page names are left out, and with `images` those without a usable one, before any page is made.
 
     Args:
