@@ -98,6 +98,7 @@ def read(parser: argparse.ArgumentParser, given: Any, whole: bool) -> None:
         for action in p._actions:
             if isinstance(action, argparse._SubParsersAction):
                 parsers += action.choices.values()
+                action.required &= whole
             elif not whole:
                 action.required = False
                 if not action.option_strings and action.nargs is None:

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from test_embed import Tiny, embed_folder
 
-from courier_fast.data import events, image_check
+from courier_fast.data import events, image_check, pictures
 from courier_fast.data.command import print_report
 from courier_fast.data.image_check import LEADS_OUT, check_image
 from courier_fast.data.layouts import Columns, generic
@@ -126,11 +126,13 @@ def test_a_file_that_is_too_large_is_not_read(
     small, large = tmp_path / "0.jpg", tmp_path / "1.jpg"
     small.write_bytes(jpeg(0))
     large.write_bytes(jpeg(1) + bytes(5000))
-    monkeypatch.setattr(image_check, "MAX_FILE", large.stat().st_size - 1)
+    monkeypatch.setattr(pictures, "MAX_FILE", large.stat().st_size - 1)
     checked = list(image_check.check_images([str(small), str(large)]))
     assert checked[0].image == jpeg(0)
     assert "bytes are over" in checked[1].reason and checked[1].image is None
     assert embed_folder(Tiny(), tmp_path, tmp_path / "e.npy").damaged == ["1"]
+    with pytest.raises(ValueError, match="bytes are over"):
+        pictures.read_image(str(large))
 
 
 def bombs() -> dict[str, bytes]:
@@ -165,12 +167,14 @@ def bombs() -> dict[str, bytes]:
 
 
 MEASURED = """
-import sys
+import io, sys
 from pathlib import Path
 import numpy as np
+from PIL import Image
 from courier_fast.data import pictures
 from courier_fast.data.image_check import check_image
 from courier_fast.data.pictures import seen_size
+from courier_fast.serve.load import square
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -191,6 +195,12 @@ for data in files:
     assert check_image(data).image is None
     assert check_image(data, shrink=32).image is None
     seen_size(np.frombuffer(data, np.uint8))
+    try:
+        square(Image.open(io.BytesIO(data)), 32)
+    except Exception:
+        pass
+    else:
+        raise AssertionError("taken")
     assert all(refused(read, data) for read in readers)
 print(peak() - before)
 """

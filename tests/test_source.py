@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "jsonpickle", "marshal", "shelve"}
 CALLS = {
-    "eval", "exec", "os.system", "os.popen", "pandas.read_pickle", "torch.hub.load", "torch.jit.load",
+    "eval", "exec", "torch.export.load", "torch.package.PackageImporter", "os.system", "os.popen", "pandas.read_pickle", "torch.hub.load", "torch.jit.load",
     "yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.load_all", "yaml.unsafe_load_all",
 }  # fmt: skip
 # torch.distributed's objects travel as pickles.

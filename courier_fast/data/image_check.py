@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 import warnings
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-from .pictures import MAX_FILE, check_size, exif_orientation, rgb
+from .pictures import check_size, exif_orientation, read_image, rgb
 
 LEADS_OUT = "a symbolic link out of the folder of images, not followed"
 # An item with several files uses the first of these.
@@ -73,17 +72,6 @@ def index_images(folder: Path, stems: Container[str]) -> ImageFiles:
         for which in (False, True)
     )
     return ImageFiles(inside, outside, sorted(linked))
-
-
-def read_image(path: str) -> bytes:
-    """An image file's bytes. OSError where it cannot be read; ValueError where it is no file or one that is too large."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError("not a file")
-        if about.st_size > MAX_FILE:
-            raise ValueError(f"{about.st_size:,} bytes are over {MAX_FILE:,}")
-        return file.read()
 
 
 def check_image(data: bytes, shrink: int = 0) -> Checked:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
+import stat
 import struct
 import threading
 from collections.abc import Callable
@@ -149,6 +151,17 @@ def exif_orientation(image: Array) -> int:
     return 1 if header is None else header.orientation
 
 
+def read_image(path: str) -> bytes:
+    """An image file's bytes. OSError where it cannot be read; ValueError where it is no file or one that is too large."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("not a file")
+        if about.st_size > MAX_FILE:
+            raise ValueError(f"{about.st_size:,} bytes are over {MAX_FILE:,}")
+        return file.read()
+
+
 def seen_size(image: Array) -> tuple[int, int]:
     """Height and width in pixels after EXIF rotation; (0, 0) where the header says nothing."""
     header = jpeg_header(image)
@@ -157,14 +170,14 @@ def seen_size(image: Array) -> tuple[int, int]:
         return size[::-1] if header.orientation >= 5 else size
     try:
         with Image.open(io.BytesIO(memoryview(image))) as file:  # type: ignore[arg-type]
-            check_size(file.height, file.width)  # a PNG's EXIF block may stand behind its pixels
             return seen_size_pillow(file)
     except Exception:  # the decoder will flag it
         return 0, 0
 
 
 def seen_size_pillow(image: Image.Image) -> tuple[int, int]:
-    """Of an image of Pillow's."""
+    """Of an image of Pillow's. ValueError where it is larger than any photo."""
+    check_size(image.height, image.width)  # a PNG's EXIF block may stand behind its pixels
     turned = image.getexif().get(0x0112, 1) in _TRANSPOSED
     return (image.width, image.height) if turned else (image.height, image.width)
 

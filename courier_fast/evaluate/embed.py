@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..data.dataset import Dataset
 from ..data.decode import KINDS, Decoder, make_decoder
-from ..data.pictures import seen_size
+from ..data.pictures import read_image, seen_size
 from ..data.transforms import eval_windows
 from ..files import remove, sync, write_atomically
 
@@ -139,8 +139,6 @@ def _size_and_time(path: str) -> tuple[int, int]:
 
 def _read(path: str) -> Array:
     """A file's bytes; none where it is gone, unreadable or too large, which is a damaged image."""
-    from ..data.image_check import read_image
-
     try:
         return np.frombuffer(read_image(path), np.uint8)
     except (OSError, ValueError):
