@@ -1,4 +1,4 @@
-.PHONY: install test lint bench gpu
+.PHONY: install test lint bench gpu docs
 
 install:
 	pip install -e ".[test,dev]"
@@ -16,3 +16,6 @@ bench:
 
 gpu:
 	python -m bench.gpu --out build/gpu
+
+docs:
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build

@@ -9,11 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def sync(path: Path) -> None:
+def sync_all(path: Path) -> None:
     """Flushes a file, or a folder with everything in it, to the disk."""
     if path.is_dir():
         for child in path.iterdir():
-            sync(child)
+            sync_all(child)
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -26,7 +31,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     remove(partial)
     write(partial)
-    sync(partial)
+    sync_all(partial)
     if path.is_dir():
         remove(path)
     os.replace(partial, path)

@@ -9,6 +9,7 @@ the last one is computed with.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -89,8 +90,7 @@ class Peers:
 
     def _raise(self, facts: dict[str, Any], error: Exception | None) -> None:
         text = None if error is None else (type(error).__name__, str(error))
-        every: list[Any] = [None] * self.size
-        dist.all_gather_object(every, (text, facts), group=_cpu_group(self.group))
+        every = self._gather_json([text, {name: repr(value) for name, value in facts.items()}])
         for rank, (found, _) in enumerate(every):
             if found is not None:
                 kind = _ERRORS.get(found[0], RuntimeError)
@@ -100,9 +100,19 @@ class Peers:
             for name in first | here:
                 if first.get(name) != here.get(name):
                     raise ValueError(
-                        f"{name}: expected the same on every process, got {first.get(name)!r} on rank 0 and "
-                        f"{here.get(name)!r} on rank {rank}"
+                        f"{name}: expected the same on every process, got {first.get(name)} on rank 0 and "
+                        f"{here.get(name)} on rank {rank}"
                     )
+
+    def _gather_json(self, mine: Any) -> list[Any]:
+        """What each process gives; as JSON, since torch.distributed's objects are pickled."""
+        text, group = json.dumps(mine).encode(), _cpu_group(self.group)
+        lengths = torch.empty(self.size, dtype=torch.int64)
+        _all_gather(lengths, torch.tensor([len(text)]), group)
+        longest = int(lengths.max())
+        every = torch.empty(self.size * longest, dtype=torch.uint8)
+        _all_gather(every, torch.tensor(list(text.ljust(longest)), dtype=torch.uint8), group)
+        return [json.loads(bytes(part.tolist())) for part in every.split(longest)]
 
     def sum(self, x: Tensor) -> Tensor:
         """Of all processes; on the device, without a host synchronisation."""

@@ -45,6 +45,8 @@ def print_report(report: dict[str, Any]) -> None:
             + ("\n  ... (report.json has all)" if len(bad) > 5 else ""),
             markup=False,
         )
+        for link in images["folders_not_followed"]:
+            console.print(f"{link}: a link out of the folder of images, not followed", markup=False)
     for name, split in report["splits"].items():
         when = f", {split['from']} to {split['to']}" if split["pages"] else ""
         console.print(f"{name}: {split['pages']:,} pages{when}")

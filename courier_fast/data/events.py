@@ -16,7 +16,7 @@ from rich.progress import track
 
 from . import spool as on_disk
 from .dataset import ImageStoreWriter
-from .image_check import check_images, index_images
+from .image_check import LEADS_OUT, check_images, index_images
 from .layouts import Source
 from .options import PrepareOptions
 from .pages import (
@@ -30,6 +30,8 @@ EVENT = np.dtype([("user", np.int32), ("item", np.int32), ("time", np.int64)])
 SHOWN = np.dtype([*EVENT.descr, ("page", np.uint64), ("clicked", np.uint8)])
 
 NO_IMAGE = "item without a usable image"
+MAX_ID = 1024  # bytes; a longer "id" is something else, an unclosed quote for example
+MAX_CODES = np.iinfo(np.int32).max  # users, or items
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -52,6 +54,8 @@ class Ids:
         new = new.unique("code").sort("code")
         self._parts.append(new["id"])
         self.count += len(new)
+        if self.count > MAX_CODES:
+            raise ValueError(f"source: expected at most {MAX_CODES:,} users and items, got more")
         return codes.to_numpy().astype(np.int32)
 
     def all(self) -> pl.Series:
@@ -95,7 +99,10 @@ def read(source: Source, folder: Path) -> Raw:
                 _spool(batch, spool, raw, counts)
         except pl.exceptions.PolarsError as error:
             files = ", ".join(str(f) for f in source.files) or "the source"
-            raise ValueError(f"{files}: cannot be read: {error}") from error
+            text = str(error)  # after an unclosed quote it has the rest of the file
+            if len(text) > 1000:
+                text = f"{text[:300]} ... {text[-300:]}"
+            raise ValueError(f"{files}: cannot be read: {text}") from error
     return raw
 
 
@@ -104,8 +111,10 @@ def _spool(batch: pl.DataFrame, spool: Spool, raw: Raw, counts: Counter[str]) ->
     counts["read"] += len(batch)
     known = batch.filter(pl.all_horizontal(pl.col(n).is_not_null() for n in names))
     counts["no user, item or page id"] += len(batch) - len(known)
-    batch = known.filter(pl.col("time").is_not_null())
-    counts["time missing or unreadable"] += len(known) - len(batch)
+    short = known.filter(pl.all_horizontal(pl.col(n).str.len_bytes() <= MAX_ID for n in names))
+    counts[f"an id of over {MAX_ID:,} bytes"] += len(known) - len(short)
+    batch = short.filter(pl.col("time").is_not_null())
+    counts["time missing or unreadable"] += len(short) - len(batch)
     records = np.zeros(len(batch), spool.dtype)
     records["user"] = raw.users.codes(batch["user_id"])
     records["item"] = raw.items.codes(batch["item_id"])
@@ -134,6 +143,7 @@ class Items:
     row: Array  # [codes] int32: the row of a code, -1 where the item does not stay
     missing: list[str]
     undecodable: dict[str, str]
+    not_followed: list[str]  # links to folders
 
 
 def choose_items(
@@ -159,12 +169,17 @@ def choose_items(
     )
     missing: list[str] = []
     undecodable: dict[str, str] = {}
+    not_followed: list[str] = []
     stays = np.ones(len(table), bool)
     if images is not None:
         names = table["item_id"].to_list()
         other = table["image"].to_list()
-        paths = index_images(images, {*names, *(n for n in other if n is not None)})
-        chosen = [paths.get(a) or paths.get(b) for a, b in zip(names, other, strict=True)]
+        files = index_images(images, {*names, *(n for n in other if n is not None)})
+        chosen, links = (
+            [by_stem.get(a) or by_stem.get(b) for a, b in zip(names, other, strict=True)]
+            for by_stem in (files.paths, files.outside)
+        )
+        not_followed = files.folders
         with ImageStoreWriter(out / "images.arrow") as store:
             checks = check_images(chosen, shrink=options.shrink, threads=options.threads)
             quiet = not sys.stderr.isatty()
@@ -176,18 +191,21 @@ def choose_items(
                     store.append(checked.image, checked.height, checked.width)
                     continue
                 stays[i] = False
-                if chosen[i] is None:
-                    missing.append(names[i])
-                else:
+                if chosen[i] is not None:
                     undecodable[names[i]] = checked.reason
+                elif links[i] is not None:
+                    undecodable[names[i]] = LEADS_OUT
+                else:
+                    missing.append(names[i])
         if not stays.any():
             raise ValueError(
-                f"images: expected files under {images} called after items such as {', '.join(names[:3])}; of {len(names)} items, {len(missing)} have none and {len(undecodable)} one that cannot be decoded"
+                f"images: expected files under {images} called after items such as {', '.join(names[:3])}; of {len(names)} items, {len(missing)} have none and {len(undecodable)} one that cannot be used"
+                + (f" (first: {next(iter(undecodable.values()))})" if undecodable else "")
             )
     table = table.filter(stays)
     row = np.full(len(stays), -1, np.int32)
     row[table["code"].to_numpy()] = np.arange(len(table))
-    return Items(table, row, missing, undecodable)
+    return Items(table, row, missing, undecodable, not_followed)
 
 
 # ---- events ---------------------------------------------------------------------------------------------------------

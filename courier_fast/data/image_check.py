@@ -14,8 +14,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-from .pictures import MAX_PIXELS, exif_orientation, rgb
+from .pictures import check_size, exif_orientation, read_image, rgb
 
+LEADS_OUT = "a symbolic link out of the folder of images, not followed"
 # An item with several files uses the first of these.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif")
 _KEPT = ("JPEG", "PNG", "WEBP")  # every decoder reads these; others are written anew as JPEG
@@ -31,22 +32,46 @@ class Checked:
     reason: str = ""
 
 
-def index_images(folder: Path, stems: Container[str]) -> dict[str, str]:
-    """Paths of the image files under `folder` (with its subfolders) by the stem of their name, for the stems wanted."""
+@dataclass(frozen=True)
+class ImageFiles:
+    """The image files of a folder, by the stem of their name. No symbolic link is followed out of it."""
+
+    paths: dict[str, str]
+    outside: dict[str, str]  # stems whose only file is a link out of the folder: the link
+    folders: list[str]  # links to folders out of it: what they hold is not looked at
+
+
+def index_images(folder: Path, stems: Container[str]) -> ImageFiles:
+    """The image files under `folder` (with its subfolders) for the stems wanted. FileNotFoundError where it is none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"images: expected a folder, got {folder}")
-    found: dict[str, tuple[int, str]] = {}
+    root = os.path.realpath(folder)
+
+    def leads_out(link: str) -> bool:
+        return os.path.commonpath([root, os.path.realpath(link)]) != root
+
+    found: dict[str, tuple[bool, int, str]] = {}
+    linked = []
     folders = [os.fspath(folder)]
     while folders:
         with os.scandir(folders.pop()) as entries:
             for entry in entries:
                 stem, suffix = os.path.splitext(entry.name)
-                if suffix.lower() in SUFFIXES and stem in stems:
-                    candidate = (SUFFIXES.index(suffix.lower()), entry.path)
-                    found[stem] = min(found.get(stem, candidate), candidate)
-                elif entry.is_dir():
+                link = entry.is_symlink()
+                if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
-    return {stem: path for stem, (_, path) in found.items()}
+                elif link and os.path.isdir(entry.path):
+                    if leads_out(entry.path):  # else its files are found without it
+                        linked.append(entry.path)
+                elif suffix.lower() in SUFFIXES and stem in stems:
+                    out = link and leads_out(entry.path)
+                    candidate = (out, SUFFIXES.index(suffix.lower()), entry.path)
+                    found[stem] = min(found.get(stem, candidate), candidate)
+    inside, outside = (
+        {stem: path for stem, (out, _, path) in found.items() if out is which}
+        for which in (False, True)
+    )
+    return ImageFiles(inside, outside, sorted(linked))
 
 
 def check_image(data: bytes, shrink: int = 0) -> Checked:
@@ -71,8 +96,7 @@ def check_image(data: bytes, shrink: int = 0) -> Checked:
 
 def _check(data: bytes, shrink: int) -> Checked:
     with Image.open(io.BytesIO(data)) as file:
-        if file.width * file.height > MAX_PIXELS:
-            raise ValueError(f"{file.width} x {file.height} pixels are over {MAX_PIXELS}")
+        check_size(file.height, file.width)
         small = shrink and min(file.size) > shrink
         if not small and file.format == "JPEG":
             return _check_jpeg(data, file)
@@ -117,9 +141,11 @@ def check_images(
         if path is None:
             return Checked(reason="missing")
         try:
-            return check_image(Path(path).read_bytes(), shrink)
+            return check_image(read_image(path), shrink)
         except OSError as error:
             return Checked(reason=f"unreadable: {error.strerror}")
+        except ValueError as error:
+            return Checked(reason=str(error))
 
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), "courier-check") as pool:
         for start in range(0, len(paths), 256):

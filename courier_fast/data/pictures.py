@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
+import stat
 import struct
 import threading
 from collections.abc import Callable
@@ -35,6 +37,7 @@ except ModuleNotFoundError:  # Pillow alone then resizes
 Array = npt.NDArray
 
 MAX_PIXELS = 100_000_000  # more is taken for a decompression bomb
+MAX_FILE = 1 << 28  # bytes; a larger file is not read
 
 
 # ---- windows in pixels, and orientation -----------------------------------------------------------------------------
@@ -148,6 +151,17 @@ def exif_orientation(image: Array) -> int:
     return 1 if header is None else header.orientation
 
 
+def read_image(path: str) -> bytes:
+    """An image file's bytes. OSError where it cannot be read; ValueError where it is no file or one that is too large."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("not a file")
+        if about.st_size > MAX_FILE:
+            raise ValueError(f"{about.st_size:,} bytes are over {MAX_FILE:,}")
+        return file.read()
+
+
 def seen_size(image: Array) -> tuple[int, int]:
     """Height and width in pixels after EXIF rotation; (0, 0) where the header says nothing."""
     header = jpeg_header(image)
@@ -155,14 +169,15 @@ def seen_size(image: Array) -> tuple[int, int]:
         size = header.height, header.width
         return size[::-1] if header.orientation >= 5 else size
     try:
-        with Image.open(io.BytesIO(image.tobytes())) as file:
+        with Image.open(io.BytesIO(memoryview(image))) as file:  # type: ignore[arg-type]
             return seen_size_pillow(file)
     except Exception:  # the decoder will flag it
         return 0, 0
 
 
 def seen_size_pillow(image: Image.Image) -> tuple[int, int]:
-    """Of an image of Pillow's."""
+    """Of an image of Pillow's. ValueError where it is larger than any photo."""
+    check_size(image.height, image.width)  # a PNG's EXIF block may stand behind its pixels
     turned = image.getexif().get(0x0112, 1) in _TRANSPOSED
     return (image.width, image.height) if turned else (image.height, image.width)
 
@@ -184,7 +199,8 @@ def resize(picture: Array, size: int) -> Array:
     return x[0].permute(1, 2, 0).numpy()
 
 
-def _limit(height: int, width: int) -> None:
+def check_size(height: int, width: int) -> None:
+    """ValueError for an image whose header says that it is larger than any photo: before memory is taken for it."""
     if height * width > MAX_PIXELS:
         raise ValueError(f"image: expected at most {MAX_PIXELS:,} pixels, got {width} x {height}")
 
@@ -200,7 +216,7 @@ def read_pillow(image: Array, window: Array, size: int) -> Array:
 
 def resize_pillow(image: Image.Image, window: Array, size: int) -> Array:
     """A window of an image of Pillow's as seen, [size, size, 3] uint8."""
-    _limit(image.height, image.width)
+    check_size(image.height, image.width)
     seen = rgb(ImageOps.exif_transpose(image))
     rows, columns = pixels(window, seen.height, seen.width)
     box = (columns.start, rows.start, columns.stop, rows.stop)
@@ -252,7 +268,7 @@ def read_fast(image: Array, window: Array, size: int) -> Array:
     if header is None or header.components not in (1, 3, 4):
         return read_pillow(image, window, size)
     height, width, components, orientation, _ = header
-    _limit(height, width)
+    check_size(height, width)
     if orientation != 1:
         window = stored_window(window, orientation)
     eighths = 8

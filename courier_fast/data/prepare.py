@@ -21,7 +21,7 @@ import polars as pl
 import pyarrow as pa
 
 from .. import __version__
-from ..files import sync
+from ..files import sync_all
 from . import spool as on_disk
 from .dataset import FORMAT, SPLITS, write_table
 from .events import Items, Raw, Sorted, choose_items, read, sort_events
@@ -210,7 +210,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Writes the dataset folder `out` (see dataset.py) and gives its report.
 
-    The folder appears when it is complete: until then there is `out`.partial-<pid>, which is removed again where something fails. Items
+    The folder appears when it is complete: until then there is `<out>.partial-<pid>`, which is removed again where something fails. Items
     that no event or page names are left out, and with `images` those without a usable one, before any page is made.
 
     Args:
@@ -233,7 +233,7 @@ def prepare(
     try:
         report = _write(partial, source, images, options)
         shutil.rmtree(partial / "scratch")
-        sync(partial)
+        sync_all(partial)
         if out.exists():
             old = out.with_name(f"{out.name}.old-{os.getpid()}")
             out.rename(old)
@@ -293,7 +293,10 @@ def _write(
         **_counts(raw),
         "users": len(sorted_.user_ids),
         "items": len(items.table),
-        "images": None if images is None else {"usable": len(items.table), "missing": items.missing, "undecodable": items.undecodable},
+        "images": None if images is None else {
+            "usable": len(items.table), "missing": items.missing, "undecodable": items.undecodable,
+            "folders_not_followed": items.not_followed,
+        },
         "pages": {
             "candidates": sum(pages.fates.values()), "kept": len(times), "dropped": pages.dropped, "items": len(shown["item"]),
             "median_history": _median_history(columns, options.max_history),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..data.dataset import Dataset
 from ..data.decode import KINDS, Decoder, make_decoder
-from ..data.pictures import seen_size
+from ..data.pictures import read_image, seen_size
 from ..data.transforms import eval_windows
 from ..files import remove, sync, write_atomically
 
@@ -74,18 +74,26 @@ class DatasetImages:
 
 
 class FolderImages:
-    """The image files of a folder and its subfolders, centre crops; ids are the files' names without suffix, sorted."""
+    """The image files of a folder and its subfolders, centre crops; ids are the files' names without suffix, sorted.
+
+    Symbolic links out of the folder are not followed: they are named, and their ids have no image.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], decoder: Decoder) -> None:
-        from ..data.image_check import index_images
+        from ..data.image_check import LEADS_OUT, index_images
 
-        paths = index_images(Path(folder), _Everything())
-        if not paths:
+        files = index_images(Path(folder), _Everything())
+        self.not_followed = sorted([*files.outside.values(), *files.folders])
+        for link in self.not_followed[:5]:
+            log.warning("%s: %s", link, LEADS_OUT)
+        if len(self.not_followed) > 5:
+            log.warning("and %d more such links", len(self.not_followed) - 5)
+        if not files.paths:
             raise ValueError(f"images: expected a folder with images, got none in {folder}")
-        self.ids: Sequence[Any] = sorted(paths)
-        self.paths = [paths[i] for i in self.ids]
+        self.ids: Sequence[Any] = sorted(files.paths | files.outside)
+        self.paths = [files.paths.get(i, "") for i in self.ids]
         self.decoder = decoder
-        self.present = np.ones(len(self.ids), bool)
+        self.present = np.array([path != "" for path in self.paths])
 
     def load(self, rows: Array) -> tuple[Tensor, Array]:
         images = [_read(self.paths[row]) for row in rows.tolist()]
@@ -96,8 +104,7 @@ class FolderImages:
         return hashlib.sha256(_read(self.paths[row]).tobytes()).hexdigest()
 
     def fingerprint(self) -> str:
-        stats = [os.stat(path) for path in self.paths]
-        return _hash([self.paths, [[s.st_size, s.st_mtime_ns] for s in stats]])
+        return _hash([list(self.ids), self.paths, [_size_and_time(path) for path in self.paths]])
 
 
 class FeatureRows:
@@ -122,11 +129,19 @@ class _Everything:
         return True
 
 
-def _read(path: str) -> Array:
-    """A file's bytes; none where it is gone or unreadable, which is a damaged image."""
+def _size_and_time(path: str) -> tuple[int, int]:
     try:
-        return np.fromfile(path, np.uint8)
-    except OSError:
+        about = os.stat(path)
+    except OSError:  # a link without a target, a file just removed: a damaged image
+        return 0, 0
+    return about.st_size, about.st_mtime_ns
+
+
+def _read(path: str) -> Array:
+    """A file's bytes; none where it is gone, unreadable or too large, which is a damaged image."""
+    try:
+        return np.frombuffer(read_image(path), np.uint8)
+    except (OSError, ValueError):
         return np.zeros(0, np.uint8)
 
 
@@ -217,7 +232,7 @@ class EmbedReport:
     path: Path
     rows: int
     dim: int
-    missing: list[str]  # ids without an image
+    missing: list[str]  # ids without an image, or with a link that is not followed
     damaged: list[str]  # ids whose image cannot be decoded
     resumed: int  # rows that an earlier, interrupted run had done
     seconds: float
@@ -293,6 +308,7 @@ def embed_source(
     )  # fmt: skip
     beside = {"rows": size, "dim": dim, "missing": report.missing, "damaged": report.damaged}
     beside |= {"space": space, "trained_until": getattr(encoder, "about", {}).get("trained_until")}
+    beside["not_followed"] = getattr(source, "not_followed", [])
     if out.suffix == ".npy":
         beside["item_ids"] = [str(name) for name in names]
     write_atomically(

@@ -217,7 +217,7 @@ class ItemEncoder:
 
     def _picture(self, image: Any) -> Array:
         if isinstance(image, (str, os.PathLike)):
-            image = Path(image).read_bytes()
+            image = pictures.read_image(os.fspath(image))
         return square(
             image if isinstance(image, Image.Image) else bytes(image), self.contract.input["size"]
         )
