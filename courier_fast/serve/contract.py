@@ -17,7 +17,7 @@ NAME = "contract.json"
 PREPROCESSING = 1
 IMAGE_STEPS = (
     "decode to 8 bits a channel; more are cut to their highest 8. JPEG: libjpeg-turbo with the fast DCT and fast upsampling, at the smallest of "
-    "the scales 1/8, 1/4, 1/2 and 1 that leaves the square below at least `size` pixels; decoding in full is close enough (golden.limits)",
+    "the scales 1/8, 1/4, 1/2 and 1 that leaves the square below at least `size` pixels",
     "turn and mirror as EXIF's orientation says",
     "to RGB, transparency over white, CMYK as Adobe stores it (inverted); colour profiles are ignored",
     "cut out the central square, its side the shorter side, its edges rounded to whole pixels",

@@ -17,6 +17,7 @@ import torch
 
 from .. import __version__
 from ..data.dataset import Dataset
+from ..data.pictures import read_pillow
 from ..files import sha256, write_atomically
 from ..train.config import Config
 from ..train.encoder import load_encoder
@@ -193,8 +194,11 @@ def _measure(
     base = "float32" if "float32" in runs else "PyTorch"
     ranked = {base: runs[base]} | {k: r for k, r in runs.items() if k not in (base, "PyTorch")}
     tables = tables_of(data, ranked, inputs.shape[1])
-    stored = "float32, stored as float16"
-    tables[stored] = tables[base].astype(np.float16).astype(np.float32)
+    tables["float32, stored as float16"] = tables[base].astype(np.float16).astype(np.float32)
+    other = "float32, decoded by Pillow"  # the best that a client without libjpeg-turbo can do
+    tables |= tables_of(data, {other: runs[base]}, inputs.shape[1], read_pillow)
+    cosines = (tables[other] * tables[base]).sum(1)
+    numbers[other] = {"cosine_min": float(np.nanmin(cosines)), "cosine_mean": float(np.nanmean(cosines))}  # fmt: skip
     for name, found in ranking(data, tables, split).items():
         numbers.setdefault(name, {}).update(found)
     before = torch.get_num_threads()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.dataset import Dataset
-from ..data.pictures import fastest_reader
+from ..data.pictures import Reader, fastest_reader
 from ..data.transforms import eval_windows
 from ..evaluate.baselines import Method, compare
 from .module import Serving
@@ -34,9 +34,11 @@ LEAST_OVERLAP = 0.95  # of the 10 nearest among at most NEIGHBOURS items
 NEIGHBOURS = 2000
 
 
-def pixels_of(dataset: Dataset, rows: Array, size: int) -> tuple[Array, Array]:
-    """Pictures [n, size, size, 3] uint8 of some items as they are served, and which of them [n] could be decoded."""
-    read, store = fastest_reader(), dataset.images
+def pixels_of(
+    dataset: Dataset, rows: Array, size: int, read: Reader | None = None
+) -> tuple[Array, Array]:
+    """Pictures [n, size, size, 3] uint8 of some items, as they are served or by `read`, and which of them [n] could be decoded."""
+    read, store = read or fastest_reader(), dataset.images
     out, good = np.zeros((len(rows), size, size, 3), np.uint8), np.zeros(len(rows), bool)
     windows = eval_windows(store.shapes[rows])
     for i, image in enumerate(store.take(rows.tolist())):
@@ -141,14 +143,18 @@ def run_of(serving: nn.Module) -> Run:
 
 
 def tables_of(
-    dataset: Dataset, runs: Mapping[str, Run], size: int, batch: int = 64
+    dataset: Dataset,
+    runs: Mapping[str, Run],
+    size: int,
+    read: Reader | None = None,
+    batch: int = 64,
 ) -> dict[str, Array]:
     """Embeddings [items, dim] float32 of the whole catalogue by every run; NaN without a picture. Each picture is decoded once."""
     found: dict[str, Array] = {}
     rows = np.flatnonzero(dataset.images.present)
     for start in range(0, len(rows), batch):
         some = rows[start : start + batch]
-        pixels, good = pixels_of(dataset, some, size)
+        pixels, good = pixels_of(dataset, some, size, read)
         if not good.any():
             continue
         for name, run in runs.items():
