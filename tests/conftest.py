@@ -22,10 +22,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from factories import DEVICES, poison  # noqa: E402
-from interpreter import patch_language_once  # noqa: E402
+from interpreter import make_fast  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    patch_language_once()
+    make_fast()
 
 
 @pytest.fixture(autouse=True)
