@@ -41,6 +41,15 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
+@pytest.fixture(autouse=True)
+def own_threads() -> Iterator[None]:
+    """What a test sets ends with it: two workers of two threads on two cores wait for each other ten times as long."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without a GPU what runs on Triton runs on NumPy; tests that say so in no parameter carry the mark themselves."""
     for item in items:
