@@ -22,10 +22,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from factories import DEVICES, poison  # noqa: E402
-from interpreter import patch_language_once  # noqa: E402
+from interpreter import make_fast  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    patch_language_once()
+    make_fast()
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +39,15 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
         monkeypatch.setattr(owner, name, poisoned)
     return
+
+
+@pytest.fixture(autouse=True)
+def own_threads() -> Iterator[None]:
+    """What a test sets ends with it: two workers of two threads on two cores wait for each other ten times as long."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

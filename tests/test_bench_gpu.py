@@ -18,6 +18,7 @@ sys.path.append(str(ROOT))  # at the end: the installed package comes before the
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import courier_fast  # noqa: E402
 from bench.gpu import __main__ as driver  # noqa: E402
 from bench.gpu import record as records  # noqa: E402
 from bench.gpu import smoke, stages, summary, tools, worker  # noqa: E402
@@ -109,9 +110,12 @@ def test_a_wrong_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Workers run a stage of the test's own, which notes what it began in begun.txt."""
     source = f"""
-        import os, sys, time
+        import os, sys, time, types
         sys.path.append({str(ROOT)!r})
         from pathlib import Path
+        # A worker starts seven times here: of the package it needs files.py, and torch not at all.
+        package = sys.modules["courier_fast"] = types.ModuleType("courier_fast")
+        package.__path__ = [{courier_fast.__path__[0]!r}]
         from bench.gpu import worker
         from bench.gpu.record import Record, Result
         worker.surroundings = lambda setting: {{}}

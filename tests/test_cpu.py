@@ -20,6 +20,7 @@ from factories import (
     check_problems,
     check_reconstruct,
     check_sequence,
+    loss_yardstick,
     make,
     make_sequence,
     results,
@@ -224,15 +225,7 @@ def test_several_chunks(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     check_sequence("cpu", ids=True, pages=20)
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @needs_native
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"table": True}], ids=str)
 def test_two_runs_and_any_threads(options: dict[str, Any]) -> None:
     """Two runs give the same bits; the stages also on any number of threads, the products may differ in rounding."""
@@ -241,12 +234,13 @@ def test_two_runs_and_any_threads(options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     alone = ops.reconstruct(p, "cpu")
     assert_same_bits(loss_results(p), loss_results(p))
-    check_problems("cpu", problems)
+    yardsticks = [loss_yardstick(p, seed) for seed, p in enumerate(problems)]
+    check_problems("cpu", problems, lambda _, seed: yardsticks[seed])
     for count in (2, 3):
         torch.set_num_threads(count)
         assert torch.equal(ops.reconstruct(p, "cpu"), alone)
         assert_same_bits(loss_results(p), loss_results(p))
-        check_problems("cpu", problems)
+        check_problems("cpu", problems, lambda _, seed: yardsticks[seed])
 
 
 PEAK = """

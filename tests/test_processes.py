@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from factories import Budget, skip_unless_available, yardstick_of
-from interpreter import patch_language_once
+from interpreter import make_fast
 from process_problems import (
     Case,
     Shard,
@@ -130,7 +130,7 @@ def numbered(
 def run_cases(cases: list[tuple[Case, int]], times: int = 1) -> list[list[dict[str, Tensor]]]:
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     if any(c.impl == "triton" for c, _ in cases):
-        patch_language_once()
+        make_fast()
     return [[run_shard(c, seed, group, rank, size) for c, seed in cases] for _ in range(times)]
 
 
