@@ -251,9 +251,9 @@ def test_splits_by_date_and_by_share(tmp_path: Path) -> None:
 # ---- given pages ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("seed", "unclicked"), [(0, False), (1, True), (2, False), (3, True)])
+@pytest.mark.parametrize("seed", range(4))
 def test_given_pages_are_those_of_brute_force(
-    tmp_path: Path, seed: int, unclicked: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spool, "BUCKET", 50)
     rng = np.random.default_rng(seed)
@@ -267,7 +267,7 @@ def test_given_pages_are_those_of_brute_force(
     source = source_of(before)
     shown = pl.LazyFrame(rows, names, orient="row")
     source = Source("test", source.events, shown)
-    options = PrepareOptions(page_size=4, min_history=1, max_history=3, keep_unclicked=unclicked)
+    options = PrepareOptions(page_size=4, min_history=1, max_history=3)
     report = prepare(tmp_path / "out", source=source, options=options)
     data = Dataset(tmp_path / "out")
 
@@ -280,7 +280,7 @@ def test_given_pages_are_those_of_brute_force(
         hits = {r[2] for r in mine if r[4]}
         user, when = mine[0][1], min(r[3] for r in mine)
         past = sorted((t, i) for u, i, t in clicks if u == user and t < when)
-        if not hits and not unclicked:
+        if not hits:
             reasons["nothing clicked"] += 1
         elif len(hits) == len(items):
             reasons["nothing else to show"] += 1
@@ -309,13 +309,6 @@ def test_given_pages_are_those_of_brute_force(
         assert len(row["items"]) == min(len(items), max(4, len(hits) + 1))
         assert row["items"] == [i for i in items if i in row["items"]]  # as shown
     assert not left
-    assert any(not any(row["clicked"]) for row in found) == unclicked
-
-
-def test_unclicked_pages_need_pages_as_they_were_shown(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="keep_unclicked: expected pages as they were shown"):
-        prepare(tmp_path / "out", source=source_of(random_events(1)), options=PrepareOptions(keep_unclicked=True))  # fmt: skip
-    assert not (tmp_path / "out").exists()
 
 
 # ---- images ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from train_factory import make_features, metrics, settings
 
-from courier_fast.data.dataset import Dataset, write_table
+from courier_fast.data.dataset import Dataset
 from courier_fast.train.checkpoint import Checkpoints
 from courier_fast.train.encoder import load_encoder
 from courier_fast.train.monitor import effective_rank, uniformity
@@ -311,34 +311,6 @@ def test_anchor_weights_are_a_power_of_the_items_clicks(
     expected = (weights * found.item_loss[rows])[anchors].sum() / weights[anchors].sum()
     assert weighted.backward(batch).rec.item() == pytest.approx(expected.item(), rel=1e-5)
     assert len(set(weights[anchors].tolist())) > 2, "equal weights would not tell"
-
-
-def test_pages_without_a_click_are_candidates_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As `prepare --keep-unclicked` leaves them."""
-    d = make_dataset(tmp_path / "d", images=False)
-    item = d.pv_item.copy()  # before its file is written anew
-    clicked = d.pv_clicked.copy()
-    for page in range(0, d.num_pages, 2):
-        clicked[d.pv_start[page] : d.pv_end[page]] = False
-    write_table(d.path / "page_items.arrow", {"item": item, "clicked": clicked})
-    features = make_features(d, tmp_path / "f.npy")
-    pages = np.arange(8)
-    found = {}
-    for impl in ("auto", "reference"):
-        trainer = Trainer(
-            settings(d, tmp_path / impl, data__features=features, loss__impl=impl, loss__sequence_weight=0, loss__history_negatives=False)
-        )  # fmt: skip
-        for name, some in {"all": pages, "clicked": pages[1::2], "none": pages[::2]}.items():
-            monkeypatch.setattr(trainer.plan, "pages", lambda epoch, step, some=some: some)
-            found[impl, name] = trainer.backward(trainer.loader.load(0, 0), stats=True)
-    for name in ("all", "clicked", "none"):
-        assert found["auto", name].rec.item() == pytest.approx(found["reference", name].rec.item(), rel=1e-5)  # fmt: skip
-    assert found["auto", "none"].rec == 0
-    whole, part = (found["auto", name].stats for name in ("all", "clicked"))
-    assert int(whole.is_anchor.sum()) == int(part.is_anchor.sum()) > 0
-    assert found["auto", "all"].rec > found["auto", "clicked"].rec  # more to tell apart
 
 
 def test_a_loss_of_weight_0_is_left_out(dataset: Dataset, features: Path, tmp_path: Path) -> None:

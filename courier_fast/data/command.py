@@ -81,7 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-history", type=int, default=options.min_history, help="earlier events that a page needs")  # fmt: skip
     add("--max-history", type=int, default=options.max_history, help="most recent events that are kept")  # fmt: skip
     add("--repeats", choices=("drop", "keep"), default=options.repeats, help="made pages whose item the user had before")  # fmt: skip
-    add("--keep-unclicked", action="store_true", help="given pages without a click stay, for a CTR model")  # fmt: skip
     add("--validation-share", type=float, default=options.validation_share)
     add("--test-share", type=float, default=options.test_share)
     add("--validation-from", metavar="DATE")

@@ -20,7 +20,6 @@ class PrepareOptions:
             last_seen are given, those hold.
         min_history: earlier events that the user of a page needs.
         max_history: the most recent events that are a page's history.
-        keep_unclicked: given pages without a click stay: candidates in training, impressions for a CTR model, whose rate of clicks is then that of the log.
         repeats: "drop" made pages whose clicked item the user had before, or "keep" them.
         validation_share, test_share: shares of the pages, the last ones in time; the cut is never inside a timestamp.
         validation_from, test_from: dates (ISO 8601, UTC) that cut instead.
@@ -34,7 +33,6 @@ class PrepareOptions:
     min_history: int = 3
     max_history: int = 50
     repeats: str = "drop"
-    keep_unclicked: bool = False
     validation_share: float = 0.1
     test_share: float = 0.1
     validation_from: str | None = None

@@ -250,7 +250,7 @@ def make_pages(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def given_pages(  # type: ignore[no-untyped-def]
-    bounds, user, item, time, click, events, size, min_history, max_history, keep_unclicked, seed, number,
+    bounds, user, item, time, click, events, size, min_history, max_history, seed, number,
     page_user, page_time, history, items, clicked, counts, fate,
 ):  # fmt: skip
     """Pages that were shown, from rows of items that are grouped by page.
@@ -290,7 +290,7 @@ def given_pages(  # type: ignore[no-untyped-def]
                 clicks += 1
         first, last = events.first[user[start]], events.first[user[start] + 1]
         end = _before(events.time, first, last, page_time[i])
-        if clicks == 0 and not keep_unclicked:
+        if clicks == 0:
             fate[i] = NO_CLICK
         elif clicks == shown:
             fate[i] = NO_NEGATIVE

@@ -162,7 +162,7 @@ def pages_of_impressions(sorted_: Sorted, folder: Path, options: PrepareOptions)
         counts, fate = np.zeros((2, n), np.int32)
         columns = [np.ascontiguousarray(records[c]) for c in ("user", "item", "time", "clicked")]
         written = given_pages(
-            bounds, *columns, sorted_.events, options.page_size, options.min_history, options.max_history, options.keep_unclicked,
+            bounds, *columns, sorted_.events, options.page_size, options.min_history, options.max_history,
             options.seed, number, user, time, history, items, clicked, counts, fate,
         )  # fmt: skip
         kept = unordered.count_fates(fate)
@@ -250,8 +250,6 @@ def prepare(
 def _write(
     folder: Path, source: Source, images: Path | None, options: PrepareOptions
 ) -> dict[str, Any]:
-    if options.keep_unclicked and source.impressions is None:
-        raise ValueError("keep_unclicked: expected pages as they were shown with it (--page-column), got events, from which pages are made, each with a click")  # fmt: skip
     scratch = folder / "scratch"
     scratch.mkdir()
     log.info("reading %s", ", ".join(str(f) for f in source.files) or "the source")
