@@ -41,6 +41,9 @@ IMPRESSIONS = {
     "same_item": "float32; log(1 + times the item is in the history)",
     "same_category": "float32; log(1 + history items of its category, if known)",
 }
+WEIGHT = {
+    "weight": "float32; how many impressions the row stands for, as some pages were cut: of the loss, and of metrics"
+}
 OF_EMBEDDING = {
     "{}_similarity_*": "float32; the item against the history: " + ", ".join(SIMILARITY),
     "{}_same_cluster_*": "float32; log(1 + history items in the item's cluster), by number of clusters",
@@ -125,7 +128,8 @@ def _columns(x: Impressions) -> dict[str, pa.Array]:
         pa.array(x.weekday.astype(np.int8)),
         *(pa.array(np.ascontiguousarray(column)) for column in numbers.T),
     ]
-    return dict(zip(IMPRESSIONS, columns, strict=True))
+    found = dict(zip(IMPRESSIONS, columns, strict=True))
+    return found if x.weight is None else found | {"weight": pa.array(x.weight)}
 
 
 def _embedding_columns(
@@ -173,7 +177,7 @@ Train on train.parquet, stop and choose by validation.parquet, look at test.parq
 
 | column | |
 | --- | --- |
-{rows(IMPRESSIONS | OF_EMBEDDING)}
+{rows(IMPRESSIONS | ({} if dataset.pv_weight is None else WEIGHT) | OF_EMBEDDING)}
 
 ## items.parquet: a row per item
 
