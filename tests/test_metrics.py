@@ -292,30 +292,38 @@ class Design:
 DESIGNS = [Design(20, 0.3, 0.5), Design(8, 1.0, 0.3), Design(30, 0.6, 0.8, levels=6)]
 
 
-def bootstrap(clicked: Array, predictions: dict[str, Array], user: Array, draws: int) -> Array:
-    """[draws, 2, 3]: AUC, GAUC and logloss of both predictions, for as many users as there are, drawn with replacement."""
+def bootstrap(
+    clicked: Array, predictions: dict[str, Array], user: Array, draws: int, own: Array | None = None
+) -> Array:
+    """[draws, 2, 3]: AUC, GAUC and logloss of both predictions, for as many users as there are, drawn with replacement.
+
+    `own` [n]: weights of the impressions.
+    """
+    own = np.ones(len(user)) if own is None else own
     users = int(user[-1]) + 1
     rng = np.random.default_rng(0)
     weight = rng.multinomial(users, np.full(users, 1 / users), draws).astype(float)
-    size = np.bincount(user)
+    size = np.bincount(user, own)
     out = np.empty((draws, 2, 3))
     for m, p in enumerate(predictions.values()):
         order = np.argsort(p)
         runs = np.flatnonzero(np.diff(p[order], prepend=-1))
-        y, u = clicked[order], user[order]
+        y, u, mine = clicked[order], user[order], own[order]
         for d in range(draws):
-            w = weight[d, u]
+            w = weight[d, u] * mine
             no = np.add.reduceat(w * ~y, runs)
             yes = np.add.reduceat(w * y, runs)
             right = (yes * (np.cumsum(no) - no / 2)).sum()
             out[d, m, 0] = right / (yes.sum() * no.sum())
-        both = [0 < clicked[user == i].sum() < size[i] for i in range(users)]
+        of_user = [user == i for i in range(users)]
+        both = [clicked[i].any() and not clicked[i].all() for i in of_user]
         each = [
-            metrics.auc(clicked[user == i], p[user == i]) if both[i] else 0.0 for i in range(users)
+            metrics.auc(clicked[i], p[i], weight=own[i]) if some else 0.0
+            for i, some in zip(of_user, both, strict=True)
         ]
         kept = size * np.array(both)
         out[:, m, 1] = weight @ (kept * np.array(each)) / (weight @ kept)
-        loss = np.bincount(user, -np.log(np.where(clicked, p, 1 - p)))
+        loss = np.bincount(user, -own * np.log(np.where(clicked, p, 1 - p)))
         out[:, m, 2] = weight @ loss / (weight @ size)
     return out
 

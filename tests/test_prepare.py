@@ -25,6 +25,7 @@ from courier_fast.data.image_check import check_image
 from courier_fast.data.layouts import Columns, Source, generic
 from courier_fast.data.options import PrepareOptions
 from courier_fast.data.prepare import prepare
+from courier_fast.evaluate.ranking import find_targets
 
 HM = Path(__file__).parents[2] / "shared/data/hm-fashion"
 Event = tuple[str, str, int]
@@ -70,6 +71,9 @@ def page_rows(data: Dataset) -> list[dict[str, Any]]:
             ],
             "items": [items[i] for i in data.pv_item[data.pv_start[p] : data.pv_end[p]]],
             "clicked": data.pv_clicked[data.pv_start[p] : data.pv_end[p]].tolist(),
+            "weight": None
+            if data.pv_weight is None
+            else data.pv_weight[data.pv_start[p] : data.pv_end[p]].tolist(),
         }
         for p in range(data.num_pages)
     ]
@@ -251,9 +255,10 @@ def test_splits_by_date_and_by_share(tmp_path: Path) -> None:
 # ---- given pages ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("seed", range(3))
 def test_given_pages_are_those_of_brute_force(
-    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, seed: int, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spool, "BUCKET", 50)
     rng = np.random.default_rng(seed)
@@ -267,7 +272,7 @@ def test_given_pages_are_those_of_brute_force(
     source = source_of(before)
     shown = pl.LazyFrame(rows, names, orient="row")
     source = Source("test", source.events, shown)
-    options = PrepareOptions(page_size=4, min_history=1, max_history=3)
+    options = PrepareOptions(page_size=4, keep_unclicked=keep, min_history=1, max_history=3)
     report = prepare(tmp_path / "out", source=source, options=options)
     data = Dataset(tmp_path / "out")
 
@@ -280,9 +285,9 @@ def test_given_pages_are_those_of_brute_force(
         hits = {r[2] for r in mine if r[4]}
         user, when = mine[0][1], min(r[3] for r in mine)
         past = sorted((t, i) for u, i, t in clicks if u == user and t < when)
-        if not hits:
+        if not hits and not keep:
             reasons["nothing clicked"] += 1
-        elif len(hits) == len(items):
+        elif len(hits) == len(items) and not keep:
             reasons["nothing else to show"] += 1
         elif not past:
             reasons["fewer earlier events than --min-history"] += 1
@@ -290,6 +295,17 @@ def test_given_pages_are_those_of_brute_force(
             expected[f"p{page}"] = (user, when, items, hits, [(i, t) for t, i in past[-3:]])
     assert report["pages"]["dropped"] == dict(reasons)
     assert report["pages"]["candidates"] == 80
+    shown_of = [e[2] for e in expected.values()]
+    clicks_of = [len(e[3]) for e in expected.values()]
+    assert report["pages"]["cut"] == sum(
+        len(s) > max(4, c + 1) for s, c in zip(shown_of, clicks_of, strict=True)
+    )
+    kept = {
+        "unclicked": clicks_of.count(0),
+        "all_clicked": sum(len(s) == c for s, c in zip(shown_of, clicks_of, strict=True)),
+    }
+    assert {n: report["pages"].get(n) for n in kept} == (kept if keep else dict.fromkeys(kept))
+    assert min(kept.values()) > 0 or not keep
     found = page_rows(data)
     assert [r["time"] for r in found] == sorted(r["time"] for r in found)
     assert len(found) == len(expected)
@@ -308,7 +324,61 @@ def test_given_pages_are_those_of_brute_force(
         assert row["history"] == history
         assert len(row["items"]) == min(len(items), max(4, len(hits) + 1))
         assert row["items"] == [i for i in items if i in row["items"]]  # as shown
+        others = (len(items) - len(hits)) / max(len(row["items"]) - len(hits), 1)
+        assert row["weight"] == [1 if i in hits else np.float32(others) for i in row["items"]]
     assert not left
+
+
+def test_weights_are_there_where_a_page_was_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And tell the mean of anything over the items shown, whatever was drawn."""
+    rng = np.random.default_rng(0)
+    names = ("page_id", "user_id", "item_id", "time", "clicked")
+    rows = [
+        (f"p{page}", f"u{page % 7}", f"{item:02}", 86_400 * page, item == page % 20 and page % 3 > 0)
+        for page in range(400)
+        for item in rng.choice(20, 12, replace=False)
+    ]  # fmt: skip
+    shown = pl.LazyFrame(rows, names, orient="row")
+    before = source_of([(f"u{u}", "00", -1) for u in range(7)]).events
+    data = {}
+    for size in (5, 12):
+        options = PrepareOptions(page_size=size, keep_unclicked=True, min_history=1, seed=1)
+        out = tmp_path / str(size)
+        report = prepare(out, source=Source("test", before, shown), options=options)
+        command.print_report(report)
+        data[size] = Dataset(out)
+        text, unclicked = capsys.readouterr().out, report["pages"]["unclicked"]
+        assert 134 <= unclicked < 300
+        assert f"kept: {unclicked} pages without a click, 0 with nothing but clicks" in text
+        assert ("400 pages cut" in text) == (size == 5)
+    assert data[12].pv_weight is None
+    assert "cut" not in json.loads((tmp_path / "12/report.json").read_text())["pages"]
+    cut, whole = data[5], data[12]
+    assert cut.pv_weight is not None and cut.pv_weight.dtype == np.float32
+    assert cut.pv_weight.sum() == pytest.approx(len(whole.pv_item))
+    # A page without a click has no target to rank.
+    pages = whole.split("test")
+    rows = slice(whole.pv_start[pages.start], whole.pv_end[pages.stop - 1])
+    targets = find_targets(whole, "test")
+    assert 0 < len(targets) == whole.pv_clicked[rows].sum() < len(pages)
+    # Each item's rows, counted by weight, within 4 standard errors of what was shown.
+    by_item = np.bincount(cut.pv_item, cut.pv_weight, 20)
+    expected = np.bincount(whole.pv_item, minlength=20)
+    error = np.sqrt(np.bincount(cut.pv_item, cut.pv_weight * (cut.pv_weight - 1), 20))
+    assert (np.abs(by_item - expected) < 4 * error).all()
+    assert (np.abs(np.bincount(cut.pv_item, minlength=20) - expected) > 4 * error).all()
+
+
+def test_clicks_alone_have_no_unclicked_pages(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="keep_unclicked: expected a source with impressions .*test"
+    ):
+        prepare(
+            tmp_path / "out", source=source_of(random_events(0)), options=PrepareOptions(keep_unclicked=True)
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
 
 
 # ---- images ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +23,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from train_factory import make_features, metrics, settings
 
-from courier_fast.data.dataset import Dataset
+from courier_fast import reconstruction_loss
+from courier_fast.data.dataset import Dataset, write_table
 from courier_fast.train.checkpoint import Checkpoints
 from courier_fast.train.encoder import load_encoder
+from courier_fast.train.journal import measure
 from courier_fast.train.monitor import effective_rank, uniformity
 from courier_fast.train.trainer import Trainer
 
@@ -311,6 +314,51 @@ def test_anchor_weights_are_a_power_of_the_items_clicks(
     expected = (weights * found.item_loss[rows])[anchors].sum() / weights[anchors].sum()
     assert weighted.backward(batch).rec.item() == pytest.approx(expected.item(), rel=1e-5)
     assert len(set(weights[anchors].tolist())) > 2, "equal weights would not tell"
+
+
+@pytest.mark.parametrize("direction", ["reconstruct", "both"])
+def test_pages_without_a_click_are_candidates_and_no_anchors(
+    dataset: Dataset, features: Path, tmp_path: Path, direction: str
+) -> None:
+    shutil.copytree(dataset.path, tmp_path / "data")
+    d = Dataset(dataset.path)
+    clicked = d.pv_clicked & (np.repeat(np.arange(d.num_pages), d.pv_end - d.pv_start) % 3 > 0)
+    write_table(tmp_path / "data/page_items.arrow", {"item": d.pv_item, "clicked": clicked})
+    config = settings(
+        Dataset(tmp_path / "data"), tmp_path / "run", data__features=features, data__pages=24, loss__direction=direction,
+        loss__sequence_weight=0, loss__history_negatives=False,
+    )  # fmt: skip
+    trainer = Trainer(config)
+    batch, loss = trainer.loader.load(0, 0), trainer.config.loss
+    with torch.no_grad():
+        table = nn.functional.normalize(trainer.encode(batch.images).double(), dim=1)
+
+    def loss_of(pages: Any) -> float:
+        part = trainer.plan.assemble(pages)
+        where = {item: row for row, item in enumerate(batch.plan.items.tolist())}
+        rows = torch.tensor([where[item] for item in part.items.tolist()])
+        pv, history = (rows[torch.from_numpy(x)] for x in (part.pv_index, part.history_index))
+        offsets = (torch.from_numpy(x) for x in (part.pv_offsets, part.history_offsets))
+        return reconstruction_loss(
+            table[pv], table[history], torch.from_numpy(part.clicked), **dict(zip(("pv_offsets", "history_offsets"), offsets, strict=True)),
+            item_ids=pv, temperature=loss.temperature, direction=direction, impl="reference", **loss.reconstruction,
+        ).item()  # fmt: skip
+
+    pages = batch.plan.pages
+    without = pages % 3 == 0
+    assert 3 < without.sum() < len(pages) - 3
+    rec = trainer.backward(batch).rec.item()
+    assert rec == pytest.approx(loss_of(pages), rel=1e-5)
+    assert rec > loss_of(pages[~without]) + 0.01  # fewer candidates, the same anchors
+    # A batch of nothing else: no anchor, no gradient, and training goes on.
+    trainer.plan.pages = lambda epoch, step: pages[without]  # type: ignore[method-assign]
+    empty = trainer.loader.load(0, 0)
+    assert empty.plan.num_anchors == 0 and len(empty.clicked)
+    result, norm = trainer.step(empty, stats=True)
+    line = measure(trainer, result, norm, 0.0)
+    assert (line["loss"], line["grad_norm"]) == (0, 0)
+    assert "top1" not in line
+    assert all(p.isfinite().all() for p in trainer.parameters)
 
 
 def test_a_loss_of_weight_0_is_left_out(dataset: Dataset, features: Path, tmp_path: Path) -> None:

@@ -33,6 +33,10 @@ def print_report(report: dict[str, Any]) -> None:
     )
     console = Console()
     console.print(table)
+    if "unclicked" in pages:
+        console.print(f"kept: {pages['unclicked']:,} pages without a click, {pages['all_clicked']:,} with nothing but clicks")  # fmt: skip
+    if "cut" in pages:
+        console.print(f"{pages['cut']:,} pages cut to --page-size: weight says how many items shown a row stands for")  # fmt: skip
     images = report["images"]
     console.print(
         f"{report['users']:,} users, {report['items']:,} items, {pages['items'] / pages['kept']:.1f} items a page, median history {pages['median_history']}"
@@ -76,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("pages").add_argument
     add("--page-size", type=int, default=options.page_size, help="items of a page")
+    add("--keep-unclicked", action="store_true", help="given pages without a click stay, as impressions and as candidates")  # fmt: skip
     add("--negatives", choices=NEGATIVES, default=options.negatives)
     add("--live-days", type=float, default=options.live_days, help="an item is on offer so long before its first and after its last event")  # fmt: skip
     add("--min-history", type=int, default=options.min_history, help="earlier events that a page needs")  # fmt: skip

@@ -7,13 +7,16 @@
 | items.arrow | item | item_id (string), category (string), clicks (int64: clicks on pages of the train split), first_seen, last_seen (int64) |
 | events.arrow | event | item (int32), time (int64): what users clicked or bought, by user, then time |
 | pages.arrow | page | user (int32), time (int64), history_start, history_end (int64: rows of events.arrow), pv_start, pv_end (int64: rows of page_items.arrow) |
-| page_items.arrow | PV item | item (int32), clicked (uint8: 1 where clicked) |
+| page_items.arrow | PV item | item (int32), clicked (uint8: 1 where clicked), weight (float32; only where some page was cut) |
 | images.arrow | item | jpeg (binary; null without an image), height, width (int32; 0 without an image) |
 | report.json | | what was kept and dropped, and why |
 
 A page's history is a slice of its user's events, so nothing is stored twice: the last events strictly before the page's time are those up to
 `history_end`. Pages are ordered by time, so a split is a range of rows. Times are seconds since 1970 (UTC). All tables but images.arrow
 are one record batch of uncompressed Arrow IPC and are read in place.
+
+A page that was shown can be cut: all clicked items and a sample of the others stay. `weight` is how many items of the uncut page a row
+stands for, the inverse of its chance to stay: 1 where it was clicked or the page is whole, else others shown / others kept.
 """
 
 from __future__ import annotations
@@ -182,6 +185,8 @@ class Dataset:
         self.event_item, self.event_time = (events.column(n).to_numpy() for n in ("item", "time"))
         self.pv_item = shown.column("item").to_numpy()
         self.pv_clicked = shown.column("clicked").to_numpy().view(np.bool_)
+        # None: no page was cut, and every row stands for itself.
+        self.pv_weight = shown.column("weight").to_numpy() if "weight" in shown.schema.names else None  # fmt: skip
         self.item_clicks, self.item_first_seen = (
             self._items.column(n).to_numpy() for n in ("clicks", "first_seen")
         )

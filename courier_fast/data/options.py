@@ -14,6 +14,7 @@ class PrepareOptions:
 
     Args:
         page_size: items of a made page, the clicked one included; the most of a given page (all clicked ones stay).
+        keep_unclicked: given pages of which nothing was clicked stay, and those of which everything was.
         negatives: for made pages: "uniform" over the items on offer at the time, "popularity" (an event drawn from all those before),
             "category" (the clicked item's, filled up uniformly).
         live_days: an item is on offer from so many days before its first event until so many after its last; where its first_seen and
@@ -28,6 +29,7 @@ class PrepareOptions:
     """
 
     page_size: int = 10
+    keep_unclicked: bool = False
     negatives: str = "uniform"
     live_days: float = 30.0
     min_history: int = 3

@@ -19,8 +19,8 @@ NEGATIVES = ("uniform", "popularity", "category")
 # Draws for a page before it keeps fewer negatives: _TRIES + _TRIES_PER_ITEM * its size.
 _TRIES, _TRIES_PER_ITEM = 100, 20
 
-# What becomes of a page.
-KEPT, SHORT_HISTORY, REPEAT, NO_NEGATIVE, NO_CLICK = range(5)
+# What becomes of a page; the last two are kept, too.
+KEPT, SHORT_HISTORY, REPEAT, NO_NEGATIVE, NO_CLICK, UNCLICKED, ALL_CLICKED = range(7)
 
 
 class Events(NamedTuple):
@@ -250,8 +250,8 @@ def make_pages(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def given_pages(  # type: ignore[no-untyped-def]
-    bounds, user, item, time, click, events, size, min_history, max_history, seed, number,
-    page_user, page_time, history, items, clicked, counts, fate,
+    bounds, user, item, time, click, events, size, min_history, max_history, keep_unclicked, seed, number,
+    page_user, page_time, history, items, clicked, weight, counts, fate,
 ):  # fmt: skip
     """Pages that were shown, from rows of items that are grouped by page.
 
@@ -261,7 +261,9 @@ def given_pages(  # type: ignore[no-untyped-def]
     Args:
         bounds: [n + 1] the rows of each page.
         user, item, time, click: [rows].
+        keep_unclicked: pages of which nothing or everything was clicked stay.
         number: pages before these, which seeds the sample.
+        weight: out, as `items`: of an item that was not clicked, how many such items of its page it stands for; 1 for the clicked.
         page_user, page_time, history, items, clicked, counts, fate: out, as in `make_pages`.
 
     Returns:
@@ -290,15 +292,16 @@ def given_pages(  # type: ignore[no-untyped-def]
                 clicks += 1
         first, last = events.first[user[start]], events.first[user[start] + 1]
         end = _before(events.time, first, last, page_time[i])
-        if clicks == 0:
+        if clicks == 0 and not keep_unclicked:
             fate[i] = NO_CLICK
-        elif clicks == shown:
+        elif clicks == shown and not keep_unclicked:
             fate[i] = NO_NEGATIVE
         elif end - first < min_history:
             fate[i] = SHORT_HISTORY
         else:
             _seed(state, seed, number + i)
             others, wanted = shown - clicks, max(size - clicks, 1)
+            stand_for = max(others / wanted, 1.0)
             kept = 0
             for k in range(
                 shown
@@ -310,21 +313,22 @@ def given_pages(  # type: ignore[no-untyped-def]
                     wanted -= stays
                 if stays:
                     out[kept], mark[kept] = out[k], mark[k]
+                    weight[written + kept] = 1.0 if mark[k] else stand_for
                     kept += 1
             written += kept
-            counts[i], fate[i] = kept, KEPT
+            counts[i] = kept
+            fate[i] = UNCLICKED if clicks == 0 else ALL_CLICKED if clicks == shown else KEPT
             history[i, 0], history[i, 1] = max(first, end - max_history), end
     return written
 
 
 @njit(cache=True, nogil=True)
-def copy_items(starts, counts, items, clicked):  # type: ignore[no-untyped-def]
-    """The items of some pages one after another, and whether they were clicked."""
-    total = counts.sum()
-    out_items, out_clicked = np.zeros(total, np.int32), np.zeros(total, np.uint8)
+def rows_of(starts, counts):  # type: ignore[no-untyped-def]
+    """The rows of some pages' items, one page after another."""
+    rows = np.empty(counts.sum(), np.int64)
     at = 0
     for i in range(len(starts)):
-        for k in range(starts[i], starts[i] + counts[i]):
-            out_items[at], out_clicked[at] = items[k], clicked[k]
-            at += 1
-    return out_items, out_clicked
+        for k in range(counts[i]):
+            rows[at + k] = starts[i] + k
+        at += counts[i]
+    return rows

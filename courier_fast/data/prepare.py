@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,17 @@ from .events import Items, Raw, Sorted, choose_items, read, sort_events
 from .layouts import Source
 from .options import PrepareOptions, epoch
 from .pages import (
-    KEPT,
+    ALL_CLICKED,
     NEGATIVES,
     NO_CLICK,
     NO_NEGATIVE,
     REPEAT,
     SHORT_HISTORY,
-    copy_items,
+    UNCLICKED,
     given_pages,
     live_items,
     make_pages,
+    rows_of,
 )
 from .spool import Spool, by_time
 
@@ -67,37 +69,38 @@ class PageSpools:
         names = ("time", "history_start", "history_end", "pv_start", "pv_end")
         kinds = {"user": np.int32, **dict.fromkeys(names, np.int64)}
         self._columns = {n: Spool(folder / f"{name}-{n}", kind) for n, kind in kinds.items()}
-        self._item = Spool(folder / f"{name}-item", np.int32)
-        self._clicked = Spool(folder / f"{name}-clicked", np.uint8)
+        of_item = (("item", np.int32), ("clicked", np.uint8), ("weight", np.float32))
+        self._shown = {n: Spool(folder / f"{name}-{n}", kind) for n, kind in of_item}
         self.fates: Counter[int] = Counter()
+        self.cut = 0  # pages of which some items were left out
 
     def append(
-        self, user: Array, time: Array, history: Array, counts: Array, items: Array, clicked: Array
+        self, user: Array, time: Array, history: Array, counts: Array, shown: Sequence[Array]
     ) -> None:
-        """Adds pages; `items` and `clicked` have those of all of them, `counts` of each."""
-        ends = self._item.rows + np.cumsum(counts, dtype=np.int64)
+        """Adds pages; `shown` has items, whether they were clicked, and if some page may be cut weights of all, `counts` of each."""
+        ends = self._shown["item"].rows + np.cumsum(counts, dtype=np.int64)
         values = (user, time, history[:, 0], history[:, 1], ends - counts, ends)
         for spool, column in zip(self._columns.values(), values, strict=True):
             spool.append(column)
-        self._item.append(items)
-        self._clicked.append(clicked)
+        for spool, column in zip(self._shown.values(), shown, strict=False):
+            spool.append(column)
 
     @property
     def dropped(self) -> dict[str, int]:
-        return {FATES[f]: n for f, n in sorted(self.fates.items()) if f != KEPT and n}
+        return {FATES[f]: n for f, n in sorted(self.fates.items()) if f in FATES and n}
 
     def columns(self) -> dict[str, Array]:
         """pages.arrow, mapped."""
         return {name: spool.array() for name, spool in self._columns.items()}
 
     def items(self) -> dict[str, Array]:
-        """page_items.arrow, mapped."""
-        return {"item": self._item.array(), "clicked": self._clicked.array()}
+        """page_items.arrow, mapped; weights only where some page was cut."""
+        return {n: spool.array() for n, spool in self._shown.items() if n != "weight" or self.cut}
 
     def count_fates(self, fate: Array) -> Array:
         """Which pages are kept; counts them all."""
         self.fates.update(dict(enumerate(np.bincount(fate, minlength=1).tolist())))
-        return fate == KEPT
+        return ~np.isin(fate, list(FATES))
 
 
 def pages_of_events(
@@ -138,7 +141,7 @@ def pages_of_events(
         kept = pages.count_fates(fate)
         pages.append(
             users[kept], events.time[rows[kept]], history[: len(rows)][kept], counts[kept],
-            shown[:written], clicked[:written],
+            (shown[:written], clicked[:written]),
         )  # fmt: skip
     return pages
 
@@ -158,27 +161,28 @@ def pages_of_impressions(sorted_: Sorted, folder: Path, options: PrepareOptions)
             np.zeros(n, np.int64),
             np.zeros((n, 2), np.int64),
         )
-        items, clicked = np.zeros(len(records), np.int32), np.zeros(len(records), np.uint8)
+        shown = [np.zeros(len(records), kind) for kind in (np.int32, np.uint8, np.float32)]
         counts, fate = np.zeros((2, n), np.int32)
         columns = [np.ascontiguousarray(records[c]) for c in ("user", "item", "time", "clicked")]
         written = given_pages(
             bounds, *columns, sorted_.events, options.page_size, options.min_history, options.max_history,
-            options.seed, number, user, time, history, items, clicked, counts, fate,
+            options.keep_unclicked, options.seed, number, user, time, history, *shown, counts, fate,
         )  # fmt: skip
-        kept = unordered.count_fates(fate)
-        unordered.append(
-            user[kept], time[kept], history[kept], counts[kept], items[:written], clicked[:written]
-        )
+        kept, shown = unordered.count_fates(fate), [column[:written] for column in shown]
+        unordered.append(user[kept], time[kept], history[kept], counts[kept], shown)
+        starts = np.cumsum(counts[kept], dtype=np.int64) - counts[kept]
+        unordered.cut += int(np.count_nonzero(np.maximum.reduceat(shown[2], starts) > 1))
         number += n
     pages = PageSpools(folder, "ordered")
-    pages.fates = unordered.fates
-    old, shown = unordered.columns(), unordered.items()
+    pages.fates, pages.cut = unordered.fates, unordered.cut
+    old, of_all = unordered.columns(), unordered.items()
     for rows in by_time(old["time"], folder / "pages-by-time"):
         starts = old["pv_start"][rows]
         counts = old["pv_end"][rows] - starts
-        items, clicked = copy_items(starts, counts, shown["item"], shown["clicked"])
+        places = rows_of(starts, counts)
+        shown = [column[places] for column in of_all.values()]
         history = np.stack([old["history_start"][rows], old["history_end"][rows]], 1)
-        pages.append(old["user"][rows], old["time"][rows], history, counts, items, clicked)
+        pages.append(old["user"][rows], old["time"][rows], history, counts, shown)
     return pages
 
 
@@ -224,6 +228,11 @@ def prepare(
         ValueError: columns or values that are not what they should be; nothing left to train on.
     """
     options = options or PrepareOptions()
+    if options.keep_unclicked and source.impressions is None:
+        raise ValueError(
+            f"keep_unclicked: expected a source with impressions (--page-column, or --layout ebnerd), got {source.layout} with clicks alone: its pages are "
+            "made around them"
+        )
     out = Path(os.path.abspath(out))
     if out.exists() and not options.overwrite:
         raise FileExistsError(f"{out} is there already; --overwrite replaces it")
@@ -297,7 +306,7 @@ def _write(
         },
         "pages": {
             "candidates": sum(pages.fates.values()), "kept": len(times), "dropped": pages.dropped, "items": len(shown["item"]),
-            "median_history": _median_history(columns, options.max_history),
+            "median_history": _median_history(columns, options.max_history), **_special(pages, options),
         },
         "splits": {
             name: {"pages": b - a, "from": _iso(times[a]), "to": _iso(times[b - 1])} if b > a else {"pages": 0}
@@ -354,6 +363,12 @@ def _median_history(columns: dict[str, Array], longest: int) -> int:
         length = columns["history_end"][part] - columns["history_start"][part]
         lengths += np.bincount(length, minlength=len(lengths))
     return int(np.searchsorted(np.cumsum(lengths), (pages + 1) // 2))
+
+
+def _special(pages: PageSpools, options: PrepareOptions) -> dict[str, int]:
+    """Pages that are kept on request, and those that were cut."""
+    of = {"unclicked": pages.fates[UNCLICKED], "all_clicked": pages.fates[ALL_CLICKED]}
+    return (of if options.keep_unclicked else {}) | ({"cut": pages.cut} if pages.cut else {})
 
 
 def _counts(raw: Raw) -> dict[str, Any]:

@@ -10,18 +10,25 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from .counts import SMALLEST, Sorted, check_clicked, check_predictions
+from .counts import (
+    SMALLEST,
+    Sorted,
+    check_clicked,
+    check_predictions,
+    check_weight,
+    clicks_of,
+)
 
 Array = npt.NDArray
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Impressions with predictions from `low` to `high`: how many, their mean prediction, their share of clicks."""
+    """Impressions with predictions from `low` to `high`: how many (the sum of their weights), their mean prediction, their share of clicks."""
 
     low: float
     high: float
-    count: int
+    count: float
     predicted: float
     observed: float
 
@@ -36,7 +43,11 @@ class Calibration:
 
 
 def calibration(
-    clicked: npt.ArrayLike, predictions: npt.ArrayLike, *, bins: int = 15
+    clicked: npt.ArrayLike,
+    predictions: npt.ArrayLike,
+    *,
+    bins: int = 15,
+    weight: npt.ArrayLike | None = None,
 ) -> Calibration:
     """PCOC = sum p / sum y, and ECE = sum_b n_b / n |mean p - mean y| over bins of (nearly) equal numbers of impressions.
 
@@ -45,34 +56,43 @@ def calibration(
     Args:
         clicked: [n] bool or 0 and 1, some of them clicked.
         predictions: [n] probabilities.
+        weight: [n] how many impressions each stands for.
     """
     y = check_clicked(clicked, both=False)
     p = check_predictions(predictions, len(y), probability=True)
-    by_prediction = Sorted.of(p)
-    return calibration_of(by_prediction, by_prediction.take(y), bins)
+    w = check_weight(weight, len(y))
+    by = Sorted.of(p)
+    return calibration_of(by, by.take(y), bins, by.take(w))
 
 
-def calibration_of(by_prediction: Sorted, clicked: Array, bins: int) -> Calibration:
+def calibration_of(
+    by_prediction: Sorted, clicked: Array, bins: int, weight: Array | None = None
+) -> Calibration:
     """As `calibration`, of impressions in sorted order."""
     if bins < 1:
         raise ValueError(f"bins: expected at least 1, got {bins}")
     if not clicked.any():
         raise ValueError(f"clicked: expected at least one click, got {len(clicked)} times 0")
     p, n = by_prediction.p, len(clicked)
+    # How much comes before each row and the end; without weights that is its number.
+    before = None if weight is None else np.append(0.0, np.cumsum(weight))
+    total = n if before is None else float(before[-1])
     bounds = {0, n}
-    for place in (n * b / bins for b in range(1, bins)):
-        start, end = (int(np.searchsorted(p, p[int(place)], side)) for side in ("left", "right"))
-        bounds.add(end if start + end < 2 * place else start)
-    edges = sorted(bounds)
+    for place in (total * b / bins for b in range(1, bins)):
+        row = int(place) if before is None else int(np.searchsorted(before, place, "right")) - 1
+        start, end = (int(np.searchsorted(p, p[min(row, n - 1)], s)) for s in ("left", "right"))
+        around = start + end if before is None else before[start] + before[end]
+        bounds.add(end if around < 2 * place else start)
     found = []
-    for start, end in pairwise(edges):
-        predicted = p[start:end].mean(dtype=np.float64)
-        observed = np.count_nonzero(clicked[start:end]) / (end - start)
-        low, high = float(p[start]), float(p[end - 1])
-        found.append(Bin(low, high, end - start, float(predicted), observed))
+    for start, end in pairwise(sorted(bounds)):
+        some, w = slice(start, end), None if weight is None else weight[start:end]
+        count = end - start if w is None else float(w.sum())
+        predicted = p[some].mean(dtype=np.float64) if w is None else (w * p[some]).sum() / count
+        observed = clicks_of(clicked[some], w) / count
+        found.append(Bin(float(p[start]), float(p[end - 1]), count, float(predicted), observed))
     expected = sum(b.count * b.predicted for b in found)
-    ece = sum(b.count * abs(b.predicted - b.observed) for b in found) / n
-    return Calibration(expected / np.count_nonzero(clicked), ece, tuple(found))
+    ece = sum(b.count * abs(b.predicted - b.observed) for b in found) / total
+    return Calibration(expected / clicks_of(clicked, weight), ece, tuple(found))
 
 
 # ---- recalibration ------------------------------------------------------------------------------------------------
@@ -104,16 +124,21 @@ class Platt:
         return _sigmoid(self.slope * _logit(p) + self.intercept)
 
 
-def fit_isotonic(clicked: npt.ArrayLike, predictions: npt.ArrayLike) -> Isotonic:
+def fit_isotonic(
+    clicked: npt.ArrayLike, predictions: npt.ArrayLike, *, weight: npt.ArrayLike | None = None
+) -> Isotonic:
     """The non-decreasing function of the prediction with the least squared error to the labels [n], by pooling adjacent violators.
 
-    Fit it on validation: `fit_isotonic(clicked_v, p_v)(p_test)`. It makes ties, and predictions of 0 and 1 at the ends.
+    Fit it on validation: `fit_isotonic(clicked_v, p_v)(p_test)`. It makes ties, and predictions of 0 and 1 at the ends. `weight` [n]: how
+    many impressions each stands for.
     """
     y = check_clicked(clicked, both=False)
     by_prediction = Sorted.of(check_predictions(predictions, len(y), probability=True))
+    w = check_weight(weight, len(y))
+    w = np.ones(len(y)) if w is None else by_prediction.take(w)
     start = np.flatnonzero(by_prediction.first)
-    clicks = np.add.reduceat(by_prediction.take(y), start, dtype=np.float64)
-    count = np.diff(start, append=len(y)).astype(np.float64)
+    clicks = np.add.reduceat(w * by_prediction.take(y), start)
+    count = np.add.reduceat(w, start)
     value = _pool(clicks, count)
     # Inside a pool the function is constant: its ends are enough.
     inside = np.zeros(len(value), np.bool_)
@@ -144,29 +169,41 @@ def _pool(total, count):  # type: ignore[no-untyped-def]
     return out
 
 
-def fit_platt(clicked: npt.ArrayLike, predictions: npt.ArrayLike, *, steps: int = 100) -> Platt:
+def fit_platt(
+    clicked: npt.ArrayLike,
+    predictions: npt.ArrayLike,
+    *,
+    steps: int = 100,
+    weight: npt.ArrayLike | None = None,
+) -> Platt:
     """The logistic regression of the labels [n] on logit(p), by Newton's method; p clipped to [1e-7, 1 - 1e-7].
 
     As Platt has it the labels are (n1 + 1) / (n1 + 2) and 1 / (n0 + 2) of n1 clicked and n0 not, so that it ends on separable ones too.
+    `weight` [n]: how many impressions each stands for, in n1 and n0, too.
     """
     y = check_clicked(clicked)
     x = _logit(check_predictions(predictions, len(y), probability=True))
-    positives = np.count_nonzero(y)
-    target = np.where(y, (positives + 1) / (positives + 2), 1 / (len(y) - positives + 2))
+    sizes = check_weight(weight, len(y))
+    positives = clicks_of(y, sizes)
+    negatives = clicks_of(~y, sizes)
+    target = np.where(y, (positives + 1) / (positives + 2), 1 / (negatives + 2))
+
+    def mean(values: Array) -> float:
+        return float(np.average(values, weights=sizes))
 
     def loss(at: Array) -> float:
         z = at[0] * x + at[1]
-        return float(np.mean(np.logaddexp(0, z) - target * z))
+        return mean(np.logaddexp(0, z) - target * z)
 
     # From the best constant on; where x is constant the hessian is singular, and lstsq takes the shortest step.
-    at = np.array([0.0, math.log(positives / (len(y) - positives))])
+    at = np.array([0.0, math.log(positives / negatives)])
     before = loss(at)
     for _ in range(steps):
         p = _sigmoid(at[0] * x + at[1])
-        gradient = np.array([np.mean((p - target) * x), np.mean(p - target)])
+        gradient = np.array([mean((p - target) * x), mean(p - target)])
         w = p * (1 - p)
-        cross = np.mean(w * x)
-        hessian = np.array([[np.mean(w * x * x), cross], [cross, np.mean(w)]])
+        cross = mean(w * x)
+        hessian = np.array([[mean(w * x * x), cross], [cross, mean(w)]])
         step = np.linalg.lstsq(hessian, gradient, rcond=None)[0]
         while (now := loss(at - step)) > before and np.abs(step).max() > 1e-14:
             step = step / 2

@@ -1,11 +1,13 @@
 """Impressions, checked, sorted by prediction, and what one pass over them counts for each user or page.
 
 n impressions, G groups (users or pages). Everything is O(n log n) time and O(n + G) memory; ties are exact, nothing is binned.
+An impression of weight w counts as w impressions. Without weights (None, for which the kernels are compiled apart) all counts are integers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +61,24 @@ def check_predictions(
     return np.ascontiguousarray(p)
 
 
+def check_weight(weight: npt.ArrayLike | None, n: int) -> Array | None:
+    """[n] float64, finite and above 0; None for none. ValueError for others."""
+    if weight is None:
+        return None
+    w = np.asarray(weight)
+    if w.shape != (n,):
+        raise ValueError(f"weight: expected shape [{n}] as clicked, got {list(w.shape)}")
+    if w.dtype.kind not in "fiu":
+        raise ValueError(f"weight: expected real numbers, got {w.dtype}")
+    w = np.ascontiguousarray(w, np.float64)
+    wrong = np.flatnonzero(~((w > 0) & (w < np.inf)))
+    if len(wrong):
+        raise ValueError(
+            f"weight: expected finite numbers above 0, got {w[wrong[0]]} at row {wrong[0]}; leave out what has no weight"
+        )
+    return w
+
+
 def group_codes(group: npt.ArrayLike, n: int, name: str) -> tuple[Array, int]:
     """([n] codes in [0, G), G) of the integers or strings [n] of `group`, in their order."""
     given = np.asarray(group)
@@ -98,8 +118,14 @@ class Sorted:
         np.not_equal(p[1:], p[:-1], out=first[1:])
         return cls(order, p, first)
 
-    def take(self, values: Array) -> Array:
+    @overload
+    def take(self, values: Array) -> Array: ...
+    @overload
+    def take(self, values: None) -> None: ...
+    def take(self, values: Array | None) -> Array | None:
         """`values` [n] in this order."""
+        if values is None:
+            return None
         out = np.empty_like(values)
         for start in range(0, len(out), BLOCK):  # numpy copies an index of 4 bytes to one of 8
             block = slice(start, start + BLOCK)
@@ -139,27 +165,31 @@ def _unpack(keys, order, bits):  # type: ignore[no-untyped-def]
 # ---- counts -------------------------------------------------------------------------------------------------------
 
 
-def label_counts(clicked: Array, group: Array, groups: int) -> Array:
+def label_counts(clicked: Array, group: Array, groups: int, weight: Array | None = None) -> Array:
     """[G, 2] impressions of each group that were not clicked, and that were."""
-    out = np.zeros((groups, 2), np.int64)
-    _count_labels(clicked, group, out)
+    out = np.zeros((groups, 2), _kind(weight))
+    _count_labels(clicked, group, weight, out)
     return out
 
 
-def pairs_over_all(first: Array, clicked: Array, group: Array, groups: int) -> Array:
+def pairs_over_all(
+    first: Array, clicked: Array, group: Array, groups: int, weight: Array | None = None
+) -> Array:
     """[G, 2] of impressions in sorted order: twice the pairs (clicked, not clicked) in the right order, a tie counted one half.
 
     Column 1: the clicked one is of the group and the other anybody's; column 0: the one not clicked is of the group.
     """
-    out = np.zeros((groups, 2), np.int64)
-    _count_over_all(first, clicked, group, int(np.count_nonzero(clicked)), out)
+    out = np.zeros((groups, 2), _kind(weight))
+    _count_over_all(first, clicked, group, weight, clicks_of(clicked, weight), out)
     return out
 
 
-def pairs_within(first: Array, clicked: Array, group: Array, groups: int) -> Array:
+def pairs_within(
+    first: Array, clicked: Array, group: Array, groups: int, weight: Array | None = None
+) -> Array:
     """[G] of impressions in sorted order: as `pairs_over_all`, of pairs whose impressions are both of the group."""
-    out = np.zeros(groups, np.int64)
-    _count_within(first, clicked, group, _state(groups, len(group)), out)
+    out = np.zeros(groups, _kind(weight))
+    _count_within(first, clicked, group, weight, _state(groups, len(group), weight), out)
     return out
 
 
@@ -177,45 +207,64 @@ def page_gains(first: Array, clicked: Array, page: Array, counts: Array, k: int)
     return out.T
 
 
-def add_losses(clicked: Array, p: Array, group: Array, groups: int) -> Array:
+def add_losses(
+    clicked: Array, p: Array, group: Array, groups: int, weight: Array | None = None
+) -> Array:
     """[G] sums of -log of the probability of the label, natural."""
     out = np.zeros(groups)
-    _add_losses(clicked, p, group, out)
+    _add_losses(clicked, p, group, weight, out)
     return out
 
 
-def _state(groups: int, n: int) -> Array:
-    return np.zeros((groups, 4), np.int32 if n < 2**31 else np.int64)
+def clicks_of(clicked: Array, weight: Array | None) -> float:
+    """How many were clicked; an integer without weights."""
+    return int(np.count_nonzero(clicked)) if weight is None else float(weight[clicked].sum())
+
+
+def _kind(weight: Array | None) -> npt.DTypeLike:
+    return np.int64 if weight is None else np.float64
+
+
+def _state(groups: int, n: int, weight: Array | None = None) -> Array:
+    small = weight is None and n < 2**31
+    return np.zeros((groups, 4), np.int32 if small else _kind(weight))
 
 
 @njit(cache=True, nogil=True)
-def _count_labels(clicked, group, out):  # type: ignore[no-untyped-def]
+def _of(weight, i):  # type: ignore[no-untyped-def]
+    if weight is None:
+        return 1
+    return weight[i]
+
+
+@njit(cache=True, nogil=True)
+def _count_labels(clicked, group, weight, out):  # type: ignore[no-untyped-def]
     for i in range(len(group)):
-        out[group[i], 1 if clicked[i] else 0] += 1
+        out[group[i], 1 if clicked[i] else 0] += _of(weight, i)
 
 
 @njit(cache=True, nogil=True)
-def _count_over_all(first, clicked, group, positives, out):  # type: ignore[no-untyped-def]
+def _count_over_all(first, clicked, group, weight, positives, out):  # type: ignore[no-untyped-def]
     n, start = len(group), 0
     below, above = 0, positives  # not clicked below the run, clicked above it
     while start < n:
-        end, tied = start, 0
+        end, tied, others = start, 0, 0
         while end < n and (end == start or not first[end]):
-            tied += clicked[end]
+            tied += clicked[end] * _of(weight, end)
+            others += (not clicked[end]) * _of(weight, end)
             end += 1
-        others = end - start - tied
         above -= tied
         for i in range(start, end):
             if clicked[i]:
-                out[group[i], 1] += 2 * below + others
+                out[group[i], 1] += (2 * below + others) * _of(weight, i)
             else:
-                out[group[i], 0] += 2 * above + tied
+                out[group[i], 0] += (2 * above + tied) * _of(weight, i)
         below += others
         start = end
 
 
 @njit(cache=True, nogil=True)
-def _count_within(first, clicked, group, state, out):  # type: ignore[no-untyped-def]
+def _count_within(first, clicked, group, weight, state, out):  # type: ignore[no-untyped-def]
     """`state` [G, 4]: not clicked below the run, in the run so far not clicked and clicked, the run."""
     run = 0
     for i in range(len(group)):
@@ -225,12 +274,13 @@ def _count_within(first, clicked, group, state, out):  # type: ignore[no-untyped
             state[g, 0] += state[g, 1]
             state[g, 1] = state[g, 2] = 0
             state[g, 3] = run
+        w = _of(weight, i)
         if clicked[i]:
-            out[g] += 2 * state[g, 0] + state[g, 1]
-            state[g, 2] += 1
+            out[g] += (2 * state[g, 0] + state[g, 1]) * w
+            state[g, 2] += w
         else:
-            out[g] += state[g, 2]
-            state[g, 1] += 1
+            out[g] += state[g, 2] * w
+            state[g, 1] += w
 
 
 @njit(cache=True, nogil=True)
@@ -269,7 +319,7 @@ def _close_run(g, state, discounts, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _add_losses(clicked, p, group, out):  # type: ignore[no-untyped-def]
+def _add_losses(clicked, p, group, weight, out):  # type: ignore[no-untyped-def]
     for i in range(len(group)):
         q = np.float64(p[i]) if clicked[i] else 1.0 - np.float64(p[i])
-        out[group[i]] -= np.log(min(max(q, SMALLEST), 1 - SMALLEST))
+        out[group[i]] -= np.log(min(max(q, SMALLEST), 1 - SMALLEST)) * _of(weight, i)

@@ -7,6 +7,9 @@ groups g with weights w_g, which GAUC, logloss and the metrics of pages are, h_u
 on the right side of, ties one half,
 
     h_u = sum_{i of u, clicked} (V_i - AUC) / n1  +  sum_{j of u, not clicked} (V_j - AUC) / n0.
+
+An impression of weight w counts as w of them in every sum, share and number above. That other impressions were left out at random is in
+these variances, too, as long as that was done for each user apart.
 """
 
 from __future__ import annotations
@@ -21,7 +24,14 @@ from scipy.special import stdtr, stdtrit
 
 from . import counts
 from .calibration import Calibration, calibration_of
-from .counts import Sorted, check_clicked, check_predictions, group_codes, label_counts
+from .counts import (
+    Sorted,
+    check_clicked,
+    check_predictions,
+    check_weight,
+    group_codes,
+    label_counts,
+)
 
 Array = npt.NDArray
 
@@ -99,6 +109,7 @@ def compare(
     user: npt.ArrayLike,
     base: str | None = None,
     page: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
     k: int = 10,
     bins: int = 15,
     level: float = 0.95,
@@ -112,6 +123,7 @@ def compare(
         predictions: by name [n] probabilities; float32 is sorted several times as fast as float64.
         user: [n] integers or strings, at least 2 different ones.
         page: [n] integers or strings; a page is of one user.
+        weight: [n] how many impressions each stands for, finite and above 0; NDCG, MRR and HR take none.
         k: of ndcg@k and hr@k.
         bins: of the calibration.
         level: of the intervals, between 0 and 1.
@@ -125,7 +137,7 @@ def compare(
         raise ValueError(f"base: expected one of {', '.join(predictions)}, got {base!r}")
     if not 0 < level < 1:
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")
-    design = _Design.of(clicked, user, page, k)
+    design = _Design.of(clicked, user, page, weight, k)
     names = list(predictions)
     checked = {
         name: check_predictions(p, len(design.clicked), f"predictions[{name!r}]", probability=True)
@@ -170,7 +182,7 @@ def group_auc(pairs: Array, counted: Array, weighting: str) -> tuple[Array, Arra
         raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     product = counted[:, 0] * counted[:, 1]
     both = product > 0
-    auc = pairs / np.maximum(2 * product, 1)
+    auc = np.divide(pairs, 2 * product, out=np.zeros(len(pairs)), where=both)
     if weighting == "users":
         return auc, both.astype(np.float64)
     weight = counted.sum(1) if weighting == "impressions" else counted[:, 1]
@@ -228,6 +240,7 @@ class _Order:
     clicked: Array
     user: Array
     page: Array | None
+    weight: Array | None
 
 
 @dataclass(frozen=True)
@@ -236,25 +249,29 @@ class _Design:
 
     clicked: Array  # [n]
     user: Array  # [n]
-    by_user: Array  # [U, 2] labels
+    weight: Array | None  # [n]
+    by_user: Array  # [U, 2] labels, by weight
     page: Array | None  # [n]
-    by_page: Array  # [G, 2] labels
+    by_page: Array  # [G, 2] labels, by weight
+    on_page: Array  # [G, 2] labels, counted
     owner: Array  # [G] users of the pages
     k: int
 
     @classmethod
     def of(
-        cls, clicked: npt.ArrayLike, user: npt.ArrayLike, page: npt.ArrayLike | None, k: int
-    ) -> _Design:
+        cls, clicked: npt.ArrayLike, user: npt.ArrayLike, page: npt.ArrayLike | None, weight: npt.ArrayLike | None, k: int
+    ) -> _Design:  # fmt: skip
         check_k(k)
         y = check_clicked(clicked)
         n = len(y)
         user, users = group_codes(user, n, "user")
         if users < 2:
             raise ValueError(f"user: expected at least 2 users, got {users}")
-        by_user = label_counts(y, user, users)
+        w = check_weight(weight, n)
+        by_user = label_counts(y, user, users, w)
         if page is None:
-            return cls(y, user, by_user, None, np.zeros((0, 2), np.int64), user[:0], k)
+            none = np.zeros((0, 2), np.int64)
+            return cls(y, user, w, by_user, None, none, none, user[:0], k)
         page, pages = group_codes(page, n, "page")
         owner = np.empty(pages, user.dtype)
         owner[page] = user
@@ -263,46 +280,53 @@ class _Design:
             raise ValueError(
                 f"page: expected pages of one user each, got one of several users at row {row}"
             )
-        return cls(y, user, by_user, page, label_counts(y, page, pages), owner, k)
+        by_page = label_counts(y, page, pages, w)
+        on_page = by_page if w is None else label_counts(y, page, pages)
+        return cls(y, user, w, by_user, page, by_page, on_page, owner, k)
 
     @property
     def entropy(self) -> float:
         """Of the label, natural logarithm."""
-        q = self.by_user.sum(0) / len(self.clicked)
+        q = self.by_user.sum(0) / self.by_user.sum()
         return float(-(q * np.log(q)).sum())
 
     def statistics(self, p: Array, bins: int) -> tuple[dict[str, _Statistic], Calibration]:
         by = Sorted.of(p)
         page = None if self.page is None else by.take(self.page)
-        order = _Order(by.first, by.take(self.clicked), by.take(self.user), page)
-        calibrated = calibration_of(by, order.clicked, bins)
+        weight = by.take(self.weight)
+        order = _Order(by.first, by.take(self.clicked), by.take(self.user), page, weight)
+        calibrated = calibration_of(by, order.clicked, bins, weight)
         del by  # half of the memory
         return {"auc": self.auc(order), **self.means(order, p)}, calibrated
 
     def auc(self, order: _Order) -> _Statistic:
         users = len(self.by_user)
-        pairs = counts.pairs_over_all(order.first, order.clicked, order.user, users)
+        pairs = counts.pairs_over_all(order.first, order.clicked, order.user, users, order.weight)
         labels = self.by_user.sum(0)
-        auc = int(pairs[:, 1].sum()) / (2 * int(labels[0]) * int(labels[1]))
+        # .item(): without weights integers of any size.
+        auc = pairs[:, 1].sum().item() / (2 * labels[0].item() * labels[1].item())
         # Of each label: the sum of V_i is half the pairs over how many have the other label.
         influence = ((pairs / (2 * labels[::-1]) - auc * self.by_user) / labels).sum(1)
         return _Statistic(auc, influence, users, len(self.clicked), 0)
 
     def means(self, order: _Order, p: Array) -> dict[str, _Statistic]:
         users = len(self.by_user)
-        pairs = counts.pairs_within(order.first, order.clicked, order.user, users)
+        weight = order.weight
+        pairs = counts.pairs_within(order.first, order.clicked, order.user, users, weight)
         found = {f"gauc[{w}]": _mean(*group_auc(pairs, self.by_user, w)) for w in WEIGHTINGS}
         n = self.by_user.sum(1).astype(np.float64)
-        loss = _mean(counts.add_losses(self.clicked, p, self.user, users) / n, n)
+        losses = counts.add_losses(self.clicked, p, self.user, users, self.weight)
+        loss = _mean(losses / n, n)
         found["logloss"] = replace(loss, kept=len(p))
         if order.page is None:
             return found
         of = (self.owner, users)
-        pairs = counts.pairs_within(order.first, order.clicked, order.page, len(self.by_page))
-        auc, weight = group_auc(pairs, self.by_page, "impressions")
-        found["gauc[impressions, page]"] = _mean(auc, weight, *of)
-        gains = counts.page_gains(order.first, order.clicked, order.page, self.by_page, self.k)
-        some = (self.by_page[:, 1] > 0).astype(np.float64)
+        pages = len(self.by_page)
+        pairs = counts.pairs_within(order.first, order.clicked, order.page, pages, weight)
+        by_page = group_auc(pairs, self.by_page, "impressions")
+        found["gauc[impressions, page]"] = _mean(*by_page, *of)
+        gains = counts.page_gains(order.first, order.clicked, order.page, self.on_page, self.k)
+        some = (self.on_page[:, 1] > 0).astype(np.float64)
         for name, gain in zip((f"ndcg@{self.k}", "mrr", f"hr@{self.k}"), gains, strict=True):
             found[name] = _mean(gain, some, *of)
         return found

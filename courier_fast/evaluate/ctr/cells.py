@@ -97,9 +97,11 @@ class Plan:
     def fingerprints(self) -> Callable[[Cell], str]:
         """What a cell's file must have been made from; changes with anything that its predictions come from."""
         d = self.dataset
-        arrays = (
+        arrays = [
             d.page_user, d.page_time, d.history_start, d.history_end, d.pv_start, d.pv_end, d.pv_item, d.pv_clicked, d.event_item, d.event_time,
-        )  # fmt: skip
+        ]  # fmt: skip
+        if d.pv_weight is not None:
+            arrays.append(d.pv_weight)
         data = _hash(*arrays, about=[d.info["splits"], d.categories.to_pylist()])
         tables = {name: [_hash(x) for x in of] for name, of in self.embeddings.items()} | {NONE: [""]}  # fmt: skip
         bounds = {p.name: [p.bound, p.train.start] for p in self.protocols}

@@ -46,6 +46,9 @@ IMPRESSIONS = {
     "same_item": "float32; log(1 + times the item is in the history)",
     "same_category": "float32; log(1 + history items of its category, if known)",
 }
+WEIGHT = {
+    "weight": "float32; how many impressions the row stands for, as some pages were cut: of the loss, and of metrics"
+}
 OF_EMBEDDING = {
     "{}_similarity_*": "float32; the item against the history: " + ", ".join(SIMILARITY),
     "{}_cluster_*": "int32; the item's k-means cluster by number of clusters, -1 without an embedding",
@@ -147,7 +150,8 @@ def _columns(x: Impressions) -> dict[str, pa.Array]:
         pa.array(x.weekday.astype(np.int8)),
         *(pa.array(np.ascontiguousarray(column)) for column in numbers.T),
     ]
-    return dict(zip(IMPRESSIONS, columns, strict=True))
+    found = dict(zip(IMPRESSIONS, columns, strict=True))
+    return found if x.weight is None else found | {"weight": pa.array(x.weight)}
 
 
 def _embedding_columns(
@@ -200,7 +204,7 @@ FuxiCTR (2.3), with the vectors in *_vectors.npz: a dataset for each form and em
 
 | column | |
 | --- | --- |
-{rows(IMPRESSIONS | OF_EMBEDDING)}
+{rows(IMPRESSIONS | ({} if dataset.pv_weight is None else WEIGHT) | OF_EMBEDDING)}
 
 ## items.parquet: a row per item
 

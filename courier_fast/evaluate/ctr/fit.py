@@ -87,7 +87,8 @@ def fit(
             progress((epoch + step / steps) / s.epochs)
             if step not in looks:
                 continue
-            losses.append(_logloss(predict(model, validation), validation.shown.clicked))
+            p, shown = predict(model, validation), validation.shown
+            losses.append(_logloss(p, shown.clicked, shown.weight))
             if losses[-1] == min(losses):
                 best = {k: v.detach().clone() for k, v in model.state_dict().items()}
             elif len(losses) - 1 - int(np.argmin(losses)) >= s.patience:
@@ -108,7 +109,7 @@ def _step(
 ) -> None:
     model.train()
     batch = train.batch(pages)
-    loss = functional.binary_cross_entropy_with_logits(model(batch), batch.clicked)
+    loss = functional.binary_cross_entropy_with_logits(model(batch), batch.clicked, batch.weight)
     if l2:
         loss = loss + l2 * penalty(model, batch)
     optimizer.zero_grad(set_to_none=True)
@@ -129,6 +130,6 @@ def predict(model: torch.nn.Module, split: Split, impressions: int = 1 << 13) ->
     return np.concatenate(found)
 
 
-def _logloss(p: Array, clicked: Array) -> float:
+def _logloss(p: Array, clicked: Array, weight: Array | None) -> float:
     p = np.clip(p.astype(np.float64), 1e-7, 1 - 1e-7)
-    return float(-np.log(np.where(clicked, p, 1 - p)).mean())
+    return float(np.average(-np.log(np.where(clicked, p, 1 - p)), weights=weight))

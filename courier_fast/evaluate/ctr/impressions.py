@@ -36,6 +36,7 @@ class Impressions:
 
     Attributes:
         item, clicked: [n] rows of the dataset's items; bool.
+        weight: [n] float32, how many impressions each stands for where pages were cut; None where none was.
         page, user: [n] rows of the dataset's pages and users.
         offsets: [P + 1] the impressions of each page.
         history_start, history_end: [P] rows of the dataset's events.
@@ -54,6 +55,7 @@ class Impressions:
         self.dataset, self.history = dataset, history
         first, last = int(d.pv_start[self.pages.start]), int(d.pv_end[self.pages.stop - 1])
         self.item, self.clicked = d.pv_item[first:last], d.pv_clicked[first:last]
+        self.weight = None if d.pv_weight is None else d.pv_weight[first:last]
         self.offsets = np.append(d.pv_start[rows], last).astype(np.int64) - first
         self.history_end = d.history_end[rows]
         self.history_start = np.maximum(d.history_start[rows], self.history_end - history)

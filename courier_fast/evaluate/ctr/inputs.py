@@ -30,13 +30,14 @@ RANGES = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Split:
-    """Impressions and their codes and numbers: user, hour, weekday [n] int64, dense [n, F] float32."""
+    """Impressions and their codes and numbers: user, hour, weekday [n] int64, dense [n, F] float32; weight [n] float32 with mean 1, or None."""
 
     shown: Impressions
     user: Tensor
     hour: Tensor
     weekday: Tensor
     dense: Tensor
+    weight: Tensor | None = None
 
     def batch(self, pages: Array) -> Batch:
         """The impressions of some pages (counted from the range's first), with all their history."""
@@ -63,6 +64,7 @@ class Split:
             pair_impression=torch.from_numpy(impression),
             pair_item=torch.from_numpy(place[pairs]),
             offsets=torch.from_numpy(np.cumsum(counts) - counts),
+            weight=None if self.weight is None else self.weight[index],
         )
 
 
@@ -148,10 +150,15 @@ class Material:
         columns = _standardised({name: np.concatenate(x, 1) for name, x in dense.items()})
         tables = ItemTables(torch.from_numpy(codes.astype(np.int64)), tuple(sizes), vectors)
         splits = {
-            name: Split(x, *map(torch.from_numpy, (user[x.user], x.hour, x.weekday, columns[name])))
+            name: Split(x, *map(torch.from_numpy, (user[x.user], x.hour, x.weekday, columns[name], *_weights(x))))
             for name, x in self.shown.items()
-        }
+        }  # fmt: skip
         return Inputs(tables, int(user.max()) + 1, splits)
+
+
+def _weights(shown: Impressions) -> list[Array]:
+    """Those of the impressions, if they have some, with mean 1: the loss stays as large as without beside the squares of rows."""
+    return [] if shown.weight is None else [shown.weight / shown.weight.mean()]
 
 
 def _standardised(columns: dict[str, Array]) -> dict[str, Array]:

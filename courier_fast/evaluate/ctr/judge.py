@@ -17,15 +17,20 @@ NAMES = {"auc": "auc", "gauc": "gauc[impressions]", "logloss": "logloss", "ndcg@
 
 
 def judge(
-    clicked: Array, p: Mapping[str, Array], user: Array, base: str = "none", page: Array | None = None
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+    clicked: Array,
+    p: Mapping[str, Array],
+    user: Array,
+    base: str = "none",
+    page: Array | None = None,
+    weight: Array | None = None,
+) -> dict[str, dict[str, Any]]:
     """By name of probabilities [n]: "auc", "gauc" and "logloss", with `page` also "ndcg@10" and "mrr", each {"value", "low", "high", "se"}; "normalised_entropy" and "calibration".
 
     For all names but `base` also "difference": the same metrics minus those of `base`, paired by user, with "p" after Holm's correction over the
     names; "mde": the least difference of AUC that is found with power 80 %; "relaimpr": (AUC - 0.5) / (AUC of base - 0.5) - 1.
     """
     result: dict[str, dict[str, Any]] = {}
-    for name, found in compare(clicked, p, user=user, base=base, page=page).items():
+    for name, found in compare(clicked, p, user=user, base=base, page=page, weight=weight).items():
         metrics = {n: found.metrics[m] for n, m in NAMES.items() if m in found.metrics}
         row: dict[str, Any] = {n: _interval(e) for n, e in metrics.items()}
         row["calibration"] = calibrated(found.calibration)

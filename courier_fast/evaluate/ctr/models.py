@@ -24,7 +24,7 @@ class Batch:
     Attributes:
         items: [U] rows of the item tables.
         item: [B] places in `items`; user, hour, weekday: [B] codes.
-        dense: [B, F]; clicked: [B] float.
+        dense: [B, F]; clicked: [B] float; weight: [B] of each in the loss, or None.
         pair_impression, pair_item: [P] of every pair, by impression: its place in the batch, the history item's in `items`.
         offsets: [B] an impression's first pair.
     """
@@ -39,6 +39,7 @@ class Batch:
     pair_impression: Tensor
     pair_item: Tensor
     offsets: Tensor
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)

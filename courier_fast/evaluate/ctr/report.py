@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 
 Array = npt.NDArray
 
+WEIGHTED = (
+    "Some pages were cut: their impressions have weights, in training and in all numbers but counts, NDCG and MRR, which are of the rows that "
+    "are there."
+)
 LEAK = 0.99  # an AUC above it: the model was told
 
 
@@ -51,6 +55,7 @@ def make_report(plan: Plan, out: Path, split: str = "test") -> dict[str, Any]:
         "dataset": str(plan.dataset.path),
         "split": split,
         "pages": plan.dataset.info.get("pages", "given or made"),
+        "weighted": shown.weight is not None,
         "protocols": {p.name: p.describe(plan.dataset) for p in plan.protocols},
         "settings": asdict(plan.settings) | {"history": plan.history, "min_count": plan.least, "seeds": plan.seeds},
         "embeddings": {name: x[0].shape[1] for name, x in plan.embeddings.items()},
@@ -81,20 +86,23 @@ def _table(
         key: {r: np.mean([s[r] for s in of], 0) for r in plan.ranges} for key, of in seeds.items()
     }
     p = {_name(*key): of[split] for key, of in mean.items()}
-    judged = judge(shown.clicked, p, shown.user, page=shown.page)
-    tuned = Impressions(plan.dataset, "validation", history=plan.history).clicked
+    judged = judge(shown.clicked, p, shown.user, page=shown.page, weight=shown.weight)
+    tuned = Impressions(plan.dataset, "validation", history=plan.history)
     made = plan.dataset.info.get("pages") == "made"
     rows = []
     for key in mine:
         here = mean[key]
-        curve = fit_platt(tuned, here["validation"])
+        curve = fit_platt(tuned.clicked, here["validation"], weight=tuned.weight)
+        mended = calibration(shown.clicked, curve(here[split]), weight=shown.weight)
         rows.append(
             {
                 "form": key[0],
                 "embedding": key[1],
                 **judged[_name(*key)],
-                "auc_of_seeds": [auc(shown.clicked, s[split]) for s in seeds[key]],
-                "recalibrated": calibrated(calibration(shown.clicked, curve(here[split]))),
+                "auc_of_seeds": [
+                    auc(shown.clicked, s[split], weight=shown.weight) for s in seeds[key]
+                ],
+                "recalibrated": calibrated(mended),
             }
         )
     users, clicks = len(np.unique(shown.user)), int(shown.clicked.sum())
@@ -118,7 +126,7 @@ def _against(plan: Plan, shown: Impressions, p: dict[str, Array]) -> list[dict[s
     for form in (f for f in plan.forms if f != NONE):
         for other in others:
             names = [_name(form, first), _name(form, other)]
-            judged = judge(shown.clicked, {n: p[n] for n in names}, shown.user, base=names[1])
+            judged = judge(shown.clicked, {n: p[n] for n in names}, shown.user, base=names[1], weight=shown.weight)  # fmt: skip
             found.append({"form": form, "embedding": first, "other": other, **judged[names[0]]["difference"]})  # fmt: skip
     return found
 
@@ -136,7 +144,8 @@ def _slices(
         clicks, users = int(shown.clicked[mask].sum()), len(np.unique(user[mask]))
         found: dict[str, Any] = {"kind": kind, "name": name, "impressions": int(mask.sum()), "clicks": clicks, "users": users, "rows": None}  # fmt: skip
         if 0 < clicks < mask.sum() and users > 1:
-            judged = judge(shown.clicked[mask], {n: x[mask] for n, x in p.items()}, user[mask])
+            weight = None if shown.weight is None else shown.weight[mask]
+            judged = judge(shown.clicked[mask], {n: x[mask] for n, x in p.items()}, user[mask], weight=weight)  # fmt: skip
             found["rows"] = {n: {"auc": x["auc"], **({"difference": x["difference"]["auc"]} if n != NONE else {})} for n, x in judged.items()}  # fmt: skip
         yield found
 
@@ -190,6 +199,7 @@ def notes_of(report: dict[str, Any]) -> list[str]:
     notes = [
         *(f"**{alarm}**" for alarm in report["alarms"]),
         made.get(report["pages"], "Whether pages are given or made is not recorded in this dataset."),
+        *([WEIGHTED] if report.get("weighted") else []),
         *(f"Pages, {line}." for line in report["protocols"].values()),
         f"Probabilities are means of {seeds} seeds; beside their AUC stands that of one seed, mean ± deviation. Intervals: 95 %, by users, paired for differences; p by Holm over "
         "a table's rows. Slices are exploratory: their intervals are not corrected for their number; cosines in them are the first embedding's.",
