@@ -109,9 +109,11 @@ def test_the_table_and_the_export_have_the_weights(
     against = table["against"][0]["auc"]
     assert difference is not None
     assert (against["value"], against["low"]) == pytest.approx((difference.value, difference.low))
-    masks = {(kind, name): mask for kind, name, mask in slices(shown)}
-    for one in table["slices"]:
-        mask = masks[one["kind"], one["name"]]
+    masks = {(kind, name): mask for kind, name, mask in slices(shown)}  # but those by cosine
+    assert len(masks) > 5
+    of = {(one["kind"], one["name"]): one for one in table["slices"]}
+    for key, mask in masks.items():
+        one = of[key]
         if one["rows"]:
             expected = metrics.auc(shown.clicked[mask], p["none"][mask], weight=shown.weight[mask])
             assert one["rows"]["none"]["auc"]["value"] == pytest.approx(expected, rel=1e-12)
@@ -129,7 +131,7 @@ def test_cells_of_datasets_without_weights_stay_valid(tmp_path: Path) -> None:
     d = Dataset(tmp_path / "d")
     weighted = with_weights(d, tmp_path / "w", np.arange(800) % 3 + 1)
     again = with_weights(d, tmp_path / "v", np.arange(800) % 4 + 1)
-    table = {"x": np.arange(90, dtype=np.float32).reshape(30, 3)}
+    table = {"x": [np.arange(90, dtype=np.float32).reshape(30, 3)]}
     cell = Cell("din", "vector", "x", "shared", 0)
     found = [
         Plan(x, table, ["din"], ["vector"], [make_protocol(x, "shared")]).fingerprints()(cell)
