@@ -1,6 +1,6 @@
 """Time and memory of the metrics of predicted clicks, two predictions at a time, beside scikit-learn where it is installed.
 
-python -m bench.metrics [N ...] [--pages] [--double]
+python -m bench.metrics [N ...] [--pages] [--double] [--weights]
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ def measure(n: int, args: argparse.Namespace, timed: Callable[[str, Callable], N
     clicked, p, user = draw(n, "f8" if args.double else "f4")
     page = np.arange(n, dtype=np.int32) // 10 if args.pages else None
     both = {"a": p[0], "b": p[1]}
+    weight = np.where(clicked, 1, 4) if args.weights else None
     timed(
         f"compare, {n:,} of {user[-1] + 1:,} users",
-        lambda: metrics.compare(clicked, both, user=user, base="a", page=page),
+        lambda: metrics.compare(clicked, both, user=user, base="a", page=page, weight=weight),
     )
     try:
         from sklearn.metrics import log_loss, roc_auc_score
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("n", nargs="*", type=float, default=[1e6])
     parser.add_argument("--pages", action="store_true", help="with the metrics of pages of 10")
     parser.add_argument("--double", action="store_true", help="float64 instead of float32")
+    parser.add_argument("--weights", action="store_true", help="compare with weights, 4 of each that was not clicked")  # fmt: skip
     args = parser.parse_args()
     measure(1000, args, timed=lambda _, function: function())  # compiles
     for n in args.n:

@@ -323,12 +323,12 @@ def given_pages(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def rows_of(starts, counts):  # type: ignore[no-untyped-def]
-    """The rows of some pages' items, one page after another."""
-    rows = np.empty(counts.sum(), np.int64)
+def copy_items(starts, counts, column):  # type: ignore[no-untyped-def]
+    """The rows of a column that are of some pages, one page after another."""
+    out = np.empty(counts.sum(), column.dtype)
     at = 0
     for i in range(len(starts)):
-        for k in range(counts[i]):
-            rows[at + k] = starts[i] + k
-        at += counts[i]
-    return rows
+        for k in range(starts[i], starts[i] + counts[i]):
+            out[at] = column[k]
+            at += 1
+    return out

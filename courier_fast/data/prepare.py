@@ -36,10 +36,10 @@ from .pages import (
     REPEAT,
     SHORT_HISTORY,
     UNCLICKED,
+    copy_items,
     given_pages,
     live_items,
     make_pages,
-    rows_of,
 )
 from .spool import Spool, by_time
 
@@ -179,8 +179,7 @@ def pages_of_impressions(sorted_: Sorted, folder: Path, options: PrepareOptions)
     for rows in by_time(old["time"], folder / "pages-by-time"):
         starts = old["pv_start"][rows]
         counts = old["pv_end"][rows] - starts
-        places = rows_of(starts, counts)
-        shown = [column[places] for column in of_all.values()]
+        shown = [copy_items(starts, counts, column) for column in of_all.values()]
         history = np.stack([old["history_start"][rows], old["history_end"][rows]], 1)
         pages.append(old["user"][rows], old["time"][rows], history, counts, shown)
     return pages
