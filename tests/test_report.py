@@ -69,7 +69,7 @@ def results() -> dict[str, Any]:
 
 PREPARED = {
     "events": {"read": 1234, "kept": 1200, "dropped": {"no item": 34}},
-    "pages": {"candidates": 99, "kept": 90, "dropped": {"nothing clicked": 9}},
+    "pages": {"candidates": 99, "kept": 90, "dropped": {"nothing clicked": 9}, "unclicked": 17},
     "images": {"missing": ["a"], "undecodable": {}},
     "splits": {"train": {"pages": 80, "from": "2020-01-01T00:00:00", "to": "2020-02-03T00:00:00"}, "test": {"pages": 0}},
 }  # fmt: skip
@@ -268,7 +268,7 @@ def test_data_and_settings_are_those_of_the_files(tmp_path: Path, tiny: Dataset)
         ("loss.temperature", "0.3"), ("optim.epochs", "10"),
     ]  # fmt: skip
     words = " ".join(Page(write(tmp_path, tiny, settings=None)).words)
-    for expected in ("1,200", "of 1,234", "events: no item", "pages: nothing clicked", "images: missing", "2020-01-01 to 2020-02-03", "loss.temperature"):  # fmt: skip
+    for expected in ("1,200", "of 1,234", "events: no item", "pages: nothing clicked", "Pages without a click", "images: missing", "2020-01-01 to 2020-02-03", "loss.temperature"):  # fmt: skip
         assert expected in words
 
 

@@ -30,6 +30,7 @@ POPULARITY = (
     ("5 to 19 clicks", 5, 19),
     ("20 clicks or more", 20, np.inf),
 )
+KINDS = {"unclicked": "without a click", "all_clicked": "with nothing but clicks", "cut": "cut to --page-size"}  # fmt: skip
 SPLITS = {"train": "learn from", "validation": "choose by", "test": "test on"}
 
 
@@ -157,6 +158,7 @@ def summary(dataset: Dataset) -> dict[str, Any]:
             # Events that given pages make are not among those read.
             facts.append((name.capitalize(), f"{kept:,}", f"of {read:,}" if read >= kept else ""))
             dropped += [(f"{name}: {why}", f"{n:,}") for why, n in found["dropped"].items()]
+            facts += [(f"{name.capitalize()} {what}", f"{found[n]:,}", "") for n, what in KINDS.items() if n in found]  # fmt: skip
     images = about.get("images")
     if images:
         missing, damaged = len(images["missing"]), len(images["undecodable"])
