@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from ..data.embedding_store import NAME, EmbeddingStore
 from ..files import remove
 from .embed import EmbedReport, Source, embed_source
-
-log = logging.getLogger(__name__)
 
 Array = npt.NDArray
 
@@ -35,7 +33,7 @@ class Part:
         return self.source.digest(int(self.rows[row]))
 
     def fingerprint(self) -> str:
-        return f"{self.source.fingerprint()} {self.rows.tolist()}"
+        return f"{self.source.fingerprint()} {hashlib.sha256(self.rows.tobytes()).hexdigest()}"
 
 
 def embed_new(
