@@ -41,13 +41,11 @@ def read_embeddings(
     path = Path(path)
     if path.is_dir():
         table = _in_order(*EmbeddingStore.open(path).read(), dataset, path, strict)
-        check_embeddings(table, dataset)
-        return table
-    if not path.is_file():
+    elif not path.is_file():
         raise FileNotFoundError(
             f"embeddings: expected a .npy or .parquet file or a folder of `courier-fast embed`, got {path}"
         )
-    if path.suffix == ".npy":
+    elif path.suffix == ".npy":
         table = np.load(path, allow_pickle=False).astype(np.float32, copy=False)
     elif path.suffix == ".parquet":
         table = _in_order(*read_parquet(path), dataset, path, strict)
