@@ -14,4 +14,5 @@ QUICKSTART = Quickstart()
 def quickstart_dataset(folder: Path) -> Path:
     """Draws, simulates and prepares under `folder`; gives the dataset's folder."""
     draw(folder, QUICKSTART, Console(quiet=True))
-    return prepare_dataset(folder, QUICKSTART).path
+    prepare_dataset(folder, QUICKSTART)
+    return folder / "dataset"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from dataset_factory import write_dataset
 
-from courier_fast.data.dataset import FORMAT, Dataset, write_table
+from courier_fast.data.dataset import Dataset
 
 
 def make_world(
@@ -59,25 +60,20 @@ def write_world(
     start = np.maximum(np.searchsorted(key, user * (1 << 40)), end - history)
     cuts = [0, int(0.8 * pages), int(0.9 * pages), pages]
     clicks = np.bincount(item[: cuts[1]][clicked[: cuts[1]]], minlength=items)
-    path.mkdir(parents=True)
     users = int(user.max()) + 1
-    write_table(path / "users.arrow", {"user_id": pa.array([f"u{u}" for u in range(users)])})
     seen = np.full(items, time[0])
-    write_table(
-        path / "items.arrow",
-        {
+    offsets = np.arange(pages + 1) * shown
+    tables: dict[str, dict[str, Any]] = {
+        "users": {"user_id": pa.array([f"u{u}" for u in range(users)])},
+        "items": {
             "item_id": pa.array([f"{i:05}" for i in range(items)]),
             "category": pa.array([f"c{i % 4}" for i in range(items)]),
             "clicks": clicks.astype(np.int64),
             "first_seen": seen,
             "last_seen": seen + 90 * 86_400,
         },
-    )
-    write_table(path / "events.arrow", {"item": what.astype(np.int32), "time": at})
-    offsets = np.arange(pages + 1) * shown
-    write_table(
-        path / "pages.arrow",
-        {
+        "events": {"item": what.astype(np.int32), "time": at},
+        "pages": {
             "user": user.astype(np.int32),
             "time": time,
             "history_start": start,
@@ -85,14 +81,10 @@ def write_world(
             "pv_start": offsets[:-1],
             "pv_end": offsets[1:],
         },
-    )
-    write_table(
-        path / "page_items.arrow",
-        {"item": item.ravel().astype(np.int32), "clicked": clicked.ravel()},
-    )
+        "page_items": {"item": item.ravel().astype(np.int32), "clicked": clicked.ravel()},
+    }
     splits = {
         name: [a, b]
         for name, a, b in zip(("train", "validation", "test"), cuts, cuts[1:], strict=False)
     }
-    about = {"format": FORMAT, "source": {}, "options": {}, "splits": splits, "counts": {}}
-    (path / "dataset.json").write_text(json.dumps(about))
+    write_dataset(path, tables, splits)

@@ -39,8 +39,8 @@ def random_events(seed: int, users: int = 12, items: int = 25, n: int = 260) -> 
 
 def digest(folder: Path) -> dict[str, str]:
     """All files but dataset.json, which has the paths."""
-    files = [p for p in sorted(folder.iterdir()) if p.name != "dataset.json"]
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "dataset.json"]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def page_rows(data: Dataset) -> list[dict[str, Any]]:

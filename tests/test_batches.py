@@ -186,7 +186,7 @@ def test_a_missing_folder_or_another_format(dataset: Dataset, tmp_path: Path) ->
     with pytest.raises(FileNotFoundError, match="courier-fast prepare"):
         Dataset(tmp_path)
     (tmp_path / "dataset.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="expected format 1, got 99"):
+    with pytest.raises(ValueError, match="expected format 2, got 99"):
         Dataset(tmp_path)
     with pytest.raises(FileNotFoundError, match="without --images"):
         _ = dataset.images

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from ctr_factory import make_world, write_world
-from dataset_factory import make_dataset
+from dataset_factory import columns_of, make_dataset, rewrite
 from torch import nn
 from torch.nn import functional
 
-from courier_fast.data.dataset import Dataset, read_table, write_table
+from courier_fast.data.dataset import Dataset
 from courier_fast.evaluate import features
 from courier_fast.evaluate.ctr import Impressions, make_protocol
 from courier_fast.evaluate.ctr.fit import Settings, fit, predict
@@ -95,15 +94,10 @@ def test_the_bound_divides_no_moment(tmp_path: Path) -> None:
     assert p.encoder == range(100)
 
 
-def _columns(folder: Path, table: str) -> dict[str, Any]:
-    batch = read_table(folder / f"{table}.arrow")
-    return {n: batch.column(n).to_numpy(zero_copy_only=False).copy() for n in batch.schema.names}
-
-
 def _broken(tmp_path: Path, what: str) -> Dataset:
     make_world(tmp_path / "d", style_decides=True, users=20, items=50, pages=100)
-    folder, about = tmp_path / "d", json.loads((tmp_path / "d" / "dataset.json").read_text())
-    pages, shown = _columns(folder, "pages"), _columns(folder, "page_items")
+    dataset = Dataset(tmp_path / "d")
+    pages, shown, items = (columns_of(dataset, n) for n in ("pages", "page_items", "items"))
     if what == "labels":
         shown["clicked"][80 * 6 : 90 * 6] = 0
     elif what == "users":
@@ -111,12 +105,9 @@ def _broken(tmp_path: Path, what: str) -> Dataset:
     elif what == "categories":
         import pyarrow as pa
 
-        items = _columns(folder, "items")
         items["category"] = pa.nulls(50, pa.string())
-        items["item_id"] = pa.array(items["item_id"], pa.string())
-        write_table(folder / "items.arrow", items)
     elif what == "pages":
-        about["splits"]["test"] = [100, 100]
+        dataset.info["splits"]["test"] = [100, 100]
     elif what == "history":
         pages["history_start"][:] = pages["history_end"]
     elif what == "order":
@@ -124,10 +115,7 @@ def _broken(tmp_path: Path, what: str) -> Dataset:
     elif what == "future":  # the page's own click in its history
         page = int(np.flatnonzero(shown["clicked"].reshape(-1, 6).any(1))[50])
         pages["history_end"][page] += 1
-    write_table(folder / "pages.arrow", pages)
-    write_table(folder / "page_items.arrow", shown)
-    (folder / "dataset.json").write_text(json.dumps(about))
-    return Dataset(folder)
+    return rewrite(dataset, tmp_path / "broken", {"pages": pages, "page_items": shown, "items": items})  # fmt: skip
 
 
 @pytest.mark.parametrize(

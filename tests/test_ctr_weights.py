@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ctr_factory import make_world, write_world
+from dataset_factory import columns_of, rewrite
 
 from courier_fast.cli import main
-from courier_fast.data.dataset import Dataset, write_table
+from courier_fast.data.dataset import Dataset
 from courier_fast.data.layouts import Source
 from courier_fast.data.options import PrepareOptions
 from courier_fast.data.prepare import prepare
@@ -32,10 +32,8 @@ QUICK = Settings(batch=256, epochs=1, lr=3e-3)
 
 def with_weights(dataset: Dataset, path: Path, weight: Array) -> Dataset:
     """A copy whose rows have these weights [page items]."""
-    shutil.copytree(dataset.path, path)
-    columns = {"item": dataset.pv_item, "clicked": dataset.pv_clicked}
-    write_table(path / "page_items.arrow", columns | {"weight": weight.astype(np.float32)})
-    return Dataset(path)
+    columns = columns_of(dataset, "page_items") | {"weight": weight.astype(np.float32)}
+    return rewrite(dataset, path, {"page_items": columns})
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from dataset_factory import make_dataset
+from dataset_factory import make_dataset, rewrite
 
 from courier_fast import reconstruction_loss
-from courier_fast.data.dataset import Dataset, ImageStoreWriter
+from courier_fast.data.dataset import Dataset
 from courier_fast.data.embeddings import read_embeddings
 from courier_fast.evaluate import baselines
 from courier_fast.evaluate.baselines import Method, compare
@@ -153,10 +153,9 @@ def test_rare_items_are_drawn_by_their_weight_too(tmp_path: Path) -> None:
 
 def test_only_items_with_images_are_sampled(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "d", items=40, images=False)
-    with ImageStoreWriter(tmp_path / "d" / "images.arrow") as store:
-        for item in range(40):
-            store.append(b"not looked at" if item % 2 else None, 8, 8)
-    drawn = sampled_candidates(Dataset(data.path), find_targets(data), 12)
+    images = [(b"not looked at" if item % 2 else None, 8, 8) for item in range(40)]
+    data = rewrite(data, tmp_path / "e", images=images)
+    drawn = sampled_candidates(data, find_targets(data), 12)
     others = np.setdiff1d(np.arange(len(drawn.items)), drawn.offsets[:-1])
     assert (drawn.items[others] % 2 == 1).all()
 

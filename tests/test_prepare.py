@@ -56,8 +56,8 @@ def test_pages_are_those_of_brute_force(
     assert data.categories.to_pylist() == [kinds.get(i) for i in items]
     table = [(items[i], int(t)) for i, t in zip(data.event_item, data.event_time, strict=True)]
     assert table == [e for u in users for e in of_user[u]]
-    assert data._items.column("first_seen").to_pylist() == [min(seen[i]) for i in items]
-    assert data._items.column("last_seen").to_pylist() == [max(seen[i]) for i in items]
+    assert data.item_first_seen.tolist() == [min(seen[i]) for i in items]
+    assert data.items.arrow("last_seen").to_pylist() == [max(seen[i]) for i in items]
 
     expected = []
     for user, item, when in sorted(unique, key=lambda e: (e[2], e[0], e[1])):
@@ -174,8 +174,8 @@ def test_same_bytes_for_any_order_of_rows_and_any_bucket_size(
     monkeypatch.setattr(spool, "BUCKET", 23)
     assert made("buckets", events) == first
     other = made("seed", events, seed=1)
-    assert other["page_items.arrow"] != first["page_items.arrow"]
-    assert other["events.arrow"] == first["events.arrow"]
+    assert other["page_items/00000.arrow"] != first["page_items/00000.arrow"]
+    assert other["events/00000.arrow"] == first["events/00000.arrow"]
 
 
 def test_splits_by_date_and_by_share(tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_metadata_widens_when_an_item_is_on_offer(tmp_path: Path) -> None:
     data = Dataset(tmp_path / "out")
     (row,) = page_rows(data)
     assert sorted(row["items"]) == ["b", "c"]
-    assert data._items.column("first_seen").to_pylist() == [100, 200, 150]
+    assert data.item_first_seen.tolist() == [100, 200, 150]
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,7 +369,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_table", interrupted)
+        patch.setattr(module, "write_shards", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(out, source=source, options=options)
     assert not list(tmp_path.iterdir())
@@ -380,7 +380,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         prepare(out, source=source, options=options)
     again = PrepareOptions(min_history=1, seed=3, overwrite=True)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_table", interrupted)
+        patch.setattr(module, "write_shards", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(out, source=source, options=again)
     assert digest(out) == before
@@ -400,7 +400,7 @@ from courier_fast.data.options import PrepareOptions
 def wait(*_):
     print("writing", flush=True)
     time.sleep(60)
-module.write_table = wait
+module.write_shards = wait
 columns = {"user_id": list("uuuvvv"), "item_id": list("abccba"), "time": [0, 2, 4, 1, 3, 5]}
 options = PrepareOptions(min_history=1)
 module.prepare(Path(sys.argv[1]), source=Source("test", pl.LazyFrame(columns)), options=options)

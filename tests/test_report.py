@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from dataset_factory import make_dataset
+from dataset_factory import columns_of, images_of, make_dataset, rewrite
 
 from courier_fast.cli import main
-from courier_fast.data.dataset import Dataset, read_table, write_table
+from courier_fast.data.dataset import Dataset
 from courier_fast.evaluate.metrics import count_ranks
 from courier_fast.evaluate.ranking import find_targets, history_scores, sampled_candidates
 from courier_fast.report import items, sections, text
@@ -156,13 +156,10 @@ def test_report_prints_no_nan(tmp_path: Path, tiny: Dataset) -> None:
 
 
 def test_ids_are_escaped(tmp_path: Path, tiny: Dataset) -> None:
-    items = read_table(tiny.path / "items.arrow")
-    columns = {n: items.column(n) for n in items.schema.names}
+    columns = columns_of(tiny, "items")
     columns["item_id"] = pa.array([f'<script>alert("{i}")</script>' for i in range(tiny.num_items)])
     columns["category"] = pa.array(['"><b>'] * tiny.num_items)
-    (tiny.path / "items.arrow").rename(tiny.path / "old.arrow")
-    write_table(tiny.path / "items.arrow", columns)
-    page = Page(write(tmp_path, Dataset(tiny.path)))
+    page = Page(write(tmp_path, rewrite(tiny, tmp_path / "d", {"items": columns})))
     assert "script" not in page.tags
     assert any('<script>alert("' in word for word in page.words)
     assert '"><b>' in (page.images[0]["alt"] or "")
@@ -170,11 +167,10 @@ def test_ids_are_escaped(tmp_path: Path, tiny: Dataset) -> None:
 
 def test_an_item_without_a_picture_is_shown_as_such(tmp_path: Path, tiny: Dataset) -> None:
     assert items.data_uri(tiny.images[0].tobytes()) is not None
-    store = tiny.images
-    store._map = store._map.copy()
-    store._map[store._starts[0] : store._ends[0]] = 0
-    assert items.data_uri(tiny.images[0].tobytes()) is None
-    assert 'class="none"' in write(tmp_path, tiny)
+    images = [(bytes(len(tiny.images[0])), 8, 8), *images_of(tiny)[1:]]
+    broken = rewrite(tiny, tmp_path / "d", images=images)
+    assert items.data_uri(broken.images[0].tobytes()) is None
+    assert 'class="none"' in write(tmp_path, broken)
 
 
 def test_attention_weights_are_those_of_the_loss(tiny: Dataset) -> None:

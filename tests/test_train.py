@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dataset_factory import make_dataset
+from dataset_factory import images_of, make_dataset, rewrite
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from train_factory import make_features, metrics, settings
 
 from courier_fast import reconstruction_loss
-from courier_fast.data.dataset import Dataset, write_table
+from courier_fast.data.dataset import Dataset
 from courier_fast.train.checkpoint import Checkpoints
 from courier_fast.train.encoder import load_encoder
 from courier_fast.train.journal import measure
@@ -320,12 +319,11 @@ def test_anchor_weights_are_a_power_of_the_items_clicks(
 def test_pages_without_a_click_are_candidates_and_no_anchors(
     dataset: Dataset, features: Path, tmp_path: Path, direction: str
 ) -> None:
-    shutil.copytree(dataset.path, tmp_path / "data")
     d = Dataset(dataset.path)
     clicked = d.pv_clicked & (np.repeat(np.arange(d.num_pages), d.pv_end - d.pv_start) % 3 > 0)
-    write_table(tmp_path / "data/page_items.arrow", {"item": d.pv_item, "clicked": clicked})
+    columns = {"item": d.pv_item, "clicked": clicked}
     config = settings(
-        Dataset(tmp_path / "data"), tmp_path / "run", data__features=features, data__pages=24, loss__direction=direction,
+        rewrite(d, tmp_path / "data", {"page_items": columns}), tmp_path / "run", data__features=features, data__pages=24, loss__direction=direction,
         loss__sequence_weight=0, loss__history_negatives=False,
     )  # fmt: skip
     trainer = Trainer(config)
@@ -480,20 +478,12 @@ def test_compiled_training_keeps_to_a_few_shapes(
 
 def damage(dataset: Dataset, items: list[int], to: Path) -> Dataset:
     """A copy of the folder in which the images of some items are cut in half."""
-    import shutil
-
-    from courier_fast.data.dataset import ImageStoreWriter
-
-    shutil.copytree(dataset.path, to)
-    store = dataset.images
-    (to / "images.arrow").unlink()
-    with ImageStoreWriter(to / "images.arrow") as writer:
-        for i in range(len(store)):
-            image = bytes(store[i])
-            writer.append(
-                image[: len(image) // 2] if i in items else image, *store.shapes[i].tolist()
-            )
-    return Dataset(to)
+    images = images_of(dataset)
+    for i in items:
+        image, *shape = images[i]
+        assert image is not None
+        images[i] = (image[: len(image) // 2], *shape)
+    return rewrite(dataset, to, images=images)
 
 
 def test_damaged_images_are_replaced_counted_and_named(

@@ -6,6 +6,7 @@ The plan is a pure function of (seed, epoch, step, rank, world): nothing has to 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,20 @@ from numba import njit
 from .dataset import Dataset
 
 Array = npt.NDArray
+
+WINDOW = 1 << 23  # pages that are shuffled together
+CHUNK = 1 << 16  # pages that are cut into batches at once
+
+
+class _Packed(NamedTuple):
+    """Items of some pages, one page after another."""
+
+    shown: Array  # [N]
+    past: Array  # [K]
+    pv_offsets: Array  # [B + 1]
+    history_offsets: Array  # [B + 1]
+    pv_start: Array  # [B] rows of page_items
+    pv_end: Array  # [B]
 
 
 @dataclass(frozen=True)
@@ -66,70 +81,107 @@ def _sequence_anchors(index, offsets):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _gather(pages, pv_start, pv_end, pv_item, pv_clicked, from_, to, event_item, slot, offsets):  # type: ignore[no-untyped-def]
-    """Items of the pages in order of first use; `slot` [items] is -1 on entry and on return."""
-    pv_offsets, history_offsets = offsets
-    for b in range(len(pages)):
-        pv_offsets[b + 1] = pv_offsets[b] + pv_end[pages[b]] - pv_start[pages[b]]
-        history_offsets[b + 1] = history_offsets[b] + to[pages[b]] - from_[b]
-    N, K = pv_offsets[-1], history_offsets[-1]
-    pv_index, history_index = np.empty(N, np.int64), np.empty(K, np.int64)
-    clicked, items = np.empty(N, np.bool_), np.empty(N + K, np.int64)
+def _unique(shown, pv_offsets, past, history_offsets, slot):  # type: ignore[no-untyped-def]
+    """Items in order of first use, and both columns as indices into them; `slot` [items] is -1 on entry and on return."""
+    items = np.empty(len(shown) + len(past), np.int64)
+    pv_index, history_index = np.empty(len(shown), np.int64), np.empty(len(past), np.int64)
     n = 0
-    for b in range(len(pages)):
-        source = pv_start[pages[b]]
-        for i in range(pv_offsets[b], pv_offsets[b + 1]):
-            item = pv_item[source]
-            if slot[item] < 0:
-                slot[item] = n
-                items[n] = item
-                n += 1
-            pv_index[i] = slot[item]
-            clicked[i] = pv_clicked[source]
-            source += 1
-        source = from_[b]
-        for k in range(history_offsets[b], history_offsets[b + 1]):
-            item = event_item[source]
-            if slot[item] < 0:
-                slot[item] = n
-                items[n] = item
-                n += 1
-            history_index[k] = slot[item]
-            source += 1
+    for page in range(len(pv_offsets) - 1):
+        for column, index, offsets in (
+            (shown, pv_index, pv_offsets),
+            (past, history_index, history_offsets),
+        ):
+            for i in range(offsets[page], offsets[page + 1]):
+                item = column[i]
+                if slot[item] < 0:
+                    slot[item] = n
+                    items[n] = item
+                    n += 1
+                index[i] = slot[item]
     for i in range(n):
         slot[items[i]] = -1
-    return items[:n].copy(), pv_index, history_index, clicked
+    return items[:n].copy(), pv_index, history_index
 
 
 @njit(cache=True, nogil=True)
-def _cut(pages, pv_start, pv_end, pv_item, from_, to, event_item, seen, budget, bounds):  # type: ignore[no-untyped-def]
-    """Bounds of consecutive batches of at most `budget` unique items; (count, first page over the budget or -1)."""
-    count, unique, mark = 0, 0, 1
-    for position in range(len(pages)):
-        page = pages[position]
+def _cut(shown, pv_offsets, past, history_offsets, seen, state, budget, bounds):  # type: ignore[no-untyped-def]
+    """Bounds of consecutive batches of at most `budget` unique items, for pages that follow those of the last call; the first page over the
+    budget, or -1. `state` [4]: batches so far, unique items of the open one, its mark in `seen`, pages before."""
+    for page in range(len(pv_offsets) - 1):
         new = 0
         for attempt in range(2):
             new = 0
-            for i in range(pv_start[page], pv_end[page]):
-                if seen[pv_item[i]] != mark:
-                    seen[pv_item[i]] = mark
+            for i in range(pv_offsets[page], pv_offsets[page + 1]):
+                if seen[shown[i]] != state[2]:
+                    seen[shown[i]] = state[2]
                     new += 1
-            for i in range(from_[position], to[page]):
-                if seen[event_item[i]] != mark:
-                    seen[event_item[i]] = mark
+            for i in range(history_offsets[page], history_offsets[page + 1]):
+                if seen[past[i]] != state[2]:
+                    seen[past[i]] = state[2]
                     new += 1
-            if unique + new <= budget:
+            if state[1] + new <= budget:
                 break
-            if attempt == 1 or unique == 0:
-                return count, page
-            count += 1  # the page opens the next batch, and its items are counted anew
-            bounds[count] = position
-            mark += 1
-            unique = 0
-        unique += new
-    count += 1
-    bounds[count] = len(pages)
-    return count, -1
+            if attempt == 1 or state[1] == 0:
+                return page
+            state[0] += 1  # the page opens the next batch, and its items are counted anew
+            bounds[state[0]] = state[3]
+            state[2] += 1
+            state[1] = 0
+        state[1] += new
+        state[3] += 1
+    return -1
+
+
+class Order:
+    """The pages of a split in an epoch's order, a function of (seed, epoch).
+
+    Up to WINDOW pages are shuffled as a whole. Of more, those of each shard stay near each other, so that a process reads one shard after
+    another: shards come in a random order, and as many of them as make up WINDOW pages are shuffled together.
+
+    Args:
+        rows: the split.
+        bounds: [S + 1] the first page of each shard, and the end.
+    """
+
+    def __init__(self, rows: range, bounds: Array, seed: int, shuffle: bool) -> None:
+        self.rows, self.seed, self.shuffle = rows, seed, shuffle
+        cuts = np.unique(np.clip(bounds, rows.start, rows.stop))
+        self._pieces = np.stack([cuts[:-1], cuts[1:]], 1) if len(rows) > WINDOW and shuffle else np.array([[rows.start, rows.stop]])  # fmt: skip
+        self._epoch = self._window = -1
+        self._windows: list[Array] = []  # pieces of each
+        self._ends = np.zeros(0, np.int64)
+        self._pages = np.zeros(0, np.int64)
+
+    def _numbers(self, epoch: int, stream: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=[0, 0, stream, 0]))  # fmt: skip
+
+    def _begin(self, epoch: int) -> None:
+        pieces = self._pieces
+        if len(pieces) > 1:
+            pieces = pieces[self._numbers(epoch, 1).permutation(len(pieces))]
+        ends = np.cumsum(pieces[:, 1] - pieces[:, 0])
+        last = np.searchsorted(ends, np.arange(WINDOW, ends[-1] + WINDOW, WINDOW))
+        last = np.unique(np.minimum(last, len(pieces) - 1))
+        self._windows = np.split(pieces, last[:-1] + 1)
+        self._ends, self._epoch, self._window = ends[last], epoch, -1
+
+    def pages(self, epoch: int, start: int, stop: int) -> Array:
+        """Those at the positions from `start` to `stop`."""
+        if epoch != self._epoch:
+            self._begin(epoch)
+        found = [self._pages[:0]]
+        while start < stop:
+            window = int(np.searchsorted(self._ends, start, side="right"))
+            first = int(self._ends[window - 1]) if window else 0
+            if window != self._window:
+                self._pages = np.concatenate([np.arange(a, b) for a, b in self._windows[window]])
+                if self.shuffle:
+                    self._numbers(epoch, 2 * window).shuffle(self._pages)
+                self._window = window
+            end = min(stop, int(self._ends[window]))
+            found.append(self._pages[start - first : end - first])
+            start = end
+        return found[1] if len(found) == 2 else np.concatenate(found)
 
 
 class BatchPlan:
@@ -172,92 +224,113 @@ class BatchPlan:
         if not 0 <= rank < world:
             raise ValueError(f"rank: expected 0 <= rank < world, got rank {rank} of {world}")
         self.dataset = dataset
+        self._columns = {n: dataset.pages.column(n) for n in ("history_start", "history_end", "pv_start", "pv_end")}  # fmt: skip
+        self._shown, self._clicked = (dataset.page_items.column(n) for n in ("item", "clicked"))
+        self._past = dataset.events.column("item")
         self.rows = dataset.first_pages(share) if share < 1 else dataset.split(split)
         if not len(self.rows):
             raise ValueError(f"split: {split!r} of {dataset.path} has no page")
         self.pages_per_batch, self.images_per_batch, self.history = pages, images, history
         self.seed, self.rank, self.world, self.shuffle = seed, rank, world, shuffle
         self._slot = np.full(dataset.num_items, -1, np.int64)
+        self._order = Order(self.rows, dataset.pages.bounds, seed, shuffle)
         self._epoch = -1
-        self._order = self._bounds = np.zeros(0, np.int64)
+        self._bounds = np.zeros(0, np.int64)
 
     def _prepare(self, epoch: int) -> None:
-        if epoch == self._epoch:
+        """With `images`, cuts the epoch: one pass over its pages."""
+        if epoch == self._epoch or self.pages_per_batch:
             return
-        order = np.arange(self.rows.start, self.rows.stop, dtype=np.int64)
-        if self.shuffle:
-            np.random.Generator(np.random.Philox(key=[self.seed, epoch])).shuffle(order)
-        count = len(order)
-        if self.pages_per_batch:
-            batches = -(-count // (self.pages_per_batch * self.world)) * self.world
-            self._bounds = np.arange(batches + 1, dtype=np.int64) * count // batches
-        else:
-            d, bounds = self.dataset, np.zeros(count + 1, np.int64)
-            seen = np.zeros(d.num_items, np.int64)
-            batches, too_large = _cut(
-                order, d.pv_start, d.pv_end, d.pv_item, self._history_start(order), d.history_end, d.event_item,
-                seen, self.images_per_batch, bounds,
-            )  # fmt: skip
+        bounds = np.zeros(len(self.rows) + 1, np.int64)
+        state = np.array([0, 0, 1, 0])
+        seen = np.zeros(self.dataset.num_items, np.int64)
+        for start in range(0, len(self.rows), CHUNK):
+            pages = self._order.pages(epoch, start, min(start + CHUNK, len(self.rows)))
+            packed = self._packed(pages)
+            too_large = _cut(packed.shown, packed.pv_offsets, packed.past, packed.history_offsets, seen, state, self.images_per_batch, bounds)  # fmt: skip
             if too_large >= 0:
                 raise ValueError(
-                    f"images: a batch may hold {self.images_per_batch} unique images, but page {too_large} alone holds more; raise it"
+                    f"images: a batch may hold {self.images_per_batch} unique images, but page {pages[too_large]} alone holds more; raise it"
                 )
-            self._bounds = bounds[: batches + 1]
-        self._order, self._epoch = order, epoch
+        bounds[state[0] + 1] = len(self.rows)
+        self._bounds, self._epoch = bounds[: state[0] + 2], epoch
 
-    def _history_start(self, pages: Array) -> Array:
-        d = self.dataset
-        return np.maximum(d.history_start[pages], d.history_end[pages] - self.history)
+    def _packed(self, pages: Array) -> _Packed:
+        start, end, pv_start, pv_end = (c.take(pages) for c in self._columns.values())
+        start = np.maximum(start, end - self.history)
+        pv, history = (np.append(0, np.cumsum(n)) for n in (pv_end - pv_start, end - start))
+        shown, past = self._shown.ranges(pv_start, pv_end), self._past.ranges(start, end)
+        return _Packed(shown, past, pv, history, pv_start, pv_end)
+
+    def _batches(self, epoch: int) -> int:
+        if not self.pages_per_batch:
+            self._prepare(epoch)
+            return len(self._bounds) - 1
+        return -(-len(self.rows) // (self.pages_per_batch * self.world)) * self.world
+
+    def _bound(self, batch: int, batches: int) -> int:
+        if not self.pages_per_batch:
+            return int(self._bounds[batch])
+        return batch * len(self.rows) // batches
 
     def steps(self, epoch: int) -> int:
         """Steps of this epoch: the same on every rank."""
-        self._prepare(epoch)
-        return -(-(len(self._bounds) - 1) // self.world)
+        return -(-self._batches(epoch) // self.world)
 
     def pages(self, epoch: int, step: int) -> Array:
         """[B] this rank's pages of a step; B = 0 where the last step has too few batches for all ranks."""
         if not 0 <= step < self.steps(epoch):
             raise ValueError(f"step: expected 0 <= step < {self.steps(epoch)}, got {step}")
-        batch = step * self.world + self.rank
-        if batch + 1 >= len(self._bounds):
-            return self._order[:0]
-        return self._order[self._bounds[batch] : self._bounds[batch + 1]]
+        batch, batches = step * self.world + self.rank, self._batches(epoch)
+        if batch >= batches:
+            return np.zeros(0, np.int64)
+        return self._order.pages(epoch, *(self._bound(b, batches) for b in (batch, batch + 1)))
 
     def assemble(self, pages: Array) -> PageBatch:
         """Any pages in terms of their unique items. Not for several threads at once."""
-        d = self.dataset
         pages = np.ascontiguousarray(pages, np.int64)
-        offsets = np.zeros((2, len(pages) + 1), np.int64)
-        items, pv_index, history_index, clicked = _gather(
-            pages, d.pv_start, d.pv_end, d.pv_item, d.pv_clicked, self._history_start(pages), d.history_end,
-            d.event_item, self._slot, offsets,
-        )  # fmt: skip
-        return PageBatch(pages, items, pv_index, history_index, offsets[0], offsets[1], clicked)
+        packed = self._packed(pages)
+        items, pv_index, history_index = _unique(
+            packed.shown, packed.pv_offsets, packed.past, packed.history_offsets, self._slot
+        )
+        clicked = self._clicked.ranges(packed.pv_start, packed.pv_end).view(np.bool_)
+        return PageBatch(pages, items, pv_index, history_index, packed.pv_offsets, packed.history_offsets, clicked)  # fmt: skip
 
     def log_q(self, histories: bool = False) -> Array:
         """[items] float32: log of each item's share among the PV items of the split, with `histories` among its used history
         items, too; that of half an occurrence where there is none."""
-        d, pages = self.dataset, np.arange(self.rows.start, self.rows.stop)
-        shown = slice(int(d.pv_start[pages[0]]), int(d.pv_end[pages[-1]]))
-        counts = np.bincount(d.pv_item[shown], minlength=d.num_items).astype(np.float64)
+        counts = np.zeros(self.dataset.num_items)
+        for items in self._shown.parts(*self._shown_rows()):
+            counts += np.bincount(items, minlength=len(counts))
         if histories:
             # How many pages use each event: +1 where a history begins, -1 where it ends.
-            uses = np.zeros(len(d.event_item) + 1)
-            np.add.at(uses, self._history_start(pages), 1)
-            np.add.at(uses, d.history_end[pages], -1)
-            counts += np.bincount(d.event_item, np.cumsum(uses)[:-1], d.num_items)
+            uses = np.zeros(len(self._past) + 1)
+            columns = (self._columns[n].parts(self.rows.start, self.rows.stop) for n in ("history_start", "history_end"))  # fmt: skip
+            for start, end in zip(*columns, strict=True):
+                np.add.at(uses, np.maximum(start, end - self.history), 1)
+                np.add.at(uses, end, -1)
+            uses, at = np.cumsum(uses), 0
+            for items in self._past.parts():
+                counts += np.bincount(items, uses[at : at + len(items)], len(counts))
+                at += len(items)
         return np.log(np.maximum(counts, 0.5) / counts.sum()).astype(np.float32)
 
     @property
     def until(self) -> int:
         """Time of the newest page, in seconds since 1970."""
-        return int(self.dataset.page_time[self.rows.stop - 1])
+        return int(self.dataset.pages.column("time")[self.rows.stop - 1])
+
+    def _shown_rows(self) -> tuple[int, int]:
+        """First row and end of the split's PV items."""
+        start, end = (self._columns[n] for n in ("pv_start", "pv_end"))
+        return int(start[self.rows.start]), int(end[self.rows.stop - 1])
 
     def weights(self, power: float) -> Array:
         """[items] float32: the split's clicks of each item to a power, divided by the mean over clicks; items without a click as with one."""
-        d, pages = self.dataset, self.rows
-        shown = slice(int(d.pv_start[pages.start]), int(d.pv_end[pages.stop - 1]))
-        clicks = np.bincount(d.pv_item[shown], d.pv_clicked[shown], d.num_items)
+        clicks = np.zeros(self.dataset.num_items)
+        rows = self._shown_rows()
+        for items, clicked in zip(self._shown.parts(*rows), self._clicked.parts(*rows), strict=True):  # fmt: skip
+            clicks += np.bincount(items, clicked, len(clicks))
         weights = np.maximum(clicks, 1.0) ** power
         return (weights * (clicks.sum() / max(clicks @ weights, 1e-300))).astype(np.float32)
 

@@ -13,6 +13,7 @@ from .layouts import LAYOUTS, Columns, Source, generic
 from .options import PrepareOptions
 from .pages import NEGATIVES
 from .prepare import prepare
+from .tables import SHARD_BYTES, SHARD_ROWS
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -66,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-rating", type=float, help="least rating that is a click (movielens, amazon-reviews-2023)")  # fmt: skip
     add("--shrink", type=int, default=0, metavar="PIXELS", help="scale longer short sides down to this")  # fmt: skip
     add("--threads", type=int, default=0, help="threads that check images")
+    add("--shard-rows", type=int, default=SHARD_ROWS, help="rows of a shard of a table")
+    add("--shard-bytes", type=int, default=SHARD_BYTES, help="bytes of images after which a shard is full")  # fmt: skip
     add("--overwrite", action="store_true")
 
     add = parser.add_argument_group("generic").add_argument

@@ -1,29 +1,34 @@
-"""The dataset folder: what `courier-fast prepare` writes and everything else reads.
+"""The dataset folder: what `courier-fast prepare` writes and everything else reads. It may be local or in an object store (storage.py).
 
 | file | rows | columns |
 | --- | --- | --- |
-| dataset.json | | format, source, pages ("given" or "made"), options, splits {name: [first page, end)}, counts |
-| users.arrow | user | user_id (string) |
-| items.arrow | item | item_id (string), category (string), clicks (int64: clicks on pages of the train split), first_seen, last_seen (int64) |
-| events.arrow | event | item (int32), time (int64): what users clicked or bought, by user, then time |
-| pages.arrow | page | user (int32), time (int64), history_start, history_end (int64: rows of events.arrow), pv_start, pv_end (int64: rows of page_items.arrow) |
-| page_items.arrow | PV item | item (int32), clicked (uint8: 1 where clicked), weight (float32; only where some page was cut) |
-| images.arrow | item | jpeg (binary; null without an image), height, width (int32; 0 without an image) |
+| dataset.json | | format, source, pages ("given" or "made"), options, splits {name: [first page, end)}, counts, manifest (its checksum) |
+| manifest.json | | tables {name: [{name, rows, bytes, sha256} of each shard]} |
+| users/ | user | user_id (string) |
+| items/ | item | item_id (string), category (string), clicks (int64: clicks on pages of the train split), first_seen, last_seen (int64), height, width (int32: of the image in pixels; 0 without one) |
+| events/ | event | item (int32), time (int64): what users clicked or bought, by user, then time |
+| pages/ | page | user (int32), time (int64), history_start, history_end (int64: rows of events), pv_start, pv_end (int64: rows of page_items) |
+| page_items/ | PV item | item (int32), clicked (uint8: 1 where clicked), weight (float32; only where some page was cut) |
+| images/ | item | jpeg (binary; null without an image) |
 | report.json | | what was kept and dropped, and why |
 
 A page's history is a slice of its user's events, so nothing is stored twice: the last events strictly before the page's time are those up to
-`history_end`. Pages are ordered by time, so a split is a range of rows. Times are seconds since 1970 (UTC). All tables but images.arrow
-are one record batch of uncompressed Arrow IPC and are read in place.
+`history_end`. Pages are ordered by time, so a split is a range of rows. Times are seconds since 1970 (UTC). A table is a folder of numbered
+shards, 00000.arrow and so on (tables.py), each one record batch of uncompressed Arrow IPC that is read in place.
 
 A page that was shown can be cut: all clicked items and a sample of the others stay. `weight` is how many items of the uncut page a row
 stands for, the inverse of its chance to stay: 1 where it was clicked or the page is whole, else others shown / others kept.
+
+Format 1, which still opens from a local folder, has one file <table>.arrow for each table and no manifest; heights and widths are in images.arrow.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,119 +37,99 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-FORMAT = 1
+from ..files import sha256
+from .storage import Folder, Location, Shard
+from .tables import ImageShard, Maps, Table, read_table
+
+Array = npt.NDArray
+
+FORMAT = 2
 SPLITS = ("train", "validation", "test")
+TABLES = ("users", "items", "events", "pages", "page_items")
 
 
-def arrow_array(values: Any) -> pa.Array:
-    """`values` as one Arrow array; NumPy numbers without a copy."""
-    if isinstance(values, pa.ChunkedArray):
-        values = values.combine_chunks()
-    if isinstance(values, pa.Array):
-        return values
-    values = np.ascontiguousarray(values)
-    if values.dtype == bool:
-        values = values.view(np.uint8)  # an Arrow bool is a bit and could not be read in place
-    return pa.Array.from_buffers(
-        pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)]
-    )
-
-
-def write_table(path: str | os.PathLike[str], columns: Mapping[str, Any]) -> None:
-    """Writes columns (Arrow arrays, NumPy arrays or memory maps) as one uncompressed record batch."""
-    batch = pa.record_batch({name: arrow_array(values) for name, values in columns.items()})
-    with pa.OSFile(os.fspath(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-
-
-def read_table(path: str | os.PathLike[str]) -> pa.RecordBatch:
-    """A table of `write_table`, mapped and not read."""
-    return pa.ipc.open_file(pa.memory_map(os.fspath(path))).get_batch(0)
-
-
-class ImageStoreWriter:
-    """Writes images.arrow: one JPEG (PNG, WebP) per item row, in order, `None` where there is none.
-
-    Used as a context manager; rows are written out every `batch_bytes`, so memory stays bounded.
-    """
-
-    SCHEMA = pa.schema([("jpeg", pa.binary()), ("height", pa.int32()), ("width", pa.int32())])
-
-    def __init__(self, path: str | os.PathLike[str], batch_bytes: int = 64 << 20) -> None:
-        self._sink = pa.OSFile(os.fspath(path), "wb")
-        self._writer = pa.ipc.new_file(self._sink, self.SCHEMA)
-        self._batch_bytes = batch_bytes
-        self._rows: list[tuple[bytes | None, int, int]] = []
-        self._held = 0
-
-    def append(self, image: bytes | None, height: int = 0, width: int = 0) -> None:
-        """Adds the next item's image; `height` and `width` in pixels as seen, after EXIF rotation."""
-        self._rows.append((image, height, width) if image else (None, 0, 0))
-        self._held += len(image or b"")
-        if self._held >= self._batch_bytes:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._rows:
-            columns = [
-                pa.array(c, f.type)
-                for c, f in zip(zip(*self._rows, strict=True), self.SCHEMA, strict=True)
-            ]
-            self._writer.write_batch(pa.record_batch(columns, schema=self.SCHEMA))
-            self._rows, self._held = [], 0
-
-    def __enter__(self) -> ImageStoreWriter:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._flush()
-        self._writer.close()
-        self._sink.close()
+def write_manifest(
+    folder: Path, about: Mapping[str, Any], tables: Mapping[str, list[dict[str, Any]]]
+) -> None:
+    """Writes manifest.json, the entries of each table's shards, and then dataset.json, with which the folder is complete."""
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps({"tables": tables}, indent=1) + "\n")
+    about = {"format": FORMAT, **about, "manifest": sha256(manifest)}
+    text = json.dumps(about, indent=1, ensure_ascii=False)
+    (folder / "dataset.json").write_text(text + "\n", "utf-8")
 
 
 class ImageStore:
-    """images.arrow, mapped: `store[row]` is the encoded image as a NumPy view of the file, empty where there is none."""
+    """The images of the items: `store[row]` is the encoded image as a NumPy view of its mapped shard, empty where there is none.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
-        self._map = np.memmap(self.path, np.uint8, "r")
-        base = self._map.ctypes.data
-        # Every batch's buffers lie in the map: their addresses give each image's place in the file.
-        reader = pa.ipc.open_file(pa.py_buffer(self._map))
-        starts, ends, shapes = [], [], []
-        for index in range(reader.num_record_batches):
-            batch = reader.get_batch(index)
-            column = batch.column("jpeg")
-            _, offsets, data = column.buffers()
-            where = np.frombuffer(offsets, np.int32)[: len(column) + 1].astype(np.int64)
-            where += 0 if data is None else data.address - base
-            starts.append(where[:-1])
-            ends.append(where[1:])
-            shapes.append(np.stack([batch.column(n).to_numpy() for n in ("height", "width")], 1))
-        empty = np.zeros(0, np.int64)
-        self._starts = np.concatenate([empty, *starts])
-        self._ends = np.concatenate([empty, *ends])
-        self.shapes = np.concatenate(
-            [np.zeros((0, 2), np.int32), *shapes]
-        )  # [items, (height, width)]
+    Attributes:
+        shapes: [items, 2] height and width in pixels as seen, after EXIF rotation.
+        present: [items] whether there is an image.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        self.table = dataset.tables["images"]
+        if dataset.info["format"] == 1:
+            shard = self._open([0])[0]
+            self.shapes: Array = shard.shapes
+            self.present: Array = shard.ends > shard.starts
+        else:
+            columns = [dataset.items.arrow(n).to_numpy() for n in ("height", "width")]
+            self.shapes = np.stack(columns, 1)
+            self.present = self.shapes[:, 0] > 0
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self.shapes)
+
+    def _open(self, numbers: list[int]) -> list[ImageShard]:
+        # Their checksums are left to `Dataset.verify`: one image of a local shard is wanted, and a damaged one is found when it is decoded.
+        table = self.table
+        return table.maps.get([table.shards[n] for n in numbers], ImageShard, check=False)
 
     def __getitem__(self, row: int) -> npt.NDArray[np.uint8]:
-        return self._map[self._starts[row] : self._ends[row]].view(np.ndarray)
+        return self.take([row])[0]
 
     def take(self, rows: Iterable[int]) -> list[npt.NDArray[np.uint8]]:
         """The encoded images of some rows, without a copy."""
-        return [self[row] for row in rows]
+        wanted = np.asarray(list(rows), np.int64)
+        bounds = self.table.bounds
+        shard = np.searchsorted(bounds, wanted, side="right") - 1
+        numbers = np.unique(shard).tolist()
+        opened = dict(zip(numbers, self._open(numbers), strict=True))
+        return [opened[n][row - bounds[n]] for n, row in zip(shard.tolist(), wanted.tolist(), strict=True)]  # fmt: skip
 
-    @property
-    def present(self) -> npt.NDArray[np.bool_]:
-        """[items] whether there is an image."""
-        return self._ends > self._starts
+    def fingerprint(self) -> list[Any]:
+        """What changes when the images may have."""
+        if isinstance(self._dataset.path, Path) and self._dataset.info["format"] == 1:
+            about = os.stat(self._dataset.path / "images.arrow")
+            return [about.st_size, about.st_mtime_ns]
+        return [shard.sha256 for shard in self.table.shards]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ImageStore, (self.path,)
+        return ImageStore, (self._dataset,)
+
+
+def _whole(table: str, name: str) -> cached_property[Array]:
+    return cached_property(lambda dataset: dataset.tables[table].column(name).joined())
+
+
+def _old_tables(path: Path) -> Iterator[tuple[str, list[Shard]]]:
+    """The tables of format 1, a file each."""
+    for name in (*TABLES, "images"):
+        file = path / f"{name}.arrow"
+        if name == "images" and not file.is_file():
+            continue
+        if name == "images":
+            rows = sum(b.num_rows for b in _batches(file))
+        else:
+            rows = read_table(file).num_rows
+        yield name, [Shard(file.name, rows, file.stat().st_size, None)]
+
+
+def _batches(file: Path) -> Iterator[pa.RecordBatch]:
+    reader = pa.ipc.open_file(pa.memory_map(os.fspath(file)))
+    return (reader.get_batch(i) for i in range(reader.num_record_batches))
 
 
 class Dataset:
@@ -154,65 +139,112 @@ class Dataset:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        about = self.path / "dataset.json"
-        if not about.is_file():
+        self._folder = Folder(path)
+        self.path: Location = self._folder.path
+        about = self._folder.read_text("dataset.json")
+        if about is None:
             raise FileNotFoundError(
                 f"dataset: expected a folder that `courier-fast prepare` wrote (with dataset.json), got {self.path}"
             )
-        self.info: dict[str, Any] = json.loads(about.read_text())
-        if self.info.get("format") != FORMAT:
-            raise ValueError(
-                f"dataset: expected format {FORMAT}, got {self.info.get('format')} in {about}; prepare it again"
-            )
-        pages, self._items, self._users = (
-            read_table(self.path / f"{name}.arrow") for name in ("pages", "items", "users")
-        )
-        events, shown = (
-            read_table(self.path / f"{name}.arrow") for name in ("events", "page_items")
-        )
-        (
-            self.page_user,
-            self.page_time,
-            self.history_start,
-            self.history_end,
-            self.pv_start,
-            self.pv_end,
-        ) = (
-            pages.column(n).to_numpy()
-            for n in ("user", "time", "history_start", "history_end", "pv_start", "pv_end")
-        )
-        self.event_item, self.event_time = (events.column(n).to_numpy() for n in ("item", "time"))
-        self.pv_item = shown.column("item").to_numpy()
-        self.pv_clicked = shown.column("clicked").to_numpy().view(np.bool_)
-        # None: no page was cut, and every row stands for itself.
-        self.pv_weight = shown.column("weight").to_numpy() if "weight" in shown.schema.names else None  # fmt: skip
-        self.item_clicks, self.item_first_seen = (
-            self._items.column(n).to_numpy() for n in ("clicks", "first_seen")
-        )
+        self.info: dict[str, Any] = json.loads(about)
+        self.maps = Maps(self._folder)
+        shards = self._shards()
+        self.tables = {name: Table(self.maps, of) for name, of in shards.items()}
+        self.users, self.items, self.events, self.pages, self.page_items = (self.tables[n] for n in TABLES)  # fmt: skip
+
+    def _shards(self) -> dict[str, list[Shard]]:
+        format_ = self.info.get("format")
+        if format_ == 1 and isinstance(self.path, Path):
+            return dict(_old_tables(self.path))
+        if format_ != FORMAT:
+            known = f"format {FORMAT}" + (", or 1 in a local folder" if format_ == 1 else "")
+            raise ValueError(f"dataset: expected {known}, got {format_} in {self.path}/dataset.json; prepare it again")  # fmt: skip
+        manifest = self._folder.read_text("manifest.json")
+        if manifest is None:
+            raise FileNotFoundError(f"dataset: {self.path}/manifest.json is not there")
+        got = "sha256:" + hashlib.sha256(manifest.encode()).hexdigest()
+        if got != self.info["manifest"]:
+            raise ValueError(f"dataset: {self.path}/manifest.json was cut off or altered: expected {self.info['manifest']}, got {got}")  # fmt: skip
+        return {n: [Shard(**s) for s in of] for n, of in json.loads(manifest)["tables"].items()}
+
+    def verify(self) -> int:
+        """Reads every shard where it lies and compares it with the manifest; gives the number of bytes. ValueError names a shard that was cut off
+        or altered."""
+        total = 0
+        for table in self.tables.values():
+            for shard in table.shards:
+                if shard.sha256 is not None:
+                    self._folder.verify(shard)
+                    total += shard.bytes
+        return total
+
+    # Whole columns, for what looks at all of a dataset; batches are taken from the shards (batches.py).
+    page_user = _whole("pages", "user")
+    page_time = _whole("pages", "time")
+    history_start = _whole("pages", "history_start")
+    history_end = _whole("pages", "history_end")
+    pv_start = _whole("pages", "pv_start")
+    pv_end = _whole("pages", "pv_end")
+    event_item = _whole("events", "item")
+    event_time = _whole("events", "time")
+    pv_item = _whole("page_items", "item")
+    item_clicks = _whole("items", "clicks")
+    item_first_seen = _whole("items", "first_seen")
+
+    @cached_property
+    def pv_clicked(self) -> npt.NDArray[np.bool_]:
+        """[PV items] bool."""
+        return self.page_items.column("clicked").joined().view(np.bool_)
+
+    @cached_property
+    def pv_weight(self) -> Array | None:
+        """[PV items] float32; None: no page was cut, and every row stands for itself."""
+        column = self.page_items.column("weight")
+        return column.joined() if "weight" in self.page_items.schema.names else None
+
+    @property
+    def name(self) -> str:
+        """The folder's."""
+        return str(self.path).rsplit("/", 1)[-1] if isinstance(self.path, str) else self.path.resolve().name  # fmt: skip
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """ "sha256:..." of all tables: that of the manifest, which has theirs."""
+        if self.info["format"] == 1 and isinstance(self.path, Path):
+            return sha256(*sorted(p for p in self.path.iterdir() if p.suffix == ".arrow"))
+        return str(self.info["manifest"])
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """What `prepare` read, kept and dropped; empty where report.json is not there."""
+        return json.loads(self._folder.read_text("report.json") or "{}")
 
     @property
     def num_items(self) -> int:
-        return self._items.num_rows
+        return len(self.items)
 
     @property
     def num_pages(self) -> int:
-        return len(self.page_user)
+        return len(self.pages)
 
     @property
+    def has_images(self) -> bool:
+        return "images" in self.tables
+
+    @cached_property
     def item_ids(self) -> pa.Array:
         """[items] ids as they were in the source, as text."""
-        return self._items.column("item_id")
+        return self.items.arrow("item_id")
 
-    @property
+    @cached_property
     def categories(self) -> pa.Array:
         """[items] categories as text, null where unknown."""
-        return self._items.column("category")
+        return self.items.arrow("category")
 
-    @property
+    @cached_property
     def user_ids(self) -> pa.Array:
         """[users] ids as they were in the source, as text."""
-        return self._users.column("user_id")
+        return self.users.arrow("user_id")
 
     def split(self, name: str) -> range:
         """The rows of `pages` that are in this split."""
@@ -230,8 +262,8 @@ class Dataset:
         train = self.split("train")
         cut = train.start + round(share * self.num_pages)
         if cut < train.stop:
-            times = self.page_time[train.start : train.stop]
-            cut = train.start + int(np.searchsorted(times, self.page_time[cut]))
+            times = self.pages.column("time")
+            cut = bisect_left(times, times[cut], train.start, train.stop)  # type: ignore[call-overload]
         if cut <= train.start:
             raise ValueError(f"share: expected a share that leaves pages of the {self.num_pages} in {self.path}, got {share}")  # fmt: skip
         return range(train.start, min(cut, train.stop))
@@ -239,12 +271,9 @@ class Dataset:
     @cached_property
     def images(self) -> ImageStore:
         """The image store; FileNotFoundError where the folder was prepared without images."""
-        path = self.path / "images.arrow"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is not there: this dataset was prepared without --images"
-            )
-        return ImageStore(path)
+        if not self.has_images:
+            raise FileNotFoundError(f"images: {self.path} has none: this dataset was prepared without --images")  # fmt: skip
+        return ImageStore(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Dataset, (self.path,)

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,6 @@ from rich.console import Console
 from rich.progress import track
 
 from . import spool as on_disk
-from .dataset import ImageStoreWriter
 from .image_check import LEADS_OUT, check_images, index_images
 from .layouts import Source
 from .options import PrepareOptions
@@ -23,6 +23,7 @@ from .pages import (
     Events,
 )
 from .spool import Buckets, Spool
+from .tables import ImageStoreWriter
 
 Array = npt.NDArray
 
@@ -139,17 +140,20 @@ def _span(items, times, first, last):  # type: ignore[no-untyped-def]
 class Items:
     """The items that stay, in order of their ids."""
 
-    table: pl.DataFrame  # item_id, category, and first_seen, last_seen where the source has them
+    table: (
+        pl.DataFrame
+    )  # item_id, category, height, width, and first_seen, last_seen where the source has them
     row: Array  # [codes] int32: the row of a code, -1 where the item does not stay
     missing: list[str]
     undecodable: dict[str, str]
     not_followed: list[str]  # links to folders
+    shards: list[dict[str, Any]]  # of images, for the manifest
 
 
 def choose_items(
     raw: Raw, source: Source, images: Path | None, out: Path, options: PrepareOptions
 ) -> Items:
-    """Joins the metadata, and with `images` writes images.arrow and leaves out the items without a usable one."""
+    """Joins the metadata, and with `images` writes their shards and leaves out the items without a usable one."""
     ids = pl.DataFrame({"item_id": raw.items.all()}).with_row_index("code").sort("item_id")
     extra = {
         "category": pl.String,
@@ -170,7 +174,9 @@ def choose_items(
     missing: list[str] = []
     undecodable: dict[str, str] = {}
     not_followed: list[str] = []
+    shards: list[dict[str, Any]] = []
     stays = np.ones(len(table), bool)
+    shapes = np.zeros((len(table), 2), np.int32)
     if images is not None:
         names = table["item_id"].to_list()
         other = table["image"].to_list()
@@ -180,7 +186,7 @@ def choose_items(
             for by_stem in (files.paths, files.outside)
         )
         not_followed = files.folders
-        with ImageStoreWriter(out / "images.arrow") as store:
+        with ImageStoreWriter(out, options.shard_bytes) as store:
             checks = check_images(chosen, shrink=options.shrink, threads=options.threads)
             quiet = not sys.stderr.isatty()
             console = Console(stderr=True)
@@ -188,7 +194,8 @@ def choose_items(
                 track(checks, "images", len(chosen), console=console, transient=True, disable=quiet)
             ):
                 if checked.image is not None:
-                    store.append(checked.image, checked.height, checked.width)
+                    store.append(checked.image)
+                    shapes[i] = checked.height, checked.width
                     continue
                 stays[i] = False
                 if chosen[i] is not None:
@@ -197,15 +204,16 @@ def choose_items(
                     undecodable[names[i]] = LEADS_OUT
                 else:
                     missing.append(names[i])
+        shards = store.shards
         if not stays.any():
             raise ValueError(
                 f"images: expected files under {images} called after items such as {', '.join(names[:3])}; of {len(names)} items, {len(missing)} have none and {len(undecodable)} one that cannot be used"
                 + (f" (first: {next(iter(undecodable.values()))})" if undecodable else "")
             )
-    table = table.filter(stays)
+    table = table.with_columns(height=shapes[:, 0], width=shapes[:, 1]).filter(stays)
     row = np.full(len(stays), -1, np.int32)
     row[table["code"].to_numpy()] = np.arange(len(table))
-    return Items(table, row, missing, undecodable, not_followed)
+    return Items(table, row, missing, undecodable, not_followed, shards)
 
 
 # ---- events ---------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from .pages import NEGATIVES
+from .tables import SHARD_BYTES, SHARD_ROWS
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class PrepareOptions:
         validation_from, test_from: dates (ISO 8601, UTC) that cut instead.
         shrink: images whose short side is longer are scaled down to this many pixels; 0: bytes stay as they are.
         threads: threads that check images; 0: one for each core.
+        shard_rows, shard_bytes: rows of a shard of a table; bytes of images after which a shard is full.
     """
 
     page_size: int = 10
@@ -42,6 +44,8 @@ class PrepareOptions:
     shrink: int = 0
     seed: int = 0
     threads: int = 0
+    shard_rows: int = SHARD_ROWS
+    shard_bytes: int = SHARD_BYTES
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -51,7 +55,14 @@ class PrepareOptions:
             raise ValueError(f"negatives: expected one of {NEGATIVES}, got {self.negatives!r}")
         if self.repeats not in ("drop", "keep"):
             raise ValueError(f"repeats: expected 'drop' or 'keep', got {self.repeats!r}")
-        for name, least in (("min_history", 1), ("max_history", 1), ("shrink", 0), ("seed", 0)):
+        for name, least in (
+            ("min_history", 1),
+            ("max_history", 1),
+            ("shrink", 0),
+            ("seed", 0),
+            ("shard_rows", 1),
+            ("shard_bytes", 1),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if not self.live_days >= 0:

@@ -24,7 +24,7 @@ import pyarrow as pa
 from .. import __version__
 from ..files import sync_all
 from . import spool as on_disk
-from .dataset import FORMAT, SPLITS, write_table
+from .dataset import SPLITS, write_manifest
 from .events import Items, Raw, Sorted, choose_items, read, sort_events
 from .layouts import Source
 from .options import PrepareOptions, epoch
@@ -42,6 +42,7 @@ from .pages import (
     make_pages,
 )
 from .spool import Spool, by_time
+from .tables import write_shards
 
 Array = npt.NDArray
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def _iso(time: int) -> str:
 
 
 class PageSpools:
-    """pages.arrow and page_items.arrow while they grow."""
+    """The tables pages and page_items while they grow."""
 
     def __init__(self, folder: Path, name: str) -> None:
         names = ("time", "history_start", "history_end", "pv_start", "pv_end")
@@ -90,11 +91,11 @@ class PageSpools:
         return {FATES[f]: n for f, n in sorted(self.fates.items()) if f in FATES and n}
 
     def columns(self) -> dict[str, Array]:
-        """pages.arrow, mapped."""
+        """Those of pages, mapped."""
         return {name: spool.array() for name, spool in self._columns.items()}
 
     def items(self) -> dict[str, Array]:
-        """page_items.arrow, mapped; weights only where some page was cut."""
+        """Those of page_items, mapped; weights only where some page was cut."""
         return {n: spool.array() for n, spool in self._shown.items() if n != "weight" or self.cut}
 
     def count_fates(self, fate: Array) -> Array:
@@ -278,21 +279,24 @@ def _write(
     splits = _splits(columns["time"], pages.dropped, options)
     log.info("writing")
     train_end = int(columns["pv_end"][splits["train"][1] - 1])
-    write_table(folder / "users.arrow", {"user_id": _text(sorted_.user_ids)})
-    write_table(
-        folder / "items.arrow",
-        {
+    events = sorted_.events
+    tables: dict[str, dict[str, Any]] = {
+        "users": {"user_id": _text(sorted_.user_ids)},
+        "items": {
             "item_id": _text(items.table["item_id"]),
             "category": _text(items.table["category"]),
             "clicks": _clicks(shown, train_end, len(items.table)),
             "first_seen": sorted_.first_seen,
             "last_seen": sorted_.last_seen,
+            **{n: items.table[n].to_numpy() for n in ("height", "width")},
         },
-    )
-    events = sorted_.events
-    write_table(folder / "events.arrow", {"item": events.item, "time": events.time})
-    write_table(folder / "pages.arrow", columns)
-    write_table(folder / "page_items.arrow", shown)
+        "events": {"item": events.item, "time": events.time},
+        "pages": columns,
+        "page_items": shown,
+    }
+    shards = {n: write_shards(folder, n, of, options.shard_rows) for n, of in tables.items()}
+    if images is not None:
+        shards["images"] = items.shards
 
     times = columns["time"]
     report: dict[str, Any] = {
@@ -314,7 +318,6 @@ def _write(
     }  # fmt: skip
     report["events"]["kept"] = len(events.item)
     about = {
-        "format": FORMAT,
         "source": {"layout": source.layout, "files": [str(f) for f in source.files], "images": str(images) if images else None},
         "pages": "made" if source.impressions is None else "given",
         "options": asdict(options),
@@ -326,7 +329,7 @@ def _write(
         "courier_fast": __version__,
     }  # fmt: skip
     (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    (folder / "dataset.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+    write_manifest(folder, about, shards)
     return report
 
 

@@ -28,7 +28,7 @@ from .embed import (
     make_decoder_for,
     run_source,
 )
-from .ranking import CANDIDATES, SCORES, Reconstruction, has_images
+from .ranking import CANDIDATES, SCORES, Reconstruction
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def evaluate(args: argparse.Namespace) -> tuple[Dataset, list[Method], dict[str,
     wanted = args.baselines
     if wanted is None:
         # A run on a dataset without images was trained on features, which then are the backbone's.
-        images = has_images(dataset)
+        images = dataset.has_images
         possible = {"pixels": images, "backbone": images or args.run is not None}
         wanted = [name for name in BASELINES if possible.get(name, True)]
     methods = [_main_method(args, dataset), *_baselines(args, dataset, wanted)]

@@ -68,9 +68,7 @@ class DatasetImages:
         return hashlib.sha256(self.store[row].tobytes()).hexdigest()
 
     def fingerprint(self) -> str:
-        about = os.stat(self.store.path)
-        ids = [str(i) for i in self.ids]
-        return _hash([ids, about.st_size, about.st_mtime_ns], self.store.shapes)
+        return _hash([self.ids.to_pylist(), *self.store.fingerprint()], self.store.shapes)
 
 
 class FolderImages:

@@ -255,7 +255,7 @@ def sampled_candidates(
         raise ValueError(f"count: expected at least 2 candidates, got {count}")
     d = dataset
     weight = d.item_clicks.astype(np.float64) if popular else np.ones(d.num_items)
-    if has_images(d):
+    if d.has_images:
         weight = weight * d.images.present
     if not weight.any():
         raise ValueError(
@@ -269,11 +269,6 @@ def sampled_candidates(
         np.full(d.num_items, -1), offsets, items,
     )  # fmt: skip
     return _candidates(targets, items, offsets)
-
-
-def has_images(dataset: Dataset) -> bool:
-    """Whether the folder was prepared with images."""
-    return (dataset.path / "images.arrow").is_file()
 
 
 def history_scores(

@@ -147,8 +147,7 @@ def slices(
 
 def summary(dataset: Dataset) -> dict[str, Any]:
     """What `prepare` read, kept and dropped, by its report.json; the splits' times."""
-    path = dataset.path / "report.json"
-    about = json.loads(path.read_text()) if path.is_file() else {}
+    about = dataset.report
     facts, dropped = [], []
     for name in ("events", "impressions", "pages"):
         found = about.get(name)

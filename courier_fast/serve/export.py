@@ -209,11 +209,7 @@ def _measure(
             numbers[name]["images_per_s"] = rate
     finally:
         torch.set_num_threads(before)
-    return {"dataset": _fingerprint(data), "split": split, "machine": machine(threads), "batch": 32}
-
-
-def _fingerprint(dataset: Dataset) -> str:
-    return sha256(*sorted(p for p in dataset.path.iterdir() if p.suffix == ".arrow"))
+    return {"dataset": data.fingerprint, "split": split, "machine": machine(threads), "batch": 32}
 
 
 def _origin(run: Path) -> dict[str, Any]:
@@ -242,7 +238,7 @@ def _origin(run: Path) -> dict[str, Any]:
         return datetime.fromtimestamp(float(seconds), timezone.utc).isoformat()
 
     found["dataset"] = {
-        "name": data.path.resolve().name, "sha256": _fingerprint(data), "pages": len(rows), "items": data.num_items,
+        "name": data.name, "sha256": data.fingerprint, "pages": len(rows), "items": data.num_items,
         "from": date(math.floor(times.min())), "until": date(math.ceil(times.max())),
     }  # fmt: skip
     return found

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.dataset import read_table, write_table
+from ..data.tables import read_table, write_table
 from ..files import sha256, write_atomically
 
 log = logging.getLogger(__name__)

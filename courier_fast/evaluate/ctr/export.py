@@ -193,7 +193,7 @@ def _dictionary(
         named = [(n.format(e), text) for e in embeddings for n, text in columns.items() if "{}" in n]  # fmt: skip
         return "\n".join(f"| {n} | {text} |" for n, text in [*plain, *named])
 
-    return f"""# Impressions of {dataset.path.name}
+    return f"""# Impressions of {dataset.name}
 
 {protocol.describe(dataset)}. Histories hold at most {history} items. Clusters, centres and scales of the embeddings come from items seen
 before that bound. Pages are {dataset.info.get("pages", "given or made")}: what was shown is {"known" if dataset.info.get("pages") == "given" else "drawn, so the rate of clicks and calibration mean nothing"}.
