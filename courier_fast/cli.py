@@ -16,6 +16,7 @@ COMMANDS = {
         "draw a catalogue, train on it, evaluate, and write a report: no data, no GPU",
     ),
     "prepare": ("courier_fast.data.command", "interactions and images -> a dataset folder"),
+    "verify": ("courier_fast.data.verify", "checks a dataset folder against its checksums"),
     "train": ("courier_fast.train.command", "a dataset folder -> an encoder"),
     "embed": ("courier_fast.evaluate.embed", "an encoder and images -> embeddings"),
     "export": (

@@ -13,6 +13,7 @@ from .layouts import LAYOUTS, Columns, Source, generic
 from .options import PrepareOptions
 from .pages import NEGATIVES
 from .prepare import prepare
+from .storage import location
 from .tables import SHARD_BYTES, SHARD_ROWS
 
 
@@ -60,10 +61,14 @@ def print_report(report: dict[str, Any]) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     columns, options = Columns(), PrepareOptions()
     add = parser.add_argument
-    add("out", type=Path, help="the dataset folder to write")
+    add(
+        "out",
+        type=location,
+        help="the dataset folder to write; also s3://, gs://, hdfs://, as are the others",
+    )
     add("--layout", default="generic", choices=["generic", *LAYOUTS])
     add("--source", type=Path, help="folder of the published files (not for generic)")
-    add("--images", type=Path, help="folder of image files called after the items")
+    add("--images", type=location, help="folder of image files called after the items")
     add("--min-rating", type=float, help="least rating that is a click (movielens, amazon-reviews-2023)")  # fmt: skip
     add("--shrink", type=int, default=0, metavar="PIXELS", help="scale longer short sides down to this")  # fmt: skip
     add("--threads", type=int, default=0, help="threads that check images")
@@ -72,8 +77,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true")
 
     add = parser.add_argument_group("generic").add_argument
-    add("--interactions", type=Path, nargs="+", default=[], help=".csv, .tsv, .parquet or .jsonl")
-    add("--items", type=Path, help="a row per item, with its category")
+    add(
+        "--interactions",
+        type=location,
+        nargs="+",
+        default=[],
+        help=".csv, .tsv, .parquet or .jsonl, or folders of them",
+    )
+    add("--items", type=location, help="a row per item, with its category")
     add("--user-column", default=columns.user)
     add("--item-column", default=columns.item)
     add("--time-column", default=columns.time, help="ISO dates, or numbers since 1970")

@@ -38,7 +38,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ..files import sha256
-from .storage import Folder, Location, Shard
+from .storage import Folder, Location, Shard, join, write_file
 from .tables import ImageShard, Maps, Table, read_table
 
 Array = npt.NDArray
@@ -49,14 +49,17 @@ TABLES = ("users", "items", "events", "pages", "page_items")
 
 
 def write_manifest(
-    folder: Path, about: Mapping[str, Any], tables: Mapping[str, list[dict[str, Any]]]
+    folder: Location, about: Mapping[str, Any], tables: Mapping[str, list[dict[str, Any]]]
 ) -> None:
     """Writes manifest.json, the entries of each table's shards, and then dataset.json, with which the folder is complete."""
-    manifest = folder / "manifest.json"
-    manifest.write_text(json.dumps({"tables": tables}, indent=1) + "\n")
-    about = {"format": FORMAT, **about, "manifest": sha256(manifest)}
-    text = json.dumps(about, indent=1, ensure_ascii=False)
-    (folder / "dataset.json").write_text(text + "\n", "utf-8")
+    _, digest = write_json(join(folder, "manifest.json"), {"tables": tables})
+    write_json(join(folder, "dataset.json"), {"format": FORMAT, **about, "manifest": digest})
+
+
+def write_json(path: Location, about: Any) -> tuple[int, str]:
+    """Writes a file, local or remote; its size and checksum."""
+    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+    return write_file(path, lambda local: local.write_text(text, "utf-8"))
 
 
 class ImageStore:

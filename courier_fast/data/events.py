@@ -23,6 +23,7 @@ from .pages import (
     Events,
 )
 from .spool import Buckets, Spool
+from .storage import Location
 from .tables import ImageStoreWriter
 
 Array = npt.NDArray
@@ -151,7 +152,7 @@ class Items:
 
 
 def choose_items(
-    raw: Raw, source: Source, images: Path | None, out: Path, options: PrepareOptions
+    raw: Raw, source: Source, images: Location | None, out: Location, options: PrepareOptions
 ) -> Items:
     """Joins the metadata, and with `images` writes their shards and leaves out the items without a usable one."""
     ids = pl.DataFrame({"item_id": raw.items.all()}).with_row_index("code").sort("item_id")

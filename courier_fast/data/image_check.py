@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-from .pictures import check_size, exif_orientation, read_image, rgb
+from .pictures import MAX_FILE, check_size, exif_orientation, read_image, rgb
+from .storage import Location, is_url, list_files, read_bytes
 
 LEADS_OUT = "a symbolic link out of the folder of images, not followed"
 # An item with several files uses the first of these.
@@ -41,8 +41,10 @@ class ImageFiles:
     folders: list[str]  # links to folders out of it: what they hold is not looked at
 
 
-def index_images(folder: Path, stems: Container[str]) -> ImageFiles:
+def index_images(folder: Location, stems: Container[str]) -> ImageFiles:
     """The image files under `folder` (with its subfolders) for the stems wanted. FileNotFoundError where it is none."""
+    if isinstance(folder, str):
+        return ImageFiles(_index_remote(folder, stems), {}, [])
     if not folder.is_dir():
         raise FileNotFoundError(f"images: expected a folder, got {folder}")
     root = os.path.realpath(folder)
@@ -72,6 +74,18 @@ def index_images(folder: Path, stems: Container[str]) -> ImageFiles:
         for which in (False, True)
     )
     return ImageFiles(inside, outside, sorted(linked))
+
+
+def _index_remote(folder: str, stems: Container[str]) -> dict[str, str]:
+    found: dict[str, tuple[int, str]] = {}
+    for path in map(str, list_files(folder)):
+        stem, suffix = os.path.splitext(path.rsplit("/", 1)[1])
+        if suffix.lower() in SUFFIXES and stem in stems:
+            candidate = (SUFFIXES.index(suffix.lower()), path)
+            found[stem] = min(found.get(stem, candidate), candidate)
+    if not found:
+        raise FileNotFoundError(f"images: expected a folder with images called after the items, got none in {folder}")  # fmt: skip
+    return {stem: path for stem, (_, path) in found.items()}
 
 
 def check_image(data: bytes, shrink: int = 0) -> Checked:
@@ -132,6 +146,16 @@ def _entropy_decode(data: bytes) -> None:
     simplejpeg.decode_jpeg(data, "GRAY", fastdct=True, min_height=1, min_width=1, min_factor=8)
 
 
+def read_any(path: str) -> bytes:
+    """The bytes of an image file or URL, as `read_image`."""
+    if not is_url(path):
+        return read_image(path)
+    data = read_bytes(path, MAX_FILE + 1)
+    if len(data) > MAX_FILE:
+        raise ValueError(f"more than {MAX_FILE:,} bytes")
+    return data
+
+
 def check_images(
     paths: Sequence[str | None], *, shrink: int = 0, threads: int = 0
 ) -> Iterator[Checked]:
@@ -141,9 +165,9 @@ def check_images(
         if path is None:
             return Checked(reason="missing")
         try:
-            return check_image(read_image(path), shrink)
+            return check_image(read_any(path), shrink)
         except OSError as error:
-            return Checked(reason=f"unreadable: {error.strerror}")
+            return Checked(reason=f"unreadable: {error.strerror or error}")
         except ValueError as error:
             return Checked(reason=str(error))
 

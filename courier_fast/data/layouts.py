@@ -7,11 +7,19 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.dataset as arrow
+from polars.io.plugins import register_io_source
+
+from .storage import Location, filesystem, is_file, is_folder, list_files, local_copy
+
+_NAME = re.compile(r"^.*?(?=\.(?:parquet|csv|tsv|txt|jsonl|ndjson)(?:\.gz)?$)")
 
 Schema = dict[str, pl.DataType | type[pl.DataType]]
 
@@ -33,7 +41,7 @@ class Source:
     events: pl.LazyFrame | None = None
     impressions: pl.LazyFrame | None = None
     items: pl.LazyFrame | None = None
-    files: list[Path] = field(default_factory=list)
+    files: Sequence[Location] = ()
 
 
 @dataclass(frozen=True)
@@ -51,19 +59,67 @@ class Columns:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def scan(path: Path) -> pl.LazyFrame:
-    """A lazy table of a .csv, .tsv, .parquet or .jsonl file (.gz where text); columns of .csv and .tsv are text."""
-    if not path.is_file():
+def scan(path: Location) -> pl.LazyFrame:
+    """A lazy table of a .csv, .tsv, .parquet or .jsonl file (.gz where text), local or remote, or of a folder of such files.
+
+    Columns of .csv and .tsv are text. A folder is read as Spark and Hive write it: files in subfolders, those of partitions such as
+    day=2020-09-01 with their value as a column, names that begin with "_" or "." left out.
+    """
+    if is_folder(path):
+        return _scan_folder(path)
+    if not is_file(path):
         raise FileNotFoundError(f"{path} is not there")
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".parquet"):
+    if str(path).endswith(".parquet") and isinstance(path, str):
+        return _scan_parquet(path, [path])
+    return _scan_file(local_copy(path), str(path))
+
+
+def _scan_folder(folder: Location) -> pl.LazyFrame:
+    files = list_files(folder)
+    kinds = {_NAME.sub("", str(file).rsplit("/", 1)[1]).removesuffix(".gz") for file in files}
+    if not files or len(kinds) > 1:
+        raise ValueError(f"{folder}: expected files of one kind, .parquet, .csv, .tsv or .jsonl, got {', '.join(sorted(kinds)) or 'none'}")  # fmt: skip
+    if kinds == {".parquet"}:
+        return _scan_parquet(folder, files)
+    return pl.concat([scan(file) for file in files])
+
+
+def _scan_parquet(folder: Location, files: Sequence[Location]) -> pl.LazyFrame:
+    """Parquet files, wherever they are, read a batch at a time."""
+    system, root = (None, str(folder)) if isinstance(folder, Path) else filesystem(folder)
+    names = [str(f) if system is None else filesystem(str(f))[1] for f in files]
+    try:
+        data = arrow.dataset(names, format="parquet", filesystem=system, partitioning="hive", partition_base_dir=root)  # fmt: skip
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"{folder}: cannot be read as Parquet: {error}") from None
+    empty = pl.from_arrow(data.schema.empty_table())
+    assert isinstance(empty, pl.DataFrame)
+
+    def read(
+        columns: list[str] | None, predicate: pl.Expr | None, rows: int | None, batch: int | None
+    ) -> Iterator[pl.DataFrame]:
+        for part in data.to_batches(columns=columns, batch_size=batch or 1 << 17):
+            frame = pl.from_arrow(part)
+            assert isinstance(frame, pl.DataFrame)
+            frame = frame if rows is None else frame.head(rows)
+            rows = None if rows is None else rows - len(frame)
+            yield frame if predicate is None else frame.filter(predicate)
+            if rows == 0:
+                return
+
+    return register_io_source(read, schema=empty.schema)
+
+
+def _scan_file(path: Path, name: str) -> pl.LazyFrame:
+    kind = name.removesuffix(".gz")
+    if kind.endswith(".parquet"):
         return pl.scan_parquet(path)
-    if name.endswith((".jsonl", ".ndjson")):
+    if kind.endswith((".jsonl", ".ndjson")):
         return pl.scan_ndjson(path, infer_schema_length=1000)
-    if name.endswith((".csv", ".tsv", ".txt")):
-        separator = "\t" if name.endswith(".tsv") else ","
+    if kind.endswith((".csv", ".tsv", ".txt")):
+        separator = "\t" if kind.endswith(".tsv") else ","
         return pl.scan_csv(path, separator=separator, infer_schema=False)
-    raise ValueError(f"{path}: expected a .csv, .tsv, .parquet or .jsonl file (.gz where text)")
+    raise ValueError(f"{name}: expected a .csv, .tsv, .parquet or .jsonl file (.gz where text)")
 
 
 def scan_json(path: Path, schema: Schema) -> pl.LazyFrame:
@@ -88,13 +144,13 @@ def scan_lines(path: Path, separator: str, columns: Sequence[str]) -> pl.LazyFra
     )
 
 
-def need(frame: pl.LazyFrame, path: Path, *columns: str) -> pl.LazyFrame:
+def need(frame: pl.LazyFrame, path: Location, *columns: str) -> pl.LazyFrame:
     """The frame; ValueError naming the columns that are not there and those that are."""
     _check(path, frame.collect_schema().names(), columns)
     return frame
 
 
-def _check(path: Path, found: Sequence[str], columns: Sequence[str] | dict) -> None:
+def _check(path: Location, found: Sequence[str], columns: Sequence[str] | dict) -> None:
     missing = [c for c in columns if c not in found]
     if missing:
         raise ValueError(
@@ -197,7 +253,7 @@ def _truth(frame: pl.LazyFrame, column: str) -> pl.Expr:
     return (number | words.is_in(["true", "yes"]).fill_null(False)).alias("clicked")
 
 
-def _events(frame: pl.LazyFrame, path: Path, user: str, item: str, time: str) -> pl.LazyFrame:
+def _events(frame: pl.LazyFrame, path: Location, user: str, item: str, time: str) -> pl.LazyFrame:
     frame = need(frame, path, user, item, time)
     return frame.select(text(user, "user_id"), text(item, "item_id"), seconds(frame, time))
 
@@ -212,9 +268,9 @@ def _rated(frame: pl.LazyFrame, least: float | None) -> pl.LazyFrame:
 
 
 def generic(
-    interactions: Sequence[Path], items: Path | None = None, columns: Columns | None = None
+    interactions: Sequence[Location], items: Location | None = None, columns: Columns | None = None
 ) -> Source:
-    """Files of one's own: .csv, .tsv, .parquet or .jsonl.
+    """Files of one's own, or folders of them, local or remote: .csv, .tsv, .parquet or .jsonl.
 
     Args:
         interactions: a row per event or, with `columns.page`, per item shown.

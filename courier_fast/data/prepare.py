@@ -6,10 +6,10 @@ disk; they are sorted there in buckets of a few million, first by user, then by 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,7 +24,7 @@ import pyarrow as pa
 from .. import __version__
 from ..files import sync_all
 from . import spool as on_disk
-from .dataset import SPLITS, write_manifest
+from .dataset import SPLITS, write_json, write_manifest
 from .events import Items, Raw, Sorted, choose_items, read, sort_events
 from .layouts import Source
 from .options import PrepareOptions, epoch
@@ -42,6 +42,7 @@ from .pages import (
     make_pages,
 )
 from .spool import Spool, by_time
+from .storage import Location, delete_file, is_file, join, location
 from .tables import write_shards
 
 Array = npt.NDArray
@@ -206,19 +207,20 @@ def split_bounds(times: Array, options: PrepareOptions) -> list[int]:
 
 
 def prepare(
-    out: Path,
+    out: Location,
     *,
     source: Source,
-    images: Path | None = None,
+    images: Location | None = None,
     options: PrepareOptions | None = None,
 ) -> dict[str, Any]:
     """Writes the dataset folder `out` (see dataset.py) and gives its report.
 
-    The folder appears when it is complete: until then there is `<out>.partial-<pid>`, which is removed again where something fails. Items
+    A local folder appears when it is complete: until then there is `<out>.partial-<pid>`, which is removed again where something fails. In an
+    object store dataset.json is written last, and a folder without it is none. Items
     that no event or page names are left out, and with `images` those without a usable one, before any page is made.
 
     Args:
-        out: a folder that is not there yet, unless `options.overwrite`.
+        out: a folder, local or s3:// and so on, that is not there yet, unless `options.overwrite`.
         source: from an importer of layouts.py, or of one's own.
         images: a folder of image files called after the items; None: a dataset without images.
 
@@ -233,14 +235,20 @@ def prepare(
             f"keep_unclicked: expected a source with impressions (--page-column, or --layout ebnerd), got {source.layout} with clicks alone: its pages are "
             "made around them"
         )
-    out = Path(os.path.abspath(out))
-    if out.exists() and not options.overwrite:
+    out = location(out)
+    there = is_file(join(out, "dataset.json")) if isinstance(out, str) else out.exists()
+    if there and not options.overwrite:
         raise FileExistsError(f"{out} is there already; --overwrite replaces it")
+    if isinstance(out, str):
+        with tempfile.TemporaryDirectory(prefix="courier-prepare-") as scratch:
+            delete_file(join(out, "dataset.json"))
+            return _write(out, Path(scratch), source, images, options)
+    out = Path(os.path.abspath(out))
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)  # in containers, a killed run had the same id
-    partial.mkdir(parents=True)
+    (partial / "scratch").mkdir(parents=True)
     try:
-        report = _write(partial, source, images, options)
+        report = _write(partial, partial / "scratch", source, images, options)
         shutil.rmtree(partial / "scratch")
         sync_all(partial)
         if out.exists():
@@ -257,10 +265,12 @@ def prepare(
 
 
 def _write(
-    folder: Path, source: Source, images: Path | None, options: PrepareOptions
+    folder: Location,
+    scratch: Path,
+    source: Source,
+    images: Location | None,
+    options: PrepareOptions,
 ) -> dict[str, Any]:
-    scratch = folder / "scratch"
-    scratch.mkdir()
     log.info("reading %s", ", ".join(str(f) for f in source.files) or "the source")
     raw = read(source, scratch)
     if not raw.items.count:
@@ -328,7 +338,7 @@ def _write(
         },
         "courier_fast": __version__,
     }  # fmt: skip
-    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_json(join(folder, "report.json"), report)
     write_manifest(folder, about, shards)
     return report
 

@@ -22,19 +22,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 from pyarrow import fs
 
+from ..files import sha256, write_atomically
+
 Location = str | Path
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+T = TypeVar("T")
 _BLOCK = 1 << 20
 _FETCHES = 8  # files that are fetched or uploaded at once: the latency of an object store is tens of milliseconds
+
+
+def is_url(text: str) -> bool:
+    return _URL.match(text) is not None
 
 
 def location(path: str | os.PathLike[str]) -> Location:
     """A URL as text without a slash at its end, anything else as a path."""
     text = os.fspath(path)
-    if not _URL.match(text):
+    if not is_url(text):
         return Path(text)
     return str(filesystem_path(text)) if text.startswith("file://") else text.rstrip("/")
 
@@ -69,13 +77,14 @@ def filesystem(url: str) -> tuple[fs.FileSystem, str]:
     return found, f"{root.rstrip('/')}{slash}{path}"
 
 
-def read_bytes(path: Location) -> bytes:
-    """A file's bytes. FileNotFoundError where it is not there."""
+def read_bytes(path: Location, most: int | None = None) -> bytes:
+    """A file's bytes, its first ones with `most`. FileNotFoundError where it is not there."""
     if isinstance(path, Path):
-        return path.read_bytes()
+        with path.open("rb") as local:
+            return local.read(-1 if most is None else most)
     found, name = filesystem(path)
     with found.open_input_file(name) as file:
-        return file.read()
+        return file.read(most)
 
 
 def is_file(path: Location) -> bool:
@@ -93,8 +102,11 @@ def is_folder(path: Location) -> bool:
     return bool(found.get_file_info(name).type == fs.FileType.Directory)
 
 
-def list_files(folder: str) -> list[str]:
-    """URLs of all files under a URL, sorted. Those that Hive and Spark hide (a name or folder that begins with "_" or ".") are left out."""
+def list_files(folder: Location) -> list[Location]:
+    """All files under a folder or URL, sorted. Those that Hive and Spark hide (a name or folder that begins with "_" or ".") are left out."""
+    if isinstance(folder, Path):
+        inside = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        return [folder / path for path in inside if not hidden(path)]
     found, name = filesystem(folder)
     rows = found.get_file_info(fs.FileSelector(name, recursive=True, allow_not_found=True))
     inside = sorted(row.path[len(name.rstrip("/")) + 1 :] for row in rows if row.type == fs.FileType.File)  # fmt: skip
@@ -105,21 +117,41 @@ def hidden(path: str) -> bool:
     return any(part.startswith(("_", ".")) and "=" not in part for part in path.split("/"))
 
 
-def upload(folder: Path, url: str, last: str) -> None:
-    """Copies a folder's files to a URL; `last` follows when all others are there, and goes first where it is there already."""
-    found, root = filesystem(url)
-    if found.get_file_info(f"{root}/{last}").type == fs.FileType.File:
-        found.delete_file(f"{root}/{last}")
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+def write_file(path: Location, fill: Callable[[Path], object]) -> tuple[int, str]:
+    """`fill` writes a local file, which is then there as `path`, complete or not at all; its size and checksum."""
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, fill)
+        return path.stat().st_size, sha256(path)
+    found, name = filesystem(path)
+    if found.type_name not in ("s3", "gcs"):  # which have no folders
+        found.create_dir(os.path.dirname(name), recursive=True)
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "file"
+        fill(local)
+        fs.copy_files(str(local), name, fs.LocalFileSystem(), found)
+        return local.stat().st_size, sha256(local)
 
-    def send(name: str) -> None:
-        if not isinstance(found, fs.S3FileSystem):  # which has no folders
-            found.create_dir(os.path.dirname(f"{root}/{name}"), recursive=True)
-        fs.copy_files(str(folder / name), f"{root}/{name}", destination_filesystem=found)
 
-    with ThreadPoolExecutor(_FETCHES) as pool:
-        list(pool.map(send, [n for n in names if n != last]))
-    send(last)
+def delete_file(path: Location) -> None:
+    """Removes a file if it is there."""
+    if isinstance(path, Path):
+        path.unlink(missing_ok=True)
+    elif is_file(path):
+        found, name = filesystem(path)
+        found.delete_file(name)
+
+
+def local_copy(path: Location) -> Path:
+    """A file as a local one: itself, or a copy in the cache for as long as size and time of the original are the same."""
+    if isinstance(path, Path):
+        return path
+    found, name = filesystem(path)
+    about = found.get_file_info(name)
+    if about.type != fs.FileType.File:
+        raise FileNotFoundError(f"{path} is not there")
+    key = hashlib.sha256(f"{path} {about.size} {about.mtime_ns}".encode()).hexdigest()
+    return Cache().get(key, about.size, lambda to: fs.copy_files(name, str(to), found, fs.LocalFileSystem()))  # fmt: skip
 
 
 # ---- shards and the cache ---------------------------------------------------------------------------------------
@@ -231,12 +263,23 @@ class Folder:
                 self._checked.add(shard.name)
         return path
 
-    def locals(self, shards: Sequence[Shard], *, check: bool = True) -> list[Path]:
-        """`local` of several, fetched at the same time."""
-        if isinstance(self.path, Path) or len(shards) == 1:
-            return [self.local(shard, check=check) for shard in shards]
+    def open(self, shards: Sequence[Shard], load: Callable[[Path], T], *, check: bool = True) -> list[T]:  # fmt: skip
+        """`load` of the local file of each shard; remote ones are fetched at the same time."""
+        if isinstance(self.path, Path):
+            return [load(self.local(shard, check=check)) for shard in shards]
+
+        def one(shard: Shard) -> T:
+            while True:
+                path = self.local(shard)
+                try:
+                    return load(path)
+                except FileNotFoundError:  # it had to make room for another in between
+                    continue
+
+        if len(shards) == 1:
+            return [one(shards[0])]
         with ThreadPoolExecutor(_FETCHES, "courier-fetch") as pool:
-            return list(pool.map(self.local, shards))
+            return list(pool.map(one, shards))
 
     def verify(self, shard: Shard) -> None:
         """Reads a shard where it lies; ValueError unless its bytes are those of the manifest."""

@@ -18,8 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from numba import njit
 
-from ..files import sha256, write_atomically
-from .storage import Folder, Shard
+from .storage import Folder, Location, Shard, join, write_file
 
 Array = npt.NDArray
 T = TypeVar("T")
@@ -62,16 +61,14 @@ def shard_name(table: str, number: int) -> str:
     return f"{table}/{number:05}.arrow"
 
 
-def write_shard(folder: Path, table: str, number: int, columns: Mapping[str, Any]) -> dict[str, Any]:  # fmt: skip
-    """Writes one shard, complete or not there, and gives its entry of the manifest: name, rows, bytes, sha256."""
+def write_shard(folder: Location, table: str, number: int, columns: Mapping[str, Any]) -> dict[str, Any]:  # fmt: skip
+    """Writes one shard to a local or remote folder, complete or not there, and gives its entry of the manifest: name, rows, bytes, sha256."""
     name = shard_name(table, number)
-    path = folder / name
-    path.parent.mkdir(exist_ok=True)
     # A slice would bring bits and offsets of where it was cut from; its copy has the bytes of any other way to the same rows.
     whole = {n: c if isinstance(c, np.ndarray) else _own(c) for n, c in columns.items()}
-    write_atomically(path, lambda partial: write_table(partial, whole))
+    size, digest = write_file(join(folder, name), lambda path: write_table(path, whole))
     rows = len(next(iter(columns.values())))
-    return {"name": name, "rows": rows, "bytes": path.stat().st_size, "sha256": sha256(path)}
+    return {"name": name, "rows": rows, "bytes": size, "sha256": digest}
 
 
 def _own(values: Any) -> pa.Array:
@@ -84,7 +81,7 @@ def _own(values: Any) -> pa.Array:
 
 
 def write_shards(
-    folder: Path, table: str, columns: Mapping[str, Any], shard_rows: int = SHARD_ROWS
+    folder: Location, table: str, columns: Mapping[str, Any], shard_rows: int = SHARD_ROWS
 ) -> list[dict[str, Any]]:
     """Writes a whole table, whose columns may be memory maps; the entries of its shards. An empty table has one shard."""
     rows = len(next(iter(columns.values())))
@@ -104,7 +101,7 @@ class ImageStoreWriter:
         shards: entries of the manifest, complete after the `with`.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, folder: Location, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder, self.shard_bytes = folder, shard_bytes
         self.shards: list[dict[str, Any]] = []
         self._rows: list[bytes | None] = []
@@ -133,7 +130,7 @@ class ImageStoreWriter:
             self._flush()
 
 
-def write_images(folder: Path, number: int, images: Sequence[bytes | None]) -> dict[str, Any]:
+def write_images(folder: Location, number: int, images: Sequence[bytes | None]) -> dict[str, Any]:
     """Writes one shard of images; its entry of the manifest."""
     return write_shard(folder, "images", number, {"jpeg": pa.array(images, pa.binary())})
 
@@ -152,8 +149,9 @@ class Maps:
     def get(self, shards: Sequence[Shard], load: Callable[[Path], T], *, check: bool = True) -> list[T]:  # fmt: skip
         """`load` of the local file of each shard."""
         missing = [s for s in shards if s.name not in self._open]
-        for shard, path in zip(missing, self.folder.locals(missing, check=check) if missing else [], strict=True):  # fmt: skip
-            self._open[shard.name] = (load(path), shard.bytes)
+        opened = self.folder.open(missing, load, check=check) if missing else []
+        for shard, one in zip(missing, opened, strict=True):
+            self._open[shard.name] = (one, shard.bytes)
             self._bytes += shard.bytes
         found = []
         for shard in shards:

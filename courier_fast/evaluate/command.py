@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ..data.dataset import Dataset
 from ..data.embeddings import read_embeddings
+from ..data.storage import location
 from ..files import write_atomically
 from . import baselines
 from .baselines import BASELINES, Method, compare
@@ -40,7 +41,7 @@ TITLES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", type=Path, required=True, help="folder written by `courier-fast prepare`")  # fmt: skip
+    parser.add_argument("--dataset", type=location, required=True, help="folder written by `courier-fast prepare`")  # fmt: skip
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", type=Path, help="folder of a training run: its encoder is evaluated")
     what.add_argument("--embeddings", type=Path, help=".npy (rows as items of the dataset) or .parquet (item_id, embedding)")  # fmt: skip

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..data.dataset import Dataset
 from ..data.decode import KINDS, Decoder, make_decoder
 from ..data.pictures import read_image, seen_size
+from ..data.storage import location
 from ..data.transforms import eval_windows
 from ..files import remove, sync, write_atomically
 
@@ -463,7 +464,7 @@ def make_decoder_for(encoder: Any, device: torch.device, args: argparse.Namespac
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of a training run")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--dataset", type=Path, help="folder written by `courier-fast prepare`")
+    what.add_argument("--dataset", type=location, help="folder written by `courier-fast prepare`")
     what.add_argument("--images", type=Path, help="any folder of images; ids are the files' names without suffix")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="embeddings.npy, embeddings.parquet, or a folder that can grow")  # fmt: skip
     parser.add_argument("--only-new", action="store_true", help="into a folder that is there: items that it lacks, and those with another image")  # fmt: skip

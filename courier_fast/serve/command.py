@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..data.storage import location
 from .export import FORMATS, export
 from .golden import verify
 from .load import PRECISIONS
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--licence", help="of the weights, for example apache-2.0; they inherit the terms of the backbone's weights and of the photos")  # fmt: skip
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["float32"], help="of the ONNX files; float32 is always one of them")  # fmt: skip
-    parser.add_argument("--dataset", type=Path, help="measures parity on its photos, and HR@10 and speed of every precision")  # fmt: skip
+    parser.add_argument("--dataset", type=location, help="measures parity on its photos, and HR@10 and speed of every precision")  # fmt: skip
     parser.add_argument("--split", default="test", help="of the dataset, that is ranked")
     parser.add_argument("--photos", type=int, default=256, help="of the dataset, for parity")
     parser.add_argument("--threads", type=int, default=1, help="of the speed measured")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..data.storage import location
 from .index import KINDS, Index, build
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--image", nargs="+", default=[], type=Path, help="image files")
     one.add_argument("--encoder", type=Path, help="run or export, for --image: of the index's space")  # fmt: skip
     one.add_argument("--k", type=int, default=10)
-    one.add_argument("--dataset", type=Path, help="whose pictures --html shows")
+    one.add_argument("--dataset", type=location, help="whose pictures --html shows")
     one.add_argument("--html", type=Path, help="a page of pictures")
     one.add_argument("--json", type=Path, help="the same as JSON")
 
@@ -39,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_embeddings(one)
     one.add_argument("--out", type=Path, required=True, help="folder of the clusters")
     one.add_argument("--k", type=int, nargs="+", default=[256, 4096], help="numbers of clusters")
-    one.add_argument("--dataset", type=Path, help="with --until: knows when items were first seen")
+    one.add_argument(
+        "--dataset", type=location, help="with --until: knows when items were first seen"
+    )
     one.add_argument("--until", metavar="DATE", help="only items first seen before are clustered; later ones get the nearest centroid")  # fmt: skip
     one.add_argument("--like", type=Path, help="folder of earlier clusters: their centroids are taken")  # fmt: skip
     one.add_argument("--seed", type=int, default=0)

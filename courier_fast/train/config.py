@@ -6,10 +6,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ..data.storage import location
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,7 +30,9 @@ def described(default: Any, description: str, **limits: Any) -> Any:
 
 
 class DataConfig(Section):
-    dataset: Path = Field(description="folder written by `courier-fast prepare`")
+    dataset: Annotated[Path | str, BeforeValidator(location)] = Field(
+        description="folder written by `courier-fast prepare`, local or s3:// and so on"
+    )
     features: Path | None = described(
         None,
         "train a projection on these embeddings (.npy rows as items, or .parquet) and no images",

@@ -19,6 +19,7 @@ from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeElapsedColum
 
 from ...data.dataset import Dataset
 from ...data.embeddings import read_embeddings, trained_until, without_embedding
+from ...data.storage import location
 from ...files import write_atomically
 from ..features import FORMS, check_form, random_vectors
 from .cells import NONE, RANDOM, Cell, Plan, run_plan
@@ -48,7 +49,7 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
-    parser.add_argument("--dataset", type=Path, required=True, help="folder written by `courier-fast prepare`")  # fmt: skip
+    parser.add_argument("--dataset", type=location, required=True, help="folder written by `courier-fast prepare`")  # fmt: skip
     parser.add_argument("--embeddings", nargs="+", required=True, metavar="[NAME=]PATH", help=".parquet (item_id, embedding) or .npy (rows as items of the dataset), by the file's name or NAME; {seed} in it stands for 0, 1, ...: encoders of several seeds, one for each of the model's")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder for cells, ctr.json, ctr.md and pictures")  # fmt: skip
     parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"some of {', '.join(MODELS)}")  # fmt: skip

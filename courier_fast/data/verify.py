@@ -1,0 +1,22 @@
+"""`courier-fast verify`: reads every shard of a dataset where it lies and compares it with the manifest."""
+
+from __future__ import annotations
+
+import argparse
+
+from .dataset import Dataset
+from .storage import location
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", type=location, help="folder written by `courier-fast prepare`")
+
+
+def run(args: argparse.Namespace) -> int:
+    dataset = Dataset(args.dataset)
+    if dataset.info["format"] == 1:
+        raise ValueError(f"dataset: expected format 2, which has checksums, got 1 in {args.dataset}; prepare it again")  # fmt: skip
+    size = dataset.verify()
+    shards = sum(len(table.shards) for table in dataset.tables.values())
+    print(f"{args.dataset}: {shards:,} shards, {size:,} bytes, as the manifest lists them")
+    return 0
