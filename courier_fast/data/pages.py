@@ -1,8 +1,7 @@
 """Pages from events: who had clicked what before, and what else was on offer.
 
-Time runs forward in every kernel here, and a page sees only what its time allows: its history is its user's events strictly before it, and
-a made page's negatives are items on offer at that time. Random numbers are a function of the seed and the page, so the result depends
-neither on threads nor on how the work is cut into chunks.
+A page sees only what its time allows: its history is its user's events strictly before it, and a made page's negatives are items on offer at
+that time. It is a function of the seed, its user's events and the items, so that pages can be made in any order, anywhere.
 """
 
 from __future__ import annotations
@@ -13,11 +12,14 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from .offers import come_by, kth_on_offer, on_offer
+
 Array = npt.NDArray
 
 NEGATIVES = ("uniform", "popularity", "category")
 # Draws for a page before it keeps fewer negatives: _TRIES + _TRIES_PER_ITEM * its size.
 _TRIES, _TRIES_PER_ITEM = 100, 20
+_GUESSES_PER_ITEM = 8
 
 # What becomes of a page; the last two are kept, too.
 KEPT, SHORT_HISTORY, REPEAT, NO_NEGATIVE, NO_CLICK, UNCLICKED, ALL_CLICKED = range(7)
@@ -32,61 +34,6 @@ class Events(NamedTuple):
         Array  # [E] int32: each user's events by item, then time, counted from the user's first
     )
     first: Array  # [U + 1] int64: a user's events are first[u] to first[u + 1]
-
-
-class Live(NamedTuple):
-    """The items on offer at a moment that moves forward, in groups: each group's are a prefix of its segment of `slots`."""
-
-    first_seen: Array  # [I] int64
-    last_seen: Array  # [I] int64
-    by_first: Array  # [I] int32: items in order of first_seen
-    by_last: Array  # [I] int32: items in order of last_seen
-    cursor: Array  # [2] int64: how much of by_first has come, of by_last has gone
-    group: Array  # [I] int32, -1 for none
-    start: Array  # [G] int64: the group's segment of slots
-    filled: Array  # [G] int64: the group's items on offer
-    slots: Array  # [I] int32
-    where: Array  # [I] int64: the item's place in slots, -1 while it is not on offer
-
-
-def live_items(first_seen: Array, last_seen: Array, group: Array | None = None) -> Live:
-    """No item on offer yet. `first_seen`, `last_seen` [I] int64 seconds, both included; `group` [I] int (-1: none; default: one group)."""
-    items = len(first_seen)
-    group = np.zeros(items, np.int32) if group is None else group.astype(np.int32)
-    sizes = np.bincount(group[group >= 0], minlength=1)
-    return Live(
-        first_seen, last_seen,
-        np.argsort(first_seen, kind="stable").astype(np.int32), np.argsort(last_seen, kind="stable").astype(np.int32),
-        np.zeros(2, np.int64), group, np.cumsum(sizes) - sizes, np.zeros(len(sizes), np.int64),
-        np.zeros(items, np.int32), np.full(items, -1, np.int64),
-    )  # fmt: skip
-
-
-@njit(cache=True, nogil=True)
-def _advance(live, time):  # type: ignore[no-untyped-def]
-    """Moves to `time`, which is not before the last one."""
-    while live.cursor[0] < len(live.by_first):
-        item = live.by_first[live.cursor[0]]
-        if live.first_seen[item] > time:
-            break
-        live.cursor[0] += 1
-        g = live.group[item]
-        if g >= 0:
-            live.where[item] = live.start[g] + live.filled[g]
-            live.slots[live.where[item]] = item
-            live.filled[g] += 1
-    while live.cursor[1] < len(live.by_last):
-        item = live.by_last[live.cursor[1]]
-        if live.last_seen[item] >= time:
-            break
-        live.cursor[1] += 1
-        g = live.group[item]
-        if g >= 0:  # the last of the group takes its place
-            live.filled[g] -= 1
-            last = live.slots[live.start[g] + live.filled[g]]
-            live.slots[live.where[item]] = last
-            live.where[last] = live.where[item]
-            live.where[item] = -1
 
 
 @njit(cache=True, nogil=True)
@@ -150,51 +97,72 @@ def _take(page, count, item, events, user, time):  # type: ignore[no-untyped-def
 
 
 @njit(cache=True, nogil=True)
-def _draw_live(page, count, size, live, group, events, user, time, state):  # type: ignore[no-untyped-def]
-    """Fills the page from a group's items on offer, each equally likely; the new count."""
-    start, n = live.start[group], live.filled[group]
-    # Draws without replacement: what was drawn is swapped to the front, and the order in the segment means nothing.
-    for drawn in range(min(n, _TRIES + _TRIES_PER_ITEM * size)):
+def _swapped(swaps, count, place):  # type: ignore[no-untyped-def]
+    """What lies at a place of a list that began as 0, 1, 2, ..., of which `swaps` [count] holds the places that changed."""
+    for i in range(count - 1, -1, -1):
+        if swaps[i, 0] == place:
+            return swaps[i, 1]
+    return place
+
+
+@njit(cache=True, nogil=True)
+def _draw_live(page, count, size, offers, group, events, user, time, state):  # type: ignore[no-untyped-def]
+    """Fills the page from a group's items on offer, each equally likely, without replacement; the new count."""
+    # Most often some of those that have come are on offer still; each that is met is equally likely, so nothing changes if it is not.
+    left, come = come_by(offers, group, time)
+    for _ in range(_GUESSES_PER_ITEM * size if come > left else 0):
+        if count == size:
+            return count
+        item = offers.items[left + _below(state, come - left)]
+        if offers.last_of[item] >= time:
+            count = _take(page, count, item, events, user, time)
+    n, gone, come = on_offer(offers, group, time)
+    tries = min(n, _TRIES + _TRIES_PER_ITEM * size)
+    swaps = np.empty(
+        (tries, 2), np.int64
+    )  # what was drawn changes places with the first that was not
+    for drawn in range(tries):
         if count == size:
             break
-        a, b = start + drawn, start + drawn + _below(state, n - drawn)
-        item, other = live.slots[b], live.slots[a]
-        live.slots[a], live.slots[b] = item, other
-        live.where[other] = b
-        live.where[item] = a
+        place = drawn + _below(state, n - drawn)
+        k = _swapped(swaps, drawn, place)
+        swaps[drawn, 0], swaps[drawn, 1] = place, _swapped(swaps, drawn, drawn)
+        item = kth_on_offer(offers, group, gone, come, k)
         count = _take(page, count, item, events, user, time)
     return count
 
 
 @njit(cache=True, nogil=True)
-def _draw_popular(page, count, size, live, past, events, user, time, state):  # type: ignore[no-untyped-def]
+def _draw_popular(page, count, size, seen, past, events, user, time, state):  # type: ignore[no-untyped-def]
     """Fills the page with the items of past events, each event equally likely; the new count."""
     if len(past):
         for _ in range(_TRIES + _TRIES_PER_ITEM * size):
             if count == size:
                 break
             item = past[_below(state, len(past))]
-            if live.where[item] >= 0:
+            if seen[item, 0] <= time <= seen[item, 1]:
                 count = _take(page, count, item, events, user, time)
     return count
 
 
 @njit(cache=True, nogil=True)
 def make_pages(  # type: ignore[no-untyped-def]
-    rows, users, events, live, kin, pool, done, kind, size, min_history, max_history, drop_repeats, seed,
-    history, items, clicked, counts, fate,
+    rows, users, base, before, events, seen, offers, kin, pool, kind, size, min_history, max_history, drop_repeats,
+    seed, history, items, clicked, counts, fate,
 ):  # fmt: skip
-    """A page for each of some events, which go on in time where the last call ended.
+    """A page for each of some events: a function of the seed, the event, its user's events and the items on offer.
 
     Args:
-        rows, users: [n] the events and their users, by time.
-        events, live: what was clicked; what is on offer (one group).
-        kin: as live, in groups by category; used by kind 2.
-        pool: [E] items of all events by time, at least up to the end of this chunk; used by kind 1.
-        done: [3] int64: events before this chunk; the last time and how many events came before it. Carried from call to call.
+        rows, users: [n] the events, and their users, as rows of `events`.
+        base: the row that events.item[0] has among those of all users.
+        before: [n] int64: events of all users strictly before each; used by kind 1.
+        seen: [I, 2] int64: from when until when an item is on offer.
+        offers: the same, in one group.
+        kin: the same, in groups by category; used by kind 2.
+        pool: [E] items of all events by time, then row; used by kind 1.
         kind: the place in NEGATIVES.
         size: items of a page.
-        history: [n, 2] out: rows of the events.
+        history: [n, 2] out: rows of the events of all users.
         items, clicked: [n * size] out: the pages kept, without gaps.
         counts, fate: [n] out: items of each page (0 where it is not kept); what became of it.
 
@@ -206,8 +174,6 @@ def make_pages(  # type: ignore[no-untyped-def]
     for i in range(len(rows)):
         row, user = rows[i], users[i]
         item, time = events.item[row], events.time[row]
-        if time != done[1] or done[0] + i == 0:
-            done[1], done[2] = time, done[0] + i
         counts[i] = 0
         first = events.first[user]
         end = _before(events.time, first, row, time)
@@ -217,22 +183,18 @@ def make_pages(  # type: ignore[no-untyped-def]
         if drop_repeats and _first_time(events, user, item) < time:
             fate[i] = REPEAT
             continue
-        _advance(live, time)
-        _seed(state, seed, row)
+        _seed(state, seed, base + row)
         page[0] = item
         count = 1
         if kind == 1:
-            count = _draw_popular(
-                page, count, size, live, pool[: done[2]], events, user, time, state
-            )
+            past = pool[: before[i]]
+            count = _draw_popular(page, count, size, seen, past, events, user, time, state)
         else:
-            if kind == 2:
-                _advance(kin, time)
-                if kin.group[item] >= 0:
-                    count = _draw_live(
-                        page, count, size, kin, kin.group[item], events, user, time, state
-                    )
-            count = _draw_live(page, count, size, live, 0, events, user, time, state)
+            if kind == 2 and kin.group[item] >= 0:
+                count = _draw_live(
+                    page, count, size, kin, kin.group[item], events, user, time, state
+                )
+            count = _draw_live(page, count, size, offers, 0, events, user, time, state)
         if count < 2:
             fate[i] = NO_NEGATIVE
             continue
@@ -243,14 +205,13 @@ def make_pages(  # type: ignore[no-untyped-def]
         clicked[written + place] = 1
         written += count
         counts[i], fate[i] = count, KEPT
-        history[i, 0], history[i, 1] = max(first, end - max_history), end
-    done[0] += len(rows)
+        history[i, 0], history[i, 1] = base + max(first, end - max_history), base + end
     return written
 
 
 @njit(cache=True, nogil=True)
 def given_pages(  # type: ignore[no-untyped-def]
-    bounds, user, item, time, click, events, size, min_history, max_history, keep_unclicked, seed, number,
+    bounds, user, key, item, time, click, base, events, size, min_history, max_history, keep_unclicked, seed,
     page_user, page_time, history, items, clicked, weight, counts, fate,
 ):  # fmt: skip
     """Pages that were shown, from rows of items that are grouped by page.
@@ -260,9 +221,9 @@ def given_pages(  # type: ignore[no-untyped-def]
 
     Args:
         bounds: [n + 1] the rows of each page.
-        user, item, time, click: [rows].
+        user, key, item, time, click: [rows]; the user as one of `events`, `key` a uint64 of the page that seeds its sample.
+        base: the row that events.item[0] has among those of all users.
         keep_unclicked: pages of which nothing or everything was clicked stay.
-        number: pages before these, which seeds the sample.
         weight: out, as `items`: of an item that was not clicked, how many such items of its page it stands for; 1 for the clicked.
         page_user, page_time, history, items, clicked, counts, fate: out, as in `make_pages`.
 
@@ -299,7 +260,7 @@ def given_pages(  # type: ignore[no-untyped-def]
         elif end - first < min_history:
             fate[i] = SHORT_HISTORY
         else:
-            _seed(state, seed, number + i)
+            _seed(state, seed, key[start])
             others, wanted = shown - clicks, max(size - clicks, 1)
             stand_for = max(others / wanted, 1.0)
             kept = 0
@@ -318,7 +279,7 @@ def given_pages(  # type: ignore[no-untyped-def]
             written += kept
             counts[i] = kept
             fate[i] = UNCLICKED if clicks == 0 else ALL_CLICKED if clicks == shown else KEPT
-            history[i, 0], history[i, 1] = max(first, end - max_history), end
+            history[i, 0], history[i, 1] = base + max(first, end - max_history), base + end
     return written
 
 

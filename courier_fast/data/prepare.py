@@ -25,8 +25,9 @@ from .. import __version__
 from ..files import sync_all
 from . import spool as on_disk
 from .dataset import SPLITS, write_json, write_manifest
-from .events import Items, Raw, Sorted, choose_items, read, sort_events
+from .events import SHOWN, Items, Raw, Sorted, choose_items, read, sort_events
 from .layouts import Source
+from .offers import offers_of
 from .options import PrepareOptions, epoch
 from .pages import (
     ALL_CLICKED,
@@ -38,7 +39,6 @@ from .pages import (
     UNCLICKED,
     copy_items,
     given_pages,
-    live_items,
     make_pages,
 )
 from .spool import Spool, by_time
@@ -115,16 +115,16 @@ def pages_of_events(
     margin = round(86_400 * options.live_days)
     first = sorted_.first_seen - np.where(items.table["first_seen"].is_null(), margin, 0)
     last = sorted_.last_seen + np.where(items.table["last_seen"].is_null(), margin, 0)
-    live = live_items(first, last)
+    seen, offers = np.stack([first, last], 1), offers_of(first, last)
     category = items.table["category"]
     group = category.rank("dense").cast(pl.Int64).fill_null(0).to_numpy() - 1
     kind = NEGATIVES.index(options.negatives)
-    kin = live_items(first, last, group) if kind == 2 else live
+    kin = offers_of(first, last, group) if kind == 2 else offers
     total, size = len(events.item), options.page_size
     pool = np.zeros(0, np.int32)
     if kind == 1 and total:
         pool = np.memmap(folder / "pool", np.int32, "w+", shape=(total,))
-    done = np.zeros(3, np.int64)
+    done, last_time, began = 0, np.iinfo(np.int64).min, 0
     buffers = (
         np.zeros((on_disk.BATCH, 2), np.int64),
         np.zeros(on_disk.BATCH * size, np.int32),
@@ -132,12 +132,19 @@ def pages_of_events(
     )
     for rows in by_time(events.time, folder / "by-time"):
         users = np.searchsorted(events.first, rows, side="right") - 1
+        before = np.zeros(0, np.int64)
         if kind == 1:
-            pool[done[0] : done[0] + len(rows)] = events.item[rows]
+            pool[done : done + len(rows)] = events.item[rows]
+            times = events.time[rows]
+            # A moment can have begun in the last part.
+            same = done + np.searchsorted(times, times)
+            before = np.where(times == last_time, began, same)
+            last_time, began = times[-1], before[-1]
+        done += len(rows)
         history, shown, clicked = buffers
         counts, fate = np.zeros((2, len(rows)), np.int32)
         written = make_pages(
-            rows, users, events, live, kin, pool, done, kind, size, options.min_history, options.max_history,
+            rows, users, 0, before, events, seen, offers, kin, pool, kind, size, options.min_history, options.max_history,
             options.repeats == "drop", options.seed, history, shown, clicked, counts, fate,
         )  # fmt: skip
         kept = pages.count_fates(fate)
@@ -150,7 +157,7 @@ def pages_of_events(
 
 def pages_of_impressions(sorted_: Sorted, folder: Path, options: PrepareOptions) -> PageSpools:
     """The pages shown, in order of time."""
-    unordered, number = PageSpools(folder, "given"), 0
+    unordered = PageSpools(folder, "given")
     for records in sorted_.shown or ():
         # Stable: the items of a page stay in the order shown.
         records = records[np.lexsort((records["page"], records["user"]))]
@@ -165,16 +172,16 @@ def pages_of_impressions(sorted_: Sorted, folder: Path, options: PrepareOptions)
         )
         shown = [np.zeros(len(records), kind) for kind in (np.int32, np.uint8, np.float32)]
         counts, fate = np.zeros((2, n), np.int32)
-        columns = [np.ascontiguousarray(records[c]) for c in ("user", "item", "time", "clicked")]
+        columns = {c: np.ascontiguousarray(records[c]) for c in SHOWN.names or ()}
         written = given_pages(
-            bounds, *columns, sorted_.events, options.page_size, options.min_history, options.max_history,
-            options.keep_unclicked, options.seed, number, user, time, history, *shown, counts, fate,
+            bounds, columns["user"], columns["page"], *(columns[c] for c in ("item", "time", "clicked")), 0,
+            sorted_.events, options.page_size, options.min_history, options.max_history, options.keep_unclicked,
+            options.seed, user, time, history, *shown, counts, fate,
         )  # fmt: skip
         kept, shown = unordered.count_fates(fate), [column[:written] for column in shown]
         unordered.append(user[kept], time[kept], history[kept], counts[kept], shown)
         starts = np.cumsum(counts[kept], dtype=np.int64) - counts[kept]
         unordered.cut += int(np.count_nonzero(np.maximum.reduceat(shown[2], starts) > 1))
-        number += n
     pages = PageSpools(folder, "ordered")
     pages.fates, pages.cut = unordered.fates, unordered.cut
     old, of_all = unordered.columns(), unordered.items()
