@@ -156,7 +156,7 @@ def test_negatives_follow_their_distribution(tmp_path: Path, negatives: str) -> 
 
 
 @pytest.mark.parametrize("negatives", ["uniform", "popularity", "category"])
-def test_same_bytes_for_any_order_of_rows_and_any_bucket_size(
+def test_same_bytes_for_any_order_of_rows_and_any_size_of_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, negatives: str
 ) -> None:
     events = random_events(5)
@@ -171,8 +171,7 @@ def test_same_bytes_for_any_order_of_rows_and_any_bucket_size(
     assert made("again", events) == first
     assert made("backwards", events[::-1]) == first
     monkeypatch.setattr(spool, "BATCH", 17)
-    monkeypatch.setattr(spool, "BUCKET", 23)
-    assert made("buckets", events) == first
+    assert made("batches", events) == first
     other = made("seed", events, seed=1)
     assert other["page_items/00000.arrow"] != first["page_items/00000.arrow"]
     assert other["events/00000.arrow"] == first["events/00000.arrow"]
@@ -207,7 +206,7 @@ def test_splits_by_date_and_by_share(tmp_path: Path) -> None:
 def test_given_pages_are_those_of_brute_force(
     tmp_path: Path, seed: int, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool, "BUCKET", 50)
+    monkeypatch.setattr(spool, "BATCH", 50)
     rng = np.random.default_rng(seed)
     rows, before = [], random_events(seed, users=6, n=30)
     for page in range(80):

@@ -71,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", type=location, help="folder of image files called after the items")
     add("--min-rating", type=float, help="least rating that is a click (movielens, amazon-reviews-2023)")  # fmt: skip
     add("--shrink", type=int, default=0, metavar="PIXELS", help="scale longer short sides down to this")  # fmt: skip
-    add("--threads", type=int, default=0, help="threads that check images")
+    add("--threads", type=int, default=0, help="threads that check images and sort")
+    add("--memory-gib", type=float, default=options.memory_gib, help="GiB that sorting may take; more is faster")  # fmt: skip
     add("--shard-rows", type=int, default=SHARD_ROWS, help="rows of a shard of a table")
     add("--shard-bytes", type=int, default=SHARD_BYTES, help="bytes of images after which a shard is full")  # fmt: skip
     add("--overwrite", action="store_true")

@@ -1,9 +1,10 @@
-"""Events as codes, in order: read in batches, spooled to disk, sorted there by user and time."""
+"""Events as codes, in order: read in batches, put on the disk, sorted there by user and time."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from numba import njit
 from rich.console import Console
 from rich.progress import track
 
@@ -22,14 +22,11 @@ from .options import PrepareOptions
 from .pages import (
     Events,
 )
-from .spool import Buckets, Spool
+from .spool import Sorter, Spool, whole
 from .storage import Location
 from .tables import ImageStoreWriter
 
 Array = npt.NDArray
-
-EVENT = np.dtype([("user", np.int32), ("item", np.int32), ("time", np.int64)])
-SHOWN = np.dtype([*EVENT.descr, ("page", np.uint64), ("clicked", np.uint8)])
 
 NO_IMAGE = "item without a usable image"
 MAX_ID = 1024  # bytes; a longer "id" is something else, an unclosed quote for example
@@ -74,41 +71,54 @@ class Raw:
 
     users: Ids
     items: Ids
-    events: Spool  # EVENT
-    shown: Spool | None  # SHOWN
+    sorter: Sorter  # with the tables events and shown
     counts: dict[str, Counter[str]]  # by table: rows by what became of them
 
 
-def read(source: Source, folder: Path) -> Raw:
-    """Spools the source's rows. Raises ValueError where its files cannot be read as what they should be."""
+def read(source: Source, sorter: Sorter) -> Raw:
+    """Puts the source's rows into `sorter`. Raises ValueError where its files cannot be read as what they should be."""
     if source.events is None and source.impressions is None:
         raise ValueError("source: expected events or impressions, got neither")
-    given = source.impressions is not None
-    shown = Spool(folder / "raw-shown", SHOWN) if given else None
-    raw = Raw(Ids(), Ids(), Spool(folder / "raw-events", EVENT), shown, {})
-    for name, frame, spool in (
-        ("events", source.events, raw.events),
-        ("impressions", source.impressions, shown),
+    columns = "user INTEGER, item INTEGER, time BIGINT"
+    sorter.run(f"CREATE TABLE events ({columns})")
+    sorter.run(f"CREATE TABLE shown ({columns}, page UBIGINT, clicked UTINYINT, place BIGINT)")
+    raw = Raw(Ids(), Ids(), sorter, {})
+    for name, table, frame in (
+        ("events", "events", source.events),
+        ("impressions", "shown", source.impressions),
     ):
-        if frame is None or spool is None:
+        if frame is None:
             continue
-        counts = raw.counts[name] = Counter()
-        columns = ["user_id", "item_id", "time"] + ["page_id", "clicked"] * (spool is shown)
-        try:
-            for batch in frame.select(columns).collect_batches(
-                chunk_size=on_disk.BATCH, maintain_order=True, engine="streaming"
-            ):
-                _spool(batch, spool, raw, counts)
-        except pl.exceptions.PolarsError as error:
-            files = ", ".join(str(f) for f in source.files) or "the source"
-            text = str(error)  # after an unclosed quote it has the rest of the file
-            if len(text) > 1000:
-                text = f"{text[:300]} ... {text[-300:]}"
-            raise ValueError(f"{files}: cannot be read: {text}") from error
+        counts, place = raw.counts.setdefault(name, Counter()), 0
+        for batch in batches(frame, table, source):
+            known = clean(batch, counts)
+            users, items = (ids.codes(known[n]) for ids, n in ((raw.users, "user_id"), (raw.items, "item_id")))  # fmt: skip
+            rows = {"user": users, "item": items, "time": known["time"].to_numpy()}
+            if table == "shown":
+                rows |= {n: known[n].to_numpy() for n in ("page", "clicked")}
+                rows["place"] = np.arange(place, place + len(known))
+                place += len(known)
+            sorter.append(table, rows)
     return raw
 
 
-def _spool(batch: pl.DataFrame, spool: Spool, raw: Raw, counts: Counter[str]) -> None:
+def batches(frame: pl.LazyFrame, table: str, source: Source) -> Iterator[pl.DataFrame]:
+    """The rows of events or shown, a batch at a time, in order."""
+    columns = ["user_id", "item_id", "time"] + ["page_id", "clicked"] * (table == "shown")
+    try:
+        yield from frame.select(columns).collect_batches(
+            chunk_size=on_disk.BATCH, maintain_order=True, engine="streaming"
+        )
+    except pl.exceptions.PolarsError as error:
+        files = ", ".join(str(f) for f in source.files) or "the source"
+        text = str(error)  # after an unclosed quote it has the rest of the file
+        if len(text) > 1000:
+            text = f"{text[:300]} ... {text[-300:]}"
+        raise ValueError(f"{files}: cannot be read: {text}") from error
+
+
+def clean(batch: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
+    """The rows that can be used: user_id, item_id, time, and of impressions page (uint64, of its id) and clicked (uint8). Counts the others."""
     names = [n for n in ("user_id", "item_id", "page_id") if n in batch.columns]
     counts["read"] += len(batch)
     known = batch.filter(pl.all_horizontal(pl.col(n).is_not_null() for n in names))
@@ -117,21 +127,12 @@ def _spool(batch: pl.DataFrame, spool: Spool, raw: Raw, counts: Counter[str]) ->
     counts[f"an id of over {MAX_ID:,} bytes"] += len(known) - len(short)
     batch = short.filter(pl.col("time").is_not_null())
     counts["time missing or unreadable"] += len(short) - len(batch)
-    records = np.zeros(len(batch), spool.dtype)
-    records["user"] = raw.users.codes(batch["user_id"])
-    records["item"] = raw.items.codes(batch["item_id"])
-    records["time"] = batch["time"].to_numpy()
     if "page_id" in names:
-        records["page"] = batch["page_id"].hash().to_numpy()
-        records["clicked"] = batch["clicked"].fill_null(False).to_numpy()
-    spool.append(records)
-
-
-@njit(cache=True, nogil=True)
-def _span(items, times, first, last):  # type: ignore[no-untyped-def]
-    for i in range(len(items)):
-        first[items[i]] = min(first[items[i]], times[i])
-        last[items[i]] = max(last[items[i]], times[i])
+        batch = batch.select(
+            "user_id", "item_id", "time", page=pl.col("page_id").hash(),
+            clicked=pl.col("clicked").fill_null(False).cast(pl.UInt8),
+        )  # fmt: skip
+    return batch
 
 
 # ---- items ----------------------------------------------------------------------------------------------------------
@@ -222,79 +223,75 @@ def choose_items(
 
 @dataclass
 class Sorted:
-    """The events that stay, by user; the rows shown, in buckets by user; when each item was seen."""
+    """The events that stay, by user; and when each item was seen."""
 
     events: Events
-    shown: Buckets | None
     user_ids: pl.Series
     first_seen: Array
     last_seen: Array
+    sorter: Sorter
+
+    def shown(self) -> Iterator[dict[str, Array]]:
+        """Rows shown, by user, then page, then as they were read; whole pages at a time."""
+        rows = self.sorter.rows(
+            "SELECT users.row AS user, page, item, time, clicked FROM kept_shown JOIN users ON user = code ORDER BY users.row, page, place"
+        )
+        return whole(rows, "user", "page")
 
 
 def sort_events(raw: Raw, items: Items, folder: Path) -> Sorted:
     """Sorts by user, then time, then item; an event that is there twice counts once."""
-    sizes = np.zeros(raw.users.count, np.int64)
-    for spool, name in ((raw.events, "events"), (raw.shown, "impressions")):
-        for records in spool.chunks() if spool else ():
-            stays = items.row[records["item"]] >= 0
-            raw.counts[name][NO_IMAGE] += int((~stays).sum())
-            sizes += np.bincount(records["user"][stays], minlength=len(sizes))
-    users = (
-        pl.DataFrame({"id": raw.users.all()}).with_row_index("code").filter(sizes > 0).sort("id")
-    )
-    codes = users["code"].to_numpy()
-    user_row = np.zeros(len(sizes), np.int32)
-    user_row[codes] = np.arange(len(codes))
-    # Buckets of about on_disk.BUCKET rows.
-    ends = np.cumsum(sizes[codes])
-    total = int(ends[-1]) if len(ends) else 0
-    bounds = np.unique(
-        np.searchsorted(ends, np.arange(on_disk.BUCKET, total, on_disk.BUCKET), side="right")
-    )
-    clicks = Buckets(folder / "events", EVENT, "user", bounds)
-    shown = Buckets(folder / "shown", SHOWN, "user", bounds) if raw.shown else None
-    first_seen = np.full(len(items.table), np.iinfo(np.int64).max)
-    last_seen = np.full(len(items.table), np.iinfo(np.int64).min)
-    for spool, buckets in ((raw.events, clicks), (raw.shown, shown)):
-        for records in spool.chunks() if spool else ():
-            records["item"] = items.row[records["item"]]
-            records["user"] = user_row[records["user"]]
-            records = records[records["item"] >= 0]
-            _span(records["item"], records["time"], first_seen, last_seen)
-            if buckets is not None:
-                buckets.add(records)
-            if spool is raw.shown:
-                clicks.add(records[["user", "item", "time"]][records["clicked"] == 1].astype(EVENT))
-        if spool:
-            spool.remove()
-    for name, pick, seen in (
-        ("first_seen", np.fmin, first_seen),
-        ("last_seen", np.fmax, last_seen),
-    ):
-        about = items.table[name]
-        known = about.is_not_null().to_numpy()
-        seen[known] = pick(seen[known], about.drop_nulls().to_numpy())
+    sorter = raw.sorter
+    for table, codes in (("items", items.row), ("users", np.zeros(0, np.int32))):
+        sorter.run(f"CREATE TABLE {table} (code INTEGER, row INTEGER)")
+        rows = np.flatnonzero(codes >= 0).astype(np.int32)
+        sorter.append(table, {"code": rows, "row": codes[rows]})
+    for table, more in (("events", ""), ("shown", ", page, clicked, place")):
+        sorter.run(f"CREATE VIEW kept_{table} AS SELECT user, row AS item, time{more} FROM {table} JOIN items ON item = code")  # fmt: skip
+    for table, name in (("events", "events"), ("shown", "impressions")):
+        if name in raw.counts:
+            count, kept = (int(sorter.all(f"SELECT count(*) AS n FROM {t}")["n"][0]) for t in (table, f"kept_{table}"))  # fmt: skip
+            raw.counts[name][NO_IMAGE] += count - kept
+    sorter.run("CREATE VIEW seen AS SELECT user, item, time FROM kept_events UNION ALL SELECT user, item, time FROM kept_shown")  # fmt: skip
+    sorter.run("CREATE VIEW clicks AS SELECT user, item, time FROM kept_events UNION ALL SELECT user, item, time FROM kept_shown WHERE clicked = 1")  # fmt: skip
 
-    item, time = Spool(folder / "item", np.int32), Spool(folder / "time", np.int64)
-    by_item = Spool(folder / "by-item", np.int32)
+    used = sorter.all("SELECT DISTINCT user FROM seen")["user"]
+    users = pl.DataFrame({"id": raw.users.all()}).with_row_index("code")
+    users = users[np.sort(used)].sort("id")
+    sorter.append("users", {"code": users["code"].to_numpy().astype(np.int32), "row": np.arange(len(users), dtype=np.int32)})  # fmt: skip
+    first_seen, last_seen = spans(sorter, items)
+
+    columns = {"item": np.int32, "time": np.int64, "by_item": np.int32}
+    spools = {name: Spool(folder / name, kind) for name, kind in columns.items()}
     sizes = np.zeros(len(users), np.int64)
-    for records in clicks:
-        columns = {name: np.ascontiguousarray(records[name]) for name in EVENT.fields or ()}
-        order = pl.DataFrame(columns).select(pl.arg_sort_by("user", "time", "item")).to_series()
-        records = records[order.to_numpy()]
-        again = np.zeros(len(records), bool)
-        again[1:] = records[1:] == records[:-1]
-        raw.counts.setdefault("events", Counter())["the same user, item and time again"] += int(
-            again.sum()
-        )
-        records = records[~again]
-        owner = records["user"]
-        sizes += np.bincount(owner, minlength=len(sizes))
-        start = np.searchsorted(owner, owner)
-        item.append(records["item"])
-        time.append(records["time"])
-        key = owner.astype(np.int64) << 32 | records["item"]
-        by_item.append(np.argsort(key, kind="stable") - start)
+    parts = sorter.rows("SELECT DISTINCT users.row AS user, item, time FROM clicks JOIN users ON user = code ORDER BY users.row, time, item")  # fmt: skip
+    for part in whole(parts, "user"):
+        sizes += np.bincount(part["user"], minlength=len(sizes))
+        for name, spool in spools.items():
+            spool.append(by_item(part["user"], part["item"]) if name == "by_item" else part[name])
+    total = int(sorter.all("SELECT count(*) AS n FROM clicks")["n"][0])
+    again = raw.counts.setdefault("events", Counter())
+    again["the same user, item and time again"] += total - spools["item"].rows
     first = np.concatenate([[0], np.cumsum(sizes)])
-    events = Events(item.array(), time.array(), by_item.array(), first)
-    return Sorted(events, shown, users["id"], first_seen, last_seen)
+    item, time, order = (spool.array() for spool in spools.values())
+    events = Events(item, time, order, first)
+    return Sorted(events, users["id"], first_seen, last_seen, sorter)
+
+
+def by_item(user: Array, item: Array) -> Array:
+    """[n] each user's events by item, then time, counted from the user's first; for sorted events of whole users."""
+    key = user.astype(np.int64) << 32 | item
+    return np.argsort(key, kind="stable") - np.searchsorted(user, user)
+
+
+def spans(sorter: Sorter, items: Items) -> tuple[Array, Array]:
+    """[items] when each was first and last seen; the source's word holds where it is wider."""
+    found = sorter.all("SELECT item, min(time) AS first, max(time) AS last FROM seen GROUP BY item")
+    spans = []
+    for name, column, pick, none in (("first_seen", "first", np.fmin, np.iinfo(np.int64).max), ("last_seen", "last", np.fmax, np.iinfo(np.int64).min)):  # fmt: skip
+        seen = np.full(len(items.table), none)
+        seen[found["item"]] = found[column]
+        known = items.table[name].is_not_null().to_numpy()
+        seen[known] = pick(seen[known], items.table[name].drop_nulls().to_numpy())
+        spans.append(seen)
+    return spans[0], spans[1]

@@ -26,7 +26,8 @@ class PrepareOptions:
         validation_share, test_share: shares of the pages, the last ones in time; the cut is never inside a timestamp.
         validation_from, test_from: dates (ISO 8601, UTC) that cut instead.
         shrink: images whose short side is longer are scaled down to this many pixels; 0: bytes stay as they are.
-        threads: threads that check images; 0: one for each core.
+        threads: threads that check images and sort; 0: one for each core.
+        memory_gib: GiB that sorting may take; more is faster.
         shard_rows, shard_bytes: rows of a shard of a table; bytes of images after which a shard is full.
     """
 
@@ -44,6 +45,7 @@ class PrepareOptions:
     shrink: int = 0
     seed: int = 0
     threads: int = 0
+    memory_gib: float = 0.5
     shard_rows: int = SHARD_ROWS
     shard_bytes: int = SHARD_BYTES
     overwrite: bool = False
@@ -65,6 +67,8 @@ class PrepareOptions:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if not self.memory_gib >= 0.1:
+            raise ValueError(f"memory_gib: expected at least 0.1, got {self.memory_gib}")
         if not self.live_days >= 0:
             raise ValueError(f"live_days: expected at least 0, got {self.live_days}")
         shares = (self.validation_share, self.test_share)

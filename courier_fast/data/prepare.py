@@ -1,7 +1,7 @@
 """`courier-fast prepare`: interactions, item metadata and an image folder -> the dataset folder of dataset.py.
 
-Nothing that grows with the number of events is held in memory. Rows are read in batches, ids become codes, and the codes are spooled to
-disk; they are sorted there in buckets of a few million, first by user, then by time. What stays in memory grows with users and items.
+Nothing that grows with the number of events is held in memory. Rows are read in batches, ids become codes, and the codes go to the disk, where
+DuckDB sorts them, first by user, then by time. What stays in memory grows with users and items.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .. import __version__
 from ..files import sync_all
 from . import spool as on_disk
 from .dataset import SPLITS, write_json, write_manifest
-from .events import SHOWN, Items, Raw, Sorted, choose_items, read, sort_events
+from .events import Items, Raw, Sorted, choose_items, read, sort_events
 from .layouts import Source
 from .offers import offers_of
 from .options import PrepareOptions, epoch
@@ -41,7 +41,7 @@ from .pages import (
     given_pages,
     make_pages,
 )
-from .spool import Spool, by_time
+from .spool import Sorter, Spool
 from .storage import Location, delete_file, is_file, join, location
 from .tables import write_shards
 
@@ -130,7 +130,7 @@ def pages_of_events(
         np.zeros(on_disk.BATCH * size, np.int32),
         np.zeros(on_disk.BATCH * size, np.uint8),
     )
-    for rows in by_time(events.time, folder / "by-time"):
+    for rows in sorted_.sorter.by_time(events.time):
         users = np.searchsorted(events.first, rows, side="right") - 1
         before = np.zeros(0, np.int64)
         if kind == 1:
@@ -158,24 +158,21 @@ def pages_of_events(
 def pages_of_impressions(sorted_: Sorted, folder: Path, options: PrepareOptions) -> PageSpools:
     """The pages shown, in order of time."""
     unordered = PageSpools(folder, "given")
-    for records in sorted_.shown or ():
-        # Stable: the items of a page stay in the order shown.
-        records = records[np.lexsort((records["page"], records["user"]))]
-        new = np.ones(len(records), bool)
-        new[1:] = records[["user", "page"]][1:] != records[["user", "page"]][:-1]
-        bounds = np.append(np.flatnonzero(new), len(records))
+    for records in sorted_.shown():
+        total = len(records["user"])
+        new = np.ones(total, bool)
+        new[1:] = np.any([records[k][1:] != records[k][:-1] for k in ("user", "page")], axis=0)
+        bounds = np.append(np.flatnonzero(new), total)
         n = len(bounds) - 1
         user, time, history = (
             np.zeros(n, np.int32),
             np.zeros(n, np.int64),
             np.zeros((n, 2), np.int64),
         )
-        shown = [np.zeros(len(records), kind) for kind in (np.int32, np.uint8, np.float32)]
+        shown = [np.zeros(total, kind) for kind in (np.int32, np.uint8, np.float32)]
         counts, fate = np.zeros((2, n), np.int32)
-        columns = {c: np.ascontiguousarray(records[c]) for c in SHOWN.names or ()}
         written = given_pages(
-            bounds, columns["user"], columns["page"], *(columns[c] for c in ("item", "time", "clicked")), 0,
-            sorted_.events, options.page_size, options.min_history, options.max_history, options.keep_unclicked,
+            bounds, *(records[c] for c in ("user", "page", "item", "time", "clicked")), 0, sorted_.events, options.page_size, options.min_history, options.max_history, options.keep_unclicked,
             options.seed, user, time, history, *shown, counts, fate,
         )  # fmt: skip
         kept, shown = unordered.count_fates(fate), [column[:written] for column in shown]
@@ -185,7 +182,7 @@ def pages_of_impressions(sorted_: Sorted, folder: Path, options: PrepareOptions)
     pages = PageSpools(folder, "ordered")
     pages.fates, pages.cut = unordered.fates, unordered.cut
     old, of_all = unordered.columns(), unordered.items()
-    for rows in by_time(old["time"], folder / "pages-by-time"):
+    for rows in sorted_.sorter.by_time(old["time"]):
         starts = old["pv_start"][rows]
         counts = old["pv_end"][rows] - starts
         shown = [copy_items(starts, counts, column) for column in of_all.values()]
@@ -279,7 +276,8 @@ def _write(
     options: PrepareOptions,
 ) -> dict[str, Any]:
     log.info("reading %s", ", ".join(str(f) for f in source.files) or "the source")
-    raw = read(source, scratch)
+    sorter = Sorter(scratch, options.memory_gib, options.threads or len(os.sched_getaffinity(0)))
+    raw = read(source, sorter)
     if not raw.items.count:
         raise ValueError(f"source: expected events, got none that can be read ({_counts(raw)})")
     log.info("items%s", f", images of {images}" if images else "")
@@ -369,16 +367,16 @@ def _splits(times: Array, dropped: dict[str, int], options: PrepareOptions) -> d
 def _clicks(shown: dict[str, Array], end: int, items: int) -> Array:
     """[items] clicks among the first `end` rows, a part at a time: the columns are on the disk."""
     clicks = np.zeros(items, np.int64)
-    for start in range(0, end, on_disk.BUCKET):
-        part = slice(start, min(start + on_disk.BUCKET, end))
+    for start in range(0, end, on_disk.PART):
+        part = slice(start, min(start + on_disk.PART, end))
         clicks += np.bincount(shown["item"][part][shown["clicked"][part] == 1], minlength=items)
     return clicks
 
 
 def _median_history(columns: dict[str, Array], longest: int) -> int:
     lengths, pages = np.zeros(longest + 1, np.int64), len(columns["time"])
-    for start in range(0, pages, on_disk.BUCKET):
-        part = slice(start, start + on_disk.BUCKET)
+    for start in range(0, pages, on_disk.PART):
+        part = slice(start, start + on_disk.PART)
         length = columns["history_end"][part] - columns["history_start"][part]
         lengths += np.bincount(length, minlength=len(lengths))
     return int(np.searchsorted(np.cumsum(lengths), (pages + 1) // 2))

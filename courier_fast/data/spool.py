@@ -1,23 +1,26 @@
-"""Numbers on disk: what grows with the events is spooled there, and sorted in buckets that memory holds."""
+"""What grows with the events is on the disk: columns that are then mapped, and tables that DuckDB sorts within a bound of memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import duckdb
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+
+from .tables import arrow_array
 
 Array = npt.NDArray
 
 BATCH = 1 << 19  # rows that are read, or pages that are made, at once
-BUCKET = 1 << 22  # rows that are sorted at once
-
-AT = np.dtype([("time", np.int64), ("row", np.int64)])
+PART = 1 << 22  # rows of a column that are looked at at once
 
 
 class Spool:
-    """A column or records that grow on disk and are then mapped."""
+    """A column that grows on disk and is then mapped."""
 
     def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
         self.path, self.dtype, self.rows = path, np.dtype(dtype), 0
@@ -32,56 +35,71 @@ class Spool:
         self._file.flush()
         return np.memmap(self.path, self.dtype, "r") if self.rows else np.zeros(0, self.dtype)
 
-    def chunks(self) -> Iterator[Array]:
-        """All rows so far, read a batch at a time."""
-        self._file.flush()
-        with self.path.open("rb") as file:
-            while len(rows := np.fromfile(file, self.dtype, BATCH)):
-                yield rows
 
-    def remove(self) -> None:
-        self._file.close()
-        self.path.unlink()
+class Sorter:
+    """Tables in a file of DuckDB, which sorts what memory does not hold.
+
+    Args:
+        folder: for the file and what does not fit.
+        memory: GiB that DuckDB may take.
+    """
+
+    def __init__(self, folder: Path, memory: float, threads: int) -> None:
+        config: dict[str, Any] = {
+            "memory_limit": f"{round(memory * 1024)}MiB", "threads": threads, "temp_directory": str(folder / "duckdb"),
+            # Nothing but the file and what it is given is read, and nothing comes from the network.
+            "autoinstall_known_extensions": False, "autoload_known_extensions": False,
+        }  # fmt: skip
+        self._database = duckdb.connect(str(folder / "sort.duckdb"), config=config)
+
+    def run(self, statement: str) -> None:
+        self._database.execute(statement)
+
+    def append(self, table: str, columns: Mapping[str, Any]) -> None:
+        """Adds rows: the table's columns, in order."""
+        rows = pa.table({name: arrow_array(values) for name, values in columns.items()})
+        cursor = self._database.cursor()
+        cursor.register("new_rows", rows)
+        cursor.execute(f"INSERT INTO {table} SELECT * FROM new_rows")
+        cursor.close()
+
+    def rows(self, query: str) -> Iterator[dict[str, Array]]:
+        """The result's columns, a batch at a time."""
+        cursor = self._database.cursor()
+        reader: pa.RecordBatchReader = cursor.sql(query).to_arrow_reader(BATCH)
+        for batch in reader:
+            if batch.num_rows:
+                yield {n: batch.column(n).to_numpy() for n in batch.schema.names}
+        cursor.close()
+
+    def all(self, query: str) -> dict[str, Array]:
+        """The result's columns, in memory."""
+        found: pa.Table = self._database.sql(query).to_arrow_table()
+        return {n: found.column(n).to_numpy() for n in found.column_names}
+
+    def by_time(self, times: Array) -> Iterator[Array]:
+        """Rows of `times` (mapped) in order of time, then row: batches of int64."""
+        self.run("CREATE TABLE moments (time BIGINT, row BIGINT)")
+        for start in range(0, len(times), BATCH):
+            part = np.asarray(times[start : start + BATCH])
+            self.append("moments", {"time": part, "row": np.arange(start, start + len(part))})
+        for found in self.rows("SELECT row FROM moments ORDER BY time, row"):
+            yield found["row"]
+        self.run("DROP TABLE moments")
+
+    def close(self) -> None:
+        self._database.close()
 
 
-class Buckets:
-    """Records in files by ranges of one of their fields: bucket b holds those from bounds[b - 1] on and below bounds[b], in order."""
-
-    def __init__(self, folder: Path, dtype: np.dtype, field: str, bounds: Array) -> None:
-        folder.mkdir()
-        self._field, self._bounds = field, bounds
-        self._spools = [Spool(folder / str(b), dtype) for b in range(len(bounds) + 1)]
-
-    def add(self, records: Array) -> None:
-        bucket = np.searchsorted(self._bounds, records[self._field], side="right")
-        order = np.argsort(bucket, kind="stable")
-        ends = np.cumsum(np.bincount(bucket, minlength=len(self._spools)))
-        for spool, part in zip(self._spools, np.split(order, ends[:-1]), strict=True):
-            if len(part):
-                spool.append(records[part])
-
-    def __iter__(self) -> Iterator[Array]:
-        """Each bucket's records; its file is gone afterwards."""
-        for spool in self._spools:
-            records = np.array(spool.array())
-            spool.remove()
-            yield records
-
-
-def by_time(times: Array, folder: Path) -> Iterator[Array]:
-    """Rows of `times` (mapped) in order of time, then row: batches of int64."""
-    count = -(-len(times) // BUCKET)
-    sample = np.sort(times[:: max(1, len(times) // (256 * count or 1))])
-    bounds = np.unique(sample[[len(sample) * b // count for b in range(1, count)]])
-    buckets = Buckets(folder, AT, "time", bounds)
-    for start in range(0, len(times), BATCH):
-        part = np.zeros(min(BATCH, len(times) - start), AT)
-        part["time"], part["row"] = (
-            times[start : start + BATCH],
-            np.arange(start, start + len(part)),
-        )
-        buckets.add(part)
-    for records in buckets:
-        rows = records["row"][np.argsort(records["time"], kind="stable")]
-        for start in range(0, len(rows), BATCH):
-            yield rows[start : start + BATCH]
+def whole(parts: Iterator[dict[str, Array]], *keys: str) -> Iterator[dict[str, Array]]:
+    """Sorted rows cut so that those of equal keys are in one part."""
+    left: dict[str, Array] | None = None
+    for part in parts:
+        joined = part if left is None else {n: np.concatenate([left[n], part[n]]) for n in part}
+        before = np.any([joined[k] != joined[k][-1] for k in keys], axis=0)
+        cut = int(before.argmin())  # sorted: nothing after it differs from the last
+        if cut:
+            yield {n: column[:cut] for n, column in joined.items()}
+        left = {n: column[cut:] for n, column in joined.items()}
+    if left is not None:
+        yield left
