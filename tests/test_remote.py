@@ -307,3 +307,27 @@ print(d.verify(), d.num_pages, sum(map(len, d.images.take(range(60)))))
     done = subprocess.run([sys.executable, "-c", script, str(local.path)], capture_output=True, text=True, check=True)  # fmt: skip
     expected = local.verify(), local.num_pages, sum(len(image or b"") for image, *_ in images_of(local))  # fmt: skip
     assert done.stdout.split() == [str(n) for n in expected]
+
+
+def test_embedding_a_remote_folder_of_images(server: str, tmp_path: Path) -> None:
+    folder = tmp_path / "shop"
+    shop(folder)
+    (folder / "images" / "broken.jpg").write_bytes(b"no image")
+    copy(folder / "images", "s3://shop/photos")
+    from courier_fast.data.decode import make_decoder
+    from courier_fast.evaluate.embed import FolderImages
+
+    decoder = make_decoder("pillow", 16)
+    here, there = (FolderImages(f, decoder) for f in (folder / "images", "s3://shop/photos"))
+    assert list(here.ids) == list(there.ids)
+    rows = np.arange(len(here.ids))
+    (pictures, damaged), (others, also) = here.load(rows), there.load(rows)
+    assert [here.ids[i] for i in np.flatnonzero(damaged)] == ["broken"]
+    assert (also == damaged).all()
+    assert (pictures == others)[~damaged].all()
+    assert here.digest(3) == there.digest(3)
+    before = there.fingerprint()
+    assert FolderImages("s3://shop/photos", decoder).fingerprint() == before
+    (folder / "images" / "broken.jpg").write_bytes(b"still no image")
+    copy(folder / "images", "s3://shop/photos")
+    assert FolderImages("s3://shop/photos", decoder).fingerprint() != before

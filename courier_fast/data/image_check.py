@@ -13,8 +13,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-from .pictures import MAX_FILE, check_size, exif_orientation, read_image, rgb
-from .storage import Location, is_url, list_files, read_bytes
+from .pictures import check_size, exif_orientation, rgb
+from .storage import Location, list_files, read_any
 
 LEADS_OUT = "a symbolic link out of the folder of images, not followed"
 # An item with several files uses the first of these.
@@ -144,16 +144,6 @@ def _check_jpeg(data: bytes, file: Image.Image) -> Checked:
 def _entropy_decode(data: bytes) -> None:
     """Reads every coefficient, at an eighth of the size; raises at a warning of libjpeg (truncated, corrupt)."""
     simplejpeg.decode_jpeg(data, "GRAY", fastdct=True, min_height=1, min_width=1, min_factor=8)
-
-
-def read_any(path: str) -> bytes:
-    """The bytes of an image file or URL, as `read_image`."""
-    if not is_url(path):
-        return read_image(path)
-    data = read_bytes(path, MAX_FILE + 1)
-    if len(data) > MAX_FILE:
-        raise ValueError(f"more than {MAX_FILE:,} bytes")
-    return data
 
 
 def check_images(

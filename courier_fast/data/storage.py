@@ -87,6 +87,25 @@ def read_bytes(path: Location, most: int | None = None) -> bytes:
         return file.read(most)
 
 
+def read_any(path: str) -> bytes:
+    """The bytes of an image file or URL, as `read_image`."""
+    from .pictures import MAX_FILE, read_image
+
+    if not is_url(path):
+        return read_image(path)
+    data = read_bytes(path, MAX_FILE + 1)
+    if len(data) > MAX_FILE:
+        raise ValueError(f"more than {MAX_FILE:,} bytes")
+    return data
+
+
+def size_and_time(url: str) -> tuple[int, int]:
+    """A file's size in bytes and the nanosecond of its last change; zeros where it is not there."""
+    found, name = filesystem(url)
+    about = found.get_file_info(name)
+    return about.size or 0, about.mtime_ns or 0
+
+
 def is_file(path: Location) -> bool:
     if isinstance(path, Path):
         return path.is_file()

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from ..data.dataset import Dataset
 from ..data.decode import KINDS, Decoder, make_decoder
-from ..data.pictures import read_image, seen_size
-from ..data.storage import location
+from ..data.pictures import seen_size
+from ..data.storage import is_url, location, read_any, size_and_time
 from ..data.transforms import eval_windows
 from ..files import remove, sync, write_atomically
 
@@ -73,7 +73,7 @@ class DatasetImages:
 
 
 class FolderImages:
-    """The image files of a folder and its subfolders, centre crops; ids are the files' names without suffix, sorted.
+    """The image files of a folder (local or remote) and its subfolders, centre crops; ids are the files' names without suffix, sorted.
 
     Symbolic links out of the folder are not followed: they are named, and their ids have no image.
     """
@@ -81,7 +81,7 @@ class FolderImages:
     def __init__(self, folder: str | os.PathLike[str], decoder: Decoder) -> None:
         from ..data.image_check import LEADS_OUT, index_images
 
-        files = index_images(Path(folder), _Everything())
+        files = index_images(location(folder), _Everything())
         self.not_followed = sorted([*files.outside.values(), *files.folders])
         for link in self.not_followed[:5]:
             log.warning("%s: %s", link, LEADS_OUT)
@@ -129,6 +129,8 @@ class _Everything:
 
 
 def _size_and_time(path: str) -> tuple[int, int]:
+    if is_url(path):
+        return size_and_time(path)
     try:
         about = os.stat(path)
     except OSError:  # a link without a target, a file just removed: a damaged image
@@ -139,7 +141,7 @@ def _size_and_time(path: str) -> tuple[int, int]:
 def _read(path: str) -> Array:
     """A file's bytes; none where it is gone, unreadable or too large, which is a damaged image."""
     try:
-        return np.frombuffer(read_image(path), np.uint8)
+        return np.frombuffer(read_any(path), np.uint8)
     except (OSError, ValueError):
         return np.zeros(0, np.uint8)
 
@@ -465,7 +467,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of a training run")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--dataset", type=location, help="folder written by `courier-fast prepare`")
-    what.add_argument("--images", type=Path, help="any folder of images; ids are the files' names without suffix")  # fmt: skip
+    what.add_argument("--images", type=location, help="any folder of images; ids are the files' names without suffix")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="embeddings.npy, embeddings.parquet, or a folder that can grow")  # fmt: skip
     parser.add_argument("--only-new", action="store_true", help="into a folder that is there: items that it lacks, and those with another image")  # fmt: skip
     parser.add_argument("--since", metavar="DATE", help="with --only-new: looks at items first seen since then only")  # fmt: skip
