@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,8 @@ class DaliDecoder:
     ) -> None:
         if dtype not in (torch.float16, torch.float32):
             raise ValueError(f"dtype: expected float16 or float32 from DALI, got {dtype}")
+        # Another process makes its own pipeline.
+        self._again = partial(DaliDecoder, size, device=device, on_gpu=on_gpu, dtype=dtype, threads=threads, mean=mean, std=std)  # fmt: skip
         self.size, self.device, self.on_gpu, self.dtype = size, device, on_gpu, dtype
         self.threads = threads
         self.mean, self.std = [255 * m for m in mean], [255 * s for s in std]
@@ -68,6 +71,9 @@ class DaliDecoder:
         self._pipe: Any = None
         self._capacity = 0
         self._next: tuple[list[Array], ...] = ([], [], [], [])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._again, ()
 
     def _build(self, capacity: int) -> None:
         @pipeline_def(

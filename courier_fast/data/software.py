@@ -6,6 +6,8 @@ import math
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -71,12 +73,17 @@ class SoftwareDecoder:
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
+        # Another process makes its own threads and memory.
+        self._again = partial(SoftwareDecoder, read, size, device=device, dtype=dtype, threads=threads, mean=mean, std=std)  # fmt: skip
         self.read, self.size, self.device, self.dtype = read, size, device, dtype
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads, "courier-decode")
         self._memory = Recycler()
         self._scale = np.array([1 / (255 * s) for s in std], np.float32)
         self._shift = np.array([-m / s for m, s in zip(mean, std, strict=True)], np.float32)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._again, ()
 
     def decode(self, images: Sequence[Array], windows: Array, flips: Array) -> tuple[Tensor, Array]:
         n, size = len(images), self.size

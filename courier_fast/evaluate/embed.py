@@ -23,6 +23,7 @@ import torch
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
+from ..cluster import add_engine_arguments, check_engine, connected
 from ..data.dataset import Dataset
 from ..data.decode import KINDS, Decoder, make_decoder
 from ..data.pictures import seen_size
@@ -250,6 +251,7 @@ def embed_source(
     save_seconds: float = 5.0,
     bar: bool = False,
     space: str | None = None,
+    encode: Callable[..., Iterator[tuple[Array, Array, Array]]] = encode,
 ) -> EmbedReport:
     """Writes embeddings of every row of `source` to `out`, and a JSON file of the same name with ".json" added.
 
@@ -264,6 +266,7 @@ def embed_source(
         save_seconds: how often progress is saved.
         bar: shows progress in the terminal.
         space: identity of the encoder, for the JSON file.
+        encode: another way to the same batches (embed_ray.py).
 
     Raises:
         ValueError: `out` is neither .npy nor .parquet, or batch is below 1.
@@ -471,10 +474,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="embeddings.npy, embeddings.parquet, or a folder that can grow")  # fmt: skip
     parser.add_argument("--only-new", action="store_true", help="into a folder that is there: items that it lacks, and those with another image")  # fmt: skip
     parser.add_argument("--since", metavar="DATE", help="with --only-new: looks at items first seen since then only")  # fmt: skip
+    add_engine_arguments(parser)
     add_device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    check_engine(args)
+    if args.engine == "local":
+        return _run(args, {})
+    from .embed_ray import encode_on
+
+    with connected(args.ray_address) as ray:
+        return _run(args, {"encode": encode_on(ray)})
+
+
+def _run(args: argparse.Namespace, how: dict[str, Any]) -> int:
     from ..serve.contract import contract_of_run
     from ..train.encoder import load_encoder
 
@@ -490,7 +504,7 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         source = FolderImages(args.images, make_decoder_for(encoder, device, args))
-    how: dict[str, Any] = {"batch": args.batch, "device": device, "dtype": dtype, "bar": True}
+    how |= {"batch": args.batch, "device": device, "dtype": dtype, "bar": True}
     if not args.out.suffix or args.out.is_dir():
         return _run_folder(args, encoder, source, how | {"space": space})
     if args.only_new or args.since:

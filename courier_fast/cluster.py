@@ -1,0 +1,55 @@
+"""Ray: one machine's processes or a cluster's, for `--engine ray`. The package has to be installed on every machine."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+ENGINES = ("local", "ray")
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the work is done: shared by `prepare` and `embed`."""
+    parser.add_argument("--engine", choices=ENGINES, default="local", help="local: this process; ray: processes of this machine or of a cluster; the same bytes")  # fmt: skip
+    parser.add_argument("--ray-address", metavar="ADDRESS", help="of a running cluster, or auto; without it --engine ray starts one on this machine")  # fmt: skip
+
+
+def check_engine(args: argparse.Namespace) -> None:
+    """ValueError where --ray-address comes without --engine ray."""
+    if args.ray_address is not None and args.engine != "ray":
+        raise ValueError(f"ray_address: expected --engine ray with it, got {args.engine}")
+
+
+@contextmanager
+def connected(address: str | None = None) -> Iterator[Any]:
+    """The module `ray`, connected: to what is connected already, to the cluster at `address`, or to one that is started here and ended again.
+
+    Raises ModuleNotFoundError without Ray, ConnectionError where nothing answers.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        import ray.data
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'engine: "ray" needs {error.name}: pip install "courier_fast[ray]"', name=error.name
+        ) from None
+    mine = not ray.is_initialized()
+    if mine:
+        how: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+        if address is None:
+            how |= {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
+        ray.init(address, **how)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    try:
+        yield ray
+    finally:
+        if mine:
+            ray.shutdown()
