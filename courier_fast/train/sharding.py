@@ -7,9 +7,8 @@ All else is replicated: the head, the objective, and what is small in the backbo
 from __future__ import annotations
 
 import math
-import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,10 +88,13 @@ def shard(backbone: nn.Module, mesh: DeviceMesh, precision: str) -> None:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     rest = set(backbone.parameters()) - matrices(backbone)
     for module in blocks(backbone):
+        module.register_forward_hook(_without_views)
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=rest)
-    # FSDP warns of results that are views, as changing one in place would go unnoticed: the backbone's is only read.
-    name = re.escape(type(backbone).__name__)
-    warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({name}\) returned a view")
+
+
+def _without_views(module: nn.Module, inputs: Any, result: Any) -> Any:
+    """A result that is a view is copied: FSDP marks what a module returns, and a change of a view in place would remove the mark."""
+    return result.clone() if isinstance(result, Tensor) and result._is_view() else result
 
 
 def make_mesh(device: torch.device) -> DeviceMesh:
