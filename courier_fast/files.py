@@ -28,9 +28,20 @@ def sync(path: Path) -> None:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """`write` fills a file or folder beside `path`, which is then flushed and renamed to it."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     remove(partial)
     write(partial)
+    publish(path)
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file or folder is while it is written."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def publish(path: Path) -> None:
+    """Flushes what was written in place of a file or folder, and renames it."""
+    partial = partial_of(path)
     sync_all(partial)
     if path.is_dir():
         remove(path)

@@ -190,3 +190,20 @@ def test_a_missing_folder_or_another_format(dataset: Dataset, tmp_path: Path) ->
         Dataset(tmp_path)
     with pytest.raises(FileNotFoundError, match="without --images"):
         _ = dataset.images
+
+
+@pytest.mark.parametrize("batches", [{"pages": 3}, {"images": 30}])
+def test_an_epoch_cut_anew_has_the_rest_of_its_pages(
+    dataset: Dataset, batches: dict[str, int]
+) -> None:
+    plan = BatchPlan(dataset, **batches)
+    order = np.concatenate([plan.pages(2, s) for s in range(plan.steps(2))])
+    ranks = [BatchPlan(dataset, rank=r, world=3, **batches) for r in range(3)]
+    for other in ranks:
+        other.recut(2, 4, 37)
+    steps = range(4, ranks[0].steps(2))
+    found = np.concatenate([x.pages(2, s) for s in steps for x in ranks])
+    assert np.array_equal(found, order[37:])
+    assert ranks[0].position(2, 4) == 37
+    assert ranks[0].position(2, steps.stop) == len(order)
+    assert len(ranks[0].pages(1, 0)) > 0

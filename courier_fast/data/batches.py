@@ -236,15 +236,31 @@ class BatchPlan:
         self._order = Order(self.rows, dataset.pages.bounds, seed, shuffle)
         self._epoch = -1
         self._bounds = np.zeros(0, np.int64)
+        self._recut = (-1, 0, 0)
+
+    def recut(self, epoch: int, step: int, position: int) -> None:
+        """Cuts the rest of an epoch anew: the steps from `step` on have its pages from `position` of its order on, those before it none."""
+        self._recut, self._epoch = (epoch, step, position), -1
+
+    def position(self, epoch: int, step: int) -> int:
+        """How many pages of an epoch come before a step, on all ranks."""
+        batches = self._batches(epoch)
+        return self._bound(epoch, min(step * self.world, batches), batches)
+
+    def _start(self, epoch: int) -> tuple[int, int]:
+        """The first batch of an epoch that has pages, and its first page's position."""
+        recut, step, position = self._recut
+        return (step * self.world, position) if epoch == recut else (0, 0)
 
     def _prepare(self, epoch: int) -> None:
         """With `images`, cuts the epoch: one pass over its pages."""
         if epoch == self._epoch or self.pages_per_batch:
             return
-        bounds = np.zeros(len(self.rows) + 1, np.int64)
-        state = np.array([0, 0, 1, 0])
+        first, begin = self._start(epoch)
+        bounds = np.full(len(self.rows) + 1, begin)
+        state = np.array([0, 0, 1, begin])
         seen = np.zeros(self.dataset.num_items, np.int64)
-        for start in range(0, len(self.rows), CHUNK):
+        for start in range(begin, len(self.rows), CHUNK):
             pages = self._order.pages(epoch, start, min(start + CHUNK, len(self.rows)))
             packed = self._packed(pages)
             too_large = _cut(packed.shown, packed.pv_offsets, packed.past, packed.history_offsets, seen, state, self.images_per_batch, bounds)  # fmt: skip
@@ -253,7 +269,8 @@ class BatchPlan:
                     f"images: a batch may hold {self.images_per_batch} unique images, but page {pages[too_large]} alone holds more; raise it"
                 )
         bounds[state[0] + 1] = len(self.rows)
-        self._bounds, self._epoch = bounds[: state[0] + 2], epoch
+        self._bounds = np.append(np.full(first, begin), bounds[: state[0] + 2])
+        self._epoch = epoch
 
     def _packed(self, pages: Array) -> _Packed:
         start, end, pv_start, pv_end = (c.take(pages) for c in self._columns.values())
@@ -266,12 +283,16 @@ class BatchPlan:
         if not self.pages_per_batch:
             self._prepare(epoch)
             return len(self._bounds) - 1
-        return -(-len(self.rows) // (self.pages_per_batch * self.world)) * self.world
+        first, begin = self._start(epoch)
+        rest = len(self.rows) - begin
+        return first + -(-rest // (self.pages_per_batch * self.world)) * self.world
 
-    def _bound(self, batch: int, batches: int) -> int:
+    def _bound(self, epoch: int, batch: int, batches: int) -> int:
         if not self.pages_per_batch:
             return int(self._bounds[batch])
-        return batch * len(self.rows) // batches
+        first, begin = self._start(epoch)
+        rest = len(self.rows) - begin
+        return begin + max(batch - first, 0) * rest // max(batches - first, 1)
 
     def steps(self, epoch: int) -> int:
         """Steps of this epoch: the same on every rank."""
@@ -284,7 +305,9 @@ class BatchPlan:
         batch, batches = step * self.world + self.rank, self._batches(epoch)
         if batch >= batches:
             return np.zeros(0, np.int64)
-        return self._order.pages(epoch, *(self._bound(b, batches) for b in (batch, batch + 1)))
+        return self._order.pages(
+            epoch, *(self._bound(epoch, b, batches) for b in (batch, batch + 1))
+        )
 
     def assemble(self, pages: Array) -> PageBatch:
         """Any pages in terms of their unique items. Not for several threads at once."""

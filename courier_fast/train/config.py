@@ -86,6 +86,10 @@ class ModelConfig(Section):
     slice: int = described(
         0, "two-pass gradient cache: images in one slice of the encoder; 0: one pass", ge=0
     )
+    shard: bool = described(
+        False,
+        "each process keeps a part of the encoder (FSDP2), for one that a GPU cannot hold; nothing to do for one process",
+    )
     ema: float = described(
         0.0,
         "decay of an average of the weights that is then the exported encoder; 0: none",
@@ -278,6 +282,16 @@ class Config(Section):
             raise ValueError(
                 f"data: expected one of pages and images above 0, got pages={self.data.pages}, images={self.data.images}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def shardable(self) -> Config:
+        if self.model.shard and self.data.features is not None:
+            raise ValueError(
+                "model.shard: expected images with it, got data.features: their projection is no encoder to be sharded"
+            )
+        if self.model.shard and self.model.compile:
+            raise ValueError("model.shard: expected model.compile false with it, got true")
         return self
 
     @model_validator(mode="after")

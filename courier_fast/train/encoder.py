@@ -166,11 +166,14 @@ def build_projection(features: int, dim: int, table: Tensor | None = None) -> En
     return Encoder(standardise, dim, {"backbone": None, "features": features})
 
 
-def save_encoder(encoder: Encoder, folder: str | os.PathLike[str]) -> None:
-    """Writes encoder.safetensors and encoder.json, each complete or not at all."""
+def save_encoder(
+    encoder: Encoder, folder: str | os.PathLike[str], state: dict[str, Tensor] | None = None
+) -> None:
+    """Writes encoder.safetensors and encoder.json, each complete or not at all; `state`: its tensors, if they were taken earlier."""
     folder = Path(folder)
     state = {
-        name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()
+        name: value.detach().cpu().contiguous()
+        for name, value in (state or encoder.state_dict()).items()
     }
     write_atomically(folder / "encoder.safetensors", lambda path: save_file(state, path))
     write_atomically(

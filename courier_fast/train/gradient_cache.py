@@ -28,6 +28,7 @@ def cached_backward(
     size: int,
     seed: int,
     synchronised: Callable[[Callable[[], Tensor]], Tensor] = lambda compute: compute(),
+    count: int = 0,
 ) -> Tensor:
     """Adds the gradient of `loss_of(encode(images))` to every parameter and returns the loss, detached.
 
@@ -37,8 +38,10 @@ def cached_backward(
         loss_of: its output for all images to a scalar; parameters in it get their gradients too.
         seed: random numbers (dropout, stochastic depth) are drawn from (seed, slice), the same in both passes.
         synchronised: around the last slice, whose backward completes every gradient (`Processes.synchronised`).
+        count: slices at least, for processes that have to take as many steps as others; `encode` sees no image in those that are lacking.
     """
-    slices = images.split(size)
+    slices = list(images.split(size)) if len(images) else []
+    slices += [images[:0]] * (count - len(slices))
 
     def encode_slice(index: int) -> Tensor:
         torch.manual_seed(seed + index)
@@ -50,7 +53,7 @@ def cached_backward(
     loss = loss_of(embeddings)
     loss.backward()
     assert embeddings.grad is not None
-    *gradients, last = embeddings.grad.split(size)
+    *gradients, last = embeddings.grad.split([len(x) for x in slices])
     for i, gradient in enumerate(gradients):
         encode_slice(i).backward(gradient)
     synchronised(lambda: encode_slice(len(gradients))).backward(last)

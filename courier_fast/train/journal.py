@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..files import write_atomically
 from .monitor import effective_rank, uniformity
 from .objective import StepResult
 
@@ -100,7 +101,8 @@ class Journal:
                 for x in self.path.read_text().splitlines()
                 if x.endswith("}") and json.loads(x)["step"] <= step
             ]
-            self.path.write_text("".join(f"{x}\n" for x in lines))
+            text = "".join(f"{x}\n" for x in lines)
+            write_atomically(self.path, lambda path: path.write_text(text))
 
     def write(self, line: dict[str, Any]) -> None:
         """One JSON line; rates are since the last one."""

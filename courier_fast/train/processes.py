@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable
 from functools import reduce
 from typing import Any
@@ -10,9 +12,40 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 Compute = Callable[[], Tensor]
+
+
+def _store_of_this_start(rank: int, world: int) -> dist.Store:
+    """The store in which processes find each other, without what those before a restart have left in it.
+
+    torchrun keeps one store over its restarts, and in it the addresses at which killed processes listened: new ones that come early call there
+    and fail (pytorch issue 167288). So the first process names this start; another asks by a name of its own, which nobody has had before.
+    """
+    store, _, _ = next(rendezvous("env://", rank, world))
+    store = dist.PrefixStore("courier", store)
+    own, start = uuid.uuid4().hex, ""
+    if rank:
+        store.set(f"process {rank}", own)
+        start = store.get(f"start of {own}").decode()
+        store.set(f"heard by {own}", start)
+    else:
+        start, waiting = own, set(range(1, world))
+        until = time.monotonic() + store.timeout.total_seconds()
+        while waiting:
+            for other in sorted(waiting):
+                if store.check([f"process {other}"]):
+                    name = store.get(f"process {other}").decode()
+                    store.set(f"start of {name}", start)
+                    heard = f"heard by {name}"
+                    if store.check([heard]) and store.get(heard).decode() == start:
+                        waiting.remove(other)
+            if time.monotonic() > until:
+                raise TimeoutError(f"processes {sorted(waiting)[:9]} of {world} have not started")
+            time.sleep(0.01)
+    return dist.PrefixStore(start, store)
 
 
 class _Attach(torch.autograd.Function):
@@ -49,8 +82,15 @@ class Processes:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.owned = self.world > 1 and not dist.is_initialized()
         if self.owned:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=_store_of_this_start(self.rank, self.world), rank=self.rank, world_size=self.world,
+            )  # fmt: skip
         self.group = dist.group.WORLD if self.world > 1 else None
+
+    def host_group(self) -> dist.ProcessGroup:
+        """All processes once more, for a thread of each: its messages never meet those of the training step. Every process calls it."""
+        return dist.new_group(backend="gloo")
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums over the processes, on the host: a GPU is not waited for."""
@@ -59,6 +99,12 @@ class Processes:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
+
+    def each(self, value: int) -> list[int]:
+        """Every process's value, in the order of their ranks."""
+        values = [0.0] * self.world
+        values[self.rank] = value
+        return [int(v) for v in self.sum(values)]
 
     def synchronised(self, parameters: list[nn.Parameter]) -> Callable[[Compute], Tensor]:
         """f with f(compute) = compute(), a tensor; its backward averages `.grad` over the processes, bucket by bucket as they are complete.

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from ..data.batches import BatchPlan
 from ..data.dataset import Dataset
@@ -34,6 +34,16 @@ from .gradient_cache import cached_backward, check_sliceable
 from .journal import Journal, measure
 from .objective import Objective, StepResult
 from .processes import Processes
+from .sharding import (
+    average_gradients,
+    averaging,
+    clip_gradients,
+    gathered,
+    is_sharded,
+    local,
+    make_mesh,
+    shard,
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +58,9 @@ class Progress:
     images: int = 0  # unique images, occurrences and damaged images so far
     occurrences: int = 0
     damaged: int = 0
+    # Where this epoch was last cut into batches anew, for another number of processes: its steps and pages before that.
+    cut_step: int = 0
+    cut_page: int = 0
 
 
 class Trainer:
@@ -76,19 +89,29 @@ class Trainer:
             torch.cuda.set_device(self.device)
         self.config = config = self._resolve(config)
         self.processes = Processes(self.device)
+        self.sharded = config.model.shard and self.processes.world > 1
         torch.manual_seed(config.run.seed)
         self.dataset = Dataset(config.data.dataset)
-        self.plan = BatchPlan(
-            self.dataset, pages=config.data.pages, images=config.data.images, history=config.data.history,
-            share=config.data.share, seed=config.run.seed, rank=self.processes.rank, world=self.processes.world,
-        )  # fmt: skip
+        self.plan = self._plan(
+            config.data.pages, config.data.images, self.processes.rank, self.processes.world
+        )
         self._build_model()
         self._build_loader()
         self.progress = Progress()
         self.out = config.run.out
-        self.checkpoints = Checkpoints(self.out / "checkpoints", config.run.keep)
+        self.checkpoints = Checkpoints(
+            self.out / "checkpoints", config.run.keep, self.processes.rank,
+            self.processes.host_group() if self.sharded else None,
+            make_mesh(torch.device("cpu")) if self.sharded else None,
+        )  # fmt: skip
         self._stop = False
         self._resume()
+
+    def _plan(self, pages: int, images: int, rank: int, world: int) -> BatchPlan:
+        c = self.config
+        return BatchPlan(
+            self.dataset, pages=pages, images=images, history=c.data.history, share=c.data.share, seed=c.run.seed, rank=rank, world=world
+        )  # fmt: skip
 
     # ---- building -------------------------------------------------------------------------------------------------
 
@@ -127,9 +150,11 @@ class Trainer:
                 batch_norm=bool(c.model.batch_norm),
             )
         self.encoder.about["trained_until"] = self.plan.until
-        self.encoder.to(self.device).train()
-        if self.table is None:
-            self.encoder.to(memory_format=torch.channels_last)
+        self.encoder.train()
+        if not self.sharded:  # on a GPU there may be no room for the whole
+            self.encoder.to(self.device)
+            if self.table is None:
+                self.encoder.to(memory_format=torch.channels_last)
         if c.model.checkpointing:
             enable = getattr(self.encoder.backbone, "set_grad_checkpointing", None)
             if enable is None:
@@ -151,24 +176,41 @@ class Trainer:
         self.objective.to(self.device)
         self.model = nn.ModuleDict({"encoder": self.encoder, "objective": self.objective})
         self.processes.broadcast(list(self.model.state_dict().values()))
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.synchronised = self.processes.synchronised(self.parameters)
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": c.optim.weight_decay},
-                {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
-            ],
-            lr=c.optim.lr, betas=c.optim.betas, fused=self.device.type == "cuda",
-        )  # fmt: skip
         self.average = (
-            AveragedModel(
-                self.encoder, multi_avg_fn=get_ema_multi_avg_fn(c.model.ema), use_buffers=True
-            )
+            AveragedModel(self.encoder, multi_avg_fn=averaging(c.model.ema), use_buffers=True)
             if c.model.ema
             else None
         )
+        if self.sharded:
+            mesh = make_mesh(self.device)
+            for encoder in (
+                [self.encoder] if self.average is None else [self.encoder, self.exported]
+            ):
+                shard(encoder.backbone, mesh, c.run.precision)
+                encoder.to(self.device)
+        self._build_optimizer()
         backbone = self.encoder.backbone
         self.backbone: Any = torch.compile(backbone, dynamic=False) if c.model.compile else backbone
+
+    def _build_optimizer(self) -> None:
+        c = self.config.optim
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.replicated = [p for p in self.parameters if not is_sharded(p)]
+        self.synchronised = (
+            (lambda compute: compute())
+            if self.sharded
+            else self.processes.synchronised(self.parameters)
+        )
+        # A group is of one kind: no kernel takes both.
+        kinds = [self.replicated, [p for p in self.parameters if is_sharded(p)]]
+        groups = [
+            {"params": [p for p in kind if (p.ndim > 1) is decays], "weight_decay": c.weight_decay * decays}
+            for kind in kinds
+            for decays in (True, False)
+        ]  # fmt: skip
+        self.optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=c.lr, betas=c.betas, fused=self.device.type == "cuda"
+        )  # fmt: skip
 
     def _build_loader(self) -> None:
         c = self.config
@@ -214,7 +256,11 @@ class Trainer:
         c, p = self.config.optim, self.progress
         if c.steps:
             return p.step / c.steps
-        return (p.epoch + p.step_in_epoch / self.plan.steps(p.epoch)) / c.epochs
+        if p.cut_step:  # steps before and after it are not of one size
+            share = self.plan.position(p.epoch, p.step_in_epoch) / len(self.plan.rows)
+        else:
+            share = p.step_in_epoch / self.plan.steps(p.epoch)
+        return (p.epoch + share) / c.epochs
 
     def _recalls(self) -> bool:
         """Whether the memory is old enough to be used."""
@@ -233,8 +279,14 @@ class Trainer:
 
     def features(self, images: Tensor) -> Tensor:
         """The backbone's output [n, F], in the run's precision."""
+        n = len(images)
+        if self.sharded:
+            if not n:  # to gather parameters takes all processes; some backbones fail on no image, batch norms on one
+                images = images.new_zeros(2, *images.shape[1:])
+            # What follows keeps the layout, which otherwise the weights have.
+            images = images.contiguous(memory_format=torch.channels_last)
         with self._autocast():
-            return self.backbone(images)
+            return self.backbone(images)[:n]
 
     def head(self, features: Tensor) -> Tensor:
         """Embeddings [n, D] of the backbone's output; on a CPU in float32."""
@@ -268,14 +320,22 @@ class Trainer:
 
         # With several processes gradients stay where they are: in the buckets that are exchanged.
         self.optimizer.zero_grad(set_to_none=self.processes.world == 1)
-        size = self.config.model.slice
-        if size and len(batch.images) > size:
-            cached_backward(self.features, batch.images, loss_of, size, seed, self.synchronised)
-        elif batch.num_items:
+        size, images = self.config.model.slice, len(batch.images)
+        if (
+            self.sharded
+        ):  # what is sharded is gathered by all at once, as often as any of them needs it
+            images = max(self.processes.each(images))
+        if size and images > size:
+            cached_backward(
+                self.features, batch.images, loss_of, size, seed, self.synchronised, -(-images // size)
+            )  # fmt: skip
+        elif batch.num_items or self.sharded:
             self.synchronised(lambda: loss_of(self.features(batch.images))).backward()
         else:  # no page is left for this process: no row, and the others wait for its zeros
             rows = torch.zeros(0, self.encoder.features, device=self.device)
             self.synchronised(lambda: loss_of(rows)).backward()
+        if self.sharded:
+            average_gradients(self.replicated)
         return results[0]
 
     def step(self, batch: Batch, stats: bool = False) -> tuple[StepResult, Tensor]:
@@ -285,7 +345,7 @@ class Trainer:
             group["lr"] = lr
         result = self.backward(batch, stats)
         self.objective.remember(result.embeddings, batch)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip or math.inf)
+        norm = clip_gradients(self.parameters, self.config.optim.clip)
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.encoder)
@@ -302,11 +362,21 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Trains to the end of the run; gives the last line of metrics.jsonl and whether a signal ended it early.
 
-        SIGTERM and SIGINT save a checkpoint and return.
+        SIGTERM and SIGINT save a checkpoint and return. Checkpoints are written while training goes on; however it ends, it waits for them.
 
         Raises:
-            RuntimeError: the loss is no longer finite (checkpoints stay), or too many images are damaged.
+            RuntimeError: the loss is no longer finite (checkpoints stay), too many images are damaged, or another process could not write its
+                part of a checkpoint.
+            OSError: a checkpoint could not be written; raised at a later step.
         """
+        try:
+            last = self._fit()
+        finally:
+            self.checkpoints.wait()
+        self.processes.barrier()
+        return last
+
+    def _fit(self) -> dict[str, Any]:
         c, p = self.config, self.progress
         saved_at, last = time.monotonic(), {}
         with (
@@ -326,7 +396,14 @@ class Trainer:
                         and self.processes.rank == 0
                     )
                     # One collective: any process may have been told to stop, the first one keeps the time.
-                    stop, due_now = self.processes.sum([self._stop, due])
+                    stop, due_now, failed = self.processes.sum(
+                        [self._stop, due, self.checkpoints.failed]
+                    )
+                    if failed:
+                        self.checkpoints.wait()  # raises what went wrong here
+                        raise RuntimeError(
+                            "another process could not write a checkpoint, and says why"
+                        )
                     if logs or finished or stop:
                         line = measure(self, result, norm, lr)
                         if journal:
@@ -346,7 +423,7 @@ class Trainer:
                         break
                 if stop or finished:
                     break
-                p.epoch, p.step_in_epoch = p.epoch + 1, 0
+                self._next_epoch()
                 if not c.run.save_steps and not c.run.save_minutes:
                     self.save()
         return {**last, "stopped": bool(self._stop and not self._finished())}
@@ -403,46 +480,82 @@ class Trainer:
         }  # fmt: skip
 
     def save(self) -> None:
-        """Writes a checkpoint now. Every process calls it; the first one writes."""
-        p = self.progress
-        images, occurrences, damaged = self.processes.sum([p.images, p.occurrences, p.damaged])
-        if self.processes.rank == 0:
-            tensors = self._tensors()
-            if not all(
-                t.isfinite().all()
-                for n, t in tensors.items()
-                if n.startswith("model.") and t.is_floating_point()
-            ):
-                raise RuntimeError(
-                    f"parameters are no longer finite at step {self.progress.step}: no checkpoint was written"
-                )
-            progress = replace(
-                p, images=int(images), occurrences=int(occurrences), damaged=int(damaged)
+        """Begins a checkpoint of now, which is written while training goes on. Every process calls it."""
+        p, tensors = self.progress, self._tensors()
+        finite = all(
+            local(t).isfinite().all()
+            for n, t in tensors.items()
+            if n.startswith("model.") and t.is_floating_point()
+        )
+        images, occurrences, damaged, diverged = self.processes.sum(
+            [p.images, p.occurrences, p.damaged, not finite]
+        )
+        if diverged:
+            raise RuntimeError(
+                f"parameters are no longer finite at step {p.step}: no checkpoint was written"
             )
-            state = {"progress": vars(progress), "identity": self._identity()}
-            self.checkpoints.save(self.progress.step, tensors, state)
-            save_encoder(self.exported, self.out)
-        self.processes.barrier()
+        progress = replace(
+            p, images=int(images), occurrences=int(occurrences), damaged=int(damaged)
+        )
+        state = {"progress": vars(progress), "identity": self._identity()}
+        exported, encoder = self.exported, gathered(self.exported, self.processes.rank == 0)
+        self.checkpoints.begin(
+            p.step, tensors, state, then=lambda: save_encoder(exported, self.out, encoder)
+        )
 
     def _resume(self) -> None:
-        found = self.checkpoints.all()
+        # The first process says which is the newest.
+        newest = [int(x.name[5:]) + 1 for x in self.checkpoints.all()[-1:]]
+        found = self.processes.each(newest[0] if newest else 0)[0]
         if not found:
             return
-        state = self.checkpoints.load(found[-1], self._tensors())
+        path = self.checkpoints.path(found - 1)
+        state = self.checkpoints.load(path, self._tensors())
         # Its tensors were filled in place, of which a memory, that counts its rows on the host, has not heard.
-        self.model.load_state_dict(self.model.state_dict())
-        here = self._identity()
-        if state["identity"] != here:
-            differ = {k: (v, here.get(k)) for k, v in state["identity"].items() if v != here.get(k)}
+        self.objective.load_state_dict(self.objective.state_dict())
+        there, here = state["identity"], self._identity()
+        # Another number of processes, also with other batches, goes on at the same page.
+        moved = there["world"] != here["world"]
+        differ = {
+            k: (v, here.get(k))
+            for k, v in there.items()
+            if v != here.get(k) and not (moved and k in ("world", "pages", "images"))
+        }
+        if differ:
             raise ValueError(
                 f"run.out: {self.out} has a run with other settings (there, here): {differ}; expected the same, or another folder"
             )
-        self.progress = Progress(**state["progress"])
+        self.progress = p = Progress(**state["progress"])
         if self.processes.rank:  # the checkpoint's counts are those of all processes
-            self.progress = replace(self.progress, images=0, occurrences=0, damaged=0)
-        if self.progress.step_in_epoch >= self.plan.steps(self.progress.epoch):
-            self.progress.epoch, self.progress.step_in_epoch = self.progress.epoch + 1, 0
-        log.info("resumed from %s", found[-1])
+            p.images = p.occurrences = p.damaged = 0
+        if moved:
+            self._move(there)
+        elif p.cut_step:
+            self.plan.recut(p.epoch, p.cut_step, p.cut_page)
+        if p.step_in_epoch >= self.plan.steps(p.epoch):
+            self._next_epoch()
+        log.info("resumed from %s", path)
+
+    def _next_epoch(self) -> None:
+        p = self.progress
+        p.epoch, p.step_in_epoch, p.cut_step, p.cut_page = p.epoch + 1, 0, 0, 0
+
+    def _move(self, there: dict[str, Any]) -> None:
+        """Goes on at the page where a run of other processes and batches was: with the same pages in a step at the same step, otherwise with
+        the rest of the epoch cut anew."""
+        p = self.progress
+        before = self._plan(there["pages"], there["images"], 0, there["world"])
+        if p.cut_step:
+            before.recut(p.epoch, p.cut_step, p.cut_page)
+        page = before.position(p.epoch, p.step_in_epoch)
+        p.cut_step = p.cut_page = 0
+        steps = range(self.plan.steps(p.epoch) + 1)
+        same = [s for s in steps if self.plan.position(p.epoch, s) == page]
+        if same:
+            p.step_in_epoch = same[0]
+        else:
+            p.cut_step, p.cut_page = p.step_in_epoch, page
+            self.plan.recut(p.epoch, p.cut_step, p.cut_page)
 
 
 def _mix(*values: int) -> int:
