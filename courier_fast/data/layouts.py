@@ -35,6 +35,7 @@ class Source:
         items: item_id and, each optional, category, image (a file's stem where it is not the id), first_seen and
             last_seen (int64 seconds: when the item was on offer).
         files: what is read, for the record.
+        parts: the rows of events, or of impressions where there are some, in tables that can be read at the same time, in order; None: as one.
     """
 
     layout: str
@@ -42,6 +43,7 @@ class Source:
     impressions: pl.LazyFrame | None = None
     items: pl.LazyFrame | None = None
     files: Sequence[Location] = ()
+    parts: Callable[[], list[pl.LazyFrame]] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,35 +72,50 @@ def scan(path: Location) -> pl.LazyFrame:
     if not is_file(path):
         raise FileNotFoundError(f"{path} is not there")
     if str(path).endswith(".parquet") and isinstance(path, str):
-        return _scan_parquet(path, [path])
+        data = _parquet(path, [path])
+        return _scan_arrow(data, data.schema)
     return _scan_file(local_copy(path), str(path))
 
 
 def _scan_folder(folder: Location) -> pl.LazyFrame:
-    files = list_files(folder)
-    kinds = {_NAME.sub("", str(file).rsplit("/", 1)[1]).removesuffix(".gz") for file in files}
-    if not files or len(kinds) > 1:
-        raise ValueError(f"{folder}: expected files of one kind, .parquet, .csv, .tsv or .jsonl, got {', '.join(sorted(kinds)) or 'none'}")  # fmt: skip
-    if kinds == {".parquet"}:
-        return _scan_parquet(folder, files)
+    files, kind = _files(folder)
+    if kind == ".parquet":
+        data = _parquet(folder, files)
+        return _scan_arrow(data, data.schema)
     return pl.concat([scan(file) for file in files])
 
 
-def _scan_parquet(folder: Location, files: Sequence[Location]) -> pl.LazyFrame:
-    """Parquet files, wherever they are, read a batch at a time."""
+def _files(folder: Location) -> tuple[list[Location], str]:
+    """A folder's files, and of which kind they are."""
+    files = list_files(folder)
+    kinds = {_NAME.sub("", str(file).rsplit("/", 1)[1]).removesuffix(".gz") for file in files}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"{folder}: expected files of one kind, .parquet, .csv, .tsv or .jsonl, got {', '.join(sorted(kinds)) or 'none'}"
+        )
+    return files, kinds.pop()
+
+
+def _parquet(folder: Location, files: Sequence[Location]) -> arrow.FileSystemDataset:
+    """Parquet files, wherever they are; values of partitions are columns."""
     system, root = (None, str(folder)) if isinstance(folder, Path) else filesystem(folder)
     names = [str(f) if system is None else filesystem(str(f))[1] for f in files]
     try:
-        data = arrow.dataset(names, format="parquet", filesystem=system, partitioning="hive", partition_base_dir=root)  # fmt: skip
+        return arrow.dataset(names, format="parquet", filesystem=system, partitioning="hive", partition_base_dir=root)  # fmt: skip
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"{folder}: cannot be read as Parquet: {error}") from None
-    empty = pl.from_arrow(data.schema.empty_table())
+
+
+def _scan_arrow(source: arrow.Dataset | arrow.Fragment, schema: pa.Schema) -> pl.LazyFrame:
+    """A dataset of Arrow, or a file of it, read a batch at a time."""
+    empty = pl.from_arrow(schema.empty_table())
     assert isinstance(empty, pl.DataFrame)
 
     def read(
         columns: list[str] | None, predicate: pl.Expr | None, rows: int | None, batch: int | None
     ) -> Iterator[pl.DataFrame]:
-        for part in data.to_batches(columns=columns, batch_size=batch or 1 << 17):
+        how = {"schema": schema} if isinstance(source, arrow.Fragment) else {}
+        for part in source.to_batches(columns=columns, batch_size=batch or 1 << 17, **how):
             frame = pl.from_arrow(part)
             assert isinstance(frame, pl.DataFrame)
             frame = frame if rows is None else frame.head(rows)
@@ -108,6 +125,17 @@ def _scan_parquet(folder: Location, files: Sequence[Location]) -> pl.LazyFrame:
                 return
 
     return register_io_source(read, schema=empty.schema)
+
+
+def scan_parts(path: Location) -> list[pl.LazyFrame]:
+    """The rows of `scan`, file by file."""
+    if not is_folder(path):
+        return [scan(path)]
+    files, kind = _files(path)
+    if kind != ".parquet":
+        return [scan(file) for file in files]
+    data = _parquet(path, files)
+    return [_scan_arrow(fragment, data.schema) for fragment in data.get_fragments()]
 
 
 def _scan_file(path: Path, name: str) -> pl.LazyFrame:
@@ -280,22 +308,22 @@ def generic(
     c = columns or Columns()
     if not interactions:
         raise ValueError("interactions: expected at least one file, got none")
-    frames = []
-    for path in interactions:
-        frame = scan(path)
+
+    def rows(frame: pl.LazyFrame, path: Location) -> pl.LazyFrame:
         if c.page is None:
-            frames.append(_events(frame, path, c.user, c.item, c.time))
-            continue
+            return _events(frame, path, c.user, c.item, c.time)
         frame = need(frame, path, c.page, c.user, c.item, c.time, c.clicked)
-        frames.append(
-            frame.select(
-                text(c.page, "page_id"),
-                text(c.user, "user_id"),
-                text(c.item, "item_id"),
-                seconds(frame, c.time),
-                _truth(frame, c.clicked),
-            )
+        return frame.select(
+            text(c.page, "page_id"),
+            text(c.user, "user_id"),
+            text(c.item, "item_id"),
+            seconds(frame, c.time),
+            _truth(frame, c.clicked),
         )
+
+    def parts() -> list[pl.LazyFrame]:
+        return [rows(frame, path) for path in interactions for frame in scan_parts(path)]
+
     about = None
     if items is not None:
         frame = need(scan(items), items, c.item)
@@ -307,11 +335,11 @@ def generic(
             need(frame, items, c.category)
         chosen += [seconds(frame, n).alias(n) for n in ("first_seen", "last_seen") if n in found]
         about = frame.select(chosen)
-    table = pl.concat(frames)
+    table = pl.concat([rows(scan(path), path) for path in interactions])
     files = [*interactions, *([items] if items else [])]
     if c.page is None:
-        return Source("generic", events=table, items=about, files=files)
-    return Source("generic", impressions=table, items=about, files=files)
+        return Source("generic", events=table, items=about, files=files, parts=parts)
+    return Source("generic", impressions=table, items=about, files=files, parts=parts)
 
 
 def hm(folder: Path) -> Source:
