@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import pyarrow as pa
 from rich.console import Console
 from rich.progress import track
 
@@ -19,9 +20,8 @@ from . import spool as on_disk
 from .image_check import LEADS_OUT, check_images, index_images
 from .layouts import Source
 from .options import PrepareOptions
-from .pages import (
-    Events,
-)
+from .page_tables import by_item
+from .pages import Events
 from .spool import Sorter, Spool, whole
 from .storage import Location
 from .tables import ImageStoreWriter
@@ -151,71 +151,107 @@ class Items:
     not_followed: list[str]  # links to folders
     shards: list[dict[str, Any]]  # of images, for the manifest
 
+    def columns(self, clicks: Array, first_seen: Array, last_seen: Array) -> dict[str, Any]:
+        """Those of the table items."""
+        return {
+            "item_id": id_array(self.table["item_id"]),
+            "category": id_array(self.table["category"]),
+            "clicks": clicks,
+            "first_seen": first_seen,
+            "last_seen": last_seen,
+            **{n: self.table[n].to_numpy() for n in ("height", "width")},
+        }
+
+    def images(self) -> dict[str, Any]:
+        """Their part of the report."""
+        return {
+            "usable": len(self.table), "missing": self.missing, "undecodable": self.undecodable,
+            "folders_not_followed": self.not_followed,
+        }  # fmt: skip
+
+
+def id_array(ids: pl.Series) -> pa.Array:
+    return ids.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string())
+
+
+class Candidates:
+    """All items of the source in order of their ids, with the metadata; which of them stay is told one after another."""
+
+    def __init__(self, ids: pl.DataFrame, source: Source, images: Location | None) -> None:
+        """`ids`: code and item_id, sorted."""
+        table = ids
+        if source.items is not None:
+            about = source.items.join(ids.lazy().select("item_id"), on="item_id", how="semi")
+            found = about.collect(engine="streaming").unique("item_id", keep="first", maintain_order=True)  # fmt: skip
+            table = ids.join(found, on="item_id", how="left", maintain_order="left")
+        extra = {"category": pl.String, "image": pl.String, "first_seen": pl.Int64, "last_seen": pl.Int64}  # fmt: skip
+        self.table = table.with_columns(
+            pl.lit(None, kind).alias(name)
+            for name, kind in extra.items()
+            if name not in table.columns
+        )
+        self.images = images
+        self.stays = np.ones(len(table), bool)
+        self.shapes = np.zeros((len(table), 2), np.int32)
+        self.missing: list[str] = []
+        self.undecodable: dict[str, str] = {}
+        self.not_followed: list[str] = []
+        self.paths: list[str | None] = []
+        if images is None:
+            return
+        self._names, other = self.table["item_id"].to_list(), self.table["image"].to_list()
+        files = index_images(images, {*self._names, *(n for n in other if n is not None)})
+        self.paths, self._links = (
+            [by_stem.get(a) or by_stem.get(b) for a, b in zip(self._names, other, strict=True)]
+            for by_stem in (files.paths, files.outside)
+        )
+        self.not_followed = files.folders
+
+    def checked(self, i: int, height: int, width: int, reason: str) -> None:
+        """What item i's image is; height and width 0 where there is none that can be used."""
+        self.stays[i] = height > 0
+        self.shapes[i] = height, width
+        if height:
+            return
+        if self.paths[i] is not None:
+            self.undecodable[self._names[i]] = reason
+        elif self._links[i] is not None:
+            self.undecodable[self._names[i]] = LEADS_OUT
+        else:
+            self.missing.append(self._names[i])
+
+    def chosen(self, shards: list[dict[str, Any]]) -> Items:
+        """The items that stay. ValueError where none does."""
+        if not self.stays.any():
+            raise ValueError(
+                f"images: expected files under {self.images} called after items such as {', '.join(self._names[:3])}; of {len(self._names)} items, {len(self.missing)} have none and {len(self.undecodable)} one that cannot be used"
+                + (f" (first: {next(iter(self.undecodable.values()))})" if self.undecodable else "")
+            )
+        table = self.table.with_columns(height=self.shapes[:, 0], width=self.shapes[:, 1])
+        table = table.filter(self.stays)
+        row = np.full(len(self.stays), -1, np.int32)
+        row[table["code"].to_numpy()] = np.arange(len(table))
+        return Items(table, row, self.missing, self.undecodable, self.not_followed, shards)
+
 
 def choose_items(
     raw: Raw, source: Source, images: Location | None, out: Location, options: PrepareOptions
 ) -> Items:
     """Joins the metadata, and with `images` writes their shards and leaves out the items without a usable one."""
     ids = pl.DataFrame({"item_id": raw.items.all()}).with_row_index("code").sort("item_id")
-    extra = {
-        "category": pl.String,
-        "image": pl.String,
-        "first_seen": pl.Int64,
-        "last_seen": pl.Int64,
-    }
-    table = ids
-    if source.items is not None:
-        about = source.items.join(ids.lazy().select("item_id"), on="item_id", how="semi")
-        found = about.collect(engine="streaming").unique(
-            "item_id", keep="first", maintain_order=True
-        )
-        table = ids.join(found, on="item_id", how="left", maintain_order="left")
-    table = table.with_columns(
-        pl.lit(None, kind).alias(name) for name, kind in extra.items() if name not in table.columns
-    )
-    missing: list[str] = []
-    undecodable: dict[str, str] = {}
-    not_followed: list[str] = []
-    shards: list[dict[str, Any]] = []
-    stays = np.ones(len(table), bool)
-    shapes = np.zeros((len(table), 2), np.int32)
-    if images is not None:
-        names = table["item_id"].to_list()
-        other = table["image"].to_list()
-        files = index_images(images, {*names, *(n for n in other if n is not None)})
-        chosen, links = (
-            [by_stem.get(a) or by_stem.get(b) for a, b in zip(names, other, strict=True)]
-            for by_stem in (files.paths, files.outside)
-        )
-        not_followed = files.folders
-        with ImageStoreWriter(out, options.shard_bytes) as store:
-            checks = check_images(chosen, shrink=options.shrink, threads=options.threads)
-            quiet = not sys.stderr.isatty()
-            console = Console(stderr=True)
-            for i, checked in enumerate(
-                track(checks, "images", len(chosen), console=console, transient=True, disable=quiet)
-            ):
-                if checked.image is not None:
-                    store.append(checked.image)
-                    shapes[i] = checked.height, checked.width
-                    continue
-                stays[i] = False
-                if chosen[i] is not None:
-                    undecodable[names[i]] = checked.reason
-                elif links[i] is not None:
-                    undecodable[names[i]] = LEADS_OUT
-                else:
-                    missing.append(names[i])
-        shards = store.shards
-        if not stays.any():
-            raise ValueError(
-                f"images: expected files under {images} called after items such as {', '.join(names[:3])}; of {len(names)} items, {len(missing)} have none and {len(undecodable)} one that cannot be used"
-                + (f" (first: {next(iter(undecodable.values()))})" if undecodable else "")
-            )
-    table = table.with_columns(height=shapes[:, 0], width=shapes[:, 1]).filter(stays)
-    row = np.full(len(stays), -1, np.int32)
-    row[table["code"].to_numpy()] = np.arange(len(table))
-    return Items(table, row, missing, undecodable, not_followed, shards)
+    items = Candidates(ids, source, images)
+    if images is None:
+        return items.chosen([])
+    with ImageStoreWriter(out, options.shard_bytes) as store:
+        checks = check_images(items.paths, shrink=options.shrink, threads=options.threads)
+        quiet, console = not sys.stderr.isatty(), Console(stderr=True)
+        for i, checked in enumerate(
+            track(checks, "images", len(ids), console=console, transient=True, disable=quiet)
+        ):
+            if checked.image is not None:
+                store.append(checked.image)
+            items.checked(i, checked.height, checked.width, checked.reason)
+    return items.chosen(store.shards)
 
 
 # ---- events ---------------------------------------------------------------------------------------------------------
@@ -259,7 +295,8 @@ def sort_events(raw: Raw, items: Items, folder: Path) -> Sorted:
     users = pl.DataFrame({"id": raw.users.all()}).with_row_index("code")
     users = users[np.sort(used)].sort("id")
     sorter.append("users", {"code": users["code"].to_numpy().astype(np.int32), "row": np.arange(len(users), dtype=np.int32)})  # fmt: skip
-    first_seen, last_seen = spans(sorter, items)
+    found = sorter.all("SELECT item, min(time) AS first, max(time) AS last FROM seen GROUP BY item")
+    first_seen, last_seen = spans(found, items.table)
 
     columns = {"item": np.int32, "time": np.int64, "by_item": np.int32}
     spools = {name: Spool(folder / name, kind) for name, kind in columns.items()}
@@ -278,20 +315,16 @@ def sort_events(raw: Raw, items: Items, folder: Path) -> Sorted:
     return Sorted(events, users["id"], first_seen, last_seen, sorter)
 
 
-def by_item(user: Array, item: Array) -> Array:
-    """[n] each user's events by item, then time, counted from the user's first; for sorted events of whole users."""
-    key = user.astype(np.int64) << 32 | item
-    return np.argsort(key, kind="stable") - np.searchsorted(user, user)
+def spans(found: Mapping[str, Array], table: pl.DataFrame) -> tuple[Array, Array]:
+    """[items] when each was first and last seen; the source's word holds where it is wider.
 
-
-def spans(sorter: Sorter, items: Items) -> tuple[Array, Array]:
-    """[items] when each was first and last seen; the source's word holds where it is wider."""
-    found = sorter.all("SELECT item, min(time) AS first, max(time) AS last FROM seen GROUP BY item")
+    `found`: item, first, last, from events and rows shown.
+    """
     spans = []
     for name, column, pick, none in (("first_seen", "first", np.fmin, np.iinfo(np.int64).max), ("last_seen", "last", np.fmax, np.iinfo(np.int64).min)):  # fmt: skip
-        seen = np.full(len(items.table), none)
+        seen = np.full(len(table), none)
         seen[found["item"]] = found[column]
-        known = items.table[name].is_not_null().to_numpy()
-        seen[known] = pick(seen[known], items.table[name].drop_nulls().to_numpy())
+        known = table[name].is_not_null().to_numpy()
+        seen[known] = pick(seen[known], table[name].drop_nulls().to_numpy())
         spans.append(seen)
     return spans[0], spans[1]
