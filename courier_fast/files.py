@@ -59,6 +59,14 @@ def sha256(*paths: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def check_sha256(path: Path, expected: str, advice: str = "") -> None:
+    """ValueError, with `advice` at its end, where the bytes of a file are not those that were listed."""
+    found = sha256(path)
+    if found != expected:
+        end = f"; {advice}" if advice else ""
+        raise ValueError(f"{path} was altered: expected {expected[:19]}, got {found[:19]}{end}")
+
+
 def remove(path: Path) -> None:
     """Removes a file or folder if it is there."""
     if path.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -100,6 +101,50 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     np.testing.assert_array_equal(rows, 2 * more.table)
 
 
+def test_items_that_are_gone_and_come_back(tmp_path: Path) -> None:
+    encoder, folder = Double(), tmp_path / "e"
+    embed_new(encoder, source("abcde"), folder, space=SPACE)
+    before = checksums(folder)
+    again: dict[str, Any] = {"space": SPACE, "only_new": True}
+    store, report = embed_new(encoder, source("ace"), folder, **again)
+    assert report is None and store.read()[0].to_pylist() == list("abcde")  # unless it is asked for
+    store, report = embed_new(encoder, source("acef"), folder, remove_missing=True, **again)
+    assert report is not None and report.rows == 1
+    assert store.read()[0].to_pylist() == store.ids.to_pylist() == list("acef")
+    assert {n: b for n, b in checksums(folder).items() if n in before} == before
+    count = encoder.rows
+    assert embed_new(encoder, source("acef"), folder, remove_missing=True, **again) == (store, None)
+    store, _ = embed_new(encoder, source("abcef"), folder, remove_missing=True, **again)
+    assert encoder.rows == count + 1  # b, though it was there once
+    ids, rows = EmbeddingStore.open(folder).read()
+    assert sorted(ids.to_pylist()) == list("abcef")
+    whole = source("".join(ids.to_pylist()))
+    np.testing.assert_array_equal(rows, 2 * whole.table)
+
+
+def test_a_folder_is_made_compact(tmp_path: Path) -> None:
+    encoder, folder = Double(), tmp_path / "e"
+    embed_new(encoder, source("abc"), folder, space=SPACE)
+    embed_new(encoder, source("abd", changed="a"), folder, space=SPACE, only_new=True)
+    store, _ = embed_new(encoder, source("ab", changed="a"), folder, space=SPACE, only_new=True, remove_missing=True)  # fmt: skip
+    ids, rows = store.read()
+    assert len(store.parts) == 3
+    first = store.parts[0]["name"]
+    data = (folder / first).read_bytes()
+    (folder / first).write_bytes(data[:-1] + b"x")
+    with pytest.raises(ValueError, match=rf"{first} was altered"):
+        store.compact()
+    (folder / first).write_bytes(data)
+    small = store.compact()
+    assert list(checksums(folder)) == ["part-00003.parquet"]
+    assert small.rows == 2 and small == EmbeddingStore.open(folder) == small.compact()
+    assert small.read()[0].to_pylist() == ids.to_pylist()
+    np.testing.assert_array_equal(small.read()[1], rows)
+    assert embed_new(encoder, source("ab", changed="a"), folder, space=SPACE, only_new=True)[1] is None  # fmt: skip
+    made = pq.read_table(folder / "part-00003.parquet")["encoded_at"]
+    assert made.null_count == 0
+
+
 def test_items_without_a_source_are_left_out(tmp_path: Path) -> None:
     some = source("abc")
     some.table[1] = np.nan
@@ -163,8 +208,13 @@ def test_the_command_grows_a_folder_that_others_read(
         ids, rows, said = read_vectors(tmp_path / name)
         assert ids.to_pylist() == data.item_ids.to_pylist() and said == space
         np.testing.assert_array_equal(rows, table)
-    for wrong in (("--out", tmp_path / "e.npy", "--only-new"), ("--out", folder, "--since", "1970-01-01")):  # fmt: skip
-        with pytest.raises(ValueError, match="only_new, since: expected a folder|since: expected"):
+    assert command(embed, *common, "--out", folder, "--only-new", "--remove-missing", "--compact") == 0  # fmt: skip
+    assert "(nothing new), 50 rows in all" in capsys.readouterr().out
+    for wrong in (
+        ("--out", tmp_path / "e.npy", "--only-new"), ("--out", folder, "--since", "1970-01-01"),
+        ("--out", folder, "--remove-missing"), ("--out", tmp_path / "e.npy", "--compact"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="compact: expected a folder|since: expected|remove_missing: expected"):  # fmt: skip
             command(embed, *common, *wrong)
 
 

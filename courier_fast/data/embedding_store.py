@@ -3,7 +3,7 @@
 | file | |
 | --- | --- |
 | manifest.json | format, space, dim, trained_until, parts [{name, rows, sha256}] |
-| part-00000.parquet | item_id (string), embedding (fixed_size_list<float32>[D]; NaN without an image that can be read), source (string: sha256 of what was encoded), encoded_at (timestamp, UTC) |
+| part-00000.parquet | item_id (string), embedding (fixed_size_list<float32>[D]; NaN without an image that can be read), source (string: sha256 of what was encoded), encoded_at (timestamp, UTC); of an item that is gone, embedding and source are null |
 
 Of an item in several parts the last one counts. `space` is the identity of the encoder: vectors of two encoders cannot be compared.
 """
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..files import sha256, write_atomically
+from ..files import check_sha256, remove, sha256, write_atomically
 
 Array = npt.NDArray
 
@@ -74,20 +74,48 @@ class EmbeddingStore:
 
     def append(self, ids: Sequence[str], sources: Sequence[str], embeddings: Array) -> EmbeddingStore:  # fmt: skip
         """Writes one more part: item ids, sha256 of what was encoded, rows [n, dim] float32. The manifest is written last."""
+        values = pa.array(np.ascontiguousarray(embeddings, np.float32).ravel())
+        return self._append(ids, sources, pa.FixedSizeListArray.from_arrays(values, self.dim))
+
+    def delete(self, ids: Sequence[str]) -> EmbeddingStore:
+        """Writes one more part, which says that these items are gone; `read` leaves them out until they are appended again."""
+        none = [None] * len(ids)
+        return self._append(ids, none, pa.array(none, pa.list_(pa.float32(), self.dim)))
+
+    def compact(self) -> EmbeddingStore:
+        """Puts the newest row of each item into one part, which takes the place of all others."""
+        if len(self.parts) < 2:
+            return self
+        self.read()  # what was altered is not written anew
+        kept = replace(self, parts=())._write(self._newest(list(self._schema.names)), self._next)
+        for part in self.parts:
+            remove(self.path / part["name"])
+        return kept
+
+    @property
+    def ids(self) -> pa.Array:
+        """Of the items that have a row and are not gone."""
+        return self._newest(["item_id", "source"])["item_id"].combine_chunks()
+
+    @property
+    def _next(self) -> str:
         number = max((int(p["name"][5:10]) for p in self.parts), default=-1) + 1
-        name, now = f"part-{number:05}.parquet", datetime.now(timezone.utc)
-        table = pa.table(
-            {
-                "item_id": pa.array(ids, pa.string()),
-                "embedding": pa.FixedSizeListArray.from_arrays(
-                    pa.array(np.ascontiguousarray(embeddings, np.float32).ravel()), self.dim
-                ),
-                "source": pa.array(sources, pa.string()),
-                "encoded_at": pa.array([now] * len(ids), pa.timestamp("s", "UTC")),
-            }
-        )
+        return f"part-{number:05}.parquet"
+
+    @property
+    def _schema(self) -> pa.Schema:
+        kinds = (pa.string(), pa.list_(pa.float32(), self.dim), pa.string(), pa.timestamp("s", "UTC"))  # fmt: skip
+        return pa.schema(list(zip(("item_id", "embedding", "source", "encoded_at"), kinds, strict=True)))  # fmt: skip
+
+    def _append(self, ids: Sequence[str], sources: Sequence[str | None], rows: pa.Array) -> EmbeddingStore:  # fmt: skip
+        now = [datetime.now(timezone.utc)] * len(ids)
+        columns = [pa.array(ids, pa.string()), rows, pa.array(sources, pa.string())]
+        table = pa.table([*columns, pa.array(now, self._schema.field(3).type)], schema=self._schema)
+        return self._write(table, self._next)
+
+    def _write(self, table: pa.Table, name: str) -> EmbeddingStore:
         write_atomically(self.path / name, lambda p: pq.write_table(table, p, row_group_size=ROWS))
-        part = {"name": name, "rows": len(ids), "sha256": sha256(self.path / name)}
+        part = {"name": name, "rows": len(table), "sha256": sha256(self.path / name)}
         return replace(self, parts=(*self.parts, part)).write()
 
     def write(self) -> EmbeddingStore:
@@ -108,19 +136,18 @@ class EmbeddingStore:
     def read(self) -> tuple[pa.Array, Array]:
         """Item ids, each once, and their newest rows [n, dim] float32. ValueError names a part that was altered."""
         for part in self.parts:
-            found = sha256(self.path / part["name"])
-            if found != part["sha256"]:
-                raise ValueError(f"embeddings: {self.path / part['name']} was altered: expected {part['sha256'][:19]}, got {found[:19]}")  # fmt: skip
-        newest = self._newest(["item_id", "embedding"])
+            check_sha256(self.path / part["name"], part["sha256"])
+        newest = self._newest(["item_id", "source", "embedding"])
         rows = newest["embedding"].combine_chunks()
         return newest["item_id"].combine_chunks(), rows.flatten().to_numpy().reshape(-1, self.dim)
 
     def _newest(self, columns: list[str]) -> pa.Table:
-        schema = pa.schema([("item_id", pa.string()), ("source", pa.string()), ("embedding", pa.list_(pa.float32(), self.dim))])  # fmt: skip
-        empty = pa.schema([schema.field(c) for c in columns]).empty_table()
+        """Some columns, item_id and source among them, of the newest row of each item that is not gone."""
+        empty = pa.schema([self._schema.field(c) for c in columns]).empty_table()
         table = pa.concat_tables(
             [empty, *(pq.read_table(self.path / p["name"], columns=columns).cast(empty.schema) for p in self.parts)]
         )  # fmt: skip
         place = pa.array(np.arange(len(table)))
         last = pa.table({"id": table["item_id"], "place": place}).group_by("id").aggregate([("place", "max")])  # fmt: skip
-        return table.take(pa.array(np.sort(last["place_max"].to_numpy())))
+        newest = table.take(pa.array(np.sort(last["place_max"].to_numpy())))
+        return newest.filter(pc.is_valid(newest["source"]))

@@ -474,6 +474,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="embeddings.npy, embeddings.parquet, or a folder that can grow")  # fmt: skip
     parser.add_argument("--only-new", action="store_true", help="into a folder that is there: items that it lacks, and those with another image")  # fmt: skip
     parser.add_argument("--since", metavar="DATE", help="with --only-new: looks at items first seen since then only")  # fmt: skip
+    parser.add_argument("--remove-missing", action="store_true", help="with --only-new: items of the folder that have no image any more are marked as gone")  # fmt: skip
+    parser.add_argument("--compact", action="store_true", help="of a folder: afterwards all parts become one, without old rows and items that are gone")  # fmt: skip
     add_engine_arguments(parser)
     add_device_arguments(parser)
 
@@ -507,8 +509,8 @@ def _run(args: argparse.Namespace, how: dict[str, Any]) -> int:
     how |= {"batch": args.batch, "device": device, "dtype": dtype, "bar": True}
     if not args.out.suffix or args.out.is_dir():
         return _run_folder(args, encoder, source, how | {"space": space})
-    if args.only_new or args.since:
-        raise ValueError(f"only_new, since: expected a folder as --out with them, got {args.out}")
+    if args.only_new or args.since or args.compact or args.remove_missing:
+        raise ValueError(f"only_new, since, remove_missing, compact: expected a folder as --out with them, got {args.out}")  # fmt: skip
     report = embed_source(encoder, source, args.out, space=space, **how)
     print(
         f"{report.path}: {report.rows:,} embeddings of {report.dim} dimensions in {report.seconds:.1f} s"
@@ -522,12 +524,25 @@ def _run_folder(args: argparse.Namespace, encoder: Any, source: Source, how: dic
     from .embed_new import embed_new, rows_since
 
     rows = None
+    if args.remove_missing and (args.since or not args.only_new):
+        raise ValueError("remove_missing: expected --only-new with it, and no --since: it looks at all items")  # fmt: skip
     if args.since:
         if args.dataset is None or not args.only_new:
             raise ValueError("since: expected --dataset, which knows when items were first seen, and --only-new with it")  # fmt: skip
         rows = rows_since(Dataset(args.dataset).item_first_seen, args.since)
-    store, report = embed_new(encoder, source, args.out, rows=rows, only_new=args.only_new, **how)
-    new, name = (0, "nothing new") if report is None else (report.rows, store.parts[-1]["name"])
+    store, report = embed_new(
+        encoder,
+        source,
+        args.out,
+        rows=rows,
+        only_new=args.only_new,
+        remove_missing=args.remove_missing,
+        **how,
+    )
+    last = store.parts[-1]["name"] if store.parts else ""
+    if args.compact:
+        store = store.compact()
+    new, name = (0, "nothing new") if report is None else (report.rows, last)
     print(f"{args.out}: {new:,} embeddings of {store.dim} dimensions more ({name}), {store.rows:,} rows in all; space {store.space[:19]}")  # fmt: skip
     if report is not None and report.damaged:
         print(f"{len(report.damaged):,} with a damaged image are NaN: {', '.join(report.damaged[:5])}")  # fmt: skip

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 from torch import Tensor, nn
 
 from ..data.embedding_store import NAME, EmbeddingStore
@@ -44,6 +46,7 @@ def embed_new(
     space: str,
     rows: Array | None = None,
     only_new: bool = False,
+    remove_missing: bool = False,
     **how: Any,
 ) -> tuple[EmbeddingStore, EmbedReport | None]:
     """Appends embeddings of the rows whose item is not in the folder, or has another image there; None where there are none.
@@ -54,6 +57,7 @@ def embed_new(
         space: identity of the encoder, that of the folder.
         rows: of the source that are looked at; None: all with an image.
         only_new: the folder may be there already.
+        remove_missing: items of the folder that the source lacks, or has no image of, are marked as gone.
         how: further arguments of `embed_source`.
 
     Raises:
@@ -72,6 +76,10 @@ def embed_new(
         store = EmbeddingStore(folder, space, int(encoder.dim), until).write()  # type: ignore[arg-type]
     rows = np.arange(len(source.ids)) if rows is None else rows
     part = Part(source, rows[source.present[rows]])
+    if remove_missing:
+        gone = pc.invert(pc.is_in(store.ids, pa.array(part.ids, pa.string())))
+        if len(ids := store.ids.filter(gone)):
+            store = store.delete(ids.to_pylist())
     digests = [part.digest(row) for row in range(len(part.ids))]
     wanted = ~store.has(part.ids, digests)
     if not wanted.any():

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..evaluate.features import CLUSTERS, centroids_of, nearest_centroid
-from ..files import sha256, write_atomically
+from ..files import check_sha256, sha256, write_atomically
 
 Array = npt.NDArray
 
@@ -64,8 +64,7 @@ def assign_clusters(ids: pa.Array, vectors: Array, like: Path, out: Path, *, spa
     centroids = {}
     for k in about["clusters"]:
         path = like / f"centroids_{k}.npy"
-        if sha256(path) != about["files"][path.name]:
-            raise ValueError(f"like: {path} was altered; fit the clusters again")
+        check_sha256(path, about["files"][path.name], "fit the clusters again")
         centroids[k] = np.load(path, allow_pickle=False)
     _write(ids, vectors, centroids, space, about["until"], out)
 

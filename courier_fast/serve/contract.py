@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..files import sha256
+from ..files import check_sha256, sha256
 
 SCHEMA = 1
 NAME = "contract.json"
@@ -107,11 +107,7 @@ class Contract:
         path, expected = folder / name, self.entry(name)["sha256"]
         if not path.is_file():
             raise FileNotFoundError(f"{path} is in {NAME}, but is not there")
-        found = sha256(path)
-        if found != expected:
-            raise ValueError(
-                f"{path} was altered: expected {expected[:15]}..., got {found[:15]}...; export it again"
-            )
+        check_sha256(path, expected, "export it again")
         return path
 
 

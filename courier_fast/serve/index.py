@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..data.tables import read_table, write_table
-from ..files import sha256, write_atomically
+from ..files import check_sha256, sha256, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +63,7 @@ class Index:
         for name, expected in about["files"].items():
             if not (path / name).is_file():
                 raise FileNotFoundError(f"index: {path / name} is in index.json, but is not there")
-            if sha256(path / name) != expected:  # before faiss reads it
-                raise ValueError(f"index: {path / name} was altered; build it again")
+            check_sha256(path / name, expected, "build it again")  # before faiss reads it
         del about["rows"], about["dim"]
         ids = read_table(path / "ids.arrow").column("item_id")
         vectors = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
