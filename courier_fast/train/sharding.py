@@ -7,6 +7,8 @@ All else is replicated: the head, the objective, and what is small in the backbo
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -88,8 +90,12 @@ def shard(backbone: nn.Module, mesh: DeviceMesh, precision: str) -> None:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     rest = set(backbone.parameters()) - matrices(backbone)
     for module in blocks(backbone):
-        module.register_forward_hook(_without_views)
+        if module is not backbone:  # of which the result is only read
+            module.register_forward_hook(_without_views)
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=rest)
+    # The others' are copies, so what is left of FSDP's remark on them is about the backbone's.
+    name = re.escape(type(backbone).__name__)
+    warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({name}\) returned a view")
 
 
 def _without_views(module: nn.Module, inputs: Any, result: Any) -> Any:
