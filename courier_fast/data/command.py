@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..cluster import add_engine_arguments, check_engine
 from .layouts import LAYOUTS, Columns, Source, generic
 from .options import PrepareOptions
 from .pages import NEGATIVES
@@ -76,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard-rows", type=int, default=SHARD_ROWS, help="rows of a shard of a table")
     add("--shard-bytes", type=int, default=SHARD_BYTES, help="bytes of images after which a shard is full")  # fmt: skip
     add("--overwrite", action="store_true")
+    add_engine_arguments(parser)
 
     add = parser.add_argument_group("generic").add_argument
     add(
@@ -133,6 +135,10 @@ def source_of(args: argparse.Namespace) -> Source:
 
 def run(args: argparse.Namespace) -> int:
     options = PrepareOptions(**{n: getattr(args, n) for n in PrepareOptions.__dataclass_fields__})
-    print_report(prepare(args.out, source=source_of(args), images=args.images, options=options))
+    check_engine(args)
+    report = prepare(
+        args.out, source=source_of(args), images=args.images, options=options, engine=args.engine, ray_address=args.ray_address
+    )  # fmt: skip
+    print_report(report)
     print(f"written to {args.out}")
     return 0

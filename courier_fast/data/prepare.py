@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..cluster import ENGINES
 from ..files import sync_all
+from . import prepare_ray
 from . import spool as on_disk
 from .events import Items, Sorted, choose_items, id_array, read, sort_events
 from .layouts import Source
@@ -138,6 +140,8 @@ def prepare(
     source: Source,
     images: Location | None = None,
     options: PrepareOptions | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
 ) -> dict[str, Any]:
     """Writes the dataset folder `out` (see dataset.py) and gives its report.
 
@@ -149,6 +153,8 @@ def prepare(
         out: a folder, local or s3:// and so on, that is not there yet, unless `options.overwrite`.
         source: from an importer of layouts.py, or of one's own.
         images: a folder of image files called after the items; None: a dataset without images.
+        engine: "local", this process; or "ray", processes of this machine or a cluster. Both write the same bytes.
+        ray_address: of a running cluster; None: processes of this machine.
 
     Raises:
         FileExistsError: `out` is there.
@@ -165,16 +171,24 @@ def prepare(
     there = is_file(join(out, "dataset.json")) if isinstance(out, str) else out.exists()
     if there and not options.overwrite:
         raise FileExistsError(f"{out} is there already; --overwrite replaces it")
+    if engine not in ENGINES:
+        raise ValueError(f"engine: expected one of {ENGINES}, got {engine!r}")
+
+    def write(folder: Location, scratch: Path) -> dict[str, Any]:
+        if engine == "ray":
+            return prepare_ray.write(folder, source, images, options, ray_address)
+        return _write(folder, scratch, source, images, options)
+
     if isinstance(out, str):
         with tempfile.TemporaryDirectory(prefix="courier-prepare-") as scratch:
             delete_file(join(out, "dataset.json"))
-            return _write(out, Path(scratch), source, images, options)
+            return write(out, Path(scratch))
     out = Path(os.path.abspath(out))
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)  # in containers, a killed run had the same id
     (partial / "scratch").mkdir(parents=True)
     try:
-        report = _write(partial, partial / "scratch", source, images, options)
+        report = write(partial, partial / "scratch")
         shutil.rmtree(partial / "scratch")
         sync_all(partial)
         if out.exists():
