@@ -123,9 +123,10 @@ def test_prepare_from_s3_to_s3_is_prepare_on_a_disk(
     assert run_prepare(str(tmp_path / "out"), str(folder), "events.csv") == 0
     expected = contents(tmp_path / "out")
     assert len(expected) > 20
-    for i, events in enumerate(("events", "events.csv")):  # by day, and one file of text
+    # By day, one file of text; and by day, a task for each file.
+    for i, (events, engine) in enumerate((("events", "local"), ("events.csv", "local"), ("events", "ray"))):  # fmt: skip
         out = f"s3://shop/out{i}"
-        assert run_prepare(out, "s3://shop/source", events) == 0
+        assert run_prepare(out, "s3://shop/source", events, f"--engine={engine}") == 0
         found = contents(out)
         assert found.keys() == expected.keys()
         different = {n for n in found if found[n] != expected[n]}

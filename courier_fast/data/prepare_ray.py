@@ -154,13 +154,16 @@ class _Run:
 
     def read(self) -> tuple[Items, list[list[Any]]]:
         """The items, and each block's rows cut by users."""
-        source = dataclasses.replace(self.source, events=None, impressions=None, items=None)
+        source = dataclasses.replace(self.source, events=None, impressions=None, items=None, parts=None)  # fmt: skip
+        split = "shown" if self.given else "events"
         blocks, names, samples, total = [], [], [], 0
         parts = [("events", "events", self.source.events), ("impressions", "shown", self.source.impressions)]  # fmt: skip
         streams = [
             (name, self.task(steps.read, "streaming")(frame, table, source, number, PART))
             for name, table, whole in parts if whole is not None
-            for number, frame in enumerate([whole])
+            for number, frame in enumerate(
+                self.source.parts() if self.source.parts and table == split else [whole]
+            )
         ]  # fmt: skip
         for name, stream in streams:
             counts = self.counts.setdefault(name, Counter())
