@@ -286,7 +286,8 @@ class Trainer:
             # What follows keeps the layout, which otherwise the weights have.
             images = images.contiguous(memory_format=torch.channels_last)
         with self._autocast():
-            return self.backbone(images)[:n]
+            features = self.backbone(images)
+        return features if n else features[:0]
 
     def head(self, features: Tensor) -> Tensor:
         """Embeddings [n, D] of the backbone's output; on a CPU in float32."""
@@ -318,12 +319,10 @@ class Trainer:
             # The processes' gradients are averaged, and their sum is wanted.
             return found.loss * self.processes.world
 
-        # With several processes gradients stay where they are: in the buckets that are exchanged.
-        self.optimizer.zero_grad(set_to_none=self.processes.world == 1)
+        # With replicas gradients stay where they are: in the buckets that are exchanged.
+        self.optimizer.zero_grad(set_to_none=self.sharded or self.processes.world == 1)
         size, images = self.config.model.slice, len(batch.images)
-        if (
-            self.sharded
-        ):  # what is sharded is gathered by all at once, as often as any of them needs it
+        if self.sharded:  # all gather at once, as often as any of them needs it
             images = max(self.processes.each(images))
         if size and images > size:
             cached_backward(
