@@ -21,7 +21,7 @@ from prepare_factory import digest, random_events, source_of
 from courier_fast.cli import main
 from courier_fast.cluster import connected
 from courier_fast.data import partitions, prepare_ray, spool
-from courier_fast.data.layouts import Source
+from courier_fast.data.layouts import Columns, Source, generic
 from courier_fast.data.options import PrepareOptions
 from courier_fast.data.prepare import prepare
 
@@ -81,7 +81,7 @@ def mortal(step: Callable[..., Any], grave: Path) -> Callable[..., Any]:
         spool.BATCH = 40
         for n, value in enumerate(step(*args)):
             yield value
-            if n == 4:
+            if n == 2:
                 die()
 
     @functools.wraps(step)
@@ -142,7 +142,7 @@ def both(
 def test_made_pages_with_images_and_killed_workers(
     tmp_path: Path, ray: Any, graves: Graves
 ) -> None:
-    graves.dig("read", "write_image_shard", "by_user", "make", "write_rows")
+    graves.dig("write_image_shard", "by_user", "make", "write_rows")
     events = random_events(1, users=40, items=60, n=500)
     images = drawn_images(tmp_path / "images", sorted({e[1] for e in events}))
     files, report = both(tmp_path, source_of(events), SMALL, images)
@@ -189,6 +189,28 @@ def test_parts_without_rows(tmp_path: Path, ray: Any, graves: Graves) -> None:
     for name, kind in (("one", "popularity"), ("two", "uniform")):
         (tmp_path / name).mkdir()
         both(tmp_path / name, source_of(events), replace(options, negatives=kind))
+
+
+def test_a_folder_of_parquet_is_read_by_several_tasks(
+    tmp_path: Path, ray: Any, graves: Graves
+) -> None:
+    rows = impressions(7).collect()
+    for n, part in enumerate(
+        rows.with_row_index().with_columns(day=pl.col("index") // 90).partition_by("day")
+    ):
+        file = tmp_path / "shown" / f"day={n:03}" / "part.parquet"
+        file.parent.mkdir(parents=True)
+        part.drop("index", "day").write_parquet(file)
+    columns = Columns(time="time", page="page_id")
+    source = generic([tmp_path / "shown"], columns=columns)
+    assert len(source.parts()) == n + 1 > 5
+    graves.dig("read")
+    files, _ = both(tmp_path, source, replace(SMALL, keep_unclicked=True))
+    assert graves.left() == []
+    (tmp_path / "whole").mkdir()
+    whole = Source("test", impressions=rows.lazy())
+    again, _ = both(tmp_path / "whole", whole, replace(SMALL, keep_unclicked=True))
+    assert {**files, "dataset.json": ""} == {**again, "dataset.json": ""}
 
 
 def test_the_command_and_its_errors(

@@ -154,21 +154,14 @@ class _Run:
 
     def read(self) -> tuple[Items, list[list[Any]]]:
         """The items, and each block's rows cut by users."""
-        source = dataclasses.replace(self.source, events=None, impressions=None, items=None, parts=None)  # fmt: skip
-        split = "shown" if self.given else "events"
         blocks, names, samples, total = [], [], [], 0
-        parts = [("events", "events", self.source.events), ("impressions", "shown", self.source.impressions)]  # fmt: skip
-        streams = [
-            (name, self.task(steps.read, "streaming")(frame, table, source, number, PART))
-            for name, table, whole in parts if whole is not None
-            for number, frame in enumerate(
-                self.source.parts() if self.source.parts and table == split else [whole]
-            )
-        ]  # fmt: skip
-        for name, stream in streams:
+        for name, stream in self.streams():
             counts = self.counts.setdefault(name, Counter())
             for rows in stream:
-                items, about = next(stream), self.get(next(stream))
+                items = next(stream, None)
+                if items is None:
+                    self.get(rows)  # raises what the task did
+                about = self.get(next(stream))
                 counts.update(about["counts"])
                 blocks.append((name, about["rows"], rows, items))
                 names.append(items)
@@ -198,6 +191,21 @@ class _Run:
             self.counts[name][NO_IMAGE] += rows - about["rows"]
             self.shuffled["rows by user"] += about["bytes"]
         return items, [[cut[b] for cut in cuts] for b in range(len(bounds) + 1)]
+
+    def streams(self) -> list[tuple[str, Any]]:
+        """What the tasks that read give, with the names of the source's tables."""
+        whole = self.source
+        plain = dataclasses.replace(whole, events=None, impressions=None, items=None, parts=None)
+        streams = []
+        for name, table, frame in (("events", "events", whole.events), ("impressions", "shown", whole.impressions)):  # fmt: skip
+            if frame is None:
+                continue
+            in_parts = whole.parts is not None and (whole.impressions is None or table == "shown")
+            frames = whole.parts() if in_parts and whole.parts else [frame]
+            for number, part in enumerate(frames):
+                read = self.task(steps.read, "streaming")
+                streams.append((name, read(part, table, plain, number, PART)))
+        return streams
 
     def choose(self, candidates: Candidates) -> Items:
         """The items that stay. Parts of images are checked ahead of their shards, a bounded number at a time."""
