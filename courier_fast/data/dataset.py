@@ -136,9 +136,17 @@ def _batches(file: Path) -> Iterator[pa.RecordBatch]:
 
 
 class Dataset:
-    """A prepared folder, opened: tables as NumPy views of the mapped files (see the module's table).
+    """A prepared folder, opened: columns as NumPy arrays, in place where a table has one shard (see the module's table).
 
-    Raises FileNotFoundError where the folder or a table is not there, ValueError where its format is another.
+    Args:
+        path: a local folder, or a URL (s3://, gs://, hdfs:// and so on) whose shards are fetched into a cache when they are needed.
+
+    Attributes:
+        tables: users, items, events, pages, page_items and, with images, images, as `Table`s whose shards are opened one by one.
+
+    Raises:
+        FileNotFoundError: the folder or a shard is not there.
+        ValueError: its format is another; at any access: a shard was cut off or altered.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,9 @@ def prepare(
     def write(folder: Location, scratch: Path) -> dict[str, Any]:
         if engine == "ray":
             return prepare_ray.write(folder, source, images, options, ray_address)
-        return _write(folder, scratch, source, images, options)
+        threads = options.threads or len(os.sched_getaffinity(0))
+        with closing(Sorter(scratch, options.memory_gib, threads)) as sorter:
+            return _write(folder, scratch, sorter, source, images, options)
 
     if isinstance(out, str):
         with tempfile.TemporaryDirectory(prefix="courier-prepare-") as scratch:
@@ -207,12 +210,12 @@ def prepare(
 def _write(
     folder: Location,
     scratch: Path,
+    sorter: Sorter,
     source: Source,
     images: Location | None,
     options: PrepareOptions,
 ) -> dict[str, Any]:
     log.info("reading %s", ", ".join(str(f) for f in source.files) or "the source")
-    sorter = Sorter(scratch, options.memory_gib, options.threads or len(os.sched_getaffinity(0)))
     raw = read(source, sorter)
     if not raw.items.count:
         raise ValueError(
