@@ -19,6 +19,7 @@ from prepare_factory import Event, digest, page_rows, random_events, source_of
 from courier_fast.data import command, spool
 from courier_fast.data import prepare as module
 from courier_fast.data.dataset import Dataset
+from courier_fast.data.events import hash_ids
 from courier_fast.data.layouts import Columns, Source, generic
 from courier_fast.data.options import PrepareOptions
 from courier_fast.data.prepare import prepare
@@ -529,3 +530,19 @@ def test_hm_fashion(tmp_path: Path, negatives: str) -> None:
         page = np.repeat(np.arange(data.num_pages), data.pv_end - data.pv_start)
         clicked = data.pv_item[data.pv_clicked][page]
         assert (codes[data.pv_item] == codes[clicked])[~data.pv_clicked].any()
+
+
+def test_a_page_is_hashed_by_its_bytes_alone() -> None:
+    ids = ["", "a", "page 17", "é", "x" * 1000]
+    mask = 2**64 - 1
+
+    def plain(text: str) -> int:
+        value = 0xCBF29CE484222325
+        for byte in text.encode():
+            value = (value ^ byte) * 0x100000001B3 & mask
+        value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & mask
+        value = (value ^ value >> 27) * 0x94D049BB133111EB & mask
+        return value ^ value >> 31
+
+    assert hash_ids(pl.Series(ids)[1:]).to_list() == [plain(i) for i in ids[1:]]
+    assert hash_ids(pl.Series(ids)).to_list() == [plain(i) for i in ids]

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+from numba import njit
 from rich.console import Console
 from rich.progress import track
 
@@ -21,7 +22,7 @@ from .image_check import LEADS_OUT, check_images, index_images
 from .layouts import Source
 from .options import PrepareOptions
 from .page_tables import by_item
-from .pages import Events
+from .pages import Events, mix
 from .spool import Sorter, Spool, whole
 from .storage import Location
 from .tables import ImageStoreWriter
@@ -63,6 +64,40 @@ class Ids:
         codes = ids.cast(self._kind).to_physical().to_numpy()
         assert (codes == np.arange(self.count)).all()
         return ids
+
+
+def text(ids: pl.Series) -> pa.LargeStringArray:
+    """As an Arrow array."""
+    return ids.to_arrow(compat_level=pl.CompatLevel.oldest())
+
+
+def buffers(ids: pa.Array) -> tuple[Array, Array]:
+    """Where each id begins, and the last ends, in the bytes of all."""
+    _, offsets, data = ids.buffers()
+    where = np.zeros(1, np.int64)
+    if len(ids):
+        where = np.frombuffer(offsets, np.int64)[ids.offset : ids.offset + len(ids) + 1]
+    letters = np.frombuffer(data or b"", np.uint8)
+    for array in (where, letters):
+        array.flags.writeable = False  # one type for the compiler
+    return where, letters
+
+
+def hash_ids(ids: pl.Series) -> pl.Series:
+    """[n] uint64, of the bytes alone: the same with every version of every library."""
+    return pl.Series("page", _hash(*buffers(text(ids))))
+
+
+@njit(cache=True, nogil=True)
+def _hash(offsets, data):  # type: ignore[no-untyped-def]
+    """FNV-1a (Fowler, Noll, Vo), mixed."""
+    out = np.empty(len(offsets) - 1, np.uint64)
+    for i in range(len(out)):
+        value = np.uint64(0xCBF29CE484222325)
+        for b in range(offsets[i], offsets[i + 1]):
+            value = (value ^ np.uint64(data[b])) * np.uint64(0x00000100000001B3)
+        out[i] = mix(value)
+    return out
 
 
 @dataclass
@@ -129,7 +164,7 @@ def clean(batch: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
     counts["time missing or unreadable"] += len(short) - len(batch)
     if "page_id" in names:
         batch = batch.select(
-            "user_id", "item_id", "time", page=pl.col("page_id").hash(),
+            "user_id", "item_id", "time", page=pl.col("page_id").map_batches(hash_ids, pl.UInt64),
             clicked=pl.col("clicked").fill_null(False).cast(pl.UInt8),
         )  # fmt: skip
     return batch

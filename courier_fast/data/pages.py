@@ -37,7 +37,7 @@ class Events(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
-def _mix(x):  # type: ignore[no-untyped-def]
+def mix(x):  # type: ignore[no-untyped-def]
     """The finaliser of SplitMix64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -48,12 +48,12 @@ def _mix(x):  # type: ignore[no-untyped-def]
 def _below(state, n):  # type: ignore[no-untyped-def]
     """A number from 0 to n - 1; `state` [1] uint64 moves on."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
-    return np.int64(np.float64(_mix(state[0]) >> np.uint64(11)) * (2.0**-53) * n)
+    return np.int64(np.float64(mix(state[0]) >> np.uint64(11)) * (2.0**-53) * n)
 
 
 @njit(cache=True, nogil=True)
 def _seed(state, seed, page):  # type: ignore[no-untyped-def]
-    state[0] = _mix(np.uint64(seed) + _mix(np.uint64(page) + np.uint64(0x9E3779B97F4A7C15)))
+    state[0] = mix(np.uint64(seed) + mix(np.uint64(page) + np.uint64(0x9E3779B97F4A7C15)))
 
 
 @njit(cache=True, nogil=True)

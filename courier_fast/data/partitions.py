@@ -17,7 +17,7 @@ import polars as pl
 import pyarrow as pa
 from numba import njit
 
-from .events import Ids, batches, clean
+from .events import Ids, batches, buffers, clean, text
 from .image_check import check_images
 from .layouts import Source
 from .options import PrepareOptions
@@ -45,25 +45,10 @@ _SAMPLE = 1024  # rows of a part from which the bounds of the next parts are tak
 # ---- ids ------------------------------------------------------------------------------------------------------------
 
 
-def text(ids: pl.Series) -> pa.LargeStringArray:
-    return ids.to_arrow(compat_level=pl.CompatLevel.oldest())
-
-
 def search(ids: pa.Array, wanted: pa.Array) -> Array:
     """[wanted] how many of the sorted `ids` are less than each."""
-    found: Array = _search(*_buffers(ids), *_buffers(wanted))
+    found: Array = _search(*buffers(ids), *buffers(wanted))
     return found
-
-
-def _buffers(ids: pa.Array) -> tuple[Array, Array]:
-    _, offsets, data = ids.buffers()
-    where = np.zeros(1, np.int64)
-    if len(ids):
-        where = np.frombuffer(offsets, np.int64)[ids.offset : ids.offset + len(ids) + 1]
-    letters = np.frombuffer(data or b"", np.uint8)
-    for array in (where, letters):
-        array.flags.writeable = False  # one type for the compiler
-    return where, letters
 
 
 @njit(cache=True, nogil=True)

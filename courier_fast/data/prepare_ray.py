@@ -25,7 +25,7 @@ import polars as pl
 
 from ..cluster import connected
 from . import partitions as steps
-from .events import MAX_CODES, NO_IMAGE, Candidates, Items, spans
+from .events import MAX_CODES, NO_IMAGE, Candidates, Items, spans, text
 from .layouts import Source
 from .options import PrepareOptions
 from .page_tables import Outcome, counts_of, dropped, market_of, splits_of, write_about
@@ -177,7 +177,7 @@ class _Run:
         items = self.choose(Candidates(table.with_row_index("code"), self.source, self.images))
         sample = pl.concat(samples).sort()
         count = math.ceil(total / PART)
-        bounds = steps.text(sample[[len(sample) * b // count for b in range(1, count)]].unique().sort())  # fmt: skip
+        bounds = text(sample[[len(sample) * b // count for b in range(1, count)]].unique().sort())  # fmt: skip
         row = self.ray.put(items.row)
         cuts = [
             self.task(steps.to_users, len(bounds) + 2)(rows, items_of, ids, row, bounds)
