@@ -35,7 +35,11 @@ from .tables import write_shards
 Array = npt.NDArray
 log = logging.getLogger(__name__)
 
-PART = 1 << 22  # rows of a part, about
+PART = (
+    1 << 22
+)  # rows of a part, about; more where there would be more than _PARTS, fewer where cores would have nothing to do
+_SMALL = 1 << 18
+_PARTS = 1024  # a step sends each of its parts to each of the next
 IMAGES = 256  # of a part
 _RETRIES = 16  # of a task, where its process or machine dies
 _FAN = 32  # parts that are summed up at once
@@ -82,6 +86,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self.ray, self.folder, self.source, self.images, self.options = ray, folder, source, images, options  # fmt: skip
         self.options_ref = ray.put(options)
+        self.cores = int(ray.cluster_resources().get("CPU", 1))
         self.given = source.impressions is not None
         self.counts: dict[str, Counter[str]] = {}
         self.shuffled: Counter[str] = Counter()  # bytes
@@ -97,6 +102,10 @@ class _Run:
 
     def get(self, refs: Any) -> Any:
         return self.ray.get(refs)
+
+    def parts(self, rows: int) -> int:
+        """Into how many parts rows are cut."""
+        return min(max(math.ceil(rows / PART), min(2 * self.cores, rows // _SMALL)), _PARTS)
 
     def tree(self, step: Callable[..., Any], refs: Sequence[Any]) -> Any:
         """One result of many, a few at a time."""
@@ -176,7 +185,7 @@ class _Run:
         log.info("items%s", f", images of {self.images}" if self.images else "")
         items = self.choose(Candidates(table.with_row_index("code"), self.source, self.images))
         sample = pl.concat(samples).sort()
-        count = math.ceil(total / PART)
+        count = self.parts(total)
         bounds = text(sample[[len(sample) * b // count for b in range(1, count)]].unique().sort())  # fmt: skip
         row = self.ray.put(items.row)
         cuts = [
@@ -212,7 +221,7 @@ class _Run:
         if self.images is None:
             return candidates.chosen([])
         paths = candidates.paths
-        ahead = 4 * int(self.ray.cluster_resources().get("CPU", 1))
+        ahead = 4 * self.cores
         queue: list[tuple[int, Any, Any]] = []
         shards: list[Any] = []
         number, before = 0, 0
@@ -280,7 +289,7 @@ class _Run:
         time = np.concatenate([a["time"] for a in about])
         row = np.concatenate([a["row"] + start for a, start in zip(about, starts[:-1], strict=True)])  # fmt: skip
         order = np.lexsort((row, time))
-        count = math.ceil(int(starts[-1]) / PART)
+        count = self.parts(int(starts[-1]))
         cuts = order[[len(order) * b // count for b in range(1, count)]]
         return time[cuts], row[cuts]
 
