@@ -158,7 +158,7 @@ class _Run:
             sum(counts["events"]), times, int(first_items[-1]), splits, lengths, cut, fates,  # type: ignore[arg-type]
         )  # fmt: skip
         report = write_about(self.folder, self.source, self.images, self.options, outcome, shards)
-        log.info("bytes between tasks: %s", ", ".join(f"{n} {b:,}" for n, b in self.shuffled.items()))  # fmt: skip
+        log.info("bytes between tasks: %s", ", ".join(f"{n} {b}" for n, b in self.shuffled.items()))  # fmt: skip
         return report
 
     def read(self) -> tuple[Items, list[list[Any]]]:
