@@ -24,7 +24,7 @@ import polars as pl
 from PIL import Image
 
 from courier_fast.data import partitions as steps
-from courier_fast.data.events import Candidates
+from courier_fast.data.events import Candidates, text
 from courier_fast.data.layouts import Source, generic
 from courier_fast.data.options import PrepareOptions
 from courier_fast.data.page_tables import market_of
@@ -93,10 +93,10 @@ def run(engine: str, out: Path, arguments: Sequence[str]) -> dict[str, Any]:
             time.sleep(0.1)
         seconds = time.perf_counter() - began
         errors.seek(0)
-        text = errors.read()
+        said = errors.read()
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {text}")
-    between = [line.split(": ", 1)[1] for line in text.splitlines() if line.startswith("bytes between")]  # fmt: skip
+        raise RuntimeError(f"{' '.join(command)}: {said}")
+    between = [line.split(": ", 1)[1] for line in said.splitlines() if line.startswith("bytes between")]  # fmt: skip
     manifest = json.loads((out / "dataset.json").read_text())["manifest"]
     return {"seconds": seconds, **peak, "between": between[0] if between else "", "manifest": manifest}  # fmt: skip
 
@@ -121,7 +121,7 @@ def cpu_of_steps(arguments: Sequence[str], out: Path) -> dict[str, float]:
     table = source.items.collect().with_columns(
         pl.lit(None, pl.Int64).alias(n) for n in ("first_seen", "last_seen")
     )
-    ids = steps.text(table["item_id"])
+    ids = text(table["item_id"])
     row = np.arange(len(ids), dtype=np.int32)
     first, last = np.zeros(len(ids), np.int64), np.full(len(ids), 1 << 40)
     market = market_of(table, first, last, options)
@@ -157,7 +157,7 @@ def seconds_of_items(items: int) -> float:
     ids = pl.Series("item_id", np.random.default_rng(0).permutation(items)).cast(pl.String)
     about = pl.DataFrame({"item_id": ids, "category": (ids.cast(pl.Int64) % 40).cast(pl.String)})
     began = time.perf_counter()
-    known = steps.union(steps.text(ids.str.zfill(9)))
+    known = steps.union(text(ids.str.zfill(9)))
     table = pl.DataFrame({"item_id": pl.Series("id", known, pl.String)}).with_row_index("code")
     source = Source("drawn", items=about.with_columns(pl.col("item_id").str.zfill(9)).lazy())
     chosen = Candidates(table, source, None).chosen([]).table
