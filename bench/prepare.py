@@ -93,10 +93,10 @@ def run(engine: str, out: Path, arguments: Sequence[str]) -> dict[str, Any]:
             time.sleep(0.1)
         seconds = time.perf_counter() - began
         errors.seek(0)
-        text = errors.read()
+        said = errors.read()
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {text}")
-    between = [line.split(": ", 1)[1] for line in text.splitlines() if line.startswith("bytes between")]  # fmt: skip
+        raise RuntimeError(f"{' '.join(command)}: {said}")
+    between = [line.split(": ", 1)[1] for line in said.splitlines() if line.startswith("bytes between")]  # fmt: skip
     manifest = json.loads((out / "dataset.json").read_text())["manifest"]
     return {"seconds": seconds, **peak, "between": between[0] if between else "", "manifest": manifest}  # fmt: skip
 

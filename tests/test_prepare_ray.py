@@ -142,7 +142,7 @@ def both(
 def test_made_pages_with_images_and_killed_workers(
     tmp_path: Path, ray: Any, graves: Graves
 ) -> None:
-    graves.dig("write_image_shard", "by_user", "make", "write_rows")
+    graves.dig("write_image_shard", "make", "write_rows")
     events = random_events(1, users=40, items=60, n=500)
     images = drawn_images(tmp_path / "images", sorted({e[1] for e in events}))
     files, report = both(tmp_path, source_of(events), SMALL, images)
@@ -211,6 +211,18 @@ def test_a_folder_of_parquet_is_read_by_several_tasks(
     whole = Source("test", impressions=rows.lazy())
     again, _ = both(tmp_path / "whole", whole, replace(SMALL, keep_unclicked=True))
     assert {**files, "dataset.json": ""} == {**again, "dataset.json": ""}
+
+
+def test_blocks_are_the_same_however_rows_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    frame, source = impressions(9), Source("test")
+    rows = len(frame.collect())
+    found = []
+    for size in (7, 64, 10_000):
+        monkeypatch.setattr(spool, "BATCH", size)
+        parts = list(partitions.read(frame, "shown", source, 3, 50))
+        found.append([{n: getattr(c, "tolist", c.to_pylist if n == "users" else None)() for n, c in p.items()} for p in parts[::3]])  # fmt: skip
+        assert [a["counts"]["read"] for a in parts[2::3]] == [50] * (rows // 50) + [rows % 50]
+    assert found[0] == found[1] == found[2]
 
 
 def test_the_command_and_its_errors(

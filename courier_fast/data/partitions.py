@@ -82,21 +82,26 @@ def union(*ids: pa.Array) -> pa.Array:
 def read(
     frame: pl.LazyFrame, table: str, source: Source, number: int, block: int
 ) -> Iterator[Any]:  # fmt: skip
-    """Three for each block of about `block` rows: its rows that can be used; the ids of its items; counts, and a sample of its users."""
+    """Three for each block of `block` rows: those that can be used; the ids of its items; counts, and a sample of its users.
+
+    A block has the same rows whenever it is read: Ray takes those that were there from one run, and the others from the next.
+    """
     held: list[pl.DataFrame] = []
-    counts: Counter[str] = Counter()
-    place = number << 40  # rows shown stay in the order of the source
+    rows, place = 0, number << 40  # rows shown stay in the order of the source
     for batch in batches(frame, table, source):
-        held.append(clean(batch, counts))
-        rows = sum(map(len, held))
-        if rows >= block:
-            yield from _block(pl.concat(held), counts, place)
-            held, counts, place = [], Counter(), place + rows
-    if held:
-        yield from _block(pl.concat(held), counts, place)
+        held.append(batch)
+        rows += len(batch)
+        while rows >= block:
+            whole = pl.concat(held)
+            yield from _block(whole[:block], place)
+            held, rows, place = [whole[block:]], rows - block, place + block
+    if rows:
+        yield from _block(pl.concat(held), place)
 
 
-def _block(known: pl.DataFrame, counts: Counter[str], place: int) -> Iterator[Any]:
+def _block(batch: pl.DataFrame, place: int) -> Iterator[Any]:
+    counts: Counter[str] = Counter()
+    known = clean(batch, counts)
     users, items = Ids(), Ids()
     user, item = users.codes(known["user_id"]), items.codes(known["item_id"])
     rows = {"user": user, "item": item, "time": known["time"].to_numpy()}
