@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -9,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -147,6 +150,23 @@ def on_processes(world: int, cases: list[Case], folder: Path) -> None:
     torchrun(world, str(folder / "worker.py"), json.dumps(cases), str(folder))
 
 
+def base_of_all(factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of pytest-xdist share: several of them have tests of this file."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@contextmanager
+def first_time(folder: Path) -> Iterator[bool]:
+    """Whether nobody has filled the folder yet; others wait until that is done."""
+    with folder.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = folder / "done"
+        folder.mkdir(exist_ok=True)
+        yield not done.exists()
+        done.touch()
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return make_dataset(tmp_path_factory.mktemp("data") / "dataset", pages=120, seed=1)
@@ -171,7 +191,7 @@ def run_settings(dataset: Dataset, out: Path, **more: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def four(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Case]]:
     """Cases on four processes: gradients of steps with pages for all of them or for some, and a run."""
-    folder = tmp_path_factory.mktemp("four")
+    folder = base_of_all(tmp_path_factory) / "four"
     budget = next(b for b in range(25, 45) if BatchPlan(dataset, images=b).steps(0) % 4 == 2)
     last = BatchPlan(dataset, images=budget).steps(0) // 4
     differ: dict[str, tuple[dict[str, Any], int]] = {
@@ -192,7 +212,9 @@ def four(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         ("compare", "bfloat16-conv", conv | {"run.precision": "bfloat16"}, 0),
     ]
     cases.append(("run", "run", run_settings(dataset, folder / "run", data__pages=4), 3))
-    on_processes(4, cases, folder)
+    with first_time(folder) as first:
+        if first:
+            on_processes(4, cases, folder)
     return folder, cases
 
 
@@ -301,7 +323,14 @@ def two(
     four: tuple[Path, list[Case]], dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """On two processes: runs that go on from the checkpoint of four, sharded or not; whole runs; one that cannot write."""
-    folder = tmp_path_factory.mktemp("two")
+    folder = base_of_all(tmp_path_factory) / "two"
+    with first_time(folder) as first:
+        if first:
+            run_two(four, dataset, folder)
+    return folder
+
+
+def run_two(four: tuple[Path, list[Case]], dataset: Dataset, folder: Path) -> None:
     cases: list[Case] = []
     for name, sharded in (("resumed", True), ("replicated", False)):
         out = started_from(four, folder / name)
@@ -312,7 +341,6 @@ def two(
     failing = killed_settings(dataset, folder / "fails") | {"run.save_steps": 1}
     cases.append(("fails", "fails", failing, 1))
     on_processes(2, cases, folder)
-    return folder
 
 
 def killed_settings(dataset: Dataset, out: Path) -> dict[str, Any]:
