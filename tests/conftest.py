@@ -74,3 +74,13 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_report_header() -> list[str]:
     return [f"courier_fast: torch {torch.__version__}, implementations on {DEVICES}"]
+
+
+@pytest.fixture(scope="module")
+def ray(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Ray on this machine, for a module of tests, which its workers cannot import."""
+    from courier_fast.cluster import connected
+
+    with connected() as module:
+        module.cloudpickle.register_pickle_by_value(request.module)
+        yield module

@@ -21,21 +21,11 @@ from torch import Tensor, nn
 from train_factory import settings
 
 from courier_fast.cli import main
-from courier_fast.cluster import connected
 from courier_fast.data.dataset import Dataset
 from courier_fast.data.embedding_store import EmbeddingStore
 from courier_fast.evaluate import embed_ray
 from courier_fast.evaluate.embed import FeatureRows, embed_source
 from courier_fast.train.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
-    with connected() as module:
-        module.cloudpickle.register_pickle_by_value(
-            sys.modules[__name__]
-        )  # workers cannot import it
-        yield module
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import functools
 import io
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,22 +18,12 @@ from PIL import Image
 from prepare_factory import digest, random_events, source_of
 
 from courier_fast.cli import main
-from courier_fast.cluster import connected
 from courier_fast.data import partitions, prepare_ray, spool
 from courier_fast.data.layouts import Columns, Source, generic
 from courier_fast.data.options import PrepareOptions
 from courier_fast.data.prepare import prepare
 
 SMALL = PrepareOptions(shard_rows=37, shard_bytes=2000, min_history=1, max_history=5, page_size=4)
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
-    with connected() as module:
-        module.cloudpickle.register_pickle_by_value(
-            sys.modules[__name__]
-        )  # workers cannot import it
-        yield module
 
 
 class Graves:

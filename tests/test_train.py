@@ -136,13 +136,15 @@ def test_resuming_with_other_batches_is_refused(
 def test_checkpoints_are_complete_or_not_there(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 10):
-        checkpoints.save(step, {"x": torch.full((3,), float(step))}, {"step": step})
+        checkpoints.begin(step, {"x": torch.full((3,), float(step))}, {"step": step})
+        checkpoints.wait()
     (tmp_path / ".step-00000011.partial").mkdir()  # killed while writing
     assert [p.name for p in checkpoints.all()] == ["step-00000002", "step-00000010"]
     x = torch.zeros(3)
     assert checkpoints.load(checkpoints.all()[-1], {"x": x}) == {"step": 10}
     assert x.tolist() == [10.0] * 3
-    checkpoints.save(12, {"x": x}, {})
+    checkpoints.begin(12, {"x": x}, {})
+    checkpoints.wait()
     assert not list(tmp_path.glob(".*"))
     # Nothing that would have to be unpickled.
     assert {f.suffix for f in tmp_path.rglob("*") if f.is_file()} == {".safetensors", ".json"}

@@ -86,7 +86,7 @@ class EmbeddingStore:
         """Puts the newest row of each item into one part, which takes the place of all others."""
         if len(self.parts) < 2:
             return self
-        self.read()  # what was altered is not written anew
+        self._check()  # what was altered is not written anew
         kept = replace(self, parts=())._write(self._newest(list(self._schema.names)), self._next)
         for part in self.parts:
             remove(self.path / part["name"])
@@ -135,11 +135,14 @@ class EmbeddingStore:
 
     def read(self) -> tuple[pa.Array, Array]:
         """Item ids, each once, and their newest rows [n, dim] float32. ValueError names a part that was altered."""
-        for part in self.parts:
-            check_sha256(self.path / part["name"], part["sha256"])
+        self._check()
         newest = self._newest(["item_id", "source", "embedding"])
         rows = newest["embedding"].combine_chunks()
         return newest["item_id"].combine_chunks(), rows.flatten().to_numpy().reshape(-1, self.dim)
+
+    def _check(self) -> None:
+        for part in self.parts:
+            check_sha256(self.path / part["name"], part["sha256"])
 
     def _newest(self, columns: list[str]) -> pa.Table:
         """Some columns, item_id and source among them, of the newest row of each item that is not gone."""

@@ -146,10 +146,10 @@ def batches(frame: pl.LazyFrame, table: str, source: Source) -> Iterator[pl.Data
         )
     except pl.exceptions.PolarsError as error:
         files = ", ".join(str(f) for f in source.files) or "the source"
-        text = str(error)  # after an unclosed quote it has the rest of the file
-        if len(text) > 1000:
-            text = f"{text[:300]} ... {text[-300:]}"
-        raise ValueError(f"{files}: cannot be read: {text}") from error
+        said = str(error)  # after an unclosed quote it has the rest of the file
+        if len(said) > 1000:
+            said = f"{said[:300]} ... {said[-300:]}"
+        raise ValueError(f"{files}: cannot be read: {said}") from error
 
 
 def clean(batch: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
@@ -177,9 +177,8 @@ def clean(batch: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
 class Items:
     """The items that stay, in order of their ids."""
 
-    table: (
-        pl.DataFrame
-    )  # item_id, category, height, width, and first_seen, last_seen where the source has them
+    # item_id, category, height, width, and first_seen, last_seen where the source has them
+    table: pl.DataFrame
     row: Array  # [codes] int32: the row of a code, -1 where the item does not stay
     missing: list[str]
     undecodable: dict[str, str]
@@ -206,7 +205,8 @@ class Items:
 
 
 def id_array(ids: pl.Series) -> pa.Array:
-    return ids.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string())
+    """As a column of the dataset."""
+    return text(ids).cast(pa.string())
 
 
 class Candidates:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from numba import njit
 
+from .pages import copy_items
 from .storage import Folder, Location, Shard, join, write_file
 
 Array = npt.NDArray
@@ -109,10 +110,9 @@ class ImageStoreWriter:
 
     def append(self, image: bytes | None) -> None:
         """Adds the next item's image."""
+        # An image larger than a shard passes over numbers, which are then not there.
         number = self._before // self.shard_bytes
-        if (
-            number != self._number
-        ):  # an image larger than a shard passes over numbers, which are then not there
+        if number != self._number:
             self._flush()
             self._number = number
         self._rows.append(image or None)
@@ -219,11 +219,6 @@ class Column:
             if a < b:
                 yield self._parts([n])[0][a - bounds[n] : b - bounds[n]]
 
-    def slice(self, start: int, stop: int) -> Array:
-        """Rows from `start` to `stop`, in memory unless they are of one shard."""
-        parts = list(self.parts(start, stop))
-        return parts[0] if len(parts) == 1 else np.concatenate([self._parts([0])[0][:0], *parts])
-
     def take(self, rows: Array) -> Array:
         """[n] any rows."""
         if self._whole is not None:
@@ -240,7 +235,7 @@ class Column:
     def ranges(self, starts: Array, ends: Array) -> Array:
         """The rows from starts[i] to ends[i], one range after another."""
         if self._whole is not None:
-            return _ranges(self._whole, starts, ends)
+            return copy_items(starts, ends - starts, self._whole)
         return self.take(_rows(starts, ends))
 
     def joined(self) -> Array:
@@ -253,17 +248,6 @@ class Column:
                 part.tofile(file)
             file.flush()
             return np.memmap(file, dtype, "r", shape=(len(self),)).view(np.ndarray)
-
-
-@njit(cache=True, nogil=True)
-def _ranges(column, starts, ends):  # type: ignore[no-untyped-def]
-    out = np.empty((ends - starts).sum(), column.dtype)
-    at = 0
-    for i in range(len(starts)):
-        for row in range(starts[i], ends[i]):
-            out[at] = column[row]
-            at += 1
-    return out
 
 
 @njit(cache=True, nogil=True)

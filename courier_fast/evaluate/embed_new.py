@@ -77,9 +77,10 @@ def embed_new(
     rows = np.arange(len(source.ids)) if rows is None else rows
     part = Part(source, rows[source.present[rows]])
     if remove_missing:
-        gone = pc.invert(pc.is_in(store.ids, pa.array(part.ids, pa.string())))
-        if len(ids := store.ids.filter(gone)):
-            store = store.delete(ids.to_pylist())
+        there = store.ids
+        gone = there.filter(pc.invert(pc.is_in(there, pa.array(part.ids, pa.string()))))
+        if len(gone):
+            store = store.delete(gone.to_pylist())
     digests = [part.digest(row) for row in range(len(part.ids))]
     wanted = ~store.has(part.ids, digests)
     if not wanted.any():

@@ -100,17 +100,6 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def save(
-        self,
-        step: int,
-        tensors: dict[str, Tensor],
-        state: dict[str, Any],
-        then: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Writes the checkpoint of `step`, then removes what is older than the newest `keep` and what was left unfinished."""
-        self.begin(step, tensors, state, then)
-        self.wait()
-
     def begin(
         self,
         step: int,
@@ -118,7 +107,8 @@ class Checkpoints:
         state: dict[str, Any],
         then: Callable[[], None] = lambda: None,
     ) -> None:
-        """`save` that returns when `tensors` are copied; a thread writes them, when the last ones are written.
+        """Begins the checkpoint of `step`, and returns when `tensors` are copied: a thread writes them, when the last ones are written, and then
+        removes what is older than the newest `keep` and what was left unfinished.
 
         Every process calls it, with the names and sharded tensors of all; `then` is called by the first one's thread once the checkpoint is
         there.
