@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
+import signal
 import sys
 
-from . import __version__
+from . import __version__, interrupt
+from .messages import is_bug, line_of
 
 # Each is a module with add_arguments(parser) and run(args); imported when asked for, so --help and the others need none of its packages.
 COMMANDS = {
@@ -48,7 +51,7 @@ EXTRAS = {"ctr": "ctr", "export": "export", "index": "index"}  # of pip, where i
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a subcommand; wrong input is one line on stderr and exit code 2."""
+    """Runs a subcommand; wrong input is one line on stderr and exit code 2, a bug of the package 1, a signal 128 and its number."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="courier-fast", description="Item embeddings from clicks (COURIER, arXiv 2306.05001)."
@@ -70,17 +73,42 @@ def main(argv: list[str] | None = None) -> int:
                     file=sys.stderr,
                 )
                 return 2
+            except ImportError as error:
+                print(f"courier-fast {name}: {line_of(error, name)}", file=sys.stderr)
+                return 2
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with interrupt.stopping():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """The command's status; what it raises becomes a line on stderr, and a signal 128 and its number, as the shell has it."""
     try:
-        return importlib.import_module(COMMANDS[args.command][0]).run(args)
-    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        status: int = importlib.import_module(COMMANDS[args.command][0]).run(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt as stop:
+        return 128 + (getattr(stop, "number", 0) or interrupt.received() or signal.SIGINT)
+    except Exception as error:
+        if interrupt.received():  # libraries make errors of their own of it
+            return 128 + interrupt.received()
+        if isinstance(error, BrokenPipeError) and _reader_gone():
+            return 128 + signal.SIGPIPE
         if args.debug:
             raise
-        print(f"courier-fast {args.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        print(f"courier-fast {args.command}: {line_of(error, args.command)}", file=sys.stderr)
+        return 1 if is_bug(error) else 2
+
+
+def _reader_gone() -> bool:
+    """Whether nobody reads what is printed (| head); it then goes nowhere, also at the end of Python."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from .disk import writing
 
 
 def sync_all(path: Path) -> None:
@@ -27,11 +32,31 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` fills a file or folder beside `path`, which is then flushed and renamed to it."""
+    """`write` fills a file beside `path`, which is then flushed and renamed to it; gone where that fails. A link stays one, a device or pipe is
+    written to. Raises IsADirectoryError where a folder is there, DiskFullError where there is no room."""
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected a file, got a folder")
+    if path.exists() and not path.is_file():
+        _write_through(path, write)
+        return
     partial = partial_of(path)
-    remove(partial)
-    write(partial)
-    publish(path)
+    try:
+        with writing(path):
+            partial.unlink(missing_ok=True)
+            write(partial)
+            publish(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _write_through(path: Path, write: Callable[[Path], object]) -> None:
+    """A device or pipe: what was written elsewhere goes through it."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "file")
+        with (Path(folder) / "file").open("rb") as file, path.open("wb") as to:
+            shutil.copyfileobj(file, to)
 
 
 def partial_of(path: Path) -> Path:
@@ -40,13 +65,36 @@ def partial_of(path: Path) -> Path:
 
 
 def publish(path: Path) -> None:
-    """Flushes what was written in place of a file or folder, and renames it."""
+    """Flushes what was written in place of a file or folder, and renames it; a folder that is there must be empty."""
     partial = partial_of(path)
     sync_all(partial)
-    if path.is_dir():
-        remove(path)
     os.replace(partial, path)
     sync(path.parent)
+
+
+def read_json(path: Path, advice: str = "") -> dict[str, Any]:
+    """The object in a JSON file. OSError where it cannot be read, ValueError, with `advice` at its end, where it is cut off or something else."""
+    return parse_json(path.read_bytes(), path, advice)
+
+
+def parse_json(data: bytes | str, path: object, advice: str = "") -> dict[str, Any]:
+    """The JSON object that `path` holds. ValueError names the file."""
+    end = f"; {advice}" if advice else ""
+    if not data.strip():
+        raise ValueError(f"{path}: expected JSON, got an empty file{end}")
+    try:
+        found = json.loads(data)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: expected JSON in UTF-8, got other bytes{end}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: expected JSON, got brackets within brackets{end}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: was cut off or altered, expected JSON: {error.msg} in line {error.lineno}, column {error.colno}{end}"
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}{end}")
+    return found
 
 
 def sha256(*paths: Path) -> str:

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..cluster import ENGINES
-from ..files import sync_all
+from ..disk import bytes_under, new_map, size_text, writing
+from ..output import DATASET, check_remote, new_folder
 from . import prepare_ray
 from . import spool as on_disk
 from .events import Items, Sorted, choose_items, id_array, read, sort_events
@@ -40,11 +41,14 @@ from .page_tables import (
 )
 from .pages import copy_items
 from .spool import Sorter, Spool
-from .storage import Location, delete_file, is_file, join, location
+from .storage import Location, delete_file, join, location
 from .tables import write_shards
 
 Array = npt.NDArray
 log = logging.getLogger(__name__)
+
+# Bytes that a row of the source takes at most while it is sorted, and with each item of a page that is made around it (measured).
+_OF_ROW, _OF_SHOWN = 220, 14
 
 
 # ---- pages ----------------------------------------------------------------------------------------------------------
@@ -98,7 +102,7 @@ def pages_of_events(
     popular = options.negatives == "popularity"
     pool = np.zeros(0, np.int32)
     if popular and total:
-        pool = np.memmap(folder / "pool", np.int32, "w+", shape=(total,))
+        pool = new_map(folder / "pool", np.int32, (total,))
     done, last_time, began = 0, np.iinfo(np.int64).min, 0
     for rows in sorted_.sorter.by_time(events.time):
         users = np.searchsorted(events.first, rows, side="right") - 1
@@ -146,21 +150,22 @@ def prepare(
 ) -> dict[str, Any]:
     """Writes the dataset folder `out` (see dataset.py) and gives its report.
 
-    A local folder appears when it is complete: until then there is `<out>.partial-<pid>`, which is removed again where something fails. In an
-    object store dataset.json is written last, and a folder without it is none. Items
+    A local folder appears when it is complete: until then there is `<out>.partial-...` beside it (in it, where it is a mounted volume), which is
+    removed again where something fails or a signal ends it. In an object store dataset.json is written last, and a folder without it is none. Items
     that no event or page names are left out, and with `images` those without a usable one, before any page is made.
 
     Args:
-        out: a folder, local or s3:// and so on, that is not there yet, unless `options.overwrite`.
+        out: a folder, local or s3:// and so on, that is not there yet or empty; with `options.overwrite` also a dataset. See output.py.
         source: from an importer of layouts.py, or of one's own.
         images: a folder of image files called after the items; None: a dataset without images.
         engine: "local", this process; or "ray", processes of this machine or a cluster. Both write the same bytes.
         ray_address: of a running cluster; None: processes of this machine.
 
     Raises:
-        FileExistsError: `out` is there.
+        FileExistsError: `out` is there, or has come while this ran: then the message says where the finished dataset is.
         FileNotFoundError: a file or folder is not.
-        ValueError: columns or values that are not what they should be; nothing left to train on.
+        DiskFullError: there is no room for it; the message says where.
+        ValueError: `out` is something else than a dataset, an input or in one; columns or values that are not what they should be; nothing left to train on.
     """
     options = options or PrepareOptions()
     if options.keep_unclicked and source.impressions is None:
@@ -168,43 +173,54 @@ def prepare(
             f"keep_unclicked: expected a source with impressions (--page-column, or --layout ebnerd), got {source.layout} with clicks alone: its pages are "
             "made around them"
         )
-    out = location(out)
-    there = is_file(join(out, "dataset.json")) if isinstance(out, str) else out.exists()
-    if there and not options.overwrite:
-        raise FileExistsError(f"{out} is there already; --overwrite replaces it")
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {ENGINES}, got {engine!r}")
+    out, images = location(out), None if images is None else location(images)
+    rule: dict[str, Any] = {"inputs": [images], "listed": source.files, "overwrite": options.overwrite}  # fmt: skip
+    need = _Need(options)
 
-    def write(folder: Location, scratch: Path) -> dict[str, Any]:
+    def write(folder: Location, scratch: Path, begin: Callable[[], None]) -> dict[str, Any]:
         if engine == "ray":
-            return prepare_ray.write(folder, source, images, options, ray_address)
+            return prepare_ray.write(folder, source, images, options, ray_address, begin)
         threads = options.threads or len(os.sched_getaffinity(0))
         with closing(Sorter(scratch, options.memory_gib, threads)) as sorter:
-            return _write(folder, scratch, sorter, source, images, options)
+            return _write(folder, scratch, sorter, source, images, options, begin, need)
 
-    if isinstance(out, str):
-        with tempfile.TemporaryDirectory(prefix="courier-prepare-") as scratch:
-            delete_file(join(out, "dataset.json"))
-            return write(out, Path(scratch))
-    out = Path(os.path.abspath(out))
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)  # in containers, a killed run had the same id
-    (partial / "scratch").mkdir(parents=True)
-    try:
-        report = write(partial, partial / "scratch")
-        shutil.rmtree(partial / "scratch")
-        sync_all(partial)
-        if out.exists():
-            old = out.with_name(f"{out.name}.old-{os.getpid()}")
-            out.rename(old)
-            partial.rename(out)
-            shutil.rmtree(old)
-        else:
-            partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return report
+    if isinstance(out, Path):
+        with new_folder(out, DATASET, **rule, need=need) as folder:
+            (folder / "scratch").mkdir()
+            need.folder = folder
+            report = write(folder, folder / "scratch", lambda: None)
+            shutil.rmtree(folder / "scratch")
+        return report
+    check_remote(out, DATASET, **rule)
+
+    def begin() -> None:
+        check_remote(out, DATASET, **rule)
+        delete_file(join(out, "dataset.json"))
+
+    with tempfile.TemporaryDirectory(prefix="courier-prepare-") as temporary:
+        need.folder = Path(temporary)
+        with writing(temporary, need):
+            return write(out, Path(temporary), begin)
+
+
+class _Need:
+    """What the message about a full disk says of the space that is needed."""
+
+    def __init__(self, options: PrepareOptions) -> None:
+        self.options, self.folder, self.rows, self.shown = options, Path(), 0, False
+
+    def __call__(self) -> str:
+        written = bytes_under(self.folder)
+        text = f"prepare had written {size_text(written)} there"
+        if not self.rows:
+            return f"{text}, and reading had not ended"
+        size = 0 if self.shown else self.options.page_size
+        least = max(self.rows * (_OF_ROW + _OF_SHOWN * size), written)
+        return (
+            f"{text} and needs about {size_text(least)} for {self.rows:,} rows, besides the images"
+        )
 
 
 def _write(
@@ -214,6 +230,8 @@ def _write(
     source: Source,
     images: Location | None,
     options: PrepareOptions,
+    begin: Callable[[], None],
+    need: _Need,
 ) -> dict[str, Any]:
     log.info("reading %s", ", ".join(str(f) for f in source.files) or "the source")
     raw = read(source, sorter)
@@ -221,6 +239,9 @@ def _write(
         raise ValueError(
             f"source: expected events, got none that can be read ({counts_of(raw.counts)})"
         )
+    need.rows = sum(c["read"] for c in raw.counts.values())
+    need.shown = source.impressions is not None
+    begin()
     log.info("items%s", f", images of {images}" if images else "")
     items = choose_items(raw, source, images, folder, options)
     log.info("sorting")

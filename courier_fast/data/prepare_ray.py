@@ -46,12 +46,13 @@ _FAN = 32  # parts that are summed up at once
 
 
 def write(
-    folder: Location, source: Source, images: Location | None, options: PrepareOptions, address: str | None = None
+    folder: Location, source: Source, images: Location | None, options: PrepareOptions, address: str | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes the dataset folder and gives its report, as the local engine; `folder` and what is read are there for every process."""
     with connected(address) as ray:
         try:
-            return _Run(ray, folder, source, images, options).run()
+            return _Run(ray, folder, source, images, options, begin).run()
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
@@ -82,9 +83,11 @@ class _Run:
     """One run of it; every method is a step, which lets go of what came before."""
 
     def __init__(
-        self, ray: Any, folder: Location, source: Source, images: Location | None, options: PrepareOptions
+        self, ray: Any, folder: Location, source: Source, images: Location | None, options: PrepareOptions,
+        begin: Callable[[], None],
     ) -> None:  # fmt: skip
         self.ray, self.folder, self.source, self.images, self.options = ray, folder, source, images, options  # fmt: skip
+        self.begin = begin  # called before anything is written
         self.options_ref = ray.put(options)
         self.cores = int(ray.cluster_resources().get("CPU", 1))
         self.given = source.impressions is not None
@@ -182,6 +185,7 @@ class _Run:
             raise ValueError(f"source: expected events, got none that can be read ({counts_of(self.counts)})")  # fmt: skip
         if len(table) > MAX_CODES:
             raise ValueError(f"source: expected at most {MAX_CODES:,} users and items, got more")
+        self.begin()
         log.info("items%s", f", images of {self.images}" if self.images else "")
         items = self.choose(Candidates(table.with_row_index("code"), self.source, self.images))
         sample = pl.concat(samples).sort()

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ..disk import write_rows
 from .tables import arrow_array
 
 Array = npt.NDArray
@@ -27,7 +28,7 @@ class Spool:
         self._file = path.open("wb")
 
     def append(self, values: Array) -> None:
-        np.ascontiguousarray(values, self.dtype).tofile(self._file)
+        write_rows(self._file, np.ascontiguousarray(values, self.dtype))
         self.rows += len(values)
 
     def array(self) -> Array:

@@ -11,6 +11,7 @@ Files of a remote folder are fetched whole, checked, and kept in a local cache t
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import os
@@ -23,9 +24,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import unquote
 
 from pyarrow import fs
 
+from ..disk import size_text, writing
 from ..files import sha256, write_atomically
 
 Location = str | Path
@@ -39,17 +42,59 @@ def is_url(text: str) -> bool:
     return _URL.match(text) is not None
 
 
+class LocationError(ValueError, argparse.ArgumentTypeError):
+    """A path or URL that cannot be meant; argparse shows its text."""
+
+
 def location(path: str | os.PathLike[str]) -> Location:
-    """A URL as text without a slash at its end, anything else as a path."""
+    """A URL as text without a slash at its end, anything else as a path: of a file:// URL the local one, ~ and ~user as the shell reads them.
+
+    Raises LocationError (a ValueError) for a file URL of another host or without a whole path, a home that is not there, an empty text.
+    """
     text = os.fspath(path)
-    if not is_url(text):
-        return Path(text)
-    return str(filesystem_path(text)) if text.startswith("file://") else text.rstrip("/")
+    if not text.strip():
+        raise LocationError("expected a path, got an empty text")
+    if "\0" in text:
+        raise LocationError(f"expected a path, got one with a zero byte: {text!r}")
+    if text[:5].lower() == "file:" and not os.path.lexists(text):
+        return _of_file_url(text)
+    if is_url(text):
+        scheme, rest = text.split("://", 1)
+        if not rest.strip("/"):
+            raise LocationError(f"expected a URL with a name after {scheme}://, got {text}")
+        return text.rstrip("/")
+    if text.startswith("~") and not os.path.lexists(text):
+        home = os.path.expanduser(text)
+        if home.startswith("~"):
+            raise LocationError(f"expected a path, got {text}: there is no home of {text.split('/')[0]}; ./{text} for a name that begins so")  # fmt: skip
+        return Path(home)
+    return Path(text)
 
 
-def filesystem_path(url: str) -> Path:
-    """The local path of a file:// URL."""
-    return Path(fs.FileSystem.from_uri(url)[1])
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """As `location`, where only a local path will do. LocationError for a URL of another kind: as a path it would be a folder called "s3:"."""
+    found = location(path)
+    if not isinstance(found, Path):
+        raise LocationError(f"expected a local path, got {found}")
+    return found
+
+
+def _of_file_url(url: str) -> Path:
+    """The local path of a file URL (RFC 8089): file:///a%20b, file://localhost/a, file:/a."""
+    rest = url[5:]
+    host = ""
+    if rest.startswith("//"):
+        host, slash, path = rest[2:].partition("/")
+        rest = slash + path
+    if host.lower() not in ("", "localhost"):
+        raise LocationError(f"expected file:///path, a file of this machine, got {url}, of the host {host!r}")  # fmt: skip
+    if not rest.startswith("/"):
+        raise LocationError(f"expected file:///path with a whole path, got {url}")
+    found = unquote(rest, errors="surrogateescape")
+    if "\0" in found:
+        raise LocationError(f"expected file:///path, got one with a zero byte: {url!r}")
+    # What was written by hand is not encoded: a file that is called so counts.
+    return Path(rest) if os.path.lexists(rest) and not os.path.lexists(found) else Path(found)
 
 
 def join(folder: Location, name: str) -> Location:
@@ -121,15 +166,16 @@ def is_folder(path: Location) -> bool:
     return bool(found.get_file_info(name).type == fs.FileType.Directory)
 
 
-def list_files(folder: Location) -> list[Location]:
-    """All files under a folder or URL, sorted. Those that Hive and Spark hide (a name or folder that begins with "_" or ".") are left out."""
+def list_files(folder: Location, *, everything: bool = False) -> list[Location]:
+    """All files under a folder or URL, sorted. Those that Hive and Spark hide (a name or folder that begins with "_" or ".") are left out, but for
+    `everything`."""
     if isinstance(folder, Path):
         inside = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-        return [folder / path for path in inside if not hidden(path)]
+        return [folder / path for path in inside if everything or not hidden(path)]
     found, name = filesystem(folder)
     rows = found.get_file_info(fs.FileSelector(name, recursive=True, allow_not_found=True))
     inside = sorted(row.path[len(name.rstrip("/")) + 1 :] for row in rows if row.type == fs.FileType.File)  # fmt: skip
-    return [f"{folder}/{path}" for path in inside if not hidden(path)]
+    return [f"{folder}/{path}" for path in inside if everything or not hidden(path)]
 
 
 def hidden(path: str) -> bool:
@@ -190,7 +236,7 @@ class Cache:
     """Files by the checksum of their bytes. Other processes use the same folder: a file is complete or not there."""
 
     def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
-        self.folder = folder or Path(os.environ.get("COURIER_FAST_CACHE") or Path.home() / ".cache" / "courier_fast")  # fmt: skip
+        self.folder = folder or local_path(os.environ.get("COURIER_FAST_CACHE") or Path.home() / ".cache" / "courier_fast")  # fmt: skip
         size = os.environ.get("COURIER_FAST_CACHE_GIB", "64")
         try:
             self.limit = int(float(size) * 2**30) if limit is None else limit
@@ -206,7 +252,8 @@ class Cache:
                     self._make_room(size)
                     partial = path.with_name(f".{path.name}.{os.getpid()}")
                     try:
-                        write(partial)
+                        with writing(self.folder, lambda: f"the cache needs {size_text(size)} there; COURIER_FAST_CACHE names another folder"):  # fmt: skip
+                            write(partial)
                         os.replace(partial, path)
                     finally:
                         partial.unlink(missing_ok=True)

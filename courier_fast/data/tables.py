@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from numba import njit
 
+from ..disk import size_text, write_rows, writing
 from .pages import copy_items
 from .storage import Folder, Location, Shard, join, write_file
 
@@ -243,9 +244,11 @@ class Column:
         if self._whole is not None:
             return self._whole
         dtype = self._parts([0])[0].dtype
-        with self.table.maps.folder.cache.scratch() as file:
+        cache = self.table.maps.folder.cache
+        size = len(self) * dtype.itemsize
+        with writing(cache.folder, lambda: f"a column needs {size_text(size)} there; COURIER_FAST_CACHE names another folder"), cache.scratch() as file:  # fmt: skip
             for part in self.parts():
-                part.tofile(file)
+                write_rows(file, part)
             file.flush()
             return np.memmap(file, dtype, "r", shape=(len(self),)).view(np.ndarray)
 
