@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,7 +45,12 @@ def connected(address: str | None = None) -> Iterator[Any]:
         how: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
         if address is None:
             how |= {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
-        ray.init(address, **how)
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(address, **how)
+        finally:
+            if threading.current_thread() is threading.main_thread() and before is not None:
+                signal.signal(signal.SIGTERM, before)  # Ray puts its own in its place
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from .disk import writing
 
 
@@ -104,6 +107,13 @@ def sha256(*paths: Path) -> str:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def array_sha256(array: npt.NDArray) -> str:
+    """ "sha256:..." of an array's type, shape and values."""
+    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from ..data.dataset import Dataset
 from ..files import write_atomically
+from ..interrupt import Stopped
 from ..train import config as training
 from ..train.config import Config
 from .baselines import Method, draw, page_table
@@ -168,7 +169,7 @@ def evaluate_cell(cell: Cell, judge: Judge, out: Path, args: argparse.Namespace)
     trainer = Trainer(cell.config)
     try:
         if trainer.fit()["stopped"]:
-            raise KeyboardInterrupt
+            raise Stopped(trainer.status - 128)
     finally:
         trainer.close()
     run = cell.config.run.out

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..files import remove, write_atomically
+from ..interrupt import Stopped
 from .catalogue import draw_catalogue
 from .users import Behaviour, click_probability, simulate
 
@@ -137,7 +138,7 @@ def train(out: Path, q: Quickstart) -> int:
     trainer = Trainer(settings(out, q, steps))
     try:
         if trainer.fit().get("stopped"):
-            raise KeyboardInterrupt
+            raise Stopped(trainer.status - 128)
     finally:
         trainer.close()
     return steps

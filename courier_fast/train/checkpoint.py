@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..files import partial_of, publish, remove
+from ..disk import writing
+from ..files import partial_of, publish, read_json, remove
 
 _NAME = re.compile(r"step-(\d+)")
 
@@ -158,19 +159,23 @@ class Checkpoints:
         if not self._total(first and path.is_dir()):
             error: Exception | None = None
             try:
-                self._write_part(partial, rows)
+                with writing(path, lambda: "the checkpoints before it are whole"):
+                    self._write_part(partial, rows)
             except Exception as e:  # the others wait for it
                 error = e
             failed = self._total(error is not None)
             if error is not None:
+                if first:
+                    remove(partial)
                 raise error
             if failed:
                 raise RuntimeError(
                     f"{path}: {failed} other processes could not write their parts, and say why; nothing was kept"
                 )
             if first:
-                (partial / "state.json").write_text(json.dumps(state))
-                publish(path)
+                with writing(path, lambda: "the checkpoints before it are whole"):
+                    (partial / "state.json").write_text(json.dumps(state))
+                    publish(path)
         if first:
             for old in self.all()[: -self.keep]:
                 remove(old)
@@ -196,13 +201,26 @@ class Checkpoints:
         dist.all_reduce(total, group=self.group)
         return int(total)
 
+    def state(self, path: Path) -> dict[str, Any]:
+        """The state.json of a checkpoint. ValueError where it was cut off."""
+        state = read_json(path / "state.json", f"remove {path} to go on from an earlier one")
+        lacking = [name for name in ("identity", "progress") if not isinstance(state.get(name), dict)]  # fmt: skip
+        if lacking:
+            raise ValueError(f"{path / 'state.json'}: was altered, expected {lacking[0]} in it; remove {path} to go on from an earlier one")  # fmt: skip
+        return state
+
     def load(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Fills `tensors` in place from a checkpoint and returns its state.json; in which parts each of the two is does not matter.
 
         Raises ValueError where names or shapes differ, or a part is lacking.
         """
         reader = dcp.HuggingFaceStorageReader(str(path))
-        stored = reader.read_metadata().state_dict_metadata
+        try:
+            stored = reader.read_metadata().state_dict_metadata
+        except (
+            Exception
+        ) as error:  # safetensors, JSON and torch say each in their way that a file was cut off
+            raise ValueError(f"{path}: a file of this checkpoint was cut off or altered ({str(error).splitlines()[0] if str(error) else type(error).__name__}); remove it to go on from an earlier one") from None  # fmt: skip
         wrong = sorted(set(stored) ^ set(tensors)) + [
             n
             for n in sorted(set(stored) & set(tensors))
@@ -227,4 +245,4 @@ class Checkpoints:
         with torch.no_grad():
             for name, row in rows.items():
                 tensors[name].copy_(row)
-        return json.loads((path / "state.json").read_text())
+        return self.state(path)

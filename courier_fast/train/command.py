@@ -30,5 +30,5 @@ def run(args: argparse.Namespace) -> int:
             else "nothing left to do"
         )
         print(f"{where}; encoder and checkpoints in {trainer.out}")
-    # As the shell reports it: 128 + SIGTERM, so that a scheduler knows the run is not complete.
-    return 143 if last["stopped"] else 0
+    # As the shell reports it, so that a scheduler knows the run is not complete.
+    return trainer.status if last["stopped"] else 0

@@ -5,13 +5,23 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
-from ..data.storage import location
+from ..data.storage import local_path, location
+from ..files import write_atomically
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,21 +29,55 @@ else:
     import tomli as tomllib
 
 
+def _path_by(read: Callable[[str | os.PathLike[str]], Any]) -> BeforeValidator:
+    """What is no path is left to pydantic, which says so."""
+    return BeforeValidator(lambda x: read(x) if isinstance(x, (str, os.PathLike)) else x)
+
+
+LocalPath = Annotated[Path, _path_by(local_path)]
+
+
 class Section(BaseModel):
     """A table of the TOML file: unknown names are errors."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 def described(default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, **limits)
 
 
+def _pair(above: float, most: float, what: str) -> Callable[[tuple[float, float]], tuple[float, float]]:  # fmt: skip
+    """A check of a least and a largest value."""
+
+    def check(pair: tuple[float, float]) -> tuple[float, float]:
+        least, largest = pair
+        if not above < least <= largest <= most:
+            raise ValueError(
+                f"expected {what} above {above} and at most {most}, the least one first, got {least:g} {largest:g}"
+            )
+        return pair
+
+    return check
+
+
+def _positive(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    if numbers and min(numbers) < 1:
+        raise ValueError(f"expected numbers of at least 1, got {' '.join(map(str, numbers))}")
+    return numbers
+
+
+def _decays(betas: tuple[float, float]) -> tuple[float, float]:
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"expected two of at least 0 and below 1, got {betas[0]:g} {betas[1]:g}")
+    return betas
+
+
 class DataConfig(Section):
-    dataset: Annotated[Path | str, BeforeValidator(location)] = Field(
+    dataset: Annotated[Path | str, _path_by(location)] = Field(
         description="folder written by `courier-fast prepare`, local or s3:// and so on"
     )
-    features: Path | None = described(
+    features: LocalPath | None = described(
         None,
         "train a projection on these embeddings (.npy rows as items, or .parquet) and no images",
     )
@@ -47,17 +91,17 @@ class DataConfig(Section):
     )
     history: int = described(20, "most recent history items used", ge=1)
     size: int = described(0, "side of the images in pixels; 0: 224 on a GPU, 96 on a CPU", ge=0)
-    scale: tuple[float, float] = described(
-        (0.5, 1.0), "random crop: least and largest share of the area"
+    scale: Annotated[tuple[float, float], AfterValidator(_pair(0, 1, "shares of the area"))] = (
+        described((0.5, 1.0), "random crop: least and largest share of the area")
     )
-    ratio: tuple[float, float] = described(
-        (0.75, 4 / 3), "random crop: aspect ratio, width over height"
+    ratio: Annotated[tuple[float, float], AfterValidator(_pair(0, 100, "width over height"))] = (
+        described((0.75, 4 / 3), "random crop: aspect ratio, width over height")
     )
     flip: bool = described(True, "random horizontal flips")
     decoder: Literal["auto", "dali", "dali-cpu", "software", "pillow"] = "auto"
     threads: int = described(0, "decoding threads; 0: as many as cores", ge=0)
     ahead: int = described(2, "batches decoded in advance", ge=1)
-    buckets: tuple[int, ...] = described(
+    buckets: Annotated[tuple[int, ...], AfterValidator(_positive)] = described(
         (),
         "numbers of images that batches are padded to; empty: chosen, on a GPU or with model.compile",
     )
@@ -71,7 +115,7 @@ class ModelConfig(Section):
         "auto", "any timm model, or small_conv; auto: Swin-T on a GPU, small_conv on a CPU"
     )
     pretrained: bool = described(False, "timm's pre-trained weights (downloads them)")
-    weights: Path | None = described(
+    weights: LocalPath | None = described(
         None, "safetensors file with weights of the backbone to start from"
     )
     dim: int = described(256, "dimensions of the embedding", ge=1)
@@ -232,7 +276,7 @@ class OptimConfig(Section):
         0.05, "share of the run over which the learning rate rises", ge=0, lt=1
     )
     weight_decay: float = described(0.05, "for matrices; never for biases and norms", ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: Annotated[tuple[float, float], AfterValidator(_decays)] = (0.9, 0.98)
     clip: float = described(1.0, "largest norm of the gradient; 0: none", ge=0)
 
     @model_validator(mode="after")
@@ -247,7 +291,9 @@ class OptimConfig(Section):
 
 
 class RunConfig(Section):
-    out: Path = described(Path("run"), "folder of the run; one that has checkpoints is resumed")
+    out: LocalPath = described(
+        Path("run"), "folder of the run; one that has checkpoints is resumed"
+    )
     seed: int = Field(0, ge=0)
     device: str = described("auto", "cuda, cpu; auto: the GPU where there is one")
     precision: Literal["auto", "float32", "bfloat16"] = described(
@@ -313,9 +359,14 @@ class Config(Section):
         values: dict[str, Any] = {}
         if path is not None:
             try:
-                values = tomllib.loads(Path(path).read_text())
+                values = tomllib.loads(local_path(path).read_text("utf-8"))
             except tomllib.TOMLDecodeError as error:
-                raise ValueError(f"{path}: {error}") from None
+                raise ValueError(f"{path}: expected TOML: {error}") from None
+            except UnicodeDecodeError:
+                raise ValueError(f"{path}: expected TOML in UTF-8, got other bytes") from None
+        wrong = [n for n, v in values.items() if not isinstance(v, dict)]
+        if wrong:
+            raise ValueError(f"config {path}: expected tables such as [data], got the value {wrong[0]} outside of one")  # fmt: skip
         for name, value in (overrides or {}).items():
             section, _, key = name.partition(".")
             table = values.setdefault(section, {})
@@ -341,7 +392,8 @@ class Config(Section):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes every value, defaults too, as TOML."""
-        Path(path).write_text(tomli_w.dumps(self.model_dump(mode="json", exclude_none=True)))
+        text = tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+        write_atomically(Path(path), lambda partial: partial.write_text(text, "utf-8"))
 
 
 def add_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:

@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,8 @@ from ..data.batches import BatchPlan
 from ..data.dataset import Dataset
 from ..data.embeddings import read_embeddings
 from ..data.loader import Augmentation, Batch, Features, Images, Loader
+from ..files import array_sha256
+from ..output import check_growing
 from .checkpoint import Checkpoints, optimizer_tensors
 from .config import Config
 from .encoder import SMALL_CONV, Encoder, build_encoder, build_projection, save_encoder
@@ -88,6 +92,8 @@ class Trainer:
                 self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         self.config = config = self._resolve(config)
+        self.out = config.run.out
+        check_run(config)
         self.processes = Processes(self.device)
         self.sharded = config.model.shard and self.processes.world > 1
         torch.manual_seed(config.run.seed)
@@ -98,13 +104,12 @@ class Trainer:
         self._build_model()
         self._build_loader()
         self.progress = Progress()
-        self.out = config.run.out
         self.checkpoints = Checkpoints(
             self.out / "checkpoints", config.run.keep, self.processes.rank,
             self.processes.host_group() if self.sharded else None,
             make_mesh(torch.device("cpu")) if self.sharded else None,
         )  # fmt: skip
-        self._stop = False
+        self._stop = 0  # the number of the signal that asked for it
         self._resume()
 
     def _plan(self, pages: int, images: int, rank: int, world: int) -> BatchPlan:
@@ -361,7 +366,7 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Trains to the end of the run; gives the last line of metrics.jsonl and whether a signal ended it early.
 
-        SIGTERM and SIGINT save a checkpoint and return. Checkpoints are written while training goes on; however it ends, it waits for them.
+        SIGTERM, SIGINT and SIGHUP save a checkpoint and return. Checkpoints are written while training goes on; however it ends, it waits for them.
 
         Raises:
             RuntimeError: the loss is no longer finite (checkpoints stay), too many images are damaged, or another process could not write its
@@ -396,7 +401,7 @@ class Trainer:
                     )
                     # One collective: any process may have been told to stop, the first one keeps the time.
                     stop, due_now, failed = self.processes.sum(
-                        [self._stop, due, self.checkpoints.failed]
+                        [bool(self._stop), due, self.checkpoints.failed]
                     )
                     if failed:
                         self.checkpoints.wait()  # raises what went wrong here
@@ -441,10 +446,13 @@ class Trainer:
             if self._stop and number == signal.SIGINT:  # asked for twice: now
                 raise KeyboardInterrupt
             log.warning("signal %d: saving and stopping after this step", number)
-            self._stop = True
+            self._stop = number
 
+        wanted = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            wanted.append(signal.SIGHUP)
         try:
-            before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+            before = {s: signal.signal(s, stop) for s in wanted}
         except ValueError:  # not the main thread: signals are its owner's
             before = {}
         try:
@@ -452,6 +460,11 @@ class Trainer:
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
+
+    @property
+    def status(self) -> int:
+        """What the shell is told of a run that a signal ended: 128 and its number; another process's was SIGTERM."""
+        return 128 + (self._stop or signal.SIGTERM)
 
     def close(self) -> None:
         """Ends the decoder and, where this trainer began it, the process group."""
@@ -476,7 +489,13 @@ class Trainer:
         return {
             "seed": c.run.seed, "world": self.processes.world, "pages": c.data.pages, "images": c.data.images,
             "history": c.data.history, "dataset_pages": len(self.plan.rows), "items": self.dataset.num_items,
+            "dataset": self.dataset.fingerprint, "features": self._features,
         }  # fmt: skip
+
+    @cached_property
+    def _features(self) -> str | None:
+        """ "sha256:..." of the features' values, in the order of the items."""
+        return None if self.table is None else array_sha256(self.table)
 
     def save(self) -> None:
         """Begins a checkpoint of now, which is written while training goes on. Every process calls it."""
@@ -509,9 +528,7 @@ class Trainer:
         if not found:
             return
         path = self.checkpoints.path(found - 1)
-        state = self.checkpoints.load(path, self._tensors())
-        # Its tensors were filled in place, of which a memory, that counts its rows on the host, has not heard.
-        self.objective.load_state_dict(self.objective.state_dict())
+        state = self.checkpoints.state(path)
         there, here = state["identity"], self._identity()
         # Another number of processes, also with other batches, goes on at the same page.
         moved = there["world"] != here["world"]
@@ -520,10 +537,14 @@ class Trainer:
             for k, v in there.items()
             if v != here.get(k) and not (moved and k in ("world", "pages", "images"))
         }
+        self._same_data(differ)
         if differ:
             raise ValueError(
                 f"run.out: {self.out} has a run with other settings (there, here): {differ}; expected the same, or another folder"
             )
+        self.checkpoints.load(path, self._tensors())
+        # Its tensors were filled in place, of which a memory, that counts its rows on the host, has not heard.
+        self.objective.load_state_dict(self.objective.state_dict())
         self.progress = p = Progress(**state["progress"])
         if self.processes.rank:  # the checkpoint's counts are those of all processes
             p.images = p.occurrences = p.damaged = 0
@@ -534,6 +555,17 @@ class Trainer:
         if p.step_in_epoch >= self.plan.steps(p.epoch):
             self._next_epoch()
         log.info("resumed from %s", path)
+
+    def _same_data(self, differ: dict[str, tuple[Any, Any]]) -> None:
+        """ValueError that names the dataset or features, where the run in the folder was begun with others."""
+        given = {"dataset": self.config.data.dataset, "features": self.config.data.features}
+        for name, path in given.items():
+            if name in differ:
+                there, here = (str(x)[:19] if x else "none" for x in differ[name])
+                raise ValueError(
+                    f"run.out: {self.out} has a run that was begun with another data.{name} (checksum {there}), got {path} (checksum {here}): it "
+                    f"cannot go on with it; give that data.{name}, or another run.out to begin anew"
+                )
 
     def _next_epoch(self) -> None:
         p = self.progress
@@ -555,6 +587,22 @@ class Trainer:
         else:
             p.cut_step, p.cut_page = p.step_in_epoch, page
             self.plan.recut(p.epoch, p.cut_step, p.cut_page)
+
+
+_OWN = ("config.toml", "metrics.jsonl", "encoder.json", "encoder.safetensors", "checkpoints", "tensorboard")  # fmt: skip
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run: its checkpoints, or its settings and its journal."""
+    if any((folder / "checkpoints").glob("step-*")):
+        return True
+    return (folder / "config.toml").is_file() and (folder / "metrics.jsonl").is_file()
+
+
+def check_run(config: Config) -> None:
+    """ValueError or OSError where no run can be written into the folder, or something else would be written over."""
+    inputs = (config.data.dataset, config.data.features, config.model.weights)
+    check_growing(config.run.out, _OWN, _is_run, what="run.out: expected a new folder or a run's", inputs=inputs)  # fmt: skip
 
 
 def _mix(*values: int) -> int:
