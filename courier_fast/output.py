@@ -371,7 +371,7 @@ def _rename(filled: Path, out: Path, product: Product, check: Callable[[], Path]
         raise _kept(filled, out, error) from None
     sync(out.parent)
     if old is not None:
-        _discard(old, product)
+        discard(old, product)
 
 
 def _aside(out: Path, product: Product) -> Path:
@@ -424,10 +424,10 @@ def _fill(filled: Path, out: Path, product: Product, check: Callable[[], Path]) 
     sync(out)
     shutil.rmtree(filled, ignore_errors=True)
     if before:
-        _discard(old, product)
+        discard(old, product)
 
 
-def _discard(old: Path, product: Product) -> None:
+def discard(old: Path, product: Product) -> None:
     """Removes the files of a product, and folders that are empty then: nothing that has come to it meanwhile."""
     for where, _, files in os.walk(old, topdown=False):
         for name in files:
@@ -435,9 +435,9 @@ def _discard(old: Path, product: Product) -> None:
             inner = path.relative_to(old).as_posix()
             if product.files.fullmatch(inner) or _LITTER.fullmatch(name):
                 path.unlink(missing_ok=True)
-        with suppress(OSError):
+        with suppress(OSError):  # not empty, or a mounted volume
             os.rmdir(where)
-    if old.exists():
+    if old.exists() and not is_empty(old):
         log.warning("%s is left: it holds something else than %s", old, product.name)
 
 

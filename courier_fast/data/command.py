@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ..cluster import add_engine_arguments, check_engine
+from ..locations import local_path
 from .layouts import LAYOUTS, Columns, Source, generic
 from .options import PrepareOptions
 from .pages import NEGATIVES
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the dataset folder to write; also s3://, gs://, hdfs://, as are the others",
     )
     add("--layout", default="generic", choices=["generic", *LAYOUTS])
-    add("--source", type=Path, help="folder of the published files (not for generic)")
+    add("--source", type=local_path, help="folder of the published files (not for generic)")
     add("--images", type=location, help="folder of image files called after the items")
     add("--min-rating", type=float, help="least rating that is a click (movielens, amazon-reviews-2023)")  # fmt: skip
     add("--shrink", type=int, default=0, metavar="PIXELS", help="scale longer short sides down to this")  # fmt: skip

@@ -37,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..files import sha256
+from ..files import parse_json, sha256
 from .storage import Folder, Location, Shard, join, write_file
 from .tables import ImageShard, Maps, Table, read_table
 
@@ -157,7 +157,8 @@ class Dataset:
             raise FileNotFoundError(
                 f"dataset: expected a folder that `courier-fast prepare` wrote (with dataset.json), got {self.path}"
             )
-        self.info: dict[str, Any] = json.loads(about)
+        advice = "prepare it again"
+        self.info: dict[str, Any] = parse_json(about, join(self.path, "dataset.json"), advice)
         self.maps = Maps(self._folder)
         shards = self._shards()
         self.tables = {name: Table(self.maps, of) for name, of in shards.items()}
@@ -173,10 +174,14 @@ class Dataset:
         manifest = self._folder.read_text("manifest.json")
         if manifest is None:
             raise FileNotFoundError(f"dataset: {self.path}/manifest.json is not there")
+        lacking = [name for name in ("manifest", "splits") if name not in self.info]
+        if lacking:
+            raise ValueError(f"dataset: {self.path}/dataset.json was altered: expected {lacking[0]} in it; prepare it again")  # fmt: skip
         got = "sha256:" + hashlib.sha256(manifest.encode()).hexdigest()
         if got != self.info["manifest"]:
             raise ValueError(f"dataset: {self.path}/manifest.json was cut off or altered: expected {self.info['manifest']}, got {got}")  # fmt: skip
-        return {n: [Shard(**s) for s in of] for n, of in json.loads(manifest)["tables"].items()}
+        tables = parse_json(manifest, join(self.path, "manifest.json"))["tables"]
+        return {n: [Shard(**s) for s in of] for n, of in tables.items()}
 
     def verify(self) -> int:
         """Reads every shard where it lies and compares it with the manifest; gives the number of bytes. ValueError names a shard that was cut off
@@ -228,7 +233,8 @@ class Dataset:
     @cached_property
     def report(self) -> dict[str, Any]:
         """What `prepare` read, kept and dropped; empty where report.json is not there."""
-        return json.loads(self._folder.read_text("report.json") or "{}")
+        text = self._folder.read_text("report.json")
+        return {} if text is None else parse_json(text, join(self.path, "report.json"))
 
     @property
     def num_items(self) -> int:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..files import check_sha256, remove, sha256, write_atomically
+from ..files import check_sha256, read_json, sha256, write_atomically
+from ..locations import local_path
 
 Array = npt.NDArray
 
 FORMAT = 1
 NAME = "manifest.json"
+_PART = re.compile(r"part-\d{5}\.parquet")
 ROWS = 50_000  # of a row group
 
 
@@ -47,14 +50,19 @@ class EmbeddingStore:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> EmbeddingStore:
         """FileNotFoundError where the folder or a part is not there, ValueError where the format is another."""
-        path = Path(path)
+        path = local_path(path)
         if not (path / NAME).is_file():
             raise FileNotFoundError(f"embeddings: expected a folder that `courier-fast embed` wrote (with {NAME}), got {path}")  # fmt: skip
-        about = json.loads((path / NAME).read_text("utf-8"))
+        about = read_json(path / NAME, "embed into a new folder")
         if about.get("format") != FORMAT:
             raise ValueError(f"embeddings: expected format {FORMAT}, got {about.get('format')} in {path / NAME}")  # fmt: skip
+        expected = {f.name for f in fields(cls)} - {"path"}
+        if set(about) != expected or not isinstance(about["parts"], list):
+            raise ValueError(f"embeddings: {path / NAME} was altered, expected {', '.join(sorted(expected))} in it, got {', '.join(sorted(about))}")  # fmt: skip
         parts = tuple(about.pop("parts"))
         for part in parts:
+            if not (isinstance(part, dict) and _PART.fullmatch(str(part.get("name")))):
+                raise ValueError(f"embeddings: {path / NAME} was altered, expected parts called part-00000.parquet and so on, got {part}")  # fmt: skip
             if not (path / part["name"]).is_file():
                 raise FileNotFoundError(f"embeddings: {path / part['name']} is in {NAME}, but is not there")  # fmt: skip
         return cls(path, parts=parts, **about)
@@ -89,7 +97,7 @@ class EmbeddingStore:
         self._check()  # what was altered is not written anew
         kept = replace(self, parts=())._write(self._newest(list(self._schema.names)), self._next)
         for part in self.parts:
-            remove(self.path / part["name"])
+            (self.path / part["name"]).unlink(missing_ok=True)
         return kept
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..files import read_json
+from ..locations import local_path
 from .dataset import Dataset
 from .embedding_store import EmbeddingStore
 
@@ -38,7 +39,7 @@ def read_embeddings(
     Items without a row in a Parquet file or folder are NaN, its other items are left out; `strict` takes neither. ValueError where the shape is
     another or an id comes twice.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.is_dir():
         table = _in_order(*EmbeddingStore.open(path).read(), dataset, path, strict)
     elif not path.is_file():
@@ -58,7 +59,7 @@ def read_embeddings(
 def read_vectors(path: str | os.PathLike[str]) -> tuple[pa.Array, Array, str | None]:
     """Item ids, each once, embeddings [n, D] float32, and the space of the encoder (None where nobody wrote it down), of what
     `courier-fast embed` wrote: a folder, .parquet, or .npy with its ids in the JSON beside it."""
-    path = Path(path)
+    path = local_path(path)
     if path.is_dir():
         store = EmbeddingStore.open(path)
         return *store.read(), store.space
@@ -79,14 +80,15 @@ def read_vectors(path: str | os.PathLike[str]) -> tuple[pa.Array, Array, str | N
 def _beside(path: Path) -> dict[str, Any]:
     """What the JSON file beside embeddings says; empty where there is none."""
     beside = Path(f"{path}.json")
-    return json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+    return read_json(beside) if beside.is_file() else {}
 
 
 def trained_until(path: str | os.PathLike[str]) -> int | None:
     """Time of the newest page that the encoder was trained on, in seconds since 1970; None where nobody wrote it down beside the file."""
-    if Path(path).is_dir():
+    path = local_path(path)
+    if path.is_dir():
         return EmbeddingStore.open(path).trained_until
-    value = _beside(Path(path)).get("trained_until")
+    value = _beside(path).get("trained_until")
     return None if value is None else int(value)
 
 

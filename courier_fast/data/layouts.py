@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.dataset as arrow
 from polars.io.plugins import register_io_source
 
-from .storage import Location, filesystem, is_file, is_folder, list_files, local_copy
+from .storage import Location, filesystem, is_file, is_folder, list_files, local_copy, location
 
 _NAME = re.compile(r"^.*?(?=\.(?:parquet|csv|tsv|txt|jsonl|ndjson)(?:\.gz)?$)")
 
@@ -306,6 +306,8 @@ def generic(
         columns: what the columns are called.
     """
     c = columns or Columns()
+    interactions = [location(path) for path in interactions]
+    items = None if items is None else location(items)
     if not interactions:
         raise ValueError("interactions: expected at least one file, got none")
 

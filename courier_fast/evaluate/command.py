@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ from ..data.dataset import Dataset
 from ..data.embeddings import read_embeddings
 from ..data.storage import location
 from ..files import write_atomically
+from ..locations import local_path
+from ..output import check_file
 from . import baselines
 from .baselines import BASELINES, Method, compare
 from .embed import (
@@ -43,12 +44,14 @@ TITLES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", type=location, required=True, help="folder written by `courier-fast prepare`")  # fmt: skip
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", type=Path, help="folder of a training run: its encoder is evaluated")
-    what.add_argument("--embeddings", type=Path, help=".npy (rows as items of the dataset) or .parquet (item_id, embedding)")  # fmt: skip
+    what.add_argument(
+        "--run", type=local_path, help="folder of a training run: its encoder is evaluated"
+    )
+    what.add_argument("--embeddings", type=local_path, help=".npy (rows as items of the dataset) or .parquet (item_id, embedding)")  # fmt: skip
     parser.add_argument("--split", default="test")
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, help="default: all that the dataset allows")  # fmt: skip
     parser.add_argument("--backbone", help="of that baseline, untrained or with --weights; default: as the run began, or small_conv")  # fmt: skip
-    parser.add_argument("--weights", type=Path, help="safetensors file for --backbone")
+    parser.add_argument("--weights", type=local_path, help="safetensors file for --backbone")
     parser.add_argument("--pretrained", action="store_true", help="timm's weights for --backbone (downloads them)")  # fmt: skip
     parser.add_argument("--size", type=int, default=96, help="of the images for --backbone, in pixels")  # fmt: skip
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=["page", "sampled"])
@@ -58,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--score", choices=SCORES, default="mean", help="similarity to the history, of every method; reconstruction: what the loss trains, with the attention and unit of --run")  # fmt: skip
     parser.add_argument("--bootstrap", type=int, default=1000, help="samples of the bootstrap over users")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write the result there")
+    parser.add_argument("--json", type=local_path, help="also write the result there")
     add_device_arguments(parser)
 
 
@@ -68,10 +71,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def inputs_of(args: argparse.Namespace) -> list[Any]:
+    """What is read."""
+    inputs = [args.dataset, args.run, args.embeddings, args.weights]
+    if args.run is not None:
+        inputs += [args.run / name for name in ("config.toml", "encoder.json", "encoder.safetensors", "metrics.jsonl")]  # fmt: skip
+    return inputs
+
+
 def evaluate(args: argparse.Namespace) -> tuple[Dataset, list[Method], dict[str, Any]]:
     """The dataset, its methods, the main one first, and what `compare` gives of them, written to --json."""
-    dataset = Dataset(args.dataset)
     # What is wrong is an error before the work, not after.
+    if args.json is not None:
+        check_file(args.json, "json", inputs=inputs_of(args), begins="{")
+    dataset = Dataset(args.dataset)
     dataset.split(args.split)
     reconstruction = None
     if args.score == "reconstruction" and args.run is not None:

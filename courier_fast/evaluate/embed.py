@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,7 +29,10 @@ from ..data.decode import KINDS, Decoder, make_decoder
 from ..data.pictures import seen_size
 from ..data.storage import is_url, location, read_any, size_and_time
 from ..data.transforms import eval_windows
-from ..files import remove, sync, write_atomically
+from ..disk import size_text, writing
+from ..files import sync, write_atomically
+from ..locations import local_path
+from ..output import check_file
 
 log = logging.getLogger(__name__)
 
@@ -272,11 +275,12 @@ def embed_source(
         ValueError: `out` is neither .npy nor .parquet, or batch is below 1.
         RuntimeError: the encoder gives NaN for a good image.
     """
-    out, began = Path(out), time.monotonic()
+    out, began = local_path(out), time.monotonic()
     if out.suffix not in (".npy", ".parquet"):
         raise ValueError(f"out: expected a .npy or .parquet file, got {out}")
     if batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
+    check_embeddings_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     size, dim = len(source.ids), int(encoder.dim)  # type: ignore[arg-type]
     about = {
@@ -323,6 +327,16 @@ def embed_source(
     return report
 
 
+def check_embeddings_out(out: Path, inputs: Iterable[object] = ()) -> None:
+    """ValueError or OSError where embeddings cannot be written to a file, or something else than earlier ones would be written over."""
+    check_file(out, "out", inputs=inputs)
+    beside = out.with_name(f"{out.name}.json")
+    for left in (beside, *(out.with_name(f"{out.name}.{e}") for e in ("partial", "progress"))):
+        check_file(left, "out", inputs=inputs)
+    if out.is_file() and not beside.is_file():
+        raise ValueError(f"out: expected a new file or earlier embeddings, got {out}, which has no {beside.name} beside it: `embed` has not written it")  # fmt: skip
+
+
 class _Partial:
     """The embeddings of an unfinished `out`, and which of them are there: from an earlier run, or none."""
 
@@ -336,7 +350,9 @@ class _Partial:
         if self.done:
             self.table = np.lib.format.open_memmap(self.path, "r+")
         else:
-            remove(self.progress)  # first: it must never speak of another partial file
+            self.progress.unlink(
+                missing_ok=True
+            )  # first: it must never speak of another partial file
             self.table = _allocate(self.path, len(source.ids), dim)
             self.table[~source.present] = np.nan
         self.saved = time.monotonic()
@@ -356,12 +372,12 @@ class _Partial:
         """Makes it `out`."""
         if out.suffix == ".parquet":
             write_atomically(out, lambda path: _write_parquet(path, ids, self.table))
-            remove(self.path)
+            self.path.unlink(missing_ok=True)
         else:
             sync(self.path)
             os.replace(self.path, out)
             sync(out.parent)
-        remove(self.progress)
+        self.progress.unlink(missing_ok=True)
 
 
 def _encoder_fingerprint(encoder: nn.Module) -> str:
@@ -400,11 +416,16 @@ def _resume(partial: Path, progress: Path, about: dict[str, Any]) -> tuple[int, 
 
 
 def _allocate(path: Path, rows: int, dim: int) -> np.memmap:
-    remove(path)
-    table = np.lib.format.open_memmap(path, "w+", np.float32, (rows, dim))
-    # A full disk is an error now, and not a crash at some later write into the map.
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, path.stat().st_size))
+    path.unlink(missing_ok=True)
+    try:
+        with writing(path, lambda: f"it needs {size_text(4 * rows * dim)}"):
+            table = np.lib.format.open_memmap(path, "w+", np.float32, (rows, dim))
+            # A full disk is an error now, and not a crash at some later write into the map.
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, path.stat().st_size))
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     return table
 
 
@@ -467,11 +488,11 @@ def make_decoder_for(encoder: Any, device: torch.device, args: argparse.Namespac
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, required=True, help="folder of a training run")
+    parser.add_argument("--run", type=local_path, required=True, help="folder of a training run")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--dataset", type=location, help="folder written by `courier-fast prepare`")
     what.add_argument("--images", type=location, help="any folder of images; ids are the files' names without suffix")  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="embeddings.npy, embeddings.parquet, or a folder that can grow")  # fmt: skip
+    parser.add_argument("--out", type=local_path, required=True, help="embeddings.npy, embeddings.parquet, or a folder that can grow")  # fmt: skip
     parser.add_argument("--only-new", action="store_true", help="into a folder that is there: items that it lacks, and those with another image")  # fmt: skip
     parser.add_argument("--since", metavar="DATE", help="with --only-new: looks at items first seen since then only")  # fmt: skip
     parser.add_argument("--remove-missing", action="store_true", help="with --only-new: items of the folder that have no image any more are marked as gone")  # fmt: skip
@@ -490,10 +511,21 @@ def run(args: argparse.Namespace) -> int:
         return _run(args, {"encode": encode_on(ray)})
 
 
+def _features_of(run: Path) -> Path | None:
+    """The file that a run's projection was trained on."""
+    from ..train.config import Config
+
+    settings = run / "config.toml"
+    return Config.load(settings).data.features if settings.is_file() else None
+
+
 def _run(args: argparse.Namespace, how: dict[str, Any]) -> int:
     from ..serve.contract import contract_of_run
     from ..train.encoder import load_encoder
 
+    inputs = [args.images, args.dataset, *(args.run / n for n in ("config.toml", "encoder.json", "encoder.safetensors"))]  # fmt: skip
+    if args.out.suffix and not args.out.is_dir():  # before the work
+        check_embeddings_out(args.out, [*inputs, _features_of(args.run)])
     device, dtype = device_of(args)
     encoder = load_encoder(args.run, device)
     space = contract_of_run(args.run).space

@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 from torch import Tensor, nn
 
 from ..data.embedding_store import NAME, EmbeddingStore
-from ..files import remove
 from .embed import EmbedReport, Source, embed_source
 
 Array = npt.NDArray
@@ -91,7 +90,7 @@ def embed_new(
     store = store.append(part.ids, [d for d, w in zip(digests, wanted, strict=True) if w], table)
     del table
     for path in (begun, begun.with_name(f"{begun.name}.json")):
-        remove(path)
+        path.unlink(missing_ok=True)
     return store, report
 
 

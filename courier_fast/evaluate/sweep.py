@@ -27,8 +27,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data.dataset import Dataset
-from ..files import write_atomically
+from ..data.embeddings import read_embeddings
+from ..files import array_sha256, read_json, write_atomically
 from ..interrupt import Stopped
+from ..locations import local_path
+from ..output import check_growing
 from ..train import config as training
 from ..train.config import Config
 from .baselines import Method, draw, page_table
@@ -40,6 +43,8 @@ from .tables import markdown_table
 log = logging.getLogger(__name__)
 
 Array = npt.NDArray
+
+ABOUT = "sweep.json"  # checksums of the data that a folder's sweep was begun with
 
 
 @dataclass(frozen=True)
@@ -303,8 +308,8 @@ def write_results(rows: list[dict[str, Any]], axes: list[str], out: Path, consol
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", type=Path, help="TOML file of the settings that are the same for all")  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="folder of the sweep; what is done in it is not done again")  # fmt: skip
+    parser.add_argument("config", nargs="?", type=local_path, help="TOML file of the settings that are the same for all")  # fmt: skip
+    parser.add_argument("--out", type=local_path, required=True, help="folder of the sweep; what is done in it is not done again")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="runs of each combination, with seeds from run.seed on (default 1)")  # fmt: skip
     parser.add_argument("--split", default="validation", help="that settings are chosen on (default validation)")  # fmt: skip
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=["page", "sampled"])
@@ -317,12 +322,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_arguments(parser, several=True)
 
 
+def _is_sweep(folder: Path) -> bool:
+    return (folder / ABOUT).is_file() or all((folder / n).is_dir() for n in ("cells", "embeddings"))
+
+
+def _same_data(out: Path, dataset: Dataset, features: Sequence[Path | None]) -> None:
+    """ValueError where what is done in the folder was done with another dataset, or a file of features that has changed; else notes both."""
+    now = {"dataset": dataset.fingerprint}
+    now |= {f"features {path}": array_sha256(read_embeddings(path, dataset)) for path in {*features} if path is not None}  # fmt: skip
+    path = out / ABOUT
+    before = read_json(path, "another --out begins anew") if path.is_file() else {}
+    for name in now.keys() & before.keys():
+        if now[name] != before[name]:
+            raise ValueError(
+                f"out: {out} has a sweep that was begun with another data.{name} (checksum {before[name][:19]}, now {now[name][:19]}); "
+                "another --out begins anew"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda p: p.write_text(json.dumps(before | now, indent=1)))
+
+
 def run(args: argparse.Namespace) -> int:
     combinations = grid(args.config, training.overrides_of(args), args.seeds, args.out)
     first = combinations[0][0].config
+    check_growing(
+        args.out, ("runs", "cells", "embeddings", "results.parquet", "results.md", ABOUT), _is_sweep,
+        what="out: expected a new folder or a sweep's", inputs=(args.config, first.data.dataset, first.data.features, first.model.weights),
+    )  # fmt: skip
     judge = Judge(
         Dataset(first.data.dataset), args.split, args.candidates, args.count, args.k, args.history, args.score, seed=0,
     )  # fmt: skip
+    _same_data(args.out, judge.dataset, [cell.config.data.features for cells in combinations for cell in cells])  # fmt: skip
     for name in ("cells", "embeddings"):
         (args.out / name).mkdir(parents=True, exist_ok=True)
     console = Console()

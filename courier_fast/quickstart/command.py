@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..files import remove, write_atomically
 from ..interrupt import Stopped
+from ..locations import local_path
+from ..output import Product, check_output, discard
 from .catalogue import draw_catalogue
 from .users import Behaviour, click_probability, simulate
 
@@ -30,6 +33,10 @@ Array = npt.NDArray
 
 LEAD = "The network saw pictures and clicks, and nothing else: no categories, no attributes, no pre-trained weights."
 MARK = "quickstart.json"  # says that a folder is a quickstart's, and may be written anew
+PRODUCT = Product(
+    "an earlier quickstart", MARK, ("items", "users", "seed"),
+    re.compile(r"(quickstart|results)\.json|(items|views)\.parquet|(truth|embeddings)\.npy|report\.html|images/[^/]+\.jpg|(dataset|run|trial|ctr)/.*"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -217,17 +224,17 @@ def quickstart(out: Path, q: Quickstart, console: Console | None = None) -> Path
     """Runs every stage in the folder `out` and gives the report's path.
 
     Raises:
-        FileExistsError: `out` has something else in it than an earlier quickstart.
+        ValueError: `out` has something else in it than an earlier quickstart.
     """
     from ..report.page import About, write_report
     from ..report.text import headline, margins
     from .ctr import compare_ctr
 
     console = console or Console()
-    if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
-        raise FileExistsError(f"--out: expected an empty folder or that of an earlier quickstart, got {out}")  # fmt: skip
-    remove(out)
-    out.mkdir(parents=True)
+    check_output(out, PRODUCT, overwrite=True)
+    if out.is_dir():
+        discard(out, PRODUCT)
+    out.mkdir(parents=True, exist_ok=True)
     (out / MARK).write_text(json.dumps({"items": q.items, "users": q.users, "seed": q.seed}))
     stages = Stages(console)
     with stages("Draw", f"{q.items:,} products, {q.users:,} shoppers"):
@@ -267,7 +274,7 @@ def quickstart(out: Path, q: Quickstart, console: Console | None = None) -> Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     d = Quickstart()
-    parser.add_argument("--out", type=Path, default=Path("courier-quickstart"), help="folder for everything (default ./courier-quickstart)")  # fmt: skip
+    parser.add_argument("--out", type=local_path, default=Path("courier-quickstart"), help="folder for everything (default ./courier-quickstart)")  # fmt: skip
     parser.add_argument("--items", type=int, help=f"products drawn (default {d.items})")
     parser.add_argument("--users", type=int, help=f"shoppers (default {d.users})")
     length = parser.add_mutually_exclusive_group()

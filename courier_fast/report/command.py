@@ -6,20 +6,23 @@ import argparse
 from pathlib import Path
 
 from ..evaluate import command as evaluate
+from ..locations import local_path
+from ..output import check_file
 from .page import About, write_report
 from .sections import ctr_tables, sweep_pictures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default report.html)")  # fmt: skip
-    parser.add_argument("--ctr", type=Path, help="folder of `courier-fast ctr`: its tables are shown")  # fmt: skip
-    parser.add_argument("--sweep", type=Path, help="folder of `courier-fast sweep`: its plots are shown")  # fmt: skip
+    parser.add_argument("--out", type=local_path, default=Path("report.html"), help="the page (default report.html)")  # fmt: skip
+    parser.add_argument("--ctr", type=local_path, help="folder of `courier-fast ctr`: its tables are shown")  # fmt: skip
+    parser.add_argument("--sweep", type=local_path, help="folder of `courier-fast sweep`: its plots are shown")  # fmt: skip
     parser.add_argument("--headline", default="page", metavar="SET", help="the set of candidates that the headline is about (default page)")  # fmt: skip
     evaluate.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     # What is wrong is an error before the work, not after.
+    check_file(args.out, "out", inputs=evaluate.inputs_of(args), begins="<")
     if args.sweep is not None:
         sweep_pictures(args.sweep)
     if args.ctr is not None:

@@ -22,6 +22,7 @@ from .. import __version__
 from ..data.dataset import Dataset
 from ..evaluate.ranking import Reconstruction
 from ..files import write_atomically
+from ..locations import local_path
 from .charts import forest
 from .items import attention_examples, map_of_items, neighbours
 from .sections import (
@@ -132,7 +133,7 @@ def write_report(
         versions=_versions(),
         written=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC").lstrip("0"),
     )  # fmt: skip
-    write_atomically(Path(path), lambda partial: partial.write_text(page, encoding="utf-8"))
+    write_atomically(local_path(path), lambda partial: partial.write_text(page, encoding="utf-8"))
 
 
 def _template() -> Template:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,9 @@ import torch
 from ..data.dataset import Dataset
 from ..evaluate.metrics import bootstrap_means, count_ranks, interval
 from ..evaluate.ranking import Reconstruction, find_targets, history_scores, sampled_candidates
+from ..files import read_json
 from ..train.config import Config
+from ..train.journal import parsed
 from ..train.monitor import effective_rank, uniformity
 from .charts import curve, dots
 from .text import MINUS, TITLES, name_of, number, percent
@@ -37,8 +38,9 @@ SPLITS = {"train": "learn from", "validation": "choose by", "test": "test on"}
 def read_journal(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; none where it is not there."""
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
+    found = (parsed(line) for line in lines)
+    return [line for line in found if line is not None]
 
 
 def curves(journal: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -204,7 +206,7 @@ def ctr_tables(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"--ctr: expected the folder of a finished `courier-fast ctr`, with ctr.json, got {folder}")  # fmt: skip
     from ..evaluate.ctr.report import HEAD, about_table, cells_of, notes_of, slice_cells
 
-    report, tables = json.loads(path.read_text()), []
+    report, tables = read_json(path), []
     for table in report["tables"]:
         name = f"{table['model']}, {table['protocol']}"
         rows = [cells_of(row, table["made_pages"]) for row in table["rows"]]

@@ -20,8 +20,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .. import output
 from ..evaluate.features import CLUSTERS, centroids_of, nearest_centroid
-from ..files import check_sha256, sha256, write_atomically
+from ..files import check_sha256, read_json, sha256
 
 Array = npt.NDArray
 
@@ -56,7 +57,7 @@ def assign_clusters(ids: pa.Array, vectors: Array, like: Path, out: Path, *, spa
     about_file = like / "clusters.json"
     if not about_file.is_file():
         raise FileNotFoundError(f"like: expected a folder that `courier-fast index clusters` wrote (with clusters.json), got {like}")  # fmt: skip
-    about = json.loads(about_file.read_text("utf-8"))
+    about = read_json(about_file, "fit the clusters again")
     if about.get("format") != FORMAT:
         raise ValueError(f"like: expected format {FORMAT}, got {about.get('format')} in {about_file}")  # fmt: skip
     if about["space"] != space:
@@ -73,13 +74,11 @@ def _write(ids: pa.Array, vectors: Array, centroids: dict[int, Array], space: st
     columns = {f"cluster_{k}": nearest_centroid(vectors, means) for k, means in centroids.items()}
 
     def write(folder: Path) -> None:
-        folder.mkdir(parents=True)
         for k, means in centroids.items():
             np.save(folder / f"centroids_{k}.npy", means)
-        files = {p.name: sha256(p) for p in sorted(folder.iterdir())}
+        files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
         pq.write_table(pa.table({"item_id": ids, **columns}), folder / "clusters.parquet")
         about = {"format": FORMAT, "space": space, "clusters": list(centroids), "until": until, "items": len(ids), "files": files}  # fmt: skip
         (folder / "clusters.json").write_text(json.dumps(about, indent=1), "utf-8")
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, write)
+    output.write_folder(out, output.CLUSTERS, write)

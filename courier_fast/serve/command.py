@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..data.storage import location
+from ..locations import local_path
 from .export import FORMATS, export
 from .golden import verify
 from .load import PRECISIONS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, help="folder of a training run; without it --verify judges an earlier --out")  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="folder of the export")
+    parser.add_argument("--run", type=local_path, help="folder of a training run; without it --verify judges an earlier --out")  # fmt: skip
+    parser.add_argument("--out", type=local_path, required=True, help="folder of the export")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--licence", help="of the weights, for example apache-2.0; they inherit the terms of the backbone's weights and of the photos")  # fmt: skip
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["float32"], help="of the ONNX files; float32 is always one of them")  # fmt: skip
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--photos", type=int, default=256, help="of the dataset, for parity")
     parser.add_argument("--threads", type=int, default=1, help="of the speed measured")
     parser.add_argument("--verify", action="store_true", help="runs the golden pictures through every file as it is served")  # fmt: skip
-    parser.add_argument("--vectors", type=Path, help="with --verify: .npy [8, dim] that another client made of the golden pictures")  # fmt: skip
+    parser.add_argument("--vectors", type=local_path, help="with --verify: .npy [8, dim] that another client made of the golden pictures")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..files import check_sha256, sha256
+from ..files import check_sha256, read_json, sha256
 
 SCHEMA = 1
 NAME = "contract.json"
@@ -75,7 +75,7 @@ class Contract:
             raise FileNotFoundError(
                 f"path: expected a folder that `courier-fast export` wrote (with {NAME}), got {folder}"
             )
-        values = json.loads(path.read_text("utf-8"))
+        values = read_json(path, "export the run again")
         if values.get("schema") != SCHEMA:
             raise ValueError(
                 f"{path}: expected schema {SCHEMA}, got {values.get('schema')}; export the run again"
@@ -125,7 +125,7 @@ def contract_of_run(run: Path) -> Contract:
         raise FileNotFoundError(
             f"run: expected a folder with encoder.json and encoder.safetensors, got {run}"
         )
-    about, weights = json.loads(about_file.read_text()), sha256(weights_file)
+    about, weights = read_json(about_file), sha256(weights_file)
     taken: dict[str, Any]
     steps: tuple[str, ...]
     if about["backbone"] is None:

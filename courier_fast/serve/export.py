@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -18,12 +17,14 @@ import torch
 from .. import __version__
 from ..data.dataset import Dataset
 from ..data.pictures import read_pillow
-from ..files import sha256, write_atomically
+from ..files import sha256
+from ..output import EXPORT, check_output, write_folder
 from ..train.config import Config
 from ..train.encoder import load_encoder
+from ..train.journal import last_step
 from .artifacts import check_installed, program_of, write_onnx, write_precision, write_torch
 from .card import write_card
-from .contract import NAME, Contract, contract_of_run
+from .contract import Contract, contract_of_run
 from .golden import FOLDER, scene, write_golden
 from .load import PRECISIONS, onnx_run
 from .measure import (
@@ -72,7 +73,8 @@ def export(
         ValueError: an argument that is not as above, `out` holds something else, or an encoder too large for ONNX.
         RuntimeError: the exported float32 file breaks its budget.
     """
-    _check(out, licence, formats, precisions)
+    _check(licence, formats, precisions)
+    check_output(out, EXPORT, inputs=(run, dataset), overwrite=True)
     if "onnx" in formats:
         check_installed()
     contract = contract_of_run(run)
@@ -87,7 +89,6 @@ def export(
     contract = replace(contract, licence=licence, trained=_origin(run), versions=_versions())
 
     def write(folder: Path) -> None:
-        folder.mkdir(parents=True)
         golden = write_golden(folder, contract, run_of(serving))
         inputs = np.concatenate([_golden_inputs(folder, golden), _more(contract, data, photos)])
         parity = Parity(serving, inputs)
@@ -123,14 +124,11 @@ def export(
         whole.write(folder)
         write_card(folder, whole)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, write)
+    write_folder(out, EXPORT, write, inputs=(run, dataset))
     return Contract.read(out)
 
 
-def _check(
-    out: Path, licence: str, formats: Sequence[str], precisions: Sequence[str]
-) -> None:  # fmt: skip
+def _check(licence: str, formats: Sequence[str], precisions: Sequence[str]) -> None:
     if not licence.strip():
         raise ValueError("licence: expected that of the weights, got none")
     for name, given, known in (("format", formats, FORMATS), ("precision", precisions, PRECISIONS)):
@@ -143,8 +141,6 @@ def _check(
         raise ValueError(
             f"precision: {', '.join(precisions)} are of ONNX files, expected format onnx, got {', '.join(formats)}"
         )
-    if out.exists() and not (out / NAME).is_file() and (out.is_file() or any(out.iterdir())):
-        raise ValueError(f"out: expected a new folder or an earlier export, got {out}")
 
 
 def _golden_inputs(folder: Path, golden: dict[str, Any]) -> np.ndarray:
@@ -217,7 +213,7 @@ def _origin(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"run": run.resolve().name, "steps": None, "settings": None, "settings_sha256": None, "dataset": None}  # fmt: skip
     journal, settings = run / "metrics.jsonl", run / "config.toml"
     if journal.is_file():
-        found["steps"] = json.loads(journal.read_text().splitlines()[-1])["step"]
+        found["steps"] = last_step(journal)
     if not settings.is_file():
         return found
     config = Config.load(settings)

@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..data.tables import read_table, write_table
-from ..files import check_sha256, sha256, write_atomically
+from ..files import check_sha256, read_json, sha256
+from ..output import INDEX, check_output, write_folder
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +58,12 @@ class Index:
         about_file = path / "index.json"
         if not about_file.is_file():
             raise FileNotFoundError(f"index: expected a folder that `courier-fast index build` wrote (with index.json), got {path}")  # fmt: skip
-        about = json.loads(about_file.read_text("utf-8"))
+        about = read_json(about_file, "build it again")
         if about.pop("format", None) != FORMAT:
             raise ValueError(f"index: expected format {FORMAT} in {about_file}; build it again")
+        expected_names = {"space", "kind", "settings", "measured", "files", "rows", "dim"}
+        if set(about) != expected_names or not isinstance(about["files"], dict):
+            raise ValueError(f"index: {about_file} was altered, expected {', '.join(sorted(expected_names))} in it; build it again")  # fmt: skip
         for name, expected in about["files"].items():
             if not (path / name).is_file():
                 raise FileNotFoundError(f"index: {path / name} is in index.json, but is not there")
@@ -122,7 +126,7 @@ def build(
     recall: float = 0.95,
     seed: int = 0,
 ) -> Index:
-    """Writes the folder `out`: complete or not there.
+    """Writes the folder `out`, new, empty or an earlier index: complete or not there.
 
     Args:
         ids: [n] text, each once.
@@ -136,6 +140,7 @@ def build(
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    check_output(out, INDEX, overwrite=True)
     if not 0 < recall <= 1:
         raise ValueError(f"recall: expected above 0 and at most 1, got {recall}")
     have = np.isfinite(vectors).all(1) & (np.abs(vectors).max(1) > 0)
@@ -162,20 +167,18 @@ def build(
     measured = {"recall@10": found, "queries_per_s": _speed(search, queries)}
 
     def write(folder: Path) -> None:
-        folder.mkdir(parents=True)
         np.save(folder / "vectors.npy", rows)
         write_table(folder / "ids.arrow", {"item_id": ids})
         if made is not None:
             _faiss().write_index(made, str(folder / "index.faiss"))
-        files = {p.name: sha256(p) for p in sorted(folder.iterdir())}
+        files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
         about = {
             "format": FORMAT, "space": space, "kind": kind, "settings": settings, "rows": len(rows), "dim": rows.shape[1],
             "measured": measured, "files": files,
         }  # fmt: skip
         (folder / "index.json").write_text(json.dumps(about, indent=1), "utf-8")
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, write)
+    write_folder(out, INDEX, write)
     return Index.open(out)
 
 

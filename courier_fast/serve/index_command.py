@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..data.storage import location
+from ..files import write_atomically
+from ..locations import local_path
+from ..output import CLUSTERS, INDEX, check_file, check_output
 from .index import KINDS, Index, build
 
 if TYPE_CHECKING:
@@ -21,35 +23,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     one = actions.add_parser("build", help="embeddings -> an index, with its measured recall and speed")  # fmt: skip
     _add_embeddings(one)
-    one.add_argument("--out", type=Path, required=True, help="folder of the index")
+    one.add_argument("--out", type=local_path, required=True, help="folder of the index")
     one.add_argument("--kind", default="auto", help=f"one of {', '.join(KINDS)}; auto: exact up to 100,000 items, then ivf")  # fmt: skip
     one.add_argument("--recall", type=float, default=0.95, help="share of the 10 nearest that ivf and hnsw must find")  # fmt: skip
     one.add_argument("--seed", type=int, default=0)
 
     one = actions.add_parser("search", help="the nearest items of items or image files")
-    one.add_argument("--index", type=Path, required=True, help="folder of `index build`")
+    one.add_argument("--index", type=local_path, required=True, help="folder of `index build`")
     one.add_argument("--item", nargs="+", default=[], help="ids")
-    one.add_argument("--image", nargs="+", default=[], type=Path, help="image files")
-    one.add_argument("--encoder", type=Path, help="run or export, for --image: of the index's space")  # fmt: skip
+    one.add_argument("--image", nargs="+", default=[], type=local_path, help="image files")
+    one.add_argument("--encoder", type=local_path, help="run or export, for --image: of the index's space")  # fmt: skip
     one.add_argument("--k", type=int, default=10)
     one.add_argument("--dataset", type=location, help="whose pictures --html shows")
-    one.add_argument("--html", type=Path, help="a page of pictures")
-    one.add_argument("--json", type=Path, help="the same as JSON")
+    one.add_argument("--html", type=local_path, help="a page of pictures")
+    one.add_argument("--json", type=local_path, help="the same as JSON")
 
     one = actions.add_parser("clusters", help="k-means clusters of the items, and their centroids")
     _add_embeddings(one)
-    one.add_argument("--out", type=Path, required=True, help="folder of the clusters")
+    one.add_argument("--out", type=local_path, required=True, help="folder of the clusters")
     one.add_argument("--k", type=int, nargs="+", default=[256, 4096], help="numbers of clusters")
     one.add_argument(
         "--dataset", type=location, help="with --until: knows when items were first seen"
     )
     one.add_argument("--until", metavar="DATE", help="only items first seen before are clustered; later ones get the nearest centroid")  # fmt: skip
-    one.add_argument("--like", type=Path, help="folder of earlier clusters: their centroids are taken")  # fmt: skip
+    one.add_argument("--like", type=local_path, help="folder of earlier clusters: their centroids are taken")  # fmt: skip
     one.add_argument("--seed", type=int, default=0)
 
 
 def _add_embeddings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--embeddings", type=Path, required=True, help="folder or file of `courier-fast embed`")  # fmt: skip
+    parser.add_argument("--embeddings", type=local_path, required=True, help="folder or file of `courier-fast embed`")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> int:
     from ..data.embeddings import read_vectors
 
+    check_output(args.out, INDEX, inputs=[args.embeddings], overwrite=True)
     ids, vectors, space = read_vectors(args.embeddings)
     index = build(ids, vectors, args.out, space=space, kind=args.kind, recall=args.recall, seed=args.seed)  # fmt: skip
     settings = "".join(f", {name} {value}" for name, value in index.settings.items())
@@ -80,6 +83,10 @@ def _search(args: argparse.Namespace) -> int:
         raise ValueError("encoder: expected the run or export whose embeddings the index holds, for --image; got none")  # fmt: skip
     if args.html is not None and args.dataset is None:
         raise ValueError("dataset: expected the one whose pictures --html shows, got none")
+    inputs = (args.index, args.encoder, args.dataset, *args.image)
+    for name, path, begins in (("json", args.json, "["), ("html", args.html, "<")):
+        if path is not None:
+            check_file(path, name, inputs=inputs, begins=begins)
     index = Index.open(args.index)
     found = nearest_items(index, args.item, args.k)
     if args.image:
@@ -90,7 +97,8 @@ def _search(args: argparse.Namespace) -> int:
         print("\n".join(one.lines()))
     if args.json is not None:
         said = [{"query": n.query, "near": [{"item_id": i, "cosine": c} for i, c in n.near]} for n in found]  # fmt: skip
-        args.json.write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        text = json.dumps(said, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(args.json, lambda path: path.write_text(text, "utf-8"))
     if args.html is not None:
         from ..data.dataset import Dataset
 
@@ -102,6 +110,9 @@ def _clusters(args: argparse.Namespace) -> int:
     from ..data.embeddings import read_vectors
     from .clusters import assign_clusters, fit_clusters
 
+    check_output(
+        args.out, CLUSTERS, inputs=[args.embeddings, args.like, args.dataset], overwrite=True
+    )
     ids, vectors, space = read_vectors(args.embeddings)
     if args.like is not None:
         if args.until is not None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..data import pictures
 from ..data.transforms import eval_windows
+from ..locations import local_path
 from .contract import NAME, Contract, contract_of_run
 
 Array = npt.NDArray
@@ -49,7 +50,7 @@ def load(
         raise ValueError(f"runtime: expected one of {', '.join(RUNTIMES)}, got {runtime!r}")
     if precision not in (None, *PRECISIONS):
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    path = Path(path)
+    path = local_path(path)
     if not threads:
         counts = hasattr(os, "sched_getaffinity")  # on Linux
         threads = len(os.sched_getaffinity(0)) if counts else os.cpu_count() or 1

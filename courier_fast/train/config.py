@@ -20,8 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from ..data.storage import local_path, location
 from ..files import write_atomically
+from ..locations import local_path, location
 
 if sys.version_info >= (3, 11):
     import tomllib

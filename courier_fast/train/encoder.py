@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from ..files import write_atomically
+from ..files import read_json, write_atomically
+from ..locations import local_path
 
 SMALL_CONV = "small_conv"
 
@@ -142,7 +144,7 @@ def build_encoder(
             model = timm.create_model(backbone, pretrained=pretrained, num_classes=0)
         mean, std = model.pretrained_cfg.get("mean", mean), model.pretrained_cfg.get("std", std)
     if weights is not None:
-        missing, unexpected = model.load_state_dict(load_file(os.fspath(weights)), strict=False)
+        missing, unexpected = model.load_state_dict(read_tensors(Path(weights)), strict=False)
         unexpected = [n for n in unexpected if not n.startswith(("head", "fc", "classifier"))]
         if missing or unexpected:
             raise ValueError(
@@ -158,6 +160,18 @@ def build_encoder(
     return Encoder(model, dim, about)
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. ValueError where it was cut off or is none, OSError where it cannot be read."""
+    with path.open("rb"):  # its reader names no file
+        pass
+    try:
+        return load_file(os.fspath(path))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: was cut off or altered, expected a safetensors file ({error})"
+        ) from None
+
+
 def build_projection(features: int, dim: int, table: Tensor | None = None) -> Encoder:
     """An encoder of precomputed embeddings: standardised over `table` [items, F], then projected to `dim`."""
     standardise = Standardise(features)
@@ -170,7 +184,7 @@ def save_encoder(
     encoder: Encoder, folder: str | os.PathLike[str], state: dict[str, Tensor] | None = None
 ) -> None:
     """Writes encoder.safetensors and encoder.json, each complete or not at all; `state`: its tensors, if they were taken earlier."""
-    folder = Path(folder)
+    folder = local_path(folder)
     state = {
         name: value.detach().cpu().contiguous()
         for name, value in (state or encoder.state_dict()).items()
@@ -183,13 +197,16 @@ def save_encoder(
 
 def load_encoder(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> Encoder:
     """The encoder of a run, ready for evaluation. FileNotFoundError where the folder has none."""
-    folder = Path(folder)
+    folder = local_path(folder)
     about_file = folder / "encoder.json"
     if not about_file.is_file():
         raise FileNotFoundError(
             f"run: expected a folder with encoder.json and encoder.safetensors, got {folder}"
         )
-    about = json.loads(about_file.read_text())
+    about = read_json(about_file)
+    lacking = [name for name in ("backbone", "dim") if name not in about]
+    if lacking:
+        raise ValueError(f"{about_file}: was altered, expected {lacking[0]} in it")
     if about["backbone"] is None:
         encoder = build_projection(about["features"], about["dim"])
     else:
@@ -198,7 +215,7 @@ def load_encoder(folder: str | os.PathLike[str], device: str | torch.device = "c
         )
         encoder.mean, encoder.std = tuple(about["mean"]), tuple(about["std"])
     encoder.about = about
-    encoder.load_state_dict(load_file(os.fspath(folder / "encoder.safetensors")))
+    encoder.load_state_dict(read_tensors(folder / "encoder.safetensors"))
     if about["backbone"] is not None:
         encoder.to(memory_format=torch.channels_last)
     return encoder.eval().to(device)

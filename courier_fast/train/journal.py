@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +53,28 @@ def measure(trainer: Trainer, result: StepResult, norm: Tensor, lr: float) -> di
     return line
 
 
+def parsed(line: str) -> dict[str, Any] | None:
+    """A line of the journal; None of what is none: a full disk or a machine that stopped has left a part of one."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the journal; infinity of what is none."""
+    found = parsed(line)
+    return math.inf if found is None else found["step"]
+
+
+def last_step(path: Path) -> int | None:
+    """The last step that a journal tells of; None where it tells of none."""
+    steps = [_step_of(line) for line in path.read_text("utf-8", "replace").splitlines()]
+    whole = [int(step) for step in steps if step < math.inf]
+    return whole[-1] if whole else None
+
+
 class Journal:
     """metrics.jsonl, TensorBoard and the progress bar of a run."""
 
@@ -96,12 +119,8 @@ class Journal:
     def _forget_after(self, step: int) -> None:
         """Drops lines of steps that were done after the checkpoint that is resumed: they are done again."""
         if self.path.is_file():
-            lines = [
-                x
-                for x in self.path.read_text().splitlines()
-                if x.endswith("}") and json.loads(x)["step"] <= step
-            ]
-            text = "".join(f"{x}\n" for x in lines)
+            lines = self.path.read_text("utf-8", "replace").splitlines()
+            text = "".join(f"{x}\n" for x in lines if _step_of(x) <= step)
             write_atomically(self.path, lambda path: path.write_text(text))
 
     def write(self, line: dict[str, Any]) -> None:

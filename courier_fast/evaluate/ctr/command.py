@@ -20,10 +20,12 @@ from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeElapsedColum
 from ...data.dataset import Dataset
 from ...data.embeddings import read_embeddings, trained_until, without_embedding
 from ...data.storage import location
-from ...files import write_atomically
+from ...files import read_json, write_atomically
+from ...locations import local_path
+from ...output import check_growing
 from ..features import FORMS, check_form, random_vectors
 from .cells import NONE, RANDOM, Cell, Plan, run_plan
-from .export import export
+from .export import EXPORTED, export, is_export
 from .fit import Settings
 from .impressions import (
     PROTOCOLS,
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 
 Array = npt.NDArray
 
+DIMENSIONS = "embeddings.json"
 DESCRIPTION = (
     "Trains click-through-rate models on the dataset's pages with and without each embedding, in several forms, and prints what it adds. "
     "A run that was stopped goes on with the cells of the table that are missing."
@@ -51,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.add_argument("--dataset", type=location, required=True, help="folder written by `courier-fast prepare`")  # fmt: skip
     parser.add_argument("--embeddings", nargs="+", required=True, metavar="[NAME=]PATH", help=".parquet (item_id, embedding) or .npy (rows as items of the dataset), by the file's name or NAME; {seed} in it stands for 0, 1, ...: encoders of several seeds, one for each of the model's")  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="folder for cells, ctr.json, ctr.md and pictures")  # fmt: skip
+    parser.add_argument("--out", type=local_path, required=True, help="folder for cells, ctr.json, ctr.md and pictures")  # fmt: skip
     parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"some of {', '.join(MODELS)}")  # fmt: skip
     parser.add_argument("--forms", nargs="+", default=list(FORMS[:4]), help=f"some of {', '.join(FORMS)}; none is always there")  # fmt: skip
     parser.add_argument("--protocol", nargs="+", default=["disjoint"], help=f"some of {', '.join(PROTOCOLS)}: whether the embeddings were trained on other pages than the CTR model is")  # fmt: skip
@@ -72,16 +75,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-control", action="store_true", help="without the random vectors that show what capacity alone is worth")  # fmt: skip
     parser.add_argument("--allow-missing", action="store_true", help="items without an embedding get zeros in place of an error")  # fmt: skip
     parser.add_argument("--threads", type=int, default=0, help="cells trained at once; 0: as many as cores")  # fmt: skip
-    parser.add_argument("--export", type=Path, help="also write the impressions with every form as Parquet there, for a model of your own")  # fmt: skip
+    parser.add_argument("--export", type=local_path, help="also write the impressions with every form as Parquet there, for a model of your own")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
+    inputs = [args.dataset, *(path for text in args.embeddings for path in _files(text, max(args.seeds, 1))[1])]  # fmt: skip
+    check_growing(args.out, ("cells", "ctr.json", "ctr.md", DIMENSIONS), _is_ctr, what="out: expected a new folder or one of `ctr`", inputs=inputs)  # fmt: skip
+    for folder in () if args.export is None else (args.export, *(args.export / p for p in args.protocol)):  # fmt: skip
+        check_growing(folder, EXPORTED, is_export, what="export: expected a new folder or an earlier one", inputs=inputs)  # fmt: skip
     dataset = Dataset(args.dataset)
     plan = _plan(args, dataset)  # what is wrong is an error before the work, not after
     for protocol in plan.protocols:
         log.info("%s", protocol.describe(dataset))
     args.out.mkdir(parents=True, exist_ok=True)
-    _same_dimensions(args.out / "embeddings.json", plan.embeddings)
+    _same_dimensions(args.out / DIMENSIONS, plan.embeddings)
     if args.export is not None:
         own = {
             name if len(of) == 1 else f"{name}-{seed}": x
@@ -107,6 +114,10 @@ def run(args: argparse.Namespace) -> int:
         log.info("%s", path)
     print_report(report)
     return 0
+
+
+def _is_ctr(folder: Path) -> bool:
+    return (folder / "cells").is_dir() and (folder / DIMENSIONS).is_file()
 
 
 def _plan(args: argparse.Namespace, dataset: Dataset) -> Plan:
@@ -155,7 +166,7 @@ def _files(text: str, seeds: int) -> tuple[str, list[Path]]:
     if not name:
         raise ValueError(f"embeddings: expected NAME=PATH where the file's name is but the seed, got {text}")  # fmt: skip
     several = range(seeds) if "{seed}" in path else [0]
-    return name, [Path(path.replace("{seed}", str(seed))) for seed in several]
+    return name, [local_path(path.replace("{seed}", str(seed))) for seed in several]
 
 
 def _read(path: Path, dataset: Dataset, allow_missing: bool) -> Array:
@@ -184,7 +195,7 @@ def _check_until(path: Path, protocol: Protocol) -> None:
 def _same_dimensions(path: Path, tables: Mapping[str, Sequence[Array]]) -> None:
     """ValueError where the last run into the folder had embeddings of this name with other dimensions."""
     now = {name: x[0].shape[1] for name, x in tables.items()}
-    before: dict[str, int] = json.loads(path.read_text()) if path.is_file() else {}
+    before: dict[str, int] = read_json(path) if path.is_file() else {}
     for name in now.keys() & before.keys() - {RANDOM}:
         if now[name] != before[name]:
             raise ValueError(

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...data.dataset import Dataset
-from ...files import write_atomically
+from ...files import read_json, write_atomically
 from ..features import (
     CLUSTERS,
     SIMILARITY,
@@ -62,6 +62,17 @@ ITEMS = {
 }
 
 
+EXPORTED = (*(f"{name}.parquet" for name in (*RANGES, "items")), "dataset_config.yaml", "README.md")
+
+
+def is_export(folder: Path) -> bool:
+    """Whether `export` has written the folder, or begun to: its description, YAML that is JSON, comes first."""
+    try:
+        return "none" in read_json(folder / "dataset_config.yaml")
+    except (OSError, ValueError):
+        return False
+
+
 def export(
     dataset: Dataset,
     protocol: Protocol,
@@ -80,6 +91,9 @@ def export(
         rows: impressions written at once, about; bounds the memory.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    numbers = [n for n in IMPRESSIONS if n.startswith(("popularity", "same_"))]
+    config = dataset_config(numbers, ((n, x.shape[1]) for n, x in embeddings.items()), history)
+    write_atomically(folder / "dataset_config.yaml", lambda path: path.write_text(config))
     known = protocol.known_items(dataset)
     clusters = {name: cluster_features(x, known) for name, x in embeddings.items()}
     for name in RANGES:
@@ -96,9 +110,6 @@ def export(
         write_atomically(folder / f"{name}_vectors.npz", made)
     if pc.any(pc.match_substring(dataset.item_ids, SEPARATOR)).as_py():
         log.warning("item ids with %r: FuxiCTR would cut the histories' ids there", SEPARATOR)
-    numbers = [n for n in IMPRESSIONS if n.startswith(("popularity", "same_"))]
-    config = dataset_config(numbers, ((n, x.shape[1]) for n, x in embeddings.items()), history)
-    write_atomically(folder / "dataset_config.yaml", lambda path: path.write_text(config))
     text = _dictionary(dataset, protocol, embeddings, history)
     write_atomically(folder / "README.md", lambda path: path.write_text(text))
 
