@@ -109,8 +109,10 @@ def check_output(
 
 
 def _real(path: Path, expected: str) -> Path:
-    if path.is_symlink() and not path.exists():
-        raise ValueError(f"{expected}, a link to {os.readlink(path)}, which is not there")
+    for part in (path, *path.parents):  # a volume that is not mounted would be made on another disk
+        if part.is_symlink() and not part.exists():
+            where = "a link" if part == path else f"in {part}, a link"
+            raise ValueError(f"{expected}, {where} to {os.readlink(part)}, which is not there")
     return Path(os.path.realpath(path))
 
 
@@ -283,7 +285,8 @@ def new_folder(
 ) -> Iterator[Path]:  # fmt: skip
     """An empty folder to fill, which is `path` when the block has ended, complete; gone, if it ends with an error. See `check_output`.
 
-    Something that has come to `path` meanwhile stays as it is: then the finished folder is `<path>.finished`, and FileExistsError says so.
+    Something that has come to `path` meanwhile stays as it is: then the finished folder is `<path>.finished` (`<path>/finished` in a mounted
+    volume), and FileExistsError says so.
     """
     check = partial(check_output, path, product, inputs=[*inputs], listed=[*listed], overwrite=overwrite)  # fmt: skip
     out = check()
@@ -368,7 +371,7 @@ def _rename(filled: Path, out: Path, product: Product, check: Callable[[], Path]
                 os.rename(old, out)
                 raise
     except (OSError, ValueError) as error:
-        raise _kept(filled, out, error) from None
+        raise _kept(filled, out, out.with_name(f"{out.name}.finished"), error) from None
     sync(out.parent)
     if old is not None:
         discard(old, product)
@@ -384,10 +387,11 @@ def _aside(out: Path, product: Product) -> Path:
     return old
 
 
-def _kept(filled: Path, out: Path, error: Exception) -> Exception:
-    """Puts what is finished where it is safe; the error that says so."""
-    names = (f"{out.name}.finished{n}" for n in ("", *(f"-{i}" for i in range(2, 1000))))
-    finished = next(p for p in map(out.with_name, names) if not os.path.lexists(p))
+def _kept(filled: Path, out: Path, name: Path, error: Exception) -> Exception:
+    """Puts what is finished where it is safe, at `name` or that with a number; the error that says so."""
+    (filled / _LOCK).unlink(missing_ok=True)
+    names = (f"{name.name}{n}" for n in ("", *(f"-{i}" for i in range(2, 1000))))
+    finished = next(p for p in map(name.with_name, names) if not os.path.lexists(p))
     os.rename(filled, finished)
     return FileExistsError(
         f"{out} has come or changed while this ran, and is left as it is ({error}); what was made is complete, in {finished}: "
@@ -397,7 +401,10 @@ def _kept(filled: Path, out: Path, error: Exception) -> Exception:
 
 def _fill(filled: Path, out: Path, product: Product, check: Callable[[], Path]) -> None:
     """Moves the entries of `filled`, which is in `out`, into it, the mark last; what is there goes aside and, if that fails, comes back."""
-    check()
+    try:
+        check()
+    except (OSError, ValueError) as error:
+        raise _kept(filled, out, out / "finished", error) from None
     old = out / f"{_OLD}{secrets.token_hex(4)}"
     before = sorted(_entries(out), key=lambda name: name != product.mark)  # first: then it is none
     after = sorted((p.name for p in filled.iterdir() if p.name != _LOCK), key=lambda name: name == product.mark)  # fmt: skip
@@ -414,13 +421,13 @@ def _fill(filled: Path, out: Path, product: Product, check: Callable[[], Path]) 
             move(out / name, old / name)
         for name in after:
             move(filled / name, out / name)
-    except BaseException:
+    except Exception as error:
         for source, target in reversed(moved):
             with suppress(OSError):
                 os.rename(target, source)
         with suppress(OSError):
             old.rmdir()
-        raise
+        raise _kept(filled, out, out / "finished", error) from None
     sync(out)
     shutil.rmtree(filled, ignore_errors=True)
     if before:
