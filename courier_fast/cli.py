@@ -6,6 +6,7 @@ import argparse
 import importlib
 import logging
 import os
+import select
 import signal
 import sys
 
@@ -103,12 +104,12 @@ def _run(args: argparse.Namespace) -> int:
 
 def _reader_gone() -> bool:
     """Whether nobody reads what is printed (| head); it then goes nowhere, also at the end of Python."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 if __name__ == "__main__":

@@ -245,4 +245,4 @@ class Checkpoints:
         with torch.no_grad():
             for name, row in rows.items():
                 tensors[name].copy_(row)
-        return self.state(path)
+        return read_json(path / "state.json")
