@@ -226,6 +226,11 @@ def test_a_file_on_a_full_disk_leaves_the_old_one(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def _spool(path: Path) -> None:
+    with path.open("wb") as file:
+        disk.write_rows(file, np.zeros(1 << 18))
+
+
 def test_a_real_full_disk(tmp_path: Path) -> None:
     """Each of the ways in which the package writes, on a volume that is too small."""
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "none", tmp_path], capture_output=True).returncode:  # fmt: skip
@@ -240,7 +245,7 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
             lambda path: path.write_bytes(bytes(1 << 20)),
             lambda path: save_file({"x": zeros(1 << 18)}, path),
             lambda path: pq.write_table(pa.table({"x": np.random.default_rng(0).normal(size=1 << 17)}), path),
-            lambda path: disk.write_rows(path.open("wb", buffering=0), np.zeros(1 << 18)),
+            _spool,
             lambda path: _allocate(path, 1 << 12, 64),
         ):  # fmt: skip
             with pytest.raises(DiskFullError, match="cannot be written, the disk is full"):

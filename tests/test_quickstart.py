@@ -188,7 +188,7 @@ def test_simulation_refuses_a_catalogue_too_small(shop: dict[str, Any]) -> None:
 
 def test_quickstart_leaves_other_folders_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(FileExistsError, match="expected an empty folder"):
+    with pytest.raises(ValueError, match="expected a new folder or an earlier quickstart"):
         command.quickstart(tmp_path, command.SHORT)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 

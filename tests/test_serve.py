@@ -465,7 +465,7 @@ def test_a_projection_of_features_takes_features(run: Path, tmp_path: Path) -> N
         (["--run", "nowhere", "--licence", "mit"], "run: expected a folder with encoder.json"),
         (["--run", "RUN"], "licence: expected that of the weights"),
         (["--run", "RUN", "--licence", "mit", "--format", "torch", "--precision", "int8"], "expected format onnx, got torch"),
-        (["--run", "RUN", "--licence", "mit", "--out", "RUN"], "out: expected a new folder or an earlier export"),
+        (["--run", "RUN", "--licence", "mit", "--out", "RUN"], "out: expected a folder that is not read"),
         (["--run", "RUN", "--licence", "mit", "--dataset", "nowhere"], "dataset: expected a folder"),
         ([], "run: expected the folder of a training run, or --verify"),
         (["--verify"], "path: expected a folder that `courier-fast export` wrote"),
