@@ -332,3 +332,41 @@ def test_embedding_a_remote_folder_of_images(server: str, tmp_path: Path) -> Non
     (folder / "images" / "broken.jpg").write_bytes(b"still no image")
     copy(folder / "images", "s3://shop/photos")
     assert FolderImages("s3://shop/photos", decoder).fingerprint() != before
+
+
+def put(url: str, data: bytes = b"x") -> None:
+    found, name = filesystem(url)
+    with found.open_output_stream(name) as file:
+        file.write(data)
+
+
+def test_a_prefix_with_something_else_is_left(server: str, tmp_path: Path) -> None:
+    """`prepare` wrote its tables among whatever was there, and removed its dataset.json before it had read a row."""
+    from prepare_factory import source_of
+
+    from courier_fast.data.options import PrepareOptions
+    from courier_fast.data.prepare import prepare
+    from courier_fast.output import DATASET, check_remote
+
+    put("s3://shop/mine/photo.jpg")
+    put("s3://shop/json/report.json", b"{}")
+    put("s3://shop/other/dataset.json", b'{"name": "mine"}')
+    for url in ("s3://shop/mine", "s3://shop/json", "s3://shop/other", "s3://shop/mine/photo.jpg"):
+        with pytest.raises(ValueError, match=f"got {url}, which (holds something else|is a file)"):
+            check_remote(url, DATASET, overwrite=True)
+    check_remote("s3://shop/nothing-yet", DATASET)
+    put("s3://shop/left/users/00000.arrow")  # by a run that was killed
+    check_remote("s3://shop/left", DATASET)
+    for name in ("images", "images/a/b.csv"):
+        with pytest.raises(ValueError, match="which is or holds the input"):
+            check_remote("s3://shop/images", DATASET, inputs=[f"s3://shop/{name}"])
+    check_remote("s3://shop/images2", DATASET, inputs=["s3://shop/images"])
+    check_remote("s3://shop/images/ds", DATASET, inputs=["s3://shop/images"])
+    with pytest.raises(ValueError, match="all of whose files are read"):
+        check_remote("s3://shop/logs/ds", DATASET, listed=["s3://shop/logs/"])
+    # An earlier dataset stays until the source has been read.
+    options = PrepareOptions(min_history=1, overwrite=True)
+    prepare("s3://shop/kept", source=source_of(random_events(0)), options=options)
+    with pytest.raises(ValueError, match="expected events, got none"):
+        prepare("s3://shop/kept", source=source_of([]), options=options)
+    assert Dataset("s3://shop/kept").verify() > 0
