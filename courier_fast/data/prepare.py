@@ -47,8 +47,8 @@ from .tables import write_shards
 Array = npt.NDArray
 log = logging.getLogger(__name__)
 
-# Bytes that a row of the source takes at most while it is sorted, and with each item of a page that is made around it (measured).
-_OF_ROW, _OF_SHOWN = 220, 14
+# Bytes that a click takes at most until its page is written, and each item of that; and an item shown (measured on 200,000 rows).
+_OF_CLICK, _OF_ITEM, _OF_SHOWN = 140, 10, 60
 
 
 # ---- pages ----------------------------------------------------------------------------------------------------------
@@ -216,8 +216,8 @@ class _Need:
         text = f"prepare had written {size_text(written)} there"
         if not self.rows:
             return f"{text}, and reading had not ended"
-        size = 0 if self.shown else self.options.page_size
-        least = max(self.rows * (_OF_ROW + _OF_SHOWN * size), written)
+        each = _OF_SHOWN if self.shown else _OF_CLICK + _OF_ITEM * self.options.page_size
+        least = max(self.rows * each, written)
         return (
             f"{text} and needs about {size_text(least)} for {self.rows:,} rows, besides the images"
         )
