@@ -206,11 +206,8 @@ class _Run:
         whole = self.source
         plain = dataclasses.replace(whole, events=None, impressions=None, items=None, parts=None)
         streams = []
-        for name, table, frame in (("events", "events", whole.events), ("impressions", "shown", whole.impressions)):  # fmt: skip
-            if frame is None:
-                continue
-            in_parts = whole.parts is not None and (whole.impressions is None or table == "shown")
-            frames = whole.parts() if in_parts and whole.parts else [frame]
+        for name, table in (("events", "events"), ("impressions", "shown")):
+            frames = whole.tables(name)
             for number, part in enumerate(frames):
                 read = self.task(steps.read, "streaming")
                 streams.append((name, read(part, table, plain, number, PART)))
