@@ -135,9 +135,10 @@ class Delimited:
         return frame.rename(names)
 
     def _parsed(self, piece: bytes, columns: list[str], lossy: bool) -> pl.DataFrame:
+        # All columns: of some alone polars would not see a row with a field too many, whose others are shifted.
         header = self.separator.join(str(i) for i in range(len(self.names)))
         frame = pl.read_csv(
-            f"{header}\n".encode() + piece, columns=columns, separator=self.separator, infer_schema=False,
+            f"{header}\n".encode() + piece, separator=self.separator, infer_schema=False,
             quote_char='"' if self.quote else None, encoding="utf8-lossy" if lossy else "utf8",
         )  # fmt: skip
         return frame.select(columns)

@@ -188,7 +188,7 @@ def _about(items: Location, c: Columns) -> list[pl.LazyFrame]:
     names = [c.category, "first_seen", "last_seen"]
     there = {name for table in found for name in table.known(names)}
     if c.category != Columns.category and c.category not in there:  # asked for by name
-        check(items, [*found[0].schema, *there], [c.item, c.category])
+        check(items, found[0].names or [c.item, *sorted(there)], [c.item, c.category])
     more = [name for name in names if name in there]
     parts = []
     for table in found:
