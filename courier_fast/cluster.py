@@ -43,7 +43,13 @@ def connected(address: str | None = None) -> Iterator[Any]:
         how: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
         if address is None:
             how |= {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
-        ray.init(address, **how)
+        try:
+            ray.init(address, **how)
+        except (ConnectionError, ValueError):
+            raise
+        except Exception as error:  # plain ones where its processes do not start in time
+            said = " ".join(str(error).split())[:600]
+            raise RuntimeError(f"engine: ray cannot be started: {said}") from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True

@@ -290,7 +290,7 @@ def lines(*others: str) -> str:
         (TEXT.split("\n", 1)[1], "has the file no header? its first line looks like a row"),
         (TEXT.replace("item_id", "user_id"), "(item_id missing)"),
         (TEXT.replace("user_id", "user_id,user_id").replace("u1", "u,u1"), "expected each column once, got user_id 2 times"),
-        (TEXT.replace(",", ":"), "got user_id:item_id:timestamp"),
+        (TEXT.replace(",", ":"), "(user_id, item_id, timestamp missing; is the separator another?"),
         ("x" * (1 << 21), "expected a line with the names of the columns, got none within 1 MiB"),
     ],
 )  # fmt: skip

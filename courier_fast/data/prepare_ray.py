@@ -29,6 +29,7 @@ from .events import MAX_CODES, NO_IMAGE, Candidates, Items, spans, text
 from .layouts import Source
 from .options import PrepareOptions
 from .page_tables import Outcome, counts_of, dropped, market_of, splits_of, write_about
+from .scan import short
 from .storage import Location
 from .tables import write_shards
 
@@ -52,8 +53,13 @@ def write(
     with connected(address) as ray:
         try:
             return _Run(ray, folder, source, images, options).run()
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        except ray.exceptions.RayError as error:
+            cause: Exception = error
+            while isinstance(inner := getattr(cause, "cause", None), Exception):
+                cause = inner
+            if isinstance(cause, ray.exceptions.RayError):
+                raise RuntimeError(f"engine: ray failed: {short(cause)}") from error
+            raise cause from None
 
 
 class _Times:

@@ -61,18 +61,19 @@ def reading(where: object) -> Iterator[None]:
     try:
         yield
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{where}: cannot be read: its gzip data is damaged or cut off: {_short(error)}") from error  # fmt: skip
+        raise ValueError(f"{where}: cannot be read: its gzip data is damaged or cut off: {short(error)}") from error  # fmt: skip
     except _FOREIGN as error:
-        raise ValueError(f"{where}: cannot be read: {_short(error)}") from error
+        raise ValueError(f"{where}: cannot be read: {short(error)}") from error
     except OSError as error:
-        if error.filename is not None:
+        if error.filename is not None or isinstance(error, FileNotFoundError):
             raise
         if error.errno is None:  # of Arrow
-            raise ValueError(f"{where}: cannot be read: {_short(error)}") from error
-        raise type(error)(error.errno, error.strerror or _short(error), str(where)) from error
+            raise ValueError(f"{where}: cannot be read: {short(error)}") from error
+        raise type(error)(error.errno, error.strerror or short(error), str(where)) from error
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
+    """What it says, in one line of at most 600 characters."""
     said = " ".join(str(error).split("\n\nYou might")[0].split())
     return said if len(said) <= 600 else f"{said[:300]} ... {said[-200:]}"
 
@@ -103,6 +104,8 @@ def _meant(missing: Sequence[str], found: Sequence[str]) -> str:
         close = difflib.get_close_matches(re.sub(r"[\W_]", "", column.lower()), plain, 1, 0.9)
         if close:
             return f"; is {plain[close[0]]!r} meant? names are taken as they are written"
+    if len(found) == 1 and all(column in found[0] for column in missing):
+        return "; is the separator another? it is a comma, semicolon, tab or bar, of .tsv a tab"
     if found and any(re.fullmatch(r"-?\d+(\.\d+)?|\d{4}-\d\d-\d\d.*", name) for name in found):
         return "; has the file no header? its first line looks like a row"
     return ""
@@ -297,10 +300,11 @@ def tables(paths: Sequence[Location]) -> list[Table]:
     """
     files: list[tuple[Location, dict[str, str | None]]] = []
     for path in paths:
-        if is_folder(path):
-            files += [(file, _partitions(folder)) for file, folder in _files(path)]
-        else:
-            files.append((_there(path), {}))
+        with reading(path):
+            if is_folder(path):
+                files += [(file, _partitions(folder)) for file, folder in _files(path)]
+            else:
+                files.append((_there(path), {}))
     _warn_of_copies([file for file, _ in files])
     remote = any(isinstance(file, str) for file, _ in files)
     with ThreadPoolExecutor(_OPENED if remote else 1) as threads:
