@@ -1,4 +1,7 @@
-"""Delimited text, a piece at a time. A piece ends where a row ends, so what is wrong in it can be shown with its line."""
+"""Delimited text, a piece at a time.
+
+A piece ends where a row ends, so what is wrong in it can be shown with its line.
+"""
 
 from __future__ import annotations
 
@@ -45,19 +48,24 @@ def is_packed(path: Location) -> bool:
 
 
 def first_bytes(path: Location) -> bytes:
-    """The beginning of a text file, without the mark of UTF-8. ValueError where it is no UTF-8 text at all."""
+    """The beginning of a text file, without the mark of UTF-8.
+
+    ValueError where it is no UTF-8 text at all.
+    """
     with open_bytes(path) as file:
         start = file.read(_HEADER)
     for form, what in _FORMS.items():
         if start.startswith(form):
             raise ValueError(f"{path}: expected text, got {what}")
     if start[:1024].count(b"\0") > 256:
-        raise ValueError(f"{path}: expected text in UTF-8, got zero bytes (is it UTF-16? convert it: iconv -f UTF-16 -t UTF-8)")  # fmt: skip
+        raise ValueError(
+            f"{path}: expected text in UTF-8, got zero bytes (is it UTF-16? convert it: iconv -f UTF-16 -t UTF-8)"
+        )
     return start.removeprefix(codecs.BOM_UTF8)
 
 
 def not_utf8(line: int, byte: int) -> str:
-    return f"line {line:,} is not UTF-8 (byte 0x{byte:02X}); convert the file, from Latin-1 for example: iconv -f WINDOWS-1252 -t UTF-8"  # fmt: skip
+    return f"line {line:,} is not UTF-8 (byte 0x{byte:02X}); convert the file, from Latin-1 for example: iconv -f WINDOWS-1252 -t UTF-8"
 
 
 def shown(data: bytes, most: int = 60) -> str:
@@ -96,7 +104,10 @@ class Delimited:
                 data = rest + block
                 end = self._last_end(data)
                 if not end and len(data) > _LONGEST:
-                    raise ValueError(self._said(data, line) or f"{self.path}: cannot be read: line {line:,} is longer than {_LONGEST >> 20} MiB")  # fmt: skip
+                    raise ValueError(
+                        self._said(data, line)
+                        or f"{self.path}: cannot be read: line {line:,} is longer than {_LONGEST >> 20} MiB"
+                    )
                 rest = data[end:]
                 if end:
                     yield self._frame(data[:end], line, columns)
@@ -135,12 +146,15 @@ class Delimited:
         return frame.rename(names)
 
     def _parsed(self, piece: bytes, columns: list[str], lossy: bool) -> pl.DataFrame:
-        # All columns: of some alone polars would not see a row with a field too many, whose others are shifted.
+        # All: of some alone polars would not see a row with a field too many, whose others are off.
         header = self.separator.join(str(i) for i in range(len(self.names)))
         frame = pl.read_csv(
-            f"{header}\n".encode() + piece, separator=self.separator, infer_schema=False,
-            quote_char='"' if self.quote else None, encoding="utf8-lossy" if lossy else "utf8",
-        )  # fmt: skip
+            f"{header}\n".encode() + piece,
+            separator=self.separator,
+            infer_schema=False,
+            quote_char='"' if self.quote else None,
+            encoding="utf8-lossy" if lossy else "utf8",
+        )
         return frame.select(columns)
 
     def _said(self, piece: bytes, line: int) -> str | None:
@@ -162,18 +176,17 @@ class Delimited:
             found = field.match(piece, at)
             assert found is not None
             closed, after, plain, end = found.groups()
-            row = shown(piece[begin : begin + 300])
             if closed is not None and self.quote:
                 if not closed:
-                    return f"line {line:,}: a quote opens that is not closed: {shown(piece[at : at + 300])}"  # fmt: skip
+                    return f"line {line:,}: a quote opens that is not closed: {shown(piece[at : at + 300])}"
                 if after.strip():
-                    return f'line {line:,}: text after a closing quote (within quotes a quote is written ""): {row}'  # fmt: skip
+                    return f'line {line:,}: text after a closing quote (within quotes a quote is written ""): {shown(piece[begin : begin + 300])}'
             elif odd is None and self.quote and (plain or b"").count(b'"') % 2:
-                odd = f'line {line:,}: a quote within a field (such a field is put in quotes, and the quote written ""): {row}'  # fmt: skip
+                odd = f'line {line:,}: a quote within a field (such a field is put in quotes, and the quote written ""): {shown(piece[begin : begin + 300])}'
             fields += 1
             if fields > len(self.names):
                 total = piece[begin:].split(b"\n", 1)[0].count(self.separator.encode()) + 1
-                return f"line {line:,} has {max(total, fields)} fields, the header {len(self.names)}: {row}"  # fmt: skip
+                return f"line {line:,} has {max(total, fields)} fields, the header {len(self.names)}: {shown(piece[begin : begin + 300])}"
             line, at = line + piece.count(b"\n", at, found.end()), found.end()
             if end == b"\n":
                 fields, begin = 0, at
@@ -183,7 +196,7 @@ class Delimited:
 def with_header(path: Location, separator: str | None = None) -> Delimited | None:
     """A text file that begins with the names of its columns; None where it is empty.
 
-    Without a `separator` it is the comma, or where the header has none the semicolon, tab or bar in it.
+    Without a `separator` it is the comma, or where the header has none its semicolon, tab or bar.
     """
     start = first_bytes(path)
     with open_bytes(path) as file:
@@ -196,9 +209,13 @@ def with_header(path: Location, separator: str | None = None) -> Delimited | Non
         end = body.find(b"\n", end) + 1
     line = body[: end or len(body)]
     if b"\r" in line.rstrip(b"\r\n"):
-        raise ValueError(f"{path}: cannot be read: its lines end in a carriage return alone; convert it: tr '\\r' '\\n'")  # fmt: skip
+        raise ValueError(
+            f"{path}: cannot be read: its lines end in a carriage return alone; convert it: tr '\\r' '\\n'"
+        )
     if not end and len(start) + mark >= _HEADER:
-        raise ValueError(f"{path}: expected a line with the names of the columns, got none within {_HEADER >> 20} MiB")  # fmt: skip
+        raise ValueError(
+            f"{path}: expected a line with the names of the columns, got none within {_HEADER >> 20} MiB"
+        )
     blank = len(start) - len(body)
     try:
         text = line.decode().rstrip("\r\n")

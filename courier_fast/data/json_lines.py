@@ -1,6 +1,8 @@
-"""Some fields of JSON lines: numbers as they are written, so that their types need not agree; other fields may hold anything.
+"""Some fields of JSON lines: numbers as they are written, so that their types need not agree.
 
-DuckDB reads them. What it refuses is read again by Python's json, which takes more (a lone surrogate, a name twice), and says which line is none.
+Other fields may hold anything.
+DuckDB reads them. What it refuses is read again by Python's json, which takes more (a lone
+surrogate, a name twice), and says which line is none.
 """
 
 from __future__ import annotations
@@ -36,14 +38,19 @@ class JsonLines:
     needed: Sequence[str] = ()
 
     def read(self, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-        """Some fields, in batches, null where a line lacks one. ValueError says which line cannot be read."""
+        """Some fields, in batches, null where a line lacks one.
+
+        ValueError says which line cannot be read.
+        """
         rows, missing = 0, set(self.needed) & set(columns)
         for batch in self._raw(columns):
             missing -= {name for name in missing if batch[name].null_count() < len(batch)}
             yield pl.DataFrame([self._typed(batch[name], rows) for name in columns])
             rows += len(batch)
         if missing and rows:
-            raise ValueError(f"{self.path}: expected the fields {', '.join(self.needed)}, got no line with a value of {', '.join(sorted(missing))}: {self._first()}")  # fmt: skip
+            raise ValueError(
+                f"{self.path}: expected the fields {', '.join(self.needed)}, got no line with a value of {', '.join(sorted(missing))}: {self._first()}"
+            )
 
     def _raw(self, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
         """Values as JSON."""
@@ -74,7 +81,10 @@ class JsonLines:
         with open_bytes(self.path) as file:
             objects = islice(self._objects(file), done, None)
             while part := list(islice(objects, _ROWS)):
-                yield pl.DataFrame({n: [_dumped(row.get(n)) for row in part] for n in columns}, dict.fromkeys(columns, pl.String))  # fmt: skip
+                yield pl.DataFrame(
+                    {n: [_dumped(row.get(n)) for row in part] for n in columns},
+                    dict.fromkeys(columns, pl.String),
+                )
 
     def _objects(self, file: IO[bytes]) -> Iterator[dict[str, object]]:
         for number, line in enumerate(file, 1):
@@ -90,7 +100,9 @@ class JsonLines:
                 said = "(is the file cut off?) " if not line.endswith(b"\n") else ""
                 if text.strip() == b"{":
                     said = "(an object over several lines? convert it: jq -c . FILE) "
-                raise ValueError(f"{where}line {number:,} is not a JSON object {said}{error}: {shown(text)}") from None  # fmt: skip
+                raise ValueError(
+                    f"{where}line {number:,} is not a JSON object {said}{error}: {shown(text)}"
+                ) from None
             if not isinstance(value, dict):
                 raise ValueError(f"{where}line {number:,} is not a JSON object: {shown(text)}")
             yield value
@@ -102,7 +114,9 @@ class JsonLines:
         nested = raw.str.contains(r"^[\[{]")
         if nested.any():
             at = int(nested.fill_null(False).arg_true()[0])
-            raise ValueError(f"{self.path}: expected text or a number as {raw.name}, got {shown(raw[at].encode())} in object {rows + at + 1:,}")  # fmt: skip
+            raise ValueError(
+                f"{self.path}: expected text or a number as {raw.name}, got {shown(raw[at].encode())} in object {rows + at + 1:,}"
+            )
         return _text(raw).cast(kind, strict=False)
 
     def _first(self) -> str:
@@ -139,7 +153,9 @@ def json_lines(path: Location, kinds: Kinds, needed: Sequence[str] = ()) -> Json
     start = first_bytes(path).lstrip()
     name = str(path).rsplit("/", 1)[-1]
     if start.startswith(b"["):
-        raise ValueError(f"{path}: expected JSON lines, got a JSON array; convert it: jq -c '.[]' {name} > lines.jsonl")  # fmt: skip
+        raise ValueError(
+            f"{path}: expected JSON lines, got a JSON array; convert it: jq -c '.[]' {name} > lines.jsonl"
+        )
     if start and not start.startswith(b"{"):
         raise ValueError(f"{path}: expected JSON lines, an object in each, got {shown(start)}")
     return JsonLines(path, kinds, needed)

@@ -1,6 +1,7 @@
-"""Files of tables, each with a schema of its own, as lazy tables: local or remote, alone or in folders.
+"""Files as lazy tables, each with a schema of its own: local or remote, alone or in folders.
 
-Names are literal: no character in them is a pattern. Only headers are read before rows are asked for, and of the rows only the columns asked for.
+Names are literal: no character in them is a pattern. Only headers are read before rows are asked
+for, and of the rows only the columns asked for.
 Whatever a library finds wrong is a ValueError that names the file.
 """
 
@@ -38,13 +39,28 @@ log = logging.getLogger(__name__)
 _NAME = re.compile(r"\.(parquet|csv|tsv|txt|jsonl|ndjson|json)(\.gz)?$", re.IGNORECASE)
 _SAME = {"ndjson": "jsonl", "json": "jsonl"}
 _UNPACK = {
-    ".zst": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz", ".zip": "unzip", ".lz4": "lz4 -d", ".7z": "7z x", ".tar": "tar xf", ".tgz": "tar xf",
-    ".xlsx": "save it as CSV UTF-8", ".xls": "save it as CSV UTF-8",
-}  # fmt: skip
+    ".zst": "zstd -d",
+    ".bz2": "bunzip2",
+    ".xz": "unxz",
+    ".zip": "unzip",
+    ".lz4": "lz4 -d",
+    ".7z": "7z x",
+    ".tar": "tar xf",
+    ".tgz": "tar xf",
+    ".xlsx": "save it as CSV UTF-8",
+    ".xls": "save it as CSV UTF-8",
+}
 _EXPECTED = "expected a .csv, .tsv, .parquet or .jsonl file (.gz where text)"
 _FOREIGN = (
-    pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, duckdb.Error, gzip.BadGzipFile, zlib.error, EOFError, UnicodeError,
-)  # fmt: skip
+    pl.exceptions.PolarsError,
+    pl.exceptions.PanicException,
+    pa.ArrowException,
+    duckdb.Error,
+    gzip.BadGzipFile,
+    zlib.error,
+    EOFError,
+    UnicodeError,
+)
 _OPENED = 16  # remote files whose headers are read at once
 _ROWS = 1 << 17
 
@@ -57,11 +73,13 @@ Schema = dict[str, "pl.DataType | type[pl.DataType]"]
 
 @contextmanager
 def reading(where: object) -> Iterator[None]:
-    """Whatever a library raises inside, as a ValueError of one line that begins with `where`, a file."""
+    """What a library raises inside, as a ValueError of one line that begins with `where`."""
     try:
         yield
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{where}: cannot be read: its gzip data is damaged or cut off: {short(error)}") from error  # fmt: skip
+        raise ValueError(
+            f"{where}: cannot be read: its gzip data is damaged or cut off: {short(error)}"
+        ) from error
     except _FOREIGN as error:
         raise ValueError(f"{where}: cannot be read: {short(error)}") from error
     except OSError as error:
@@ -88,14 +106,16 @@ def check(path: Location, found: Sequence[str], columns: Sequence[str]) -> None:
     """ValueError naming the columns that are not there once, and what may have been meant."""
     missing = [c for c in columns if c not in found]
     if missing:
-        names = ", ".join(found)
+        names = some(found, 40)
         raise ValueError(
-            f"{path}: expected the columns {', '.join(columns)}, got {names if len(names) <= 500 else names[:500] + ' ...' if found else 'an empty file'}"
+            f"{path}: expected the columns {', '.join(columns)}, got {names or 'an empty file'}"
             f" ({', '.join(missing)} missing{_meant(missing, found)})"
         )
     again = [c for c in columns if list(found).count(c) > 1]
     if again:
-        raise ValueError(f"{path}: expected each column once, got {again[0]} {list(found).count(again[0])} times")  # fmt: skip
+        raise ValueError(
+            f"{path}: expected each column once, got {again[0]} {list(found).count(again[0])} times"
+        )
 
 
 def _meant(missing: Sequence[str], found: Sequence[str]) -> str:
@@ -145,12 +165,16 @@ class Table:
         return found
 
     def frame(self, *columns: str, optional: Sequence[str] = ()) -> pl.LazyFrame:
-        """These columns, and those of `optional` that the file has. ValueError where one is missing, is there twice or holds lists."""
+        """These columns, and those of `optional` that the file has.
+
+        ValueError where one is missing, is there twice or holds lists.
+        """
         if self.any_column:
             inside = [c for c in columns if c not in self.partitions]
             others = [c for c in optional if c not in self.partitions]
             read: Read = json_lines(self.path, {}, inside).read
-            schema: Schema = dict.fromkeys([*inside, *others], pl.String)
+            # Some field, for the number of rows, where folders name all columns.
+            schema: Schema = dict.fromkeys([*inside, *others] or ["row"], pl.String)
         else:
             there = [c for c in optional if c in self.known(optional)]
             found = [*self.names, *(p for p in self.partitions if p not in self.schema)]
@@ -159,7 +183,9 @@ class Table:
             schema = {c: self.schema[c] for c in [*columns, *there] if c in self.schema}
         for name, kind in schema.items():
             if kind.is_nested() or kind in (pl.Object, pl.Binary):
-                raise ValueError(f"{self.path}: expected text, numbers or times as {name}, got {kind}")  # fmt: skip
+                raise ValueError(
+                    f"{self.path}: expected text, numbers or times as {name}, got {kind}"
+                )
         wanted = [c for c in (*columns, *optional) if c in self.partitions and c not in schema]
         if not schema and self.schema:  # for the number of rows
             schema = dict([next(iter(self.schema.items()))])
@@ -195,14 +221,18 @@ def open_table(path: Location, partitions: dict[str, str | None] | None = None) 
     with reading(path):
         if kind == "parquet":
             columns = Parquet(path).columns()
-            return Table(path, dict(columns), Parquet(path).read, partitions or {}, [n for n, _ in columns])  # fmt: skip
+            return Table(
+                path, dict(columns), Parquet(path).read, partitions or {}, [n for n, _ in columns]
+            )
         if kind == "jsonl":
             source_of = json_lines(path, {})
             return Table(path, {}, source_of.read, partitions or {}, any_column=True)
         text = with_header(path, "\t" if kind == "tsv" else None)
     if text is None:
         return None
-    return Table(path, dict.fromkeys(text.names, pl.String), text.read, partitions or {}, text.names)  # fmt: skip
+    return Table(
+        path, dict.fromkeys(text.names, pl.String), text.read, partitions or {}, text.names
+    )
 
 
 def kind_of(path: Location) -> str:
@@ -231,7 +261,9 @@ class Parquet:
             system, name = filesystem(self.path)
             file = system.open_input_file(name)
         with file:
-            yield parquet.ParquetFile(file, coerce_int96_timestamp_unit="us", pre_buffer=not isinstance(self.path, Path))  # fmt: skip
+            yield parquet.ParquetFile(
+                file, coerce_int96_timestamp_unit="us", pre_buffer=not isinstance(self.path, Path)
+            )
 
     def columns(self) -> list[tuple[str, Any]]:
         """Names and types."""
@@ -274,7 +306,9 @@ def scan(path: Location) -> pl.LazyFrame:
     """All columns of one file. ValueError where it is empty."""
     table = open_table(_there(path))
     if table is None:
-        raise ValueError(f"{path}: expected a line with the names of the columns, got an empty file")  # fmt: skip
+        raise ValueError(
+            f"{path}: expected a line with the names of the columns, got an empty file"
+        )
     return table.all()
 
 
@@ -285,7 +319,10 @@ def scan_json(path: Path, schema: Kinds, needed: Sequence[str]) -> pl.LazyFrame:
 
 
 def scan_lines(path: Path, separator: str, columns: Sequence[str]) -> pl.LazyFrame:
-    """A text file without a header whose separator may have several characters; columns past a line's end are null."""
+    """A text file without a header, whose separator may have several characters.
+
+    Columns past a line's end are null.
+    """
     lines = Delimited(_there(path), ("line",), "\x01", quote=False, lossy=True)
     parts = pl.col("line").str.split(separator)
     return lazy(path, {"line": pl.String}, lines.read).select(
@@ -296,7 +333,7 @@ def scan_lines(path: Path, separator: str, columns: Sequence[str]) -> pl.LazyFra
 def tables(paths: Sequence[Location]) -> list[Table]:
     """The files, and those of the folders, as Spark and Hive write them: with those in subfolders.
 
-    Empty text files are left out, and a file that is there twice is read twice; both with a warning.
+    Empty text files are left out, and a file that is there twice is read twice: with a warning.
     """
     files: list[tuple[Location, dict[str, str | None]]] = []
     for path in paths:
@@ -311,7 +348,9 @@ def tables(paths: Sequence[Location]) -> list[Table]:
         found = list(threads.map(lambda of: open_table(*of), files))
     empty = [str(file) for (file, _), table in zip(files, found, strict=True) if table is None]
     if len(empty) == len(files):
-        raise ValueError(f"{empty[0]}: expected a line with the names of the columns, got an empty file")  # fmt: skip
+        raise ValueError(
+            f"{empty[0]}: expected a line with the names of the columns, got an empty file"
+        )
     if empty:
         log.warning("empty files, left out: %s", some(empty))
     return [table for table in found if table is not None]
@@ -330,7 +369,9 @@ def _there(path: Location) -> Location:
 
 def some(names: Sequence[str], most: int = 5) -> str:
     """The first of them, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")  # fmt: skip
+    return ", ".join(names[:most]) + (
+        f" and {len(names) - most:,} more" if len(names) > most else ""
+    )
 
 
 def _warn_of_copies(files: Sequence[Location]) -> None:
@@ -343,7 +384,10 @@ def _warn_of_copies(files: Sequence[Location]) -> None:
 
 
 def _files(folder: Location) -> list[tuple[Location, str]]:
-    """A folder's files, in order, and in which of its folders they are. ValueError unless they are of one kind."""
+    """A folder's files, in order, and in which of its folders they are.
+
+    ValueError unless they are of one kind.
+    """
     if isinstance(folder, Path):
         inside = sorted(_walk(folder, ""))
     else:
@@ -357,16 +401,23 @@ def _files(folder: Location) -> list[tuple[Location, str]]:
             other.append(name)
     expected = "expected files of one kind, .parquet, .csv, .tsv or .jsonl"
     if len(kinds) > 1:
-        raise ValueError(f"{folder}: {expected}, got {', '.join(sorted(kinds))} ({', '.join(kinds.values())})")  # fmt: skip
+        raise ValueError(
+            f"{folder}: {expected}, got {', '.join(sorted(kinds))} ({', '.join(kinds.values())})"
+        )
     if other:
-        raise ValueError(f"{folder}: {expected}, and no others, got {some(other)}; move what is no table away, or unpack it")  # fmt: skip
+        raise ValueError(
+            f"{folder}: {expected}, and no others, got {some(other)}; move what is no table away, or unpack it"
+        )
     if not kinds:
         raise ValueError(f"{folder}: {expected}, got none")
     return [(join(folder, name), name.rpartition("/")[0]) for name in inside]
 
 
 def _walk(folder: Path, below: str, above: frozenset[tuple[int, int]] = frozenset()) -> list[str]:
-    """Names of all files under a folder, hidden ones left out, links followed. OSError for what cannot be read, ValueError for what is no file."""
+    """Names of all files under a folder, hidden ones left out, links followed.
+
+    OSError for what cannot be read, ValueError for what is no file.
+    """
     about = os.stat(folder)
     if (about.st_dev, about.st_ino) in above:  # a link back
         return []
@@ -401,7 +452,10 @@ def _partitions(folder: str) -> dict[str, str | None]:
 
 
 def find(folder: Path, *patterns: str) -> list[Path]:
-    """The files of a folder that match the first pattern with a match; FileNotFoundError without any."""
+    """The files of a folder that match the first pattern with a match.
+
+    FileNotFoundError without any.
+    """
     if matches := find_any(folder, *patterns):
         return matches
     inside = sorted(p.name for p in folder.iterdir())
