@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .layouts import Source
 from .options import PrepareOptions
 from .page_tables import by_item
 from .pages import Events, mix
+from .scan import reading, some
 from .spool import Sorter, Spool, whole
 from .storage import Location
 from .tables import ImageStoreWriter
@@ -118,14 +120,11 @@ def read(source: Source, sorter: Sorter) -> Raw:
     sorter.run(f"CREATE TABLE events ({columns})")
     sorter.run(f"CREATE TABLE shown ({columns}, page UBIGINT, clicked UTINYINT, place BIGINT)")
     raw = Raw(Ids(), Ids(), sorter, {})
-    for name, table, frame in (
-        ("events", "events", source.events),
-        ("impressions", "shown", source.impressions),
-    ):
-        if frame is None:
+    for name, table in (("events", "events"), ("impressions", "shown")):
+        if not (frames := source.tables(name)):
             continue
         counts, place = raw.counts.setdefault(name, Counter()), 0
-        for batch in batches(frame, table, source):
+        for batch in chain.from_iterable(batches(f, table, source) for f in frames):
             known = clean(batch, counts)
             users, items = (ids.codes(known[n]) for ids, n in ((raw.users, "user_id"), (raw.items, "item_id")))  # fmt: skip
             rows = {"user": users, "item": items, "time": known["time"].to_numpy()}
@@ -140,16 +139,10 @@ def read(source: Source, sorter: Sorter) -> Raw:
 def batches(frame: pl.LazyFrame, table: str, source: Source) -> Iterator[pl.DataFrame]:
     """The rows of events or shown, a batch at a time, in order."""
     columns = ["user_id", "item_id", "time"] + ["page_id", "clicked"] * (table == "shown")
-    try:
+    with reading(some([str(f) for f in source.files]) or "the source"):
         yield from frame.select(columns).collect_batches(
             chunk_size=on_disk.BATCH, maintain_order=True, engine="streaming"
         )
-    except pl.exceptions.PolarsError as error:
-        files = ", ".join(str(f) for f in source.files) or "the source"
-        said = str(error)  # after an unclosed quote it has the rest of the file
-        if len(said) > 1000:
-            said = f"{said[:300]} ... {said[-300:]}"
-        raise ValueError(f"{files}: cannot be read: {said}") from error
 
 
 def clean(batch: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
@@ -217,7 +210,8 @@ class Candidates:
         table = ids
         if source.items is not None:
             about = source.items.join(ids.lazy().select("item_id"), on="item_id", how="semi")
-            found = about.collect(engine="streaming").unique("item_id", keep="first", maintain_order=True)  # fmt: skip
+            with reading("items"):
+                found = about.collect(engine="streaming").unique("item_id", keep="first", maintain_order=True)  # fmt: skip
             table = ids.join(found, on="item_id", how="left", maintain_order="left")
         extra = {"category": pl.String, "image": pl.String, "first_seen": pl.Int64, "last_seen": pl.Int64}  # fmt: skip
         self.table = table.with_columns(

@@ -1,27 +1,30 @@
 """Importers: the published files of known datasets, and your own, as one `Source` of lazy tables.
 
-Only headers are read here. Ids are text throughout, so that leading zeros stay.
+Only headers are read here, by scan.py. Ids are text throughout, so that leading zeros stay.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.dataset as arrow
-from polars.io.plugins import register_io_source
 
-from .storage import Location, filesystem, is_file, is_folder, list_files, local_copy, location
-
-_NAME = re.compile(r"^.*?(?=\.(?:parquet|csv|tsv|txt|jsonl|ndjson)(?:\.gz)?$)")
-
-Schema = dict[str, pl.DataType | type[pl.DataType]]
+from .scan import (
+    Schema,
+    Table,
+    check,
+    find,
+    find_any,
+    find_one,
+    need,
+    scan,
+    scan_json,
+    scan_lines,
+    tables,
+)
+from .storage import Location, location
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,14 @@ class Source:
     files: Sequence[Location] = ()
     parts: Callable[[], list[pl.LazyFrame]] | None = None
 
+    def tables(self, name: str) -> list[pl.LazyFrame]:
+        """The rows of "events" or "impressions", in tables that can be read at the same time, in order."""
+        frame = self.events if name == "events" else self.impressions
+        if frame is None:
+            return []
+        in_parts = self.parts is not None and (self.impressions is None or name == "impressions")
+        return self.parts() if in_parts and self.parts is not None else [frame]
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -56,166 +67,6 @@ class Columns:
     category: str = "category"
     page: str | None = None
     clicked: str = "clicked"
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
-
-
-def scan(path: Location) -> pl.LazyFrame:
-    """A lazy table of a .csv, .tsv, .parquet or .jsonl file (.gz where text), local or remote, or of a folder of such files.
-
-    Columns of .csv and .tsv are text. A folder is read as Spark and Hive write it: files in subfolders, those of partitions such as
-    day=2020-09-01 with their value as a column, names that begin with "_" or "." left out.
-    """
-    if is_folder(path):
-        return _scan_folder(path)
-    if not is_file(path):
-        raise FileNotFoundError(f"{path} is not there")
-    if str(path).endswith(".parquet") and isinstance(path, str):
-        data = _parquet(path, [path])
-        return _scan_arrow(data, data.schema)
-    return _scan_file(local_copy(path), str(path))
-
-
-def _scan_folder(folder: Location) -> pl.LazyFrame:
-    files, kind = _files(folder)
-    if kind == ".parquet":
-        data = _parquet(folder, files)
-        return _scan_arrow(data, data.schema)
-    return pl.concat([scan(file) for file in files])
-
-
-def _files(folder: Location) -> tuple[list[Location], str]:
-    """A folder's files, and of which kind they are."""
-    files = list_files(folder)
-    kinds = {_NAME.sub("", str(file).rsplit("/", 1)[1]).removesuffix(".gz") for file in files}
-    if len(kinds) != 1:
-        raise ValueError(
-            f"{folder}: expected files of one kind, .parquet, .csv, .tsv or .jsonl, got {', '.join(sorted(kinds)) or 'none'}"
-        )
-    return files, kinds.pop()
-
-
-def _parquet(folder: Location, files: Sequence[Location]) -> arrow.FileSystemDataset:
-    """Parquet files, wherever they are; values of partitions are columns."""
-    system, root = (None, str(folder)) if isinstance(folder, Path) else filesystem(folder)
-    names = [str(f) if system is None else filesystem(str(f))[1] for f in files]
-    try:
-        return arrow.dataset(names, format="parquet", filesystem=system, partitioning="hive", partition_base_dir=root)  # fmt: skip
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"{folder}: cannot be read as Parquet: {error}") from None
-
-
-def _scan_arrow(source: arrow.Dataset | arrow.Fragment, schema: pa.Schema) -> pl.LazyFrame:
-    """A dataset of Arrow, or a file of it, read a batch at a time."""
-    empty = pl.from_arrow(schema.empty_table())
-    assert isinstance(empty, pl.DataFrame)
-
-    def read(
-        columns: list[str] | None, predicate: pl.Expr | None, rows: int | None, batch: int | None
-    ) -> Iterator[pl.DataFrame]:
-        how = {"schema": schema} if isinstance(source, arrow.Fragment) else {}
-        for part in source.to_batches(columns=columns, batch_size=batch or 1 << 17, **how):
-            frame = pl.from_arrow(part)
-            assert isinstance(frame, pl.DataFrame)
-            frame = frame if rows is None else frame.head(rows)
-            rows = None if rows is None else rows - len(frame)
-            yield frame if predicate is None else frame.filter(predicate)
-            if rows == 0:
-                return
-
-    return register_io_source(read, schema=empty.schema)
-
-
-def scan_parts(path: Location) -> list[pl.LazyFrame]:
-    """The rows of `scan`, file by file."""
-    if not is_folder(path):
-        return [scan(path)]
-    files, kind = _files(path)
-    if kind != ".parquet":
-        return [scan(file) for file in files]
-    data = _parquet(path, files)
-    return [_scan_arrow(fragment, data.schema) for fragment in data.get_fragments()]
-
-
-def _scan_file(path: Path, name: str) -> pl.LazyFrame:
-    kind = name.removesuffix(".gz")
-    if kind.endswith(".parquet"):
-        return pl.scan_parquet(path)
-    if kind.endswith((".jsonl", ".ndjson")):
-        return pl.scan_ndjson(path, infer_schema_length=1000)
-    if kind.endswith((".csv", ".tsv", ".txt")):
-        separator = "\t" if kind.endswith(".tsv") else ","
-        return pl.scan_csv(path, separator=separator, infer_schema=False)
-    raise ValueError(f"{name}: expected a .csv, .tsv, .parquet or .jsonl file (.gz where text)")
-
-
-def scan_json(path: Path, schema: Schema) -> pl.LazyFrame:
-    """Some fields of a .jsonl file, with their types; its other fields may hold anything."""
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
-        first = json.loads(next(lines, "") or "{}")
-    _check(path, list(first), schema)
-    return pl.scan_ndjson(path, schema=schema)
-
-
-def scan_lines(path: Path, separator: str, columns: Sequence[str]) -> pl.LazyFrame:
-    """A text file without a header whose separator may have several characters; columns past a line's end are null."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there")
-    lines = pl.scan_csv(
-        path, separator="\x01", has_header=False, new_columns=["line"], infer_schema=False, quote_char=None,
-        encoding="utf8-lossy",
-    )  # fmt: skip
-    parts = pl.col("line").str.split(separator)
-    return lines.select(
-        parts.list.get(i, null_on_oob=True).alias(name) for i, name in enumerate(columns)
-    )
-
-
-def need(frame: pl.LazyFrame, path: Location, *columns: str) -> pl.LazyFrame:
-    """The frame; ValueError naming the columns that are not there and those that are."""
-    _check(path, frame.collect_schema().names(), columns)
-    return frame
-
-
-def _check(path: Location, found: Sequence[str], columns: Sequence[str] | dict) -> None:
-    missing = [c for c in columns if c not in found]
-    if missing:
-        raise ValueError(
-            f"{path}: expected the columns {', '.join(columns)}, got {', '.join(found) or 'an empty file'} ({', '.join(missing)} missing)"
-        )
-
-
-def find(folder: Path, *patterns: str) -> list[Path]:
-    """The files of a folder that match the first pattern with a match; FileNotFoundError without any."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"source: expected a folder, got {folder}")
-    for pattern in patterns:
-        if matches := sorted(p for p in folder.glob(pattern) if p.is_file()):
-            return matches
-    inside = sorted(p.name for p in folder.iterdir())
-    shown = ", ".join(inside[:20]) + (", ..." if len(inside) > 20 else "")
-    raise FileNotFoundError(
-        f"{folder}: expected {' or '.join(patterns)}, got {shown or 'an empty folder'}"
-    )
-
-
-def find_one(folder: Path, *patterns: str) -> Path:
-    """The one file of `find`; ValueError where several match."""
-    matches = find(folder, *patterns)
-    if len(matches) > 1:
-        raise ValueError(
-            f"{folder}: expected one of {' or '.join(patterns)}, got {', '.join(p.name for p in matches)}"
-        )
-    return matches[0]
-
-
-def find_any(folder: Path, *patterns: str) -> list[Path]:
-    """As `find`, but no file is no error."""
-    try:
-        return find(folder, *patterns)
-    except FileNotFoundError:
-        return []
 
 
 TIME_FORMS = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S%z", "%Y-%m-%d %H:%M:%S%.f%z")  # fmt: skip
@@ -311,10 +162,11 @@ def generic(
     if not interactions:
         raise ValueError("interactions: expected at least one file, got none")
 
-    def rows(frame: pl.LazyFrame, path: Location) -> pl.LazyFrame:
+    def rows(table: Table) -> pl.LazyFrame:
         if c.page is None:
-            return _events(frame, path, c.user, c.item, c.time)
-        frame = need(frame, path, c.page, c.user, c.item, c.time, c.clicked)
+            frame = table.frame(c.user, c.item, c.time)
+            return _events(frame, table.path, c.user, c.item, c.time)
+        frame = table.frame(c.page, c.user, c.item, c.time, c.clicked)
         return frame.select(
             text(c.page, "page_id"),
             text(c.user, "user_id"),
@@ -323,25 +175,31 @@ def generic(
             _truth(frame, c.clicked),
         )
 
-    def parts() -> list[pl.LazyFrame]:
-        return [rows(frame, path) for path in interactions for frame in scan_parts(path)]
-
-    about = None
-    if items is not None:
-        frame = need(scan(items), items, c.item)
-        found = frame.collect_schema().names()
-        chosen = [text(c.item, "item_id")]
-        if c.category in found:
-            chosen.append(text(c.category, "category"))
-        elif c.category != Columns.category:  # asked for by name
-            need(frame, items, c.category)
-        chosen += [seconds(frame, n).alias(n) for n in ("first_seen", "last_seen") if n in found]
-        about = frame.select(chosen)
-    table = pl.concat([rows(scan(path), path) for path in interactions])
+    parts = [rows(table) for table in tables(interactions)]
+    about = None if items is None else pl.concat(_about(items, c))
+    table = pl.concat(parts)
     files = [*interactions, *([items] if items else [])]
     if c.page is None:
-        return Source("generic", events=table, items=about, files=files, parts=parts)
-    return Source("generic", impressions=table, items=about, files=files, parts=parts)
+        return Source("generic", events=table, items=about, files=files, parts=parts.copy)
+    return Source("generic", impressions=table, items=about, files=files, parts=parts.copy)
+
+
+def _about(items: Location, c: Columns) -> list[pl.LazyFrame]:
+    """The items of each file; a column that one file has, all have."""
+    found = tables([items])
+    names = [c.category, "first_seen", "last_seen"]
+    there = {name for table in found for name in table.known(names)}
+    if c.category != Columns.category and c.category not in there:  # asked for by name
+        check(items, found[0].names or [c.item, *sorted(there)], [c.item, c.category])
+    more = [name for name in names if name in there]
+    parts = []
+    for table in found:
+        frame = table.frame(c.item, *more) if not table.any_column else table.frame(c.item, optional=more)  # fmt: skip
+        chosen = [text(c.item, "item_id")]
+        for name in more:
+            chosen.append(text(name, "category") if name == c.category else seconds(frame, name).alias(name))  # fmt: skip
+        parts.append(frame.select(chosen))
+    return parts
 
 
 def hm(folder: Path) -> Source:
@@ -398,7 +256,7 @@ def amazon_reviews_2023(folder: Path, min_rating: float | None = None) -> Source
         if path.name.removesuffix(".gz").endswith(".csv"):
             frame = need(scan(path), path, *kinds)
         else:
-            frame = scan_json(path, kinds)
+            frame = scan_json(path, kinds, list(kinds))
         frames.append(
             _events(_rated(frame, min_rating), path, "user_id", "parent_asin", "timestamp")
         )
@@ -410,7 +268,7 @@ def amazon_reviews_2023(folder: Path, min_rating: float | None = None) -> Source
     }
     category = pl.coalesce(pl.col("categories").list.get(1, null_on_oob=True), "main_category")
     metas = [
-        scan_json(path, about_kinds).select(
+        scan_json(path, about_kinds, ["parent_asin"]).select(
             text("parent_asin", "item_id"), category.alias("category")
         )
         for path in about

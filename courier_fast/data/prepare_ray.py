@@ -29,6 +29,7 @@ from .events import MAX_CODES, NO_IMAGE, Candidates, Items, spans, text
 from .layouts import Source
 from .options import PrepareOptions
 from .page_tables import Outcome, counts_of, dropped, market_of, splits_of, write_about
+from .scan import short
 from .storage import Location
 from .tables import write_shards
 
@@ -53,8 +54,13 @@ def write(
     with connected(address) as ray:
         try:
             return _Run(ray, folder, source, images, options, begin).run()
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        except ray.exceptions.RayError as error:
+            cause: Exception = error
+            while isinstance(inner := getattr(cause, "cause", None), Exception):
+                cause = inner
+            if isinstance(cause, ray.exceptions.RayError):
+                raise RuntimeError(f"engine: ray failed: {short(cause)}") from error
+            raise cause from None
 
 
 class _Times:
@@ -210,11 +216,8 @@ class _Run:
         whole = self.source
         plain = dataclasses.replace(whole, events=None, impressions=None, items=None, parts=None)
         streams = []
-        for name, table, frame in (("events", "events", whole.events), ("impressions", "shown", whole.impressions)):  # fmt: skip
-            if frame is None:
-                continue
-            in_parts = whole.parts is not None and (whole.impressions is None or table == "shown")
-            frames = whole.parts() if in_parts and whole.parts else [frame]
+        for name, table in (("events", "events"), ("impressions", "shown")):
+            frames = whole.tables(name)
             for number, part in enumerate(frames):
                 read = self.task(steps.read, "streaming")
                 streams.append((name, read(part, table, plain, number, PART)))
