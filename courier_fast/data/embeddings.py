@@ -82,12 +82,12 @@ def _beside(path: Path) -> dict[str, Any]:
     return json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
 
 
-def trained_until(path: str | os.PathLike[str]) -> int | None:
+def trained_until(path: str | os.PathLike[str]) -> float | None:
     """Time of the newest page that the encoder was trained on, in seconds since 1970; None where nobody wrote it down beside the file."""
     if Path(path).is_dir():
         return EmbeddingStore.open(path).trained_until
-    value = _beside(Path(path)).get("trained_until")
-    return None if value is None else int(value)
+    value: float | None = _beside(Path(path)).get("trained_until")
+    return value
 
 
 def without_embedding(table: Array, dataset: Dataset) -> tuple[int, str]:
