@@ -161,13 +161,13 @@ def clean(batch: pl.DataFrame, counts: Counter[str], ticks: int = 1) -> pl.DataF
     clicked (uint8). Counts the others."""
     names = [n for n in ("user_id", "item_id", "page_id") if n in batch.columns]
     counts["read"] += len(batch)
-    known = batch.filter(pl.all_horizontal(pl.col(n).is_not_null() & (pl.col(n) != "") for n in names))  # fmt: skip
+    known = batch.filter(pl.all_horizontal(pl.col(n).is_not_null() for n in names))
     counts["no user, item or page id"] += len(batch) - len(known)
     for name in names:
         words = missing(known[name])
         if words.any():
             for word, count in known.filter(words)[name].value_counts().sort(name).iter_rows():
-                counts[f"a missing id: {name} {word}"] += count
+                counts[f'a missing id, {name} "{word}"'] += count
             known = known.filter(~words)
     short = known.filter(pl.all_horizontal(pl.col(n).str.len_bytes() <= MAX_ID for n in names))
     counts[f"an id of over {MAX_ID:,} bytes"] += len(known) - len(short)
