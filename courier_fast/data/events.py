@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from . import spool as on_disk
-from .ids import missing
+from .ids import missing, one_line
 from .image_check import LEADS_OUT, check_images, index_images
 from .layouts import Source
 from .options import PrepareOptions
@@ -143,11 +143,10 @@ def batches(frame: pl.LazyFrame, table: str, source: Source) -> Iterator[pl.Data
     columns = ["user_id", "item_id", "time"] + ["page_id", "clicked"] * (table == "shown")
     columns += ["microsecond"] * ("microsecond" in frame.collect_schema())
     try:
-        yield from frame.select(columns).collect_batches(
-            chunk_size=on_disk.BATCH, maintain_order=True, engine="streaming"
-        )
-    except ValueError as error:  # of a column's values; polars adds where in its plan that was
-        raise ValueError(str(error).split("\n\nThis error occurred")[0]) from None
+        with one_line():
+            yield from frame.select(columns).collect_batches(
+                chunk_size=on_disk.BATCH, maintain_order=True, engine="streaming"
+            )
     except pl.exceptions.PolarsError as error:
         files = ", ".join(str(f) for f in source.files) or "the source"
         said = str(error)  # after an unclosed quote it has the rest of the file
@@ -258,7 +257,9 @@ class Candidates:
         table = ids
         if source.items is not None:
             about = source.items.join(ids.lazy().select("item_id"), on="item_id", how="semi")
-            found = about.collect(engine="streaming").unique("item_id", keep="first", maintain_order=True)  # fmt: skip
+            with one_line():
+                found = about.collect(engine="streaming")
+            found = found.unique("item_id", keep="first", maintain_order=True)
             table = ids.join(found, on="item_id", how="left", maintain_order="left")
         extra = {"category": pl.String, "image": pl.String, "first_seen": pl.Int64, "last_seen": pl.Int64}  # fmt: skip
         self.table = table.with_columns(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import polars as pl
@@ -85,15 +87,21 @@ def _refuse(wrong: pl.Series, name: str) -> None:
 
 def _of_bytes(values: pl.Series, name: str) -> pl.Series:
     """UTF-8; 16 bytes that are none are a UUID."""
-    text = values.cast(pl.String, strict=False)
-    other = (text.is_null() & values.is_not_null()).arg_true()
-    if not len(other):
-        return text
-    raw = values.gather(other)
-    if (raw.bin.size() != 16).any():
-        raise ValueError(f"{name or values.name}: expected ids as UTF-8 text or UUIDs of 16 bytes, got other bytes ({raw[0]!r:.60})")  # fmt: skip
-    digits = raw.bin.encode("hex").str.replace(r"^(.{8})(.{4})(.{4})(.{4})(.{12})$", "$1-$2-$3-$4-$5")
-    return text.scatter(other, digits)
+    try:
+        return values.cast(pl.String)
+    except pl.exceptions.PolarsError:
+        return pl.Series(values.name, [_of_some_bytes(v, name) for v in values], pl.String)
+
+
+def _of_some_bytes(value: bytes | None, name: str) -> str | None:
+    if value is None:
+        return None
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        if len(value) == 16:
+            return str(uuid.UUID(bytes=value))
+    raise ValueError(f"{name}: expected ids as UTF-8 text or UUIDs of 16 bytes, got the bytes {value!r:.60}")  # fmt: skip
 
 
 def text(column: str, name: str, path: Location | str = "", *, whole: bool = False) -> pl.Expr:
@@ -108,8 +116,21 @@ def text(column: str, name: str, path: Location | str = "", *, whole: bool = Fal
 
 def label(column: str, name: str) -> pl.Expr:
     """A column of categories: as `text`, null where it is missing."""
-    found = text(column, name)
-    return pl.when(~found.is_in(MISSING)).then(found).alias(name)
+
+    def read(values: pl.Series) -> pl.Series:
+        found = as_text(values, column)
+        return found.set(missing(found), None)
+
+    return pl.col(column).map_batches(read, pl.String, is_elementwise=True).alias(name)
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """What is wrong with a column's values, without what polars adds about its plan."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).split("\n\nThis error occurred")[0]) from None
 
 
 def written_as_floats(frame: pl.LazyFrame, column: str) -> bool:

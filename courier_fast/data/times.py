@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from .ids import MISSING, trimmed
+from .ids import as_text, missing
 from .storage import Location
 
 Array = npt.NDArray
@@ -300,9 +300,9 @@ def _plain(values: pl.Series) -> pl.Series:
     """Numbers as they are, anything else as trimmed text without words for missing."""
     if values.dtype.is_numeric():
         return values.cast(pl.Float64).fill_nan(None) if values.dtype.is_float() else values
-    text = trimmed(values.cast(pl.String, strict=False))
-    missing = text.is_in(MISSING).fill_null(False)
-    return text.set(missing, None) if missing.any() else text
+    text = as_text(values)
+    none = missing(text)
+    return text.set(none, None) if none.any() else text
 
 
 def _by_pattern(values: pl.Series, pattern: str) -> pl.Series:
@@ -374,7 +374,7 @@ class _Seen:
         """Three values, one of each kind first."""
         lists = [self.first.get(k, []) for k in kinds]
         order = [v for place in zip(*(o + [""] * (3 - len(o)) for o in lists), strict=True) for v in place]  # fmt: skip
-        return ", ".join(repr(v[:40]) for v in dict.fromkeys(order) if v)[:200] if order else ""
+        return ", ".join([repr(v[:40]) for v in dict.fromkeys(order) if v][:3])
 
     def extremes(self) -> str:
         """The least, the largest and another number."""
