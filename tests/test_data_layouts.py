@@ -211,7 +211,13 @@ def test_ebnerd(tmp_path: Path) -> None:
 )
 def test_generic_reads_times_in_every_form(tmp_path: Path, text: str, time: int | None) -> None:
     # Beside others of its kind.
-    other = text if text.isdigit() else "2000-01-01" if ":" in text or time is None or "-" in text else NOON
+    other = (
+        text
+        if text.isdigit()
+        else "2000-01-01"
+        if ":" in text or time is None or "-" in text
+        else NOON
+    )
     path = tmp_path / "own.csv"
     path.write_text(f"user_id,item_id,timestamp\n007,0001,{text}\nu,i,{other}\n")
     found = events(layouts.generic([path]))

@@ -47,7 +47,9 @@ NOON = 1_600_000_000
         (pa.array([UUID.bytes], pa.binary(16)), [str(UUID)]),
     ],
 )  # fmt: skip
-def test_one_text_whatever_the_type(values: pa.Array, ids: list[str | None], tmp_path: Path) -> None:
+def test_one_text_whatever_the_type(
+    values: pa.Array, ids: list[str | None], tmp_path: Path
+) -> None:
     assert array(values, "").to_pylist() == ids
     pq.write_table(pa.table({"c": values}), tmp_path / "x.parquet")
     frame = pl.scan_parquet(tmp_path / "x.parquet").select(text("c", "id"))

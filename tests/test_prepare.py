@@ -335,7 +335,16 @@ def test_rows_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
     good = [f"{n % 3},00{(n // 3 + 4 * (n % 3)) % 9},{1_600_000_000 + n}" for n in range(27)]
     path = tmp_path / "own.csv"
     path.write_text(
-        "\n".join(["user_id,item_id,timestamp", *good, ",001,1600000005", "1,,1600000005", "1,001,never", "1,001,"])
+        "\n".join(
+            [
+                "user_id,item_id,timestamp",
+                *good,
+                ",001,1600000005",
+                "1,,1600000005",
+                "1,001,never",
+                "1,001,",
+            ]
+        )
     )
     report = prepare(
         tmp_path / "out", source=generic([path]), options=PrepareOptions(min_history=1)

@@ -227,7 +227,10 @@ def test_the_command_and_its_errors(
     capsys.readouterr()
     for text, message in (
         ("user_id,item_id,timestamp\n", "expected events, got none"),
-        ('user_id,item_id,timestamp\na,b,1600000000\n"c,d,1600000000\n', "clicks.csv: cannot be read"),
+        (
+            'user_id,item_id,timestamp\na,b,1600000000\n"c,d,1600000000\n',
+            "clicks.csv: cannot be read",
+        ),
         ("user_id,item_id,timestamp\na,b,1600000000\n", "pages: expected at least one"),
     ):
         clicks.write_text(text)

@@ -76,7 +76,11 @@ class Market(NamedTuple):
 
 
 def market_of(
-    table: pl.DataFrame, first_seen: Array, last_seen: Array, options: PrepareOptions, ticks: int = 1
+    table: pl.DataFrame,
+    first_seen: Array,
+    last_seen: Array,
+    options: PrepareOptions,
+    ticks: int = 1,
 ) -> Market:
     # Most items of a long tail are sold once: they were on offer for longer than that second.
     margin = round(86_400 * options.live_days) * ticks

@@ -270,7 +270,9 @@ class _Run:
         bounds = self.time_bounds(about, bases[2])
         market, pool, past = None, None, None
         if not self.given:
-            market = self.ray.put(market_of(items.table, first_seen, last_seen, self.options, items.ticks))
+            market = self.ray.put(
+                market_of(items.table, first_seen, last_seen, self.options, items.ticks)
+            )
             if self.options.negatives == "popularity":
                 pool, past = self.moments(events, bases[1], bounds)
         made = [

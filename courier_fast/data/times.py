@@ -30,16 +30,16 @@ _1904 = 24_107  # the same, counted from 1904-01-01
 # What stands for "unknown": zero, -1, and the "not a time" of NumPy and pandas as a number.
 _UNKNOWN = (0, -1, np.iinfo(np.int64).min)
 # The same among dates: the first and the last of several databases, the year 1900, zero seconds.
-_UNKNOWN_DATES = tuple(int(np.datetime64(d, "us").astype(np.int64)) for d in ("0001-01-01", "1900-01-01", "1970-01-01"))
+_UNKNOWN_DATES = tuple(
+    int(np.datetime64(d, "us").astype(np.int64)) for d in ("0001-01-01", "1900-01-01", "1970-01-01")
+)
 _NEVER = int(np.datetime64("9999-12-31", "us").astype(np.int64))
 
 UNITS: dict[str, float] = {"seconds": 1e6, "milliseconds": 1e3, "microseconds": 1, "nanoseconds": 1e-3}  # fmt: skip
 DAYS = {"days": _SPREADSHEET, "days-1904": _1904}
 FORMATS = (*UNITS, *DAYS, "order")
 _COMPACT = {"YYYYMMDD": 8, "YYYYMMDDhhmm": 12, "YYYYMMDDhhmmss": 14, "YYYYMMDDhhmmssfff": 17}
-_HINT = (
-    f"say what they are with --time-format: {', '.join(FORMATS)}, or a pattern such as %d/%m/%Y"
-)
+_HINT = f"say what they are with --time-format: {', '.join(FORMATS)}, or a pattern such as %d/%m/%Y"
 
 # ---- text of dates ----------------------------------------------------------------------------------------------------
 
@@ -248,7 +248,7 @@ class TimeForm:
         times = self._micro(values)
         if self.any_date or not (values.dtype.is_temporal() or self.name == "dates"):
             return times
-        return times.set((times.is_in(_UNKNOWN_DATES) | (times >= _NEVER)).fill_null(False), None)
+        return _without_unknown(times)
 
     def _micro(self, values: pl.Series) -> pl.Series:
         if values.dtype.is_temporal():
@@ -294,6 +294,11 @@ class TimeForm:
         if self.parts:
             return frame.unnest("time")
         return frame.with_columns(pl.col("time").struct.field("time"))
+
+
+def _without_unknown(times: pl.Series) -> pl.Series:
+    unknown = (times.is_in(_UNKNOWN_DATES) | (times >= _NEVER)).fill_null(False)
+    return times.set(unknown, None) if unknown.any() else times
 
 
 def _plain(values: pl.Series) -> pl.Series:
@@ -389,19 +394,30 @@ class _Look:
     def __init__(self, where: str, form: str | None, any_date: bool) -> None:
         self.where, self.form, self.any_date = where, form, any_date
         tomorrow = (int(clock.time()) // 86_400 + 2) * DAY - 1
-        self.low, self.high = (-(1 << 62), 1 << 62) if any_date or form == "order" else (_1990, tomorrow)
-        self.ranges = _ranges(_1990, _2100, _NEVER) if any_date else _ranges(_1990, tomorrow, tomorrow)
+        self.low, self.high = (
+            (-(1 << 62), 1 << 62) if any_date or form == "order" else (_1990, tomorrow)
+        )
+        self.ranges = (
+            _ranges(_1990, _2100, _NEVER) if any_date else _ranges(_1990, tomorrow, tomorrow)
+        )
         self.seen = _Seen()
 
     def add(self, values: pl.Series) -> None:
         """Some more values."""
         if values.dtype.is_temporal():
-            self._dates(values, TimeForm())
+            self._dates(values, TimeForm()._micro(values))
             return
         values = _plain(values)
         if self.form is not None and "%" in self.form:
-            self._dates(values, TimeForm(self.form))
+            self._dates(values, _by_pattern(values, self.form))
             return
+        if self.form is None and values.dtype == pl.String and "-" in str(values.drop_nulls().first())[1:]:  # fmt: skip
+            times = read_dates(values)
+            if (
+                times.null_count() == values.null_count()
+            ):  # most often; else there may be numbers, too
+                self._dates(values, times)
+                return
         whole, other = _numbers(values)
         known = _known(whole)
         if self.form == "order":
@@ -448,11 +464,13 @@ class _Look:
         if values.dtype != pl.String or self.form is not None:
             self._rest(values, numbers)
         else:
-            self._dates(values.set(numbers, None) if numbers.any() else values, TimeForm())
+            text = values.set(numbers, None) if numbers.any() else values
+            self._dates(text, read_dates(text))
 
-    def _dates(self, values: pl.Series, form: TimeForm) -> None:
-        read = replace(form, any_date=True).micro(values)
-        times = replace(form, any_date=self.any_date).micro(values) if form.name == "dates" else read
+    def _dates(self, values: pl.Series, read: pl.Series) -> None:
+        """Values that should be dates, and what was read of them."""
+        as_said = self.any_date or (self.form is not None and "%" in self.form)
+        times = read if as_said else _without_unknown(read)
         self._unknown(values, read.is_not_null() & times.is_null())
         self._rest(values, read.is_not_null())
         seen, count = self.seen, len(times) - times.null_count()
@@ -525,7 +543,11 @@ def _date(micro: float | None) -> str:
     if micro is None or abs(micro) > 2.5e17:
         return "beyond the year 9999" if micro is None or micro > 0 else "before the year 1"
     try:
-        return str(np.datetime64(int(micro // SECOND), "s")).replace("T", " ").removesuffix(" 00:00:00")
+        return (
+            str(np.datetime64(int(micro // SECOND), "s"))
+            .replace("T", " ")
+            .removesuffix(" 00:00:00")
+        )
     except (OverflowError, ValueError):
         return "no date"
 
