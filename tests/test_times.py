@@ -13,10 +13,13 @@ import polars as pl
 import pytest
 from prepare_factory import page_rows
 
+from courier_fast.data import partitions
 from courier_fast.data.dataset import Dataset
-from courier_fast.data.layouts import Columns, generic
+from courier_fast.data.events import time_columns
+from courier_fast.data.layouts import Columns, Source, generic
 from courier_fast.data.options import PrepareOptions, microseconds
 from courier_fast.data.prepare import prepare
+from courier_fast.data.tables import write_shards
 from courier_fast.data.times import look, read_dates
 
 EPOCH = datetime(1970, 1, 1)
@@ -249,3 +252,19 @@ def test_unreadable_times_of_items_are_counted(tmp_path: Path) -> None:
     about.write_text("item_id,first_seen,last_seen\n000,2020-01-01,soon\n001,2020-01-02,9999-12-31\n002,,2021-01-01\n")  # fmt: skip
     report = prepare(tmp_path / "out", source=generic([path], about), options=PrepareOptions(min_history=1))  # fmt: skip
     assert report["items_times_unreadable"] == {"last_seen": 1}
+
+
+def test_both_engines_write_the_same_times(tmp_path: Path) -> None:
+    """Rows with parts of a second, as the steps of Ray read and write them and as the local engine does."""
+    time, part = [NOON, NOON - 1, None], [400_000, 0, 5]
+    frame = pl.LazyFrame({"user_id": list("aba"), "item_id": list("xyx"), "time": time, "microsecond": pl.Series(part, dtype=pl.Int32)})  # fmt: skip
+    source = Source("test", events=frame)
+    assert source.ticks == M
+    rows, _, about = partitions.read(frame, "events", source, 0, 10, source.ticks)
+    ticks = rows["time"]
+    assert ticks.tolist() == [NOON * M + 400_000, (NOON - 1) * M]
+    assert about["counts"]["time missing or unreadable"] == 1
+    columns = {"item": rows["item"], "time": ticks}
+    names = ["item", "time", "microsecond"]
+    ours = partitions.write_rows(tmp_path / "a", "events", names, [(0, 0, 2)], [0], [0], columns)
+    assert ours == write_shards(tmp_path / "b", "events", {"item": rows["item"], **time_columns(ticks, M)})  # fmt: skip

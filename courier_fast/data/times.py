@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time as clock
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
@@ -52,7 +52,12 @@ _SHAPES = (
 )  # fmt: skip
 _FIXED = r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d"
 _TAIL = r"^(?:[.,](\d{1,9}))?" + _ZONE + "$"
-_MONTHS = {m: i for i, m in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split(), 1)}
+_MONTHS = {
+    m: i
+    for i, m in enumerate(
+        ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"], 1
+    )
+}
 _AMERICAN = {"EST": -5, "EDT": -4, "CST": -6, "CDT": -5, "MST": -7, "MDT": -6, "PST": -8, "PDT": -7}
 # Day or month first: nobody can know which.
 _EITHER_WAY = r"^\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}\b"
