@@ -332,10 +332,19 @@ def test_clicks_alone_have_no_unclicked_pages(tmp_path: Path) -> None:
 
 
 def test_rows_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
-    good = [f"{n % 3},00{(n // 3 + 4 * (n % 3)) % 9},{n}" for n in range(27)]
+    good = [f"{n % 3},00{(n // 3 + 4 * (n % 3)) % 9},{1_600_000_000 + n}" for n in range(27)]
     path = tmp_path / "own.csv"
     path.write_text(
-        "\n".join(["user_id,item_id,timestamp", *good, ",001,5", "1,,5", "1,001,never", "1,001,"])
+        "\n".join(
+            [
+                "user_id,item_id,timestamp",
+                *good,
+                ",001,1600000005",
+                "1,,1600000005",
+                "1,001,never",
+                "1,001,",
+            ]
+        )
     )
     report = prepare(
         tmp_path / "out", source=generic([path]), options=PrepareOptions(min_history=1)
@@ -453,7 +462,7 @@ def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "own.csv"
-    rows = [f"{u},{i},{t}" for u, i, t in random_events(1)]
+    rows = [f"{u},{i},{1_600_000_000 + t}" for u, i, t in random_events(1)]
     path.write_text("\n".join(["who,what,timestamp", *rows]))
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)

@@ -190,7 +190,7 @@ def test_a_folder_of_parquet_is_read_by_several_tasks(
         file = tmp_path / "shown" / f"day={n:03}" / "part.parquet"
         file.parent.mkdir(parents=True)
         part.drop("index", "day").write_parquet(file)
-    columns = Columns(time="time", page="page_id")
+    columns = Columns(time="time", page="page_id", time_format="order")
     source = generic([tmp_path / "shown"], columns=columns)
     assert len(source.parts()) == n + 1 > 5
     graves.dig("read")
@@ -218,7 +218,7 @@ def test_the_command_and_its_errors(
     tmp_path: Path, ray: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clicks = tmp_path / "clicks.csv"
-    rows = [f"{user},{item},{time}" for user, item, time in random_events(6)]
+    rows = [f"{user},{item},{1_600_000_000 + time}" for user, item, time in random_events(6)]
     clicks.write_text("\n".join(["user_id,item_id,timestamp", *rows]))
     command = ["prepare", str(tmp_path / "a"), "--interactions", str(clicks), "--engine"]
     assert main([*command, "ray", "--min-history", "1"]) == 0
@@ -227,8 +227,11 @@ def test_the_command_and_its_errors(
     capsys.readouterr()
     for text, message in (
         ("user_id,item_id,timestamp\n", "expected events, got none"),
-        ('user_id,item_id,timestamp\na,b,1\n"c,d,2\n', "clicks.csv: cannot be read"),
-        ("user_id,item_id,timestamp\na,b,1\n", "pages: expected at least one"),
+        (
+            'user_id,item_id,timestamp\na,b,1600000000\n"c,d,1600000000\n',
+            "clicks.csv: cannot be read",
+        ),
+        ("user_id,item_id,timestamp\na,b,1600000000\n", "pages: expected at least one"),
     ):
         clicks.write_text(text)
         errors = []

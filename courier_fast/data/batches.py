@@ -339,9 +339,9 @@ class BatchPlan:
         return np.log(np.maximum(counts, 0.5) / counts.sum()).astype(np.float32)
 
     @property
-    def until(self) -> int:
-        """Time of the newest page, in seconds since 1970."""
-        return int(self.dataset.pages.column("time")[self.rows.stop - 1])
+    def until(self) -> float:
+        """Time of the newest page, in seconds since 1970; an int unless times have parts of a second."""
+        return self.dataset.moments[self.rows.stop - 1]
 
     def _shown_rows(self) -> tuple[int, int]:
         """First row and end of the split's PV items."""

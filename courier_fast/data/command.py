@@ -16,6 +16,7 @@ from .pages import NEGATIVES
 from .prepare import prepare
 from .storage import location
 from .tables import SHARD_BYTES, SHARD_ROWS
+from .times import FORMATS
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -40,6 +41,8 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(f"kept: {pages['unclicked']:,} pages without a click, {pages['all_clicked']:,} with nothing but clicks")  # fmt: skip
     if "cut" in pages:
         console.print(f"{pages['cut']:,} pages cut to --page-size: weight says how many items shown a row stands for")  # fmt: skip
+    for column, count in report.get("items_times_unreadable", {}).items():
+        console.print(f"items: {count:,} values of {column} cannot be read as times")
     images = report["images"]
     console.print(
         f"{report['users']:,} users, {report['items']:,} items, {pages['items'] / pages['kept']:.1f} items a page, median history {pages['median_history']}"
@@ -90,7 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--items", type=location, help="a row per item, with its category")
     add("--user-column", default=columns.user)
     add("--item-column", default=columns.item)
-    add("--time-column", default=columns.time, help="ISO dates, or numbers since 1970")
+    add("--time-column", default=columns.time, help="dates, or numbers since 1970")
+    add("--time-format", metavar="FORMAT", help=f"what times are where that is not clear: {', '.join(FORMATS)}, or a pattern such as %%d/%%m/%%Y")  # fmt: skip
     add("--category-column", default=columns.category)
     add("--page-column", help="page or impression id: a row is then an item shown on that page")
     add("--clicked-column", default=columns.clicked, help="whether it was clicked")
@@ -118,8 +122,12 @@ def source_of(args: argparse.Namespace) -> Source:
                 "min_rating: expected --layout movielens or amazon-reviews-2023, got generic"
             )
         names = ("user", "item", "time", "category", "page", "clicked")
-        columns = Columns(**{n: getattr(args, f"{n}_column") for n in names})
+        columns = Columns(**{n: getattr(args, f"{n}_column") for n in names}, time_format=args.time_format)  # fmt: skip
         return generic(args.interactions, args.items, columns)
+    if args.time_format is not None:
+        raise ValueError(
+            f"time_format: expected --layout generic, got {args.layout}, whose files say it"
+        )
     if args.source is None:
         raise ValueError(
             f"source: expected --source with the folder of the {args.layout} files, got none"

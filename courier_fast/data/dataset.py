@@ -13,7 +13,8 @@
 | report.json | | what was kept and dropped, and why |
 
 A page's history is a slice of its user's events, so nothing is stored twice: the last events strictly before the page's time are those up to
-`history_end`. Pages are ordered by time, so a split is a range of rows. Times are seconds since 1970 (UTC). A table is a folder of numbered
+`history_end`. Pages are ordered by time, so a split is a range of rows. Times are whole seconds since 1970 (UTC). Where some had parts of a
+second, events and pages have a column microsecond (int32) beside time: both together are in order, and "before" means before in both. A table is a folder of numbered
 shards, 00000.arrow and so on (tables.py), each one record batch of uncompressed Arrow IPC that is read in place.
 
 A page that was shown can be cut: all clicked items and a sample of the others stay. `weight` is how many items of the uncut page a row
@@ -28,7 +29,7 @@ import hashlib
 import json
 import os
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,21 @@ def _batches(file: Path) -> Iterator[pa.RecordBatch]:
     return (reader.get_batch(i) for i in range(reader.num_record_batches))
 
 
+class _Moments(Sequence[float]):
+    """Times of a table's rows in seconds, opened where they are looked at."""
+
+    def __init__(self, table: Table) -> None:
+        names = ("time", "microsecond") if "microsecond" in table.schema.names else ("time",)
+        self._columns = [table.column(name) for name in names]
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    def __getitem__(self, row: Any) -> Any:
+        time, *part = (int(column[row]) for column in self._columns)
+        return time + part[0] / 1e6 if part else time
+
+
 class Dataset:
     """A prepared folder, opened: columns as NumPy arrays, in place where a table has one shard (see the module's table).
 
@@ -218,6 +234,29 @@ class Dataset:
         column = self.page_items.column("weight")
         return column.joined() if "weight" in self.page_items.schema.names else None
 
+    @cached_property
+    def page_moment(self) -> Array:
+        """[pages] times in seconds: `page_time`, or where there are parts of a second float64, exact to the microsecond. For what is in order."""
+        return self._moment("pages")
+
+    @cached_property
+    def event_moment(self) -> Array:
+        """[events] as `page_moment`."""
+        return self._moment("events")
+
+    def _moment(self, name: str) -> Array:
+        table = self.tables[name]
+        time = table.column("time").joined()
+        if "microsecond" not in table.schema.names:
+            return time
+        moment: Array = time + table.column("microsecond").joined() / 1e6
+        return moment
+
+    @property
+    def moments(self) -> Sequence[float]:
+        """`page_moment`, of which only the rows that are asked for are read."""
+        return _Moments(self.pages)
+
     @property
     def name(self) -> str:
         """The folder's."""
@@ -279,8 +318,8 @@ class Dataset:
         train = self.split("train")
         cut = train.start + round(share * self.num_pages)
         if cut < train.stop:
-            times = self.pages.column("time")
-            cut = bisect_left(times, times[cut], train.start, train.stop)  # type: ignore[call-overload]
+            times = self.moments
+            cut = bisect_left(times, times[cut], train.start, train.stop)
         if cut <= train.start:
             raise ValueError(f"share: expected a share that leaves pages of the {self.num_pages} in {self.path}, got {share}")  # fmt: skip
         return range(train.start, min(cut, train.stop))

@@ -43,7 +43,7 @@ class EmbeddingStore:
     path: Path
     space: str
     dim: int
-    trained_until: int | None
+    trained_until: float | None
     parts: tuple[dict[str, Any], ...] = ()
     format: int = FORMAT
 

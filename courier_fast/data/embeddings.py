@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from ..files import read_json
 from ..locations import local_path
 from .dataset import Dataset
 from .embedding_store import EmbeddingStore
+from .ids import MISSING, array, no_match, one
 
 Array = npt.NDArray
+log = logging.getLogger(__name__)
 
 
 def check_embeddings(embeddings: Array, dataset: Dataset) -> None:
@@ -71,7 +74,7 @@ def read_vectors(path: str | os.PathLike[str]) -> tuple[pa.Array, Array, str | N
     if "item_ids" not in about:
         raise ValueError(f"embeddings: expected item_ids in {path}.json, got none; .parquet has them within")  # fmt: skip
     table = np.load(path, allow_pickle=False).astype(np.float32, copy=False)
-    ids = pa.array(about["item_ids"], pa.string())
+    ids = pa.array([one(str(i)) for i in about["item_ids"]], pa.string())
     if table.ndim != 2 or len(table) != len(ids):
         raise ValueError(f"embeddings: expected [{len(ids)}, D] in {path}, got {list(table.shape)}")
     return ids, table, about.get("space")
@@ -83,13 +86,13 @@ def _beside(path: Path) -> dict[str, Any]:
     return read_json(beside) if beside.is_file() else {}
 
 
-def trained_until(path: str | os.PathLike[str]) -> int | None:
+def trained_until(path: str | os.PathLike[str]) -> float | None:
     """Time of the newest page that the encoder was trained on, in seconds since 1970; None where nobody wrote it down beside the file."""
     path = local_path(path)
     if path.is_dir():
         return EmbeddingStore.open(path).trained_until
-    value = _beside(path).get("trained_until")
-    return None if value is None else int(value)
+    value: float | None = _beside(path).get("trained_until")
+    return value
 
 
 def without_embedding(table: Array, dataset: Dataset) -> tuple[int, str]:
@@ -101,20 +104,44 @@ def without_embedding(table: Array, dataset: Dataset) -> tuple[int, str]:
 
 def read_parquet(path: Path) -> tuple[pa.Array, Array]:
     """Item ids, each once, and rows [n, D] of a Parquet file with the columns item_id and embedding. ValueError where it is none."""
-    read = pq.read_table(path, columns=["item_id", "embedding"])
+    try:
+        schema = pq.read_schema(path)
+        for name in ("item_id", "embedding"):
+            if name not in schema.names:
+                raise ValueError(f"embeddings: expected the columns item_id and embedding in {path}, got {', '.join(schema.names)}")  # fmt: skip
+        _check_lists(path, schema.field("embedding").type)
+        read = pq.read_table(path, columns=["item_id", "embedding"])
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        said = str(error).split("\n")[0]
+        raise ValueError(f"embeddings: {path} cannot be read as Parquet: {said}") from None
     read = read.filter(pc.is_valid(read["embedding"]))
     widths = pc.unique(pc.list_value_length(read["embedding"])).to_pylist()
     if len(widths) != 1:
         raise ValueError(f"embeddings: expected rows of one length, got {widths} in {path}")
-    ids = read["item_id"].cast(pa.string()).combine_chunks()
+    ids = array(read["item_id"], f"embeddings: {path}: item_id")
+    there = pc.invert(pc.is_in(pc.fill_null(ids, ""), pa.array(MISSING)))
+    if not pc.all(there).as_py():
+        log.warning("%s: %d rows without an item_id are left out", path, pc.sum(pc.invert(there)).as_py())  # fmt: skip
+        ids, read = ids.filter(there), read.filter(there)
     if len(ids.unique()) != len(ids):
         twice = next(v["values"] for v in pc.value_counts(ids).to_pylist() if v["counts"] > 1)
         raise ValueError(f"embeddings: expected each item_id once, got {twice} twice in {path}")
     return ids, pc.list_flatten(read["embedding"]).to_numpy().reshape(-1, widths[0])
 
 
+def _check_lists(path: Path, kind: pa.DataType) -> None:
+    """ValueError unless a column of this type holds lists of numbers."""
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    numbers = (pa.types.is_floating, pa.types.is_integer)
+    if not (any(of(kind) for of in lists) and any(of(kind.value_type) for of in numbers)):
+        raise ValueError(f"embeddings: expected lists of numbers in the column embedding of {path}, got {kind}")  # fmt: skip
+
+
 def _in_order(ids: pa.Array, rows: Array, dataset: Dataset, path: Path, strict: bool) -> Array:
     where = pc.fill_null(pc.index_in(ids, dataset.item_ids), -1).to_numpy()
+    if len(ids) and (where < 0).all():
+        found = no_match(ids.slice(0, 3).to_pylist(), dataset.item_ids.slice(0, 3).to_pylist())
+        raise ValueError(f"embeddings: expected item_id of items of {dataset.path}, got none that fits in {path}: {found}")  # fmt: skip
     if strict and (where < 0).any():
         raise ValueError(
             f"embeddings: expected items of {dataset.path} alone, got {(where < 0).sum()} others in {path} (first: {ids[int((where < 0).argmax())]})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from . import spool as on_disk
+from .ids import missing
 from .image_check import LEADS_OUT, check_images, index_images
 from .layouts import Source
 from .options import PrepareOptions
@@ -119,13 +120,13 @@ def read(source: Source, sorter: Sorter) -> Raw:
     columns = "user INTEGER, item INTEGER, time BIGINT"
     sorter.run(f"CREATE TABLE events ({columns})")
     sorter.run(f"CREATE TABLE shown ({columns}, page UBIGINT, clicked UTINYINT, place BIGINT)")
-    raw = Raw(Ids(), Ids(), sorter, {})
+    raw, ticks = Raw(Ids(), Ids(), sorter, {}), source.ticks
     for name, table in (("events", "events"), ("impressions", "shown")):
         if not (frames := source.tables(name)):
             continue
         counts, place = raw.counts.setdefault(name, Counter()), 0
         for batch in chain.from_iterable(batches(f, table, source) for f in frames):
-            known = clean(batch, counts)
+            known = clean(batch, counts, ticks)
             users, items = (ids.codes(known[n]) for ids, n in ((raw.users, "user_id"), (raw.items, "item_id")))  # fmt: skip
             rows = {"user": users, "item": items, "time": known["time"].to_numpy()}
             if table == "shown":
@@ -139,21 +140,29 @@ def read(source: Source, sorter: Sorter) -> Raw:
 def batches(frame: pl.LazyFrame, table: str, source: Source) -> Iterator[pl.DataFrame]:
     """The rows of events or shown, a batch at a time, in order."""
     columns = ["user_id", "item_id", "time"] + ["page_id", "clicked"] * (table == "shown")
+    columns += ["microsecond"] * ("microsecond" in frame.collect_schema())
     with reading(some([str(f) for f in source.files]) or "the source"):
         yield from frame.select(columns).collect_batches(
             chunk_size=on_disk.BATCH, maintain_order=True, engine="streaming"
         )
 
 
-def clean(batch: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
-    """The rows that can be used: user_id, item_id, time, and of impressions page (uint64, of its id) and clicked (uint8). Counts the others."""
+def clean(batch: pl.DataFrame, counts: Counter[str], ticks: int = 1) -> pl.DataFrame:
+    """The rows that can be used: user_id, item_id, time (in ticks, `ticks` of them a second), and of impressions page (uint64, of its id) and
+    clicked (uint8). Counts the others."""
     names = [n for n in ("user_id", "item_id", "page_id") if n in batch.columns]
     counts["read"] += len(batch)
     known = batch.filter(pl.all_horizontal(pl.col(n).is_not_null() for n in names))
     counts["no user, item or page id"] += len(batch) - len(known)
+    for name in names:
+        words = missing(known[name])
+        if words.any():
+            for word, count in known.filter(words)[name].value_counts().sort(name).iter_rows():
+                counts[f'a missing id, {name} "{word}"'] += count
+            known = known.filter(~words)
     short = known.filter(pl.all_horizontal(pl.col(n).str.len_bytes() <= MAX_ID for n in names))
     counts[f"an id of over {MAX_ID:,} bytes"] += len(known) - len(short)
-    batch = short.filter(pl.col("time").is_not_null())
+    batch = _in_ticks(short, ticks).filter(pl.col("time").is_not_null())
     counts["time missing or unreadable"] += len(short) - len(batch)
     if "page_id" in names:
         batch = batch.select(
@@ -161,6 +170,35 @@ def clean(batch: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
             clicked=pl.col("clicked").fill_null(False).cast(pl.UInt8),
         )  # fmt: skip
     return batch
+
+
+def _in_ticks(rows: pl.DataFrame, ticks: int) -> pl.DataFrame:
+    """With time in ticks; null where that leaves int64."""
+    if ticks == 1:
+        return rows
+    time, limit = pl.col("time"), np.iinfo(np.int64).max // ticks - 1
+    part = pl.col("microsecond").fill_null(0) if "microsecond" in rows.columns else 0
+    return rows.with_columns(time=pl.when(time.abs() < limit).then(time * ticks + part))
+
+
+def time_columns(ticks_of: Array, ticks: int) -> dict[str, Any]:
+    """The columns of times of a table of the dataset: time in whole seconds, and with parts of a second microsecond."""
+    if ticks == 1:
+        return {"time": ticks_of}
+    return {"time": _Part(ticks_of, lambda t: t // ticks), "microsecond": _Part(ticks_of, lambda t: (t % ticks).astype(np.int32))}  # fmt: skip
+
+
+class _Part:
+    """A column made from a mapped one where it is read."""
+
+    def __init__(self, column: Array, made: Callable[[Array], Array]) -> None:
+        self._column, self._made = column, made
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, rows: slice) -> Array:
+        return self._made(np.asarray(self._column[rows]))
 
 
 # ---- items ----------------------------------------------------------------------------------------------------------
@@ -177,6 +215,7 @@ class Items:
     undecodable: dict[str, str]
     not_followed: list[str]  # links to folders
     shards: list[dict[str, Any]]  # of images, for the manifest
+    ticks: int = 1  # of a second, in which times are
 
     def columns(self, clicks: Array, first_seen: Array, last_seen: Array) -> dict[str, Any]:
         """Those of the table items."""
@@ -184,8 +223,8 @@ class Items:
             "item_id": id_array(self.table["item_id"]),
             "category": id_array(self.table["category"]),
             "clicks": clicks,
-            "first_seen": first_seen,
-            "last_seen": last_seen,
+            "first_seen": first_seen // self.ticks,
+            "last_seen": last_seen // self.ticks,
             **{n: self.table[n].to_numpy() for n in ("height", "width")},
         }
 
@@ -219,6 +258,11 @@ class Candidates:
             for name, kind in extra.items()
             if name not in table.columns
         )
+        self.ticks = source.ticks
+        if self.ticks > 1:  # the second in which an item was last on offer counts whole
+            limit = np.iinfo(np.int64).max // self.ticks - 1
+            first, last = (pl.col(n).clip(-limit, limit) for n in ("first_seen", "last_seen"))
+            self.table = self.table.with_columns(first * self.ticks, (last + 1) * self.ticks - 1)
         self.images = images
         self.stays = np.ones(len(table), bool)
         self.shapes = np.zeros((len(table), 2), np.int32)
@@ -260,7 +304,7 @@ class Candidates:
         table = table.filter(self.stays)
         row = np.full(len(self.stays), -1, np.int32)
         row[table["code"].to_numpy()] = np.arange(len(table))
-        return Items(table, row, self.missing, self.undecodable, self.not_followed, shards)
+        return Items(table, row, self.missing, self.undecodable, self.not_followed, shards, self.ticks)  # fmt: skip
 
 
 def choose_items(

@@ -13,6 +13,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
+from .ids import one
 from .pictures import check_size, exif_orientation, rgb
 from .storage import Location, list_files, read_any
 
@@ -59,6 +60,7 @@ def index_images(folder: Location, stems: Container[str]) -> ImageFiles:
         with os.scandir(folders.pop()) as entries:
             for entry in entries:
                 stem, suffix = os.path.splitext(entry.name)
+                stem = one(stem)
                 link = entry.is_symlink()
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
@@ -80,6 +82,7 @@ def _index_remote(folder: str, stems: Container[str]) -> dict[str, str]:
     found: dict[str, tuple[int, str]] = {}
     for path in map(str, list_files(folder)):
         stem, suffix = os.path.splitext(path.rsplit("/", 1)[1])
+        stem = one(stem)
         if suffix.lower() in SUFFIXES and stem in stems:
             candidate = (SUFFIXES.index(suffix.lower()), path)
             found[stem] = min(found.get(stem, candidate), candidate)

@@ -5,12 +5,16 @@ Only headers are read here, by scan.py. Ids are text throughout, so that leading
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
+from .ids import label, text, written_as_floats
 from .scan import (
     Schema,
     Table,
@@ -25,11 +29,15 @@ from .scan import (
     tables,
 )
 from .storage import Location, location
+from .times import check_format, look
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What an importer gives. Ids are text; times are int64 seconds since 1970 (UTC), null where they could not be read.
+    """What an importer gives. Ids are text; times are int64 seconds since 1970 (UTC), null where they could not be read. Where some have parts
+    of a second, a column microsecond (int32, 0 to 999,999) is beside time in events or impressions.
 
     Args:
         layout: the importer's name, for the record.
@@ -39,6 +47,7 @@ class Source:
             last_seen (int64 seconds: when the item was on offer).
         files: what is read, for the record.
         parts: the rows of events, or of impressions where there are some, in tables that can be read at the same time, in order; None: as one.
+        unreadable: of first_seen and last_seen, how many values are no times, for the report.
     """
 
     layout: str
@@ -47,6 +56,13 @@ class Source:
     items: pl.LazyFrame | None = None
     files: Sequence[Location] = ()
     parts: Callable[[], list[pl.LazyFrame]] | None = None
+    unreadable: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def ticks(self) -> int:
+        """Of a second: 1,000,000 where some time has parts of one, else 1."""
+        tables = [t for t in (self.events, self.impressions) if t is not None]
+        return 1_000_000 if any("microsecond" in t.collect_schema() for t in tables) else 1
 
     def tables(self, name: str) -> list[pl.LazyFrame]:
         """The rows of "events" or "impressions", in tables that can be read at the same time, in order."""
@@ -59,7 +75,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of columns in files of one's own; with `page`, a row is an item shown on that page, `clicked` or not."""
+    """Names of columns in files of one's own; with `page`, a row is an item shown on that page, `clicked` or not.
+
+    `time_format` says what times are where their column does not: seconds, milliseconds, microseconds, nanoseconds (since 1970), days (of a
+    spreadsheet), days-1904, order (numbers that only order events), or a strptime pattern; see times.py.
+    """
 
     user: str = "user_id"
     item: str = "item_id"
@@ -67,60 +87,30 @@ class Columns:
     category: str = "category"
     page: str | None = None
     clicked: str = "clicked"
+    time_format: str | None = None
 
-
-TIME_FORMS = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S%z", "%Y-%m-%d %H:%M:%S%.f%z")  # fmt: skip
+    def __post_init__(self) -> None:
+        check_format(self.time_format)
 
 
 # ---- columns --------------------------------------------------------------------------------------------------------
 
 
-def text(column: str, name: str) -> pl.Expr:
-    return pl.col(column).cast(pl.String).alias(name)
+def _id(frame: pl.LazyFrame, path: Location, column: str, name: str) -> pl.Expr:
+    """A column as ids; text that pandas wrote as floats is read as the whole numbers that it was."""
+    whole = written_as_floats(frame, column)
+    if whole:
+        log.warning("%s: %s: every value ends in .0, so it is read as whole numbers", path, column)
+    return text(column, name, path, whole=whole)
 
 
-def seconds(frame: pl.LazyFrame, column: str) -> pl.Expr:
-    """A column as "time": dates, ISO 8601 text, or numbers of seconds, milli-, micro- or nanoseconds (told by their size)."""
-    kind = frame.collect_schema()[column]
-    values = pl.col(column)
-    if kind.is_temporal():
-        return values.dt.epoch("s").alias("time")
-    if kind != pl.String:
-        return _by_size(values.cast(pl.Float64)).alias("time")
-    return values.map_batches(_parse_times, pl.Int64, is_elementwise=True).alias("time")
-
-
-def _parse_times(values: pl.Series) -> pl.Series:
-    """Text as seconds; each form is tried on what the ones before left."""
-    text = values.rename("text").str.strip_chars()
-    number = pl.col("text").cast(pl.Float64, strict=False)
-    times = text.to_frame().select(_by_size(number)).to_series()
-    if times.null_count() == values.null_count():
-        return times
-    # One form out of many: "T" or a blank, with or without a fraction and a zone.
-    plain = text.str.replace(r"^(\d+-\d+-\d+)T", "${1} ").str.replace(r" ?(Z|UTC)$", "+00:00")
-    for form in TIME_FORMS:
-        left = (times.is_null() & plain.is_not_null()).arg_true()
-        if not len(left):
-            break
-        parsed = plain.gather(left).str.to_datetime(form, strict=False, time_unit="us")
-        times = times.scatter(left, parsed.dt.epoch("s"))
-    return times
-
-
-def _by_size(x: pl.Expr) -> pl.Expr:
-    # Seconds up to the year 5138 have at most 11 digits.
-    size = x.abs()
-    scale = (
-        pl.when(size >= 1e17)
-        .then(1e9)
-        .when(size >= 1e14)
-        .then(1e6)
-        .when(size >= 1e11)
-        .then(1e3)
-        .otherwise(1.0)
-    )
-    return (x / scale).floor().cast(pl.Int64, strict=False)
+def _together(frames: Sequence[pl.LazyFrame]) -> list[pl.LazyFrame]:
+    """Frames with "microsecond" in all where some have it, so that they are one table."""
+    have = ["microsecond" in frame.collect_schema() for frame in frames]
+    if not any(have):
+        return list(frames)
+    none = pl.lit(0, pl.Int32).alias("microsecond")
+    return [f if has else f.with_columns(none) for f, has in zip(frames, have, strict=True)]
 
 
 def _truth(frame: pl.LazyFrame, column: str) -> pl.Expr:
@@ -132,9 +122,13 @@ def _truth(frame: pl.LazyFrame, column: str) -> pl.Expr:
     return (number | words.is_in(["true", "yes"]).fill_null(False)).alias("clicked")
 
 
-def _events(frame: pl.LazyFrame, path: Location, user: str, item: str, time: str) -> pl.LazyFrame:
+def _events(
+    frame: pl.LazyFrame, path: Location, user: str, item: str, time: str, form: str | None = None
+) -> pl.LazyFrame:
     frame = need(frame, path, user, item, time)
-    return frame.select(text(user, "user_id"), text(item, "item_id"), seconds(frame, time))
+    when = look(frame, time, path, form)
+    ids = (_id(frame, path, c, n) for c, n in ((user, "user_id"), (item, "item_id")))
+    return when.flat(frame.select(*ids, when.expression(time)))
 
 
 def _rated(frame: pl.LazyFrame, least: float | None) -> pl.LazyFrame:
@@ -165,41 +159,47 @@ def generic(
     def rows(table: Table) -> pl.LazyFrame:
         if c.page is None:
             frame = table.frame(c.user, c.item, c.time)
-            return _events(frame, table.path, c.user, c.item, c.time)
+            return _events(frame, table.path, c.user, c.item, c.time, c.time_format)
         frame = table.frame(c.page, c.user, c.item, c.time, c.clicked)
-        return frame.select(
-            text(c.page, "page_id"),
-            text(c.user, "user_id"),
-            text(c.item, "item_id"),
-            seconds(frame, c.time),
-            _truth(frame, c.clicked),
-        )
+        when = look(frame, c.time, table.path, c.time_format)
+        names = ((c.page, "page_id"), (c.user, "user_id"), (c.item, "item_id"))
+        ids = (_id(frame, table.path, *of) for of in names)
+        return when.flat(frame.select(*ids, when.expression(c.time), _truth(frame, c.clicked)))
 
-    parts = [rows(table) for table in tables(interactions)]
-    about = None if items is None else pl.concat(_about(items, c))
-    table = pl.concat(parts)
+    about, unreadable = (None, {}) if items is None else _about(items, c)
+    # What a column holds is decided here, once for each file, and is the same wherever its rows are read.
+    parts = _together([rows(table) for table in tables(interactions)])
     files = [*interactions, *([items] if items else [])]
+    more: dict[str, Any] = {"items": about, "files": files, "parts": parts.copy, "unreadable": unreadable}  # fmt: skip
     if c.page is None:
-        return Source("generic", events=table, items=about, files=files, parts=parts.copy)
-    return Source("generic", impressions=table, items=about, files=files, parts=parts.copy)
+        return Source("generic", events=pl.concat(parts), **more)
+    return Source("generic", impressions=pl.concat(parts), **more)
 
 
-def _about(items: Location, c: Columns) -> list[pl.LazyFrame]:
-    """The items of each file; a column that one file has, all have."""
+def _about(items: Location, c: Columns) -> tuple[pl.LazyFrame, dict[str, int]]:
+    """The items of all files, where a column that one has, all have; and how many values of first_seen and last_seen cannot be read."""
     found = tables([items])
-    names = [c.category, "first_seen", "last_seen"]
-    there = {name for table in found for name in table.known(names)}
+    times = ("first_seen", "last_seen")
+    there = {name for table in found for name in table.known([c.category, *times])}
     if c.category != Columns.category and c.category not in there:  # asked for by name
         check(items, found[0].names or [c.item, *sorted(there)], [c.item, c.category])
-    more = [name for name in names if name in there]
-    parts = []
+    more = [name for name in (c.category, *times) if name in there]
+    form = None if c.time_format is None or "%" in c.time_format else c.time_format
+    parts, unreadable = [], Counter[str]()
     for table in found:
         frame = table.frame(c.item, *more) if not table.any_column else table.frame(c.item, optional=more)  # fmt: skip
-        chosen = [text(c.item, "item_id")]
+        chosen = [_id(frame, table.path, c.item, "item_id")]
         for name in more:
-            chosen.append(text(name, "category") if name == c.category else seconds(frame, name).alias(name))  # fmt: skip
+            if name == c.category:
+                chosen.append(label(name, "category"))
+                continue
+            when = look(frame, name, table.path, form, any_date=True)
+            if when.unreadable:
+                log.warning("%s: %s: %d values cannot be read as times", table.path, name, when.unreadable)  # fmt: skip
+                unreadable[name] += when.unreadable
+            chosen.append(when.expression(name).struct.field("time").alias(name))
         parts.append(frame.select(chosen))
-    return parts
+    return pl.concat(parts), dict(unreadable)
 
 
 def hm(folder: Path) -> Source:
@@ -209,7 +209,7 @@ def hm(folder: Path) -> Source:
     items, files = None, [path]
     for about in find_any(folder, "articles.csv", "articles.parquet"):
         frame = need(scan(about), about, "article_id", "product_group_name")
-        items = frame.select(text("article_id", "item_id"), text("product_group_name", "category"))
+        items = frame.select(text("article_id", "item_id"), label("product_group_name", "category"))
         files.append(about)
     return Source("hm", events=events, items=items, files=files)
 
@@ -275,7 +275,7 @@ def amazon_reviews_2023(folder: Path, min_rating: float | None = None) -> Source
     ]
     return Source(
         "amazon-reviews-2023",
-        events=pl.concat(frames),
+        events=pl.concat(_together(frames)),
         items=pl.concat(metas) if metas else None,
         files=[*(ratings or reviews), *about],
     )
@@ -310,7 +310,7 @@ def pixelrec(folder: Path) -> Source:
     items, files = None, [path]
     for about in find_any(folder, "item_info.csv", "*item_info*.csv"):
         frame = need(scan(about), about, "item_id", "tag")
-        items = frame.select(text("item_id", "item_id"), text("tag", "category"))
+        items = frame.select(text("item_id", "item_id"), label("tag", "category"))
         files.append(about)
     events = _events(scan(path), path, "user_id", "item_id", "timestamp")
     return Source("pixelrec", events=events, items=items, files=files)
@@ -333,23 +333,18 @@ def ebnerd(folder: Path) -> Source:
             "article_ids_clicked",
         )
         frame = need(scan(path), path, *columns)
-        shown.append(
-            frame.select(
-                text("impression_id", "page_id"),
-                text("user_id", "user_id"),
-                pl.col("article_ids_inview").alias("item"),
-                seconds(frame, "impression_time"),
-                pl.col("article_ids_clicked").alias("hits"),
-            )
-            .explode("item")
-            .select(
-                "page_id",
-                "user_id",
-                text("item", "item_id"),
-                "time",
-                pl.col("item").is_in(pl.col("hits")).fill_null(False).alias("clicked"),
-            )
+        when = look(frame, "impression_time", path)
+        pages = frame.select(
+            text("impression_id", "page_id"),
+            text("user_id", "user_id"),
+            pl.col("article_ids_inview").alias("item"),
+            when.expression("impression_time"),
+            pl.col("article_ids_clicked").alias("hits"),
         )
+        hit = pl.col("item").is_in(pl.col("hits")).fill_null(False).alias("clicked")
+        shown.append(
+            when.flat(pages).explode("item").with_columns(text("item", "item_id"), hit).drop("item", "hits")
+        )  # fmt: skip
         for before in find_any(path.parent, "history.parquet"):
             lists = need(
                 scan(before), before, "user_id", "article_id_fixed", "impression_time_fixed"
@@ -364,15 +359,16 @@ def ebnerd(folder: Path) -> Source:
     items = None
     for about in find_any(folder, "articles.parquet", "../articles.parquet")[:1]:
         table = need(scan(about), about, "article_id", "category_str")
-        chosen = [text("article_id", "item_id"), text("category_str", "category")]
+        chosen = [text("article_id", "item_id"), label("category_str", "category")]
         if "image_ids" in table.collect_schema().names():
-            chosen.append(pl.col("image_ids").list.first().cast(pl.String).alias("image"))
+            table = table.with_columns(pl.col("image_ids").list.first())
+            chosen.append(text("image_ids", "image"))
         items = table.select(chosen)
         files.append(about)
     return Source(
         "ebnerd",
-        events=pl.concat(past) if past else None,
-        impressions=pl.concat(shown),
+        events=pl.concat(_together(past)) if past else None,
+        impressions=pl.concat(_together(shown)),
         items=items,
         files=files,
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timezone
 
+from .ids import one
 from .pages import NEGATIVES
 from .tables import SHARD_BYTES, SHARD_ROWS
+from .times import SECOND, read_date
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class PrepareOptions:
         max_history: the most recent events that are a page's history.
         repeats: "drop" made pages whose clicked item the user had before, or "keep" them.
         validation_share, test_share: shares of the pages, the last ones in time; the cut is never inside a timestamp.
-        validation_from, test_from: dates (ISO 8601, UTC) that cut instead.
+        validation_from, test_from: dates (ISO 8601 and the other forms of times.py; UTC) that cut instead.
         shrink: images whose short side is longer are scaled down to this many pixels; 0: bytes stay as they are.
         threads: threads that check images and sort; 0: one for each core.
         memory_gib: GiB that sorting may take; more is faster.
@@ -89,9 +90,14 @@ class PrepareOptions:
             )
 
 
-def epoch(name: str, date: str) -> int:
-    try:
-        moment = datetime.fromisoformat(date.replace("Z", "+00:00"))
-    except ValueError:
-        raise ValueError(f"{name}: expected a date such as 2020-09-01, got {date!r}") from None
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp())
+def epoch(name: str, date: str) -> float:
+    """Seconds since 1970 of a date; see `microseconds`."""
+    return microseconds(name, date) / SECOND
+
+
+def microseconds(name: str, date: str) -> int:
+    """Since 1970, of a date in any form that a column may have (times.py), but for numbers since 1970. ValueError where it is none."""
+    found = read_date(one(date))
+    if found is None:
+        raise ValueError(f"{name}: expected a date such as 2020-09-01, got {date!r}")
+    return found

@@ -17,7 +17,7 @@ from .. import __version__
 from .dataset import SPLITS, write_json, write_manifest
 from .layouts import Source
 from .offers import Offers, offers_of
-from .options import PrepareOptions, epoch
+from .options import PrepareOptions, microseconds
 from .pages import (
     ALL_CLICKED,
     NEGATIVES,
@@ -31,6 +31,7 @@ from .pages import (
     make_pages,
 )
 from .storage import Location, join
+from .times import SECOND
 
 Array = npt.NDArray
 log = logging.getLogger(__name__)
@@ -75,10 +76,14 @@ class Market(NamedTuple):
 
 
 def market_of(
-    table: pl.DataFrame, first_seen: Array, last_seen: Array, options: PrepareOptions
+    table: pl.DataFrame,
+    first_seen: Array,
+    last_seen: Array,
+    options: PrepareOptions,
+    ticks: int = 1,
 ) -> Market:
     # Most items of a long tail are sold once: they were on offer for longer than that second.
-    margin = round(86_400 * options.live_days)
+    margin = round(86_400 * options.live_days) * ticks
     first = first_seen - np.where(table["first_seen"].is_null(), margin, 0)
     last = last_seen + np.where(table["last_seen"].is_null(), margin, 0)
     offers = offers_of(first, last)
@@ -143,14 +148,14 @@ def by_item(user: Array, item: Array) -> Array:
 # ---- splits and report ----------------------------------------------------------------------------------------------
 
 
-def split_bounds(times: Sequence[int] | Array, options: PrepareOptions) -> list[int]:
+def split_bounds(
+    times: Sequence[int] | Array, options: PrepareOptions, ticks: int = 1
+) -> list[int]:
     """The first page of validation, the first of test, and the number of pages; `times` is sorted. Never inside a timestamp."""
     n = len(times)
     if options.validation_from and options.test_from:
-        cuts = [
-            epoch("validation_from", options.validation_from),
-            epoch("test_from", options.test_from),
-        ]
+        dates = (("validation_from", options.validation_from), ("test_from", options.test_from))
+        cuts = [-(-microseconds(*date) * ticks // SECOND) for date in dates]  # the next tick
     else:
         test = round(n * (1 - options.test_share))
         validation = round(n * (1 - options.test_share - options.validation_share))
@@ -160,15 +165,15 @@ def split_bounds(times: Sequence[int] | Array, options: PrepareOptions) -> list[
 
 
 def splits_of(
-    times: Sequence[int] | Array, dropped: dict[str, int], options: PrepareOptions
+    times: Sequence[int] | Array, dropped: dict[str, int], options: PrepareOptions, ticks: int = 1
 ) -> dict[str, list[int]]:
     """First page and end of each split."""
     if not len(times):
         raise ValueError(f"pages: expected at least one, got none; dropped: {dropped}")
-    bounds = [0, *split_bounds(times, options)]
+    bounds = [0, *split_bounds(times, options, ticks)]
     if not bounds[1]:
         raise ValueError(
-            f"splits: expected pages to train on, got none before {_iso(times[0])}: all {len(times)} pages are in validation or test"
+            f"splits: expected pages to train on, got none before {_iso(times[0] // ticks)}: all {len(times)} pages are in validation or test"
         )
     splits = {name: bounds[i : i + 2] for i, name in enumerate(SPLITS)}
     for name, (start, end) in splits.items():
@@ -196,6 +201,7 @@ class Outcome:
     lengths: Array  # [max_history + 1] pages by the length of their history
     cut: int
     fates: Counter[int] = field(default_factory=Counter)
+    ticks: int = 1  # of a second, in which `times` are
 
     def report(self, options: PrepareOptions) -> dict[str, Any]:
         pages = len(self.times)
@@ -211,7 +217,7 @@ class Outcome:
                 **(special if options.keep_unclicked else {}), **({"cut": self.cut} if self.cut else {}),
             },
             "splits": {
-                name: {"pages": b - a, "from": _iso(self.times[a]), "to": _iso(self.times[b - 1])} if b > a else {"pages": 0}
+                name: {"pages": b - a, "from": _iso(self.times[a] // self.ticks), "to": _iso(self.times[b - 1] // self.ticks)} if b > a else {"pages": 0}
                 for name, (a, b) in self.splits.items()
             },
         }  # fmt: skip
@@ -223,6 +229,8 @@ def write_about(
 ) -> dict[str, Any]:  # fmt: skip
     """Writes report.json, manifest.json and dataset.json; the report."""
     report = outcome.report(options)
+    if source.unreadable:
+        report["items_times_unreadable"] = dict(source.unreadable)
     about = {
         "source": {"layout": source.layout, "files": [str(f) for f in source.files], "images": str(images) if images else None},
         "pages": "made" if source.impressions is None else "given",

@@ -17,7 +17,7 @@ import polars as pl
 import pyarrow as pa
 from numba import njit
 
-from .events import Ids, batches, buffers, clean, text
+from .events import Ids, batches, buffers, clean, text, time_columns
 from .image_check import check_images
 from .layouts import Source
 from .options import PrepareOptions
@@ -33,6 +33,7 @@ from .page_tables import (
 from .pages import Events, copy_items
 from .storage import Location
 from .tables import write_images, write_shard
+from .times import SECOND
 
 Array = npt.NDArray
 Columns = dict[str, Any]
@@ -80,7 +81,7 @@ def union(*ids: pa.Array) -> pa.Array:
 
 
 def read(
-    frame: pl.LazyFrame, table: str, source: Source, number: int, block: int
+    frame: pl.LazyFrame, table: str, source: Source, number: int, block: int, ticks: int = 1
 ) -> Iterator[Any]:  # fmt: skip
     """Three for each block of `block` rows: those that can be used; the ids of its items; counts, and a sample of its users.
 
@@ -93,15 +94,15 @@ def read(
         rows += len(batch)
         while rows >= block:
             whole = pl.concat(held)
-            yield from _block(whole[:block], place)
+            yield from _block(whole[:block], place, ticks)
             held, rows, place = [whole[block:]], rows - block, place + block
     if rows:
-        yield from _block(pl.concat(held), place)
+        yield from _block(pl.concat(held), place, ticks)
 
 
-def _block(batch: pl.DataFrame, place: int) -> Iterator[Any]:
+def _block(batch: pl.DataFrame, place: int, ticks: int) -> Iterator[Any]:
     counts: Counter[str] = Counter()
-    known = clean(batch, counts)
+    known = clean(batch, counts, ticks)
     users, items = Ids(), Ids()
     user, item = users.codes(known["user_id"]), items.codes(known["item_id"])
     rows = {"user": user, "item": item, "time": known["time"].to_numpy()}
@@ -327,11 +328,11 @@ def write_rows(
     shifts: Sequence[int], *parts: Columns,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Writes some shards (number, first row, end), whose rows are in `parts`, of which each begins at a row of `starts`; columns pv_* are moved by
-    `shifts`."""
-    entries = []
+    `shifts`. With microsecond among the names, time is in microseconds."""
+    entries, stored = [], [n for n in names if n != "microsecond"]
     for number, first, end in shards:
-        columns = {}
-        for name in names:
+        columns: Columns = {}
+        for name in stored:
             pieces = []
             for part, start, shift in zip(parts, starts, shifts, strict=True):
                 rows = part[name][max(first - start, 0) : max(end - start, 0)]
@@ -340,6 +341,8 @@ def write_rows(
                 columns[name] = np.concatenate(pieces)
             else:
                 columns[name] = pa.concat_arrays(pieces).cast(pa.string())
+        if len(stored) < len(names):
+            columns |= {n: c[:] for n, c in time_columns(columns["time"], SECOND).items()}
         entries.append(write_shard(folder, table, number, columns))
     return entries
 

@@ -24,7 +24,7 @@ from ..disk import bytes_under, new_map, size_text, writing
 from ..output import DATASET, check_remote, new_folder
 from . import prepare_ray
 from . import spool as on_disk
-from .events import Items, Sorted, choose_items, id_array, read, sort_events
+from .events import Items, Sorted, choose_items, id_array, read, sort_events, time_columns
 from .layouts import Source
 from .options import PrepareOptions
 from .page_tables import (
@@ -98,7 +98,7 @@ def pages_of_events(
     """A page for each event, in order of time."""
     events, total = sorted_.events, len(sorted_.events.item)
     pages = PageSpools(folder, "made")
-    market = market_of(items.table, sorted_.first_seen, sorted_.last_seen, options)
+    market = market_of(items.table, sorted_.first_seen, sorted_.last_seen, options, items.ticks)
     popular = options.negatives == "popularity"
     pool = np.zeros(0, np.int32)
     if popular and total:
@@ -253,15 +253,15 @@ def _write(
         pages = pages_of_events(sorted_, items, scratch, options)
 
     columns, shown = pages.columns(), pages.items()
-    splits = splits_of(columns["time"], dropped(pages.fates), options)
+    splits = splits_of(columns["time"], dropped(pages.fates), options, items.ticks)
     log.info("writing")
     train_end = int(columns["pv_end"][splits["train"][1] - 1])
     events = sorted_.events
     tables: dict[str, dict[str, Any]] = {
         "users": {"user_id": id_array(sorted_.user_ids)},
         "items": items.columns(_clicks(shown, train_end, len(items.table)), sorted_.first_seen, sorted_.last_seen),
-        "events": {"item": events.item, "time": events.time},
-        "pages": columns,
+        "events": {"item": events.item, **time_columns(events.time, items.ticks)},
+        "pages": columns | time_columns(columns["time"], items.ticks),
         "page_items": shown,
     }  # fmt: skip
     shards = {n: write_shards(folder, n, of, options.shard_rows) for n, of in tables.items()}
@@ -269,7 +269,7 @@ def _write(
         shards["images"] = items.shards
     outcome = Outcome(
         raw.counts, len(sorted_.user_ids), len(items.table), None if images is None else items.images(), len(events.item),
-        columns["time"], len(shown["item"]), splits, _history_lengths(columns, options.max_history), pages.cut, pages.fates,
+        columns["time"], len(shown["item"]), splits, _history_lengths(columns, options.max_history), pages.cut, pages.fates, items.ticks,
     )  # fmt: skip
     return write_about(folder, source, images, options, outcome, shards)
 

@@ -143,18 +143,19 @@ class _Run:
         starts = _starts([s["pages"] for s in sums])
         first_items = _starts([s["items"] for s in sums])
         times = _Times(self, pages, starts)
-        splits = splits_of(times, dropped(fates), self.options)  # type: ignore[arg-type]
+        splits = splits_of(times, dropped(fates), self.options, items.ticks)  # type: ignore[arg-type]
         last = splits["train"][1] - 1
         train_end = times.cell("pv_end", last) + int(first_items[np.searchsorted(starts, last, side="right") - 1])  # fmt: skip
         names = ["item", "clicked", "weight"] if cut else ["item", "clicked"]
-        page_names = ["user", "time", "history_start", "history_end", "pv_start", "pv_end"]
+        more = ["microsecond"] if items.ticks > 1 else []
+        page_names = ["user", "time", "history_start", "history_end", "pv_start", "pv_end", *more]
         written = {
             "users": self.write("users", users, _starts(counts["users"]), ["user_id"]),
             "items": write_shards(
                 self.folder, "items", items.columns(self.clicks(of_pages, first_items, train_end, len(items.table)), first_seen, last_seen),
                 self.options.shard_rows,
             ),
-            "events": self.write("events", events, _starts(counts["events"]), ["item", "time"]),
+            "events": self.write("events", events, _starts(counts["events"]), ["item", "time", *more]),
             "pages": self.write("pages", pages, starts, page_names, first_items),
             "page_items": self.write("page_items", of_pages, first_items, names),
         }  # fmt: skip
@@ -164,7 +165,7 @@ class _Run:
         lengths = np.sum([s["lengths"] for s in sums], axis=0)
         outcome = Outcome(
             self.counts, sum(counts["users"]), len(items.table), None if self.images is None else items.images(),
-            sum(counts["events"]), times, int(first_items[-1]), splits, lengths, cut, fates,  # type: ignore[arg-type]
+            sum(counts["events"]), times, int(first_items[-1]), splits, lengths, cut, fates, items.ticks,  # type: ignore[arg-type]
         )  # fmt: skip
         report = write_about(self.folder, self.source, self.images, self.options, outcome, shards)
         log.info("bytes between tasks: %s", ", ".join(f"{n} {b}" for n, b in self.shuffled.items()))  # fmt: skip
@@ -215,12 +216,13 @@ class _Run:
         """What the tasks that read give, with the names of the source's tables."""
         whole = self.source
         plain = dataclasses.replace(whole, events=None, impressions=None, items=None, parts=None)
+        ticks = whole.ticks
         streams = []
         for name, table in (("events", "events"), ("impressions", "shown")):
             frames = whole.tables(name)
             for number, part in enumerate(frames):
                 read = self.task(steps.read, "streaming")
-                streams.append((name, read(part, table, plain, number, PART)))
+                streams.append((name, read(part, table, plain, number, PART, ticks)))
         return streams
 
     def choose(self, candidates: Candidates) -> Items:
@@ -275,7 +277,9 @@ class _Run:
         bounds = self.time_bounds(about, bases[2])
         market, pool, past = None, None, None
         if not self.given:
-            market = self.ray.put(market_of(items.table, first_seen, last_seen, self.options))
+            market = self.ray.put(
+                market_of(items.table, first_seen, last_seen, self.options, items.ticks)
+            )
             if self.options.negatives == "popularity":
                 pool, past = self.moments(events, bases[1], bounds)
         made = [

@@ -82,6 +82,8 @@ def reading(where: object) -> Iterator[None]:
         ) from error
     except _FOREIGN as error:
         raise ValueError(f"{where}: cannot be read: {short(error)}") from error
+    except ValueError as error:  # of a function that polars calls: it adds its plan
+        raise ValueError(str(error).split("\n\nThis error occurred")[0]) from error
     except OSError as error:
         if error.filename is not None or isinstance(error, FileNotFoundError):
             raise
@@ -182,7 +184,7 @@ class Table:
             read = self.read
             schema = {c: self.schema[c] for c in [*columns, *there] if c in self.schema}
         for name, kind in schema.items():
-            if kind.is_nested() or kind in (pl.Object, pl.Binary):
+            if kind.is_nested() or kind == pl.Object:
                 raise ValueError(
                     f"{self.path}: expected text, numbers or times as {name}, got {kind}"
                 )
@@ -294,8 +296,6 @@ def _kind(kind: pa.DataType) -> Any:
 def _plain(column: pa.Array) -> pa.Array:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-        return column.cast(pa.large_string())  # as some programs write text
     return column
 
 

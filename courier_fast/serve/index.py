@@ -23,6 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..data.ids import one
 from ..data.tables import read_table, write_table
 from ..files import check_sha256, read_json, sha256
 from ..output import INDEX, check_output, write_folder
@@ -79,7 +80,7 @@ class Index:
 
     def of(self, item_id: str) -> Array:
         """[D] the item's vector. ValueError for an id that is not there."""
-        place = pc.index(self.ids, item_id).as_py()
+        place = max(pc.index(self.ids, name).as_py() for name in (item_id, one(item_id)))
         if place < 0:
             raise ValueError(f"item: expected one of the {len(self.ids):,} items of {self.path}, got {item_id!r}")  # fmt: skip
         return self.vectors[place]

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..data.dataset import Dataset
+from ..data.ids import one
 from ..files import write_atomically
 from .index import Index
 
@@ -39,7 +40,7 @@ def nearest_items(index: Index, items: Sequence[str], k: int) -> list[Neighbours
     rows, cosines = index.search(np.stack([index.of(item) for item in items]), k + 1)
     found = []
     for item, near, values in zip(items, rows, cosines, strict=True):
-        others = [(i, c) for i, c in _named(index, near, values) if i != item]
+        others = [(i, c) for i, c in _named(index, near, values) if i not in (item, one(item))]
         found.append(Neighbours(item, False, others[:k]))
     return found
 
@@ -91,7 +92,7 @@ def write_page(found: Sequence[Neighbours], index: Index, dataset: Dataset, out:
 
     queries = [
         {
-            "query": {"id": n.query, "category": "", "src": _file(n.query), "text": ""} if n.is_file else item(n.query),
+            "query": {"id": n.query, "category": "", "src": _file(n.query), "text": ""} if n.is_file else item(one(n.query)),
             "near": [item(name, f"{cosine:.2f}") for name, cosine in n.near],
         }
         for n in found

@@ -98,7 +98,7 @@ class Plan:
         """What a cell's file must have been made from; changes with anything that its predictions come from."""
         d = self.dataset
         arrays = [
-            d.page_user, d.page_time, d.history_start, d.history_end, d.pv_start, d.pv_end, d.pv_item, d.pv_clicked, d.event_item, d.event_time,
+            d.page_user, d.page_moment, d.history_start, d.history_end, d.pv_start, d.pv_end, d.pv_item, d.pv_clicked, d.event_item, d.event_moment,
         ]  # fmt: skip
         if d.pv_weight is not None:
             arrays.append(d.pv_weight)

@@ -92,7 +92,7 @@ class Impressions:
         return (self.time // DAY + 3) % 7
 
     def popularity(self) -> Array:
-        """[n, 2] float32 log(1 + clicks on the item strictly before the page): all of them, and those of the last 30 days."""
+        """[n, 2] float32 log(1 + clicks on the item strictly before the page's second): all of them, and those of the last 30 days."""
         d = self.dataset
         item, time = d.event_item.astype(np.int64), d.event_time
         # One sorted key answers "how many events of this item before this time".
@@ -115,7 +115,7 @@ class Protocol:
     train: range
     validation: range
     test: range
-    bound: int
+    bound: float
 
     def describe(self, dataset: Dataset) -> str:
         """A line about the ranges, for people."""
@@ -129,7 +129,7 @@ class Protocol:
     def known_items(self, dataset: Dataset) -> Array:
         """[items] bool: shown or clicked before `bound`; k-means and standardisation see no other."""
         known = np.zeros(dataset.num_items, bool)
-        known[dataset.event_item[dataset.event_time < self.bound]] = True
+        known[dataset.event_item[dataset.event_moment < self.bound]] = True
         known[Impressions(dataset, self.encoder).item] = True
         return known
 
@@ -146,7 +146,7 @@ def make_protocol(dataset: Dataset, name: str = "disjoint", encoder_share: float
     if name not in PROTOCOLS:
         raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {name!r}")
     train, validation, test = (dataset.split(s) for s in ("train", "validation", "test"))
-    time, cut = dataset.page_time, train.stop
+    time, cut = dataset.page_moment, train.stop
     if name == "disjoint":
         if not 0 < encoder_share < 1:
             raise ValueError(f"encoder_share: expected above 0 and below 1, got {encoder_share}")
@@ -158,11 +158,11 @@ def make_protocol(dataset: Dataset, name: str = "disjoint", encoder_share: float
             )
     encoder = range(train.start, cut)
     ctr = range(cut, train.stop) if name == "disjoint" else train
-    bound = int(time[cut]) if cut < len(time) else int(time[-1]) + 1
+    bound = time[cut].item() if cut < len(time) else int(time[-1]) + 1
     return Protocol(name, encoder, ctr, validation, test, bound)
 
 
-def as_date(seconds: int) -> str:
+def as_date(seconds: float) -> str:
     return str(np.datetime64(int(seconds), "s")).replace("T", " ").removesuffix(" 00:00:00")
 
 
@@ -177,7 +177,7 @@ def check_dataset(dataset: Dataset) -> None:
         if not len(d.split(name)):
             raise ValueError(f"split: expected pages in {name!r} of {path}, got none")
     for earlier, later in (("train", "validation"), ("validation", "test")):
-        last, first = d.page_time[d.split(earlier)].max(), d.page_time[d.split(later)].min()
+        last, first = d.page_moment[d.split(earlier)].max(), d.page_moment[d.split(later)].min()
         if last >= first:
             raise ValueError(
                 f"split: expected {earlier!r} to end before {later!r} begins in {path}, got times {last} and {first}"
@@ -185,7 +185,7 @@ def check_dataset(dataset: Dataset) -> None:
     empty = d.history_end <= d.history_start
     if empty.all():
         raise ValueError(f"history: expected a page with one in {path}, got none")
-    future = ~empty & (d.event_time[np.maximum(d.history_end, 1) - 1] >= d.page_time)
+    future = ~empty & (d.event_moment[np.maximum(d.history_end, 1) - 1] >= d.page_moment)
     if future.any():
         raise ValueError(
             f"history: expected events strictly before their page in {path}, got {future.sum()} pages that look into the future "
