@@ -8,6 +8,7 @@ import logging
 import sys
 
 from . import __version__
+from .option_rules import check
 
 # Each is a module with add_arguments(parser) and run(args); imported when asked for, so --help and the others need none of its packages.
 COMMANDS = {
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        check(parser, args, argv)
         return importlib.import_module(COMMANDS[args.command][0]).run(args)
     except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
         if args.debug:
