@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,8 +19,10 @@ from rich.console import Console
 from rich.progress import track
 
 from . import spool as on_disk
+from . import truth
 from .image_check import LEADS_OUT, check_images, index_images
 from .layouts import Source
+from .likeness import items_note
 from .options import PrepareOptions
 from .page_tables import by_item
 from .pages import Events, mix
@@ -28,6 +31,7 @@ from .storage import Location
 from .tables import ImageStoreWriter
 
 Array = npt.NDArray
+log = logging.getLogger(__name__)
 
 NO_IMAGE = "item without a usable image"
 MAX_ID = 1024  # bytes; a longer "id" is something else, an unclosed quote for example
@@ -163,9 +167,11 @@ def clean(batch: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
     batch = short.filter(pl.col("time").is_not_null())
     counts["time missing or unreadable"] += len(short) - len(batch)
     if "page_id" in names:
+        clicked = truth.read(batch["clicked"])
+        counts[truth.UNKNOWN] += clicked.null_count()
         batch = batch.select(
             "user_id", "item_id", "time", page=pl.col("page_id").map_batches(hash_ids, pl.UInt64),
-            clicked=pl.col("clicked").fill_null(False).cast(pl.UInt8),
+            clicked=clicked.fill_null(False).cast(pl.UInt8),
         )  # fmt: skip
     return batch
 
@@ -184,6 +190,7 @@ class Items:
     undecodable: dict[str, str]
     not_followed: list[str]  # links to folders
     shards: list[dict[str, Any]]  # of images, for the manifest
+    notes: list[str]
 
     def columns(self, clicks: Array, first_seen: Array, last_seen: Array) -> dict[str, Any]:
         """Those of the table items."""
@@ -215,9 +222,11 @@ class Candidates:
     def __init__(self, ids: pl.DataFrame, source: Source, images: Location | None) -> None:
         """`ids`: code and item_id, sorted."""
         table = ids
+        self.notes: list[str] = []
         if source.items is not None:
             about = source.items.join(ids.lazy().select("item_id"), on="item_id", how="semi")
             found = about.collect(engine="streaming").unique("item_id", keep="first", maintain_order=True)  # fmt: skip
+            self.note(items_note(ids["item_id"], found["item_id"], source.items))
             table = ids.join(found, on="item_id", how="left", maintain_order="left")
         extra = {"category": pl.String, "image": pl.String, "first_seen": pl.Int64, "last_seen": pl.Int64}  # fmt: skip
         self.table = table.with_columns(
@@ -241,6 +250,12 @@ class Candidates:
             for by_stem in (files.paths, files.outside)
         )
         self.not_followed = files.folders
+
+    def note(self, notes: list[str]) -> None:
+        """Logs and keeps them."""
+        for text in notes:
+            log.warning("%s", text)
+        self.notes += notes
 
     def checked(self, i: int, height: int, width: int, reason: str) -> None:
         """What item i's image is; height and width 0 where there is none that can be used."""
@@ -266,7 +281,9 @@ class Candidates:
         table = table.filter(self.stays)
         row = np.full(len(self.stays), -1, np.int32)
         row[table["code"].to_numpy()] = np.arange(len(table))
-        return Items(table, row, self.missing, self.undecodable, self.not_followed, shards)
+        return Items(
+            table, row, self.missing, self.undecodable, self.not_followed, shards, self.notes
+        )
 
 
 def choose_items(

@@ -17,9 +17,12 @@ import pyarrow as pa
 import pyarrow.dataset as arrow
 from polars.io.plugins import register_io_source
 
+from . import truth
 from .storage import Location, filesystem, is_file, is_folder, list_files, local_copy
 
 _NAME = re.compile(r"^.*?(?=\.(?:parquet|csv|tsv|txt|jsonl|ndjson)(?:\.gz)?$)")
+
+_LOOKED_AT = 100_000  # rows of a column that is asked what it says
 
 Schema = dict[str, pl.DataType | type[pl.DataType]]
 
@@ -31,11 +34,12 @@ class Source:
     Args:
         layout: the importer's name, for the record.
         events: user_id, item_id, time: clicks, purchases, ratings. Without impressions, pages are made from them.
-        impressions: a row per item shown: page_id, user_id, item_id, time, clicked (bool). Their clicks are events too.
+        impressions: a row per item shown: page_id, user_id, item_id, time, clicked (bool, or the words of truth.py). Their clicks are events too.
         items: item_id and, each optional, category, image (a file's stem where it is not the id), first_seen and
             last_seen (int64 seconds: when the item was on offer).
         files: what is read, for the record.
         parts: the rows of events, or of impressions where there are some, in tables that can be read at the same time, in order; None: as one.
+        notes: what looks as if it was not meant, for the log and the report.
     """
 
     layout: str
@@ -44,6 +48,7 @@ class Source:
     items: pl.LazyFrame | None = None
     files: Sequence[Location] = ()
     parts: Callable[[], list[pl.LazyFrame]] | None = None
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -272,13 +277,33 @@ def _by_size(x: pl.Expr) -> pl.Expr:
     return (x / scale).floor().cast(pl.Int64, strict=False)
 
 
-def _truth(frame: pl.LazyFrame, column: str) -> pl.Expr:
-    """A column of 0/1, false/true or no/yes as bool, null taken for false."""
-    if frame.collect_schema()[column] == pl.Boolean:
-        return pl.col(column).fill_null(False).alias("clicked")
-    words = pl.col(column).cast(pl.String).str.strip_chars().str.to_lowercase()
-    number = words.cast(pl.Float64, strict=False).fill_null(0) > 0
-    return (number | words.is_in(["true", "yes"]).fill_null(False)).alias("clicked")
+def _truth(frame: pl.LazyFrame, path: Location, column: str) -> pl.Expr:
+    """A column of yes and no as text, which truth.py reads batch by batch. ValueError for one whose type can hold neither."""
+    kind = frame.collect_schema()[column]
+    if not truth.can_be_read(kind):
+        raise ValueError(f"{path}: expected yes or no in the column {column}, got a column of {kind}")  # fmt: skip
+    return pl.col(column).cast(pl.String).alias("clicked")
+
+
+def _flag_notes(path: Location, frame: pl.LazyFrame, columns: Columns) -> list[str]:
+    """A word about a column that seems to say whether a row was clicked, where every row is taken for a click."""
+    used = (columns.user, columns.item, columns.time)
+    out = []
+    for name, kind in frame.collect_schema().items():
+        if name.casefold() not in truth.FLAGS or name in used or not truth.can_be_read(kind):
+            continue
+        try:
+            values = frame.select(name).head(_LOOKED_AT).collect(engine="streaming")[name]
+        except pl.exceptions.PolarsError:  # said where all is read
+            continue
+        found, strange = truth.split(values)
+        no = int((~found).sum())
+        if no and not len(strange):
+            out.append(
+                f"{path}: the column {name} says no in {no:,} of the first {len(values):,} rows, but every row is taken for a click: with "
+                f"--page-column ID --clicked-column {name} rows are items shown, else leave the others out"
+            )
+    return out
 
 
 def _events(frame: pl.LazyFrame, path: Location, user: str, item: str, time: str) -> pl.LazyFrame:
@@ -318,13 +343,13 @@ def generic(
             text(c.user, "user_id"),
             text(c.item, "item_id"),
             seconds(frame, c.time),
-            _truth(frame, c.clicked),
+            _truth(frame, path, c.clicked),
         )
 
     def parts() -> list[pl.LazyFrame]:
         return [rows(frame, path) for path in interactions for frame in scan_parts(path)]
 
-    about = None
+    about, notes = None, []
     if items is not None:
         frame = need(scan(items), items, c.item)
         found = frame.collect_schema().names()
@@ -335,11 +360,16 @@ def generic(
             need(frame, items, c.category)
         chosen += [seconds(frame, n).alias(n) for n in ("first_seen", "last_seen") if n in found]
         about = frame.select(chosen)
-    table = pl.concat([rows(scan(path), path) for path in interactions])
+        if len(chosen) == 1:
+            notes.append(f"{items}: the columns {c.category}, first_seen and last_seen are what is used of it, and it has none of them")  # fmt: skip
+    scanned = [(path, scan(path)) for path in interactions]
+    if c.page is None:
+        notes += [note for path, frame in scanned for note in _flag_notes(path, frame, c)]
+    table = pl.concat([rows(frame, path) for path, frame in scanned])
     files = [*interactions, *([items] if items else [])]
     if c.page is None:
-        return Source("generic", events=table, items=about, files=files, parts=parts)
-    return Source("generic", impressions=table, items=about, files=files, parts=parts)
+        return Source("generic", events=table, items=about, files=files, parts=parts, notes=notes)
+    return Source("generic", impressions=table, items=about, files=files, parts=parts, notes=notes)
 
 
 def hm(folder: Path) -> Source:

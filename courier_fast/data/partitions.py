@@ -253,12 +253,12 @@ def make(
         items = np.zeros(0, np.int32) if pool is None else pool
         rows = np.arange(len(users))
         pages = pages_around(rows, users, of_event, before, of_users, market, items, options)
-    return [*_pieces(pages, of_user, of_page, bounds), _about(pages)]
+    return [*_pieces(pages, of_user, of_page, bounds), _about(pages, of_user)]
 
 
-def _about(pages: Pages) -> dict[str, Any]:
+def _about(pages: Pages, of_user: int) -> dict[str, Any]:
     columns = (pages.time, pages.user.astype(np.int32), pages.history, pages.counts, *pages.shown)
-    return {"fates": count_fates(pages.fate), "cut": pages.cut, "bytes": sum(c.nbytes for c in columns)}  # fmt: skip
+    return {"fates": count_fates(pages.fate), "cut": pages.cut, "ids": pages.ids.moved(of_user), "bytes": sum(c.nbytes for c in columns)}  # fmt: skip
 
 
 def _pieces(
