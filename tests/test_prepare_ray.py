@@ -238,7 +238,7 @@ def test_the_command_and_its_errors(
         assert message in errors[0]
         assert errors[0] == errors[1]
     assert main([*command, "local", "--ray-address", "auto"]) == 2
-    assert "ray_address: expected --engine ray" in capsys.readouterr().err
+    assert "--ray-address: has no effect without --engine ray" in capsys.readouterr().err
     with pytest.raises(ValueError, match="engine: expected one of"):
         prepare(tmp_path / "c", source=source_of([("a", "b", 1)]), engine="spark")
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..cluster import add_engine_arguments, check_engine
+from ..cluster import add_engine_arguments
 from .layouts import LAYOUTS, Columns, Source, generic
 from .options import PrepareOptions
 from .pages import NEGATIVES
@@ -113,10 +113,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def source_of(args: argparse.Namespace) -> Source:
     """The source that the command line names."""
     if args.layout == "generic":
-        if args.min_rating is not None:
-            raise ValueError(
-                "min_rating: expected --layout movielens or amazon-reviews-2023, got generic"
-            )
         names = ("user", "item", "time", "category", "page", "clicked")
         columns = Columns(**{n: getattr(args, f"{n}_column") for n in names})
         return generic(args.interactions, args.items, columns)
@@ -126,16 +122,11 @@ def source_of(args: argparse.Namespace) -> Source:
         )
     if args.min_rating is None:
         return LAYOUTS[args.layout](args.source)
-    if args.layout not in ("movielens", "amazon-reviews-2023"):
-        raise ValueError(
-            f"min_rating: expected --layout movielens or amazon-reviews-2023, got {args.layout}"
-        )
     return LAYOUTS[args.layout](args.source, min_rating=args.min_rating)
 
 
 def run(args: argparse.Namespace) -> int:
     options = PrepareOptions(**{n: getattr(args, n) for n in PrepareOptions.__dataclass_fields__})
-    check_engine(args)
     report = prepare(
         args.out, source=source_of(args), images=args.images, options=options, engine=args.engine, ray_address=args.ray_address
     )  # fmt: skip

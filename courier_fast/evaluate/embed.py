@@ -23,7 +23,7 @@ import torch
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
-from ..cluster import add_engine_arguments, check_engine, connected
+from ..cluster import add_engine_arguments, connected
 from ..data.dataset import Dataset
 from ..data.decode import KINDS, Decoder, make_decoder
 from ..data.pictures import seen_size
@@ -481,7 +481,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_engine(args)
     if args.engine == "local":
         return _run(args, {})
     from .embed_ray import encode_on
