@@ -149,6 +149,7 @@ RULES: dict[str, list[Rule]] = {
     "embed": [
         without("--only-new", "--since", "--remove-missing"),
         without("--dataset", "--since"),
+        without("--images", "--id-from"),
         beside("--since", "--remove-missing", example="2020-09-01 --only-new --dataset ds"),
         _ENGINE,
     ],
@@ -172,8 +173,11 @@ RULES: dict[str, list[Rule]] = {
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str]) -> None:
-    """ValueError with the names of two options where one of them leaves the other without effect. `args` are what `parser` made of `argv`."""
-    names = given(parser, argv)
+    """ValueError with the names of two options where one of them leaves the other without effect.
+
+    `args` are what `parser` made of `argv`; afterwards args.given has the names of those that stood there.
+    """
+    names = args.given = given(parser, argv)
     command = f"{args.command} {args.action}" if "action" in args else args.command
     said = Said(vars(args), names)
     for rule in RULES[command]:

@@ -7,9 +7,19 @@ import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
+from prepare_factory import source_of
 
 from courier_fast.cli import COMMANDS, main
+from courier_fast.data import truth
+from courier_fast.data.layouts import Columns, generic
+from courier_fast.data.likeness import items_note
+from courier_fast.data.options import PrepareOptions
+from courier_fast.data.page_ids import PageIds, look
+from courier_fast.data.page_tables import page_bounds
+from courier_fast.data.prepare import prepare
 from courier_fast.evaluate.sweep import grid
 from courier_fast.option_rules import RULES, SETTINGS, check, given
 from courier_fast.train.config import Config
@@ -31,7 +41,7 @@ REQUIRED = {
 ONE_OF = {
     "evaluate": [("--run", "--embeddings")],
     "report": [("--run", "--embeddings")],
-    "embed": [("--images", "--dataset")],
+    "embed": [("--dataset", "--images")],
 }
 
 # Options that always have an effect, or an error of their own where they have none.
@@ -199,3 +209,175 @@ def test_options_that_go_together_are_taken() -> None:
         words = line.split()
         parser = parser_of(words[0])
         check(parser, parser.parse_args(words), words)
+
+
+# ---- words for yes and no -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pl.Series([" True ", "F", "YES", "n", "On", "off", "1", "0.0", "1e0"]),
+        pl.Series([1, 0, 1, 0, 1, 0, 1, 0, 1]),
+        pl.Series([1, 0, 1, 0, 1, 0, 1, 0, 1], dtype=pl.Decimal(9, 2)),
+        pl.Series([1.0, 0.0, 1.0, -0.0, 1.0, 0.0, 1.0, 0.0, 1.0]),
+        pl.Series([True, False] * 4 + [True]),
+        pl.Series(["y", "N"] * 4 + ["t"], dtype=pl.Categorical),
+    ],
+)
+def test_yes_and_no_are_read_in_every_usual_form(values: pl.Series) -> None:
+    assert truth.can_be_read(values.dtype)
+    assert truth.read(values.cast(pl.String)).to_list() == [True, False] * 4 + [True]
+
+
+def test_what_is_missing_is_neither_yes_nor_no() -> None:
+    words = ["", "  ", "NULL", "None", "nan", "\\N", None, "1"]
+    assert truth.read(pl.Series(words)).to_list() == [None] * 7 + [True]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["1", "maybe", "maybe", "x", "0"], "got 'maybe' in 2, 'x' in 1 of 5 rows"),
+        (["3", "1", "2", "4", "5"], "got '2' in 1, '3' in 1, '4' in 1 and 1 more of 5 rows"),
+        (["-1", "1"], "got '-1' in 1 of 2"),
+        (["0.5", "1"], "got '0.5' in 1 of 2"),
+        (["inf", "2020-01-01"], "'2020-01-01' in 1, 'inf' in 1 of 2"),
+    ],
+)
+def test_a_word_that_nobody_knows_was_no_click(words: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match="clicked-column: expected yes or no") as raised:
+        truth.read(pl.Series(words))
+    assert said in str(raised.value)
+
+
+def shown(tmp_path: Path, lines: list[str], head: str = "page,user_id,item_id,timestamp,clicked") -> Path:  # fmt: skip
+    path = tmp_path / "shown.csv"
+    path.write_text("\n".join([head, *lines]) + "\n")
+    return path
+
+
+def test_unknown_and_missing_words_of_clicks_through_prepare(tmp_path: Path) -> None:
+    lines = [
+        f"p{n},u{n % 3},i{n * 7 % 5 + k},{1_600_000_000 + 86_400 * n},{'yes' if k == 0 else 'NULL'}"
+        for n in range(30)
+        for k in range(3)
+    ]
+    options = PrepareOptions(min_history=1)
+    report = prepare(
+        tmp_path / "out", source=generic([shown(tmp_path, lines)], None, Columns(page="page")), options=options
+    )  # fmt: skip
+    assert report["impressions"][truth.UNKNOWN] == 60
+    assert not report["impressions"]["dropped"]
+    lines[4] = lines[4].replace("NULL", "perhaps")
+    source = generic([shown(tmp_path, lines)], None, Columns(page="page"))
+    with pytest.raises(ValueError, match="got 'perhaps' in 1 of 90 rows"):
+        prepare(tmp_path / "bad", source=source, options=options)
+    dates = tmp_path / "d.parquet"
+    pl.DataFrame({"page": ["a"], "user_id": ["b"], "item_id": ["c"], "timestamp": [1], "clicked": [[1]]}).write_parquet(dates)  # fmt: skip
+    with pytest.raises(ValueError, match="d.parquet: expected yes or no in the column clicked, got a column of List"):  # fmt: skip
+        generic([dates], None, Columns(page="page"))
+
+
+@pytest.mark.parametrize("name", ["clicked", "is_click", "Label", "CLICK"])
+@pytest.mark.parametrize("words", [("1", "0"), ("True", "False"), ("yes", "no")])
+def test_a_column_that_says_what_was_clicked_was_passed_over(
+    tmp_path: Path, name: str, words: tuple[str, str]
+) -> None:
+    lines = [f"u,i{n},{n},{words[n % 4 > 0]}" for n in range(8)]
+    path = shown(tmp_path, lines, f"user_id,item_id,timestamp,{name}")
+    (note,) = generic([path]).notes
+    assert f"the column {name} says no in 6 of the first 8 rows" in note
+    assert f"--page-column ID --clicked-column {name}" in note
+
+
+@pytest.mark.parametrize("words", [["1", "1"], ["3", "5"], ["spam", "0"]])
+def test_a_column_that_says_something_else_is_no_matter(tmp_path: Path, words: list[str]) -> None:
+    lines = [f"u,i{n},{n},{word}" for n, word in enumerate(words)]
+    assert not generic([shown(tmp_path, lines, "user_id,item_id,timestamp,label")]).notes
+
+
+# ---- items and page ids ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["100", "101"], "do they differ in leading zeros (000100 and 100)?"),
+        (["000100.jpg", "x"], "in a suffix as files have it (000100 and 000100.jpg)"),
+        (["000100.0"], "in a decimal point (000100 and 000100.0)"),
+        (["a/000100"], "in folders before them"),
+        (["other", "shop"], "its rows are other, shop"),
+        ([], "its rows are none"),
+    ],
+)
+def test_a_table_of_items_that_fits_none_was_no_matter(rows: list[str], said: str) -> None:
+    ids = pl.Series("item_id", [f"{n:06}" for n in range(100, 110)])
+    table = pl.LazyFrame({"item_id": pl.Series(rows, dtype=pl.String)})
+    with pytest.raises(
+        ValueError, match="items: 0 of 10 items of the interactions match"
+    ) as raised:
+        items_note(ids, ids[:0], table)
+    assert said in str(raised.value)
+
+
+def test_a_table_of_items_that_fits_few_is_noted() -> None:
+    ids = pl.Series("item_id", [f"{n:06}" for n in range(100, 110)])
+    table = pl.LazyFrame({"item_id": [*ids[:4], "104"]})
+    (note,) = items_note(ids, ids[:4], table)
+    assert "4 of 10 items" in note and "leading zeros (000104 and 104)" in note
+    assert not items_note(ids, ids[:5], table)
+
+
+def test_negatives_of_a_category_need_one(tmp_path: Path) -> None:
+    events = [(f"u{n % 3}", f"i{n % 5}", 60 * n) for n in range(60)]
+    options = PrepareOptions(min_history=1, negatives="category")
+    with pytest.raises(ValueError, match="negatives: category expects items with a category, got none of 5"):  # fmt: skip
+        prepare(tmp_path / "out", source=source_of(events), options=options)
+
+
+def rows_shown(pages: list[tuple[int, int, int]]) -> PageIds:
+    """Of (user, page, time), sorted."""
+    user, page, time = (np.array(c) for c in zip(*pages, strict=True))
+    rows = {"user": user, "page": page.astype(np.uint64), "time": time}
+    return look(rows, page_bounds(rows))
+
+
+def test_page_ids_that_are_used_again_were_one_page() -> None:
+    day = 86_400
+    pages = [(0, 1, 0), (0, 1, day), (0, 2, 0), (0, 2, 20 * day), (1, 1, 5), (1, 3, 0), (2, 1, 3), (2, 3, 9), (2, 9, 0), (2, 9, day + 1)]  # fmt: skip
+    whole = rows_shown(pages)
+    assert whole.counts() == {"apart": 2, "looked_at": 4, "of_several_users": 2}
+    apart, several = whole.notes(lambda user: f"u{user}", 7)
+    assert "2 of 7 pages" in apart and "user u0: from 1970-01-01 00:00:00 to 1970-01-21" in apart
+    assert "2 of 4 page ids looked at belong to several users (u0 and u1" in several
+    for cut in (4, 6):  # parts, of users counted from 0
+        first, rest = pages[:cut], [(u - 1 - (cut == 6), p, t) for u, p, t in pages[cut:]]
+        parts = rows_shown(first) + rows_shown(rest).moved(1 + (cut == 6))
+        assert parts.counts() == whole.counts()
+        assert parts.notes(str, 7) == whole.notes(str, 7)
+    assert not rows_shown([(0, 1, 0), (0, 2, 9)]).notes(str, 2)
+    assert PageIds().counts() is None and not PageIds().notes(str, 0)
+
+
+def test_page_ids_used_again_are_in_the_log_and_the_report(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [
+        f"{n % 4},u{n % 3},i{n * 7 % 5 + k},{1_600_000_000 + 86_400 * n},{int(k == 0)}"
+        for n in range(40)
+        for k in range(3)
+    ]
+    source = generic([shown(tmp_path, lines)], None, Columns(page="page"))
+    report = prepare(tmp_path / "out", source=source, options=PrepareOptions(min_history=1))
+    assert report["pages"]["page_ids"] == {"apart": 12, "looked_at": 4, "of_several_users": 4}
+    assert len(report["notes"]) == 2
+    assert [m for m in caplog.messages if m.startswith("--page-column: ")] == report["notes"]
+
+
+def test_the_documentation_has_every_option_of_the_tables() -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    text = "".join((docs / f"{name}.md").read_text() for name in ("data", "evaluation", "training"))
+    for rules in RULES.values():
+        for option in (o for rule in rules for o in rule.options):
+            assert f"`{option}`" in text or option.endswith("-column"), option

@@ -31,10 +31,9 @@ def difference(ids: Sequence[str], names: Iterable[str]) -> tuple[str, str, str]
     names, ids = list(islice(names, MOST)), ids[:_IDS]
     for what, form in FORMS.items():
         known = {form(i): i for i in reversed(ids)}
-        for name in names:
-            found = known.get(form(name))
-            if found not in (None, name) and form(name):
-                return what, found, name  # type: ignore[return-value]
+        pairs = [(known[form(name)], name) for name in names if form(name) in known and form(name)]
+        if pairs := [pair for pair in pairs if pair[0] != pair[1]]:
+            return what, *min(pairs)
     return None
 
 

@@ -19,6 +19,7 @@ from numba import njit
 
 from .events import Ids, batches, buffers, clean, text
 from .image_check import check_images
+from .image_files import Paths
 from .layouts import Source
 from .options import PrepareOptions
 from .page_tables import (
@@ -344,7 +345,7 @@ def write_rows(
     return entries
 
 
-def check(paths: Sequence[str | None], options: PrepareOptions) -> tuple[pa.Array, Columns]:
+def check(paths: Sequence[Paths | None], options: PrepareOptions) -> tuple[pa.Array, Columns]:
     """The usable images of some files; height, width and bytes (0 without one) of each, and the reason where there is none."""
     found = list(check_images(paths, shrink=options.shrink, threads=1))
     images = pa.array([c.image for c in found if c.image is not None], pa.large_binary())
