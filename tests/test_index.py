@@ -221,7 +221,9 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     near = [data.item_ids[int(i)].as_py() for i in np.argsort(-cosine)[1:3]]
     assert (one["query"], [n["item_id"] for n in one["near"]]) == (item, near)
     common = ("clusters", "--embeddings", tmp_path / "e.npy")
-    code, _ = run(*common, "--k", 4, "--out", tmp_path / "c", "--dataset", data.path, "--until", "1972-01-01")
+    code, _ = run(
+        *common, "--k", 4, "--out", tmp_path / "c", "--dataset", data.path, "--until", "1972-01-01"
+    )
     assert code == 0
     code, _ = run(*common, "--out", tmp_path / "c2", "--like", tmp_path / "c")
     assert code == 0
