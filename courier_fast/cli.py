@@ -12,6 +12,7 @@ import sys
 
 from . import __version__, interrupt
 from .messages import is_bug, line_of
+from .option_rules import check
 
 # Each is a module with add_arguments(parser) and run(args); imported when asked for, so --help and the others need none of its packages.
 COMMANDS = {
@@ -80,12 +81,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with interrupt.stopping():
-        return _run(args)
+        return _run(parser, args, argv)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
     """The command's status; what it raises becomes a line on stderr, and a signal 128 and its number, as the shell has it."""
     try:
+        check(parser, args, argv)
         status: int = importlib.import_module(COMMANDS[args.command][0]).run(args)
         sys.stdout.flush()
         return status

@@ -20,12 +20,6 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ray-address", metavar="ADDRESS", help="of a running cluster, or auto; without it --engine ray starts one on this machine")  # fmt: skip
 
 
-def check_engine(args: argparse.Namespace) -> None:
-    """ValueError where --ray-address comes without --engine ray."""
-    if args.ray_address is not None and args.engine != "ray":
-        raise ValueError(f"ray_address: expected --engine ray with it, got {args.engine}")
-
-
 @contextmanager
 def connected(address: str | None = None) -> Iterator[Any]:
     """The module `ray`, connected: to what is connected already, to the cluster at `address`, or to one that is started here and ended again.

@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from courier_fast.data import layouts
+from courier_fast.data import layouts, truth
 from courier_fast.data.layouts import Columns, Source
 
 NOON = 1_600_000_000  # 2020-09-13 12:26:40 UTC
@@ -242,7 +242,7 @@ def test_generic_pages_and_items(tmp_path: Path) -> None:
         "who\tsku\twhen\tview\tbought\n"
         + "".join(
             f"a\t0{i}\t{NOON}\tp\t{mark}\n"
-            for i, mark in enumerate(["1", "0", "true", "no", "2.0"])
+            for i, mark in enumerate(["1", "0", "true", "no", "1.0"])
         )
     )
     about.write_text('{"sku": "00", "kind": "shoe", "first_seen": "2020-09-13"}\n')
@@ -251,7 +251,7 @@ def test_generic_pages_and_items(tmp_path: Path) -> None:
     assert source.events is None and source.impressions is not None and source.items is not None
     shown = source.impressions.collect()
     assert len(shown) == 10
-    assert shown["clicked"].to_list()[:5] == [True, False, True, False, True]
+    assert truth.read(shown["clicked"]).to_list()[:5] == [True, False, True, False, True]
     assert source.items.collect().rows() == [("00", "shoe", 1_599_955_200)]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from courier_fast.cli import main
+from courier_fast.option_rules import check
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -109,11 +110,14 @@ def read(parser: argparse.ArgumentParser, given: Any, whole: bool) -> None:
     found, unknown = parser.parse_known_args(given)
     if unknown:
         raise ValueError(f"{parser.prog}: unrecognized arguments: {' '.join(unknown)}")
+    if whole and parser.prog == "courier-fast":
+        check(parser, found, given)
     settings = {name: value for name, value in vars(found).items() if "." in name}
     if getattr(found, "command", "") == "train" and settings and whole:
         from courier_fast.train.config import Config
 
-        Config.load(None, settings)
+        config = Config.load(None, settings)
+        assert not config.unused(settings)
     raise Parsed
 
 

@@ -168,7 +168,7 @@ def test_errors_are_those_of_the_local_engine(
         with pytest.raises(RuntimeError, match="expected finite embeddings, got NaN or infinity for i0"):  # fmt: skip
             embed_source(Slow(tmp_path, wrong=True), rows(), tmp_path / "e.npy", **encode)  # type: ignore[arg-type]
     assert embed(tmp_path, "--images=.", tmp_path / "e.npy", "--ray-address=auto") == 2
-    assert "ray_address: expected --engine ray with it, got local" in capsys.readouterr().err
+    assert "--ray-address: has no effect without --engine ray" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "ray", None)
     assert embed(tmp_path, "--images=.", tmp_path / "e.npy", "--engine=ray") == 2
     assert 'engine: "ray" needs ray: pip install "courier_fast[ray]"' in capsys.readouterr().err

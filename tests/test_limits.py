@@ -20,7 +20,8 @@ from test_embed import Tiny, embed_folder
 
 from courier_fast.data import events, image_check, pictures
 from courier_fast.data.command import print_report
-from courier_fast.data.image_check import LEADS_OUT, check_image
+from courier_fast.data.image_check import check_image
+from courier_fast.data.image_files import LEADS_OUT
 from courier_fast.data.layouts import Columns, generic
 from courier_fast.data.options import PrepareOptions
 from courier_fast.data.prepare import prepare

@@ -480,8 +480,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "validation: " in text
     with pytest.raises(ValueError, match="expected --source"):
         run("--layout", "hm")
-    with pytest.raises(ValueError, match="min_rating: expected --layout movielens"):
-        run("--layout", "hm", "--source", str(tmp_path), "--min-rating", "3")
 
 
 def test_memory_stays_bounded(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from prepare_factory import digest, random_events, source_of
 
 from courier_fast.cli import main
 from courier_fast.data import partitions, prepare_ray, spool
+from courier_fast.data.dataset import Dataset
 from courier_fast.data.layouts import Columns, Source, generic
 from courier_fast.data.options import PrepareOptions
 from courier_fast.data.prepare import prepare
@@ -241,7 +242,7 @@ def test_the_command_and_its_errors(
         assert message in errors[0]
         assert errors[0] == errors[1]
     assert main([*command, "local", "--ray-address", "auto"]) == 2
-    assert "ray_address: expected --engine ray" in capsys.readouterr().err
+    assert "--ray-address: has no effect without --engine ray" in capsys.readouterr().err
     with pytest.raises(ValueError, match="engine: expected one of"):
         prepare(tmp_path / "c", source=source_of([("a", "b", 1)]), engine="spark")
 
@@ -258,3 +259,19 @@ def test_ids_are_found_by_their_bytes() -> None:
     assert found.tolist() == expected
     assert partitions.search(known[5:9], known[3:4]).tolist() == [0]
     assert partitions.search(known[:0], known[:2]).tolist() == [0, 0]
+
+
+def test_both_engines_take_the_same_of_several_files(tmp_path: Path, ray: Any) -> None:
+    photos = tmp_path / "photos"
+    for name in ("a", "b", "."):
+        (photos / name).mkdir(parents=True, exist_ok=True)
+    for n in range(6):
+        for size, path in (((8 + n, 6), f"a/{n}.jpg"), ((40, 30), f"b/{n}.jpg")):
+            Image.new("RGB", size).save(photos / path)
+        (photos / f"{n}.jpg").write_text("<html>")
+    events = [(f"u{n % 3}", f"{n % 6}", 60 * n) for n in range(60)]
+    options = PrepareOptions(min_history=1, repeats="keep", page_size=3)
+    _, report = both(tmp_path, source_of(events), options, photos)
+    assert Dataset(tmp_path / "ray").images.shapes.tolist() == [[30, 40]] * 6
+    assert list(report["images"]["gave_way"]) == [str(n) for n in range(6)]
+    assert "6 items have several files" in report["notes"][0]

@@ -107,11 +107,11 @@ def shop(folder: Path) -> None:
     events.select("item").unique().with_columns(category=pl.lit("c")).write_csv(folder / "items.csv")  # fmt: skip
 
 
-COLUMNS = ["--user-column=user", "--item-column=item", "--time-column=at", "--min-history=1", "--shard-rows=40", "--shard-bytes=3000", "--threads=1"]  # fmt: skip
+COLUMNS = ["--user-column=user", "--item-column=item", "--time-column=at", "--min-history=1", "--shard-rows=40"]  # fmt: skip
 
 
 def run_prepare(out: str, folder: str, events: str, *more: str) -> int:
-    return main(["prepare", out, "--interactions", f"{folder}/{events}", "--items", f"{folder}/items.csv", "--images", f"{folder}/images", *COLUMNS, *more])  # fmt: skip
+    return main(["prepare", out, "--interactions", f"{folder}/{events}", "--items", f"{folder}/items.csv", "--images", f"{folder}/images", "--shard-bytes=3000", *COLUMNS, *more])  # fmt: skip
 
 
 def test_prepare_from_s3_to_s3_is_prepare_on_a_disk(

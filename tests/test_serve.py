@@ -469,7 +469,7 @@ def test_a_projection_of_features_takes_features(run: Path, tmp_path: Path) -> N
         (["--run", "RUN", "--licence", "mit", "--dataset", "nowhere"], "dataset: expected a folder"),
         ([], "run: expected the folder of a training run, or --verify"),
         (["--verify"], "path: expected a folder that `courier-fast export` wrote"),
-        (["--vectors", "a.npy", "--run", "RUN"], "vectors: expected --verify"),
+        (["--vectors", "a.npy", "--run", "RUN"], "--vectors: has no effect without --verify"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(

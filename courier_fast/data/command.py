@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..cluster import add_engine_arguments, check_engine
+from ..cluster import add_engine_arguments
 from ..locations import local_path
 from .layouts import LAYOUTS, Columns, Source, generic
 from .options import PrepareOptions
@@ -117,33 +117,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def source_of(args: argparse.Namespace) -> Source:
     """The source that the command line names."""
     if args.layout == "generic":
-        if args.min_rating is not None:
-            raise ValueError(
-                "min_rating: expected --layout movielens or amazon-reviews-2023, got generic"
-            )
         names = ("user", "item", "time", "category", "page", "clicked")
         columns = Columns(**{n: getattr(args, f"{n}_column") for n in names}, time_format=args.time_format)  # fmt: skip
         return generic(args.interactions, args.items, columns)
-    if args.time_format is not None:
-        raise ValueError(
-            f"time_format: expected --layout generic, got {args.layout}, whose files say it"
-        )
     if args.source is None:
         raise ValueError(
             f"source: expected --source with the folder of the {args.layout} files, got none"
         )
     if args.min_rating is None:
         return LAYOUTS[args.layout](args.source)
-    if args.layout not in ("movielens", "amazon-reviews-2023"):
-        raise ValueError(
-            f"min_rating: expected --layout movielens or amazon-reviews-2023, got {args.layout}"
-        )
     return LAYOUTS[args.layout](args.source, min_rating=args.min_rating)
 
 
 def run(args: argparse.Namespace) -> int:
     options = PrepareOptions(**{n: getattr(args, n) for n in PrepareOptions.__dataclass_fields__})
-    check_engine(args)
     report = prepare(
         args.out, source=source_of(args), images=args.images, options=options, engine=args.engine, ray_address=args.ray_address
     )  # fmt: skip

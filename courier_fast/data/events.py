@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from rich.console import Console
 from rich.progress import track
 
 from . import spool as on_disk
-from .ids import missing
-from .image_check import LEADS_OUT, check_images, index_images
+from . import truth
+from .ids import missing, one
+from .image_check import check_images
+from .image_files import LEADS_OUT, ORDER, ImageFiles, Paths, index_images
 from .layouts import Source
+from .likeness import items_note
 from .options import PrepareOptions
 from .page_tables import by_item
 from .pages import Events, mix
@@ -31,6 +35,7 @@ from .storage import Location
 from .tables import ImageStoreWriter
 
 Array = npt.NDArray
+log = logging.getLogger(__name__)
 
 NO_IMAGE = "item without a usable image"
 MAX_ID = 1024  # bytes; a longer "id" is something else, an unclosed quote for example
@@ -165,9 +170,11 @@ def clean(batch: pl.DataFrame, counts: Counter[str], ticks: int = 1) -> pl.DataF
     batch = _in_ticks(short, ticks).filter(pl.col("time").is_not_null())
     counts["time missing or unreadable"] += len(short) - len(batch)
     if "page_id" in names:
+        clicked = truth.read(batch["clicked"])
+        counts[truth.UNKNOWN] += clicked.null_count()
         batch = batch.select(
             "user_id", "item_id", "time", page=pl.col("page_id").map_batches(hash_ids, pl.UInt64),
-            clicked=pl.col("clicked").fill_null(False).cast(pl.UInt8),
+            clicked=clicked.fill_null(False).cast(pl.UInt8),
         )  # fmt: skip
     return batch
 
@@ -213,8 +220,9 @@ class Items:
     row: Array  # [codes] int32: the row of a code, -1 where the item does not stay
     missing: list[str]
     undecodable: dict[str, str]
-    not_followed: list[str]  # links to folders
+    about_images: dict[str, Any]  # more for the report
     shards: list[dict[str, Any]]  # of images, for the manifest
+    notes: list[str]
     ticks: int = 1  # of a second, in which times are
 
     def columns(self, clicks: Array, first_seen: Array, last_seen: Array) -> dict[str, Any]:
@@ -232,7 +240,7 @@ class Items:
         """Their part of the report."""
         return {
             "usable": len(self.table), "missing": self.missing, "undecodable": self.undecodable,
-            "folders_not_followed": self.not_followed,
+            **self.about_images,
         }  # fmt: skip
 
 
@@ -247,10 +255,12 @@ class Candidates:
     def __init__(self, ids: pl.DataFrame, source: Source, images: Location | None) -> None:
         """`ids`: code and item_id, sorted."""
         table = ids
+        self.notes: list[str] = []
         if source.items is not None:
             about = source.items.join(ids.lazy().select("item_id"), on="item_id", how="semi")
             with reading("items"):
                 found = about.collect(engine="streaming").unique("item_id", keep="first", maintain_order=True)  # fmt: skip
+                self.note(items_note(ids["item_id"], found["item_id"], source.items))
             table = ids.join(found, on="item_id", how="left", maintain_order="left")
         extra = {"category": pl.String, "image": pl.String, "first_seen": pl.Int64, "last_seen": pl.Int64}  # fmt: skip
         self.table = table.with_columns(
@@ -268,23 +278,36 @@ class Candidates:
         self.shapes = np.zeros((len(table), 2), np.int32)
         self.missing: list[str] = []
         self.undecodable: dict[str, str] = {}
-        self.not_followed: list[str] = []
-        self.paths: list[str | None] = []
+        self.gave_way: dict[str, str] = {}
+        self.files = ImageFiles()
+        self.paths: list[Paths | None] = []
         if images is None:
             return
         self._names, other = self.table["item_id"].to_list(), self.table["image"].to_list()
-        files = index_images(images, {*self._names, *(n for n in other if n is not None)})
-        self.paths, self._links = (
-            [by_stem.get(a) or by_stem.get(b) for a, b in zip(self._names, other, strict=True)]
-            for by_stem in (files.paths, files.outside)
-        )
-        self.not_followed = files.folders
+        pairs = [(one(a), one(b or "")) for a, b in zip(self._names, other, strict=True)]
+        files = index_images(images, {name for pair in pairs for name in pair} - {""})
+        self.files = files
+        self.paths = [files.paths.get(a) or files.paths.get(b) for a, b in pairs]
+        self._links = [files.outside.get(a) or files.outside.get(b) for a, b in pairs]
+        if several := files.several:
+            item, (one_file, other_file, *_) = next(iter(several.items()))
+            self.note([f"images: {len(several):,} items have several files (first: {item}, {one_file} before {other_file}); one is taken {ORDER}"])  # fmt: skip
+        if files.unreadable:
+            self.note([f"images: {len(files.unreadable):,} folders cannot be read (first: {files.unreadable[0]}): their items count as missing"])  # fmt: skip
+
+    def note(self, notes: list[str]) -> None:
+        """Logs and keeps them."""
+        for text in notes:
+            log.warning("%s", text)
+        self.notes += notes
 
     def checked(self, i: int, height: int, width: int, reason: str) -> None:
         """What item i's image is; height and width 0 where there is none that can be used."""
         self.stays[i] = height > 0
         self.shapes[i] = height, width
         if height:
+            if reason:
+                self.gave_way[self._names[i]] = reason
             return
         if self.paths[i] is not None:
             self.undecodable[self._names[i]] = reason
@@ -295,16 +318,35 @@ class Candidates:
 
     def chosen(self, shards: list[dict[str, Any]]) -> Items:
         """The items that stay. ValueError where none does."""
+        missing, total = len(self.missing), len(self.stays)
+        if self.gave_way:
+            name, why = next(iter(self.gave_way.items()))
+            self.note([f"images: of {len(self.gave_way):,} items another file is taken, as the first cannot be used (first: {name}: {why})"])  # fmt: skip
+        if missing and self.stays.any():
+            unread = any(i in self.files.unread for i in self.missing)
+            if unread or 2 * missing >= total:
+                self.note([f"images: {missing:,} of {total:,} items have none under {self.images} ({some(self.missing, 3)}); {self.files.missing_note(self.missing)}"])  # fmt: skip
         if not self.stays.any():
             raise ValueError(
-                f"images: expected files under {self.images} called after items such as {', '.join(self._names[:3])}; of {len(self._names)} items, {len(self.missing)} have none and {len(self.undecodable)} one that cannot be used"
+                f"images: expected files under {self.images} called after items such as {', '.join(self._names[:3])}; of {len(self._names)} items, {missing} have none and {len(self.undecodable)} one that cannot be used"
                 + (f" (first: {next(iter(self.undecodable.values()))})" if self.undecodable else "")
+                + (f"; {self.files.missing_note(self.missing)}" if missing else "")
             )
         table = self.table.with_columns(height=self.shapes[:, 0], width=self.shapes[:, 1])
         table = table.filter(self.stays)
         row = np.full(len(self.stays), -1, np.int32)
         row[table["code"].to_numpy()] = np.arange(len(table))
-        return Items(table, row, self.missing, self.undecodable, self.not_followed, shards, self.ticks)  # fmt: skip
+        return Items(
+            table, row, self.missing, self.undecodable, self._about_images(), shards, self.notes, self.ticks
+        )  # fmt: skip
+
+    def _about_images(self) -> dict[str, Any]:
+        files, several = self.files, self.files.several
+        return {
+            "folders_not_followed": files.folders, "folders_unreadable": files.unreadable, "hidden": files.hidden,
+            "several_files": {"items": len(several), "first": dict(islice(((i, list(of)) for i, of in several.items()), 5))},
+            "gave_way": self.gave_way,
+        }  # fmt: skip
 
 
 def choose_items(

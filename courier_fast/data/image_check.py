@@ -5,90 +5,32 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-from .ids import one
+from .image_files import Paths
 from .pictures import check_size, exif_orientation, rgb
-from .storage import Location, list_files, read_any
+from .storage import read_any
 
-LEADS_OUT = "a symbolic link out of the folder of images, not followed"
-# An item with several files uses the first of these.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif")
 _KEPT = ("JPEG", "PNG", "WEBP")  # every decoder reads these; others are written anew as JPEG
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A usable image: its bytes, and its size in pixels as seen, after EXIF rotation. Or the reason why there is none."""
+    """A usable image: its bytes, and its size in pixels as seen, after EXIF rotation. Or the reason why there is none.
+
+    Beside an image, the reason says why other files of the item were not taken.
+    """
 
     image: bytes | None = None
     height: int = 0
     width: int = 0
     reason: str = ""
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """The image files of a folder, by the stem of their name. No symbolic link is followed out of it."""
-
-    paths: dict[str, str]
-    outside: dict[str, str]  # stems whose only file is a link out of the folder: the link
-    folders: list[str]  # links to folders out of it: what they hold is not looked at
-
-
-def index_images(folder: Location, stems: Container[str]) -> ImageFiles:
-    """The image files under `folder` (with its subfolders) for the stems wanted. FileNotFoundError where it is none."""
-    if isinstance(folder, str):
-        return ImageFiles(_index_remote(folder, stems), {}, [])
-    if not folder.is_dir():
-        raise FileNotFoundError(f"images: expected a folder, got {folder}")
-    root = os.path.realpath(folder)
-
-    def leads_out(link: str) -> bool:
-        return os.path.commonpath([root, os.path.realpath(link)]) != root
-
-    found: dict[str, tuple[bool, int, str]] = {}
-    linked = []
-    folders = [os.fspath(folder)]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                stem, suffix = os.path.splitext(entry.name)
-                stem = one(stem)
-                link = entry.is_symlink()
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                elif link and os.path.isdir(entry.path):
-                    if leads_out(entry.path):  # else its files are found without it
-                        linked.append(entry.path)
-                elif suffix.lower() in SUFFIXES and stem in stems:
-                    out = link and leads_out(entry.path)
-                    candidate = (out, SUFFIXES.index(suffix.lower()), entry.path)
-                    found[stem] = min(found.get(stem, candidate), candidate)
-    inside, outside = (
-        {stem: path for stem, (out, _, path) in found.items() if out is which}
-        for which in (False, True)
-    )
-    return ImageFiles(inside, outside, sorted(linked))
-
-
-def _index_remote(folder: str, stems: Container[str]) -> dict[str, str]:
-    found: dict[str, tuple[int, str]] = {}
-    for path in map(str, list_files(folder)):
-        stem, suffix = os.path.splitext(path.rsplit("/", 1)[1])
-        stem = one(stem)
-        if suffix.lower() in SUFFIXES and stem in stems:
-            candidate = (SUFFIXES.index(suffix.lower()), path)
-            found[stem] = min(found.get(stem, candidate), candidate)
-    if not found:
-        raise FileNotFoundError(f"images: expected a folder with images called after the items, got none in {folder}")  # fmt: skip
-    return {stem: path for stem, (_, path) in found.items()}
 
 
 def check_image(data: bytes, shrink: int = 0) -> Checked:
@@ -150,19 +92,33 @@ def _entropy_decode(data: bytes) -> None:
 
 
 def check_images(
-    paths: Sequence[str | None], *, shrink: int = 0, threads: int = 0
+    paths: Sequence[Paths | None], *, shrink: int = 0, threads: int = 0
 ) -> Iterator[Checked]:
-    """`check_image` of each file in order, in threads; `None` gives the reason "missing". Holds a few hundred images at most."""
+    """`check_image` of each file in order, in threads; `None` gives the reason "missing". Holds a few hundred images at most.
 
-    def check(path: str | None) -> Checked:
-        if path is None:
-            return Checked(reason="missing")
+    Of several files the first usable one is taken; its reason then says what is wrong with those before it.
+    """
+
+    def check_one(path: str) -> Checked:
         try:
             return check_image(read_any(path), shrink)
         except OSError as error:
             return Checked(reason=f"unreadable: {error.strerror or error}")
         except ValueError as error:
             return Checked(reason=str(error))
+
+    def check(of: Paths | None) -> Checked:
+        if of is None:
+            return Checked(reason="missing")
+        if isinstance(of, str):
+            return check_one(of)
+        wrong: list[str] = []
+        for path in of:
+            checked = check_one(path)
+            if checked.image is not None:
+                return replace(checked, reason="; ".join(wrong))
+            wrong.append(f"{path}: {checked.reason}")
+        return Checked(reason="; ".join(wrong))
 
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), "courier-check") as pool:
         for start in range(0, len(paths), 256):

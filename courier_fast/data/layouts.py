@@ -14,6 +14,7 @@ from typing import Any
 
 import polars as pl
 
+from . import truth
 from .ids import label, text, written_as_floats
 from .scan import (
     Schema,
@@ -33,6 +34,8 @@ from .times import check_format, look
 
 log = logging.getLogger(__name__)
 
+_LOOKED_AT = 100_000  # rows of a column that is asked what it says
+
 
 @dataclass(frozen=True)
 class Source:
@@ -42,12 +45,13 @@ class Source:
     Args:
         layout: the importer's name, for the record.
         events: user_id, item_id, time: clicks, purchases, ratings. Without impressions, pages are made from them.
-        impressions: a row per item shown: page_id, user_id, item_id, time, clicked (bool). Their clicks are events too.
+        impressions: a row per item shown: page_id, user_id, item_id, time, clicked (bool, or the words of truth.py). Their clicks are events too.
         items: item_id and, each optional, category, image (a file's stem where it is not the id), first_seen and
             last_seen (int64 seconds: when the item was on offer).
         files: what is read, for the record.
         parts: the rows of events, or of impressions where there are some, in tables that can be read at the same time, in order; None: as one.
         unreadable: of first_seen and last_seen, how many values are no times, for the report.
+        notes: what looks as if it was not meant, for the log and the report.
     """
 
     layout: str
@@ -57,6 +61,7 @@ class Source:
     files: Sequence[Location] = ()
     parts: Callable[[], list[pl.LazyFrame]] | None = None
     unreadable: Mapping[str, int] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     @property
     def ticks(self) -> int:
@@ -113,13 +118,32 @@ def _together(frames: Sequence[pl.LazyFrame]) -> list[pl.LazyFrame]:
     return [f if has else f.with_columns(none) for f, has in zip(frames, have, strict=True)]
 
 
-def _truth(frame: pl.LazyFrame, column: str) -> pl.Expr:
-    """A column of 0/1, false/true or no/yes as bool, null taken for false."""
-    if frame.collect_schema()[column] == pl.Boolean:
-        return pl.col(column).fill_null(False).alias("clicked")
-    words = pl.col(column).cast(pl.String).str.strip_chars().str.to_lowercase()
-    number = words.cast(pl.Float64, strict=False).fill_null(0) > 0
-    return (number | words.is_in(["true", "yes"]).fill_null(False)).alias("clicked")
+def _truth(frame: pl.LazyFrame, path: Location, column: str) -> pl.Expr:
+    """A column of yes and no as text, which truth.py reads batch by batch. ValueError for one whose type can hold neither."""
+    kind = frame.collect_schema()[column]
+    if not truth.can_be_read(kind):
+        raise ValueError(f"{path}: expected yes or no in the column {column}, got a column of {kind}")  # fmt: skip
+    return pl.col(column).cast(pl.String).alias("clicked")
+
+
+def _flag_note(table: Table, columns: Columns) -> str | None:
+    """A word about a column that seems to say whether a row was clicked, where every row is taken for a click."""
+    used = (columns.user, columns.item, columns.time)
+    names = truth.FLAGS if table.any_column else [n for n in table.names if n.casefold() in truth.FLAGS]
+    names = [n for n in names if n not in used and list(table.names).count(n) < 2]
+    frame = table.frame(optional=names)
+    for name, kind in frame.collect_schema().items():
+        if name not in names or not truth.can_be_read(kind):
+            continue
+        values = frame.select(name).head(_LOOKED_AT).collect(engine="streaming")[name]
+        found, strange = truth.split(values)
+        no = int((~found).sum())
+        if no and not len(strange):
+            return (
+                f"{table.path}: the column {name} says no in {no:,} of the first {len(values):,} rows, but every row is taken for a click: with "
+                f"--page-column ID --clicked-column {name} rows are items shown, else leave the others out"
+            )
+    return None
 
 
 def _events(
@@ -164,20 +188,25 @@ def generic(
         when = look(frame, c.time, table.path, c.time_format)
         names = ((c.page, "page_id"), (c.user, "user_id"), (c.item, "item_id"))
         ids = (_id(frame, table.path, *of) for of in names)
-        return when.flat(frame.select(*ids, when.expression(c.time), _truth(frame, c.clicked)))
+        clicked = _truth(frame, table.path, c.clicked)
+        return when.flat(frame.select(*ids, when.expression(c.time), clicked))
 
-    about, unreadable = (None, {}) if items is None else _about(items, c)
+    more: dict[str, Any] = {} if items is None else _about(items, c)
+    read = tables(interactions)
     # What a column holds is decided here, once for each file, and is the same wherever its rows are read.
-    parts = _together([rows(table) for table in tables(interactions)])
+    parts = _together([rows(table) for table in read])
+    if c.page is None:
+        note = next(filter(None, (_flag_note(table, c) for table in read)), None)
+        more["notes"] = [*more.get("notes", ()), *([note] if note else [])]
     files = [*interactions, *([items] if items else [])]
-    more: dict[str, Any] = {"items": about, "files": files, "parts": parts.copy, "unreadable": unreadable}  # fmt: skip
+    more |= {"files": files, "parts": parts.copy}
     if c.page is None:
         return Source("generic", events=pl.concat(parts), **more)
     return Source("generic", impressions=pl.concat(parts), **more)
 
 
-def _about(items: Location, c: Columns) -> tuple[pl.LazyFrame, dict[str, int]]:
-    """The items of all files, where a column that one has, all have; and how many values of first_seen and last_seen cannot be read."""
+def _about(items: Location, c: Columns) -> dict[str, Any]:
+    """Of a Source: the items of all files, where a column that one has, all have; and what there is to say of them."""
     found = tables([items])
     times = ("first_seen", "last_seen")
     there = {name for table in found for name in table.known([c.category, *times])}
@@ -199,7 +228,10 @@ def _about(items: Location, c: Columns) -> tuple[pl.LazyFrame, dict[str, int]]:
                 unreadable[name] += when.unreadable
             chosen.append(when.expression(name).struct.field("time").alias(name))
         parts.append(frame.select(chosen))
-    return pl.concat(parts), dict(unreadable)
+    notes = [] if more else [f"{items}: the columns {c.category}, first_seen and last_seen are what is used of it, and it has none of them"]  # fmt: skip
+    return {"items": pl.concat(parts), "unreadable": dict(unreadable), "notes": notes}
+
+
 
 
 def hm(folder: Path) -> Source:

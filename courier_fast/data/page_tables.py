@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,10 +14,12 @@ import numpy.typing as npt
 import polars as pl
 
 from .. import __version__
+from . import truth
 from .dataset import SPLITS, write_json, write_manifest
 from .layouts import Source
 from .offers import Offers, offers_of
 from .options import PrepareOptions, microseconds
+from .page_ids import PageIds, look
 from .pages import (
     ALL_CLICKED,
     NEGATIVES,
@@ -57,6 +59,7 @@ class Pages(NamedTuple):
     counts: Array  # [kept] items
     shown: list[Array]  # [items] of all pages: item, whether clicked, and of given pages weight
     fate: Array  # [n]
+    ids: PageIds = PageIds()  # of given pages
 
     @property
     def cut(self) -> int:
@@ -89,6 +92,8 @@ def market_of(
     offers = offers_of(first, last)
     kin = offers
     if options.negatives == "category":
+        if table["category"].is_null().all():
+            raise ValueError(f"negatives: category expects items with a category, got none of {len(table):,} with one")  # fmt: skip
         group = table["category"].rank("dense").cast(pl.Int64).fill_null(0).to_numpy() - 1
         kin = offers_of(first, last, group)
     return Market(np.stack([first, last], 1), offers, kin)
@@ -121,7 +126,11 @@ def page_bounds(rows: Mapping[str, Array]) -> Array:
 
 
 def pages_shown(
-    rows: Mapping[str, Array], base: int, events: Events, options: PrepareOptions
+    rows: Mapping[str, Array],
+    base: int,
+    events: Events,
+    options: PrepareOptions,
+    ticks: int = 1,
 ) -> Pages:
     """The pages of some rows shown (user, page, item, time, clicked, by user and page), by user and page."""
     bounds, total = page_bounds(rows), len(rows["user"])
@@ -135,7 +144,8 @@ def pages_shown(
     )  # fmt: skip
     kept = ~np.isin(fate, list(FATES))
     return Pages(
-        kept, user[kept], time[kept], history[kept], counts[kept], [column[:written] for column in shown], fate
+        kept, user[kept], time[kept], history[kept], counts[kept], [column[:written] for column in shown], fate,
+        look(rows, bounds, ticks),
     )  # fmt: skip
 
 
@@ -162,6 +172,16 @@ def split_bounds(
         # A share of 0 is after the end.
         cuts = [int(times[i]) if i < n else int(times[-1]) + 1 for i in (validation, test)]
     return [*(bisect_left(times, cut) for cut in cuts), n]
+
+
+def say_page_ids(
+    seen: PageIds, fates: Mapping[int, int], user_of: Callable[[int], str]
+) -> list[str]:
+    """Logs and gives what there is to say about the ids of given pages."""
+    notes = seen.notes(user_of, sum(fates.values()))
+    for text in notes:
+        log.warning("%s", text)
+    return notes
 
 
 def splits_of(
@@ -202,6 +222,8 @@ class Outcome:
     cut: int
     fates: Counter[int] = field(default_factory=Counter)
     ticks: int = 1  # of a second, in which `times` are
+    notes: Sequence[str] = ()
+    page_ids: dict[str, int] | None = None  # of given pages
 
     def report(self, options: PrepareOptions) -> dict[str, Any]:
         pages = len(self.times)
@@ -215,11 +237,13 @@ class Outcome:
                 "candidates": sum(self.fates.values()), "kept": pages, "dropped": dropped(self.fates), "items": self.page_items,
                 "median_history": int(np.searchsorted(np.cumsum(self.lengths), (pages + 1) // 2)),
                 **(special if options.keep_unclicked else {}), **({"cut": self.cut} if self.cut else {}),
+                **({"page_ids": self.page_ids} if self.page_ids else {}),
             },
             "splits": {
                 name: {"pages": b - a, "from": _iso(self.times[a] // self.ticks), "to": _iso(self.times[b - 1] // self.ticks)} if b > a else {"pages": 0}
                 for name, (a, b) in self.splits.items()
             },
+            "notes": list(self.notes),
         }  # fmt: skip
 
 
@@ -259,6 +283,10 @@ def count_fates(fate: Array) -> Counter[int]:
 def counts_of(rows: Mapping[str, Counter[str]]) -> dict[str, Any]:
     """Rows of the source's tables: read, and dropped by reason."""
     return {
-        name: {"read": of["read"], "dropped": {k: n for k, n in of.items() if k != "read" and n}}
+        name: {
+            "read": of["read"],
+            **({truth.UNKNOWN: n} if (n := of[truth.UNKNOWN]) else {}),
+            "dropped": {k: n for k, n in of.items() if k not in ("read", truth.UNKNOWN) and n},
+        }
         for name, of in rows.items()
     }

@@ -19,6 +19,7 @@ from numba import njit
 
 from .events import Ids, batches, buffers, clean, text, time_columns
 from .image_check import check_images
+from .image_files import Paths
 from .layouts import Source
 from .options import PrepareOptions
 from .page_tables import (
@@ -236,7 +237,7 @@ def join_moments(*parts: Columns) -> tuple[Array, Columns]:
 
 def make(
     events: Columns, shown: Columns | None, bases: tuple[int, int, int], market: Market | None, pool: Array | None,
-    past: Columns | None, bounds: tuple[Array, Array], options: PrepareOptions,
+    past: Columns | None, bounds: tuple[Array, Array], options: PrepareOptions, ticks: int = 1,
 ) -> list[Any]:  # fmt: skip
     """The pages of some users by time, cut at `bounds`; and what became of them. `bases`: users, events and candidates for pages before these."""
     of_user, of_event, of_page = bases
@@ -245,7 +246,7 @@ def make(
     order = by_item(users, events["item"]).astype(np.int32)
     of_users = Events(events["item"], events["time"], order, first)
     if shown is not None:
-        pages = pages_shown(shown, of_event, of_users, options)
+        pages = pages_shown(shown, of_event, of_users, options, ticks)
     else:
         assert market is not None
         before = np.zeros(0, np.int64)
@@ -254,12 +255,12 @@ def make(
         items = np.zeros(0, np.int32) if pool is None else pool
         rows = np.arange(len(users))
         pages = pages_around(rows, users, of_event, before, of_users, market, items, options)
-    return [*_pieces(pages, of_user, of_page, bounds), _about(pages)]
+    return [*_pieces(pages, of_user, of_page, bounds), _about(pages, of_user)]
 
 
-def _about(pages: Pages) -> dict[str, Any]:
+def _about(pages: Pages, of_user: int) -> dict[str, Any]:
     columns = (pages.time, pages.user.astype(np.int32), pages.history, pages.counts, *pages.shown)
-    return {"fates": count_fates(pages.fate), "cut": pages.cut, "bytes": sum(c.nbytes for c in columns)}  # fmt: skip
+    return {"fates": count_fates(pages.fate), "cut": pages.cut, "ids": pages.ids.moved(of_user), "bytes": sum(c.nbytes for c in columns)}  # fmt: skip
 
 
 def _pieces(
@@ -347,7 +348,7 @@ def write_rows(
     return entries
 
 
-def check(paths: Sequence[str | None], options: PrepareOptions) -> tuple[pa.Array, Columns]:
+def check(paths: Sequence[Paths | None], options: PrepareOptions) -> tuple[pa.Array, Columns]:
     """The usable images of some files; height, width and bytes (0 without one) of each, and the reason where there is none."""
     found = list(check_images(paths, shrink=options.shrink, threads=1))
     images = pa.array([c.image for c in found if c.image is not None], pa.large_binary())

@@ -224,13 +224,32 @@ def resize_pillow(image: Image.Image, window: Array, size: int) -> Array:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Any image of Pillow's in 8-bit RGB."""
-    if image.mode in ("I;16", "I;16L", "I;16B", "I"):  # 16-bit grey, which convert() would clip
-        image = Image.fromarray((np.asarray(image, np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    """Any image of Pillow's in 8-bit RGB, transparency over white.
+
+    16-bit grey is divided by 257, floats from 0 to 1 are multiplied by 255. ValueError for other floats and for integers of 32 bits whose range
+    nobody says.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_eight_bits(np.asarray(image), image.mode))
+    if image.mode in ("La", "RGBa"):  # multiplied by their alpha
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return image.convert("RGB")
+
+
+def _eight_bits(values: Array, mode: str) -> Array:
+    """Grey of more than 8 bits [H, W] as uint8."""
+    low, high = values.min(), values.max()
+    if mode == "F":
+        if not (low >= 0 and high <= 1):  # NaN, too
+            raise ValueError(f"floats from {low:.4g} to {high:.4g}, expected 0 to 1")
+        return np.rint(255 * values.astype(np.float32)).astype(np.uint8)
+    # Some versions of Pillow give 16 bits in 32.
+    if mode == "I" and not (low >= 0 and 255 < high < 1 << 16):
+        raise ValueError(f"32-bit integers from {low} to {high}, expected 8 or 16 bits")
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def decode_strictly(image: Array, colorspace: str = "RGB", **options: Any) -> Array:

@@ -27,6 +27,7 @@ from . import spool as on_disk
 from .events import Items, Sorted, choose_items, id_array, read, sort_events, time_columns
 from .layouts import Source
 from .options import PrepareOptions
+from .page_ids import PageIds
 from .page_tables import (
     Outcome,
     Pages,
@@ -36,6 +37,7 @@ from .page_tables import (
     market_of,
     pages_around,
     pages_shown,
+    say_page_ids,
     splits_of,
     write_about,
 )
@@ -65,6 +67,7 @@ class PageSpools:
         self._shown = {n: Spool(folder / f"{name}-{n}", kind) for n, kind in of_item}
         self.fates: Counter[int] = Counter()
         self.cut = 0  # pages of which some items were left out
+        self.ids = PageIds()
 
     def append(
         self, user: Array, time: Array, history: Array, counts: Array, shown: Sequence[Array]
@@ -89,6 +92,7 @@ class PageSpools:
         """Adds those of some pages that are kept, and counts all."""
         self.fates.update(count_fates(pages.fate))
         self.cut += pages.cut
+        self.ids += pages.ids
         self.append(pages.user, pages.time, pages.history, pages.counts, pages.shown)
 
 
@@ -119,13 +123,15 @@ def pages_of_events(
     return pages
 
 
-def pages_of_impressions(sorted_: Sorted, folder: Path, options: PrepareOptions) -> PageSpools:
+def pages_of_impressions(
+    sorted_: Sorted, folder: Path, options: PrepareOptions, ticks: int
+) -> PageSpools:
     """The pages shown, in order of time."""
     unordered = PageSpools(folder, "given")
     for rows in sorted_.shown():
-        unordered.add(pages_shown(rows, 0, sorted_.events, options))
+        unordered.add(pages_shown(rows, 0, sorted_.events, options, ticks))
     pages = PageSpools(folder, "ordered")
-    pages.fates, pages.cut = unordered.fates, unordered.cut
+    pages.fates, pages.cut, pages.ids = unordered.fates, unordered.cut, unordered.ids
     old, of_all = unordered.columns(), unordered.items()
     for places in sorted_.sorter.by_time(old["time"]):
         starts = old["pv_start"][places]
@@ -178,6 +184,9 @@ def prepare(
     out, images = location(out), None if images is None else location(images)
     rule: dict[str, Any] = {"inputs": [images], "listed": source.files, "overwrite": options.overwrite}  # fmt: skip
     need = _Need(options)
+
+    for text in source.notes:
+        log.warning("%s", text)
 
     def write(folder: Location, scratch: Path, begin: Callable[[], None]) -> dict[str, Any]:
         if engine == "ray":
@@ -248,9 +257,10 @@ def _write(
     sorted_ = sort_events(raw, items, scratch)
     log.info("pages")
     if source.impressions is not None:
-        pages = pages_of_impressions(sorted_, scratch, options)
+        pages = pages_of_impressions(sorted_, scratch, options, items.ticks)
     else:
         pages = pages_of_events(sorted_, items, scratch, options)
+    notes = say_page_ids(pages.ids, pages.fates, lambda user: str(sorted_.user_ids[user]))
 
     columns, shown = pages.columns(), pages.items()
     splits = splits_of(columns["time"], dropped(pages.fates), options, items.ticks)
@@ -270,6 +280,7 @@ def _write(
     outcome = Outcome(
         raw.counts, len(sorted_.user_ids), len(items.table), None if images is None else items.images(), len(events.item),
         columns["time"], len(shown["item"]), splits, _history_lengths(columns, options.max_history), pages.cut, pages.fates, items.ticks,
+        [*source.notes, *items.notes, *notes], pages.ids.counts(),
     )  # fmt: skip
     return write_about(folder, source, images, options, outcome, shards)
 

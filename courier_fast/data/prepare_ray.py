@@ -28,7 +28,16 @@ from . import partitions as steps
 from .events import MAX_CODES, NO_IMAGE, Candidates, Items, spans, text
 from .layouts import Source
 from .options import PrepareOptions
-from .page_tables import Outcome, counts_of, dropped, market_of, splits_of, write_about
+from .page_ids import PageIds
+from .page_tables import (
+    Outcome,
+    counts_of,
+    dropped,
+    market_of,
+    say_page_ids,
+    splits_of,
+    write_about,
+)
 from .scan import short
 from .storage import Location
 from .tables import write_shards
@@ -135,7 +144,9 @@ class _Run:
         if sum(counts["users"]) > MAX_CODES:
             raise ValueError(f"source: expected at most {MAX_CODES:,} users and items, got more")
         log.info("pages")
-        parts, fates, cut = self.pages(events, shown, about, items, first_seen, last_seen)
+        parts, fates, cut, ids = self.pages(events, shown, about, items, first_seen, last_seen)
+        of_user = _starts(counts["users"])
+        notes = say_page_ids(ids, fates, lambda user: self.user(users, of_user, user))
         del shown
         pages, of_pages, sums = self.by_time(parts)
         del parts
@@ -150,7 +161,7 @@ class _Run:
         more = ["microsecond"] if items.ticks > 1 else []
         page_names = ["user", "time", "history_start", "history_end", "pv_start", "pv_end", *more]
         written = {
-            "users": self.write("users", users, _starts(counts["users"]), ["user_id"]),
+            "users": self.write("users", users, of_user, ["user_id"]),
             "items": write_shards(
                 self.folder, "items", items.columns(self.clicks(of_pages, first_items, train_end, len(items.table)), first_seen, last_seen),
                 self.options.shard_rows,
@@ -166,6 +177,7 @@ class _Run:
         outcome = Outcome(
             self.counts, sum(counts["users"]), len(items.table), None if self.images is None else items.images(),
             sum(counts["events"]), times, int(first_items[-1]), splits, lengths, cut, fates, items.ticks,  # type: ignore[arg-type]
+            [*self.source.notes, *items.notes, *notes], ids.counts(),
         )  # fmt: skip
         report = write_about(self.folder, self.source, self.images, self.options, outcome, shards)
         log.info("bytes between tasks: %s", ", ".join(f"{n} {b}" for n, b in self.shuffled.items()))  # fmt: skip
@@ -271,8 +283,8 @@ class _Run:
 
     def pages(
         self, events: list[Any], shown: list[Any], about: list[Any], items: Items, first_seen: Array, last_seen: Array
-    ) -> tuple[list[list[Any]], Counter[int], int]:  # fmt: skip
-        """Pages of each part of users, cut by time; what became of all; how many were cut."""
+    ) -> tuple[list[list[Any]], Counter[int], int, PageIds]:  # fmt: skip
+        """Pages of each part of users, cut by time; what became of all; how many were cut; their ids."""
         bases = [_starts([a[n] for a in about]) for n in ("users", "events", "pages")]
         bounds = self.time_bounds(about, bases[2])
         market, pool, past = None, None, None
@@ -285,7 +297,7 @@ class _Run:
         made = [
             self.task(steps.make, len(bounds[0]) + 2)(
                 events[p], shown[p] if self.given else None, tuple(int(b[p]) for b in bases), market, pool, past, bounds,
-                self.options_ref,
+                self.options_ref, items.ticks,
             )
             for p in range(len(events))
         ]  # fmt: skip
@@ -293,7 +305,12 @@ class _Run:
         fates: Counter[int] = sum((s["fates"] for s in sums), Counter())
         self.shuffled["pages by time"] += sum(s["bytes"] for s in sums)
         parts = [[of[t] for of in made] for t in range(len(bounds[0]) + 1)]
-        return parts, fates, sum(s["cut"] for s in sums)
+        return parts, fates, sum(s["cut"] for s in sums), sum((s["ids"] for s in sums), PageIds())
+
+    def user(self, users: list[Any], starts: Array, row: int) -> str:
+        """A user's id."""
+        part = int(np.searchsorted(starts, row, side="right")) - 1
+        return str(self.get(users[part])["user_id"][row - int(starts[part])])
 
     def time_bounds(self, about: list[Any], starts: Array) -> tuple[Array, Array]:
         """Times and rows that cut all pages into parts."""

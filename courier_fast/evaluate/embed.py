@@ -23,7 +23,7 @@ import torch
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
-from ..cluster import add_engine_arguments, check_engine, connected
+from ..cluster import add_engine_arguments, connected
 from ..data.dataset import Dataset
 from ..data.decode import KINDS, Decoder, make_decoder
 from ..data.pictures import seen_size
@@ -77,24 +77,40 @@ class DatasetImages:
 
 
 class FolderImages:
-    """The image files of a folder (local or remote) and its subfolders, centre crops; ids are the files' names without suffix, sorted.
+    """The image files of a folder (local or remote) and its subfolders, centre crops; by id, sorted.
 
-    Symbolic links out of the folder are not followed: they are named, and their ids have no image.
+    Symbolic links out of the folder are not followed: they are named, and their ids have no image. Of several files for one id the first usable
+    one is taken; files of one name in different folders are an error, as their ids would be the same.
+
+    Args:
+        id_from: what of a file is its id: its "name" without suffix, the name of its "folder", or its "path" in the folder without suffix.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], decoder: Decoder) -> None:
-        from ..data.image_check import LEADS_OUT, index_images
+    def __init__(
+        self, folder: str | os.PathLike[str], decoder: Decoder, id_from: str = "name"
+    ) -> None:
+        from ..data.image_files import LEADS_OUT, ORDER, index_images
 
-        files = index_images(location(folder), _Everything())
+        files = index_images(location(folder), _Everything(), id_from)
+        if several := files.several:
+            name, paths = next(iter(several.items()))
+            if id_from == "name" and len({os.path.dirname(path) for path in paths}) > 1:
+                raise ValueError(
+                    f"images: expected one folder for files of the same name, got {len(paths):,} called {name} ({paths[0]}, {paths[1]}): "
+                    "with --id-from folder their folders' names are the ids, with --id-from path both together"
+                )
+            log.warning("images: %d ids have several files (first: %s before %s); one is taken %s", len(several), *paths[:2], ORDER)  # fmt: skip
+        for text in files.unreadable:
+            log.warning("images: a folder cannot be read: %s", text)
         self.not_followed = sorted([*files.outside.values(), *files.folders])
         for link in self.not_followed[:5]:
             log.warning("%s: %s", link, LEADS_OUT)
         if len(self.not_followed) > 5:
             log.warning("and %d more such links", len(self.not_followed) - 5)
         if not files.paths:
-            raise ValueError(f"images: expected a folder with images, got none in {folder}")
+            raise ValueError(f"images: expected a folder with images, got none in {folder}; {files.missing_note([])}")  # fmt: skip
         self.ids: Sequence[Any] = sorted(files.paths | files.outside)
-        self.paths = [files.paths.get(i, "") for i in self.ids]
+        self.paths: list[Any] = [files.paths.get(i, "") for i in self.ids]
         self.decoder = decoder
         self.present = np.array([path != "" for path in self.paths])
 
@@ -132,7 +148,9 @@ class _Everything:
         return True
 
 
-def _size_and_time(path: str) -> tuple[int, int]:
+def _size_and_time(path: str | tuple[str, ...]) -> Any:
+    if isinstance(path, tuple):
+        return [_size_and_time(one) for one in path]
     if is_url(path):
         return size_and_time(path)
     try:
@@ -142,8 +160,13 @@ def _size_and_time(path: str) -> tuple[int, int]:
     return about.st_size, about.st_mtime_ns
 
 
-def _read(path: str) -> Array:
-    """A file's bytes; none where it is gone, unreadable or too large, which is a damaged image."""
+def _read(path: str | tuple[str, ...]) -> Array:
+    """A file's bytes; none where it is gone, unreadable or too large, which is a damaged image. Of several files the first usable one's."""
+    if isinstance(path, tuple):
+        from ..data.image_check import check_image
+
+        found = (_read(one) for one in path)
+        return next((x for x in found if check_image(x.tobytes()).image is not None), np.zeros(0, np.uint8))  # fmt: skip
     try:
         return np.frombuffer(read_any(path), np.uint8)
     except (OSError, ValueError):
@@ -492,6 +515,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--dataset", type=location, help="folder written by `courier-fast prepare`")
     what.add_argument("--images", type=location, help="any folder of images; ids are the files' names without suffix")  # fmt: skip
+    parser.add_argument("--id-from", choices=("name", "folder", "path"), default="name", help="of --images: ids are names without suffix, names of the files' folders, or paths without suffix")  # fmt: skip
     parser.add_argument("--out", type=local_path, required=True, help="embeddings.npy, embeddings.parquet, or a folder that can grow")  # fmt: skip
     parser.add_argument("--only-new", action="store_true", help="into a folder that is there: items that it lacks, and those with another image")  # fmt: skip
     parser.add_argument("--since", metavar="DATE", help="with --only-new: looks at items first seen since then only")  # fmt: skip
@@ -502,7 +526,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_engine(args)
     if args.engine == "local":
         return _run(args, {})
     from .embed_ray import encode_on
@@ -530,14 +553,17 @@ def _run(args: argparse.Namespace, how: dict[str, Any]) -> int:
     encoder = load_encoder(args.run, device)
     space = contract_of_run(args.run).space
     source: Source
+    of_features = encoder.about["backbone"] is None
+    if of_features and (unused := {"decoder", "threads"} & set(getattr(args, "given", ()))):
+        raise ValueError(f"--{min(unused)}: has no effect with an encoder of features (--run {args.run}): no image is decoded")  # fmt: skip
     if args.dataset is not None:
         source = run_source(encoder, args.run, Dataset(args.dataset), args)
-    elif encoder.about["backbone"] is None:
+    elif of_features:
         raise ValueError(
             f"run: expected an encoder of images with --images, got one of features in {args.run}"
         )
     else:
-        source = FolderImages(args.images, make_decoder_for(encoder, device, args))
+        source = FolderImages(args.images, make_decoder_for(encoder, device, args), args.id_from)
     how |= {"batch": args.batch, "device": device, "dtype": dtype, "bar": True}
     if not args.out.suffix or args.out.is_dir():
         return _run_folder(args, encoder, source, how | {"space": space})

@@ -31,6 +31,7 @@ from ..data.embeddings import read_embeddings
 from ..files import array_sha256, read_json, write_atomically
 from ..interrupt import Stopped
 from ..locations import local_path
+from ..option_rules import refuse
 from ..output import check_growing
 from ..train import config as training
 from ..train.config import Config
@@ -93,9 +94,12 @@ def grid(path: Path | None, given: dict[str, Any], seeds: int, out: Path) -> lis
     fixed = {n: v[0] for n, v in axes.items() if len(v) == 1} | {n: given[n] for n in tuples}
     axes = {n: v for n, v in axes.items() if len(v) > 1}
     combinations = []
+    unused: dict[str, str] | None = None  # in every combination
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         first = Config.load(path, fixed | chosen)
+        here = first.unused(given)
+        unused = here if unused is None else {n: why for n, why in unused.items() if n in here}
         cells = []
         for seed in range(first.run.seed, first.run.seed + seeds):
             cell = Cell(chosen, first.model_copy(deep=True))
@@ -103,6 +107,7 @@ def grid(path: Path | None, given: dict[str, Any], seeds: int, out: Path) -> lis
             cell.config.run.out = out / "runs" / cell.name
             cells.append(cell)
         combinations.append(cells)
+    refuse(unused or {})
     return combinations
 
 

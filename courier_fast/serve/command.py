@@ -28,8 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.run is None and not args.verify:
         raise ValueError("run: expected the folder of a training run, or --verify, got neither")
-    if args.vectors is not None and not args.verify:
-        raise ValueError("vectors: expected --verify with it")
     if args.run is not None:
         if not args.licence:
             raise ValueError(

@@ -115,8 +115,6 @@ def _clusters(args: argparse.Namespace) -> int:
     )
     ids, vectors, space = read_vectors(args.embeddings)
     if args.like is not None:
-        if args.until is not None:
-            raise ValueError("until: expected none with --like, whose centroids are there already")
         assign_clusters(ids, vectors, args.like, args.out, space=space)
     else:
         known = None if args.until is None else _seen_before(args, ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..option_rules import refuse
 from . import config
 
 
@@ -15,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    settings = config.Config.load(args.config, config.overrides_of(args))
+    overrides = config.overrides_of(args)
+    settings = config.Config.load(args.config, overrides)
+    refuse(settings.unused(overrides))
     from .trainer import Trainer
 
     trainer = Trainer(settings)

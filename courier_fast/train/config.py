@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -22,6 +22,7 @@ from pydantic import (
 
 from ..files import write_atomically
 from ..locations import local_path, location
+from ..option_rules import without_effect
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -389,6 +390,15 @@ class Config(Section):
                 for e in error.errors()
             ]
             raise ValueError("\n".join([f"config{f' {path}' if path else ''}:", *lines])) from None
+
+    def unused(self, typed: Collection[str] = ()) -> dict[str, str]:
+        """Settings that have no effect beside the others, and why; `typed`: those that the command line gave, of which a default counts, too."""
+        values, defaults = {}, {}
+        for section, model in self:
+            for name, setting in type(model).model_fields.items():
+                values[f"{section}.{name}"] = getattr(model, name)
+                defaults[f"{section}.{name}"] = setting.default
+        return without_effect(values, defaults, typed)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes every value, defaults too, as TOML."""
