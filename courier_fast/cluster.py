@@ -48,6 +48,11 @@ def connected(address: str | None = None) -> Iterator[Any]:
         before = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address, **how)
+        except Exception as error:
+            if isinstance(error, (OSError, ValueError)):
+                raise
+            text = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ConnectionError(f"engine: Ray could not be started: {text}") from error
         finally:
             if threading.current_thread() is threading.main_thread() and before is not None:
                 signal.signal(signal.SIGTERM, before)  # Ray puts its own in its place
