@@ -42,11 +42,11 @@ def connected(address: str | None = None) -> Iterator[Any]:
         before = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address, **how)
-        except (ConnectionError, ValueError):
+        except (OSError, ValueError):
             raise
         except Exception as error:  # plain ones where its processes do not start in time
             said = " ".join(str(error).split())[:600]
-            raise RuntimeError(f"engine: ray cannot be started: {said}") from error
+            raise ConnectionError(f"engine: Ray could not be started: {said}") from error
         finally:
             if threading.current_thread() is threading.main_thread() and before is not None:
                 signal.signal(signal.SIGTERM, before)  # Ray puts its own in its place
