@@ -34,6 +34,8 @@ from .tl_common import (
 
 # Of n, a sum of squared weights: far below what weights can be.
 SMALLEST = tl.constexpr(1e-37)
+# 1 / sqrt n where that was all there is: a little less, for rsqrt is not exact.
+NO_LENGTH = tl.constexpr(3e18)
 
 
 @triton.jit
@@ -216,7 +218,8 @@ def pair_gradients(u, root, column, inside, block, unit, scale, pages, columns, 
             # Anchors of one item have one column.
             g = tl.where(again, tl.where(here, g, 0.0) + own[None, :], g)
             here = here | again
-    return g
+    # Of a reconstruction of length 0 there is no gradient; NaN stays.
+    return tl.where(root > NO_LENGTH, 0.0, g)
 
 
 @kernel
@@ -425,9 +428,9 @@ def packed_history(
         acc -= tl.dot(pairs.to(DOT_TYPE), c.to(DOT_TYPE), input_precision=PRECISION)
         length = tl.load(slot_length_ptr + slot)
         wide = c.to(tl.float32)
-        d_c = normalize_backward(acc, wide, length)
+        d_c = normalize_backward(acc, wide, tl.abs(length))
         total = tl.sum(tl.sum(along, axis=0), axis=0)
-        d_c += (total * unit_scale(length))[:, None] * wide
+        d_c += (total * unit_scale(tl.abs(length)))[:, None] * wide
         row = tl.load(slot_row_ptr + slot)
         where = row.to(tl.int64)[:, None] * D + dims[None, :]
         mask = (row >= 0)[:, None] & (dims < D)[None, :]

@@ -104,20 +104,52 @@ def history_block(history_page_ptr, start, end, page, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
+def ascending(products, scale):
+    """q_j . k_k, so that a larger one has the larger weight."""
+    return products * tl.where(scale < 0.0, -1.0, 1.0)
+
+
+@triton.jit
+def above_top(s, top, scale):
+    """exp(|c| (s - top)) of such products. The difference first: the largest has exactly 1 however long the rows are, whether
+    or not the compiler joins a product and a sum into one operation."""
+    return tl.exp2((s - top) * (tl.abs(scale) * LOG2E))
+
+
+@triton.jit
+def softmax_block(s, mine, top, scale):
+    """exp of a block's logits beside the largest so far, what the sums before it are multiplied by, and the new largest."""
+    s = tl.where(mine, ascending(s, scale), -float("inf"))
+    new_top = tl.maximum(top, tl.max(s, axis=1))
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+    p = tl.where(mine, above_top(s, shift[:, None], scale), 0.0)
+    rescale = tl.where(top == -float("inf"), 0.0, above_top(top, shift, scale))
+    return p, rescale, new_top
+
+
+@triton.jit
+def attention_weights(q, k, mine, sums_ptr, place, valid, head, capacity, scale, DOT_TYPE: tl.constexpr, how: tl.constexpr):  # fmt: skip
+    """a_jk [BLOCK_M, BLOCK_H] of the largest product and 1 / sum of a row's softmax, which `attend_sums` has left. With both and
+    not with one log-sum-exp: of rows of length 1,000 that is rounded to whole numbers."""
+    where = head * capacity + place
+    top = tl.load(sums_ptr + where, mask=valid, other=0.0)
+    share = tl.load(sums_ptr + how.HEADS * capacity + where, mask=valid, other=0.0)
+    s = ascending(products(q, k, head, DOT_TYPE, how), scale)
+    return tl.where(mine, above_top(s, top[:, None], scale) * share[:, None], 0.0)
+
+
+@triton.jit
 def attend_tile(
     q_of,  # Source, as k_of and v_of
     k_of,
     v_of,
     history_offsets_ptr,
     history_page_ptr,
-    attention_lse_ptr,  # [HEADS, capacity]
     position,  # [BLOCK_M] PV rows
     page,  # [BLOCK_M], -2 where there is no row
-    place,  # [BLOCK_M] rows of the list
     first_page,
     last_page,
-    capacity,
-    scale_log2,
+    scale,
     how: tl.constexpr,
 ):
     """R_j = sum_k a_jk v_k, a_jk = softmax over k in H_b of (c q_j . k_k), as float32 [BLOCK_M, BLOCK_D]."""
@@ -151,11 +183,7 @@ def attend_tile(
                 q_of.rows.dtype.element_ty,
                 how,
             )
-            s = tl.where(mine, s * scale_log2, -float("inf"))
-            new_top = tl.maximum(top, tl.max(s, axis=1))
-            shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-            p = tl.where(mine, tl.exp2(s - shift[:, None]), 0.0)
-            rescale = tl.exp2(top - shift)
+            p, rescale, top = softmax_block(s, mine, top, scale)
             total = total * rescale + tl.sum(p, axis=1)
             v = load_source(v_of, row, real, how)
             # A NaN or inf of another page must not come in through 0 * NaN; one of the own page must.
@@ -166,12 +194,9 @@ def attend_tile(
             poisoned = tl.max(tl.where(mine & (bad[None, :] != 0), 1, 0), axis=1)
             acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=how.PRECISION)
             acc = tl.where(poisoned[:, None] != 0, float("nan"), acc)
-            top = new_top
         if how.HEADS > 1:
             acc = tl.where(head_mask(dims, head, how.D // how.HEADS)[None, :], acc, 0.0)
         result += acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        lse = top + tl.log2(tl.where(total == 0.0, 1.0, total))
-        tl.store(attention_lse_ptr + head * capacity + place, lse, mask=page >= 0)
     return result
 
 
@@ -238,11 +263,9 @@ def attend(
     list_ptr,
     list_page_ptr,
     count_ptr,
-    attention_lse_ptr,
     unit_ptr,
     norm_ptr,
     positive_ptr,
-    capacity,
     scale,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -273,14 +296,11 @@ def attend(
         Source(v_ptr, v_index_ptr if HAS_V_INDEX else None),
         history_offsets_ptr,
         history_page_ptr,
-        attention_lse_ptr,
         position,
         page,
-        place,
         first,
         last,
-        capacity,
-        scale * LOG2E,
+        scale,
         how,
     )
     if RAW:
@@ -316,6 +336,104 @@ def finite(x):
 
 
 @kernel
+def attend_sums(
+    q_ptr,
+    q_index_ptr,
+    k_ptr,
+    k_index_ptr,
+    v_ptr,
+    v_index_ptr,
+    history_offsets_ptr,
+    history_page_ptr,
+    list_ptr,
+    list_page_ptr,
+    count_ptr,
+    sums_ptr,  # [3, HEADS, capacity]
+    dr_ptr,  # [capacity, STRIDE]
+    capacity,
+    scale,
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HAS_Q_INDEX: tl.constexpr,
+    HAS_K_INDEX: tl.constexpr,
+    HAS_V_INDEX: tl.constexpr,
+    DOT_TYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of each row and head the largest q_j . k_k, 1 / sum of exp, and delta_j = sum_k a_jk (dL/dR_j . v_k), of the same rounded
+    products that it is subtracted from. dL/dR_j . R_j is equal on paper, but where a is 1 the difference must be 0: what is
+    left of it is multiplied by rows as long as they are."""
+    start = tl.program_id(0) * BLOCK_M
+    count = tl.load(count_ptr)
+    if start >= count:
+        return
+    how: tl.constexpr = Tiles(D, HEADS, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_C, PRECISION)
+    dims = tl.arange(0, BLOCK_D)
+    place, valid, position, page, first, last = list_tile(
+        list_ptr, list_page_ptr, count, start, BLOCK_M
+    )
+    low = tl.load(history_offsets_ptr + first)
+    high = tl.load(history_offsets_ptr + last + 1)
+    q_start = source_row(q_index_ptr, position, valid, HAS_Q_INDEX) * D
+    dr_start = place.to(tl.int64) * STRIDE
+    q = place
+    dr = place
+    if BLOCK_C == BLOCK_D:
+        q = load_rows(q_ptr, q_index_ptr, position, valid, D, BLOCK_D, HAS_Q_INDEX).to(DOT_TYPE)
+        dr = tl.load(
+            dr_ptr + dr_start[:, None] + dims[None, :],
+            mask=valid[:, None] & (dims < D)[None, :],
+            other=0.0,
+        ).to(DOT_TYPE)
+    for head in range(HEADS):
+        q_head = q
+        dr_head = dr
+        if HEADS > 1 and BLOCK_C == BLOCK_D:
+            own = head_mask(dims, head, D // HEADS)[None, :]
+            q_head = tl.where(own, q, 0.0).to(DOT_TYPE)
+            dr_head = tl.where(own, dr, 0.0).to(DOT_TYPE)
+        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        delta = tl.zeros([BLOCK_M], tl.float32)
+        for block in range(low, high, BLOCK_H):
+            row, real, mine = history_block(history_page_ptr, block, high, page, BLOCK_H)
+            k = real
+            v = real
+            if BLOCK_C == BLOCK_D:
+                k = load_rows(k_ptr, k_index_ptr, row, real, D, BLOCK_D, HAS_K_INDEX).to(DOT_TYPE)
+                v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX).to(DOT_TYPE)
+            k_start = source_row(k_index_ptr, row, real, HAS_K_INDEX) * D
+            s = products(
+                Operand(q_head, q_ptr, q_start, valid),
+                Operand(k, k_ptr, k_start, real),
+                head,
+                DOT_TYPE,
+                how,
+            )
+            v_start = source_row(v_index_ptr, row, real, HAS_V_INDEX) * D
+            da = products(
+                Operand(dr_head, dr_ptr, dr_start, valid),
+                Operand(v, v_ptr, v_start, real),
+                head,
+                DOT_TYPE,
+                how,
+            )
+            p, rescale, top = softmax_block(s, mine, top, scale)
+            total = total * rescale + tl.sum(p, axis=1)
+            delta = delta * rescale + tl.sum(tl.where(mine, p * da, 0.0), axis=1)
+        where = head * capacity + place
+        share = 1.0 / tl.where(total == 0.0, 1.0, total)
+        tl.store(sums_ptr + where, tl.where(top == -float("inf"), 0.0, top), mask=valid)
+        tl.store(sums_ptr + HEADS * capacity + where, share, mask=valid)
+        tl.store(sums_ptr + 2 * HEADS * capacity + where, delta * share, mask=valid)
+
+
+@kernel
 def attend_dq(
     q_ptr,
     q_index_ptr,
@@ -328,9 +446,8 @@ def attend_dq(
     list_ptr,
     list_page_ptr,
     count_ptr,
-    attention_lse_ptr,  # [HEADS, capacity]
+    sums_ptr,  # [3, HEADS, capacity]
     dr_ptr,  # [capacity, STRIDE]
-    delta_ptr,  # [HEADS, capacity]
     dq_ptr,  # [capacity, DQ_STRIDE]; may be dr_ptr: a program reads its own rows of dr, before it writes them
     capacity,
     scale,
@@ -348,7 +465,7 @@ def attend_dq(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dL/dq_j = c sum_k a_jk (dL/dR_j . v_k - delta_j) k_k,  delta_j = dL/dR_j . R_j."""
+    """dL/dq_j = c sum_k a_jk (dL/dR_j . v_k - delta_j) k_k."""
     start = tl.program_id(0) * BLOCK_M
     count = tl.load(count_ptr)
     if start >= count:
@@ -373,8 +490,7 @@ def attend_dq(
         ).to(DOT_TYPE)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for head in range(HEADS):
-        lse = tl.load(attention_lse_ptr + head * capacity + place, mask=valid, other=0.0)
-        delta = tl.load(delta_ptr + head * capacity + place, mask=valid, other=0.0)
+        delta = tl.load(sums_ptr + (2 * HEADS + head) * capacity + place, mask=valid, other=0.0)
         q_head = q
         dr_head = dr
         if HEADS > 1 and BLOCK_C == BLOCK_D:
@@ -389,10 +505,16 @@ def attend_dq(
             if BLOCK_C == BLOCK_D:
                 v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX).to(DOT_TYPE)
             k_start = source_row(k_index_ptr, row, real, HAS_K_INDEX) * D
-            s = products(
+            a = attention_weights(
                 Operand(q_head, q_ptr, q_start, valid),
                 Operand(k, k_ptr, k_start, real),
+                mine,
+                sums_ptr,
+                place,
+                valid,
                 head,
+                capacity,
+                scale,
                 DOT_TYPE,
                 how,
             )
@@ -404,7 +526,6 @@ def attend_dq(
                 DOT_TYPE,
                 how,
             )
-            a = tl.exp2(tl.where(mine, s * (scale * LOG2E) - lse[:, None], -float("inf")))
             ds = tl.where(mine, a * (da - delta[:, None]), 0.0)
             acc = tl.dot(ds.to(DOT_TYPE), finite(k), acc, input_precision=PRECISION)
         if HEADS > 1:
@@ -431,9 +552,8 @@ def attend_dkv(
     history_page_ptr,
     list_ptr,
     list_page_ptr,
-    attention_lse_ptr,  # [HEADS, capacity]
+    sums_ptr,  # [3, HEADS, capacity]
     dr_ptr,  # [capacity, STRIDE]
-    delta_ptr,  # [HEADS, capacity]
     dk_ptr,  # [K, D]
     dv_ptr,  # [K, D]
     capacity,
@@ -482,7 +602,7 @@ def attend_dkv(
         valid = place < high
         position = tl.load(list_ptr + place, mask=valid, other=0)
         page = tl.load(list_page_ptr + place, mask=valid, other=-2)
-        mine = history_page[:, None] == page[None, :]  # [BLOCK_H, BLOCK_M]
+        mine = page[:, None] == history_page[None, :]
         q_start = source_row(q_index_ptr, position, valid, HAS_Q_INDEX) * D
         dr_start = place.to(tl.int64) * STRIDE
         inside = valid[:, None] & (dims < D)[None, :]
@@ -491,8 +611,7 @@ def attend_dkv(
             DOT_TYPE
         )
         for head in range(HEADS):
-            lse = tl.load(attention_lse_ptr + head * capacity + place, mask=valid, other=0.0)
-            delta = tl.load(delta_ptr + head * capacity + place, mask=valid, other=0.0)
+            delta = tl.load(sums_ptr + (2 * HEADS + head) * capacity + place, mask=valid, other=0.0)
             if HEADS > 1:
                 own = head_mask(dims, head, D // HEADS)[None, :]
                 q_head = tl.where(own, q, 0.0).to(DOT_TYPE)
@@ -500,28 +619,32 @@ def attend_dkv(
             else:
                 q_head = q
                 dr_head = dr
-            s = products(
-                Operand(k, k_ptr, k_start, real),
+            # As attend_sums has them, to the last bit: [BLOCK_M, BLOCK_H].
+            a = attention_weights(
                 Operand(q_head, q_ptr, q_start, valid),
+                Operand(k, k_ptr, k_start, real),
+                mine,
+                sums_ptr,
+                place,
+                valid,
                 head,
+                capacity,
+                scale,
                 DOT_TYPE,
                 how,
             )
-            a = tl.exp2(
-                tl.where(mine, s * (scale * LOG2E) - lse[None, :], -float("inf"))
-            )  # [BLOCK_H, BLOCK_M]
             if WANT_DV:
-                dv = tl.dot(a.to(DOT_TYPE), dr_head, dv, input_precision=PRECISION)
+                dv = tl.dot(tl.trans(a.to(DOT_TYPE)), dr_head, dv, input_precision=PRECISION)
             if WANT_DK:
                 da = products(
-                    Operand(v, v_ptr, v_start, real),
                     Operand(dr_head, dr_ptr, dr_start, valid),
+                    Operand(v, v_ptr, v_start, real),
                     head,
                     DOT_TYPE,
                     how,
                 )
-                ds = tl.where(mine, a * (da - delta[None, :]), 0.0) * scale
-                dk = tl.dot(ds.to(DOT_TYPE), q_head, dk, input_precision=PRECISION)
+                ds = tl.where(mine, a * (da - delta[:, None]), 0.0) * scale
+                dk = tl.dot(tl.trans(ds.to(DOT_TYPE)), q_head, dk, input_precision=PRECISION)
     where = row[:, None] * D + dims[None, :]
     mask = (row < history_rows)[:, None] & (dims < D)[None, :]
     if SUM_KV:

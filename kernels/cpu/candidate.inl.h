@@ -94,10 +94,12 @@ inline void combine(const Real* matrix, int64_t n, bool lower, const In* in, Rea
     }
 }
 
-// sums[k, l] += sum over the block of a_k b_l for l <= k rounded up to 4: a vector of lanes each.
-inline void add_products(const float* a, const float* b, int64_t n, float* sums) {
+// sums[k, l] += sum over the block of a_k b_l, k < n and l < m, multiples of 4; of a symmetric one (m = 0) for l <= k rounded up
+// to 4: a vector of lanes each.
+inline void add_products(const float* a, const float* b, int64_t n, int64_t m, float* sums) {
+    const int64_t stride = m ? m : n;
     for (int64_t k = 0; k < n; k += 4)
-        for (int64_t l = 0; l <= k; l += 4) {
+        for (int64_t l = 0; l < (m ? m : k + 4); l += 4) {
             vf s[4][4] = {};
             for (int64_t j = 0; j < kBlock; j += W) {
                 vf y[4];
@@ -109,7 +111,7 @@ inline void add_products(const float* a, const float* b, int64_t n, float* sums)
             }
             for (int r = 0; r < 4; ++r)
                 for (int c = 0; c < 4; ++c) {
-                    float* at = sums + ((k + r) * n + l + c) * W;
+                    float* at = sums + ((k + r) * stride + l + c) * W;
                     store(at, load(at) + s[r][c]);
                 }
         }
@@ -306,11 +308,21 @@ struct CandidatePage {
                 along = none ? vr{} : along;
                 shrink = none ? vr{} : shrink;
                 const vr column = a.column_scale ? part(a.column_scale, j, i, count) : vr{} + a.scale;
+                // On paper 0; but where one weight is all there is, dL/dlogit has to be 0 itself: it is multiplied by rows as
+                // long as they are.
+                vr sum = {}, mean = {};
+                for (int64_t k = 0; k < rows; ++k) {
+                    const int64_t at = k * kBlock + i;
+                    const vr p = V::get(w + at);
+                    sum += p;
+                    mean += p * (V::get(x + at) - along * V::get(t + at));
+                }
+                mean /= sum;
                 vr turned = {};
                 for (int64_t k = 0; k < rows; ++k) {
                     const int64_t at = k * kBlock + i;
                     const vr p = V::get(w + at);
-                    const vr dl = p * c * (V::get(x + at) - along * V::get(t + at));
+                    const vr dl = p * c * ((V::get(x + at) - along * V::get(t + at)) - mean);
                     V::put(weighted + at, shrink * p);
                     const vr both = dl * V::get(logit + at);
                     turned += both;
@@ -326,7 +338,7 @@ struct CandidatePage {
                 V::put(block + i, !a.y && a.k_radial ? radial + turned : radial);
                 V::put(turns + i, turned);
             }
-            add_products(weighted, w, padded, sums);
+            add_products(weighted, w, padded, 0, sums);
             store_block(x, a.x, j, count);
             if (a.y) store_block(logit, a.y, j, count);
             std::memcpy(g + j, block, sizeof(float) * count);
