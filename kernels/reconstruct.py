@@ -351,6 +351,7 @@ def attend_sums(
     sums_ptr,  # [3, HEADS, capacity]
     dr_ptr,  # [capacity, STRIDE]
     capacity,
+    history_rows,
     scale,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -367,7 +368,10 @@ def attend_sums(
 ):
     """Of each row and head the largest q_j . k_k, 1 / sum of exp, and delta_j = sum_k a_jk (dL/dR_j . v_k), of the same rounded
     products that it is subtracted from. dL/dR_j . R_j is equal on paper, but where a is 1 the difference must be 0: what is
-    left of it is multiplied by rows as long as they are."""
+    left of it is multiplied by rows as long as they are.
+
+    These numbers and the gradients are of the same products, to the last bit: tiles of the list and blocks of history begin at
+    multiples of their sizes in all three kernels, so that each product is of the same operands, at the same places in them."""
     start = tl.program_id(0) * BLOCK_M
     count = tl.load(count_ptr)
     if start >= count:
@@ -400,8 +404,8 @@ def attend_sums(
         top = tl.full([BLOCK_M], -float("inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         delta = tl.zeros([BLOCK_M], tl.float32)
-        for block in range(low, high, BLOCK_H):
-            row, real, mine = history_block(history_page_ptr, block, high, page, BLOCK_H)
+        for block in range(low // BLOCK_H * BLOCK_H, high, BLOCK_H):
+            row, real, mine = history_block(history_page_ptr, block, history_rows, page, BLOCK_H)
             k = real
             v = real
             if BLOCK_C == BLOCK_D:
@@ -450,6 +454,7 @@ def attend_dq(
     dr_ptr,  # [capacity, STRIDE]
     dq_ptr,  # [capacity, DQ_STRIDE]; may be dr_ptr: a program reads its own rows of dr, before it writes them
     capacity,
+    history_rows,
     scale,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -498,8 +503,8 @@ def attend_dq(
             q_head = tl.where(own, q, 0.0).to(DOT_TYPE)
             dr_head = tl.where(own, dr, 0.0).to(DOT_TYPE)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for block in range(low, high, BLOCK_H):
-            row, real, mine = history_block(history_page_ptr, block, high, page, BLOCK_H)
+        for block in range(low // BLOCK_H * BLOCK_H, high, BLOCK_H):
+            row, real, mine = history_block(history_page_ptr, block, history_rows, page, BLOCK_H)
             k = load_rows(k_ptr, k_index_ptr, row, real, D, BLOCK_D, HAS_K_INDEX).to(DOT_TYPE)
             v = real
             if BLOCK_C == BLOCK_D:
@@ -552,6 +557,7 @@ def attend_dkv(
     history_page_ptr,
     list_ptr,
     list_page_ptr,
+    count_ptr,
     sums_ptr,  # [3, HEADS, capacity]
     dr_ptr,  # [capacity, STRIDE]
     dk_ptr,  # [K, D]
@@ -597,9 +603,10 @@ def attend_dkv(
         v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX).to(DOT_TYPE)
     dk = tl.zeros([BLOCK_H, BLOCK_O], tl.float32)
     dv = tl.zeros([BLOCK_H, BLOCK_O], tl.float32)
-    for start in range(low, high, BLOCK_M):
+    count = tl.load(count_ptr)
+    for start in range(low // BLOCK_M * BLOCK_M, high, BLOCK_M):
         place = start + tl.arange(0, BLOCK_M)
-        valid = place < high
+        valid = place < count
         position = tl.load(list_ptr + place, mask=valid, other=0)
         page = tl.load(list_page_ptr + place, mask=valid, other=-2)
         mine = page[:, None] == history_page[None, :]
@@ -619,7 +626,6 @@ def attend_dkv(
             else:
                 q_head = q
                 dr_head = dr
-            # As attend_sums has them, to the last bit: [BLOCK_M, BLOCK_H].
             a = attention_weights(
                 Operand(q_head, q_ptr, q_start, valid),
                 Operand(k, k_ptr, k_start, real),

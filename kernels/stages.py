@@ -416,7 +416,9 @@ def attention_backward(
         "list_page_ptr": pages,
         "dr_ptr": dr,
         "sums_ptr": torch.empty(3, s.heads, s.rows, dtype=torch.float32, device=s.device),
+        "count_ptr": count,
         "capacity": s.rows,
+        "history_rows": s.history_rows,
         "scale": p.attention_scale,
         "D": s.dim,
         "STRIDE": s.stride,
@@ -430,16 +432,17 @@ def attention_backward(
         "PRECISION": s.precision,
         **s.backward.launch,
     }
-    listed = {"history_offsets_ptr": p.history_offsets, "count_ptr": count}
-    tiles = (cdiv(s.rows, s.backward.block_m),)
-    reconstruct.attend_sums[tiles](**common, **listed)
+    tiles, offsets = (cdiv(s.rows, s.backward.block_m),), p.history_offsets
+    reconstruct.attend_sums[tiles](**common, history_offsets_ptr=offsets)
     dk, dv = _key_value_gradients(p, s, t, needs, common)
     if not needs[0 if p.query is None else 2]:
         return None, dk, dv
     # Occurrences of a table's items are summed: they stay in float32 until then, and so does what float16 cannot hold.
     wide = (p.history is None and p.query is None) or s.dtype == torch.float16
     dq = torch.empty(s.rows, s.dim, dtype=torch.float32, device=s.device) if wide else dr
-    reconstruct.attend_dq[tiles](**common, **listed, dq_ptr=dq, DQ_STRIDE=dq.shape[1])
+    reconstruct.attend_dq[tiles](
+        **common, history_offsets_ptr=offsets, dq_ptr=dq, DQ_STRIDE=dq.shape[1]
+    )
     return dq, dk, dv
 
 
@@ -459,7 +462,6 @@ def _key_value_gradients(
         rank_ptr=t.ranks[int(s.identify)],
         dk_ptr=dk if dk is not None else anything,
         dv_ptr=dv if dv is not None else anything,
-        history_rows=s.history_rows,
         WANT_DK=dk is not None,
         WANT_DV=(dk if together else dv) is not None,
         SUM_KV=together,
