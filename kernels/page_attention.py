@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .contrast import MASK_OTHER_PAGES, MASK_PAGE
-from .reconstruct import above_top, ascending, head_mask, load_source, softmax_block
+from .reconstruct import above_top, ascending, head_mask, load_source, row_products, softmax_block
 from .tl_common import LN2, rank_before, unit_scale
 
 
@@ -109,7 +109,7 @@ def head_lengths(x, COSINE: tl.constexpr):
 @triton.jit
 def logits(q, k, q_inverse, COSINE: tl.constexpr, PRECISION: tl.constexpr):
     """q_j . k_k [BLOCK_M, BLOCK_H], or their cosines; without the factor, as `softmax_block` takes them."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    s = row_products(q, k, PRECISION)
     if COSINE:
         s = s * q_inverse[:, None] * head_lengths(k, COSINE)[None, :]
     return s

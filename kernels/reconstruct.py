@@ -69,10 +69,35 @@ def load_source(source, row, mask, how: tl.constexpr):
 
 
 @triton.jit
+def leading(x):
+    """The leading bits of rows, so few that sums of products of such numbers are exact."""
+    wide: tl.constexpr = x.shape[1]
+    lift: tl.constexpr = (
+        2.0**15 if wide <= 16 else 2.0**16 if wide <= 64 else 2.0**17 if wide <= 256 else 2.0**18
+    )
+    lifted = tl.max(tl.abs(x), axis=1)[:, None] * lift
+    return (x + lifted) - lifted
+
+
+@triton.jit
+def row_products(a, b, PRECISION: tl.constexpr):
+    """a_i . b_j. What is exact in float32 is as good as rounded once, in three products: a logit of two rows of length 300 is off by
+    1e-3 otherwise, and so is its exponential."""
+    if PRECISION == "ieee" and a.dtype == tl.float32:
+        first_a = leading(a)
+        first_b = leading(b)
+        rest = tl.dot(first_a, tl.trans(b - first_b), input_precision=PRECISION)
+        rest = tl.dot(a - first_a, tl.trans(b), rest, input_precision=PRECISION)
+        return tl.dot(first_a, tl.trans(first_b), input_precision=PRECISION) + rest
+    else:
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+
+
+@triton.jit
 def products(a, b, head, DOT_TYPE: tl.constexpr, how: tl.constexpr):
     """a_i . b_j [BLOCK_A, BLOCK_B] of one head; where whole rows are too many registers, from memory in parts of BLOCK_C."""
     if how.BLOCK_C == how.BLOCK_D:
-        return tl.dot(a.rows, tl.trans(b.rows), input_precision=how.PRECISION)
+        return row_products(a.rows, b.rows, how.PRECISION)
     s = tl.zeros([a.start.shape[0], b.start.shape[0]], tl.float32)
     for first in range(0, how.D, how.BLOCK_C):
         dims = first + tl.arange(0, how.BLOCK_C)
@@ -89,9 +114,7 @@ def products(a, b, head, DOT_TYPE: tl.constexpr, how: tl.constexpr):
             mask=b.mask[:, None] & inside[None, :],
             other=0.0,
         )
-        s = tl.dot(
-            part_a.to(DOT_TYPE), tl.trans(part_b.to(DOT_TYPE)), s, input_precision=how.PRECISION
-        )
+        s += row_products(part_a.to(DOT_TYPE), part_b.to(DOT_TYPE), how.PRECISION)
     return s
 
 
