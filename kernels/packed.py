@@ -34,8 +34,6 @@ from .tl_common import (
 
 # Of n, a sum of squared weights: far below what weights can be.
 SMALLEST = tl.constexpr(1e-37)
-# 1 / sqrt n where that was all there is: a little less, for rsqrt is not exact.
-NO_LENGTH = tl.constexpr(3e18)
 
 
 @triton.jit
@@ -82,7 +80,9 @@ def attend_block(x, slot_log, gram, group, sharpness, PRECISION: tl.constexpr):
     t = tl.dot(w_dot, gram, input_precision=PRECISION)
     u = page_sums(w * x, group)
     # No cosine is above 1, whatever was rounded.
-    n = tl.maximum(tl.maximum(page_sums(w * t, group), u * u), SMALLEST)
+    n = tl.maximum(page_sums(w * t, group), u * u)
+    # A reconstruction of length 0: no cosine, no gradient.
+    n = tl.where(n < SMALLEST, float("inf"), n)
     return w, t, u, rsqrt_flushed(n)
 
 
@@ -218,8 +218,7 @@ def pair_gradients(u, root, column, inside, block, unit, scale, pages, columns, 
             # Anchors of one item have one column.
             g = tl.where(again, tl.where(here, g, 0.0) + own[None, :], g)
             here = here | again
-    # Of a reconstruction of length 0 there is no gradient; NaN stays.
-    return tl.where(root > NO_LENGTH, 0.0, g)
+    return g
 
 
 @kernel

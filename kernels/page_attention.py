@@ -303,7 +303,7 @@ def mean_gradient(
     """sum_k a_jk dL/da_jk over a history of more than a block, of the rounded products that it is subtracted from. dL/dR_j . R_j is
     equal on paper, but where a is 1 the difference must be 0: what is left of it is multiplied by rows as long as they are."""
     delta = tl.zeros([q.shape[0]], tl.float32)
-    for start in range(low, high, how.BLOCK_H):
+    for start in tl.range(low, high, how.BLOCK_H, num_stages=1):  # registers, not speed
         row = start + tl.arange(0, how.BLOCK_H)
         mine = page_history(history.page, row, high, page)
         k = load_head(history.k, row, mine, head, how)

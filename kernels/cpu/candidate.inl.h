@@ -148,21 +148,19 @@ struct CandidatePage {
 
     const T* value(int64_t k) const { return static_cast<const T*>(a.v) + a.v_row[first + k] * a.dim; }
 
-    // v v^T = L L^T in float64; a row that adds no dimension gets no column.
+    // v v^T = L L^T in float64; a row that adds no dimension gets no column: as to its own length, the others may be
+    // millions of times as long.
     void factorise() {
         double* g = static_cast<double*>(std::malloc(sizeof(double) * rows * rows));
         if (!g) std::abort();
-        double largest = 0;
         for (int64_t k = 0; k < rows; ++k)
-            for (int64_t l = 0; l <= k; ++l) {
-                g[k * rows + l] = exact_dot(value(k), value(l), a.dim);
-                if (k == l) largest = larger(largest, g[k * rows + l]);
-            }
+            for (int64_t l = 0; l <= k; ++l) g[k * rows + l] = exact_dot(value(k), value(l), a.dim);
         for (int64_t i = 0; i < rows; ++i) {
-            double pivot = g[i * rows + i];
+            const double square = g[i * rows + i];
+            double pivot = square;
             for (int64_t b = 0; b < i; ++b) pivot -= g[i * rows + b] * g[i * rows + b];
             // NaN and inf go on, to be seen in the loss.
-            const double root = pivot <= 1e-14 * largest ? 0.0 : sqrt(pivot);
+            const double root = pivot <= 1e-14 * square ? 0.0 : sqrt(pivot);
             for (int64_t k = i; k < rows; ++k) {
                 double sum = g[k * rows + i];
                 for (int64_t b = 0; b < i; ++b) sum -= g[k * rows + b] * g[i * rows + b];
