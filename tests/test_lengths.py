@@ -198,7 +198,17 @@ ZERO: dict[str, tuple[str, ...]] = {
     "value": ("value",),
     "all": ("pv", "history", "query", "key", "value"),
 }
-ZERO_NAMES = ["candidate", "candidate-heads", "candidate-mean", "candidate-projected", "cosine", "cosine-projected-heads", "anchor", "anchor-projected-heads", "anchor-mean"]
+ZERO_NAMES = [
+    "candidate",
+    "candidate-heads",
+    "candidate-mean",
+    "candidate-projected",
+    "cosine",
+    "cosine-projected-heads",
+    "anchor",
+    "anchor-projected-heads",
+    "anchor-mean",
+]
 ZERO_CASES = {name: CASES[name] for name in ZERO_NAMES} | {
     "cosine-dim-8": COSINE | {"dim": 8},
     "cosine-weights-log-q": COSINE | {"weights": True, "log_q": True},
