@@ -84,14 +84,16 @@ BYTES: dict[str, Formula] = {
     # both sides with ids, log-sum-exps; a row of dL/dE
     "contrast transposed": lambda s: s.vectors(s.rows + s.anchors) + 4 * (s.rows + s.anchors) + 4 * s.anchors
     + s.vectors(s.rows) + 4 * s.rows,
-    # list, flag, rank, parts with their maximum, lse, 1 - p, E, r, norm; dL/dR, delta
+    # list, flag, rank, parts with their maximum, lse, 1 - p, E, r, norm; dL/dR
     "reconstruction_gradient": lambda s: 9 * s.anchors + s.parts * (s.vectors(s.anchors) + 4 * s.anchors)
-    + 12 * s.anchors + s.vectors(2 * s.anchors) + s.vectors(s.anchors) + 4 * s.anchors,
-    # C with its pages, lists, lse, delta, E and dL/dR of anchors; dL/dC
-    "attend_dkv": lambda s: s.vectors(s.history) + 4 * s.history + 16 * s.anchors + s.vectors(2 * s.anchors)
+    + 12 * s.anchors + s.vectors(2 * s.anchors) + s.vectors(s.anchors),
+    # lists, E and dL/dR of anchors, C with its pages; largest product, 1 / sum and delta
+    "attend_sums": lambda s: 8 * s.anchors + s.vectors(2 * s.anchors + s.history) + 4 * s.history + 12 * s.anchors,
+    # C with its pages, lists, those three, E and dL/dR of anchors; dL/dC
+    "attend_dkv": lambda s: s.vectors(s.history) + 4 * s.history + 20 * s.anchors + s.vectors(2 * s.anchors)
     + s.vectors(s.history),
-    # lists, lse, delta, E and dL/dR of anchors, C with its pages; dq
-    "attend_dq": lambda s: 16 * s.anchors + s.vectors(2 * s.anchors + s.history) + 4 * s.history + s.vectors(s.anchors),
+    # lists, those three, E and dL/dR of anchors, C with its pages; dq
+    "attend_dq": lambda s: 20 * s.anchors + s.vectors(2 * s.anchors + s.history) + 4 * s.history + s.vectors(s.anchors),
     # three flags and ranks, 1 - p, the row of the transposed pass, E, r and dq of anchors; dL/dE
     "pv_gradient": lambda s: 15 * s.rows + 4 * s.anchors + s.vectors(2 * s.rows) + s.vectors(2 * s.anchors)
     + s.vectors(s.rows),

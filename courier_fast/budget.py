@@ -96,11 +96,11 @@ EXACT = frozenset(
 
 
 def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half a unit in the last place of each number of x, stored in `dtype`; NaN and inf give anything."""
+    """A unit in the last place of each number of x, stored in `dtype`; NaN and inf give anything."""
     info = torch.finfo(dtype)
     # The power of two at or below |x|; numbers below the smallest normal one share its unit.
     power = (x.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
-    return power.clamp_(min=info.tiny).mul_(info.eps / 2)
+    return power.clamp_(min=info.tiny).mul_(info.eps)
 
 
 def _map(change: Callable[[Any], Any], x: Any) -> Any:
@@ -108,12 +108,15 @@ def _map(change: Callable[[Any], Any], x: Any) -> Any:
 
 
 class Rounding:
-    """One draw of the model: each number that is stored is half a unit in its last place off, up or down at random.
+    """One draw of the model: each number that is stored is rounded at random to one of its two neighbours in its type, to the
+    nearer one more often (stochastic rounding).
 
-    Half a unit is what a rounding to nearest can be off at most. `leaf(x)` is x in a tensor that says it has x's type
-    and holds float64. What is computed from it, its gradient included, is computed in float64 and then moved, by half a
-    unit in the last place of the type in which plain code would store it: R, unit rows and probabilities in the input's
-    type, log-sum-exps and losses in float32, and a score of size 1/tau by a unit that is as much coarser.
+    It is off by 0.41 units in the last place in the root mean square, a rounding to nearest by 0.29. And what the type holds stays
+    what it is: a probability of 1 - 1e-12 is 1, in the model as in any code, and 1 less a sum of such is 0. (Half a unit up or
+    down, as it was once, made of it an error that long rows' gradients multiply by thousands: then anything passes.)
+    `leaf(x)` is x in a tensor that says it has x's type and holds float64. What is computed from it, its gradient included, is
+    computed in float64 and then rounded to the type in which plain code would store it: R, unit rows and probabilities to the
+    input's type, log-sum-exps and losses to float32, and a score of size 1/tau to a unit that is as much coarser.
     In a float32 matrix product every partial sum is rounded too: each library adds in an order of its own, and one after
     the other is the order with most roundings. The many of one sum are drawn at once, from a normal distribution with the
     variance of roundings to nearest. (Partial sums of shorter types are float32, which is nothing beside the result's rounding.)
@@ -126,14 +129,14 @@ class Rounding:
         held = _Rounded(x.detach().double(), x.dtype, self)
         return held.requires_grad_(x.requires_grad)
 
-    def move(self, x: Tensor, dtype: torch.dtype, operands: Sequence[Tensor]) -> Tensor:
-        stays = x.isfinite().logical_not_().logical_or_(x == 0)
-        for operand in operands:
-            if operand.shape == x.shape:  # x + 0, 1 * x: nothing was rounded
-                stays |= x == operand
-        shift = _unit(x, dtype).masked_fill_(stays, 0)
-        down = torch.empty_like(x, dtype=torch.bool).random_(2, generator=self.generator)
-        return torch.where(down, -shift, shift).add_(x)
+    def move(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x rounded to numbers of `dtype`; what is not finite stays."""
+        unit = _unit(x, dtype)
+        units = x / unit
+        below = units.floor()
+        draw = torch.empty_like(x).uniform_(generator=self.generator)
+        moved = below.add_(draw < units.sub_(below)).mul_(unit)
+        return torch.where(x.isfinite(), moved, x)
 
     def add_up(self, product: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """The float32 product of a [..., M, K] and b [..., K, N], with the roundings of its K - 1 additions."""
@@ -143,7 +146,7 @@ class Rounding:
         for begin, end in itertools.pairwise(ends):
             partial += a[..., begin:end] @ b[..., begin:end, :]
             unit = _unit(partial, torch.float32)
-            squares.addcmul_(unit, unit, value=(end - max(begin, 1)) / 3)
+            squares.addcmul_(unit, unit, value=(end - max(begin, 1)) / 12)
         squares.masked_fill_((product == 0) | ~product.isfinite(), 0)
         noise = partial.normal_(generator=self.generator)
         return noise.mul_(squares.sqrt_()).add_(product)
@@ -200,7 +203,6 @@ class _Rounded(Tensor):
             dtype = torch.promote_types(dtype, other)
         name, in_place = func.overloadpacket.__name__, func._schema.is_mutable
         rounds = name not in EXACT
-        before = [x.clone() if in_place else x for x in operands] if rounds else []
         if asked:
             if name == "_to_copy":
                 rounds = torch.finfo(asked[0]).eps > torch.finfo(dtype).eps
@@ -213,14 +215,14 @@ class _Rounded(Tensor):
             if name in PRODUCTS and dtype == torch.float32:
                 x = roundings[0].add_up(x, *operands[-2:])
             if rounds:
-                x = roundings[0].move(x, dtype, before)
+                x = roundings[0].move(x, dtype)
             return _Rounded(x, dtype, roundings[0])
 
         if in_place:
             target = args[0]
             assert isinstance(target, _Rounded) and out is target.held, f"{func} on a plain tensor"
             if rounds:
-                out.copy_(roundings[0].move(out, target.dtype, before))
+                out.copy_(roundings[0].move(out, target.dtype))
             return target
         return _map(close, out)
 

@@ -5,7 +5,7 @@ For page b and candidate j: R_bj = sum_k a_bjk v_k, a_bjk = softmax over k in H_
 Scores in powers of two, t_bj = log2(e) s_bj + bias_j. With g_bj = dL/ds_bj and rows of unit length e, r:
 
     dL/dR_bj = g/tau ( e_j - cos r_bj ) / |R_bj|,   dL/dE_j += g/tau ( r_bj - cos e_j ) / |E_j|,
-    dL/dlogit_k = a_k ( dL/dR . v_k - dL/dR . R ),  and from there as in any attention
+    dL/dlogit_k = a_k ( dL/da_k - sum_l a_l dL/da_l ),  dL/da_k = dL/dR . v_k,  and from there as in any attention
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from .page_attention import (
     load_bias,
     load_columns,
     load_head,
-    logits,
+    mean_gradient,
     of_head,
     page_gradients,
     page_history,
     reconstruct_candidates,
+    weight_gradients,
 )
 from .reconstruct import Source, load_source
 from .tl_common import LOG2E, kernel, rank_before, score_scale
@@ -381,7 +382,7 @@ def candidate_columns(
         if MASK == MASK_PAGE:
             seen = inside & (column_page == page)
         tile = Tile(e, q, e_inverse, position, id, column_page, bias, seen)
-        r, top, share, dr, de, g_cosine = page_gradients(
+        top, share, dr, de, g_cosine = page_gradients(
             tile, history, anchors, page, first, last, past, until, inverse_tau, rules, how
         )
         slope += g_cosine
@@ -390,7 +391,13 @@ def candidate_columns(
             q_head, dr_head, q_inverse, top, share = head_of(
                 tile, dr, top, share, history, past, until, page, head, how
             )
-            delta = tl.sum(dr_head * r, axis=1)
+            # The history of most pages is one block, whose sum is at hand.
+            alone = until - past <= BLOCK_H
+            delta = tl.zeros([BLOCK_M], tl.float32)
+            if until - past > BLOCK_H:
+                delta = mean_gradient(
+                    q_head, q_inverse, dr_head, top, share, history, past, until, page, head, DOT_TYPE, how
+                )  # fmt: skip
             turned = tl.zeros([BLOCK_M], tl.float32)
             part = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             for start in range(past, until, BLOCK_H):
@@ -398,11 +405,11 @@ def candidate_columns(
                 mine = page_history(history_page_ptr, row, until, page)
                 k = load_head(history.k, row, mine, head, how)
                 v = load_head(history.v, row, mine, head, how)
-                s = logits(q_head, k, q_inverse, scale, mine, COSINE, PRECISION)
-                a = tl.exp2((s - top[:, None]) * LOG2E) * share[:, None]
-                da = tl.dot(
-                    dr_head.to(DOT_TYPE), tl.trans(v.to(DOT_TYPE)), input_precision=PRECISION
+                s, a, da = weight_gradients(
+                    q_head, q_inverse, dr_head, k, v, top, share, scale, mine, DOT_TYPE, how
                 )
+                own = tl.sum(tl.where(mine[None, :], a * da, 0.0), axis=1)
+                delta = tl.where(alone, own, delta)
                 ds = tl.where(mine[None, :], a * (da - delta[:, None]), 0.0)
                 if COSINE:
                     turned += tl.sum(tl.where(mine[None, :], ds * s, 0.0), axis=1)
@@ -410,7 +417,7 @@ def candidate_columns(
                 part = tl.dot(ds.to(DOT_TYPE), k.to(DOT_TYPE), part, input_precision=PRECISION)
             part = of_head(part, head, D, HEADS, BLOCK_D) * (scale * q_inverse)[:, None]
             if COSINE:
-                part -= (turned * q_inverse * q_inverse)[:, None] * q_head.to(tl.float32)
+                part -= (turned * scale * q_inverse * q_inverse)[:, None] * q_head.to(tl.float32)
             d_q += part
         first = last
         if PACKED:
@@ -523,7 +530,7 @@ def candidate_history(
             bias = load_bias(columns, column, inside)
             e, q, e_inverse = candidate_tile(position, inside, candidates, how)
             tile = Tile(e, q, e_inverse, position, id, column_page, bias, inside)
-            r, top, share, dr, _de, _slope = page_gradients(
+            top, share, dr, _de, _slope = page_gradients(
                 tile, history, anchors, page, first, last, past, until, inverse_tau, rules, how
             )
             for head in range(HEADS):
@@ -532,8 +539,9 @@ def candidate_history(
                 q_head, dr_head, q_inverse, top, share = head_of(
                     tile, dr, top, share, history, past, until, page, head, how
                 )
-                s = logits(q_head, k, q_inverse, scale, mine, COSINE, PRECISION)
-                a = tl.exp2((s - top[:, None]) * LOG2E) * share[:, None]
+                s, a, da = weight_gradients(
+                    q_head, q_inverse, dr_head, k, v, top, share, scale, mine, DOT_TYPE, how
+                )
                 if WANT_DV:
                     d_v = tl.dot(
                         tl.trans(a.to(DOT_TYPE)),
@@ -542,10 +550,11 @@ def candidate_history(
                         input_precision=PRECISION,
                     )
                 if WANT_DK:
-                    da = tl.dot(
-                        dr_head.to(DOT_TYPE), tl.trans(v.to(DOT_TYPE)), input_precision=PRECISION
-                    )
-                    delta = tl.sum(dr_head * r, axis=1)
+                    delta = tl.sum(tl.where(mine[None, :], a * da, 0.0), axis=1)
+                    if until - past > BLOCK_H:
+                        delta = mean_gradient(
+                            q_head, q_inverse, dr_head, top, share, history, past, until, page, head, DOT_TYPE, how
+                        )  # fmt: skip
                     ds = tl.where(mine[None, :], a * (da - delta[:, None]), 0.0)
                     turned = tl.sum(tl.where(mine[None, :], ds * s, 0.0), axis=0)
                     ds = ds * (scale * q_inverse)[:, None]
@@ -556,7 +565,7 @@ def candidate_history(
                     part = of_head(part, head, D, HEADS, BLOCK_D)
                     if COSINE:
                         part = part * k_inverse[:, None]
-                        part -= (turned * k_inverse * k_inverse)[:, None] * k.to(tl.float32)
+                        part -= (turned * scale * k_inverse * k_inverse)[:, None] * k.to(tl.float32)
                     d_k += part
         where = row.to(tl.int64)[:, None] * D + dims[None, :]
         mask = (row < until)[:, None] & (dims < D)[None, :]

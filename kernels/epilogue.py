@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .reconstruct import head_mask, load_rows, store_unit_rows
+from .reconstruct import load_rows, store_unit_rows
 from .tl_common import LN2, kernel, normalize_backward, parts_of, schedule, score_scale, unit_scale
 
 
@@ -210,9 +210,7 @@ def reconstruction_gradient(
     identify_miss_ptr,
     transposed_factor_ptr,  # 0-d factor of the transposed pass
     dr_ptr,  # [capacity, STRIDE]
-    delta_ptr,  # [HEADS, capacity]
     tau_part_ptr,  # [programs]
-    capacity,
     share,
     lower,
     forward_slots,
@@ -223,7 +221,6 @@ def reconstruction_gradient(
     TAU_IS_TENSOR: tl.constexpr,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
-    HEADS: tl.constexpr,
     HAS_E_INDEX: tl.constexpr,
     RECONSTRUCT: tl.constexpr,
     IDENTIFY: tl.constexpr,
@@ -237,7 +234,7 @@ def reconstruction_gradient(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dL/dr_i = g_i/tau (sum_{j != i} p_ij e_j - (1 - p_ii) e_i), dL/dR_i, delta_i = dL/dR_i . R_i per head.
+    """dL/dr_i = g_i/tau (sum_{j != i} p_ij e_j - (1 - p_ii) e_i), dL/dR_i.
 
     "identify" adds 1/tau (sum_j g_j p_ji e_j - g_i (1 - p_ii) e_i). tau_part: sum_i dL/dr_i . r_i, which is
     -tau dL/dtau, since every score is r . e / tau.
@@ -288,12 +285,6 @@ def reconstruction_gradient(
         d_reconstruction.to(dr_ptr.dtype.element_ty),
         mask=valid[:, None] & (dims < STRIDE)[None, :],
     )
-    along = d_reconstruction * r * norm[:, None]
-    for head in range(HEADS):
-        own = head_mask(dims, head, D // HEADS)[None, :]
-        tl.store(
-            delta_ptr + head * capacity + row, tl.sum(tl.where(own, along, 0.0), axis=1), mask=valid
-        )
 
 
 @kernel
@@ -337,36 +328,25 @@ def given_rows(
 @kernel
 def given_gradient(
     grad_ptr,  # [N, D] contiguous
-    r_ptr,  # [N, D] R
     list_ptr,
     count_ptr,
     dr_ptr,  # [capacity, STRIDE]
-    delta_ptr,  # [HEADS, capacity]
-    capacity,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
-    HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The rows of a given dL/dR that `reconstruct` listed, and delta_j = dL/dR_j . R_j per head."""
+    """The rows of a given dL/dR that `reconstruct` listed."""
     dims = tl.arange(0, BLOCK_D)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < tl.load(count_ptr)
     position = tl.load(list_ptr + row, mask=valid, other=0)
     grad = load_rows(grad_ptr, list_ptr, position, valid, D, BLOCK_D, False)
-    r = load_rows(r_ptr, list_ptr, position, valid, D, BLOCK_D, False)
     tl.store(
         dr_ptr + row[:, None] * STRIDE + dims[None, :],
         grad,
         mask=valid[:, None] & (dims < STRIDE)[None, :],
     )
-    along = grad.to(tl.float32) * r.to(tl.float32)
-    for head in range(HEADS):
-        own = head_mask(dims, head, D // HEADS)[None, :]
-        tl.store(
-            delta_ptr + head * capacity + row, tl.sum(tl.where(own, along, 0.0), axis=1), mask=valid
-        )
 
 
 @kernel

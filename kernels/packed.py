@@ -80,7 +80,9 @@ def attend_block(x, slot_log, gram, group, sharpness, PRECISION: tl.constexpr):
     t = tl.dot(w_dot, gram, input_precision=PRECISION)
     u = page_sums(w * x, group)
     # No cosine is above 1, whatever was rounded.
-    n = tl.maximum(tl.maximum(page_sums(w * t, group), u * u), SMALLEST)
+    n = tl.maximum(page_sums(w * t, group), u * u)
+    # A reconstruction of length 0: no cosine, no gradient.
+    n = tl.where(n < SMALLEST, float("inf"), n)
     return w, t, u, rsqrt_flushed(n)
 
 
@@ -425,9 +427,9 @@ def packed_history(
         acc -= tl.dot(pairs.to(DOT_TYPE), c.to(DOT_TYPE), input_precision=PRECISION)
         length = tl.load(slot_length_ptr + slot)
         wide = c.to(tl.float32)
-        d_c = normalize_backward(acc, wide, length)
+        d_c = normalize_backward(acc, wide, tl.abs(length))
         total = tl.sum(tl.sum(along, axis=0), axis=0)
-        d_c += (total * unit_scale(length))[:, None] * wide
+        d_c += (total * unit_scale(tl.abs(length)))[:, None] * wide
         row = tl.load(slot_row_ptr + slot)
         where = row.to(tl.int64)[:, None] * D + dims[None, :]
         mask = (row >= 0)[:, None] & (dims < D)[None, :]

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .contrast import MASK_OTHER_PAGES, add_in
 from .reconstruct import load_rows
-from .tl_common import LOG2E, kernel, rank_before, score_scale, unit_scale
+from .tl_common import LOG2E, NORM_EPS, kernel, rank_before, score_scale, unit_scale
 
 SPAN = tl.constexpr(4)
 UNITS = tl.constexpr(16)
@@ -110,8 +110,8 @@ def pack_blocks(
     packed_count_ptr,
     c_ptr,  # [blocks * SLOTS, BLOCK_D] unit rows
     gram_ptr,  # [blocks, SLOTS, SLOTS] within pages
-    slot_log_ptr,  # [blocks * SLOTS] log2 |C|, the page's largest subtracted; -inf in empty slots
-    slot_length_ptr,  # [blocks * SLOTS]
+    slot_log_ptr,  # [blocks * SLOTS] log2 |C|, the page's largest subtracted; 0 of zero rows, -inf in empty slots
+    slot_length_ptr,  # [blocks * SLOTS] |C|; of a zero row minus the page's largest, 0 where all are zero
     slot_row_ptr,  # [blocks * SLOTS] history rows, -1 in empty slots
     unit_poison_ptr,  # [blocks * UNITS] NaN where the page's history is not finite, else 0
     unit_column_ptr,  # [SIDE, blocks * UNITS] columns of the page's anchors, -1 for none
@@ -143,9 +143,14 @@ def pack_blocks(
     unit = tl.where(finite[:, None], wide * unit_scale(length)[:, None], 0.0)
     unit = unit.to(c_ptr.dtype.element_ty)
     same = there[:, None] & (page[:, None] == page[None, :])
-    log = tl.where(real & finite & (length > 0), tl.log2(length), -float("inf"))
+    some = length > NORM_EPS
+    log = tl.where(real & finite & some, tl.log2(length), -float("inf"))
     highest = tl.max(tl.where(same, log[None, :], -float("inf")), axis=1)
     log -= tl.where(highest == -float("inf"), 0.0, highest)
+    # A zero row adds nothing to any sum, whatever its weight; but that weight is its gradient's as a value.
+    nothing = real & finite & (some == 0)
+    log = tl.where(nothing, 0.0, log)
+    length = tl.where(nothing, -tl.exp2(highest), length)
     gram = tl.dot(unit, tl.trans(unit), input_precision=PRECISION)
     gram = tl.where(same, gram, 0.0)
     dims = tl.arange(0, BLOCK_D)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from .contrast import MASK_OTHER_PAGES, MASK_PAGE
-from .reconstruct import head_mask, load_source
-from .tl_common import LN2, LOG2E, rank_before, unit_scale
+from .reconstruct import above_top, ascending, head_mask, load_source, row_products, softmax_block
+from .tl_common import LN2, rank_before, unit_scale
 
 
 class Candidates(NamedTuple):
@@ -107,12 +107,12 @@ def head_lengths(x, COSINE: tl.constexpr):
 
 
 @triton.jit
-def logits(q, k, q_inverse, scale, mine, COSINE: tl.constexpr, PRECISION: tl.constexpr):
-    """c q_j . k_k [BLOCK_M, BLOCK_H], or their cosines times c; -inf where the page has no such row."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+def logits(q, k, q_inverse, COSINE: tl.constexpr, PRECISION: tl.constexpr):
+    """q_j . k_k [BLOCK_M, BLOCK_H], or their cosines; without the factor, as `softmax_block` takes them."""
+    s = row_products(q, k, PRECISION)
     if COSINE:
         s = s * q_inverse[:, None] * head_lengths(k, COSINE)[None, :]
-    return tl.where(mine[None, :], s, -float("inf"))
+    return s
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def load_head(source, row, mask, head, how: tl.constexpr):
 
 @triton.jit
 def attend_page(q, q_inverse, history, low, high, page, head, how: tl.constexpr):
-    """One head of R of some candidates on one page, float32 [BLOCK_M, BLOCK_D], the largest logits and 1 / sum of exp."""
+    """One head of R of some candidates on one page, float32 [BLOCK_M, BLOCK_D], the largest q . k and 1 / sum of exp."""
     rows: tl.constexpr = q.shape[0]
     top = tl.full([rows], -float("inf"), tl.float32)
     total = tl.zeros([rows], tl.float32)
@@ -133,14 +133,10 @@ def attend_page(q, q_inverse, history, low, high, page, head, how: tl.constexpr)
         mine = page_history(history.page, row, high, page)
         k = load_head(history.k, row, mine, head, how)
         v = load_head(history.v, row, mine, head, how)
-        s = logits(q, k, q_inverse, history.scale, mine, how.COSINE, how.PRECISION)
-        new_top = tl.maximum(top, tl.max(s, axis=1))
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        p = tl.exp2((s - shift[:, None]) * LOG2E)
-        rescale = tl.exp2((top - shift) * LOG2E)
+        s = logits(q, k, q_inverse, how.COSINE, how.PRECISION)
+        p, rescale, top = softmax_block(s, mine[None, :], top, history.scale)
         total = total * rescale + tl.sum(p, axis=1)
         acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=how.PRECISION)
-        top = new_top
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     return acc * share[:, None], tl.where(top == -float("inf"), 0.0, top), share
 
@@ -267,7 +263,7 @@ def reconstruction_gradients(r, e, r_inverse, e_inverse, cosine, g):
 def page_gradients(
     tile, history, anchors, page, first, last, past, until, inverse_tau, rules: tl.constexpr, how: tl.constexpr
 ):  # fmt: skip
-    """R of a tile of candidates on one page, the softmax of its last head, dL/dR, dL/dE, and g cos."""
+    """The softmax of the last head of a tile of candidates on one page, dL/dR, dL/dE, and g cos."""
     r, top, share = reconstruct_candidates(tile.q, history, past, until, page, how)
     cosine, r_inverse = cosine_of(r, tile.e, tile.e_inverse)
     t = cosine * inverse_tau + tile.bias
@@ -275,7 +271,7 @@ def page_gradients(
     slope = g * cosine
     g = g * inverse_tau * LN2
     dr, de = reconstruction_gradients(r, tile.e, r_inverse, tile.e_inverse, cosine, g)
-    return r, top, share, dr, de, slope
+    return top, share, dr, de, slope
 
 
 @triton.jit
@@ -287,3 +283,33 @@ def head_of(tile, dr, top, share, history, past, until, page, head, how: tl.cons
     if how.HEADS > 1:
         _r, top, share = attend_page(q, q_inverse, history, past, until, page, head, how)
     return q, dr, q_inverse, top, share
+
+
+@triton.jit
+def weight_gradients(
+    q, q_inverse, dr, k, v, top, share, scale, mine, DOT_TYPE: tl.constexpr, how: tl.constexpr
+):  # fmt: skip
+    """The logits without their factor, a_jk, and dL/da_jk = dL/dR_j . v_k of one head and a block of history."""
+    s = logits(q, k, q_inverse, how.COSINE, how.PRECISION)
+    a = above_top(ascending(s, scale), top[:, None], scale) * share[:, None]
+    da = tl.dot(dr.to(DOT_TYPE), tl.trans(v.to(DOT_TYPE)), input_precision=how.PRECISION)
+    return s, tl.where(mine[None, :], a, 0.0), da
+
+
+@triton.jit
+def mean_gradient(
+    q, q_inverse, dr, top, share, history, low, high, page, head, DOT_TYPE: tl.constexpr, how: tl.constexpr
+):  # fmt: skip
+    """sum_k a_jk dL/da_jk over a history of more than a block, of the rounded products that it is subtracted from. dL/dR_j . R_j is
+    equal on paper, but where a is 1 the difference must be 0: what is left of it is multiplied by rows as long as they are."""
+    delta = tl.zeros([q.shape[0]], tl.float32)
+    for start in tl.range(low, high, how.BLOCK_H, num_stages=1):  # registers, not speed
+        row = start + tl.arange(0, how.BLOCK_H)
+        mine = page_history(history.page, row, high, page)
+        k = load_head(history.k, row, mine, head, how)
+        v = load_head(history.v, row, mine, head, how)
+        _s, a, da = weight_gradients(
+            q, q_inverse, dr, k, v, top, share, history.scale, mine, DOT_TYPE, how
+        )
+        delta += tl.sum(tl.where(mine[None, :], a * da, 0.0), axis=1)
+    return delta

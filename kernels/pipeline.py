@@ -247,7 +247,7 @@ def backward(
         "HAS_FACTOR": factor is not None,
         **temperature(p),
     }
-    dr, delta, tau_parts = _reconstruction_gradient(p, s, t, results, upstream)
+    dr, tau_parts = _reconstruction_gradient(p, s, t, results, upstream)
     grads: list[Tensor | None] = [None] * 6
     d_rows = dq = dk = dv = None
     if needs[5]:
@@ -257,7 +257,7 @@ def backward(
         d_rows = torch.empty(s.rows, s.dim, dtype=s.dtype, device=s.device)
         spread(p, s, t, t.r, d_rows, dr)
     else:
-        dq, dk, dv = attention_backward(p, s, t, needs, dr, delta)
+        dq, dk, dv = attention_backward(p, s, t, needs, dr)
     if needs[2]:
         grads[2] = spread(p, s, t, t.r, torch.empty_like(p.query), dq)
     grads[3], grads[4] = dk if needs[3] else None, dv if needs[4] else None
@@ -344,11 +344,10 @@ def _reconstruction_gradient(
     t: LossState,
     results: dict[str, Pass],
     upstream: dict[str, Any],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dL/dR of the listed rows, its products with R per head, and parts of -tau dL/dtau."""
+) -> tuple[Tensor, Tensor]:
+    """dL/dR of the listed rows, and parts of -tau dL/dtau."""
     rows, _pages, count = reconstructed(t)
     dr = torch.empty(s.rows, s.stride, dtype=s.dtype, device=s.device)
-    delta = torch.empty(s.heads, s.rows, dtype=torch.float32, device=s.device)
     programs = cdiv(s.rows, s.small.block_m)
     tau_parts = torch.empty(programs, dtype=torch.float32, device=s.device)
     none, kept = t.weight_sum, t.reconstruct
@@ -371,16 +370,13 @@ def _reconstruction_gradient(
         transposed_acc_ptr=back.acc if back is not None else none,
         identify_miss_ptr=t.identify.miss if t.identify is not None else none,
         dr_ptr=dr,
-        delta_ptr=delta,
         tau_part_ptr=tau_parts,
-        capacity=s.rows,
         forward_slots=s.slots(s.rows, s.tile),
         transposed_slots=back.slots if back is not None else 1,
         programs=s.programs(s.tile),
         transposed_programs=s.programs(s.transposed),
         D=s.dim,
         STRIDE=s.stride,
-        HEADS=s.heads,
         RECONSTRUCT=s.reconstruct,
         IDENTIFY=s.identify,
         STREAM=s.stream,
@@ -392,7 +388,7 @@ def _reconstruction_gradient(
         BLOCK_D=s.block_d,
         num_warps=s.small.num_warps,
     )
-    return dr, delta, tau_parts
+    return dr, tau_parts
 
 
 def _contrast_inputs(

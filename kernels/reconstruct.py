@@ -69,10 +69,33 @@ def load_source(source, row, mask, how: tl.constexpr):
 
 
 @triton.jit
+def leading(x):
+    """The leading bits of rows, so few that sums of products of such numbers are exact."""
+    wide: tl.constexpr = x.shape[1]
+    lift: tl.constexpr = 2.0**15 if wide <= 16 else 2.0**16
+    lifted = tl.max(tl.abs(x), axis=1)[:, None] * lift
+    return (x + lifted) - lifted
+
+
+@triton.jit
+def row_products(a, b, PRECISION: tl.constexpr):
+    """a_i . b_j. What is exact in float32 is as good as rounded once, in three products: a logit of two rows of length 300 is off by
+    1e-3 otherwise, and so is its exponential. Rows of more than 64 dimensions would take too many registers."""
+    if PRECISION == "ieee" and a.dtype == tl.float32 and a.shape[1] <= 64:
+        first_a = leading(a)
+        first_b = leading(b)
+        rest = tl.dot(first_a, tl.trans(b - first_b), input_precision=PRECISION)
+        rest = tl.dot(a - first_a, tl.trans(b), rest, input_precision=PRECISION)
+        return tl.dot(first_a, tl.trans(first_b), input_precision=PRECISION) + rest
+    else:
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+
+
+@triton.jit
 def products(a, b, head, DOT_TYPE: tl.constexpr, how: tl.constexpr):
     """a_i . b_j [BLOCK_A, BLOCK_B] of one head; where whole rows are too many registers, from memory in parts of BLOCK_C."""
     if how.BLOCK_C == how.BLOCK_D:
-        return tl.dot(a.rows, tl.trans(b.rows), input_precision=how.PRECISION)
+        return row_products(a.rows, b.rows, how.PRECISION)
     s = tl.zeros([a.start.shape[0], b.start.shape[0]], tl.float32)
     for first in range(0, how.D, how.BLOCK_C):
         dims = first + tl.arange(0, how.BLOCK_C)
@@ -89,9 +112,7 @@ def products(a, b, head, DOT_TYPE: tl.constexpr, how: tl.constexpr):
             mask=b.mask[:, None] & inside[None, :],
             other=0.0,
         )
-        s = tl.dot(
-            part_a.to(DOT_TYPE), tl.trans(part_b.to(DOT_TYPE)), s, input_precision=how.PRECISION
-        )
+        s += row_products(part_a.to(DOT_TYPE), part_b.to(DOT_TYPE), how.PRECISION)
     return s
 
 
@@ -104,20 +125,52 @@ def history_block(history_page_ptr, start, end, page, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
+def ascending(products, scale):
+    """q_j . k_k, so that a larger one has the larger weight."""
+    return products * tl.where(scale < 0.0, -1.0, 1.0)
+
+
+@triton.jit
+def above_top(s, top, scale):
+    """exp(|c| (s - top)) of such products. The difference first: the largest has exactly 1 however long the rows are, whether
+    or not the compiler joins a product and a sum into one operation."""
+    return tl.exp2((s - top) * (tl.abs(scale) * LOG2E))
+
+
+@triton.jit
+def softmax_block(s, mine, top, scale):
+    """exp of a block's logits beside the largest so far, what the sums before it are multiplied by, and the new largest."""
+    s = tl.where(mine, ascending(s, scale), -float("inf"))
+    new_top = tl.maximum(top, tl.max(s, axis=1))
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+    p = tl.where(mine, above_top(s, shift[:, None], scale), 0.0)
+    rescale = tl.where(top == -float("inf"), 0.0, above_top(top, shift, scale))
+    return p, rescale, new_top
+
+
+@triton.jit
+def attention_weights(q, k, mine, sums_ptr, place, valid, head, capacity, scale, DOT_TYPE: tl.constexpr, how: tl.constexpr):  # fmt: skip
+    """a_jk [BLOCK_M, BLOCK_H] of the largest product and 1 / sum of a row's softmax, which `attend_sums` has left. With both and
+    not with one log-sum-exp: of rows of length 1,000 that is rounded to whole numbers."""
+    where = head * capacity + place
+    top = tl.load(sums_ptr + where, mask=valid, other=0.0)
+    share = tl.load(sums_ptr + how.HEADS * capacity + where, mask=valid, other=0.0)
+    s = ascending(products(q, k, head, DOT_TYPE, how), scale)
+    return tl.where(mine, above_top(s, top[:, None], scale) * share[:, None], 0.0)
+
+
+@triton.jit
 def attend_tile(
     q_of,  # Source, as k_of and v_of
     k_of,
     v_of,
     history_offsets_ptr,
     history_page_ptr,
-    attention_lse_ptr,  # [HEADS, capacity]
     position,  # [BLOCK_M] PV rows
     page,  # [BLOCK_M], -2 where there is no row
-    place,  # [BLOCK_M] rows of the list
     first_page,
     last_page,
-    capacity,
-    scale_log2,
+    scale,
     how: tl.constexpr,
 ):
     """R_j = sum_k a_jk v_k, a_jk = softmax over k in H_b of (c q_j . k_k), as float32 [BLOCK_M, BLOCK_D]."""
@@ -151,11 +204,7 @@ def attend_tile(
                 q_of.rows.dtype.element_ty,
                 how,
             )
-            s = tl.where(mine, s * scale_log2, -float("inf"))
-            new_top = tl.maximum(top, tl.max(s, axis=1))
-            shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-            p = tl.where(mine, tl.exp2(s - shift[:, None]), 0.0)
-            rescale = tl.exp2(top - shift)
+            p, rescale, top = softmax_block(s, mine, top, scale)
             total = total * rescale + tl.sum(p, axis=1)
             v = load_source(v_of, row, real, how)
             # A NaN or inf of another page must not come in through 0 * NaN; one of the own page must.
@@ -166,12 +215,9 @@ def attend_tile(
             poisoned = tl.max(tl.where(mine & (bad[None, :] != 0), 1, 0), axis=1)
             acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=how.PRECISION)
             acc = tl.where(poisoned[:, None] != 0, float("nan"), acc)
-            top = new_top
         if how.HEADS > 1:
             acc = tl.where(head_mask(dims, head, how.D // how.HEADS)[None, :], acc, 0.0)
         result += acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        lse = top + tl.log2(tl.where(total == 0.0, 1.0, total))
-        tl.store(attention_lse_ptr + head * capacity + place, lse, mask=page >= 0)
     return result
 
 
@@ -238,11 +284,9 @@ def attend(
     list_ptr,
     list_page_ptr,
     count_ptr,
-    attention_lse_ptr,
     unit_ptr,
     norm_ptr,
     positive_ptr,
-    capacity,
     scale,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -273,14 +317,11 @@ def attend(
         Source(v_ptr, v_index_ptr if HAS_V_INDEX else None),
         history_offsets_ptr,
         history_page_ptr,
-        attention_lse_ptr,
         position,
         page,
-        place,
         first,
         last,
-        capacity,
-        scale * LOG2E,
+        scale,
         how,
     )
     if RAW:
@@ -316,6 +357,108 @@ def finite(x):
 
 
 @kernel
+def attend_sums(
+    q_ptr,
+    q_index_ptr,
+    k_ptr,
+    k_index_ptr,
+    v_ptr,
+    v_index_ptr,
+    history_offsets_ptr,
+    history_page_ptr,
+    list_ptr,
+    list_page_ptr,
+    count_ptr,
+    sums_ptr,  # [3, HEADS, capacity]
+    dr_ptr,  # [capacity, STRIDE]
+    capacity,
+    history_rows,
+    scale,
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HAS_Q_INDEX: tl.constexpr,
+    HAS_K_INDEX: tl.constexpr,
+    HAS_V_INDEX: tl.constexpr,
+    DOT_TYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of each row and head the largest q_j . k_k, 1 / sum of exp, and delta_j = sum_k a_jk (dL/dR_j . v_k), of the same rounded
+    products that it is subtracted from. dL/dR_j . R_j is equal on paper, but where a is 1 the difference must be 0: what is
+    left of it is multiplied by rows as long as they are.
+
+    These numbers and the gradients are of the same products, to the last bit: tiles of the list and blocks of history begin at
+    multiples of their sizes in all three kernels, so that each product is of the same operands, at the same places in them."""
+    start = tl.program_id(0) * BLOCK_M
+    count = tl.load(count_ptr)
+    if start >= count:
+        return
+    how: tl.constexpr = Tiles(D, HEADS, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_C, PRECISION)
+    dims = tl.arange(0, BLOCK_D)
+    place, valid, position, page, first, last = list_tile(
+        list_ptr, list_page_ptr, count, start, BLOCK_M
+    )
+    low = tl.load(history_offsets_ptr + first)
+    high = tl.load(history_offsets_ptr + last + 1)
+    q_start = source_row(q_index_ptr, position, valid, HAS_Q_INDEX) * D
+    dr_start = place.to(tl.int64) * STRIDE
+    q = place
+    dr = place
+    if BLOCK_C == BLOCK_D:
+        q = load_rows(q_ptr, q_index_ptr, position, valid, D, BLOCK_D, HAS_Q_INDEX).to(DOT_TYPE)
+        dr = tl.load(
+            dr_ptr + dr_start[:, None] + dims[None, :],
+            mask=valid[:, None] & (dims < D)[None, :],
+            other=0.0,
+        ).to(DOT_TYPE)
+    for head in range(HEADS):
+        q_head = q
+        dr_head = dr
+        if HEADS > 1 and BLOCK_C == BLOCK_D:
+            own = head_mask(dims, head, D // HEADS)[None, :]
+            q_head = tl.where(own, q, 0.0).to(DOT_TYPE)
+            dr_head = tl.where(own, dr, 0.0).to(DOT_TYPE)
+        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        delta = tl.zeros([BLOCK_M], tl.float32)
+        for block in range(low // BLOCK_H * BLOCK_H, high, BLOCK_H):
+            row, real, mine = history_block(history_page_ptr, block, history_rows, page, BLOCK_H)
+            k = real
+            v = real
+            if BLOCK_C == BLOCK_D:
+                k = load_rows(k_ptr, k_index_ptr, row, real, D, BLOCK_D, HAS_K_INDEX).to(DOT_TYPE)
+                v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX).to(DOT_TYPE)
+            k_start = source_row(k_index_ptr, row, real, HAS_K_INDEX) * D
+            s = products(
+                Operand(q_head, q_ptr, q_start, valid),
+                Operand(k, k_ptr, k_start, real),
+                head,
+                DOT_TYPE,
+                how,
+            )
+            v_start = source_row(v_index_ptr, row, real, HAS_V_INDEX) * D
+            da = products(
+                Operand(dr_head, dr_ptr, dr_start, valid),
+                Operand(v, v_ptr, v_start, real),
+                head,
+                DOT_TYPE,
+                how,
+            )
+            p, rescale, top = softmax_block(s, mine, top, scale)
+            total = total * rescale + tl.sum(p, axis=1)
+            delta = delta * rescale + tl.sum(tl.where(mine, p * da, 0.0), axis=1)
+        where = head * capacity + place
+        share = 1.0 / tl.where(total == 0.0, 1.0, total)
+        tl.store(sums_ptr + where, tl.where(top == -float("inf"), 0.0, top), mask=valid)
+        tl.store(sums_ptr + HEADS * capacity + where, share, mask=valid)
+        tl.store(sums_ptr + 2 * HEADS * capacity + where, delta * share, mask=valid)
+
+
+@kernel
 def attend_dq(
     q_ptr,
     q_index_ptr,
@@ -328,11 +471,11 @@ def attend_dq(
     list_ptr,
     list_page_ptr,
     count_ptr,
-    attention_lse_ptr,  # [HEADS, capacity]
+    sums_ptr,  # [3, HEADS, capacity]
     dr_ptr,  # [capacity, STRIDE]
-    delta_ptr,  # [HEADS, capacity]
     dq_ptr,  # [capacity, DQ_STRIDE]; may be dr_ptr: a program reads its own rows of dr, before it writes them
     capacity,
+    history_rows,
     scale,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -348,7 +491,7 @@ def attend_dq(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dL/dq_j = c sum_k a_jk (dL/dR_j . v_k - delta_j) k_k,  delta_j = dL/dR_j . R_j."""
+    """dL/dq_j = c sum_k a_jk (dL/dR_j . v_k - delta_j) k_k."""
     start = tl.program_id(0) * BLOCK_M
     count = tl.load(count_ptr)
     if start >= count:
@@ -373,8 +516,7 @@ def attend_dq(
         ).to(DOT_TYPE)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for head in range(HEADS):
-        lse = tl.load(attention_lse_ptr + head * capacity + place, mask=valid, other=0.0)
-        delta = tl.load(delta_ptr + head * capacity + place, mask=valid, other=0.0)
+        delta = tl.load(sums_ptr + (2 * HEADS + head) * capacity + place, mask=valid, other=0.0)
         q_head = q
         dr_head = dr
         if HEADS > 1 and BLOCK_C == BLOCK_D:
@@ -382,17 +524,23 @@ def attend_dq(
             q_head = tl.where(own, q, 0.0).to(DOT_TYPE)
             dr_head = tl.where(own, dr, 0.0).to(DOT_TYPE)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for block in range(low, high, BLOCK_H):
-            row, real, mine = history_block(history_page_ptr, block, high, page, BLOCK_H)
+        for block in range(low // BLOCK_H * BLOCK_H, high, BLOCK_H):
+            row, real, mine = history_block(history_page_ptr, block, history_rows, page, BLOCK_H)
             k = load_rows(k_ptr, k_index_ptr, row, real, D, BLOCK_D, HAS_K_INDEX).to(DOT_TYPE)
             v = real
             if BLOCK_C == BLOCK_D:
                 v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX).to(DOT_TYPE)
             k_start = source_row(k_index_ptr, row, real, HAS_K_INDEX) * D
-            s = products(
+            a = attention_weights(
                 Operand(q_head, q_ptr, q_start, valid),
                 Operand(k, k_ptr, k_start, real),
+                mine,
+                sums_ptr,
+                place,
+                valid,
                 head,
+                capacity,
+                scale,
                 DOT_TYPE,
                 how,
             )
@@ -404,7 +552,6 @@ def attend_dq(
                 DOT_TYPE,
                 how,
             )
-            a = tl.exp2(tl.where(mine, s * (scale * LOG2E) - lse[:, None], -float("inf")))
             ds = tl.where(mine, a * (da - delta[:, None]), 0.0)
             acc = tl.dot(ds.to(DOT_TYPE), finite(k), acc, input_precision=PRECISION)
         if HEADS > 1:
@@ -431,9 +578,9 @@ def attend_dkv(
     history_page_ptr,
     list_ptr,
     list_page_ptr,
-    attention_lse_ptr,  # [HEADS, capacity]
+    count_ptr,
+    sums_ptr,  # [3, HEADS, capacity]
     dr_ptr,  # [capacity, STRIDE]
-    delta_ptr,  # [HEADS, capacity]
     dk_ptr,  # [K, D]
     dv_ptr,  # [K, D]
     capacity,
@@ -477,12 +624,13 @@ def attend_dkv(
         v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX).to(DOT_TYPE)
     dk = tl.zeros([BLOCK_H, BLOCK_O], tl.float32)
     dv = tl.zeros([BLOCK_H, BLOCK_O], tl.float32)
-    for start in range(low, high, BLOCK_M):
+    count = tl.load(count_ptr)
+    for start in range(low // BLOCK_M * BLOCK_M, high, BLOCK_M):
         place = start + tl.arange(0, BLOCK_M)
-        valid = place < high
+        valid = place < count
         position = tl.load(list_ptr + place, mask=valid, other=0)
         page = tl.load(list_page_ptr + place, mask=valid, other=-2)
-        mine = history_page[:, None] == page[None, :]  # [BLOCK_H, BLOCK_M]
+        mine = page[:, None] == history_page[None, :]
         q_start = source_row(q_index_ptr, position, valid, HAS_Q_INDEX) * D
         dr_start = place.to(tl.int64) * STRIDE
         inside = valid[:, None] & (dims < D)[None, :]
@@ -491,8 +639,7 @@ def attend_dkv(
             DOT_TYPE
         )
         for head in range(HEADS):
-            lse = tl.load(attention_lse_ptr + head * capacity + place, mask=valid, other=0.0)
-            delta = tl.load(delta_ptr + head * capacity + place, mask=valid, other=0.0)
+            delta = tl.load(sums_ptr + (2 * HEADS + head) * capacity + place, mask=valid, other=0.0)
             if HEADS > 1:
                 own = head_mask(dims, head, D // HEADS)[None, :]
                 q_head = tl.where(own, q, 0.0).to(DOT_TYPE)
@@ -500,28 +647,31 @@ def attend_dkv(
             else:
                 q_head = q
                 dr_head = dr
-            s = products(
-                Operand(k, k_ptr, k_start, real),
+            a = attention_weights(
                 Operand(q_head, q_ptr, q_start, valid),
+                Operand(k, k_ptr, k_start, real),
+                mine,
+                sums_ptr,
+                place,
+                valid,
                 head,
+                capacity,
+                scale,
                 DOT_TYPE,
                 how,
             )
-            a = tl.exp2(
-                tl.where(mine, s * (scale * LOG2E) - lse[None, :], -float("inf"))
-            )  # [BLOCK_H, BLOCK_M]
             if WANT_DV:
-                dv = tl.dot(a.to(DOT_TYPE), dr_head, dv, input_precision=PRECISION)
+                dv = tl.dot(tl.trans(a.to(DOT_TYPE)), dr_head, dv, input_precision=PRECISION)
             if WANT_DK:
                 da = products(
-                    Operand(v, v_ptr, v_start, real),
                     Operand(dr_head, dr_ptr, dr_start, valid),
+                    Operand(v, v_ptr, v_start, real),
                     head,
                     DOT_TYPE,
                     how,
                 )
-                ds = tl.where(mine, a * (da - delta[None, :]), 0.0) * scale
-                dk = tl.dot(ds.to(DOT_TYPE), q_head, dk, input_precision=PRECISION)
+                ds = tl.where(mine, a * (da - delta[:, None]), 0.0) * scale
+                dk = tl.dot(tl.trans(ds.to(DOT_TYPE)), q_head, dk, input_precision=PRECISION)
     where = row[:, None] * D + dims[None, :]
     mask = (row < history_rows)[:, None] & (dims < D)[None, :]
     if SUM_KV:

@@ -18,19 +18,19 @@ from .stages import (
     spread,
     sum_occurrences,
 )
-from .state import AttentionState, Shape, cdiv, is_empty, loss_shape
+from .state import Plan, Shape, cdiv, is_empty, loss_shape
 
 if TYPE_CHECKING:
     from courier_fast.problem import Problem
 
 
-def _reconstruct(p: Problem) -> tuple[Shape, AttentionState, Tensor]:
+def _reconstruct(p: Problem) -> tuple[Shape, Plan, Tensor]:
     """The lists of all PV rows with a history, and their R [N, D]."""
     s = loss_shape(p, contrast=False)
-    t = AttentionState.empty(s)
+    t = Plan.empty(s)
     make_plan(p, s, t, None)
     r = torch.zeros(s.rows, s.dim, dtype=s.dtype, device=s.device)
-    attend(p, s, t, r, t.attention_lse, t.attention_lse, raw=True)
+    attend(p, s, t, r, r, r, raw=True)
     return s, t, r
 
 
@@ -52,23 +52,18 @@ def reconstruct_backward(p: Problem, needs: Sequence[bool], grad: Tensor) -> lis
     s, t, r = _reconstruct(p)
     rows, _, count = reconstructed(t)
     dr = torch.empty(s.rows, s.stride, dtype=s.dtype, device=s.device)
-    delta = torch.empty(s.heads, s.rows, dtype=torch.float32, device=s.device)
     epilogue.given_gradient[(cdiv(s.rows, s.small.block_m),)](
         grad.contiguous(),
-        r,
         rows,
         count,
         dr,
-        delta,
-        s.rows,
         D=s.dim,
         STRIDE=s.stride,
-        HEADS=s.heads,
         BLOCK_M=s.small.block_m,
         BLOCK_D=s.block_d,
         num_warps=s.small.num_warps,
     )
-    dq, dk, dv = attention_backward(p, s, t, needs, dr, delta)
+    dq, dk, dv = attention_backward(p, s, t, needs, dr)
     grads: list[Tensor | None] = [None] * 5
     grads[3], grads[4] = dk if needs[3] else None, dv if needs[4] else None
     d_history = history_gradient(p, dk, dv)

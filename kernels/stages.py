@@ -11,7 +11,6 @@ from torch import Tensor
 
 from . import configs, contrast, epilogue, plan, reconstruct
 from .state import (
-    AttentionState,
     Listed,
     LossState,
     Plan,
@@ -189,7 +188,7 @@ def reconstructed(t: Plan) -> tuple[Tensor, Tensor, Tensor]:
 def attend(
     p: Problem,
     s: Shape,
-    t: AttentionState,
+    t: Plan,
     out: Tensor,
     norm: Tensor,
     positive: Tensor,
@@ -205,11 +204,9 @@ def attend(
         list_ptr=rows,
         list_page_ptr=pages,
         count_ptr=count,
-        attention_lse_ptr=t.attention_lse,
         unit_ptr=out,
         norm_ptr=norm,
         positive_ptr=positive,
-        capacity=s.rows,
         scale=p.attention_scale,
         D=s.dim,
         STRIDE=s.stride,
@@ -406,7 +403,7 @@ def history_gradient(p: Problem, dk: Tensor | None, dv: Tensor | None) -> Tensor
 
 
 def attention_backward(
-    p: Problem, s: Shape, t: AttentionState, needs: Sequence[bool], dr: Tensor, delta: Tensor
+    p: Problem, s: Shape, t: Plan, needs: Sequence[bool], dr: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dq of the listed rows, dk, dv) as of `empty_history`.
 
@@ -417,10 +414,11 @@ def attention_backward(
         "history_page_ptr": t.history_page,
         "list_ptr": rows,
         "list_page_ptr": pages,
-        "attention_lse_ptr": t.attention_lse,
         "dr_ptr": dr,
-        "delta_ptr": delta,
+        "sums_ptr": torch.empty(3, s.heads, s.rows, dtype=torch.float32, device=s.device),
+        "count_ptr": count,
         "capacity": s.rows,
+        "history_rows": s.history_rows,
         "scale": p.attention_scale,
         "D": s.dim,
         "STRIDE": s.stride,
@@ -434,24 +432,22 @@ def attention_backward(
         "PRECISION": s.precision,
         **s.backward.launch,
     }
+    tiles, offsets = (cdiv(s.rows, s.backward.block_m),), p.history_offsets
+    reconstruct.attend_sums[tiles](**common, history_offsets_ptr=offsets)
     dk, dv = _key_value_gradients(p, s, t, needs, common)
     if not needs[0 if p.query is None else 2]:
         return None, dk, dv
     # Occurrences of a table's items are summed: they stay in float32 until then, and so does what float16 cannot hold.
     wide = (p.history is None and p.query is None) or s.dtype == torch.float16
     dq = torch.empty(s.rows, s.dim, dtype=torch.float32, device=s.device) if wide else dr
-    reconstruct.attend_dq[(cdiv(s.rows, s.backward.block_m),)](
-        **common,
-        history_offsets_ptr=p.history_offsets,
-        count_ptr=count,
-        dq_ptr=dq,
-        DQ_STRIDE=dq.shape[1],
+    reconstruct.attend_dq[tiles](
+        **common, history_offsets_ptr=offsets, dq_ptr=dq, DQ_STRIDE=dq.shape[1]
     )
     return dq, dk, dv
 
 
 def _key_value_gradients(
-    p: Problem, s: Shape, t: AttentionState, needs: Sequence[bool], common: dict[str, Any]
+    p: Problem, s: Shape, t: Plan, needs: Sequence[bool], common: dict[str, Any]
 ) -> tuple[Tensor | None, Tensor | None]:
     dk, dv = empty_history(p, s, needs)
     anything = dk if dk is not None else dv
@@ -466,7 +462,6 @@ def _key_value_gradients(
         rank_ptr=t.ranks[int(s.identify)],
         dk_ptr=dk if dk is not None else anything,
         dv_ptr=dv if dv is not None else anything,
-        history_rows=s.history_rows,
         WANT_DK=dk is not None,
         WANT_DV=(dk if together else dv) is not None,
         SUM_KV=together,

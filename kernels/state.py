@@ -373,12 +373,7 @@ class Plan(State):
 
 
 @dataclass
-class AttentionState(Plan):
-    attention_lse: Tensor = tensor("heads", "rows")
-
-
-@dataclass
-class LossState(AttentionState):
+class LossState(Plan):
     r: Tensor = tensor("rows", "stride", dtype="dtype")
     norm: Tensor = tensor("rows")
     weight_sum: Tensor = tensor()

@@ -54,7 +54,7 @@ def walked() -> dict[str, Any]:
 def test_every_kernel_of_a_step_has_a_count(walked: dict[str, Any]) -> None:
     for rows in walked["tables"].values():
         assert {r["kernel"] for r in rows} == set(traffic.BYTES)
-        assert sum(r["launches"] for r in rows) == 12
+        assert sum(r["launches"] for r in rows) == 13
 
 
 def test_counts_fit_the_tensors(walked: dict[str, Any]) -> None:

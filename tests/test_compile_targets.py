@@ -21,9 +21,19 @@ if not sys.platform.startswith("linux"):
 
 from courier_fast.kernels.launches import COMMON, SHARED_MEMORY, SPECIAL  # noqa: E402
 
-# Bytes of a thread that may spill, outside the contrast's loop: two registers from tile to tile with Triton 3.9; and
-# attention for each candidate with several heads, which holds one tile more.
-MAY_SPILL = {"log-q": 8, "candidate-heads": 128, "candidate-items": 8}
+# Bytes of a thread that may spill, outside of loops: two registers from tile to tile with Triton 3.9; in attention for each
+# candidate what is kept over the sum of long histories; and
+# with several heads one tile more.
+MAY_SPILL = {
+    "log-q": 8,
+    "candidate-heads": 128,
+    "candidate-items": 40,
+    "candidate-256": 40,
+    "candidate-128": 40,
+    "candidate-dot": 40,
+    "candidate-fp32-64": 40,
+    "candidate-fp16-128": 40,
+}
 # The gradients of packed pages: what was reached. A step needs every register for its 128 x 64 products and weights,
 # and the sums go on top; smaller tiles would read the candidates more often than the second-level cache gives them.
 PACKED_MAY_SPILL = {

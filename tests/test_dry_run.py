@@ -44,7 +44,7 @@ def test_what_a_gpu_would_compile_compiles(what: str) -> None:
 
 
 def test_sizes_do_not_compile_anew() -> None:
-    """12 launches a step; what is decided by size (in place or not) adds a few, sizes themselves nothing."""
+    """13 launches a step; what is decided by size (in place or not) adds a few, sizes themselves nothing."""
     counts = worker("ragged")
     assert counts[0] >= 10
     assert counts[-1] <= 16

@@ -94,10 +94,12 @@ inline void combine(const Real* matrix, int64_t n, bool lower, const In* in, Rea
     }
 }
 
-// sums[k, l] += sum over the block of a_k b_l for l <= k rounded up to 4: a vector of lanes each.
-inline void add_products(const float* a, const float* b, int64_t n, float* sums) {
+// sums[k, l] += sum over the block of a_k b_l, k < n and l < m, multiples of 4; of a symmetric one (m = 0) for l <= k rounded up
+// to 4: a vector of lanes each.
+inline void add_products(const float* a, const float* b, int64_t n, int64_t m, float* sums) {
+    const int64_t stride = m ? m : n;
     for (int64_t k = 0; k < n; k += 4)
-        for (int64_t l = 0; l <= k; l += 4) {
+        for (int64_t l = 0; l < (m ? m : k + 4); l += 4) {
             vf s[4][4] = {};
             for (int64_t j = 0; j < kBlock; j += W) {
                 vf y[4];
@@ -109,7 +111,7 @@ inline void add_products(const float* a, const float* b, int64_t n, float* sums)
             }
             for (int r = 0; r < 4; ++r)
                 for (int c = 0; c < 4; ++c) {
-                    float* at = sums + ((k + r) * n + l + c) * W;
+                    float* at = sums + ((k + r) * stride + l + c) * W;
                     store(at, load(at) + s[r][c]);
                 }
         }
@@ -146,21 +148,19 @@ struct CandidatePage {
 
     const T* value(int64_t k) const { return static_cast<const T*>(a.v) + a.v_row[first + k] * a.dim; }
 
-    // v v^T = L L^T in float64; a row that adds no dimension gets no column.
+    // v v^T = L L^T in float64; a row that adds no dimension gets no column: as to its own length, the others may be
+    // millions of times as long.
     void factorise() {
         double* g = static_cast<double*>(std::malloc(sizeof(double) * rows * rows));
         if (!g) std::abort();
-        double largest = 0;
         for (int64_t k = 0; k < rows; ++k)
-            for (int64_t l = 0; l <= k; ++l) {
-                g[k * rows + l] = exact_dot(value(k), value(l), a.dim);
-                if (k == l) largest = larger(largest, g[k * rows + l]);
-            }
+            for (int64_t l = 0; l <= k; ++l) g[k * rows + l] = exact_dot(value(k), value(l), a.dim);
         for (int64_t i = 0; i < rows; ++i) {
-            double pivot = g[i * rows + i];
+            const double square = g[i * rows + i];
+            double pivot = square;
             for (int64_t b = 0; b < i; ++b) pivot -= g[i * rows + b] * g[i * rows + b];
             // NaN and inf go on, to be seen in the loss.
-            const double root = pivot <= 1e-14 * largest ? 0.0 : sqrt(pivot);
+            const double root = pivot <= 1e-14 * square ? 0.0 : sqrt(pivot);
             for (int64_t k = i; k < rows; ++k) {
                 double sum = g[k * rows + i];
                 for (int64_t b = 0; b < i; ++b) sum -= g[k * rows + b] * g[i * rows + b];
@@ -306,11 +306,21 @@ struct CandidatePage {
                 along = none ? vr{} : along;
                 shrink = none ? vr{} : shrink;
                 const vr column = a.column_scale ? part(a.column_scale, j, i, count) : vr{} + a.scale;
+                // On paper 0; but where one weight is all there is, dL/dlogit has to be 0 itself: it is multiplied by rows as
+                // long as they are.
+                vr sum = {}, mean = {};
+                for (int64_t k = 0; k < rows; ++k) {
+                    const int64_t at = k * kBlock + i;
+                    const vr p = V::get(w + at);
+                    sum += p;
+                    mean += p * (V::get(x + at) - along * V::get(t + at));
+                }
+                mean /= sum;
                 vr turned = {};
                 for (int64_t k = 0; k < rows; ++k) {
                     const int64_t at = k * kBlock + i;
                     const vr p = V::get(w + at);
-                    const vr dl = p * c * (V::get(x + at) - along * V::get(t + at));
+                    const vr dl = p * c * ((V::get(x + at) - along * V::get(t + at)) - mean);
                     V::put(weighted + at, shrink * p);
                     const vr both = dl * V::get(logit + at);
                     turned += both;
@@ -326,7 +336,7 @@ struct CandidatePage {
                 V::put(block + i, !a.y && a.k_radial ? radial + turned : radial);
                 V::put(turns + i, turned);
             }
-            add_products(weighted, w, padded, sums);
+            add_products(weighted, w, padded, 0, sums);
             store_block(x, a.x, j, count);
             if (a.y) store_block(logit, a.y, j, count);
             std::memcpy(g + j, block, sizeof(float) * count);

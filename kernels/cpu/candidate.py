@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from courier_fast.problem import NORM_EPS
+
+from .direct import Direct
 from .native import stage
 from .rows import (
     Candidates,
@@ -37,13 +40,10 @@ if TYPE_CHECKING:
 
 # Of a tile of products.
 CHUNK_BYTES = 16 << 20
-# Longer histories, fewer dimensions and several heads go page by page through plain code: the native pass takes H^2 steps a
-# candidate, and where values of few dimensions cancel, it is not as exact as R itself.
+# Longer histories, fewer dimensions and several heads are for direct.py: this way takes H^2 steps a candidate, and where values
+# of few dimensions cancel, it is not as exact as R itself.
 LONGEST_HISTORY = 192
 LEAST_DIM = 16
-# Attention weights that the plain code holds.
-PLAIN_ELEMENTS = 4 << 20
-NORM_EPS = 1e-12
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
@@ -141,8 +141,16 @@ class Tiles:
         self.slope = 0.0
         rows, itemsize = len(self.e.rows), self.e.rows.element_size() * (1 if self.same else 2)
         self.chunk_rows = max(1, CHUNK_BYTES // max(rows * itemsize, 1))
-        for first, last, plain in self._chunks():
-            self._plain(first) if plain else self._chunk(first, last)
+        self.chunk_pages = max(1, CHUNK_BYTES // max(rows * 4, 1))
+        direct: Direct | None = None
+        for first, last, is_direct in self._chunks():
+            if not is_direct:
+                self._chunk(first, last)
+                continue
+            direct = direct or Direct(self)
+            direct.pages(first, last)
+        if direct is not None and grads:
+            direct.finish()
 
     def span(self, first: int, last: int) -> tuple[slice, Tensor | None]:
         """The columns that these pages look at, and where each looks at its own alone, those of each among them."""
@@ -155,21 +163,19 @@ class Tiles:
         raise NotImplementedError
 
     def _chunks(self) -> Iterator[tuple[int, int, bool]]:
-        """(first page, end, whether plain code takes it): whole pages, as many as a tile holds."""
-        first, rows, count = 0, 0, len(self.pages.lengths)
+        """(first page, end, whether direct.py takes them): whole pages, as many as a tile holds."""
+        first, rows, before, count = 0, 0, False, len(self.pages.lengths)
         every = self.attention.heads > 1 or self.e.rows.shape[1] < LEAST_DIM
         for i, length in enumerate(self.pages.lengths):
-            plain = every or length > LONGEST_HISTORY
-            if first < i and (plain or rows + length > self.chunk_rows):
-                yield first, i, False
+            direct = every or length > LONGEST_HISTORY
+            full = i - first >= self.chunk_pages if direct else rows + length > self.chunk_rows
+            if first < i and (full or direct != before):
+                yield first, i, before
                 first, rows = i, 0
-            if plain:
-                yield i, i + 1, True
-                first, rows = i + 1, 0
-            else:
-                rows += length
+            before = direct
+            rows += length
         if first < count:
-            yield first, count, False
+            yield first, count, before
 
     def _chunk(self, first: int, last: int) -> None:
         by, pages = self.attention, self.pages
@@ -211,52 +217,6 @@ class Tiles:
         if y is not None:
             _add_product(self.q.gradient, columns, y.T, self.k.rows[rows])
             _add_product(self.k.gradient, rows, y, self.q.rows[columns])
-
-    def _plain(self, page: int) -> None:
-        """A page with a long history, or several heads: the definition, in float32, some candidates at a time."""
-        columns, ranges = self.span(page, page + 1)
-        rows = slice(int(self.pages.start[page]), int(self.pages.start[page + 1]))
-        step = max(1, PLAIN_ELEMENTS // (rows.stop - rows.start) // self.attention.heads)
-        history = [side.rows[rows].float() for side in (self.k, self.v)]
-        some = [
-            slice(i, min(i + step, columns.stop)) for i in range(columns.start, columns.stop, step)
-        ]
-        s = torch.cat([self._plain_scores(self.q.rows[c], self.e.rows[c], *history) for c in some])
-        s = s[None].contiguous()
-        up = s.clone()
-        self.contrast(up, page, page + 1, columns, ranges)
-        if not self.grads:
-            return
-        self.slope += float((up.double() * s).sum())
-        up = up[0]
-        for c in some:
-            inputs = [
-                x.float().requires_grad_() for x in (self.q.rows[c], self.e.rows[c], *history)
-            ]
-            with torch.enable_grad():
-                found = self._plain_scores(*inputs)
-            grads = torch.autograd.grad(
-                found, inputs, up[c.start - columns.start : c.stop - columns.start]
-            )
-            for side, at, grad in zip(
-                (self.q, self.e, self.k, self.v), (c, c, rows, rows), grads, strict=True
-            ):
-                if side.gradient is not None:
-                    side.gradient[at] += grad
-
-    def _plain_scores(self, q: Tensor, e: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """s of some candidates on one page, as in courier_fast.reference."""
-        heads = self.attention.heads
-
-        def split(x: Tensor) -> Tensor:
-            return x.float().view(len(x), heads, -1).transpose(0, 1)
-
-        q, k = split(q), split(k)
-        if self.attention.cosine:
-            q, k = _unit(q), _unit(k)
-        a = ((q @ k.mT) * self.attention.scale).softmax(-1)
-        r = (a @ split(v)).transpose(0, 1).reshape(len(e), -1)
-        return (_unit(r) * _unit(e.float())).sum(1) * self.inverse_tau
 
 
 class _Run(Tiles):
@@ -374,14 +334,6 @@ class _Run(Tiles):
         if total is not None:
             found[0] = total.to(p.pv.dtype)
         return found
-
-
-def _unit(x: Tensor) -> Tensor:
-    """x / |x| along the last dimension; zeros, without a gradient, for a zero vector."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    zero = norm <= NORM_EPS
-    safe = torch.where(zero, 1.0, x)
-    return torch.where(zero, 0.0, safe / torch.linalg.vector_norm(safe, dim=-1, keepdim=True))
 
 
 def _add_product(total: Tensor | None, rows: slice, a: Tensor, b: Tensor) -> None:

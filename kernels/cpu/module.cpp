@@ -508,6 +508,43 @@ void candidate(Array x, std::optional<Array> y, Rows start, std::optional<Rows> 
     parallel_each(pages, threads, [&](int64_t b, int64_t e, int) { stages.candidate(a, backward, b, e); });
 }
 
+// The columns are divided into `parts`, each with sums of its own.
+void direct(Floats q, Floats e, int64_t low, Floats k, Floats v, Rows start, std::optional<Rows> range, Floats e_inverse,
+            double scale, double inverse_tau, int64_t heads, Floats s, bool backward, int64_t parts,
+            std::optional<Floats> d_q, std::optional<Floats> d_e, std::optional<Floats> d_k, std::optional<Floats> d_v,
+            std::optional<Doubles> slope, int threads, Variant variant) {
+    courier::Direct a{};
+    a.q = q.data();
+    a.e = e.data();
+    a.k = k.data();
+    a.v = v.data();
+    a.low = low;
+    a.dim = int64_t(q.shape(0));
+    a.stride = int64_t(q.shape(1));
+    a.pages = int64_t(s.shape(0));
+    a.columns = int64_t(s.shape(1));
+    a.heads = heads;
+    a.start = start.data();
+    a.range = data_or_null(range);
+    a.e_inverse = e_inverse.data();
+    a.scale = float(scale);
+    a.inverse_tau = float(inverse_tau);
+    a.s = s.data();
+    a.d_q = data_or_null(d_q);
+    a.d_e = data_or_null(d_e);
+    a.d_k = data_or_null(d_k);
+    a.d_v = data_or_null(d_v);
+    a.slope = data_or_null(slope);
+    if (backward && !(d_k && d_v && slope)) throw std::invalid_argument("d_k, d_v, slope: expected with backward");
+    const Stages& stages = stages_of(variant);
+    nb::gil_scoped_release release;
+    parallel_each(parts, threads, [&](int64_t part, int64_t, int) {
+        // At whole blocks, but for the last.
+        const auto cut = [&](int64_t p) { return p == parts ? a.columns : a.columns * p / parts / 128 * 128; };
+        stages.direct(a, backward, part, cut(part), cut(part + 1));
+    });
+}
+
 void softmax(Floats s, int64_t low, Rows anchors, std::optional<Rows> range, std::optional<Floats> bias,
              std::optional<Floats> rank_bias, std::optional<Floats> count, Rows own, std::optional<Rows> order,
              std::optional<Rows> same, std::optional<Rows> page, std::optional<Floats> g, Doubles lse, Doubles loss,
@@ -571,6 +608,7 @@ NB_MODULE(_native, m) {
     define(m, "weigh", &weigh);
     define(m, "normalize_backward", &normalize_backward);
     define(m, "candidate", &candidate);
+    define(m, "direct", &direct);
     define(m, "softmax", &softmax);
     define(m, "add", &add);
 }

@@ -157,6 +157,22 @@ struct Candidate {
     double* slope;                // [pages] sum of dL/ds s
 };
 
+// The same without products made before (direct.inl.h): rows [n, dim] of float32, of the columns as columns.
+struct Direct {
+    const float *q, *e;           // [dim, stride] from column `low` on, columns of them; may be the same
+    const float *k, *v;           // [rows, dim]
+    int64_t low, stride, columns, dim, heads, pages;
+    const int64_t* start;         // [pages + 1] first row of each page
+    const int64_t* range;         // [pages, 2] columns that a page looks at, or null: all
+    const float* e_inverse;       // [stride] 1 / |E_j|, 0 for a zero vector
+    float scale, inverse_tau;
+    float* s;                     // [pages, columns] cos / tau; backward: dL/ds, then what E_j / |E_j|^2 is subtracted by
+    // Gradients, added to; of each part of the columns: d_k, d_v and slope.
+    float *d_q, *d_e;             // [dim, stride], or null
+    float *d_k, *d_v;             // [parts, rows, dim]
+    double* slope;                // [parts, pages] sum of dL/ds s
+};
+
 // The contrast of those scores, for each anchor (row) of a page.
 struct Softmax : Candidates {
     float* s;                     // [pages, columns]; with g: dL/ds in its place
@@ -176,6 +192,7 @@ struct Stages {
     void (*normalize_backward)(const NormalizeBackward&, int64_t begin, int64_t end);
     void (*add)(const Add&, int64_t begin, int64_t end);
     void (*candidate)(const Candidate&, bool backward, int64_t begin, int64_t end);
+    void (*direct)(const Direct&, bool backward, int64_t part, int64_t begin, int64_t end);
     void (*softmax)(const Softmax&, int64_t begin, int64_t end);
     void (*pack)(const Pack&, int64_t begin, int64_t end);  // this and the next two: null where torch.mm is used
     void (*tile)(const Tile&, int64_t begin, int64_t end);

@@ -450,12 +450,13 @@ void add(const Add& a, int64_t begin, int64_t end) {
 }  // namespace
 
 #include "candidate.inl.h"
+#include "direct.inl.h"
 
 namespace {
 
 constexpr Stages make_stages(const char* name) {
     return {name, normalize, attend, attend_backward, contrast, weigh, normalize_backward, add,
-            candidate, softmax, nullptr, nullptr, nullptr};
+            candidate, direct, softmax, nullptr, nullptr, nullptr};
 }
 
 }  // namespace
