@@ -249,13 +249,13 @@ class Tiles:
         heads = self.attention.heads
 
         def split(x: Tensor) -> Tensor:
-            return x.float().view(len(x), heads, -1).transpose(0, 1)
+            return x.float().view(len(x), heads, x.shape[1] // heads).transpose(0, 1)
 
         q, k = split(q), split(k)
         if self.attention.cosine:
             q, k = _unit(q), _unit(k)
         a = ((q @ k.mT) * self.attention.scale).softmax(-1)
-        r = (a @ split(v)).transpose(0, 1).reshape(len(e), -1)
+        r = (a @ split(v)).transpose(0, 1).reshape(e.shape)
         return (_unit(r) * _unit(e.float())).sum(1) * self.inverse_tau
 
 
