@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .surroundings import watches_values
 
-_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 # Characters of a value that a message shows.
 _SHOWN = 60
 
@@ -169,7 +169,7 @@ def as_bool(name: str, x: Any, layout: Side | None, validate: bool) -> Tensor:
     x = require_tensor(name, x)
     if x.dtype == torch.bool:
         return x
-    if x.dtype not in _INTEGERS:
+    if x.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected a bool or integer (0/1) tensor, got {x.dtype}")
     if watches_values(x, validate):
         bad = (x != 0) & (x != 1)
@@ -182,7 +182,7 @@ def as_bool(name: str, x: Any, layout: Side | None, validate: bool) -> Tensor:
 
 
 def as_index(name: str, x: Tensor) -> Tensor:
-    if x.dtype not in _INTEGERS:
+    if x.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected an integer tensor, got {x.dtype}")
     return x.to(torch.int64)
 
