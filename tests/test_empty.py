@@ -134,17 +134,17 @@ def cases() -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
         strict=False,
     )
     for size, layout, (attention, direction), cosine in product(SIZES, LAYOUTS, ASKED, (1.5, None)):
-        for reduction, negatives, heads, extra, stats in (next(turns), next(turns)):
-            options = {
-                "attention": attention, "direction": direction, "reduction": reduction, "num_heads": heads,
-                "negatives": negatives, "return_stats": stats,
-                "attention_temperature": None if attention == "mean" else cosine,
-            }  # fmt: skip
-            given = batch(size, layout)
-            if extra == "memory" and (direction != "reconstruct" or negatives == "page"):
-                extra = "all"
-            given |= extras(given, extra)
-            yield given, options, f"{size}, {layout}, {options}, {extra}"
+        reduction, negatives, heads, extra, stats = next(turns)
+        options = {
+            "attention": attention, "direction": direction, "reduction": reduction, "num_heads": heads,
+            "negatives": negatives, "return_stats": stats,
+            "attention_temperature": None if attention == "mean" else cosine,
+        }  # fmt: skip
+        given = batch(size, layout)
+        if extra == "memory" and (direction != "reconstruct" or negatives == "page"):
+            extra = "all"
+        given |= extras(given, extra)
+        yield given, options, f"{size}, {layout}, {options}, {extra}"
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
@@ -157,7 +157,7 @@ def test_every_option(impl: str) -> None:
         found = problem(impl, given, options)
         if found is not None:
             wrong.append(f"{what}: {found}")
-    assert count == 2 * 2 * len(SIZES) * len(LAYOUTS) * len(ASKED)
+    assert count == 2 * len(SIZES) * len(LAYOUTS) * len(ASKED)
     assert not wrong, f"{len(wrong)} of {count}:\n" + "\n".join(wrong[:10])
 
 
@@ -166,7 +166,7 @@ def test_some_of_them_on_triton() -> None:
     skip_unless_available("triton", make(0, impl="triton"))
     wrong = []
     for number, (given, options, what) in enumerate(cases()):
-        if number % 61 == 5:
+        if number % 31 == 5:
             found = problem("triton", given, options)
             if found is not None:
                 wrong.append(f"{what}: {found}")
@@ -190,19 +190,20 @@ def test_reconstructions_and_click_sequences(impl: str) -> None:
         assert not (alone and rows.any()), (size, layout)
         assert not weights.isnan().any()
         sequence = {k: x for k, x in masked.items() if "pv" not in k}
+        total = rows.sum()
         for reduction in ("mean", "none"):
             loss = cf.click_sequence_loss(**sequence, reduction=reduction, impl=impl)
             flat = loss.values() if loss.is_nested else loss
             assert flat.isfinite().all()
             assert not (alone and size != "no items" and flat.any())
-            (flat.sum() + rows.sum()).backward(retain_graph=True)
+            total = total + flat.sum()
+        total.backward()
         for name, x in inputs.items():
-            if name == "pv" or name == "history" or name == "embeddings":
-                assert x.grad is not None, (size, layout, name)
-                assert (x.grad.values() if x.grad.is_nested else x.grad).isfinite().all()
+            assert x.grad is not None, (size, layout, name)
+            assert (x.grad.values() if x.grad.is_nested else x.grad).isfinite().all()
 
 
-@pytest.mark.parametrize("size", ["no pages", "no items", "no history"])
+@pytest.mark.parametrize("size", ["no pages", "no history"])
 def test_compiled_and_under_torch_func(size: str) -> None:
     torch._dynamo.reset()
     given = batch(size, "packed")
