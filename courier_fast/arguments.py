@@ -53,15 +53,18 @@ def check_choices(**values: Any) -> None:
 def check_workspace(workspace: Any) -> None:
     if isinstance(workspace, bool) or not isinstance(workspace, int):
         raise TypeError(f"workspace: expected an int (bytes), got {describe(workspace)}")
-    if workspace < 1:
-        raise ValueError(f"workspace: expected at least 1 byte, got {shown(workspace)}")
+    if not 1 <= workspace < 1 << 63:
+        raise ValueError(
+            f"workspace: expected at least 1 byte, and fewer than 2**63, got {shown(workspace)}"
+        )
 
 
 def attention_of(attention: str | None, direction: str) -> str:
     """The default is what trained the best embeddings (docs/hm-fashion.md), where a direction has it."""
     if attention is not None:
         return attention
-    return "candidate" if direction == "reconstruct" else "anchor"
+    plain = isinstance(direction, str) and direction == "reconstruct"
+    return "candidate" if plain else "anchor"
 
 
 def _finite(name: str, x: Any) -> float:

@@ -18,7 +18,6 @@ from .reach import Beside
 from .surroundings import has_values, without_autocast
 from .temperature import WithTemperature
 
-
 # The `group` of a module that is given none.
 LEFT_OUT = Group(None)
 
@@ -501,6 +500,7 @@ class ReconstructionLoss(_Module):
         }
         fixed_or_learned = (temperature, learnable_temperature, min_temperature)
         super().__init__(fixed_or_learned, options, cuda_graph)
+        Attention(options["attention"], attention_scale, attention_temperature, num_heads)
 
     def forward(
         self, pv: Tensor, history: Tensor, clicked: Tensor, **inputs: Any

@@ -50,7 +50,9 @@ class EmbeddingMemory(nn.Module):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {shown(value)}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating torch.dtype, got {dtype if isinstance(dtype, torch.dtype) else describe(dtype)}")
+            raise TypeError(
+                f"dtype: expected a floating torch.dtype, got {dtype if isinstance(dtype, torch.dtype) else describe(dtype)}"
+            )
         self.register_buffer("rows", torch.empty(size, dim, dtype=dtype))
         self.register_buffer("ids", torch.empty(size, dtype=torch.int64))
         self.register_buffer("log_q", torch.empty(size, dtype=torch.float32))

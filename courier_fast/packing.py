@@ -66,7 +66,9 @@ def _require_plain(name: str, x: Tensor) -> None:
             f"{name}: expected a torch.Tensor of this process, got a {kind.__name__}: give its to_local() or full_tensor()"
         )
     if kind.__module__.startswith("torch.masked"):
-        raise TypeError(f"{name}: expected a torch.Tensor and a mask of its own, got a MaskedTensor")
+        raise TypeError(
+            f"{name}: expected a torch.Tensor and a mask of its own, got a MaskedTensor"
+        )
 
 
 def require_flag(name: str, x: Any) -> None:

@@ -66,7 +66,9 @@ class Group:
     def __reduce__(self) -> tuple[Any, ...]:
         given = self.given
         if isinstance(given, dist.ProcessGroup):
-            given = WORLD if given is dist.group.WORLD else _Lost(dist.get_process_group_ranks(given))
+            given = (
+                WORLD if given is dist.group.WORLD else _Lost(dist.get_process_group_ranks(given))
+            )
         return Group, (given,)
 
     def __repr__(self) -> str:

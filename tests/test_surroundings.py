@@ -68,7 +68,9 @@ def inputs(impl: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def everything(impl: str, given: dict[str, Tensor]) -> list[Tensor]:
     """What the public functions give, and their gradients."""
-    pv, history, tau = (given[k].detach().clone().requires_grad_() for k in ("pv", "history", "tau"))
+    pv, history, tau = (
+        given[k].detach().clone().requires_grad_() for k in ("pv", "history", "tau")
+    )
     memory = {k: given[k] for k in ("memory", "memory_ids")}
     ids = given["ids"]
     found: list[Tensor] = []
@@ -375,7 +377,11 @@ def travelling() -> dict[str, Any]:
     file = io.BytesIO()
     torch.save(holder, file)
     file.seek(0)
-    copies = [copy.deepcopy(holder), AveragedModel(holder).module, torch.load(file, weights_only=False)]
+    copies = [
+        copy.deepcopy(holder),
+        AveragedModel(holder).module,
+        torch.load(file, weights_only=False),
+    ]
     for other in copies:
         assert torch.equal(other["loss"](**given), expected)
     part = dist.new_group([rank], use_local_synchronization=True)
@@ -385,7 +391,9 @@ def travelling() -> dict[str, Any]:
     except ValueError as error:
         found["lost"] = str(error)
     assert torch.equal(some(**given, group="world"), expected)
-    assert torch.equal(copy.deepcopy(cf.ReconstructionLoss(group=part))(**given), cf.reconstruction_loss(**given))
+    assert torch.equal(
+        copy.deepcopy(cf.ReconstructionLoss(group=part))(**given), cf.reconstruction_loss(**given)
+    )
     memory = cf.EmbeddingMemory(8, DIM)
     memory.push(given["pv"].flatten(0, 1)[:2], torch.arange(2) + 10 * rank, group="world")
     found["memory"] = memory.read()[1].tolist()
@@ -417,7 +425,9 @@ def travelling() -> dict[str, Any]:
             optimizer.step()
     state = {k: x.full_tensor() for k, x in sharded.state_dict().items()}
     found["apart"] = max(float((x - state[k]).abs().max()) for k, x in twin.state_dict().items())
-    found["moved"] = float((state["loss.log_inverse_temperature"] - plain.loss.log_inverse_temperature).detach().abs())
+    found["moved"] = float(
+        (state["loss.log_inverse_temperature"] - plain.loss.log_inverse_temperature).detach().abs()
+    )
     return found
 
 
@@ -488,7 +498,16 @@ def test_nested_with_holes_keep_their_lengths() -> None:
 
 def test_messages_hold_no_data() -> None:
     numpy = torch.randn(1000, 3).numpy()
-    for x in (list(range(10**5)), numpy, "x" * 10**5, b"x" * 10**5, 10**6000, {1: numpy}, (numpy,), object()):
+    for x in (
+        list(range(10**5)),
+        numpy,
+        "x" * 10**5,
+        b"x" * 10**5,
+        10**6000,
+        {1: numpy},
+        (numpy,),
+        object(),
+    ):
         assert len(shown(x)) < 120, type(x)
         assert len(describe(x)) < 120, type(x)
     assert shown("all") == "'all'"

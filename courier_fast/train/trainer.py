@@ -510,8 +510,6 @@ class Trainer:
             return
         path = self.checkpoints.path(found - 1)
         state = self.checkpoints.load(path, self._tensors())
-        # Its tensors were filled in place, of which a memory, that counts its rows on the host, has not heard.
-        self.objective.load_state_dict(self.objective.state_dict())
         there, here = state["identity"], self._identity()
         # Another number of processes, also with other batches, goes on at the same page.
         moved = there["world"] != here["world"]
