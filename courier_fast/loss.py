@@ -96,7 +96,7 @@ def _evaluate(
         return ops.loss(p, chosen, stats)
     source = ops.source_of(p)
     if not torch.compiler.is_compiling() and not has_values(source):
-        return ops.without_values(p, stats)
+        return tuple(ops.without_values(p, stats))
     with without_autocast(source):
         if isinstance(p, SequenceProblem):
             if reach is None:

@@ -180,7 +180,7 @@ def test_reconstructions_and_click_sequences(impl: str) -> None:
         given = batch(size, layout)
         del given["clicked"]
         inputs = {name: x.detach().clone().requires_grad_() for name, x in leaves(given)}
-        masked = {k: x for k, x in (given | inputs).items()}
+        masked = given | inputs
         r, weights = cf.reconstruct(
             **masked, num_heads=heads, attention_temperature=cosine, return_weights=True, impl=impl
         )

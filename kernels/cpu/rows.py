@@ -39,8 +39,8 @@ class Rows:
     source: Tensor  # [n] row of the source tensor: the position, or the table index
 
 
-def real_rows(p: Problem | SequenceProblem, side: str) -> Rows:
-    """Of a side, "pv" or "history". Raises ValueError for offsets, or indices of the table, that are out of range."""
+def real_rows(p: Any, side: str) -> Rows:
+    """Of a side of either kind of problem, "pv" or "history". Raises ValueError for offsets, or indices of the table, that are out of range."""
     offsets, mask, index = (getattr(p, f"{side}_{x}") for x in ("offsets", "mask", "index"))
     rows = p.num_history if side == "history" else p.num_pv
     table = rows if index is None else source_of(p).shape[0]
@@ -51,7 +51,7 @@ def real_rows(p: Problem | SequenceProblem, side: str) -> Rows:
     return Rows(keep[:count], page[:count], start, source[:count])
 
 
-def source_of(p: Problem | SequenceProblem) -> Tensor:
+def source_of(p: Any) -> Tensor:
     """The embeddings, or the table."""
     return p.pv if hasattr(p, "pv") else p.history
 
