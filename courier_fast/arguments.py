@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +17,14 @@ from .packing import (
     as_index,
     check_index,
     describe,
+    require_flag,
     require_tensor,
+    shown,
     side,
-    watches_values,
 )
 from .peers import EXCHANGES
 from .problem import ATTENTIONS, DIRECTIONS, NEGATIVES, REDUCTIONS
+from .surroundings import cast, watches_values
 from .temperature import check_temperature
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,31 +43,35 @@ CHOICES = {
 
 def check_choices(**values: Any) -> None:
     for name, value in values.items():
-        if value not in CHOICES[name]:
-            raise ValueError(
-                f"{name}: expected one of {', '.join(map(repr, CHOICES[name]))}, got {value!r}"
+        if not isinstance(value, str) or value not in CHOICES[name]:
+            kind = ValueError if isinstance(value, str) else TypeError
+            raise kind(
+                f"{name}: expected one of {', '.join(map(repr, CHOICES[name]))}, got {shown(value)}"
             )
 
 
 def check_workspace(workspace: Any) -> None:
     if isinstance(workspace, bool) or not isinstance(workspace, int):
         raise TypeError(f"workspace: expected an int (bytes), got {describe(workspace)}")
-    if workspace < 1:
-        raise ValueError(f"workspace: expected at least 1 byte, got {workspace}")
+    if not 1 <= workspace < 1 << 63:
+        raise ValueError(
+            f"workspace: expected at least 1 byte, and fewer than 2**63, got {shown(workspace)}"
+        )
 
 
 def attention_of(attention: str | None, direction: str) -> str:
     """The default is what trained the best embeddings (docs/hm-fashion.md), where a direction has it."""
     if attention is not None:
         return attention
-    return "candidate" if direction == "reconstruct" else "anchor"
+    plain = isinstance(direction, str) and direction == "reconstruct"
+    return "candidate" if plain else "anchor"
 
 
 def _finite(name: str, x: Any) -> float:
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{name}: expected a float, got {describe(x)}")
-    if not math.isfinite(x):
-        raise ValueError(f"{name}: expected a finite value, got {x}")
+    if not abs(x) <= sys.float_info.max:
+        raise ValueError(f"{name}: expected a finite value, got {shown(x)}")
     return float(x)
 
 
@@ -99,13 +105,14 @@ class Attention:
         heads = self.heads
         if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or dim % heads:
             raise ValueError(
-                f"num_heads: expected a divisor of the embedding dimension {dim}, got {heads!r}"
+                f"num_heads: expected a divisor of the embedding dimension {dim}, got {shown(heads)}"
             )
         scale = (dim // heads) ** -0.5 if self.scale is None else float(self.scale)
         if self.temperature is not None:
             scale = 1.0 / self.temperature
         return {
-            "attention": "candidate" if self.kind == "candidate" else "anchor",
+            # The mean of a history is that of every candidate.
+            "attention": "candidate" if self.kind == "candidate" and scale else "anchor",
             "cosine": self.kind == "candidate" and self.temperature is not None,
             "attention_scale": 0.0 if self.kind == "mean" else scale,
             "num_heads": heads,
@@ -113,21 +120,6 @@ class Attention:
 
 
 # ---- tensors ------------------------------------------------------------------------------------------------------
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Floating inputs in the autocast type, where autocast is on: the loss is a matrix product at heart."""
-    device = next(t for t in tensors if t is not None).device.type
-    try:  # torch.amp.is_autocast_available cannot be traced in PyTorch 2.11
-        if not torch.is_autocast_enabled(device):
-            return tensors
-    except RuntimeError:  # a device without autocast
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    )
 
 
 def _float_rows(name: str, x: Any, like: Tensor | None) -> Tensor:
@@ -167,7 +159,7 @@ def _same_layout(pv: Given, history: Given) -> None:
 
 def _unit_heads(x: Tensor, heads: int) -> Tensor:
     """Rows divided by their length, head by head."""
-    return reference.normalize(x.view(len(x), heads, -1)).reshape(len(x), -1)
+    return reference.normalize(x.view(len(x), heads, x.shape[1] // heads)).reshape(x.shape)
 
 
 class Pages:
@@ -182,7 +174,9 @@ class Pages:
     def __init__(
         self, given: Sequence[Given], embeddings: Any, validate: bool, **projections: Any
     ) -> None:
-        self.validate = validate
+        require_flag("validate", validate)
+        self.validate = bool(validate)
+        self._unused: list[Tensor] = []
         for g in given:
             require_tensor(g.name, g.x)
         table = None if embeddings is None else _table(embeddings)
@@ -194,11 +188,11 @@ class Pages:
         for name, x in projections.items():
             if x is not None:
                 require_tensor(name, x)
-        cast = _autocast(*(g.x for g in given), *projections.values(), table)
-        self._inputs = dict(zip((*(g.name for g in given), *projections), cast, strict=False))
-        table = cast[-1]
+        found = cast(given[0].x, *(g.x for g in given), *projections.values(), table)
+        self._inputs = dict(zip((*(g.name for g in given), *projections), found, strict=False))
+        table = found[-1]
         self._table = None if table is None else table.contiguous()
-        source = cast[0] if table is None else table
+        source = found[0] if table is None else table
         assert source is not None
         self._source = source
         self.device = source.device
@@ -250,11 +244,15 @@ class Pages:
     def fields(self, attention: Attention, clicked: Any | None) -> dict[str, Any]:
         """Those of a Problem that say what is attended to, and by whom."""
         options = attention.of(self._dim)
+        query, key = self._projection("query", "pv"), self._projection("key", "history")
+        if not options["attention_scale"]:
+            # 0 times a product is not computed: what it is made of may be infinite.
+            self._unused, query, key = [x for x in (query, key) if x is not None], None, None
         fields: dict[str, Any] = {
-            "query": self._projection("query", "pv"),
-            "key": self._projection("key", "history"),
+            "query": query,
+            "key": key,
             "value": self._projection("value", "history"),
-            "clicked": None if clicked is None else self._bools("clicked", clicked),
+            "clicked": None if clicked is None else self._clicked(clicked),
         } | options
         for name, layout in self.sides.items():
             fields[f"{name}_offsets"], fields[f"{name}_mask"] = layout.offsets, layout.mask
@@ -273,6 +271,12 @@ class Pages:
             fields["history"] = None
         return fields
 
+    def attached(self, x: Tensor) -> Tensor:
+        """With a gradient of zeros for inputs that have no influence."""
+        for unused in self._unused:
+            x = x + unused[:0].sum().to(x.dtype)
+        return x
+
     def temperature(self, temperature: float | Tensor) -> dict[str, Any]:
         """The fields `temperature` and `tau`."""
         tensor, tau = check_temperature(temperature, self.device, self.validate)
@@ -284,6 +288,12 @@ class Pages:
 
     def _bools(self, name: str, x: Any) -> Tensor:
         return as_bool(name, self._per_item(name, x), self.items, self.validate)
+
+    def _clicked(self, clicked: Any) -> Tensor:
+        found = self._bools("clicked", clicked)
+        if clicked.is_nested:  # results are in its layout
+            self.items.like = clicked
+        return found
 
     def ids(self, name: str, x: Any) -> Tensor | None:
         """Integers, one per item."""
@@ -300,9 +310,7 @@ class Pages:
     def weights(self, x: Any) -> Tensor | None:
         """`floats` of at least 0."""
         weights = self.floats("weights", x)
-        if weights is None or not (
-            watches_values() and (self.validate or weights.device.type == "cpu")
-        ):
+        if weights is None or not watches_values(weights, self.validate):
             return weights
         bad = ~(torch.isfinite(weights) & (weights >= 0))
         live = self.items.live()

@@ -65,6 +65,10 @@ class Scoring:
     def inverse_tau(self) -> Tensor | float:
         return 1.0 / self.tau if self.temperature is None else 1.0 / self.temperature.double()
 
+    def inverse_tau_on(self, device: torch.device) -> Tensor:
+        """0-d float64."""
+        return torch.as_tensor(self.inverse_tau, device=device, dtype=torch.float64)
+
 
 @dataclass
 class Partial:
@@ -157,7 +161,7 @@ def scores(x: Side, y: Side, pairs: str, scoring: Scoring) -> Tensor:
 
 def _scored(cosine: Tensor, x: Side, y: Side, pairs: str, scoring: Scoring) -> Tensor:
     """Scores from cosines [M, n], biases included, -inf where a column is no candidate."""
-    s = cosine * torch.as_tensor(scoring.inverse_tau, device=cosine.device).to(cosine.dtype)
+    s = cosine * scoring.inverse_tau_on(cosine.device).to(cosine.dtype)
     if y.bias is not None:
         s = s + y.bias.to(s.dtype)
     meet = allowed(x, y, pairs)
@@ -213,7 +217,7 @@ def _candidate_scores(
 
 def count_above(s: Tensor, y: Side, scoring: Scoring, bar: Tensor) -> Tensor:
     """[M] int64: candidates whose score [M, n] is above `bar` [M]; ties but for rounding are not."""
-    limit = bar.to(s.dtype) + 1e-6 * torch.as_tensor(scoring.inverse_tau, device=bar.device)
+    limit = bar.to(s.dtype) + 1e-6 * scoring.inverse_tau_on(bar.device).to(s.dtype)
     if not y.merged or y.bias is None:
         return (s > limit[:, None]).sum(1)
     return ((s - y.bias.to(s.dtype) > limit[:, None]) * y.bias.exp().round().to(torch.int64)).sum(1)

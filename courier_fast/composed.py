@@ -61,7 +61,9 @@ class _Listed:
         """Of columns: those that are none have no weight."""
         if self.live is None:
             return bias
-        nothing = torch.zeros((), device=self.index.device) if bias is None else bias
+        nothing = (
+            torch.zeros((), device=self.index.device, dtype=torch.float32) if bias is None else bias
+        )
         return torch.where(self.live, nothing, NOWHERE)
 
 

@@ -197,7 +197,7 @@ class Graphs:
         return _Replay.apply(graph, [names.get(f.name, False) for f in fields(p)], *flat)
 
     def _reasons(self, p: Problem | SequenceProblem, impl: str) -> list[str]:
-        source = p.pv if isinstance(p, Problem) else p.history
+        source = ops.source_of(p)
         reasons = []
         if source.device.type not in DEVICES:
             reasons.append(f"the tensors are on {source.device}, expected a CUDA device")

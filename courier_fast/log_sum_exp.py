@@ -17,6 +17,7 @@ from .blocks import Partial, Scoring, Side
 from .peers import rounds_of
 from .problem import NORM_EPS, Pages
 from .reach import Reach
+from .surroundings import alone, alone_backward
 
 
 @dataclass
@@ -77,9 +78,10 @@ class LogSumExp(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         backend = call.reach.backend
         own_x, own_y = replace(call.x, rows=x.to(dtype)), replace(call.y, rows=y.to(dtype))
-        found = call.merged(
-            own_y, lambda y, pairs: backend.forward(own_x, y, pairs, call.scoring, call.bar)
-        )
+        with alone(x):
+            found = call.merged(
+                own_y, lambda y, pairs: backend.forward(own_x, y, pairs, call.scoring, call.bar)
+            )
         ctx.save_for_backward(own_x.rows, own_y.rows, found.lse, found.mean, inverse_tau)
         ctx.call, ctx.dtypes = call, (x.dtype, y.dtype)
         above = found.above if found.above is not None else x.new_zeros(0, dtype=torch.int64)
@@ -88,6 +90,7 @@ class LogSumExp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @alone_backward
     def backward(ctx: Any, g: Tensor, _: Any) -> Any:  # type: ignore[override]
         x, y, lse, mean, inverse_tau = ctx.saved_tensors
         call: Call = ctx.call
@@ -131,10 +134,11 @@ class CandidateLogSumExp(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         partial = call.reach.backend.candidate_forward
         pages = replace(pages, key=key, value=key if value is None else value)
-        found = call.merged(
-            replace(call.y, rows=rows, query=query),
-            lambda y, pairs: partial(pages, call.x, y, pairs, call.scoring, call.bar),
-        )
+        with alone(rows):
+            found = call.merged(
+                replace(call.y, rows=rows, query=query),
+                lambda y, pairs: partial(pages, call.x, y, pairs, call.scoring, call.bar),
+            )
         ctx.save_for_backward(rows, query, key, value, found.lse)
         ctx.call, ctx.pages = call, replace(pages, key=None, value=None)
         above = found.above if found.above is not None else rows.new_zeros(0, dtype=torch.int64)
@@ -143,6 +147,7 @@ class CandidateLogSumExp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @alone_backward
     def backward(ctx: Any, g: Tensor, _: Any) -> Any:  # type: ignore[override]
         rows, query, key, value, lse = ctx.saved_tensors
         call: Call = ctx.call
@@ -191,6 +196,7 @@ class _Unit(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @alone_backward
     def backward(ctx: Any, d: Tensor) -> Tensor:  # type: ignore[override]
         unit, norm = ctx.saved_tensors
         return ((d - (d * unit).sum(1, keepdim=True) * unit) / norm).to(ctx.dtype)

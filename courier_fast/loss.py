@@ -11,11 +11,15 @@ from torch import Tensor
 from . import composed, ops, reference
 from .arguments import CHOICES, Attention, Pages, attention_of, check_choices, check_workspace
 from .cuda_graph import Graphs
-from .packing import Given, describe, require_tensor
-from .peers import Peers, reporting
+from .packing import Given, describe, require_flag, require_tensor, shown
+from .peers import Group, Peers, reporting, warn_of_early_none, warn_of_late_world
 from .problem import WORKSPACE, Problem, SequenceProblem
 from .reach import Beside
+from .surroundings import has_values, without_autocast
 from .temperature import WithTemperature
+
+# The `group` of a module that is given none.
+LEFT_OUT = Group(None)
 
 
 @dataclass
@@ -42,12 +46,13 @@ class ReconstructionStats:
     def recall_at(self, k: int) -> Tensor:
         """Share of anchors whose positive is among the k best candidates, 0-d float32; NaN without anchors."""
         hits = (self._anchors(self.is_anchor) & (self._anchors(self.rank) <= k)).sum()
-        return hits / self.num_anchors
+        return hits.float() / self.num_anchors
 
     def mrr(self) -> Tensor:
         """Mean reciprocal rank of the positive, 0-d float32; NaN without anchors."""
         is_anchor, rank = self._anchors(self.is_anchor), self._anchors(self.rank)
-        return torch.where(is_anchor, 1.0 / rank.clamp(min=1), 0.0).sum() / self.num_anchors
+        inverse = 1.0 / rank.clamp(min=1).float()
+        return torch.where(is_anchor, inverse, 0.0).sum() / self.num_anchors
 
     @staticmethod
     def _anchors(x: Tensor) -> Tensor:
@@ -56,9 +61,8 @@ class ReconstructionStats:
 
 def _choose(impl: str, p: Problem | SequenceProblem) -> str:
     """The implementation to run; an explicit one never falls back."""
-    source = p.pv if isinstance(p, Problem) else p.history
     if impl == "auto":
-        candidate = {"cuda": "triton", "cpu": "cpu"}.get(source.device.type)
+        candidate = {"cuda": "triton", "cpu": "cpu"}.get(ops.source_of(p).device.type)
         # The interpreter is for tests: impl="triton" on CPU tensors has to be asked for.
         return (
             candidate
@@ -90,14 +94,18 @@ def _evaluate(
         return graphs(p, chosen, stats)
     if reach is None and chosen != "reference":
         return ops.loss(p, chosen, stats)
-    if isinstance(p, SequenceProblem):
+    source = ops.source_of(p)
+    if not torch.compiler.is_compiling() and not has_values(source):
+        return tuple(ops.without_values(p, stats))
+    with without_autocast(source):
+        if isinstance(p, SequenceProblem):
+            if reach is None:
+                return (reference.click_sequence_loss(ops.checked(p)),)
+            return (composed.click_sequence_loss(p, reach),)
         if reach is None:
-            return (reference.click_sequence_loss(p),)
-        return (composed.click_sequence_loss(p, reach),)
-    if reach is None:
-        out = reference.reconstruction_loss(p)
-    else:
-        out = composed.reconstruction_loss(p, reach, stats)
+            out = reference.reconstruction_loss(ops.checked(p))
+        else:
+            out = composed.reconstruction_loss(p, reach, stats)
     return (out.loss, *out.rows, out.num_skipped)
 
 
@@ -158,7 +166,7 @@ def reconstruction_loss(
         embeddings: a table [n, D] of unique items that `pv` and `history` index; it takes the gradient, and each item is
             one candidate however often it occurs.
         query, key, value: attention inputs in the layouts of pv, history, history; default pv, history, history.
-        temperature: tau > 0, a float or a 0-d tensor that may require a gradient.
+        temperature: tau > 0, a float or a tensor of one number that may require a gradient.
         attention: "candidate" (direction "reconstruct" only), "anchor" or "mean"; default "candidate", in the other
             directions "anchor".
         attention_scale: c; default 1 / sqrt(D / num_heads).
@@ -171,7 +179,7 @@ def reconstruction_loss(
             `embeddings`: the index; otherwise no two items are the same.
         log_q: log sampling probability of each candidate, subtracted from its scores. Takes no gradient.
         weights: weight >= 0 of each clicked item as an anchor; 0 makes it none. Takes no gradient.
-        group: a torch.distributed ProcessGroup: the candidates are those of all its processes, and the loss that of the union
+        group: a torch.distributed ProcessGroup, or "world", all processes at the time of the call: the candidates are those of all its processes, and the loss that of the union
             of their batches (docs/processes.md). "mean" gives W times this process's part, so that DistributedDataParallel's
             mean of the gradients is the union's. Every process calls, and calls backward, also without any page.
         exchange: how their rows travel: all at once ("gather"), in rounds of bounded memory ("ring"), or as `workspace` has
@@ -207,10 +215,11 @@ def reconstruction_loss(
         )
         if attention == "candidate" and direction != "reconstruct":
             raise ValueError(
-                f'direction: expected "reconstruct" with attention "candidate", got {direction!r}: "identify" and "both" compare '
+                f'direction: expected "reconstruct" with attention "candidate", got {shown(direction)}: "identify" and "both" compare '
                 'reconstructions made for their own items (attention "anchor" or "mean")'
             )
         check_workspace(workspace)
+        require_flag("return_stats", return_stats)
         require_tensor("clicked", clicked)
         attends = Attention(attention, attention_scale, attention_temperature, num_heads)
         sides = (
@@ -230,7 +239,8 @@ def reconstruction_loss(
             workspace=workspace,
         )
         beside = Beside(peers, exchange, table_ids, memory, memory_ids, memory_log_q)
-        loss, *per_row, skipped = _evaluate(p, impl, beside, _graphs, return_stats)
+        loss, *per_row, skipped = _evaluate(p, impl, beside, _graphs, bool(return_stats))
+        loss = pages.attached(loss)
     if reduction == "none":
         loss = pages.items.restore(loss)
     if not return_stats:
@@ -275,6 +285,7 @@ def reconstruct(
     [N, heads, longest history] over the rows of the page's history in order, zeros past its end.
     """
     check_choices(impl=impl)
+    require_flag("return_weights", return_weights)
     attends = Attention("anchor", attention_scale, attention_temperature, num_heads)
     sides = (
         Given("pv", pv, pv_mask, pv_offsets),
@@ -290,11 +301,17 @@ def reconstruct(
         tau=1.0,
     )
     chosen = _choose(impl, p)
-    r = reference.reconstruct(p)[0] if chosen == "reference" else ops.reconstruct(p, chosen)
-    r = pages.items.restore(r)
+    if chosen != "reference":
+        r = ops.reconstruct(p, chosen)
+    elif torch.compiler.is_compiling() or has_values(p.pv):
+        with without_autocast(p.pv):
+            r = reference.reconstruct(ops.checked(p))[0]
+    else:
+        r = ops.without_values(p, False, whole=False)[0]
+    r = pages.items.restore(pages.attached(r))
     if not return_weights:
         return r
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(p.pv):
         return r, _by_position(reference.reconstruct(p)[1], pages)
 
 
@@ -383,6 +400,8 @@ def click_sequence_loss(
 class _Module(WithTemperature):
     """The options of each call, and its graphs."""
 
+    _may_be_early = False  # in what was pickled before
+
     def __init__(
         self, temperature: tuple[float, bool, float], options: dict[str, Any], cuda_graph: bool
     ) -> None:
@@ -392,28 +411,46 @@ class _Module(WithTemperature):
             raise ValueError(
                 "cuda_graph and validate: expected at most one, as validation looks at values on the host, got both"
             )
-        if cuda_graph and options["group"] is not None:
+        # Left out, it is None for good; given as None, it may be a WORLD that is not there yet.
+        left_out = options["group"] is LEFT_OUT
+        self._may_be_early = not left_out and warn_of_early_none(options["group"])
+        if not left_out:
+            options["group"] = Group(options["group"])
+        if cuda_graph and options["group"].given is not None:
             raise ValueError(
                 "cuda_graph: expected False with group, whose sizes the host has to know, got True"
             )
         super().__init__(*temperature)
         check_choices(**{name: options[name] for name in CHOICES if name in options})
         check_workspace(options["workspace"])
+        for name in ("return_stats", "validate"):
+            require_flag(name, options.get(name, False))
         self._graphs = Graphs() if cuda_graph else None
         self._options = options
 
     def extra_repr(self) -> str:
         options = self._options | {"cuda_graph": self._graphs is not None}
         return super().extra_repr() + "".join(
-            f", {name}={value!r}" for name, value in options.items() if value is not None
+            f", {name}={value!r}"
+            for name, value in options.items()
+            if value is not None and repr(value) != "None"
         )
+
+    def _arguments(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Of a call: the options, and what is given with it."""
+        if self._may_be_early and "group" not in inputs and not torch.compiler.is_compiling():
+            self._may_be_early = not warn_of_late_world()
+        return self._options | inputs
 
 
 class ReconstructionLoss(_Module):
     """`reconstruction_loss` as a module: options at construction, tensors at the call.
 
-    With `learnable_temperature` the parameter `log_inverse_temperature` holds log(1/tau) (0-d, float32), and
-    tau >= `min_temperature`; at that limit only gradients that raise tau pass. Other options as for `reconstruction_loss`.
+    With `learnable_temperature` the parameter `log_inverse_temperature` holds log(1/tau) ([1], float32 whatever the default
+    dtype; state dicts with shape [] load), and tau >= `min_temperature`; at that limit only gradients that raise tau pass.
+    `reset_parameters` gives it its first value, for modules built on the device "meta". Other options as for
+    `reconstruction_loss`. A `group` is shared by copies of the module and saved with it by its name: give "world" where the
+    module is made before `init_process_group`, as `torch.distributed.group.WORLD` is None until then.
 
     With `cuda_graph`, forward and backward are captured as two CUDA graphs for each signature (shapes, types, which
     tensors are given, which take a gradient, options) and replayed afterwards: for small batches of fixed shape, whose
@@ -437,7 +474,7 @@ class ReconstructionLoss(_Module):
         num_heads: int = 1,
         negatives: str = "batch",
         direction: str = "reconstruct",
-        group: Any = None,
+        group: Any = LEFT_OUT,
         exchange: str = "auto",
         reduction: str = "mean",
         return_stats: bool = False,
@@ -463,6 +500,7 @@ class ReconstructionLoss(_Module):
         }
         fixed_or_learned = (temperature, learnable_temperature, min_temperature)
         super().__init__(fixed_or_learned, options, cuda_graph)
+        Attention(options["attention"], attention_scale, attention_temperature, num_heads)
 
     def forward(
         self, pv: Tensor, history: Tensor, clicked: Tensor, **inputs: Any
@@ -474,7 +512,7 @@ class ReconstructionLoss(_Module):
             clicked,
             temperature=self.temperature,
             _graphs=self._graphs,
-            **(self._options | inputs),
+            **self._arguments(inputs),
         )
 
 
@@ -487,7 +525,7 @@ class ClickSequenceLoss(_Module):
         learnable_temperature: bool = False,
         min_temperature: float = 0.01,
         *,
-        group: Any = None,
+        group: Any = LEFT_OUT,
         exchange: str = "auto",
         reduction: str = "mean",
         validate: bool = False,
@@ -509,5 +547,5 @@ class ClickSequenceLoss(_Module):
     def forward(self, history: Tensor, **inputs: Any) -> Tensor:
         """`inputs`: the tensor arguments of `click_sequence_loss` (mask, offsets, embeddings, item_ids)."""
         return click_sequence_loss(
-            history, temperature=self.temperature, _graphs=self._graphs, **(self._options | inputs)
+            history, temperature=self.temperature, _graphs=self._graphs, **self._arguments(inputs)
         )

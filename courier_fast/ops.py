@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,9 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from .packing import check_offsets, check_range
 from .problem import Problem, SequenceProblem
+from .surroundings import alone
 
 IMPLEMENTATIONS = {
     "triton": "courier_fast.kernels.pipeline",
@@ -41,7 +43,7 @@ def unavailable_reasons(impl: str, p: Problem | SequenceProblem) -> list[str]:
     if not torch.compiler.is_compiling():
         return _reasons(impl, p)
     # Imports and device queries cannot be traced: ask them once, about an empty problem of this kind.
-    source = p.pv if isinstance(p, Problem) else p.history
+    source = source_of(p)
     reasons = _reasons_while_tracing(
         impl,
         isinstance(p, Problem),
@@ -95,6 +97,11 @@ _TYPES = {
 def _schema_of(problem: type) -> str:
     """The dataclass fields as schema arguments: one list, so that the two cannot differ."""
     return ", ".join(f"{_TYPES[str(f.type)]} {f.name}" for f in fields(problem))
+
+
+def source_of(p: Problem | SequenceProblem) -> Tensor:
+    """The embeddings, or the table."""
+    return p.pv if isinstance(p, Problem) else p.history
 
 
 def flat(p: Problem | SequenceProblem) -> list[Any]:
@@ -194,7 +201,7 @@ class Operator:
         call a function of an implementation's module; `fake(p, stats)` gives empty outputs."""
         self.gradients, self.forward, self.backward = gradients, forward, backward
         self._problem, self._outputs = problem, outputs
-        self._fake_outputs, self._saved_spec = fake, saved_spec
+        self.fake_outputs, self._saved_spec = fake, saved_spec
         inputs = f"{_schema_of(problem)}, bool[] needs"
         self._op = self._define(
             name,
@@ -236,21 +243,39 @@ class Operator:
 
     def _run(self, *inputs: Any) -> Any:
         *values, needs, stats, impl = inputs
+        return self.run(self._problem(*values), impl, needs, stats)
+
+    def run(
+        self, p: Problem | SequenceProblem, impl: str, needs: Sequence[bool], stats: bool
+    ) -> Any:
+        """What an implementation computes, without autograd, whatever is around."""
+        source = source_of(p)
         # Kernels are launched on the current GPU: make it the inputs' one. On the CPU, nothing.
-        with torch.cuda.device_of(values[0]):
-            return self.forward(_module(impl), self._problem(*values), needs, stats)
+        with torch.cuda.device_of(source), alone(source):
+            return self.forward(_module(impl), p, needs, stats)
+
+    def run_backward(
+        self,
+        p: Problem | SequenceProblem,
+        impl: str,
+        needs: Sequence[bool],
+        saved: Sequence[Tensor],
+        grad: Tensor,
+    ) -> Any:
+        source = source_of(p)
+        with torch.cuda.device_of(source), alone(source):
+            return self.backward(_module(impl), p, needs, saved, grad)
 
     def _fake(self, *inputs: Any) -> Any:
         *values, needs, stats, impl = inputs
         p = self._problem(*values)
         spec = self._saved_spec(_module(impl), p, needs)
         new = values[0].new_empty
-        return (*self._fake_outputs(p, stats), [new(shape, dtype=dtype) for shape, dtype in spec])
+        return (*self.fake_outputs(p, stats), [new(shape, dtype=dtype) for shape, dtype in spec])
 
     def _run_backward(self, *inputs: Any) -> list[Tensor]:
         *values, needs, impl, saved, grad = inputs
-        with torch.cuda.device_of(values[0]):
-            grads = self.backward(_module(impl), self._problem(*values), needs, saved, grad)
+        grads = self.run_backward(self._problem(*values), impl, needs, saved, grad)
         # An operator returns tensors only: without the gradients nobody asked for.
         return [g for g in grads if g is not None]
 
@@ -425,8 +450,63 @@ def reconstruct(p: Problem, impl: str) -> Tensor:
     return _reconstruct(p, impl)[0]
 
 
+def without_values(p: Problem | SequenceProblem, stats: bool, whole: bool = True) -> list[Tensor]:
+    """Outputs in shape and type alone, attached to the inputs: where there are no values, what waits for some cannot run.
+    `whole`: of the loss, else of `reconstruct`."""
+    operator = _operator_of(p) if whole else _reconstruct
+    first, *rest = operator.fake_outputs(p, stats)
+    if whole:
+        first = first.to(torch.promote_types(source_of(p).dtype, torch.float32))
+    for name in operator.gradients:
+        x = getattr(p, name)
+        if x is not None:
+            first = first + (x[:0].sum() if x.dim() else x * 0).to(first.dtype)
+    return [first, *rest]
+
+
+# ---- bounds -------------------------------------------------------------------------------------------------------
+
+_lib.define("checked_offsets(Tensor offsets, int rows, str name) -> Tensor")
+_lib.define("checked_index(Tensor index, int size, str name) -> Tensor")
+
+
+def _checked_offsets(offsets: Tensor, rows: int, name: str) -> Tensor:
+    check_offsets(name, offsets, rows)
+    return offsets.clone()
+
+
+def _checked_index(index: Tensor, size: int, name: str) -> Tensor:
+    check_range(name, index, size)
+    return index.clone()
+
+
+for _name, _run in (("checked_offsets", _checked_offsets), ("checked_index", _checked_index)):
+    _lib.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"courier_fast::{_name}", lambda x, *_: torch.empty_like(x), lib=_lib
+    )
+
+
+def checked(p: Any) -> Any:
+    """While a program is traced, the same problem with its bounds checked by operators of the program: the reference's own
+    would read row -1 as the last one. The CPU operator checks by itself, and on a GPU what comes is clamped."""
+    if not torch.compiler.is_compiling() or source_of(p).device.type != "cpu":
+        return p
+    op, changes = torch.ops.courier_fast, {}
+    for side in ("pv", "history"):
+        offsets, index = getattr(p, f"{side}_offsets", None), getattr(p, f"{side}_index", None)
+        if offsets is not None:
+            rows = p.num_pv if side == "pv" else p.num_history
+            name = f"{side}_offsets"
+            changes[name] = op.checked_offsets(offsets, rows, name)
+        if index is not None:
+            size = source_of(p).shape[0]
+            changes[f"{side}_index"] = op.checked_index(index, size, side)
+    return replace(p, **changes)
+
+
 def passes(p: Problem | SequenceProblem, impl: str) -> tuple[Any, Any]:
     """forward(needs, stats) -> (outputs ..., saved) and backward(needs, saved, upstream) -> gradients, None where not
     asked for: what an implementation computes, without autograd."""
-    operator, module = _operator_of(p), _module(impl)
-    return partial(operator.forward, module, p), partial(operator.backward, module, p)
+    operator = _operator_of(p)
+    return partial(operator.run, p, impl), partial(operator.run_backward, p, impl)

@@ -8,31 +8,72 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+from .surroundings import watches_values
+
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+# Characters of a value that a message shows.
+_SHOWN = 60
+
+
+def shown(x: Any) -> str:
+    """A value as a message shows it: never the data of a list, an array or a tensor, nor a long text."""
+    if isinstance(x, int) and not isinstance(x, bool) and x.bit_length() > 4 * _SHOWN:
+        return f"an int of {x.bit_length()} bits"
+    if x is None or isinstance(x, (bool, int, float, str, bytes)):
+        text = repr(x[: _SHOWN + 1] if isinstance(x, (str, bytes)) else x)
+        return text if len(text) <= _SHOWN + 2 else f"{text[:_SHOWN]}..."
+    return describe(x)
 
 
 def describe(x: Any) -> str:
-    """What came, for an error message."""
+    """What came, for an error message: its kind, and its size or a value that is short."""
+    kind = type(x).__name__
     if isinstance(x, Tensor):
-        kind = "nested" if x.is_nested else f"shape {list(x.shape)}"
-        return f"{kind}, {x.dtype}, on {x.device}"
-    return f"{type(x).__name__} {x!r}"
+        shape = "nested" if x.is_nested else f"shape {list(x.shape)}"
+        return f"{shape}, {x.dtype}, on {x.device}"
+    if x is None:
+        return "None"
+    if isinstance(x, (bool, int, float, str, bytes)):
+        return f"{kind} {shown(x)}"
+    if isinstance(getattr(x, "shape", None), tuple):
+        return f"{kind} of shape {list(x.shape)}"
+    try:
+        return f"{kind} of length {len(x)}"
+    except TypeError:
+        return kind
+
+
+_LAYOUTS = (torch.strided, torch.jagged)
 
 
 def require_tensor(name: str, x: Any) -> Tensor:
+    """TypeError unless `x` is a tensor that holds its values here, as they are."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {describe(x)}")
+    if type(x) is not Tensor:
+        _require_plain(name, x)
+    # A NestedTensor of another layout has an error of its own.
+    if x.layout not in _LAYOUTS or x.is_quantized:
+        kind = "a quantized one" if x.is_quantized else f"layout {x.layout}"
+        raise TypeError(f"{name}: expected a dense torch.Tensor, got {kind}")
     return x
 
 
-def watches_values() -> bool:
-    """Whether tensor values may be looked at: not while torch.compile or torch.export traces, nor under vmap."""
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return False
-    if not torch._C._are_functorch_transforms_active():
-        return True
-    vmap = torch._C._functorch.TransformType.Vmap
-    return all(t.key() != vmap for t in torch._C._functorch.get_interpreter_stack() or ())
+def _require_plain(name: str, x: Tensor) -> None:
+    kind = type(x)
+    if kind.__module__.startswith("torch.distributed.tensor"):
+        raise TypeError(
+            f"{name}: expected a torch.Tensor of this process, got a {kind.__name__}: give its to_local() or full_tensor()"
+        )
+    if kind.__module__.startswith("torch.masked"):
+        raise TypeError(
+            f"{name}: expected a torch.Tensor and a mask of its own, got a MaskedTensor"
+        )
+
+
+def require_flag(name: str, x: Any) -> None:
+    if not isinstance(x, (bool, int)) and type(x).__name__ not in ("bool_", "bool"):
+        raise TypeError(f"{name}: expected True or False, got {describe(x)}")
 
 
 @dataclass
@@ -98,8 +139,14 @@ class Side:
         """[rows, ...] in the layout of the input."""
         if self.kind == "nested":
             assert self.like is not None
+            like = self.like
+            # Its offsets themselves, and its longest length: what comes goes with it in sums and products.
+            known = {
+                f"{which}_seqlen": getattr(like, f"_maybe_{which}_seqlen", None)
+                for which in ("min", "max")
+            }
             return torch.nested.nested_tensor_from_jagged(
-                x, self.like.offsets(), self.like.lengths()
+                x, like.offsets(), like.lengths(), **known
             )
         return x.reshape(*self.shape, *x.shape[1:])
 
@@ -124,9 +171,9 @@ def as_bool(name: str, x: Any, layout: Side | None, validate: bool) -> Tensor:
     x = require_tensor(name, x)
     if x.dtype == torch.bool:
         return x
-    if x.dtype not in _INTEGERS:
+    if x.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected a bool or integer (0/1) tensor, got {x.dtype}")
-    if watches_values() and (validate or x.device.type == "cpu"):
+    if watches_values(x, validate):
         bad = (x != 0) & (x != 1)
         live = None if layout is None else layout.live()
         if live is not None:
@@ -137,7 +184,7 @@ def as_bool(name: str, x: Any, layout: Side | None, validate: bool) -> Tensor:
 
 
 def as_index(name: str, x: Tensor) -> Tensor:
-    if x.dtype not in _INTEGERS:
+    if x.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected an integer tensor, got {x.dtype}")
     return x.to(torch.int64)
 
@@ -149,7 +196,7 @@ def side(given: Given, features: int, device: torch.device, validate: bool) -> S
     else:
         make = _padded if given.offsets is None else _packed
         layout = make(given, features, device, validate)
-    layout.watch = watches_values() and (validate or device.type == "cpu")
+    layout.watch = watches_values(layout.offsets, validate)
     return layout
 
 
@@ -218,30 +265,48 @@ def _offsets(name: str, offsets: Any, rows: int, device: torch.device, validate:
         raise ValueError(f"{name}: expected shape [pages + 1], got {list(offsets.shape)}")
     if offsets.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got {offsets.device}")
-    if watches_values() and (validate or offsets.device.type == "cpu"):
-        if int(offsets[0]) != 0:
-            raise ValueError(f"{name}: expected to start at 0, got {int(offsets[0])}")
-        steps = offsets.diff()
-        if bool((steps < 0).any()):
-            page = int((steps < 0).nonzero()[0])
-            raise ValueError(
-                f"{name}: expected non-decreasing values, got {int(offsets[page])} before {int(offsets[page + 1])}"
-            )
-        if int(offsets[-1]) > rows:
-            raise ValueError(
-                f"{name}: expected to end at {rows} rows or before, got {int(offsets[-1])}"
-            )
+    if offsets.device.type != "cpu" and not watches_values(offsets, validate):
+        # Nobody waits for a GPU's values: whatever they are, nothing outside is read. On a CPU the operator looks.
+        return offsets.clamp(0, rows)
+    if watches_values(offsets, validate):
+        check_offsets(name, offsets, rows)
     return offsets.contiguous()
 
 
+def check_offsets(name: str, offsets: Tensor, rows: int) -> None:
+    if int(offsets[0]) != 0:
+        raise ValueError(f"{name}: expected to start at 0, got {int(offsets[0])}")
+    steps = offsets.diff()
+    if bool((steps < 0).any()):
+        page = int((steps < 0).nonzero()[0])
+        raise ValueError(
+            f"{name}: expected non-decreasing values, got {int(offsets[page])} before {int(offsets[page + 1])}"
+        )
+    if int(offsets[-1]) > rows:
+        raise ValueError(
+            f"{name}: expected to end at {rows} rows or before, got {int(offsets[-1])}"
+        )
+
+
+def check_range(name: str, index: Tensor, size: int) -> None:
+    if not index.numel():
+        return
+    low, high = (int(x) for x in index.aminmax())
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"{name}: expected indices from 0 to {size - 1}, got {low if low < 0 else high}"
+        )
+
+
 def check_index(name: str, index: Tensor, live: Tensor | None, size: int, validate: bool) -> Tensor:
-    """Indices into the table, padding pointed at row 0; out of range is an error where values may be looked at."""
+    """Indices into the table, those of padding inside of it, too. Out of range is an error where values may be looked at;
+    on a GPU they are clamped, and on a CPU the operator looks at what is traced."""
+    if index.device.type != "cpu" and not watches_values(index, validate):
+        if not size and index.numel():
+            raise ValueError(f"embeddings: expected a row for the indices in {name}, got none")
+        return index.clamp(0, max(size - 1, 0))
     if live is not None:
         index = torch.where(live, index, 0)
-    if watches_values() and (validate or index.device.type == "cpu") and index.numel():
-        low, high = int(index.min()), int(index.max())
-        if low < 0 or high >= size:
-            raise ValueError(
-                f"{name}: expected indices from 0 to {size - 1}, got {low if low < 0 else high}"
-            )
+    if watches_values(index, validate) and (size or live is None or bool(live.any())):
+        check_range(name, index, size)
     return index

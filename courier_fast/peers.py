@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,9 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .packing import describe
+
 EXCHANGES = ("auto", "gather", "ring")
 _ERRORS = {"ValueError": ValueError, "TypeError": TypeError, "RuntimeError": RuntimeError}
-_cpu_groups: dict[str, Any] = {}
+_cpu_groups: dict[str, tuple[Any, Any]] = {}
+WORLD = "world"
 
 
 def _all_gather(out: Tensor, mine: Tensor, group: Any, async_op: bool = False) -> Any:
@@ -37,12 +42,102 @@ def _cpu_group(group: Any) -> Any:
     """Where host integers travel: the group itself if it has a backend for the CPU, else one made beside it."""
     if "cpu" in {str(d) for d in group._device_types}:
         return group
-    if group.group_name not in _cpu_groups:
+    of, found = _cpu_groups.get(group.group_name, (None, None))
+    if of is not group:  # a later init_process_group gives the same names again
         ranks = dist.get_process_group_ranks(group)
-        _cpu_groups[group.group_name] = dist.new_group(
-            ranks, backend="gloo", use_local_synchronization=True
+        found = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        _cpu_groups[group.group_name] = group, found
+    return found
+
+
+class Group:
+    """What a module was given as its `group`, and goes with it: copies share it, a pickled module has it by its name.
+
+    `world`: the processes of torch.distributed as they are at the call.
+    """
+
+    def __init__(self, given: Any) -> None:
+        check_group(given)
+        self.given = given
+
+    def __deepcopy__(self, memo: Any) -> Group:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        given = self.given
+        if isinstance(given, dist.ProcessGroup):
+            given = (
+                WORLD if given is dist.group.WORLD else _Lost(dist.get_process_group_ranks(given))
+            )
+        return Group, (given,)
+
+    def __repr__(self) -> str:
+        return repr(self.given) if self.given is None or self.given == WORLD else "ProcessGroup"
+
+
+class _Lost:
+    """A process group of some of the processes, which no other program has."""
+
+    def __init__(self, ranks: list[int]) -> None:
+        self.ranks = ranks
+
+
+def check_group(group: Any) -> None:
+    """TypeError unless it is None, "world" or a process group."""
+    kinds: tuple[type, ...] = (type(None), _Lost)
+    if dist.is_available():
+        kinds += (dist.ProcessGroup,)
+    if not (isinstance(group, kinds) or (isinstance(group, str) and group == WORLD)):
+        raise TypeError(
+            f'group: expected a torch.distributed ProcessGroup this process is in, "world" or None, got {describe(group)}'
         )
-    return _cpu_groups[group.group_name]
+
+
+def resolved(group: Any) -> Any:
+    """The process group that is meant now, or None for this process alone."""
+    check_group(group)
+    if isinstance(group, _Lost):
+        raise ValueError(
+            f"group: expected a process group, got a copy from a file of one of ranks {group.ranks[:8]}, which is not in "
+            "this program: give group at the call"
+        )
+    if not isinstance(group, str):
+        return group
+    if dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ValueError(
+            'group: expected torch.distributed.init_process_group before a call with "world", as WORLD_SIZE is '
+            f"{os.environ['WORLD_SIZE']}, got a call without it"
+        )
+    return None
+
+
+def warn_of_early_none(group: Any) -> bool:
+    """Whether None may be torch.distributed.group.WORLD, asked for before init_process_group, when it is None; says so where
+    other processes are likely."""
+    if group is not None or not dist.is_available() or dist.is_initialized():
+        return False
+    launched = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"} & set(os.environ)
+    if launched and os.environ.get("WORLD_SIZE") != "1":
+        warnings.warn(f"group: got None {_EARLY}", stacklevel=4)
+        return False
+    return True
+
+
+_EARLY = (
+    "before init_process_group, where torch.distributed.group.WORLD is None, too: candidates are those of this process. "
+    'Give group="world" for those of all, or leave group out'
+)
+
+
+def warn_of_late_world() -> bool:
+    """At a call of a module for which `warn_of_early_none` was true: whether it is settled."""
+    if not dist.is_initialized():
+        return False
+    if dist.get_world_size() > 1:
+        warnings.warn(f"group: it was None {_EARLY}", stacklevel=4)
+    return True
 
 
 class Peers:
@@ -50,10 +145,6 @@ class Peers:
     error or a disagreement is found there, and raised by all."""
 
     def __init__(self, group: Any) -> None:
-        if not isinstance(group, dist.ProcessGroup):
-            raise TypeError(
-                f"group: expected a torch.distributed ProcessGroup this process is in, got {type(group).__name__}"
-            )
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
@@ -62,7 +153,11 @@ class Peers:
 
     @classmethod
     def of(cls, group: Any) -> Peers | None:
-        """None for no group."""
+        """None for no group; "world" is that of this moment."""
+        if isinstance(group, Group):
+            group = group.given
+        if group is not None:
+            group = resolved(group)
         return None if group is None else cls(group)
 
     # ---- agreement --------------------------------------------------------------------------------------------------
@@ -80,8 +175,8 @@ class Peers:
         digest = hashlib.blake2b(repr(sorted(facts.items())).encode(), digest_size=7).digest()
         most = 6  # as long whatever is called: processes may disagree about that, too
         line = [error is not None, int.from_bytes(digest, "big"), *sizes]
-        mine = torch.tensor(line + [0] * (most + 2 - len(line)), dtype=torch.int64)
-        every = torch.empty(self.size * len(mine), dtype=torch.int64)
+        mine = torch.tensor(line + [0] * (most + 2 - len(line)), dtype=torch.int64, device="cpu")
+        every = torch.empty(self.size * len(mine), dtype=torch.int64, device="cpu")
         _all_gather(every, mine, _cpu_group(self.group))
         table = every.view(self.size, -1)
         if bool(table[:, 0].any()) or bool((table[:, 1] != table[0, 1]).any()):
@@ -107,11 +202,12 @@ class Peers:
     def _gather_json(self, mine: Any) -> list[Any]:
         """What each process gives; as JSON, since torch.distributed's objects are pickled."""
         text, group = json.dumps(mine).encode(), _cpu_group(self.group)
-        lengths = torch.empty(self.size, dtype=torch.int64)
-        _all_gather(lengths, torch.tensor([len(text)]), group)
+        lengths = torch.empty(self.size, dtype=torch.int64, device="cpu")
+        _all_gather(lengths, torch.tensor([len(text)], device="cpu"), group)
         longest = int(lengths.max())
-        every = torch.empty(self.size * longest, dtype=torch.uint8)
-        _all_gather(every, torch.tensor(list(text.ljust(longest)), dtype=torch.uint8), group)
+        every = torch.empty(self.size * longest, dtype=torch.uint8, device="cpu")
+        mine = torch.tensor(list(text.ljust(longest)), dtype=torch.uint8, device="cpu")
+        _all_gather(every, mine, group)
         return [json.loads(bytes(part.tolist())) for part in every.split(longest)]
 
     def sum(self, x: Tensor) -> Tensor:

@@ -140,7 +140,12 @@ class Beside:
         rows, ids, log_q = self.memory, self.memory_ids, self.memory_log_q
         rows = require_tensor("memory", rows)
         dim, device = p.pv.shape[1], p.pv.device
-        if rows.dim() != 2 or rows.shape[1] != dim or not rows.is_floating_point():
+        if (
+            rows.is_nested
+            or rows.dim() != 2
+            or rows.shape[1] != dim
+            or not rows.is_floating_point()
+        ):
             raise ValueError(f"memory: expected floating [Q, {dim}], got {describe(rows)}")
         if rows.requires_grad:
             raise ValueError(
@@ -162,11 +167,18 @@ class Beside:
             what = "None without log_q" if p.log_q is None else "[Q], as the items have log_q"
             raise ValueError(f"memory_log_q: expected {what}, got {describe(log_q)}")
         for name, x in (("memory", rows), ("memory_ids", ids), ("memory_log_q", log_q)):
-            if x is not None and (x.shape[:1] != rows.shape[:1] or x.device != device):
+            if x is None:
+                continue
+            shape = rows.shape if name == "memory" else rows.shape[:1]
+            if require_tensor(name, x).shape != shape or x.device != device:
                 raise ValueError(
-                    f"{name}: expected {len(rows)} rows on {device}, got {describe(x)}"
+                    f"{name}: expected shape {list(shape)} on {device}, got {describe(x)}"
                 )
+        if log_q is not None and not log_q.is_floating_point():
+            raise TypeError(f"memory_log_q: expected a floating tensor, got {log_q.dtype}")
         ids = None if ids is None else as_index("memory_ids", ids)
+        # As `log_q`: no gradient, float32 or better.
+        log_q = None if log_q is None or p.log_q is None else log_q.detach().to(p.log_q.dtype)
         return Memory(rows.to(p.pv.dtype), ids, log_q)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .problem import NORM_EPS, Pages, Problem, SequenceProblem
 
@@ -72,8 +73,9 @@ def _real_rows(offsets: Tensor, mask: Tensor | None, rows: int) -> _Rows:
 
 
 def _take(values: Tensor, index: Tensor | None, keep: Tensor) -> Tensor:
-    """Rows `keep` of the packed layout: of the values themselves, or of the table they point into."""
-    return values[keep if index is None else index[keep]]
+    """Rows `keep` of the packed layout: of the values themselves, or of the table they point into, where an index out of
+    range is an error, a negative one too."""
+    return values[keep] if index is None else functional.embedding(index[keep], values)
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -96,6 +98,11 @@ def _pad_pages(values: Tensor, rows: _Rows, length: int) -> Tensor:
     return padded.index_copy(0, slot, values).view(len(rows.counts), length, values.shape[1])
 
 
+def _unread(x: Tensor) -> Tensor:
+    """Zeros, attached to x, whatever it holds."""
+    return torch.zeros_like(x) + x[:0].sum()
+
+
 def _attention_rows(p: Problem, pv: _Rows, history: _Rows) -> tuple[Tensor, Tensor, Tensor]:
     """q of the real PV rows, k and v of the real history rows."""
     source = p.pv if p.history is None else p.history
@@ -111,13 +118,16 @@ def _attend(p: Problem, pv: _Rows, history: _Rows) -> tuple[Tensor, Tensor]:
     a_jk = softmax over k in H_b of (c q_j . k_k),  R_j = sum_k a_jk v_k;  zeros where the page has no history.
     """
     q, k, v = _attention_rows(p, pv, history)
+    if not p.attention_scale:
+        # Nobody asks: 0 times a product that may be infinite is not 0.
+        q, k = _unread(q), _unread(k)
     heads, dim = p.num_heads, q.shape[1]
     longest = int(history.counts.max()) if len(history.counts) else 0
     most = int(pv.counts.max()) if len(pv.counts) else 0
     if longest == 0 or most == 0:
         # No page has a history: R = 0, still attached to the inputs.
-        nothing = (k.sum() + v.sum()) * 0
-        return q * 0 + nothing, q.new_zeros(len(q), heads, longest, dtype=_compute_dtype(q))
+        nothing = _unread(k).sum() + _unread(v).sum()
+        return _unread(q) + nothing, q.new_zeros(len(q), heads, longest, dtype=_compute_dtype(q))
 
     def split(
         x: Tensor, rows: _Rows, length: int
@@ -156,7 +166,7 @@ def reconstruct(p: Problem) -> tuple[Tensor, Tensor]:
 def _inverse_temperature(p: Problem | SequenceProblem, like: Tensor) -> Tensor:
     tau = p.temperature
     if tau is None:
-        tau = torch.tensor(p.tau, dtype=torch.float64)
+        tau = torch.tensor(p.tau, dtype=torch.float64, device="cpu")
     return (1.0 / tau).to(device=like.device, dtype=_compute_dtype(like))
 
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .packing import describe, watches_values
+from .packing import describe, require_flag, require_tensor, shown
+from .surroundings import has_values, watches_values
 
 
 def check_temperature(
     temperature: Any, device: torch.device, validate: bool
 ) -> tuple[Tensor | None, float]:
-    """(tensor, float): exactly one of them is used."""
+    """(0-d tensor, float): exactly one of them is used."""
     if isinstance(temperature, Tensor):
-        if temperature.dim() != 0 or not temperature.is_floating_point():
+        require_tensor("temperature", temperature)
+        if not temperature.is_floating_point() or tuple(temperature.shape) not in ((), (1,)):
             raise ValueError(
                 f"temperature: expected a float or a 0-d floating tensor, got {describe(temperature)}"
             )
+        if temperature.dim():
+            temperature = temperature.reshape(())
         if temperature.device != device:
             if temperature.device.type != "cpu":
                 raise ValueError(
@@ -28,11 +33,7 @@ def check_temperature(
                 )
             # The host does not wait: what is read there was copied before the call returns.
             temperature = temperature.to(device, non_blocking=True)
-        if (
-            watches_values()
-            and (validate or device.type == "cpu")
-            and not float(temperature.detach()) > 0
-        ):
+        if watches_values(temperature, validate) and not float(temperature.detach()) > 0:
             raise ValueError(
                 f"temperature: expected a value above 0, got {float(temperature.detach())}"
             )
@@ -41,8 +42,8 @@ def check_temperature(
         raise TypeError(
             f"temperature: expected a float or a 0-d tensor, got {describe(temperature)}"
         )
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite value above 0, got {temperature}")
+    if not 0 < temperature <= sys.float_info.max:
+        raise ValueError(f"temperature: expected a finite value above 0, got {shown(temperature)}")
     return None, float(temperature)
 
 
@@ -78,42 +79,64 @@ class _TransformedClampMax(_ClampMax):
 
 
 class WithTemperature(nn.Module):
-    """A fixed temperature, or one learned as log(1/tau) and clamped from below."""
+    """A fixed temperature, or one learned as log(1/tau) and clamped from below.
+
+    The parameter has shape [1], as FSDP2 shards nothing of no dimension; saved ones of shape [] load.
+    """
 
     log_inverse_temperature: nn.Parameter | None
 
     def __init__(self, temperature: float, learnable: bool, minimum: float) -> None:
         super().__init__()
+        require_flag("learnable_temperature", learnable)
         if isinstance(temperature, Tensor):
             raise TypeError(f"temperature: expected a float, got {describe(temperature)}")
         check_temperature(temperature, torch.device("cpu"), False)
         if (
             isinstance(minimum, bool)
             or not isinstance(minimum, (int, float))
-            or not 0 < minimum < math.inf
+            or not 0 < minimum <= sys.float_info.max
         ):
-            raise ValueError(f"min_temperature: expected a finite value above 0, got {minimum!r}")
+            raise ValueError(
+                f"min_temperature: expected a finite value above 0, got {shown(minimum)}"
+            )
         if learnable and temperature < minimum:
             raise ValueError(
                 f"temperature: expected at least min_temperature {minimum}, got {temperature}"
             )
         self._fixed, self._minimum = float(temperature), float(minimum)
-        start = nn.Parameter(torch.tensor(-math.log(temperature))) if learnable else None
+        start = nn.Parameter(torch.empty(1, dtype=torch.float32)) if learnable else None
         self.register_parameter("log_inverse_temperature", start)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The temperature it was made with; for a module that was built on the device "meta"."""
+        if self.log_inverse_temperature is not None:
+            nn.init.constant_(self.log_inverse_temperature, -math.log(self._fixed))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        name = f"{prefix}log_inverse_temperature"
+        found = state_dict.get(name)
+        if self.log_inverse_temperature is not None and found is not None and found.dim() == 0:
+            state_dict[name] = found.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def temperature(self) -> float | Tensor:
-        """The current temperature: a float, or a 0-d float32 tensor if it is learned."""
-        if self.log_inverse_temperature is None:
+        """The current temperature: a float, or if it is learned a 0-d tensor, float32 (float64 if the parameter is)."""
+        x = self.log_inverse_temperature
+        if x is None:
             return self._fixed
         clamp = _TransformedClampMax if ops.transformed() else _ClampMax
-        clamped = clamp.apply(self.log_inverse_temperature.float(), -math.log(self._minimum))
-        return torch.exp(-clamped)
+        if x.dtype != torch.float64:
+            x = x.float()
+        return torch.exp(-clamp.apply(x.reshape(()), -math.log(self._minimum)))
 
     def extra_repr(self) -> str:
         if self.log_inverse_temperature is None:
             return f"temperature={self._fixed:g}"
-        now = float(torch.exp(-self.log_inverse_temperature.detach()))
-        return (
-            f"temperature={now:.4g}, learnable_temperature=True, min_temperature={self._minimum:g}"
-        )
+        x, now = self.log_inverse_temperature.detach(), ""
+        # A part of a sharded parameter, or one on the device "meta", has no value to show.
+        if type(x) is Tensor and has_values(x):
+            now = f"temperature={float(torch.exp(-x)):.4g}, "
+        return f"{now}learnable_temperature=True, min_temperature={self._minimum:g}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,59 @@ def test_log_q_may_not_stop() -> None:
         ValueError, match="log_q: expected as in the pushes before, which were with"
     ):
         memory.push(*batch(1, 2))
+
+
+def test_its_counts_are_its_buffers() -> None:
+    """They were numbers on the host, of which a copy of the buffers had not heard."""
+    memory = EmbeddingMemory(8, 3)
+    average = torch.optim.swa_utils.AveragedModel(memory)
+    memory.push(*batch(1, 5))
+    average.update_parameters(memory)
+    assert as_list(average.module) == as_list(memory)
+    other = EmbeddingMemory(8, 3)
+    for mine, theirs in zip(other.buffers(), memory.buffers(), strict=True):
+        mine.data.copy_(theirs)
+    for same in (other, copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
+        same.push(*batch(2, 1))
+        assert len(same) == 6
+    assert len(memory) == 5
+    state = {k: x.clone() for k, x in EmbeddingMemory(8, 3).state_dict().items()}
+    rows, ids = batch(3, 2)
+    torch.func.functional_call(
+        Pushing(memory), {f"memory.{k}": x for k, x in state.items()}, (rows, ids)
+    )
+    assert int(state["position"][1]) == 2
+    assert len(memory) == 5
+    with torch.inference_mode():
+        memory.push(*batch(4, 1))
+    assert len(memory) == 6
+
+
+class Pushing(torch.nn.Module):
+    def __init__(self, memory: EmbeddingMemory) -> None:
+        super().__init__()
+        self.memory = memory
+
+    def forward(self, rows: Tensor, ids: Tensor) -> None:
+        self.memory.push(rows, ids)
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    big, small = EmbeddingMemory(16, 3), EmbeddingMemory(8, 3)
+    big.push(*batch(1, 14))
+    position = {"position": big.state_dict()["position"]}  # what is left of it, by shape
+    small.load_state_dict(position, strict=False)
+    assert len(small) == 0
+    with pytest.raises(RuntimeError, match="Missing key"):
+        small.load_state_dict(position)
+    with pytest.raises(RuntimeError, match=r"rows: expected shape \[8, 3\]"):
+        small.load_state_dict(big.state_dict())
+    broken = small.state_dict() | {"position": torch.tensor([3, 99, 1, 0])}
+    with pytest.raises(RuntimeError, match="position: expected a place below 8"):
+        small.load_state_dict(broken)
+    small.push(*batch(2, 2))
+    assert as_list(small)[0][3] == 1
+    assert len(small) == 2
 
 
 # ---- beside the loss ---------------------------------------------------------------------------------------------

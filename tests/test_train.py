@@ -133,6 +133,18 @@ def test_resuming_with_other_batches_is_refused(
         Trainer(settings(dataset, tmp_path, data__features=features, model__dim=9))
 
 
+def test_a_temperature_without_a_dimension_is_resumed(tmp_path: Path) -> None:
+    """As checkpoints of earlier versions have it, with the optimizer's state of it; other shapes are an error."""
+    checkpoints, name = Checkpoints(tmp_path), "model.loss.log_inverse_temperature"
+    checkpoints.begin(1, {name: torch.tensor(1.5), "other": torch.ones(2)}, {"step": 1})
+    checkpoints.wait()
+    found = {name: torch.zeros(1), "other": torch.zeros(2)}
+    assert checkpoints.load(checkpoints.path(1), found) == {"step": 1}
+    assert found[name].tolist() == [1.5]
+    with pytest.raises(ValueError, match="other parameters"):
+        checkpoints.load(checkpoints.path(1), found | {name: torch.zeros(2)})
+
+
 def test_checkpoints_are_complete_or_not_there(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 10):

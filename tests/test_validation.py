@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import courier_fast as cf
-from courier_fast import ops
+from courier_fast import ops, surroundings
 from courier_fast.temperature import check_temperature
 
 PADDED = {
@@ -446,7 +446,7 @@ def test_module_is_the_function() -> None:
     tau = torch.tensor(0.2, requires_grad=True)
     cf.reconstruction_loss(**PADDED, temperature=tau, **options).backward()
     assert tau.grad is not None
-    torch.testing.assert_close(weight.grad, -0.2 * tau.grad)
+    torch.testing.assert_close(weight.grad, -0.2 * tau.grad.view(1))
 
 
 def test_learned_temperature_can_leave_its_limit() -> None:
@@ -485,6 +485,7 @@ def test_gpu_inputs_are_not_read_back(monkeypatch: pytest.MonkeyPatch, layout: s
         batch["clicked"] = batch["item_ids"]
         temperature = torch.empty((), device="cuda")
         cf.reconstruction_loss(**batch, temperature=temperature, return_stats=True)
+        monkeypatch.setattr(surroundings, "has_values", lambda x: True)
         with pytest.raises(DataDependentOutputException):
             cf.reconstruction_loss(**batch, validate=True)
     assert asked == ["triton"]
@@ -507,3 +508,115 @@ def test_a_temperature_from_the_host_is_not_waited_for() -> None:
     assert moved is not None
     assert moved.requires_grad
     assert copies == [True]
+
+
+# ---- every argument, given what it is not ------------------------------------------------------------------------------
+
+
+def wrong_tensors() -> dict[str, Any]:
+    """What is no dense tensor of this process."""
+    return {
+        "list": [[0.5] * 200] * 200,
+        "numpy": torch.randn(200, 200).numpy(),
+        "text": "x" * 10**5,
+        "int": 3,
+        "dict": {"rows": list(range(10**4))},
+        "sparse": torch.eye(3).to_sparse(),
+        "csr": torch.eye(3).to_sparse_csr(),
+        "quantized": torch.quantize_per_tensor(torch.randn(3, 4), 0.1, 0, torch.qint8),
+        "complex": torch.randn(3, 4, dtype=torch.complex64),
+        "meta": torch.empty(3, 4, device="meta"),
+        "module": torch.nn.Linear(2, 2),
+    }
+
+
+WRONG_VALUES = ([1.0] * 10**4, torch.randn(100), torch.randn(50).numpy(), {"a": 1}, 10**6000, None)
+TENSORS = (
+    "pv", "history", "clicked", "pv_mask", "history_mask", "pv_offsets", "history_offsets", "embeddings", "query", "key",
+    "value", "temperature", "item_ids", "log_q", "weights", "table_ids", "memory", "memory_ids", "memory_log_q",
+)  # fmt: skip
+VALUES = (
+    "attention", "attention_scale", "attention_temperature", "num_heads", "negatives", "direction", "reduction", "exchange",
+    "impl", "workspace", "group", "validate", "return_stats",
+)  # fmt: skip
+NULLABLE = ("attention", "attention_scale", "attention_temperature", "group")
+
+
+def refused(call: Any, name: str, value: Any) -> None:
+    kind = f"{name} given {type(value).__name__}"
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    message = str(caught.value)
+    assert name in message, f"{kind}: {message}"
+    assert len(message) < 500, f"{kind}: {len(message)} characters"
+
+
+def test_every_tensor_argument_refuses_what_is_none() -> None:
+    good = PADDED | {"memory": torch.randn(2, 8)}
+    ids = {"item_ids": torch.arange(12).view(3, 4), "memory_ids": torch.arange(2)}
+    needs: dict[str, dict[str, Any]] = {
+        "memory_ids": ids,
+        "memory_log_q": ids | {"log_q": torch.zeros(3, 4)},
+        "table_ids": {k: v for k, v in ITEMS.items() if k != "memory"},
+        "pv_offsets": PACKED,
+        "history_offsets": PACKED,
+    }
+    for name in TENSORS:
+        base = good | needs.get(name, {})
+        if name in ("table_ids", "pv_offsets", "history_offsets"):
+            base = needs[name]
+        for kind, value in wrong_tensors().items():
+            if name == "temperature" and kind == "int":
+                continue
+            if kind == "meta" and name in ("pv", "history", "embeddings"):
+                continue  # the others are on another device than these
+            refused(
+                lambda b=base, n=name, v=value: cf.reconstruction_loss(**(b | {n: v})), name, value
+            )
+            if name in ("pv", "history", "query", "key", "value", "embeddings"):
+                call = {k: v for k, v in PADDED.items() if k != "clicked"} | {name: value}
+                refused(lambda c=call: cf.reconstruct(**c), name, value)
+            if name in ("history", "history_mask", "embeddings", "item_ids", "temperature"):
+                call = {"history": PADDED["history"], name: value}
+                refused(lambda c=call: cf.click_sequence_loss(**c), name, value)
+    for name in ("pv", "history", "clicked"):
+        refused(lambda n=name: cf.reconstruction_loss(**(PADDED | {n: None})), name, None)
+
+
+def test_every_option_refuses_what_is_none() -> None:
+    for name in VALUES:
+        for value in WRONG_VALUES:
+            if value is None and name in NULLABLE:
+                continue
+            if name in ("validate", "return_stats") and isinstance(value, int):
+                continue
+            refused(lambda n=name, v=value: cf.reconstruction_loss(**PADDED, **{n: v}), name, value)
+            if name != "num_heads":  # of an embedding that the module does not know yet
+                refused(lambda n=name, v=value: cf.ReconstructionLoss(**{n: v}), name, value)
+            if name in ("reduction", "exchange", "impl", "workspace", "group", "validate"):
+                refused(lambda n=name, v=value: cf.ClickSequenceLoss(**{n: v}), name, value)
+    for name in ("temperature", "min_temperature", "learnable_temperature", "cuda_graph"):
+        for value in WRONG_VALUES:
+            if not (name == "learnable_temperature" and isinstance(value, int)):
+                refused(lambda n=name, v=value: cf.ReconstructionLoss(**{n: v}), name, value)
+
+
+def test_a_push_refuses_what_is_no_tensor() -> None:
+    memory = cf.EmbeddingMemory(4, 8)
+    good = {"embeddings": torch.randn(2, 8), "ids": torch.arange(2), "log_q": torch.zeros(2)}
+    for name in good:
+        for value in (*wrong_tensors().values(), *([None] if name != "log_q" else [])):
+            refused(lambda n=name, v=value: memory.push(**(good | {n: v})), name, value)
+    for name in ("size", "dim", "dtype"):
+        for value in WRONG_VALUES[:4]:
+            arguments = {"size": 4, "dim": 8, name: value}
+            refused(lambda a=arguments: cf.EmbeddingMemory(**a), name, value)
+    assert len(memory) == 0
+
+
+def test_a_list_as_pv_fills_no_screen() -> None:
+    """Its message held all of its numbers, 33 million characters."""
+    rows = torch.randn(1000, 50).tolist()
+    with pytest.raises(TypeError) as caught:
+        cf.reconstruction_loss(rows, PADDED["history"], PADDED["clicked"])
+    assert str(caught.value) == "pv: expected a torch.Tensor, got list of length 1000"

@@ -56,6 +56,11 @@ def _here(tensor: Tensor) -> bool:
     return not isinstance(tensor, DTensor) or tensor.to_local().numel() > 0
 
 
+def _fits(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """A learned temperature, and what the optimizer knows of it, had the shape [] in earlier versions."""
+    return stored == shape or (stored, shape) == ((), (1,))
+
+
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by the parameters' names; zeros where the optimizer has not stepped yet."""
     tensors: dict[str, Tensor] = {}
@@ -224,7 +229,7 @@ class Checkpoints:
         wrong = sorted(set(stored) ^ set(tensors)) + [
             n
             for n in sorted(set(stored) & set(tensors))
-            if tuple(stored[n].size) != tuple(tensors[n].shape)
+            if not _fits(tuple(stored[n].size), tuple(tensors[n].shape))
         ]
         if wrong:
             raise ValueError(
@@ -240,9 +245,10 @@ class Checkpoints:
             for name, value in tensors.items()
             if _here(value)
         }
+        rows |= {n: x.reshape(()) for n, x in rows.items() if not stored[n].size and x.dim()}
         with _one_process():
             dcp.load(rows, storage_reader=reader, no_dist=True)
         with torch.no_grad():
             for name, row in rows.items():
-                tensors[name].copy_(row)
+                tensors[name].copy_(row)  # one of shape [] fits [1]
         return read_json(path / "state.json")

@@ -543,8 +543,6 @@ class Trainer:
                 f"run.out: {self.out} has a run with other settings (there, here): {differ}; expected the same, or another folder"
             )
         self.checkpoints.load(path, self._tensors())
-        # Its tensors were filled in place, of which a memory, that counts its rows on the host, has not heard.
-        self.objective.load_state_dict(self.objective.state_dict())
         self.progress = p = Progress(**state["progress"])
         if self.processes.rank:  # the checkpoint's counts are those of all processes
             p.images = p.occurrences = p.damaged = 0

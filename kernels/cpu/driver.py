@@ -129,6 +129,10 @@ def _attend(p: Problem, pv: Rows, history: Rows, rows: Tensor, raw: bool) -> _Re
     e_row = pv.source[rows]
     q = (p.pv, e_row) if p.query is None else (p.query, pv.keep[rows])
     k = (c_source, history.source) if p.key is None else (p.key, history.keep)
+    if not p.attention_scale:
+        # Nobody asks: what q and k hold may be infinite, and 0 times that is not 0.
+        nothing = torch.zeros(1, dim, dtype=p.pv.dtype)
+        q, k = ((nothing, torch.zeros_like(index)) for _, index in (q, k))
     v = (c_source, history.source) if p.value is None else (p.value, history.keep)
     arguments = (*q, *k, *v, first, last, weights_at, weights)
     unit = torch.empty(count, dim, dtype=p.pv.dtype)
@@ -258,18 +262,19 @@ def _reconstruction_gradients(
     """Through the attention: fills in the gradients of all inputs but the temperature."""
     table = p.history is None
     own_history = needs[0] if table else needs[1]
-    want_q = needs[2] if p.query is not None else needs[0]
-    want_k = needs[3] if p.key is not None else own_history
+    asks = p.attention_scale != 0
+    want_q = asks and (needs[2] if p.query is not None else needs[0])
+    want_k = asks and (needs[3] if p.key is not None else own_history)
     want_v = needs[4] if p.value is not None else own_history
     together = p.key is None and p.value is None and want_k
     d_q, d_k, d_v = attention.gradients(d_r, want_q, want_k, want_v, together)
     if needs[2]:
-        gradients[2] = placed(p.query, pv.keep[listed], d_q)
+        gradients[2] = placed(p.query, pv.keep[listed], d_q) if asks else torch.zeros_like(p.query)
     if needs[3]:
-        gradients[3] = placed(p.key, history.keep, d_k)
+        gradients[3] = placed(p.key, history.keep, d_k) if asks else torch.zeros_like(p.key)
     if needs[4]:
         gradients[4] = placed(p.value, history.keep, d_v)
-    d_history = d_k if p.key is None else d_v if p.value is None else None
+    d_history = d_k if p.key is None and asks else d_v if p.value is None else None
     if not table and needs[1]:
         gradients[1] = (
             torch.zeros_like(p.history)
@@ -278,7 +283,7 @@ def _reconstruction_gradients(
         )
     if total is None:
         return
-    if p.query is None:
+    if p.query is None and asks:
         total.index_add_(0, pv.source[listed], d_q)
     if table and d_history is not None:
         total.index_add_(0, history.source, d_history)
@@ -369,8 +374,7 @@ def loss_backward(
 
 
 def _reconstructed(p: Problem) -> tuple[Rows, Rows, Tensor, _Reconstruction]:
-    pv = real_rows(p.pv_offsets, p.pv_mask, p.pv_index, p.num_pv)
-    history = real_rows(p.history_offsets, p.history_mask, p.history_index, p.num_history)
+    pv, history = real_rows(p, "pv"), real_rows(p, "history")
     listed = (history.start.diff() > 0)[pv.page].nonzero().squeeze(1)
     return pv, history, listed, _attend(p, pv, history, listed, True)
 

@@ -205,20 +205,36 @@ auto* data_or_null(const std::optional<A>& x) {
     return x ? x->data() : nullptr;
 }
 
-// Rows that are no padding, in order: their places, their pages, and where each page begins among them. How many there are.
-int64_t real_rows(Rows offsets, std::optional<Bools> mask, int64_t rows, Rows keep, Rows page, Rows start) {
+// Rows that are no padding, in order: their places, their pages, their rows of the table, and where each page begins among
+// them. How many there are. Under torch.compile nobody else looks at what the user gives: offsets and indices out of range
+// are errors here, before anything is read through them.
+int64_t real_rows(const std::string& name, Rows offsets, std::optional<Bools> mask, std::optional<Rows> index, int64_t rows,
+                  int64_t table, Rows keep, Rows page, Rows source, Rows start) {
     const int64_t pages = int64_t(offsets.shape(0)) - 1;
-    if (int64_t(keep.size()) < rows || int64_t(page.size()) < rows || int64_t(start.size()) < pages + 1)
-        throw std::invalid_argument("keep, page, start: too small");
+    if (int64_t(keep.size()) < rows || int64_t(page.size()) < rows || int64_t(source.size()) < rows ||
+        int64_t(start.size()) < pages + 1 || (mask && int64_t(mask->size()) < rows) ||
+        (index && int64_t(index->size()) < rows))
+        throw std::invalid_argument(name + ": expected a mask and an index as long as its rows");
     const int64_t* at = offsets.data();
     const bool* real = data_or_null(mask);
+    const int64_t* row = data_or_null(index);
+    const auto wrong = [&](const std::string& of, const std::string& expected, int64_t came) {
+        return std::invalid_argument(of + ": expected " + expected + ", got " + std::to_string(came));
+    };
+    if (at[0] != 0) throw wrong(name + "_offsets", "to start at 0", at[0]);
     int64_t count = 0, i = 0;
     start.data()[0] = 0;
     for (int64_t b = 0; b < pages; ++b) {
-        // Whatever the offsets say (under torch.compile nobody looked at them), nothing is written past the end.
-        for (const int64_t end = std::min(at[b + 1], rows); i < end; ++i) {
+        const int64_t end = at[b + 1];
+        if (end < at[b])
+            throw wrong(name + "_offsets", "non-decreasing values after " + std::to_string(at[b]), end);
+        if (end > rows) throw wrong(name + "_offsets", "to end at " + std::to_string(rows) + " rows or before", end);
+        for (; i < end; ++i) {
             if (real && !real[i]) continue;
+            const int64_t from = row ? row[i] : i;
+            if (from < 0 || from >= table) throw wrong(name, "indices from 0 to " + std::to_string(table - 1), from);
             keep.data()[count] = i;
+            source.data()[count] = from;
             page.data()[count++] = b;
         }
         start.data()[b + 1] = count;

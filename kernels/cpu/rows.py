@@ -39,12 +39,21 @@ class Rows:
     source: Tensor  # [n] row of the source tensor: the position, or the table index
 
 
-def real_rows(offsets: Tensor, mask: Tensor | None, index: Tensor | None, rows: int) -> Rows:
-    keep, page = torch.empty(2, rows, dtype=torch.int64)
+def real_rows(p: Any, side: str) -> Rows:
+    """Of a side of either kind of problem, "pv" or "history". Raises ValueError for offsets, or indices of the table, that are out of range."""
+    offsets, mask, index = (getattr(p, f"{side}_{x}") for x in ("offsets", "mask", "index"))
+    rows = p.num_history if side == "history" else p.num_pv
+    table = rows if index is None else source_of(p).shape[0]
+    keep, page, source = torch.empty(3, rows, dtype=torch.int64)
     start = torch.empty(offsets.shape[0], dtype=torch.int64)
-    count = call("real_rows", offsets, mask, rows, keep, page, start)
-    keep, page = keep[:count], page[:count]
-    return Rows(keep, page, start, keep if index is None else index[keep])
+    about = (side, offsets, mask, index, rows, table)
+    count = call("real_rows", *about, keep, page, source, start)
+    return Rows(keep[:count], page[:count], start, source[:count])
+
+
+def source_of(p: Any) -> Tensor:
+    """The embeddings, or the table."""
+    return p.pv if hasattr(p, "pv") else p.history
 
 
 @dataclass
@@ -153,8 +162,7 @@ class Anchors:
 
 def anchors_of(p: Problem) -> Anchors:
     assert p.clicked is not None
-    pv = real_rows(p.pv_offsets, p.pv_mask, p.pv_index, p.num_pv)
-    history = real_rows(p.history_offsets, p.history_mask, p.history_index, p.num_history)
+    pv, history = real_rows(p, "pv"), real_rows(p, "history")
     has_history = (history.start.diff() > 0)[pv.page]
     clicked = p.clicked[pv.keep]
     is_anchor = clicked & has_history

@@ -39,7 +39,7 @@ def _run_sequence(
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """(losses of the anchors, their positions in the batch, gradients)."""
     inverse_tau = inverse_tau_of(p)
-    rows = real_rows(p.history_offsets, p.history_mask, p.history_index, p.num_history)
+    rows = real_rows(p, "history")
     c, norm = normalize(p.history, rows.source)
     count = rows.keep.shape[0]
     every = torch.arange(count)
