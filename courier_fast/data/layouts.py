@@ -129,7 +129,9 @@ def _truth(frame: pl.LazyFrame, path: Location, column: str) -> pl.Expr:
 def _flag_note(table: Table, columns: Columns) -> str | None:
     """A word about a column that seems to say whether a row was clicked, where every row is taken for a click."""
     used = (columns.user, columns.item, columns.time)
-    names = truth.FLAGS if table.any_column else [n for n in table.names if n.casefold() in truth.FLAGS]
+    names = (
+        truth.FLAGS if table.any_column else [n for n in table.names if n.casefold() in truth.FLAGS]
+    )
     names = [n for n in names if n not in used and list(table.names).count(n) < 2]
     frame = table.frame(optional=names)
     for name, kind in frame.collect_schema().items():
@@ -230,8 +232,6 @@ def _about(items: Location, c: Columns) -> dict[str, Any]:
         parts.append(frame.select(chosen))
     notes = [] if more else [f"{items}: the columns {c.category}, first_seen and last_seen are what is used of it, and it has none of them"]  # fmt: skip
     return {"items": pl.concat(parts), "unreadable": dict(unreadable), "notes": notes}
-
-
 
 
 def hm(folder: Path) -> Source:
