@@ -54,9 +54,8 @@ def check_workspace(workspace: Any) -> None:
     if isinstance(workspace, bool) or not isinstance(workspace, int):
         raise TypeError(f"workspace: expected an int (bytes), got {describe(workspace)}")
     if not 1 <= workspace < 1 << 63:
-        raise ValueError(
-            f"workspace: expected at least 1 byte, and fewer than 2**63, got {shown(workspace)}"
-        )
+        least = "at least 1 byte" if workspace < 1 else "fewer than 2**63 bytes"
+        raise ValueError(f"workspace: expected {least}, got {shown(workspace)}")
 
 
 def attention_of(attention: str | None, direction: str) -> str:
