@@ -180,7 +180,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Seque
     names = args.given = given(parser, argv)
     command = f"{args.command} {args.action}" if "action" in args else args.command
     said = Said(vars(args), names)
-    for rule in RULES[command]:
+    for rule in RULES.get(command, ()):
         if found := rule.broken(said):
             option, why = found
             raise ValueError(f"{option}: has no effect {why}")
