@@ -178,6 +178,10 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     pq.write_table(table.slice(0, 1), part)
     with pytest.raises(ValueError, match=r"part-00000.parquet was altered"):
         EmbeddingStore.open(folder).read()
+    for data in (part.read_bytes()[:-9], b"", b"{}"):
+        part.write_bytes(data)
+        with pytest.raises(ValueError, match=r"part-00000.parquet was cut off or altered"):
+            embed_new(encoder, source("abc"), folder, space=SPACE, only_new=True)
     part.unlink()
     with pytest.raises(FileNotFoundError, match=r"part-00000.parquet is in manifest.json"):
         EmbeddingStore.open(folder)
