@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from dataset_factory import make_dataset
@@ -14,7 +15,13 @@ from torch import Tensor, nn
 
 from courier_fast.data.dataset import Dataset
 from courier_fast.data.embedding_store import EmbeddingStore
-from courier_fast.data.embeddings import read_embeddings, read_vectors, trained_until
+from courier_fast.data.embeddings import (
+    read_embeddings,
+    read_npy,
+    read_parquet,
+    read_vectors,
+    trained_until,
+)
 from courier_fast.evaluate import embed
 from courier_fast.evaluate.embed import FeatureRows
 from courier_fast.evaluate.embed_new import embed_new, rows_since
@@ -171,6 +178,10 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     pq.write_table(table.slice(0, 1), part)
     with pytest.raises(ValueError, match=r"part-00000.parquet was altered"):
         EmbeddingStore.open(folder).read()
+    for data in (part.read_bytes()[:-9], b"", b"{}"):
+        part.write_bytes(data)
+        with pytest.raises(ValueError, match=r"part-00000.parquet was cut off or altered"):
+            embed_new(encoder, source("abc"), folder, space=SPACE, only_new=True)
     part.unlink()
     with pytest.raises(FileNotFoundError, match=r"part-00000.parquet is in manifest.json"):
         EmbeddingStore.open(folder)
@@ -227,3 +238,42 @@ def test_embeddings_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         read_vectors(tmp_path / "e.npy")
     with pytest.raises(FileNotFoundError, match="expected a folder or file"):
         read_vectors(tmp_path / "other.npy")
+
+
+def test_npy_and_parquet_that_are_something_else_are_named(tmp_path: Path) -> None:
+    path, table = tmp_path / "e.npy", np.ones((3, 2), np.float32)
+    np.save(path, table)
+    whole = path.read_bytes()
+    for data in (whole[:-4], whole[:60], b"", b"1,2\n", b"PK\3\4", b"\x80\4}."):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"e\.npy was cut off or is no .npy file of numbers"):
+            read_npy(path)
+    for wrong in (table.astype(str), table.astype(complex), table > 0, table.astype("M8[s]")):
+        np.save(path, wrong)
+        with pytest.raises(ValueError, match=r"expected numbers in .*e\.npy"):
+            read_npy(path)
+    np.savez(tmp_path / "e.npz", table)
+    with pytest.raises(ValueError, match=r"e\.npz was cut off or is no .npy"):
+        read_npy(tmp_path / "e.npz")
+
+    path = tmp_path / "e.parquet"
+    rows = pa.array(np.random.default_rng(0).normal(size=(500, 8)).tolist())
+    pq.write_table(pa.table({"item_id": [str(i) for i in range(500)], "embedding": rows}), path)
+    damaged = bytearray(path.read_bytes())
+    damaged[60:4000] = bytes(range(256)) * 15 + bytes(100)
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"e\.parquet cannot be read as Parquet"):
+        read_parquet(path)
+    for ids, rows, said in (([], [], "got none"), (["a"], [None], "got none"), (["a"], [[]], "rows of 0 numbers")):  # fmt: skip
+        kinds = pa.schema([("item_id", pa.string()), ("embedding", pa.list_(pa.float32()))])
+        pq.write_table(pa.table({"item_id": ids, "embedding": rows}, schema=kinds), path)
+        with pytest.raises(ValueError, match=rf"{said} in .*e\.parquet"):
+            read_parquet(path)
+
+
+def test_ids_as_views_of_text_and_doubles_beyond_float32(tmp_path: Path) -> None:
+    ids = pa.array(["a", "b"], pa.string_view())
+    pq.write_table(pa.table({"item_id": ids, "embedding": [[1.0, 2.0], [1e300, 0.0]]}), tmp_path / "e.parquet")  # fmt: skip
+    found, rows = read_parquet(tmp_path / "e.parquet")
+    assert found.to_pylist() == ["a", "b"] and rows.dtype == np.float32
+    assert rows.tolist() == [[1, 2], [np.inf, 0]]

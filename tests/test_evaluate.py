@@ -323,6 +323,7 @@ def test_equal_embeddings_tie(dataset: Dataset) -> None:
     [
         (np.zeros((59, 4)), r"expected \[60, D\].*got \[59, 4\]"),
         (np.zeros(60), r"got \[60\]"),
+        (np.zeros((60, 0)), r"got \[60, 0\]"),
         (np.full((60, 4), np.nan), "at least one finite row"),
     ],
 )
@@ -363,6 +364,24 @@ def test_parquet_with_an_id_twice_or_ragged_rows(dataset: Dataset, tmp_path: Pat
     write_parquet(tmp_path / "ragged.parquet", ["000001", "000002"], [[1.0], [2.0, 3.0]])
     with pytest.raises(ValueError, match="rows of one length"):
         read_embeddings(tmp_path / "ragged.parquet", dataset)
+
+
+def test_rows_of_npy_with_ids_beside_were_taken_in_the_order_of_the_items(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    ids = dataset.item_ids.to_pylist()[::-1]
+    np.save(tmp_path / "e.npy", np.arange(120, dtype=np.float32).reshape(60, 2))
+    beside = tmp_path / "e.npy.json"
+    beside.write_text(json.dumps({"item_ids": ids}))
+    table = read_embeddings(tmp_path / "e.npy", dataset)
+    assert table[59].tolist() == [0, 1] and table[0].tolist() == [118, 119]
+    for wrong, said in (
+        (ids[1:], r"expected \[59, D\] in .*e\.npy, a row for each of the item_ids in e\.npy\.json"),
+        (ids[:59] + ids[:1], "each item_id once"), ([f"x{i}" for i in ids], "got none that fits in .*e.npy"), (3, "expected a list as item_ids"),
+    ):  # fmt: skip
+        beside.write_text(json.dumps({"item_ids": wrong}))
+        with pytest.raises(ValueError, match=said):
+            read_embeddings(tmp_path / "e.npy", dataset)
 
 
 def test_other_files(dataset: Dataset, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def found(folder: Path, ids: list[str] = IDS, **how: str) -> ImageFiles:
 @pytest.mark.parametrize(
     "hidden",
     [".picasaoriginals/{}.jpg", "._{}.jpg", ".thumbnails/a/{}.jpg", "__MACOSX/{}.jpg", "@eaDir/{}.jpg/{}.jpg", "lost+found/{}.jpg",
-     "$RECYCLE.BIN/{}.jpg", "#recycle/{}.jpg", "a/.Trash-1000/files/{}.jpg"],
+     "$RECYCLE.BIN/{}.jpg", "#recycle/{}.jpg", "a/.Trash-1000/files/{}.jpg", "RECYCLER/{}.jpg", "~snapshot/a/{}.jpg", "@Recently-Snapshot/{}.jpg"],
 )  # fmt: skip
 def test_the_picture_of_a_hidden_folder_was_taken(tmp_path: Path, hidden: str) -> None:
     put(tmp_path, hidden.format("000100", "000100"))
@@ -271,8 +271,26 @@ def test_pixels_of_any_kind_are_seen_as_they_are(image: Image.Image, kind: str, 
         (np.full((8, 8), 200, np.int32), "32-bit integers from 200 to 200, expected 8 or 16 bits"),
         (np.full((8, 8), 2**30, np.int32), "32-bit integers"),
         (np.full((8, 8), -1, np.int32), "32-bit integers"),
+        (np.full((8, 8), 200, np.uint16), "16-bit grey up to 200, where white is 65535"),
+        (np.full((8, 8), 0.002, np.float32), "floats up to 0.002, where white is 1"),
     ],
 )
 def test_pixels_whose_range_nobody_says_were_black(values: np.ndarray, said: str) -> None:
     checked = check_image(encoded(Image.fromarray(values)))
     assert checked.image is None and said in checked.reason
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC, which is not read"),
+        (b"II*\0\x08\0\0\0\0\0\0\0\0\0", "a TIFF of a kind that is not read"),
+        (b"PK\3\4 and so on", "not an image"),
+    ],
+)
+def test_what_is_called_jpg_and_is_something_else_is_said(data: bytes, said: str) -> None:
+    assert check_image(data).reason.startswith(said)
+
+
+def test_a_black_picture_of_16_bits_is_one() -> None:
+    assert check_image(encoded(Image.fromarray(np.zeros((8, 8), np.uint16)))).height == 8

@@ -108,7 +108,8 @@ def test_a_sweep_kept_cells_of_another_dataset(dataset: Dataset, tmp_path: Path)
         ("data.ratio", ["1", "inf"], "finite number"),
         ("optim.betas", ["0.9", "1"], "expected two of at least 0 and below 1, got 0.9 1"),
         ("optim.betas", ["-0.1", "0.9"], "got -0.1 0.9"),
-        ("data.buckets", ["64", "0"], "expected numbers of at least 1, got 64 0"),
+        ("data.buckets", ["64", "0"], "expected numbers of at least 1 and below 2.31, got 64 0"),
+        ("data.buckets", ["9" * 20], "expected numbers of at least 1 and below 2.31"),
         ("optim.lr", "inf", "finite number"),
         ("loss.weight_power", "nan", "finite number"),
         ("loss.attention_scale", "-inf", "finite number"),
@@ -122,3 +123,21 @@ def test_settings_have_limits(name: str, value: object, text: str) -> None:
 def test_settings_at_their_limits() -> None:
     for name, value in {"data.scale": (1, 1), "data.ratio": (1, 1), "optim.betas": (0, 0), "data.buckets": ()}.items():  # fmt: skip
         Config.load(None, {"data.dataset": "ds", name: value})
+
+
+def test_a_setting_that_is_no_path_is_one_line_and_a_mark_of_windows_is_let_pass(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "c.toml"
+    for text, said in (
+        ("[data]\ndataset = 3", "  data.dataset: Value error, expected a path, got 3"),
+        ('[data]\ndataset = "ds"\nfeatures = 3', "  data.features: Value error, expected a path, got 3"),
+        ('[data]\ndataset = "ds"\nscale = [0.5, "x"]', "  data.scale.1: Input should be a valid number"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(ValueError, match="config") as error:
+            Config.load(path)
+        lines = str(error.value).splitlines()[1:]
+        assert len(lines) == 1 and lines[0].startswith(said)
+    path.write_text('\ufeff[data]\ndataset = "ds"', "utf-8")
+    assert Config.load(path).data.dataset == Path("ds")

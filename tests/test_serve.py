@@ -256,9 +256,9 @@ def test_paths_bytes_and_pictures_are_alike(exported: Path, tmp_path: Path) -> N
     (tmp_path / "a.jpg").write_bytes(file)
     encoder = courier_fast.load(exported)
     picture = Image.open(io.BytesIO(file))
-    found = encoder.encode(
-        [tmp_path / "a.jpg", str(tmp_path / "a.jpg"), file, bytearray(file), picture]
-    )
+    path = tmp_path / "a.jpg"
+    found = encoder.encode([path, str(path), file, bytearray(file), picture, path.as_uri()])
+    assert np.array_equal(found[5], found[0])
     assert np.array_equal(found[1:4], found[[0, 0, 0]])
     assert found[4] @ found[0] > 0.999  # decoded in full, by Pillow
     assert encoder.encode([]).shape == (0, 16)

@@ -233,6 +233,13 @@ def test_a_damaged_shard_is_named(
             images_of(Dataset(cut.path))
 
 
+def test_a_report_that_was_cut_off_passed(cut: Dataset) -> None:
+    assert isinstance(cut.path, Path)
+    (cut.path / "report.json").write_text('{"events": 3,')
+    with pytest.raises(ValueError, match=r"report\.json: was cut off or altered"):
+        Dataset(cut.path).verify()
+
+
 def test_a_damaged_manifest_is_named(cut: Dataset) -> None:
     assert isinstance(cut.path, Path)
     alter(cut.path / "manifest.json")

@@ -152,12 +152,22 @@ class EmbeddingStore:
         for part in self.parts:
             check_sha256(self.path / part["name"], part["sha256"])
 
+    def _read(self, name: str, schema: pa.Schema) -> pa.Table:
+        """A part's columns. ValueError where it was cut off or is something else."""
+        path = self.path / name
+        try:
+            return pq.read_table(path, columns=schema.names).cast(schema)
+        except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise ValueError(f"embeddings: {path} was cut off or altered ({str(error).splitlines()[0]})") from None  # fmt: skip
+
     def _newest(self, columns: list[str]) -> pa.Table:
         """Some columns, item_id and source among them, of the newest row of each item that is not gone."""
         empty = pa.schema([self._schema.field(c) for c in columns]).empty_table()
         table = pa.concat_tables(
-            [empty, *(pq.read_table(self.path / p["name"], columns=columns).cast(empty.schema) for p in self.parts)]
-        )  # fmt: skip
+            [empty, *(self._read(p["name"], empty.schema) for p in self.parts)]
+        )
         place = pa.array(np.arange(len(table)))
         last = pa.table({"id": table["item_id"], "place": place}).group_by("id").aggregate([("place", "max")])  # fmt: skip
         newest = table.take(pa.array(np.sort(last["place_max"].to_numpy())))

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 def check_embeddings(embeddings: Array, dataset: Dataset) -> None:
     """ValueError unless `embeddings` has a row for every item, at least one of them finite."""
-    if embeddings.ndim != 2 or len(embeddings) != dataset.num_items:
+    if embeddings.ndim != 2 or len(embeddings) != dataset.num_items or not embeddings.shape[1]:
         raise ValueError(
             f"embeddings: expected [{dataset.num_items}, D] (a row per item of the dataset), got {list(embeddings.shape)}"
         )
@@ -36,11 +36,11 @@ def check_embeddings(embeddings: Array, dataset: Dataset) -> None:
 def read_embeddings(
     path: str | os.PathLike[str], dataset: Dataset, *, strict: bool = False
 ) -> Array:
-    """Embeddings [items, D] float32 in the dataset's order, from .npy (rows in that order), .parquet (item_id, embedding), or a folder that
-    `courier-fast embed` wrote.
+    """Embeddings [items, D] float32 in the dataset's order, from .npy (rows in that order, or of the ids in the JSON beside it), .parquet
+    (item_id, embedding), or a folder that `courier-fast embed` wrote.
 
-    Items without a row in a Parquet file or folder are NaN, its other items are left out; `strict` takes neither. ValueError where the shape is
-    another or an id comes twice.
+    Items without a row where there are ids are NaN, other items are left out; `strict` takes neither. ValueError where the shape is another or an
+    id comes twice.
     """
     path = local_path(path)
     if path.is_dir():
@@ -50,7 +50,10 @@ def read_embeddings(
             f"embeddings: expected a .npy or .parquet file or a folder of `courier-fast embed`, got {path}"
         )
     elif path.suffix == ".npy":
-        table = np.load(path, allow_pickle=False).astype(np.float32, copy=False)
+        table, ids = read_npy(path), _ids_beside(path)
+        if ids is not None:
+            _check_rows(ids, table, path)
+            table = _in_order(ids, table, dataset, path, strict)
     elif path.suffix == ".parquet":
         table = _in_order(*read_parquet(path), dataset, path, strict)
     else:
@@ -68,16 +71,52 @@ def read_vectors(path: str | os.PathLike[str]) -> tuple[pa.Array, Array, str | N
         return *store.read(), store.space
     if not path.is_file():
         raise FileNotFoundError(f"embeddings: expected a folder or file of `courier-fast embed`, got {path}")  # fmt: skip
-    about = _beside(path)
+    space = _beside(path).get("space")
     if path.suffix == ".parquet":
-        return *read_parquet(path), about.get("space")
-    if "item_ids" not in about:
+        return *read_parquet(path), space
+    ids = _ids_beside(path)
+    if ids is None:
         raise ValueError(f"embeddings: expected item_ids in {path}.json, got none; .parquet has them within")  # fmt: skip
-    table = np.load(path, allow_pickle=False).astype(np.float32, copy=False)
-    ids = pa.array([one(str(i)) for i in about["item_ids"]], pa.string())
+    table = read_npy(path)
+    _check_rows(ids, table, path)
+    return ids, table, space
+
+
+def read_npy(path: Path) -> Array:
+    """The numbers of a .npy file as float32. ValueError, which names it, where it is cut off, something else, or holds no real numbers."""
+    try:
+        with path.open("rb") as file:
+            table = np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        said = str(error).split("\n")[0]
+        raise ValueError(f"embeddings: {path} was cut off or is no .npy file of numbers: {said}") from None  # fmt: skip
+    if table.dtype.kind not in "fiu":
+        raise ValueError(f"embeddings: expected numbers in {path}, got {table.dtype}")
+    with np.errstate(over="ignore"):  # infinity then, as a row without an embedding
+        return table.astype(np.float32, copy=False)
+
+
+def _ids_beside(path: Path) -> pa.Array | None:
+    """The ids of the rows of a .npy file, each once, where the JSON beside it has them."""
+    ids = _beside(path).get("item_ids")
+    if ids is None:
+        return None
+    if not isinstance(ids, list):
+        raise ValueError(f"embeddings: expected a list as item_ids in {path}.json, got {type(ids).__name__}")  # fmt: skip
+    found = pa.array([one(str(i)) for i in ids], pa.string())
+    _check_once(found, Path(f"{path}.json"))
+    return found
+
+
+def _check_rows(ids: pa.Array, table: Array, path: Path) -> None:
     if table.ndim != 2 or len(table) != len(ids):
-        raise ValueError(f"embeddings: expected [{len(ids)}, D] in {path}, got {list(table.shape)}")
-    return ids, table, about.get("space")
+        raise ValueError(f"embeddings: expected [{len(ids)}, D] in {path}, a row for each of the item_ids in {path.name}.json, got {list(table.shape)}")  # fmt: skip
+
+
+def _check_once(ids: pa.Array, path: Path) -> None:
+    if len(ids.unique()) != len(ids):
+        twice = next(v["values"] for v in pc.value_counts(ids).to_pylist() if v["counts"] > 1)
+        raise ValueError(f"embeddings: expected each item_id once, got {twice} twice in {path}")
 
 
 def _beside(path: Path) -> dict[str, Any]:
@@ -111,22 +150,25 @@ def read_parquet(path: Path) -> tuple[pa.Array, Array]:
                 raise ValueError(f"embeddings: expected the columns item_id and embedding in {path}, got {', '.join(schema.names)}")  # fmt: skip
         _check_lists(path, schema.field("embedding").type)
         read = pq.read_table(path, columns=["item_id", "embedding"])
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowException, OSError) as error:  # damaged pages are an OSError of pyarrow's
+        if isinstance(error, OSError) and error.errno:
+            raise
         said = str(error).split("\n")[0]
         raise ValueError(f"embeddings: {path} cannot be read as Parquet: {said}") from None
-    read = read.filter(pc.is_valid(read["embedding"]))
-    widths = pc.unique(pc.list_value_length(read["embedding"])).to_pylist()
-    if len(widths) != 1:
-        raise ValueError(f"embeddings: expected rows of one length, got {widths} in {path}")
-    ids = array(read["item_id"], f"embeddings: {path}: item_id")
+    ids, rows = array(read["item_id"], f"embeddings: {path}: item_id"), read["embedding"]
     there = pc.invert(pc.is_in(pc.fill_null(ids, ""), pa.array(MISSING)))
-    if not pc.all(there).as_py():
+    if not pc.all(there, min_count=0).as_py():
         log.warning("%s: %d rows without an item_id are left out", path, pc.sum(pc.invert(there)).as_py())  # fmt: skip
-        ids, read = ids.filter(there), read.filter(there)
-    if len(ids.unique()) != len(ids):
-        twice = next(v["values"] for v in pc.value_counts(ids).to_pylist() if v["counts"] > 1)
-        raise ValueError(f"embeddings: expected each item_id once, got {twice} twice in {path}")
-    return ids, pc.list_flatten(read["embedding"]).to_numpy().reshape(-1, widths[0])
+    there = pc.and_(there, pc.is_valid(rows.combine_chunks()))
+    ids, rows = ids.filter(there), rows.filter(there)
+    widths = pc.unique(pc.list_value_length(rows)).to_pylist()
+    if len(widths) != 1 or not widths[0]:
+        got = f"rows of {', '.join(map(str, sorted(widths)))} numbers" if widths else "none"
+        raise ValueError(f"embeddings: expected rows of one length, got {got} in {path}")
+    _check_once(ids, path)
+    table = pc.list_flatten(rows).to_numpy().reshape(-1, widths[0])
+    with np.errstate(over="ignore"):  # infinity then, as a row without an embedding
+        return ids, table.astype(np.float32, copy=False)
 
 
 def _check_lists(path: Path, kind: pa.DataType) -> None:

@@ -18,6 +18,7 @@ from .pictures import check_size, exif_orientation, rgb
 from .storage import read_any
 
 _KEPT = ("JPEG", "PNG", "WEBP")  # every decoder reads these; others are written anew as JPEG
+_HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,17 @@ def check_image(data: bytes, shrink: int = 0) -> Checked:
         if data[:256].lstrip()[:1] == b"<":
             text = "text (HTML or XML), not an image"
         elif text.startswith("cannot identify image file"):
-            text = "not an image"
+            text = _kind(data)
         return Checked(reason=text or type(error).__name__)
+
+
+def _kind(data: bytes) -> str:
+    """What bytes are that Pillow does not know."""
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF:
+        return "HEIC, which is not read, whatever the file is called: make it JPEG or PNG"
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        return "a TIFF of a kind that is not read: 8 or 16 bits a channel are"
+    return "not an image"
 
 
 def _check(data: bytes, shrink: int) -> Checked:

@@ -18,7 +18,7 @@ LEADS_OUT = "a symbolic link out of the folder of images, not followed"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 # What systems keep beside pictures: thumbnails, copies of what was deleted. Names that begin with a dot are hidden, too.
-_KEPT_BESIDE = {"__macosx", "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found", "system volume information"}  # fmt: skip
+_KEPT_BESIDE = {"__macosx", "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler", "recycled", "lost+found", "system volume information", "@recently-snapshot", "~snapshot", "_gsdata_"}  # fmt: skip
 ORDER = "by suffix (.jpg, .jpeg, .png, ...), then in fewer folders, then the larger one"
 Paths = str | tuple[str, ...]
 

@@ -245,11 +245,18 @@ def _eight_bits(values: Array, mode: str) -> Array:
     if mode == "F":
         if not (low >= 0 and high <= 1):  # NaN, too
             raise ValueError(f"floats from {low:.4g} to {high:.4g}, expected 0 to 1")
-        return np.rint(255 * values.astype(np.float32)).astype(np.uint8)
+        return _not_black(np.rint(255 * values.astype(np.float32)), high, "floats", "1")
     # Some versions of Pillow give 16 bits in 32.
     if mode == "I" and not (low >= 0 and 255 < high < 1 << 16):
         raise ValueError(f"32-bit integers from {low} to {high}, expected 8 or 16 bits")
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return _not_black((values.astype(np.uint32) + 128) // 257, high, "16-bit grey", "65535")
+
+
+def _not_black(values: Array, high: Any, what: str, white: str) -> Array:
+    """As uint8; ValueError where the brightest of them is next to black, though there is something: the range is another."""
+    if high > 0 and values.max() <= 1:
+        raise ValueError(f"{what} up to {high:.4g}, where white is {white}: all of it would be black")  # fmt: skip
+    return values.astype(np.uint8)
 
 
 def decode_strictly(image: Array, colorspace: str = "RGB", **options: Any) -> Array:

@@ -176,7 +176,7 @@ class ItemEncoder:
         """Embeddings [n, dim] float32, each of length 1.
 
         Args:
-            images: paths, encoded images (bytes) or images of Pillow's; of an encoder of features, an array [n, F].
+            images: local paths (or file:// URLs, ~), encoded images (bytes) or images of Pillow's; of an encoder of features, an array [n, F].
             batch: encoded at once.
 
         An image that cannot be read or decoded has a row of NaN, and a warning names it; so has a row of features that is not finite.
@@ -218,7 +218,7 @@ class ItemEncoder:
 
     def _picture(self, image: Any) -> Array:
         if isinstance(image, (str, os.PathLike)):
-            image = pictures.read_image(os.fspath(image))
+            image = pictures.read_image(os.fspath(local_path(image)))
         return square(
             image if isinstance(image, Image.Image) else bytes(image), self.contract.input["size"]
         )

@@ -226,6 +226,8 @@ class Checkpoints:
             Exception
         ) as error:  # safetensors, JSON and torch say each in their way that a file was cut off
             raise ValueError(f"{path}: a file of this checkpoint was cut off or altered ({str(error).splitlines()[0] if str(error) else type(error).__name__}); remove it to go on from an earlier one") from None  # fmt: skip
+        if not stored:
+            raise ValueError(f"{path}: the files of this checkpoint with its tensors (part-00000.safetensors) are not there; remove it to go on from an earlier one")  # fmt: skip
         wrong = sorted(set(stored) ^ set(tensors)) + [
             n
             for n in sorted(set(stored) & set(tensors))

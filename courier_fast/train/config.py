@@ -31,8 +31,12 @@ else:
 
 
 def _path_by(read: Callable[[str | os.PathLike[str]], Any]) -> BeforeValidator:
-    """What is no path is left to pydantic, which says so."""
-    return BeforeValidator(lambda x: read(x) if isinstance(x, (str, os.PathLike)) else x)
+    def check(value: Any) -> Any:
+        if not isinstance(value, (str, os.PathLike)):
+            raise ValueError(f"expected a path, got {value!r}")
+        return read(value)
+
+    return BeforeValidator(check)
 
 
 LocalPath = Annotated[Path, _path_by(local_path)]
@@ -63,8 +67,8 @@ def _pair(above: float, most: float, what: str) -> Callable[[tuple[float, float]
 
 
 def _positive(numbers: tuple[int, ...]) -> tuple[int, ...]:
-    if numbers and min(numbers) < 1:
-        raise ValueError(f"expected numbers of at least 1, got {' '.join(map(str, numbers))}")
+    if numbers and not 1 <= min(numbers) <= max(numbers) < 1 << 31:
+        raise ValueError(f"expected numbers of at least 1 and below 2^31, got {' '.join(map(str, numbers))}")  # fmt: skip
     return numbers
 
 
@@ -360,7 +364,7 @@ class Config(Section):
         values: dict[str, Any] = {}
         if path is not None:
             try:
-                values = tomllib.loads(local_path(path).read_text("utf-8"))
+                values = tomllib.loads(local_path(path).read_text("utf-8-sig"))
             except tomllib.TOMLDecodeError as error:
                 raise ValueError(f"{path}: expected TOML: {error}") from None
             except UnicodeDecodeError:
@@ -385,7 +389,7 @@ class Config(Section):
             return cls.model_validate(values)
         except ValidationError as error:
             lines = [
-                f"  {'.'.join(str(part) for part in e['loc']) or 'config'}: {e['msg']}"
+                f"  {_place(e['loc']) or 'config'}: {e['msg']}"
                 + (f", got {e['input']!r}" if e["type"] not in ("missing", "value_error") else "")
                 for e in error.errors()
             ]
@@ -404,6 +408,12 @@ class Config(Section):
         """Writes every value, defaults too, as TOML."""
         text = tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
         write_atomically(Path(path), lambda partial: partial.write_text(text, "utf-8"))
+
+
+def _place(parts: tuple[int | str, ...]) -> str:
+    """Section, name and index of a value: pydantic also says which of several types it tried."""
+    names = [str(part) for k, part in enumerate(parts) if k < 2 or isinstance(part, int)]
+    return ".".join(names)
 
 
 def add_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:

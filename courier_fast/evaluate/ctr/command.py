@@ -21,7 +21,7 @@ from ...data.dataset import Dataset
 from ...data.embeddings import read_embeddings, trained_until, without_embedding
 from ...data.storage import location
 from ...files import read_json, write_atomically
-from ...locations import local_path
+from ...locations import LocationError, local_path
 from ...output import check_growing
 from ..features import FORMS, check_form, random_vectors
 from .cells import NONE, RANDOM, Cell, Plan, run_plan
@@ -166,7 +166,10 @@ def _files(text: str, seeds: int) -> tuple[str, list[Path]]:
     if not name:
         raise ValueError(f"embeddings: expected NAME=PATH where the file's name is but the seed, got {text}")  # fmt: skip
     several = range(seeds) if "{seed}" in path else [0]
-    return name, [local_path(path.replace("{seed}", str(seed))) for seed in several]
+    try:
+        return name, [local_path(path.replace("{seed}", str(seed))) for seed in several]
+    except LocationError as error:
+        raise ValueError(f"embeddings: {error}") from None
 
 
 def _read(path: Path, dataset: Dataset, allow_missing: bool) -> Array:
