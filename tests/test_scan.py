@@ -174,6 +174,10 @@ def test_links_are_followed_and_loops_stop(tmp_path: Path, caplog: pytest.LogCap
     assert not caplog.messages
     assert rows(folder, tmp_path / "x.csv") == ROWS * 3
     assert caplog.messages == [f"{tmp_path}/x.csv is read twice: it is {folder}/a.csv"]
+    put(folder / "a.csv.gz", gzip.compress(TEXT.encode()))
+    assert rows(folder) == ROWS * 3
+    assert caplog.messages[1:] == [f"{folder}/a.csv.gz is read beside {folder}/a.csv: is it the same, packed?"]  # fmt: skip
+    (folder / "a.csv.gz").unlink()
     os.symlink("self.csv", folder / "self.csv")
     assert "self.csv" in fault(folder)
 
