@@ -179,6 +179,11 @@ def _entries(out: Path) -> list[str]:
     return sorted(n for n in names if not _LITTER.fullmatch(n) and not n.startswith(_PARTIAL))
 
 
+def is_partial(name: str) -> bool:
+    """Whether a folder of this name is one that a run fills, or has left."""
+    return re.search(rf"{re.escape(_PARTIAL)}[0-9a-f]{{8}}$", name) is not None
+
+
 def is_empty(folder: Path) -> bool:
     """Whether there is nothing in a folder but what file managers and file systems leave there."""
     return not _entries(folder)

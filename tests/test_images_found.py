@@ -75,6 +75,12 @@ def test_a_broken_file_gives_way_to_the_next(tmp_path: Path) -> None:
     assert none.image is None and "1.jpg: text" in none.reason and "1.jpeg: empty" in none.reason
 
 
+def test_what_a_run_is_writing_was_said_to_lie_in_the_folder(tmp_path: Path) -> None:
+    put(tmp_path, "out.partial-0123abcd/images/1.png")
+    files = found(tmp_path, ["1"])
+    assert (files.paths, files.hidden) == ({}, 1)
+
+
 def prepared(tmp_path: Path, photos: Path, ids: list[str] = IDS, **how: Any) -> dict[str, Any]:
     source = source_of([(f"u{n % 3}", ids[n % len(ids)], 60 * n) for n in range(90)])
     options = PrepareOptions(min_history=1, repeats="keep", page_size=3)

@@ -274,8 +274,8 @@ def test_unknown_and_missing_words_of_clicks_through_prepare(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="got 'perhaps' in 1 of 90 rows"):
         prepare(tmp_path / "bad", source=source, options=options)
     dates = tmp_path / "d.parquet"
-    pl.DataFrame({"page": ["a"], "user_id": ["b"], "item_id": ["c"], "timestamp": [1], "clicked": [[1]]}).write_parquet(dates)  # fmt: skip
-    with pytest.raises(ValueError, match="d.parquet: expected yes or no in the column clicked, got a column of List"):  # fmt: skip
+    pl.DataFrame({"page": ["a"], "user_id": ["b"], "item_id": ["c"], "timestamp": [1_600_000_000], "clicked": pl.Series([0]).cast(pl.Date)}).write_parquet(dates)  # fmt: skip
+    with pytest.raises(ValueError, match="d.parquet: expected yes or no in the column clicked, got a column of Date"):  # fmt: skip
         generic([dates], None, Columns(page="page"))
 
 
@@ -284,7 +284,7 @@ def test_unknown_and_missing_words_of_clicks_through_prepare(tmp_path: Path) -> 
 def test_a_column_that_says_what_was_clicked_was_passed_over(
     tmp_path: Path, name: str, words: tuple[str, str]
 ) -> None:
-    lines = [f"u,i{n},{n},{words[n % 4 > 0]}" for n in range(8)]
+    lines = [f"u,i{n},{1_600_000_000 + n},{words[n % 4 > 0]}" for n in range(8)]
     path = shown(tmp_path, lines, f"user_id,item_id,timestamp,{name}")
     (note,) = generic([path]).notes
     assert f"the column {name} says no in 6 of the first 8 rows" in note
@@ -293,7 +293,7 @@ def test_a_column_that_says_what_was_clicked_was_passed_over(
 
 @pytest.mark.parametrize("words", [["1", "1"], ["3", "5"], ["spam", "0"]])
 def test_a_column_that_says_something_else_is_no_matter(tmp_path: Path, words: list[str]) -> None:
-    lines = [f"u,i{n},{n},{word}" for n, word in enumerate(words)]
+    lines = [f"u,i{n},{1_600_000_000 + n},{word}" for n, word in enumerate(words)]
     assert not generic([shown(tmp_path, lines, "user_id,item_id,timestamp,label")]).notes
 
 

@@ -553,3 +553,49 @@ def test_a_page_is_hashed_by_its_bytes_alone() -> None:
 
     assert hash_ids(pl.Series(ids)[1:]).to_list() == [plain(i) for i in ids[1:]]
     assert hash_ids(pl.Series(ids)).to_list() == [plain(i) for i in ids]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("live_days", float("inf")),
+        ("live_days", float("nan")),
+        ("memory_gib", float("inf")),
+        ("seed", 1 << 64),
+        ("seed", -1),
+        ("threads", -1),
+        ("validation_share", float("nan")),
+        ("test_share", float("nan")),
+    ],
+)
+def test_options_without_an_upper_limit_were_overflows(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}.*: expected "):
+        PrepareOptions(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_question_mark_in_the_output_was_an_option_of_the_database(tmp_path: Path) -> None:
+    rows = "".join(f"{n % 3},{n % 7},{1_600_000_000 + n}\n" for n in range(60))
+    (tmp_path / "c.csv").write_text("user_id,item_id,timestamp\n" + rows)
+    items = "".join(f"{i},{c}\n" for c in ("hat", "shoe") for i in range(7))
+    (tmp_path / "i.csv").write_text("item_id,category\n" + items)
+    source = generic([tmp_path / "c.csv"], tmp_path / "i.csv")
+    options = PrepareOptions(min_history=1, page_size=3, repeats="keep")
+    out = tmp_path / "what? a=b"
+    report = prepare(out, source=source, options=options)
+    assert report["events"]["kept"] == 60
+    assert Dataset(out).categories.to_pylist() == ["hat"] * 7
+    # The first of several rows is taken, and that is said.
+    assert report["notes"] == ["items: 7 items have rows that differ (first: 0); the first row is taken"]  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.csv", "i.csv", out.name]
+
+
+def test_columns_that_are_one_and_rows_that_cannot_be_used(tmp_path: Path) -> None:
+    clicks = tmp_path / "c.csv"
+    clicks.write_text("user_id,item_id,timestamp\nNULL,1,1600000000\n")
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args(["out", "--interactions", str(clicks), "--user-column", "item_id"])
+    with pytest.raises(ValueError, match="expected three, got item_id, item_id, timestamp"):
+        command.source_of(args)
+    with pytest.raises(ValueError, match=r'c.csv: expected events, got none .* of 1 rows \(1 a missing id, user_id "NULL"\)'):  # fmt: skip
+        prepare(tmp_path / "out", source=generic([clicks]))

@@ -174,6 +174,10 @@ def test_links_are_followed_and_loops_stop(tmp_path: Path, caplog: pytest.LogCap
     assert not caplog.messages
     assert rows(folder, tmp_path / "x.csv") == ROWS * 3
     assert caplog.messages == [f"{tmp_path}/x.csv is read twice: it is {folder}/a.csv"]
+    put(folder / "a.csv.gz", gzip.compress(TEXT.encode()))
+    assert rows(folder) == ROWS * 3
+    assert caplog.messages[1:] == [f"{folder}/a.csv.gz is read beside {folder}/a.csv: is it the same, packed?"]  # fmt: skip
+    (folder / "a.csv.gz").unlink()
     os.symlink("self.csv", folder / "self.csv")
     assert "self.csv" in fault(folder)
 
@@ -208,8 +212,8 @@ def test_partitions_are_columns_of_every_kind_of_file(tmp_path: Path) -> None:
     day = 1_599_955_200
     expected = [("007", "1", day), ("007", "2", day), (None, "4", day + 86_400), ("a/b", "3", day + 86_400)]  # fmt: skip
     assert rows(tmp_path / "a", user="user", time="day") == expected
-    put(tmp_path / "j" / "user_id=1" / "x.jsonl", '{"item_id": 5, "timestamp": 6}\n')
-    assert rows(tmp_path / "j") == [("1", "5", 6)]
+    put(tmp_path / "j" / "user_id=1" / "x.jsonl", f'{{"item_id": 5, "timestamp": {NOON}}}\n')
+    assert rows(tmp_path / "j") == [("1", "5", NOON)]
     # What the file itself says is more than the folder's name.
     parquet(tmp_path / "p" / "timestamp=2020-09-13" / "x.parquet")
     assert rows(tmp_path / "p") == ROWS
@@ -227,10 +231,8 @@ def test_a_published_layouts_folder_is_literal(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"articles\.csv"):
         layouts.hm(folder)
     put(tmp_path / "ml" / "ratings.csv", "userId,movieId,rating,timestamp\n1,2,5,6,7\n")
-    found = layouts.movielens(tmp_path / "ml").events
-    assert found is not None
     with pytest.raises(ValueError, match=r"ratings\.csv: cannot be read: line 2 has 5 fields, the header 4"):  # fmt: skip
-        found.collect()
+        layouts.movielens(tmp_path / "ml")
 
 
 # ---- CSV ------------------------------------------------------------------------------------------------------------
@@ -276,7 +278,7 @@ def lines(*others: str) -> str:
         (lines('x,"b"c,5'), 'line 22: text after a closing quote (within quotes a quote is written ""): x,"b"c,5'),
         (lines('"a\\"b",b,1', '"c'), "line 22: text after a closing quote"),
         (lines('5" screen,b,1'), "line 22: a quote within a field"),
-        (lines("ü,b,5").encode("latin-1"), "line 22 is not UTF-8 (byte 0xFC); convert the file, from Latin-1 for example: iconv -f WINDOWS-1252 -t UTF-8"),
+        (lines(f"ü,b,{NOON}").encode("latin-1"), "line 22 is not UTF-8 (byte 0xFC); convert the file, from Latin-1 for example: iconv -f WINDOWS-1252 -t UTF-8"),
         (TEXT.replace("user_id", "üser").encode("latin-1"), "line 1 is not UTF-8"),
         (TEXT.encode("utf-16"), "expected text, got UTF-16; convert it: iconv -f UTF-16 -t UTF-8"),
         (TEXT.encode("utf-16-be"), "zero bytes (is it UTF-16?"),
@@ -310,8 +312,8 @@ def test_lines_are_counted_over_pieces(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_rows_that_lack_fields_are_rows_with_gaps(tmp_path: Path) -> None:
-    found = rows(put(tmp_path / "a.csv", lines("a,b", "a\0b,c,1")))
-    assert found == [*ROWS, ("a", "b", None), ("a\0b", "c", 1), *ROWS]
+    found = rows(put(tmp_path / "a.csv", lines("a,b", f"a\0b,c,{NOON}")))
+    assert found == [*ROWS, ("a", "b", None), ("a\0b", "c", NOON), *ROWS]
 
 
 def test_a_damaged_gz_names_its_file(tmp_path: Path) -> None:
@@ -339,14 +341,14 @@ def test_types_of_json_were_those_of_the_first_1000_lines(tmp_path: Path) -> Non
     ]
     path = tmp_path / "a.jsonl"
     put(path, "".join(json.dumps(o) + "\n" for o in objects))
-    found = [(u, i) for u, i, _ in rows(path)]
+    found = [row[:2] for row in rows(path)]
     expected = [("u", "i"), (str(2**53 + 1), str(10**29 + 1)), (str(2**64 - 1), "5"), ('ü"\n\\', "😀"), ("true", "5.0")]  # fmt: skip
     assert found == [("1", "7")] * 1200 + expected
     put(path, "".join(json.dumps(o, ensure_ascii=False) + "\n\n" for o in objects))
-    assert [(u, i) for u, i, _ in rows(path)] == found
+    assert [row[:2] for row in rows(path)] == found
     # Python's reader, which takes over where DuckDB stops, gives the same.
     put(path, "".join(json.dumps(o) + "\n" for o in objects) + '{"item_id": 1, "item_id": 2, "x": "\\ud800"}\n')  # fmt: skip
-    assert [(u, i) for u, i, _ in rows(path)] == [*found, (None, "2")]
+    assert [row[:2] for row in rows(path)] == [*found, (None, "2")]
 
 
 @pytest.mark.parametrize(
@@ -426,9 +428,7 @@ def test_parquet_that_cannot_be_read(tmp_path: Path) -> None:
         assert fault(good, put(path, wrong)).startswith(f"{path}: cannot be read: ")
     assert fault(parquet(path, item_id=[[1]] * 20)).startswith(f"{path}: expected text, numbers or times as item_id, got List")  # fmt: skip
     parquet(path, user_id=pa.array([b"\xff\xfe"] * 20))
-    assert fault(path).startswith(f"{path}: cannot be read: ")
-    parquet(path, user_id=pa.array([b"ab"] * 20, pa.binary(2)))
-    assert "as user_id, got Binary" in fault(path)
+    assert fault(path).startswith(f"{path}: user_id: expected ids as UTF-8 text or UUIDs")
     names = ["user_id", "user_id", "item_id", "timestamp"]
     pq.write_table(pa.Table.from_arrays([pa.array([1])] * 4, names=names), path)
     assert f"{path}: expected each column once, got user_id 2 times" in fault(path)

@@ -189,6 +189,24 @@ def test_when_an_item_is_on_offer_may_be_any_date() -> None:
     assert read([4_000_000_000], any_date=True) == ("seconds", [4_000_000_000 * M])
 
 
+@pytest.mark.parametrize("form", ["%d/%m/%Y", "seconds", None])
+@pytest.mark.parametrize("since", ["31/12/2019", "2019-12-31"])
+def test_the_format_of_times_was_not_tried_on_the_items(
+    tmp_path: Path, form: str | None, since: str
+) -> None:
+    time = "05/01/2020" if form == "%d/%m/%Y" else 1_577_836_800
+    (tmp_path / "c.csv").write_text(f"user_id,item_id,timestamp\n1,2,{time}\n")
+    (tmp_path / "i.csv").write_text(f"item_id,first_seen\n2,{since}\n")
+    paths = [tmp_path / "c.csv"], tmp_path / "i.csv"
+    if "/" in since and form != "%d/%m/%Y":
+        with pytest.raises(ValueError, match=r"i.csv: first_seen: expected dates, .*--time-format"):
+            generic(*paths, Columns(time_format=form))
+        return
+    items = generic(*paths, Columns(time_format=form)).items
+    assert items is not None
+    assert items.collect()["first_seen"].to_list() == [1_577_750_400]  # 2019-12-31
+
+
 def test_formats_and_dates_of_options_are_checked() -> None:
     with pytest.raises(ValueError, match="time_format: expected seconds, .* got 'iso'"):
         Columns(time_format="iso")

@@ -119,6 +119,11 @@ def source_of(args: argparse.Namespace) -> Source:
     if args.layout == "generic":
         names = ("user", "item", "time", "category", "page", "clicked")
         columns = Columns(**{n: getattr(args, f"{n}_column") for n in names}, time_format=args.time_format)  # fmt: skip
+        of_row = (columns.user, columns.item, columns.time)
+        if len({*of_row}) < 3:
+            raise ValueError(
+                f"--user-column, --item-column, --time-column: expected three, got {', '.join(of_row)}"
+            )
         return generic(args.interactions, args.items, columns)
     if args.source is None:
         raise ValueError(

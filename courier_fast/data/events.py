@@ -257,9 +257,15 @@ class Candidates:
         table = ids
         self.notes: list[str] = []
         if source.items is not None:
-            about = source.items.join(ids.lazy().select("item_id"), on="item_id", how="semi")
+            ours = ids.lazy().select("item_id")
+            about = source.items.join(ours, on="item_id", how="semi", maintain_order="left")
             with reading("items"):
-                found = about.collect(engine="streaming").unique("item_id", keep="first", maintain_order=True)  # fmt: skip
+                rows = about.collect(engine="streaming").unique(maintain_order=True)
+                found = rows.unique("item_id", keep="first", maintain_order=True)
+                if len(rows) > len(found):
+                    again = rows.filter(pl.col("item_id").is_duplicated())["item_id"]
+                    shown = f"(first: {again[0]}); the first row is taken"
+                    self.note([f"items: {again.n_unique():,} items have rows that differ {shown}"])
                 self.note(items_note(ids["item_id"], found["item_id"], source.items))
             table = ids.join(found, on="item_id", how="left", maintain_order="left")
         extra = {"category": pl.String, "image": pl.String, "first_seen": pl.Int64, "last_seen": pl.Int64}  # fmt: skip

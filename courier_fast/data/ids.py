@@ -113,11 +113,12 @@ def text(column: str, name: str, path: Location | str = "", *, whole: bool = Fal
     return pl.col(column).map_batches(read, pl.String, is_elementwise=True).alias(name)
 
 
-def label(column: str, name: str) -> pl.Expr:
+def label(column: str, name: str, path: Location | str = "") -> pl.Expr:
     """A column of categories: as `text`, null where it is missing."""
+    where = f"{path}: {column}" if path else column
 
     def read(values: pl.Series) -> pl.Series:
-        found = as_text(values, column)
+        found = as_text(values, where)
         return found.set(missing(found), None)
 
     return pl.col(column).map_batches(read, pl.String, is_elementwise=True).alias(name)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from pyarrow import fs
 
+from ..output import is_partial
 from .ids import one
 from .likeness import MOST, a_few, difference
 from .storage import Location, filesystem
@@ -121,7 +122,8 @@ IDS: dict[str, Callable[[str], str]] = {
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is passed over."""
-    return name.startswith(".") or name.casefold() in _KEPT_BESIDE
+    beside = name.casefold() in _KEPT_BESIDE or is_partial(name)
+    return name.startswith(".") or beside
 
 
 def index_images(folder: Location, ids: Container[str], id_from: str = "name") -> ImageFiles:

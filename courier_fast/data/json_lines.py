@@ -64,7 +64,9 @@ class JsonLines:
 
     def _fast(self, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
         names = ", ".join(_quoted(name, '"') for name in columns)
-        fields = ", ".join(f"{_quoted(name, chr(39))}: 'JSON'" for name in columns)
+        # Of one field alone, DuckDB takes a line that is no object for its value.
+        more = [] if len(columns) > 1 else [f"{columns[0]}, another"]
+        fields = ", ".join(f"{_quoted(name, chr(39))}: 'JSON'" for name in [*columns, *more])
         packed = is_packed(self.path)
         # By descriptor: DuckDB takes names for patterns, and only of UTF-8.
         with local_copy(self.path).open("rb") as file, duckdb.connect() as database:

@@ -30,7 +30,7 @@ from .scan import (
     tables,
 )
 from .storage import Location, location
-from .times import check_format, look
+from .times import TimeForm, check_format, look
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +157,20 @@ def _events(
     return when.flat(frame.select(*ids, when.expression(time)))
 
 
+def _offer(frame: pl.LazyFrame, column: str, path: Location, form: str | None) -> TimeForm:
+    """What first_seen or last_seen is: as times were said to be; where that does not fit, as it reads."""
+    try:
+        return look(frame, column, path, form, any_date=True)
+    except ValueError:
+        if form is None or form == "order":
+            raise
+        try:
+            return look(frame, column, path, any_date=True)
+        except ValueError:
+            pass
+        raise
+
+
 def _rated(frame: pl.LazyFrame, least: float | None) -> pl.LazyFrame:
     if least is None:
         return frame
@@ -215,16 +229,15 @@ def _about(items: Location, c: Columns) -> dict[str, Any]:
     if c.category != Columns.category and c.category not in there:  # asked for by name
         check(items, found[0].names or [c.item, *sorted(there)], [c.item, c.category])
     more = [name for name in (c.category, *times) if name in there]
-    form = None if c.time_format is None or "%" in c.time_format else c.time_format
     parts, unreadable = [], Counter[str]()
     for table in found:
         frame = table.frame(c.item, *more) if not table.any_column else table.frame(c.item, optional=more)  # fmt: skip
         chosen = [_id(frame, table.path, c.item, "item_id")]
         for name in more:
             if name == c.category:
-                chosen.append(label(name, "category"))
+                chosen.append(label(name, "category", table.path))
                 continue
-            when = look(frame, name, table.path, form, any_date=True)
+            when = _offer(frame, name, table.path, c.time_format)
             if when.unreadable:
                 log.warning("%s: %s: %d values cannot be read as times", table.path, name, when.unreadable)  # fmt: skip
                 unreadable[name] += when.unreadable
@@ -241,7 +254,8 @@ def hm(folder: Path) -> Source:
     items, files = None, [path]
     for about in find_any(folder, "articles.csv", "articles.parquet"):
         frame = need(scan(about), about, "article_id", "product_group_name")
-        items = frame.select(text("article_id", "item_id"), label("product_group_name", "category"))
+        category = label("product_group_name", "category", about)
+        items = frame.select(text("article_id", "item_id"), category)
         files.append(about)
     return Source("hm", events=events, items=items, files=files)
 
@@ -342,7 +356,7 @@ def pixelrec(folder: Path) -> Source:
     items, files = None, [path]
     for about in find_any(folder, "item_info.csv", "*item_info*.csv"):
         frame = need(scan(about), about, "item_id", "tag")
-        items = frame.select(text("item_id", "item_id"), label("tag", "category"))
+        items = frame.select(text("item_id", "item_id"), label("tag", "category", about))
         files.append(about)
     events = _events(scan(path), path, "user_id", "item_id", "timestamp")
     return Source("pixelrec", events=events, items=items, files=files)
@@ -391,7 +405,7 @@ def ebnerd(folder: Path) -> Source:
     items = None
     for about in find_any(folder, "articles.parquet", "../articles.parquet")[:1]:
         table = need(scan(about), about, "article_id", "category_str")
-        chosen = [text("article_id", "item_id"), label("category_str", "category")]
+        chosen = [text("article_id", "item_id"), label("category_str", "category", about)]
         if "image_ids" in table.collect_schema().names():
             table = table.with_columns(pl.col("image_ids").list.first())
             chosen.append(text("image_ids", "image"))

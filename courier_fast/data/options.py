@@ -62,18 +62,22 @@ class PrepareOptions:
             ("min_history", 1),
             ("max_history", 1),
             ("shrink", 0),
-            ("seed", 0),
+            ("threads", 0),
             ("shard_rows", 1),
             ("shard_bytes", 1),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        if not self.memory_gib >= 0.1:
-            raise ValueError(f"memory_gib: expected at least 0.1, got {self.memory_gib}")
-        if not self.live_days >= 0:
-            raise ValueError(f"live_days: expected at least 0, got {self.live_days}")
+        limits: tuple[tuple[str, float, int], ...] = (
+            ("seed", 0, 2**63 - 1),
+            ("memory_gib", 0.1, 1_000_000),
+            ("live_days", 0, 1_000_000),  # in microseconds it is an int64
+        )
+        for name, low, high in limits:
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}: expected {low} to {high:,}, got {getattr(self, name)}")
         shares = (self.validation_share, self.test_share)
-        if min(shares) < 0 or sum(shares) >= 1:
+        if not (min(shares) >= 0 and sum(shares) < 1):  # nan is neither
             raise ValueError(
                 f"validation_share, test_share: expected shares of 0 or more that leave something for train, got {shares}"
             )

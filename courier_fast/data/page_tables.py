@@ -32,6 +32,7 @@ from .pages import (
     given_pages,
     make_pages,
 )
+from .scan import some
 from .storage import Location, join
 from .times import SECOND
 
@@ -278,6 +279,16 @@ def dropped(fates: Mapping[int, int]) -> dict[str, int]:
 
 def count_fates(fate: Array) -> Counter[int]:
     return Counter(dict(enumerate(np.bincount(fate, minlength=1).tolist())))
+
+
+def nothing_read(files: Sequence[Location], rows: Mapping[str, Counter[str]]) -> str:
+    """That no row can be used, and why."""
+    read = sum(of["read"] for of in rows.values())
+    left = [of for table in rows.values() for of in table.items() if of[1]]
+    why = ", ".join(f"{n:,} {k}" for k, n in left if k not in ("read", truth.UNKNOWN))
+    where = some([str(f) for f in files]) or "the source"
+    why = f" ({why})" if why else ""
+    return f"{where}: expected events, got none that can be used of {read:,} rows{why}"
 
 
 def counts_of(rows: Mapping[str, Counter[str]]) -> dict[str, Any]:

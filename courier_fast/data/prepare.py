@@ -32,9 +32,9 @@ from .page_tables import (
     Outcome,
     Pages,
     count_fates,
-    counts_of,
     dropped,
     market_of,
+    nothing_read,
     pages_around,
     pages_shown,
     say_page_ids,
@@ -245,9 +245,7 @@ def _write(
     log.info("reading %s", ", ".join(str(f) for f in source.files) or "the source")
     raw = read(source, sorter)
     if not raw.items.count:
-        raise ValueError(
-            f"source: expected events, got none that can be read ({counts_of(raw.counts)})"
-        )
+        raise ValueError(nothing_read(source.files, raw.counts))
     need.rows = sum(c["read"] for c in raw.counts.values())
     need.shown = source.impressions is not None
     begin()

@@ -31,9 +31,9 @@ from .options import PrepareOptions
 from .page_ids import PageIds
 from .page_tables import (
     Outcome,
-    counts_of,
     dropped,
     market_of,
+    nothing_read,
     say_page_ids,
     splits_of,
     write_about,
@@ -201,7 +201,7 @@ class _Run:
         ids = self.tree(steps.union, names) if names else None
         table = pl.DataFrame({"item_id": pl.Series("id", [] if ids is None else self.get(ids), pl.String)})  # fmt: skip
         if not len(table):
-            raise ValueError(f"source: expected events, got none that can be read ({counts_of(self.counts)})")  # fmt: skip
+            raise ValueError(nothing_read(self.source.files, self.counts))
         if len(table) > MAX_CODES:
             raise ValueError(f"source: expected at most {MAX_CODES:,} users and items, got more")
         self.begin()

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from polars.io.plugins import register_io_source
 
-from .delimited import Delimited, with_header
+from .delimited import Delimited, is_packed, with_header
 from .json_lines import Kinds, json_lines
 from .storage import Location, filesystem, hidden, is_file, is_folder, join, list_files
 
@@ -381,6 +381,9 @@ def _warn_of_copies(files: Sequence[Location]) -> None:
         if real in seen:
             log.warning("%s is read twice: it is %s", file, seen[real])
         seen.setdefault(real, file)
+    for real, file in seen.items():
+        if (other := seen.get(real[: -len(".gz")])) and is_packed(file):
+            log.warning("%s is read beside %s: is it the same, packed?", file, other)
 
 
 def _files(folder: Location) -> list[tuple[Location, str]]:

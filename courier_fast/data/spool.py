@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import duckdb
@@ -46,6 +47,11 @@ class Sorter:
     """
 
     def __init__(self, folder: Path, memory: float, threads: int) -> None:
+        # DuckDB takes what follows a "?" in a path for options, and only paths of UTF-8.
+        self._elsewhere: TemporaryDirectory[str] | None = None
+        if "?" in str(folder.resolve()) or not str(folder.resolve()).isprintable():
+            self._elsewhere = TemporaryDirectory(prefix="courier-prepare-")
+            folder = Path(self._elsewhere.name)
         config: dict[str, Any] = {
             "memory_limit": f"{round(memory * 1024)}MiB", "threads": threads, "temp_directory": str(folder / "duckdb"),
             # Nothing but the file and what it is given is read, and nothing comes from the network.
@@ -90,6 +96,8 @@ class Sorter:
 
     def close(self) -> None:
         self._database.close()
+        if self._elsewhere is not None:
+            self._elsewhere.cleanup()
 
 
 def whole(parts: Iterator[dict[str, Array]], *keys: str) -> Iterator[dict[str, Array]]:

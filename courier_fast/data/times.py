@@ -541,7 +541,9 @@ class _Look:
         return self.form
 
     def _error(self, what: str) -> ValueError:
-        return ValueError(f"{self.where}: expected times from 1990 to tomorrow in one form, got {what}; {_HINT}")  # fmt: skip
+        expected = "times from 1990 to tomorrow"
+        expected = "dates, or numbers since 1970," if self.any_date else expected
+        return ValueError(f"{self.where}: expected {expected} in one form, got {what}; {_HINT}")
 
 
 def _date(micro: float | None) -> str:
