@@ -53,9 +53,10 @@ def check_choices(**values: Any) -> None:
 def check_workspace(workspace: Any) -> None:
     if isinstance(workspace, bool) or not isinstance(workspace, int):
         raise TypeError(f"workspace: expected an int (bytes), got {describe(workspace)}")
-    if not 1 <= workspace < 1 << 63:
-        least = "at least 1 byte" if workspace < 1 else "fewer than 2**63 bytes"
-        raise ValueError(f"workspace: expected {least}, got {shown(workspace)}")
+    if workspace < 1:
+        raise ValueError(f"workspace: expected at least 1 byte, got {shown(workspace)}")
+    if workspace >= 1 << 63:
+        raise ValueError(f"workspace: expected less than 2**63 bytes, got {shown(workspace)}")
 
 
 def attention_of(attention: str | None, direction: str) -> str:
@@ -84,6 +85,10 @@ class Attention:
     heads: Any
 
     def __post_init__(self) -> None:
+        if isinstance(self.heads, bool) or not isinstance(self.heads, int):
+            raise TypeError(f"num_heads: expected an int, got {describe(self.heads)}")
+        if self.heads < 1:
+            raise ValueError(f"num_heads: expected at least 1, got {shown(self.heads)}")
         given = [n for n in ("scale", "temperature") if getattr(self, n) is not None]
         for name in given:
             _finite(f"attention_{name}", getattr(self, name))
@@ -102,7 +107,7 @@ class Attention:
     def of(self, dim: int) -> dict[str, Any]:
         """Fields of the Problem; raises ValueError if the heads do not divide the dimension."""
         heads = self.heads
-        if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or dim % heads:
+        if dim % heads:
             raise ValueError(
                 f"num_heads: expected a divisor of the embedding dimension {dim}, got {shown(heads)}"
             )

@@ -49,6 +49,8 @@ class EmbeddingMemory(nn.Module):
                 raise TypeError(f"{name}: expected an int, got {describe(value)}")
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {shown(value)}")
+            if value >= 1 << 31:
+                raise ValueError(f"{name}: expected less than 2**31, got {shown(value)}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(
                 f"dtype: expected a floating torch.dtype, got {dtype if isinstance(dtype, torch.dtype) else describe(dtype)}"

@@ -167,6 +167,13 @@ def attention_inputs(p: Problem) -> dict[str, Any]:
         inputs[f"{name}_ptr"] = default if given is None else given
         inputs[f"{name}_index_ptr"] = index if indexed else p.history_offsets
         inputs[f"HAS_{name.upper()}_INDEX"] = indexed
+    if not p.attention_scale:
+        # Nobody asks: what q and k hold may be infinite, and 0 times that is not 0.
+        nothing = torch.zeros(1, p.pv.shape[1], dtype=p.pv.dtype, device=p.pv.device)
+        for name, rows in (("q", p.num_pv), ("k", p.num_history)):
+            inputs[f"{name}_ptr"] = nothing
+            inputs[f"{name}_index_ptr"] = p.pv_offsets.new_zeros(rows)
+            inputs[f"HAS_{name.upper()}_INDEX"] = True
     return inputs
 
 

@@ -252,6 +252,31 @@ def test_the_mean_asks_nobody(impl: str, huge: float) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("huge", [torch.inf, torch.nan])
+def test_the_mean_of_values_reads_no_history(impl: str, huge: float) -> None:
+    """Its rows are the keys where none are given: their products made the loss NaN on one path."""
+    skip_unless_available(impl, make(0, impl="triton" if impl == "triton" else "cpu"))
+    g, device = torch.Generator().manual_seed(0), DEVICES.get(impl, "cpu")
+    pv, history, memory = (
+        torch.randn(*n, DIM, generator=g).to(device) for n in ((2, 3), (2, 4), (3,))
+    )
+    clicked = torch.ones(2, 3, dtype=torch.bool, device=device)
+    unread = torch.full_like(history, huge)
+    mean: dict[str, Any] = {"attention": "mean", "impl": impl}
+    for options in (mean, mean | {"memory": memory}, {"attention_scale": 0.0, "impl": impl}):
+        found = []
+        for rows in (history, unread):
+            x, y, v = (t.clone().requires_grad_() for t in (pv, rows, history))
+            loss = cf.reconstruction_loss(x, y, clicked, value=v, **options)
+            found.append((loss.detach(), *torch.autograd.grad(loss, (x, y, v))))
+        assert not found[1][2].any()
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+    given = {"value": history, "attention_scale": 0.0, "impl": impl}
+    assert torch.equal(cf.reconstruct(pv, unread, **given), cf.reconstruct(pv, history, **given))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_mean_of_long_rows(dtype: torch.dtype) -> None:
     """Products of rows of length 300 and more do not fit into float16."""
