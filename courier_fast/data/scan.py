@@ -381,9 +381,10 @@ def _warn_of_copies(files: Sequence[Location]) -> None:
         if real in seen:
             log.warning("%s is read twice: it is %s", file, seen[real])
         seen.setdefault(real, file)
-    for real, file in seen.items():
-        if (other := seen.get(real[: -len(".gz")])) and is_packed(file):
-            log.warning("%s is read beside %s: is it the same, packed?", file, other)
+    names = {str(file) for file in files}
+    for name in sorted(names):
+        if is_packed(name) and (other := name[: -len(".gz")]) in names:
+            log.warning("%s is read beside %s: is it the same, packed?", name, other)
 
 
 def _files(folder: Location) -> list[tuple[Location, str]]:
