@@ -36,7 +36,12 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A command of which `run` is given, in this process; gives its status."""
+    """A command of which `run` is given, in this process; gives its status. Signals are as in a terminal: what starts the tests may ignore some."""
+    before = {n: signal.getsignal(n) for n in interrupt.SIGNALS}
+    for number in interrupt.SIGNALS:
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )
 
     def call(run: Any, *options: str) -> int:
         fake = type("Fake", (), {"add_arguments": lambda parser: None, "run": staticmethod(run)})
@@ -44,7 +49,9 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setitem(cli.COMMANDS, "fake", ("courier_fast.fake", "for a test"))
         return cli.main([*options, "fake"])
 
-    return call
+    yield call
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

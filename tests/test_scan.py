@@ -101,7 +101,9 @@ def test_parts_that_are_empty_or_hidden_are_no_rows(tmp_path: Path, caplog: pyte
     put(folder / "c.csv", HEADER)
     put(folder / "d.csv", HEADER.strip())
     put(folder / "e.csv.gz", gzip.compress(b""))
-    put(folder / "f.CSV", f"item_id,user_id,timestamp,more\n7,v,{NOON},[\n")  # columns in another order
+    put(
+        folder / "f.CSV", f"item_id,user_id,timestamp,more\n7,v,{NOON},[\n"
+    )  # columns in another order
     for name in ("_SUCCESS", ".a.csv.crc", ".DS_Store", "_temporary/x.csv", ".hidden/y.csv"):
         put(folder / name, "x")
     assert rows(folder) == [*ROWS, ("v", "7", NOON)]
