@@ -75,6 +75,7 @@ def parse(command: str, whole: bool = True) -> None:
         )
         patch.setattr(argparse.ArgumentParser, "error", refuse)
         patch.setattr(sys, "argv", [module, *words])
+        patch.setenv("TRITON_INTERPRET", "0")  # some take it away, for all tests after this one
         patch.syspath_prepend(ROOT)
         try:
             if module == "courier_fast.cli":
