@@ -21,8 +21,10 @@ from factories import (
     results,
     skip_unless_available,
 )
+from torch import Tensor
 
 from courier_fast import ops
+from courier_fast.budget import Yardstick, held
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -61,7 +63,6 @@ CASES: dict[str, dict[str, Any]] = {
     "long-histories": {"longest_history": 60, "pages": 5},
     "several-tiles": {"pages": 40},
     "one-page": {"pages": 1, "longest_pv": 12, "longest_history": 12},
-    "dim-1": {"dim": 1},
     "dim-17": {"dim": 17},
     "dim-100": {"dim": 100, "pages": 6},
     "dim-256": {"dim": 256, "pages": 6},
@@ -74,6 +75,32 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_float32(impl: str, case: str) -> None:
     check_loss(impl, **CASES[case])
+
+
+def away_from_zero(x: Tensor) -> Tensor:
+    return (x.detach() + 0.5 * x.detach().sign()).requires_grad_()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_of_one_number(impl: str) -> None:
+    """Unit rows of one number are 1 and -1, so that every gradient is 0, and what rounding leaves of it is as large as
+    the luck of a few units in the last place: it is held to a bound. Each is divided by the length of a row and of a
+    reconstruction; with a sharp attention neither is short.
+    """
+    budget = Budget(torch.float32)
+    for seed in range(3):
+        p = make(seed, impl=impl, dim=1, pages=20, attention_scale=10.0)
+        skip_unless_available(impl, p)
+        assert p.history is not None
+        p = replace(p, pv=away_from_zero(p.pv), history=away_from_zero(p.history))
+        judged = loss_yardstick(p, seed)
+        found = results(lambda q: ops.loss(q, impl, False)[0], p, LOSS_INPUTS)
+        losses = [{"output": of["output"]} for of in (judged.exact, judged.eager, *judged.rounded)]
+        budget.add(Yardstick(losses[0], losses[1], losses[2:]), found)
+        for name in ("pv", "history"):
+            assert held(judged.exact[name]).abs().max() < 1e-12
+            assert found[name].abs().max() <= 4 * torch.finfo(torch.float32).eps / p.tau, name
+    budget.check()
 
 
 HALF = {
