@@ -3,9 +3,10 @@
     python -m bench [--quick] [--case paper big20 ...] [--group options ...] [--impl triton cce ...] [--out DIR]
     python -m bench --report DIR       tables and plots of what was measured before
 
-bench/results/<machine>/ gets results.json, written after each case, README.md and the plots. What cannot
-run here (no GPU, a peer that is not installed, logits that do not fit) is listed with the reason. bench.loss
-says what is measured how; `pytest bench --benchmark-only` runs the same cases under pytest-benchmark.
+bench/results/<machine>/ gets results.json, written after each case, README.md and the plots. What
+cannot run here (no GPU, a peer that is not installed, logits that do not fit) is listed with the
+reason. bench.loss says what is measured how; `pytest bench --benchmark-only` runs the same cases
+under pytest-benchmark.
 """
 
 from __future__ import annotations

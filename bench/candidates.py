@@ -182,7 +182,8 @@ def contrast(cosine: Tensor, batch: Batch, anchor: Tensor) -> tuple[Tensor, Tens
 
 # ---- attention for each candidate ----------------------------------------------------------------
 
-# Numbers in the reconstructions of a chunk of pages. On a CPU a larger one is no faster: its memory has to be mapped anew.
+# Numbers in the reconstructions of a chunk of pages. On a CPU a larger one is no faster: its memory
+# has to be mapped anew.
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
 
 
@@ -221,8 +222,9 @@ class _Given(torch.autograd.Function):
 
 
 def in_chunks(batch: Batch, part: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
-    """The loss with attention for each candidate. Every anchor needs its own page alone, so each chunk of pages goes
-    forward and backward before the next: nothing is computed twice, and nothing is held of more than a chunk."""
+    """The loss with attention for each candidate. Every anchor needs its own page alone, so each
+    chunk of pages goes forward and backward before the next: nothing is computed twice, and nothing
+    is held of more than a chunk."""
     inputs = list(batch.inputs.values())
     gradients = [torch.zeros_like(x, dtype=_logit_type(x)) for x in inputs]
     total = weights = 0.0

@@ -32,12 +32,14 @@ def options_shape(device: str) -> Shape:
 
 
 def _items(device: str, dtype: str) -> Case:
-    """The paper's pages with longer histories, 15,360 and about 30,720 occurrences, of 4,000 items."""
+    """The paper's pages with longer histories, 15,360 and about 30,720 occurrences, of 4,000
+    items."""
     return Case("items", Shape(3072, 5, 19, 256, 0.2), Options(unique_items=4000), dtype)
 
 
 def _candidate(dtype: str) -> list[Case]:
-    """Attention for each candidate, by dot products and by cosines: 512 pages, and fewer with shorter rows."""
+    """Attention for each candidate, by dot products and by cosines: 512 pages, and fewer with
+    shorter rows."""
     # By cosines, others take as long as by dot products, and some of them minutes.
     names = {False: ("eager", "eager_full", "compile", *OURS), True: ("eager", *OURS)}
     sizes = {
@@ -121,8 +123,8 @@ def selected(
 
 @dataclass(frozen=True)
 class Goal:
-    """At most this, and then at most that; a share of the floor: at least. On an H100 or H200, bfloat16 unless the case
-    says otherwise."""
+    """At most this, and then at most that; a share of the floor: at least. On an H100 or H200,
+    bfloat16 unless the case says otherwise."""
 
     case: str
     what: str  # a key of `MEASURES`

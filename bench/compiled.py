@@ -1,9 +1,11 @@
-"""What the Triton kernels compile to, without a GPU: registers, spills, shared memory, matrix instructions, the inner loop.
+"""What the Triton kernels compile to, without a GPU: registers, spills, shared memory, matrix
+instructions, the inner loop.
 
     python -m bench.compiled [PROBLEM ...] [--target 90] [--kernel contrast ...] [--json FILE]
 
-A problem is one of those of kernels/launches.py: `bf16-256` (the default), `bf16-768`, `items`, `page`,
-`candidate-256`, ... The loop is the innermost one with matrix instructions, for candidates that over their page's history.
+A problem is one of those of kernels/launches.py: `bf16-256` (the default), `bf16-768`, `items`,
+`page`, `candidate-256`, ... The loop is the innermost one with matrix instructions, for candidates
+that over their page's history.
 """
 
 from __future__ import annotations
@@ -19,8 +21,17 @@ from .command import parser_of, write_json
 
 # Arguments that tell launches of one kernel apart.
 _TELLING = (
-    "BLOCK_M", "BLOCK_N", "BLOCK_H", "NEED_VALUES", "NEED_SUM", "NEED_RANK", "TO_LIST", "STREAM", "SUMS", "STORE"
-)  # fmt: skip
+    "BLOCK_M",
+    "BLOCK_N",
+    "BLOCK_H",
+    "NEED_VALUES",
+    "NEED_SUM",
+    "NEED_RANK",
+    "TO_LIST",
+    "STREAM",
+    "SUMS",
+    "STORE",
+)
 
 
 def parse(arguments: Sequence[str] | None, problems: Sequence[str]) -> argparse.Namespace:
@@ -45,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments, [*COMMON, *SPECIAL])
     found = []
     print(
-        f"{'kernel':<24}{'regs':>5}{'spill':>6}{'KiB':>5}{'wgmma':>6}{'loop':>6}  warps, stages, what for"
+        f"{'kernel':<24}{'regs':>5}{'spill':>6}{'KiB':>5}{'wgmma':>6}{'loop':>6}  warps, stages, "
+        "what for"
     )
     for problem in args.problem:
         print(f"{problem}, sm_{args.target}")
@@ -59,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ]
             print(
                 f"{launch.name:<24}{x.registers:>5}{x.spilled:>6}{x.shared / 1024:>5.0f}{x.wgmma:>6}"
-                f"{sum(x.loop.values()):>6}  {launch.num_warps}, {launch.num_stages}, {', '.join(words)}",
+                f"{sum(x.loop.values()):>6}  {launch.num_warps}, {launch.num_stages}, "
+                f"{', '.join(words)}",
                 flush=True,
             )
             found.append(

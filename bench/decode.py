@@ -1,4 +1,5 @@
-"""Decoding: encoded photos to random crops of 224 px, flipped and normalised; images/s of the decoders and of what users write.
+"""Decoding: encoded photos to random crops of 224 px, flipped and normalised; images/s of the
+decoders and of what users write.
 
 python -m bench.decode [--images FOLDER] [--size 224] [--batch 128] [--threads 2]
 """
@@ -39,7 +40,8 @@ BASELINE = "dali-cpu"
 
 
 def photo(rng: np.random.Generator, side: int = 500) -> Array:
-    """A JPEG like a photo of that size (about 55 KB at 500): smooth colours, texture on some of it, grain."""
+    """A JPEG like a photo of that size (about 55 KB at 500): smooth colours, texture on some of it,
+    grain."""
 
     def noise(cells: int) -> Array:
         field = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
@@ -53,7 +55,7 @@ def photo(rng: np.random.Generator, side: int = 500) -> Array:
     return np.frombuffer(file.getvalue(), np.uint8)
 
 
-# ---- what users write -----------------------------------------------------------------------------------------------
+# ---- what users write ----------------------------------------------------------------------------
 
 
 def _normalised(picture: torch.Tensor) -> torch.Tensor:
@@ -86,7 +88,7 @@ def one_by_torchvision(image: Array, window: Array, flip: bool, size: int) -> to
     return _normalised(picture.flip(2) if flip else picture)
 
 
-# ---- candidates -----------------------------------------------------------------------------------------------------
+# ---- candidates ----------------------------------------------------------------------------------
 
 
 def candidates(
@@ -142,7 +144,8 @@ def candidates(
                     batch_size=batch,
                     num_workers=threads,
                     persistent_workers=True,
-                    multiprocessing_context="spawn",  # a fork would inherit thread pools that do not run
+                    # A fork would inherit thread pools that do not run
+                    multiprocessing_context="spawn",
                 )
                 works[name] = partial(by_loader, loader)
             else:
@@ -204,8 +207,10 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(line_of(surroundings(device)))
     print(
-        f"{args.count} of {len(files)} photos, {np.mean([len(f) for f in files]) / 1000:.0f} KB, median {np.median(shapes, 0).astype(int).tolist()} px, "
-        f"to {args.size} px, batches of {args.batch}, {args.threads} threads, {args.repeats} repeats in turns\n"
+        f"{args.count} of {len(files)} photos, {np.mean([len(f) for f in files]) / 1000:.0f} KB, "
+        f"median {np.median(shapes, 0).astype(int).tolist()} px, "
+        f"to {args.size} px, batches of {args.batch}, {args.threads} threads, {args.repeats} "
+        "repeats in turns\n"
     )
     rates = {k: np.quantile(args.count / np.array(v), [0.2, 0.5, 0.8]) for k, v in seconds.items()}
     # CPU time of this process tells more than the clock where others use the machine too.

@@ -1,7 +1,9 @@
-"""The loader alone, with each decoder, against the rate at which the backbone trains. `python -m bench.loader --dataset DIR`
+"""The loader alone, with each decoder, against the rate at which the backbone trains. `python -m
+bench.loader --dataset DIR`
 
-Everything decodes the same batches in turns in one run: random crop, resize, flip, normalise. "plain" is a DataLoader with Pillow and
-torchvision's transforms that opens every occurrence of an item. Occurrences/s is what counts for training; images/s what a decoder does.
+Everything decodes the same batches in turns in one run: random crop, resize, flip, normalise.
+"plain" is a DataLoader with Pillow and torchvision's transforms that opens every occurrence of an
+item. Occurrences/s is what counts for training; images/s what a decoder does.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def plain_batches(loader: DataLoader) -> Iterator[tuple[int, int]]:
 def measure(
     config: Config, kinds: Sequence[str], *, turns: int, steps: int, workers: int
 ) -> dict[str, Any]:
-    """Rates of each decoder's loader, the plain loader, and the backbone; and why a decoder was left out."""
+    """Rates of each decoder's loader, the plain loader, and the backbone; and why a decoder was
+    left out."""
     from courier_fast.data.decode import make_decoder
 
     trainer = Trainer(config)

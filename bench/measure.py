@@ -49,8 +49,8 @@ QUEUE_SECONDS = 2e-3
 
 
 def queued_time(work: Callable[[], object]) -> float:
-    """Seconds of the GPU's work alone: it starts when all of it is queued. What synchronises with the host cannot be
-    queued, and its waiting counts."""
+    """Seconds of the GPU's work alone: it starts when all of it is queued. What synchronises with
+    the host cannot be queued, and its waiting counts."""
     torch.cuda.synchronize()
     rate = torch.cuda.get_device_properties(torch.cuda.current_device())
     cycles = int(QUEUE_SECONDS * 1e3 * getattr(rate, "clock_rate", 1_800_000))
@@ -120,7 +120,8 @@ def product_rate(dtype: torch.dtype, device: torch.device) -> tuple[int, float]:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes per second, read and written, of the best of five large copies: the roof of what is bound by memory."""
+    """Bytes per second, read and written, of the best of five large copies: the roof of what is
+    bound by memory."""
     size = 2**30 if device.type == "cuda" else 2**27
     x = torch.zeros(size, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
@@ -175,7 +176,8 @@ def can_measure_memory(device: torch.device) -> bool:
 def peak_memory(
     name: str, loss: Loss, shape: Shape, batch: Batch, forward: bool = False
 ) -> tuple[int, int | None]:
-    """Bytes at the peak of one run over the inputs: with the gradients, and without them (on a GPU)."""
+    """Bytes at the peak of one run over the inputs: with the gradients, and without them (on a
+    GPU)."""
     device = batch.clicked.device
     if device.type == "cuda":
 
@@ -215,13 +217,15 @@ def free_memory(device: torch.device) -> int:
         return 8 * 2**30
 
 
-# Attention for each candidate is judged on no more than this: the model of its rounding takes seconds for it.
+# Attention for each candidate is judged on no more than this: the model of its rounding takes
+# seconds for it.
 JUDGED_BYTES = 2**29
 
 
 def logits_bytes(shape: Shape, options: Options, full: bool) -> int:
-    """About what M x N (full: N x N) float32 logits take with their mask, softmax and gradients; or, with attention for
-    each candidate, reconstructions of all N from every page with an anchor."""
+    """About what M x N (full: N x N) float32 logits take with their mask, softmax and gradients;
+    or, with attention for each candidate, reconstructions of all N from every page with an anchor.
+    """
     columns = shape.pages * shape.items
     if options.attention == "candidate":
         pages = shape.pages * (1 - (1 - shape.clicked) ** shape.items)
@@ -231,11 +235,13 @@ def logits_bytes(shape: Shape, options: Options, full: bool) -> int:
 
 
 def shape_that_fits(shape: Shape, options: Options, device: torch.device) -> Shape:
-    """The shape, or the same pages but fewer of them, so that the reference and the model of its rounding fit into memory."""
+    """The shape, or the same pages but fewer of them, so that the reference and the model of its
+    rounding fit into memory."""
     limit = 0.8 * free_memory(device)
     if options.attention == "candidate":
         limit = min(limit, JUDGED_BYTES)
-    # The model holds float64, and what it is moved by: 80 bytes a pair were measured, where the reference takes 24.
+    # The model holds float64, and what it is moved by: 80 bytes a pair were measured, where the
+    # reference takes 24.
     share = min(1.0, (limit / (4 * logits_bytes(shape, options, False))) ** 0.5)
     return Shape(
         max(1, int(shape.pages * share)),

@@ -1,4 +1,5 @@
-"""Time and memory of the metrics of predicted clicks, two predictions at a time, beside scikit-learn where it is installed.
+"""Time and memory of the metrics of predicted clicks, two predictions at a time, beside
+scikit-learn where it is installed.
 
 python -m bench.metrics [N ...] [--pages] [--double] [--weights]
 """
@@ -21,7 +22,8 @@ BLOCK = 1 << 20
 
 
 def draw(n: int, kind: str) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray]:
-    """Labels [n], two predictions [n] of which the first knows their probability, and users [n] of 50 impressions each."""
+    """Labels [n], two predictions [n] of which the first knows their probability, and users [n] of
+    50 impressions each."""
     rng = np.random.default_rng(0)
     clicked, p = np.empty(n, np.bool_), np.empty((2, n), kind)
     for start in range(0, n, BLOCK):
@@ -68,7 +70,11 @@ def main() -> None:
     parser.add_argument("n", nargs="*", type=float, default=[1e6])
     parser.add_argument("--pages", action="store_true", help="with the metrics of pages of 10")
     parser.add_argument("--double", action="store_true", help="float64 instead of float32")
-    parser.add_argument("--weights", action="store_true", help="compare with weights, 4 of each that was not clicked")  # fmt: skip
+    parser.add_argument(
+        "--weights",
+        action="store_true",
+        help="compare with weights, 4 of each that was not clicked",
+    )
     args = parser.parse_args()
     measure(1000, args, timed=lambda _, function: function())  # compiles
     for n in args.n:

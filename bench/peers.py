@@ -1,9 +1,11 @@
-"""Other packages' contrasts, each behind the same eager attention over padded histories. Imported when they are asked for.
+"""Other packages' contrasts, each behind the same eager attention over padded histories. Imported
+when they are asked for.
 
-cce: cut-cross-entropy, with its gradient filter off, so that it computes the same. liger: liger-kernel's fused linear
-cross entropy. inf_cl: inf-cl's single-GPU loss. varlen: PyTorch's own varlen_attn and linear_cross_entropy. memeff:
-memeff's CLIP loss, direction "both" of a batch in which every item was clicked. siglip: siglip-kernel, a sigmoid loss of
-the same pairs: another loss, for its time only.
+cce: cut-cross-entropy, with its gradient filter off, so that it computes the same. liger:
+liger-kernel's fused linear cross entropy. inf_cl: inf-cl's single-GPU loss. varlen: PyTorch's own
+varlen_attn and linear_cross_entropy. memeff: memeff's CLIP loss, direction "both" of a batch in
+which every item was clicked. siglip: siglip-kernel, a sigmoid loss of the same pairs: another loss,
+for its time only.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""`courier-fast prepare` with both engines on drawn events, and what that means for far more. `python -m bench.prepare`
+"""`courier-fast prepare` with both engines on drawn events, and what that means for far more.
+`python -m bench.prepare`
 
-The engines run in processes of their own, in turns; of each the fastest counts. Memory is what belongs to one process alone, and the object
-store, at their peaks. Steps are timed in this process in CPU seconds, over all threads, so a machine that does other things, too, says the same.
-The plan on paper multiplies those by as many rows, and by as much as the engine took longer than its steps.
+The engines run in processes of their own, in turns; of each the fastest counts. Memory is what
+belongs to one process alone, and the object store, at their peaks. Steps are timed in this process
+in CPU seconds, over all threads, so a machine that does other things, too, says the same. The plan
+on paper multiplies those by as many rows, and by as much as the engine took longer than its steps.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ NAMES = ["user", "time", "history_start", "history_end", "pv_start", "pv_end"]
 
 
 def draw(folder: Path, events: int) -> list[str]:
-    """Events of a year in 8 files of CSV, a tenth as many users, a fiftieth as many items; the arguments that name them."""
+    """Events of a year in 8 files of CSV, a tenth as many users, a fiftieth as many items; the
+    arguments that name them."""
     rng = np.random.default_rng(0)
     users, items = max(events // 10, 1), max(events // 50, 1)
     columns = {
@@ -52,11 +55,12 @@ def draw(folder: Path, events: int) -> list[str]:
     return ["--interactions", str(folder / "clicks"), "--items", str(folder / "items.csv")]
 
 
-# ---- the engines ----------------------------------------------------------------------------------------------------
+# ---- the engines ---------------------------------------------------------------------------------
 
 
 def memory(root: int) -> dict[str, int]:
-    """Bytes of a process, of the processes of Ray's tasks under it, and of the object store, in use now."""
+    """Bytes of a process, of the processes of Ray's tasks under it, and of the object store, in use
+    now."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -73,7 +77,9 @@ def memory(root: int) -> dict[str, int]:
             name = Path(f"/proc/{process}/cmdline").read_text()
         except OSError:
             continue
-        size = {k: int(v.split()[0]) << 10 for k, v in (s.split(":", 1) for s in lines) if "Rss" in k}  # fmt: skip
+        size = {
+            k: int(v.split()[0]) << 10 for k, v in (s.split(":", 1) for s in lines) if "Rss" in k
+        }
         kind = "driver" if process == root else "workers" if name.startswith("ray::") else ""
         if kind:
             found[kind] += size.get("RssAnon", 0)
@@ -83,7 +89,17 @@ def memory(root: int) -> dict[str, int]:
 
 def run(engine: str, out: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """Seconds, peak bytes, and the checksum of everything."""
-    command = [sys.executable, "-m", "courier_fast.cli", "prepare", str(out), "--overwrite", "--engine", engine, *arguments]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "courier_fast.cli",
+        "prepare",
+        str(out),
+        "--overwrite",
+        "--engine",
+        engine,
+        *arguments,
+    ]
     began, peak = time.perf_counter(), {"driver": 0, "workers": 0, "store": 0}
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
@@ -96,12 +112,19 @@ def run(engine: str, out: Path, arguments: Sequence[str]) -> dict[str, Any]:
         said = errors.read()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)}: {said}")
-    between = [line.split(": ", 1)[1] for line in said.splitlines() if line.startswith("bytes between")]  # fmt: skip
+    between = [
+        line.split(": ", 1)[1] for line in said.splitlines() if line.startswith("bytes between")
+    ]
     manifest = json.loads((out / "dataset.json").read_text())["manifest"]
-    return {"seconds": seconds, **peak, "between": between[0] if between else "", "manifest": manifest}  # fmt: skip
+    return {
+        "seconds": seconds,
+        **peak,
+        "between": between[0] if between else "",
+        "manifest": manifest,
+    }
 
 
-# ---- the steps ------------------------------------------------------------------------------------------------------
+# ---- the steps -----------------------------------------------------------------------------------
 
 
 def timed(step: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
@@ -125,11 +148,15 @@ def cpu_of_steps(arguments: Sequence[str], out: Path) -> dict[str, float]:
     row = np.arange(len(ids), dtype=np.int32)
     first, last = np.zeros(len(ids), np.int64), np.full(len(ids), 1 << 40)
     market = market_of(table, first, last, options)
-    times = np.quantile([1_600_000_000, 1_600_000_000 + 365 * 86_400], np.arange(1, PARTS) / PARTS).astype(np.int64)  # fmt: skip
+    times = np.quantile(
+        [1_600_000_000, 1_600_000_000 + 365 * 86_400], np.arange(1, PARTS) / PARTS
+    ).astype(np.int64)
     bounds = (times, np.zeros(len(times), np.int64))
     pieces, total = [], 0
     for frame in source.parts():
-        (block, items, about), cost = timed(lambda f=frame: list(steps.read(f, "events", source, 0, 1 << 40)))  # fmt: skip
+        (block, items, about), cost = timed(
+            lambda f=frame: list(steps.read(f, "events", source, 0, 1 << 40))
+        )
         seconds["read"] += cost
         total += about["rows"]
         users = block["users"]
@@ -138,14 +165,19 @@ def cpu_of_steps(arguments: Sequence[str], out: Path) -> dict[str, float]:
         seconds["to_users"] += cost
         pieces.append(steps.to_users(block, items, ids, row, steps.union(users[:0]))[0])
     (_, events, _, _, _), seconds["by_user"] = timed(steps.by_user, False, *pieces)
-    few = {"first": events["first"][:100]} | {n: events[n][: events["first"][99]] for n in ("item", "time")}  # fmt: skip
+    few = {"first": events["first"][:100]} | {
+        n: events[n][: events["first"][99]] for n in ("item", "time")
+    }
     steps.make(few, None, (0, 0, 0), market, None, None, bounds, options)  # compiles
-    made, seconds["make"] = timed(steps.make, events, None, (0, 0, 0), market, None, None, bounds, options)  # fmt: skip
+    made, seconds["make"] = timed(
+        steps.make, events, None, (0, 0, 0), market, None, None, bounds, options
+    )
     (pages, of_pages, sums), seconds["by_time"] = timed(steps.by_time, options, *made[:-1])
     for name, columns, part, rows in (
-        ("pages", NAMES, pages, sums["pages"]), ("page_items", ["item", "clicked"], of_pages, sums["items"]),
+        ("pages", NAMES, pages, sums["pages"]),
+        ("page_items", ["item", "clicked"], of_pages, sums["items"]),
         ("events", ["item", "time"], events, len(events["item"])),
-    ):  # fmt: skip
+    ):
         shards = [(s, a, min(a + (1 << 22), rows)) for s, a in enumerate(range(0, rows, 1 << 22))]
         _, cost = timed(steps.write_rows, out, name, columns, shards, [0], [0], part)
         seconds["write_rows"] += cost
@@ -153,7 +185,8 @@ def cpu_of_steps(arguments: Sequence[str], out: Path) -> dict[str, float]:
 
 
 def seconds_of_items(items: int) -> float:
-    """Microseconds for each item of what the leading process does by itself: their ids, their metadata, what is on offer."""
+    """Microseconds for each item of what the leading process does by itself: their ids, their
+    metadata, what is on offer."""
     ids = pl.Series("item_id", np.random.default_rng(0).permutation(items)).cast(pl.String)
     about = pl.DataFrame({"item_id": ids, "category": (ids.cast(pl.Int64) % 40).cast(pl.String)})
     began = time.perf_counter()
@@ -167,7 +200,8 @@ def seconds_of_items(items: int) -> float:
 
 
 def cpu_of_image(side: int, count: int = 200) -> tuple[float, int]:
-    """Microseconds of one core to check a photograph-like JPEG of side x side pixels, and its bytes."""
+    """Microseconds of one core to check a photograph-like JPEG of side x side pixels, and its
+    bytes."""
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 256, (side // 8, side // 8, 3), np.uint8))
     fine = rng.integers(-8, 9, (side, side, 3))
@@ -181,13 +215,21 @@ def cpu_of_image(side: int, count: int = 200) -> tuple[float, int]:
     return 1e6 * cost / count, len(file.getvalue())
 
 
-# ---- on paper -------------------------------------------------------------------------------------------------------
+# ---- on paper ------------------------------------------------------------------------------------
 
 
-def plan(cpu: dict[str, float], image: tuple[float, int], of_item: float, longer: float, between: float, args: argparse.Namespace) -> dict[str, float]:  # fmt: skip
+def plan(
+    cpu: dict[str, float],
+    image: tuple[float, int],
+    of_item: float,
+    longer: float,
+    between: float,
+    args: argparse.Namespace,
+) -> dict[str, float]:
     """Hours and bytes for `args.plan_events` and `args.plan_images`.
 
-    `longer`: what the engine took over what its steps did. `between`: bytes between steps for each event.
+    `longer`: what the engine took over what its steps did. `between`: bytes between steps for each
+    event.
     """
     cores = args.machines * args.cores
     network = args.machines * args.gbit / 8 * 1e9  # bytes a second
@@ -229,22 +271,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         assert len({t["manifest"] for turns in found.values() for t in turns}) == 1
         best = {engine: min(turns, key=lambda t: t["seconds"]) for engine, turns in found.items()}
         for engine, turn in best.items():
-            sizes = ", ".join(f"{n} {turn[n] / 2**20:,.0f} MiB" for n in ("driver", "workers", "store"))  # fmt: skip
-            print(f"{engine}: {turn['seconds']:.1f} s, {sizes}; between tasks: {turn['between'] or 'none'}")  # fmt: skip
+            sizes = ", ".join(
+                f"{n} {turn[n] / 2**20:,.0f} MiB" for n in ("driver", "workers", "store")
+            )
+            print(
+                f"{engine}: {turn['seconds']:.1f} s, {sizes}; between tasks: "
+                f"{turn['between'] or 'none'}"
+            )
         nothing = draw(folder / "few", 1000)
         start = min(run("ray", folder / "few-out", nothing)["seconds"] for _ in range(args.turns))
         cpu = cpu_of_steps(arguments, folder / "steps")
     print(f"ray for 1,000 events: {start:.1f} s")
-    print("microseconds of a core for each event: " + ", ".join(f"{n} {c:.2f}" for n, c in cpu.items()))  # fmt: skip
+    print(
+        "microseconds of a core for each event: "
+        + ", ".join(f"{n} {c:.2f}" for n, c in cpu.items())
+    )
     image = cpu_of_image(args.side)
     print(f"an image of {args.side} pixels, {image[1]:,} bytes: {image[0]:,.0f} microseconds")
     of_item = seconds_of_items(1_000_000)
     print(f"the leading process: {of_item:.2f} microseconds for each item")
     ours = len(os.sched_getaffinity(0))
     longer = (best["ray"]["seconds"] - start) * ours / (sum(cpu.values()) * 1e-6 * args.events)
-    moved = sum(int(part.rsplit(" ", 1)[1].replace(",", "")) for part in best["ray"]["between"].split(", "))  # fmt: skip
-    print(f"ray took {longer:.2f} of its steps' time on {ours} cores; {moved / args.events:.0f} bytes shuffled for each event")  # fmt: skip
-    print(f"{args.plan_events:,.0f} events, {args.plan_images:,.0f} images on {args.machines} machines of {args.cores} cores:")  # fmt: skip
+    moved = sum(
+        int(part.rsplit(" ", 1)[1].replace(",", "")) for part in best["ray"]["between"].split(", ")
+    )
+    print(
+        f"ray took {longer:.2f} of its steps' time on {ours} cores; {moved / args.events:.0f} "
+        "bytes shuffled for each event"
+    )
+    print(
+        f"{args.plan_events:,.0f} events, {args.plan_images:,.0f} images on {args.machines} "
+        f"machines of {args.cores} cores:"
+    )
     for name, value in plan(cpu, image, of_item, longer, moved / args.events, args).items():
         print(f"  {name}: {value:,.2f}")
     return 0

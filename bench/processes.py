@@ -1,14 +1,17 @@
-"""A loss over several processes: what it moves, what that costs, how much of it is hidden. `python -m bench.processes`
+"""A loss over several processes: what it moves, what that costs, how much of it is hidden. `python
+-m bench.processes`
 
-Gloo on the CPU; NCCL where there is a GPU for each process. Each process has a batch of the shape; all step together.
+Gloo on the CPU; NCCL where there is a GPU for each process. Each process has a batch of the shape;
+all step together.
 
-bytes: counted at the collectives, received by a process in one step, forward and backward, beside the formula. A padded
-all-gather moves the longest shard W - 1 times.
-step: forward and backward, the slowest process of each step. "waiting": the same step, but each transfer is waited for
-where it begins, so that none is under way while something is computed. "transfers": the step's collectives alone, with
-nothing in between. All three take turns in one run. hidden: median (p20 to p80) of (waiting - step) / transfers, turn by
-turn; whoever waits at each transfer also waits for slower processes, so it can be more than all, and on shared cores the
-spread says how much of it to believe.
+bytes: counted at the collectives, received by a process in one step, forward and backward, beside
+the formula. A padded all-gather moves the longest shard W - 1 times. step: forward and backward,
+the slowest process of each step. "waiting": the same step, but each transfer is waited for where it
+begins, so that none is under way while something is computed. "transfers": the step's collectives
+alone, with nothing in between. All three take turns in one run. hidden: median (p20 to p80) of
+(waiting - step) / transfers, turn by turn; whoever waits at each transfer also waits for slower
+processes, so it can be more than all, and on shared cores the spread says how much of it to
+believe.
 """
 
 from __future__ import annotations
@@ -67,17 +70,19 @@ class Settings:
     cases: tuple[Case, ...] = CASES
 
 
-# ---- bytes -------------------------------------------------------------------------------------------------------
+# ---- bytes ---------------------------------------------------------------------------------------
 
 
 def predicted(
     case: Case, size: int, rows: int, anchors: int, dim: int, element: int, gpu: bool = False
 ) -> list[int]:
-    """Bytes that a process receives [forward, backward]; `rows` and `anchors` are those of the process with most.
+    """Bytes that a process receives [forward, backward]; `rows` and `anchors` are those of the
+    process with most.
 
-    Forward, a header and the columns: D s, and 8 for an id. Backward, with attention "anchor" the anchors: D s, 8 for an id,
-    8 for the log-sum-exp and 4 for the weight; with "candidate" the columns again, and 4 D for each that travel home.
-    On a GPU, where nobody asks how many anchors there are, all rows travel as such, and 4 with a column: whether it is one.
+    Forward, a header and the columns: D s, and 8 for an id. Backward, with attention "anchor" the
+    anchors: D s, 8 for an id, 8 for the log-sum-exp and 4 for the weight; with "candidate" the
+    columns again, and 4 D for each that travel home. On a GPU, where nobody asks how many anchors
+    there are, all rows travel as such, and 4 with a column: whether it is one.
     """
     if size == 1:
         return [0, 0]
@@ -159,7 +164,7 @@ def waiting() -> Iterator[None]:
         yield
 
 
-# ---- one process -------------------------------------------------------------------------------------------------
+# ---- one process ---------------------------------------------------------------------------------
 
 
 def forward(batch: Batch, case: Case, group: Any) -> Tensor:
@@ -263,22 +268,27 @@ def measure(sizes: Sequence[int], settings: Settings) -> list[dict[str, Any]]:
     return found
 
 
-# ---- the command -------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def report(result: dict[str, Any]) -> str:
     shape = result["shape"]
     lines = [line_of(result["surroundings"]), ""]
     lines.append(
-        f"{result['backend']}, {result['dtype']}, of each process {shape['pages']:,} pages of {shape['items']} items, D = {shape['dim']}"
+        f"{result['backend']}, {result['dtype']}, of each process {shape['pages']:,} pages of "
+        f"{shape['items']} items, D = {shape['dim']}"
     )
     if result["backend"] == "gloo":
         cores = os.cpu_count()
         lines.append(
-            f"All processes share {cores} cores, which also carry the transfers: times compare exchanges, they say nothing of scaling."
+            f"All processes share {cores} cores, which also carry the transfers: times compare "
+            "exchanges, they say nothing of scaling."
         )
-    lines += ["", f"{'W':>2} {'attention':<10}{'exchange':<9}{'ids':<4}{'MB forward (formula)':>22}{'MB backward (formula)':>22}"
-              f"{'step ms':>9}{'waiting':>9}{'transfers':>10}{'hidden':>21}"]  # fmt: skip
+    lines += [
+        "",
+        f"{'W':>2} {'attention':<10}{'exchange':<9}{'ids':<4}{'MB forward (formula)':>22}{'MB backward (formula)':>22}"
+        f"{'step ms':>9}{'waiting':>9}{'transfers':>10}{'hidden':>21}",
+    ]
     for row in result["rows"]:
         moved = [
             f"{m / 1e6:.3f} ({p / 1e6:.3f})"
@@ -290,7 +300,8 @@ def report(result: dict[str, Any]) -> str:
             low, middle, high = (100 * x for x in row["hidden"])
             hidden = f"{middle:.0f}% ({low:.0f} to {high:.0f})"
         lines.append(
-            f"{row['processes']:>2} {row['attention']:<10}{row['exchange']:<9}{'yes' if row['ids'] else '':<4}"
+            f"{row['processes']:>2} "
+            f"{row['attention']:<10}{row['exchange']:<9}{'yes' if row['ids'] else '':<4}"
             f"{moved[0]:>22}{moved[1]:>22}{times[0]:>9.1f}{times[1]:>9.1f}{times[2]:>10.1f}{hidden:>21}"
         )
     return "\n".join(lines)

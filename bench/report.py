@@ -69,7 +69,8 @@ def _case_table(case: Record, on_gpu: bool) -> list[str]:
         ("errors / budget", True),
     )
     lines = [
-        f"**{about['name']}**, {what}, {about['dtype']}{tf32}: N = {case['rows']:,}, M = {case['anchors']:,}, "
+        f"**{about['name']}**, {what}, {about['dtype']}{tf32}: N = {case['rows']:,}, M = "
+        f"{case['anchors']:,}, "
         f"{case['columns']:,} columns, K = {case['history']:,}, D = {case['dim']}; "
         f"floor {_ms(case['floor_seconds'])} ms",
         "",
@@ -147,7 +148,8 @@ def _variants(case: Record) -> list[str]:
         ratio = f"{middle / bare['times'][1]:.2f}" if right(row) and bare is not None else ""
         goal = f"{VARIANT_GOALS[row['name']]:.2f}" if row["name"] in VARIANT_GOALS else ""
         lines.append(
-            f"| {row['name']} | {_ms(middle)} ({_ms(low)} to {_ms(high)}) | {ratio} | {goal} | {_errors(row)} |"
+            f"| {row['name']} | {_ms(middle)} ({_ms(low)} to {_ms(high)}) | {ratio} | {goal} | "
+            f"{_errors(row)} |"
         )
     return [*lines, ""]
 
@@ -195,7 +197,8 @@ def goals(results: Record) -> list[str]:
         measured = "" if value is None else f"{value:.4g} {unit}"
         then = "" if goal.then is None else f"{goal.then:g} {unit}"
         lines.append(
-            f"| {goal.case} | {goal.what} | {measured} | {goal.first:g} {unit} | {then} | {verdict} |"
+            f"| {goal.case} | {goal.what} | {measured} | {goal.first:g} {unit} | {then} | "
+            f"{verdict} |"
         )
     return [*lines, ""]
 
@@ -213,8 +216,10 @@ def markdown(results: Record) -> str:
         "",
         "Medians of candidates measured in turns in one run"
         + (", GPU time between events around queued work" if gpu else "")
-        + ". Share of the floor: of the time that the products alone take at the rate of a large one, measured in the same run. "
-        "Errors are against float64; the budget is twice the error of eager code in the same type, or of a model of its rounding (courier_fast.budget), plus one rounding. "
+        + ". Share of the floor: of the time that the products alone take at the rate of a large "
+        "one, measured in the same run. "
+        "Errors are against float64; the budget is twice the error of eager code in the same type, "
+        "or of a model of its rounding (courier_fast.budget), plus one rounding. "
         "What is over it gets no ratio. Names: `python -m bench.loss --help`.",
         "",
     ]
@@ -305,8 +310,12 @@ def _roofline(results: Record, pyplot: Any) -> Any:
         xs = sorted({min(low, corner / 4), corner, high})
         axis.plot(xs, [min(x * memory, rate) / 1e12 for x in xs], "k-", lw=1)
         axis.annotate(
-            f"{dtype} product, {rate / 1e12:.3g} TFLOP/s", (high, rate / 1e12), ha="right", va="bottom", fontsize=7
-        )  # fmt: skip
+            f"{dtype} product, {rate / 1e12:.3g} TFLOP/s",
+            (high, rate / 1e12),
+            ha="right",
+            va="bottom",
+            fontsize=7,
+        )
     names = sorted({r["name"] for c in shapes for r in c["results"] if right(r)})
     for name in names:
         points = [
@@ -317,8 +326,12 @@ def _roofline(results: Record, pyplot: Any) -> Any:
         ]
         ours = name in OURS
         axis.plot(
-            [p[0] for p in points], [p[1] for p in points], "o" if ours else "x", ms=7 if ours else 4, label=name
-        )  # fmt: skip
+            [p[0] for p in points],
+            [p[1] for p in points],
+            "o" if ours else "x",
+            ms=7 if ours else 4,
+            label=name,
+        )
         if ours:
             for x, y, label in points:
                 axis.annotate(label, (x, y), fontsize=6, xytext=(4, 4), textcoords="offset points")

@@ -1,7 +1,8 @@
 """A whole training step: loader, encoder, loss, update. `python -m bench.step --dataset DIR`
 
-Against a plain PyTorch trainer in the same run: DataLoader with Pillow and torchvision's transforms, every occurrence of an item decoded and
-encoded, eager loss. Both see the same pages in the same order, in turns. Also: the share of the step that the loss takes, and the images/s of the
+Against a plain PyTorch trainer in the same run: DataLoader with Pillow and torchvision's
+transforms, every occurrence of an item decoded and encoded, eager loss. Both see the same pages in
+the same order, in turns. Also: the share of the step that the loss takes, and the images/s of the
 backbone alone on images that are already there, the most that any trainer can reach.
 
 On a GPU: Swin-T at 224 px in bfloat16, compiled; on a CPU, training at the quickstart's size.
@@ -39,7 +40,8 @@ from .measure import surroundings
 
 
 class Pages(TorchDataset):
-    """What most people write first: a page is an item of the dataset, and each of its images is opened where it occurs."""
+    """What most people write first: a page is an item of the dataset, and each of its images is
+    opened where it occurs."""
 
     def __init__(
         self, plan: BatchPlan, size: int, mean: Sequence[float], std: Sequence[float]
@@ -86,9 +88,14 @@ def collate(pages: list[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, T
         return torch.tensor([0, *np.cumsum([len(p) for p in parts])])
 
     return (
-        torch.cat(shown), torch.cat(past), torch.from_numpy(np.concatenate(clicked)), offsets(shown), offsets(past),
-        torch.from_numpy(np.concatenate(shown_items)), torch.from_numpy(np.concatenate(past_items)),
-    )  # fmt: skip
+        torch.cat(shown),
+        torch.cat(past),
+        torch.from_numpy(np.concatenate(clicked)),
+        offsets(shown),
+        offsets(past),
+        torch.from_numpy(np.concatenate(shown_items)),
+        torch.from_numpy(np.concatenate(past_items)),
+    )
 
 
 class Plain:
@@ -99,9 +106,13 @@ class Plain:
         t = self.trainer
         pages = Pages(t.plan, t.config.data.size, t.encoder.mean, t.encoder.std)
         self.batches = DataLoader(
-            pages, config.data.pages, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0,
+            pages,
+            config.data.pages,
+            num_workers=workers,
+            collate_fn=collate,
+            persistent_workers=workers > 0,
             pin_memory=t.device.type == "cuda",
-        )  # fmt: skip
+        )
         self.iterator = self._forever()
 
     def _forever(self) -> Iterator[Any]:
@@ -119,9 +130,15 @@ class Plain:
         )
         pv, history = embeddings.split([len(shown), len(past)])
         loss = reconstruction_loss(
-            pv, history, clicked, pv_offsets=pv_offsets, history_offsets=history_offsets, item_ids=shown_items,
-            temperature=loss_config.temperature, impl="reference",
-        )  # fmt: skip
+            pv,
+            history,
+            clicked,
+            pv_offsets=pv_offsets,
+            history_offsets=history_offsets,
+            item_ids=shown_items,
+            temperature=loss_config.temperature,
+            impl="reference",
+        )
         loss = loss + loss_config.sequence_weight * click_sequence_loss(
             history,
             history_offsets=history_offsets,
@@ -136,7 +153,8 @@ class Plain:
 
 
 class Ours:
-    """The trainer as it is; each turn has a loader thread of its own, which would otherwise work ahead while others are measured."""
+    """The trainer as it is; each turn has a loader thread of its own, which would otherwise work
+    ahead while others are measured."""
 
     def __init__(self, config: Config) -> None:
         self.trainer = Trainer(config)
@@ -258,14 +276,23 @@ def measure(
 def add_arguments(parser: argparse.ArgumentParser, size: int) -> None:
     """What bench.loader is asked for, too."""
     add = parser.add_argument
-    add("--dataset", type=Path, help="a prepared dataset; without one, that of the quickstart is drawn")  # fmt: skip
+    add(
+        "--dataset",
+        type=Path,
+        help="a prepared dataset; without one, that of the quickstart is drawn",
+    )
     add("--pages", type=int, default=QUICKSTART.pages, help="per step (default: the quickstart's)")
     add("--backbone", default="auto")
     add("--size", type=int, default=size, help="pixels; 0: the trainer's default")
     add("--history", type=int, default=QUICKSTART.history)
     add("--turns", type=int, default=3)
     add("--steps", type=int, default=10, help="batches per turn")
-    add("--workers", type=int, default=0, help="of the plain DataLoader; on two cores 0 was no slower than 2")  # fmt: skip
+    add(
+        "--workers",
+        type=int,
+        default=0,
+        help="of the plain DataLoader; on two cores 0 was no slower than 2",
+    )
     add("--json", type=Path)
 
 
@@ -276,8 +303,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     add_arguments(parser, 0 if on_gpu else QUICKSTART.size)
     add = parser.add_argument
-    add("--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help="torch.compile the encoder (default: on a GPU)")  # fmt: skip
-    add("--warm-up", type=int, default=20 if on_gpu else 2, help="steps before the first turn: every padded number of images is compiled once")  # fmt: skip
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=on_gpu,
+        help="torch.compile the encoder (default: on a GPU)",
+    )
+    add(
+        "--warm-up",
+        type=int,
+        default=20 if on_gpu else 2,
+        help="steps before the first turn: every padded number of images is compiled once",
+    )
     return parser.parse_args(arguments)
 
 
@@ -292,9 +329,13 @@ def run(
         if args.dataset is None:
             args.dataset = quickstart_dataset(Path(folder))
         overrides = {
-            "data.dataset": args.dataset, "data.pages": args.pages, "data.size": args.size, "data.history": args.history, "model.backbone": args.backbone,
+            "data.dataset": args.dataset,
+            "data.pages": args.pages,
+            "data.size": args.size,
+            "data.history": args.history,
+            "model.backbone": args.backbone,
             "run.out": Path(folder) / "run",
-        }  # fmt: skip
+        }
         result = measure(Config.load(None, overrides | more))
         dataset = Dataset(args.dataset)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -318,11 +359,16 @@ def report(result: dict[str, Any]) -> str:
     lines += ["", f"occurrences per unique image: {result['occurrences_per_unique_image']:.2f}"]
     if "plain" in rates:
         lines.append(
-            f"ours over plain: {rates['ours']['occurrences_per_s'] / rates['plain']['occurrences_per_s']:.2f} x occurrences/s"
+            "ours over plain: "
+            f"{rates['ours']['occurrences_per_s'] / rates['plain']['occurrences_per_s']:.2f} x "
+            "occurrences/s"
         )
     lines += [
-        f"ours over the backbone alone: {rates['ours']['images_per_s'] / rates['backbone alone']['images_per_s']:.1%} of its images/s",
-        f"a step takes {result['step_seconds'] * 1e3:.0f} ms: {result['loss_share']:.1%} of it the loss, "
+        "ours over the backbone alone: "
+        f"{rates['ours']['images_per_s'] / rates['backbone alone']['images_per_s']:.1%} of its "
+        "images/s",
+        f"a step takes {result['step_seconds'] * 1e3:.0f} ms: {result['loss_share']:.1%} of it the "
+        "loss, "
         f"{result['waiting_for_images_share']:.1%} waiting for images",
     ]
     return "\n".join(lines)

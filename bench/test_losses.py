@@ -1,6 +1,7 @@
 """The cases of `python -m bench` under pytest-benchmark: `pytest bench --benchmark-only`.
 
-Results are checked before they are timed. COURIER_FAST_BENCH=full takes every case, not only the quick ones.
+Results are checked before they are timed. COURIER_FAST_BENCH=full takes every case, not only the
+quick ones.
 """
 
 from __future__ import annotations

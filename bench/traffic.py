@@ -1,10 +1,12 @@
-"""What a step moves: every launch of forward and backward, and the bytes that it reads and writes, without a GPU.
+"""What a step moves: every launch of forward and backward, and the bytes that it reads and writes,
+without a GPU.
 
     python -m bench.traffic [--shape paper paper50 big20 big100] [--json FILE]
 
-Walks through the pipeline with tensors that hold nothing, as in tests/test_memory.py, and notes every kernel and every
-operator of PyTorch. Bytes come from a formula for each kernel: each row that it touches, once. What is read again is taken
-to come from the second-level cache, so the time at the copy's rate is a floor, and no prediction where a kernel waits.
+Walks through the pipeline with tensors that hold nothing, as in tests/test_memory.py, and notes
+every kernel and every operator of PyTorch. Bytes come from a formula for each kernel: each row that
+it touches, once. What is read again is taken to come from the second-level cache, so the time at
+the copy's rate is a floor, and no prediction where a kernel waits.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from torch.utils._pytree import tree_leaves
 from .command import parser_of, write_json
 from .problems import SHAPES, Shape
 
-# One H100 80GB: a copy's bytes a second, a large bfloat16 product's flops a second, multiprocessors.
+# One H100 80GB: a copy's bytes a second, a large bfloat16 product's flops a second,
+# multiprocessors.
 BYTES_PER_SECOND, FLOPS_PER_SECOND, PROCESSORS = 3e12, 791e12, 132
 
 ABSENT = (
@@ -103,7 +106,8 @@ BYTES: dict[str, Formula] = {
 
 @dataclass(frozen=True)
 class Noted:
-    """A launch, with its grid and its tensors by argument; or an operator of PyTorch and what it gives."""
+    """A launch, with its grid and its tensors by argument; or an operator of PyTorch and what it
+    gives."""
 
     name: str
     grid: tuple[int, ...]
@@ -163,7 +167,8 @@ def noting(modules: Sequence[ModuleType], noted: list[Noted]) -> Iterator[None]:
 
 
 def walk(s: Sizes) -> list[Noted]:
-    """A step of bfloat16 training: loss and gradients, packed, without options. Not under TRITON_INTERPRET=1."""
+    """A step of bfloat16 training: loss and gradients, packed, without options. Not under
+    TRITON_INTERPRET=1."""
     from courier_fast.kernels import (
         chunked,
         click_sequence,
@@ -230,7 +235,8 @@ def parts(s: Sizes, launch: Noted) -> float:
 
 
 def table(shape: Shape) -> list[dict[str, Any]]:
-    """A row for each kernel: launches, bytes, microseconds for them, and for the products where there are some."""
+    """A row for each kernel: launches, bytes, microseconds for them, and for the products where
+    there are some."""
     s = sizes(shape)
     noted = walk(s)
     forward = next(x for x in noted if x.name == "contrast forward")

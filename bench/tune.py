@@ -3,9 +3,10 @@
     python -m bench.tune [--dim 64 128 256] [--kind forward lse transposed] [--rows 32768] [--out tiles.json]
     COURIER_FAST_TILES=tiles.json python train.py
 
-For each pass and D: compiles every candidate and drops what spills or does not fit, checks the loss and its gradients by
-the error budget, then times the whole loss in turns, so that a candidate is judged by what it does to a step. tiles.json is
-written after each pass and D; entries that are in it already are kept, and not tuned again.
+For each pass and D: compiles every candidate and drops what spills or does not fit, checks the loss
+and its gradients by the error budget, then times the whole loss in turns, so that a candidate is
+judged by what it does to a step. tiles.json is written after each pass and D; entries that are in
+it already are kept, and not tuned again.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def grid(args: argparse.Namespace) -> Iterator[Any]:
 
 
 def fitting(tile: Any, kind: str, dim: int, capability: int) -> Any | None:
-    """The tile with how many programs of it a multiprocessor holds; None if it spills or does not fit."""
+    """The tile with how many programs of it a multiprocessor holds; None if it spills or does not
+    fit."""
     from courier_fast.kernels import configs
     from courier_fast.kernels.launches import SHARED_MEMORY, compiled, launches_of
 
@@ -73,9 +75,11 @@ def fitting(tile: Any, kind: str, dim: int, capability: int) -> Any | None:
     label = f"bf16-{dim}"
     for launch in launches_of(label, capability):
         constants = launch.constexprs
-        found = "transposed" if constants.get("HAS_X_OFFSET") or not constants.get("NEED_SUM") else (
-            "forward" if constants["NEED_VALUES"] else "lse"
-        )  # fmt: skip
+        found = (
+            "transposed"
+            if constants.get("HAS_X_OFFSET") or not constants.get("NEED_SUM")
+            else ("forward" if constants["NEED_VALUES"] else "lse")
+        )
         if launch.name != "contrast" or found != kind:
             continue
         try:

@@ -1,4 +1,5 @@
-"""COURIER training losses: contrastive user intention reconstruction (arXiv 2306.05001), fused and exact."""
+"""COURIER training losses: contrastive user intention reconstruction (arXiv 2306.05001), fused and
+exact."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ __all__ = [
     "reconstruction_loss",
 ]
 
-# Imported when they are asked for: embeddings are served without torch, and training needs nothing of serving.
+# Imported when they are asked for: embeddings are served without torch, and training needs nothing
+# of serving.
 _MODULES = dict.fromkeys(__all__, "loss") | {"EmbeddingMemory": "memory", "load": "serve.load"}
 
 

@@ -38,7 +38,7 @@ CHOICES = {
 }
 
 
-# ---- options ------------------------------------------------------------------------------------------------------
+# ---- options -------------------------------------------------------------------------------------
 
 
 def check_choices(**values: Any) -> None:
@@ -60,7 +60,8 @@ def check_workspace(workspace: Any) -> None:
 
 
 def attention_of(attention: str | None, direction: str) -> str:
-    """The default is what trained the best embeddings (docs/hm-fashion.md), where a direction has it."""
+    """The default is what trained the best embeddings (docs/hm-fashion.md), where a direction has
+    it."""
     if attention is not None:
         return attention
     plain = isinstance(direction, str) and direction == "reconstruct"
@@ -109,7 +110,8 @@ class Attention:
         heads = self.heads
         if dim % heads:
             raise ValueError(
-                f"num_heads: expected a divisor of the embedding dimension {dim}, got {shown(heads)}"
+                f"num_heads: expected a divisor of the embedding dimension {dim}, got "
+                f"{shown(heads)}"
             )
         scale = (dim // heads) ** -0.5 if self.scale is None else float(self.scale)
         if self.temperature is not None:
@@ -123,7 +125,7 @@ class Attention:
         }
 
 
-# ---- tensors ------------------------------------------------------------------------------------------------------
+# ---- tensors -------------------------------------------------------------------------------------
 
 
 def _float_rows(name: str, x: Any, like: Tensor | None) -> Tensor:
@@ -155,9 +157,11 @@ def _same_layout(pv: Given, history: Given) -> None:
         (pv.offsets is None) != (history.offsets is None)
     ):
         raise ValueError(
-            "pv and history: expected the same layout (both padded, both packed with offsets, or both nested), "
+            "pv and history: expected the same layout (both padded, both packed with offsets, or "
+            "both nested), "
             f"got pv {describe(pv.x)} with{'' if pv.offsets is not None else 'out'} pv_offsets and "
-            f"history {describe(history.x)} with{'' if history.offsets is not None else 'out'} history_offsets"
+            f"history {describe(history.x)} with{'' if history.offsets is not None else 'out'} "
+            "history_offsets"
         )
 
 
@@ -170,7 +174,8 @@ class Pages:
     """The embeddings of a call, checked and in one type, and the layout of each side.
 
     Args:
-        given: the sides: PV and history, or the history alone. Tensors with a value per item follow the first.
+        given: the sides: PV and history, or the history alone. Tensors with a value per item follow
+            the first.
         embeddings: the table that they index, or None.
         projections: query, key and value, where a loss has them.
     """

@@ -1,7 +1,9 @@
-"""Rows against a block of columns: the primitive of every loss whose candidates are in more than one place.
+"""Rows against a block of columns: the primitive of every loss whose candidates are in more than
+one place.
 
-Candidates of other processes and of a memory come in blocks. Over each of them a row has a log-sum-exp and a weighted sum;
-partial results merge, and the gradient of a column needs the rows' log-sum-exps alone. So a backend gives four functions:
+Candidates of other processes and of a memory come in blocks. Over each of them a row has a
+log-sum-exp and a weighted sum; partial results merge, and the gradient of a column needs the rows'
+log-sum-exps alone. So a backend gives four functions:
 
 | function | gives |
 | --- | --- |
@@ -10,8 +12,8 @@ partial results merge, and the gradient of a column needs the rows' log-sum-exps
 | `candidate_forward(pages, x, y, pairs, scoring, bar)` | `forward` of attention "candidate": of anchors x (without rows) on their pages, without `mean` |
 | `candidate_backward(pages, x, y, lse, g, pairs, scoring)` | `CandidateGradients` of sum_i g_i lse_i, lse over all blocks |
 
-This file holds them as dense PyTorch (impl="reference", any type and device); the others are in kernels/blocks.py and
-kernels/cpu/blocks.py.
+This file holds them as dense PyTorch (impl="reference", any type and device); the others are in
+kernels/blocks.py and kernels/cpu/blocks.py.
 """
 
 from __future__ import annotations
@@ -139,8 +141,9 @@ def sums_dtype(x: Tensor) -> torch.dtype:
 
 
 def allowed(x: Side, y: Side, pairs: str) -> Tensor | None:
-    """Candidates [M, n] bool; None: all. `pairs`: "ids" alone; "other_pages" besides; or "sequence", where rows and columns
-    are the same list and a row's own id on its own page stays a candidate."""
+    """Candidates [M, n] bool; None: all. `pairs`: "ids" alone; "other_pages" besides; or
+    "sequence", where rows and columns are the same list and a row's own id on its own page stays a
+    candidate."""
     meet = None
     if x.ids is not None and y.ids is not None:
         meet = x.ids[:, None] != y.ids
@@ -183,7 +186,7 @@ def above(
     return found
 
 
-# ---- the definition -----------------------------------------------------------------------------------------------
+# ---- the definition ------------------------------------------------------------------------------
 
 
 def forward(x: Side, y: Side, pairs: str, scoring: Scoring, bar: Tensor | None) -> Partial:
@@ -216,7 +219,8 @@ def _candidate_scores(
 
 
 def count_above(s: Tensor, y: Side, scoring: Scoring, bar: Tensor) -> Tensor:
-    """[M] int64: candidates whose score [M, n] is above `bar` [M]; ties but for rounding are not."""
+    """[M] int64: candidates whose score [M, n] is above `bar` [M]; ties but for rounding are
+    not."""
     limit = bar.to(s.dtype) + 1e-6 * scoring.inverse_tau_on(bar.device).to(s.dtype)
     if not y.merged or y.bias is None:
         return (s > limit[:, None]).sum(1)
@@ -243,8 +247,12 @@ def candidate_backward(
     rows = y.rows.detach().requires_grad_()
     with torch.enable_grad():
         cosine, s = _candidate_scores(
-            replace(pages, key=key, value=value), x, replace(y, rows=rows, query=query), pairs, scoring
-        )  # fmt: skip
+            replace(pages, key=key, value=value),
+            x,
+            replace(y, rows=rows, query=query),
+            pairs,
+            scoring,
+        )
         upstream = (s.detach().double() - lse[:, None]).exp().to(s.dtype) * g[:, None].to(s.dtype)
         inputs = (rows, query, key, None if same else value)
         grads = iter(torch.autograd.grad(s, [t for t in inputs if t is not None], upstream))

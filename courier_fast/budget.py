@@ -1,8 +1,9 @@
 """The error budget that every implementation is held to, and the model of rounding behind it.
 
-An implementation in a floating type may err by twice what eager PyTorch code in that type errs, plus one rounding. One
-run of eager code is no yardstick: its error depends on the products of one machine's library, and that of a single
-number may be zero by luck. `Rounding` models it instead, with the same random numbers everywhere.
+An implementation in a floating type may err by twice what eager PyTorch code in that type errs,
+plus one rounding. One run of eager code is no yardstick: its error depends on the products of one
+machine's library, and that of a single number may be zero by luck. `Rounding` models it instead,
+with the same random numbers everywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ DRAWS = 4
 PRODUCTS = frozenset(["addmm", "baddbmm", "bmm", "mm"])
 PARTIAL_SUMS = 8
 
-# What moves, selects or compares values, and so rounds nothing; whatever else gives floating numbers rounds.
+# What moves, selects or compares values, and so rounds nothing; whatever else gives floating
+# numbers rounds.
 EXACT = frozenset(
     [
         "_local_scalar_dense",
@@ -96,7 +98,8 @@ EXACT = frozenset(
 
 
 def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A unit in the last place of each number of x, stored in `dtype`; NaN and inf give anything."""
+    """A unit in the last place of each number of x, stored in `dtype`; NaN and inf give
+    anything."""
     info = torch.finfo(dtype)
     # The power of two at or below |x|; numbers below the smallest normal one share its unit.
     power = (x.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
@@ -108,18 +111,21 @@ def _map(change: Callable[[Any], Any], x: Any) -> Any:
 
 
 class Rounding:
-    """One draw of the model: each number that is stored is rounded at random to one of its two neighbours in its type, to the
-    nearer one more often (stochastic rounding).
+    """One draw of the model: each number that is stored is rounded at random to one of its two
+    neighbours in its type, to the nearer one more often (stochastic rounding).
 
-    It is off by 0.41 units in the last place in the root mean square, a rounding to nearest by 0.29. And what the type holds stays
-    what it is: a probability of 1 - 1e-12 is 1, in the model as in any code, and 1 less a sum of such is 0. (Half a unit up or
-    down, as it was once, made of it an error that long rows' gradients multiply by thousands: then anything passes.)
-    `leaf(x)` is x in a tensor that says it has x's type and holds float64. What is computed from it, its gradient included, is
-    computed in float64 and then rounded to the type in which plain code would store it: R, unit rows and probabilities to the
-    input's type, log-sum-exps and losses to float32, and a score of size 1/tau to a unit that is as much coarser.
-    In a float32 matrix product every partial sum is rounded too: each library adds in an order of its own, and one after
-    the other is the order with most roundings. The many of one sum are drawn at once, from a normal distribution with the
-    variance of roundings to nearest. (Partial sums of shorter types are float32, which is nothing beside the result's rounding.)
+    It is off by 0.41 units in the last place in the root mean square, a rounding to nearest by
+    0.29. And what the type holds stays what it is: a probability of 1 - 1e-12 is 1, in the model as
+    in any code, and 1 less a sum of such is 0. (Half a unit up or down, as it was once, made of it
+    an error that long rows' gradients multiply by thousands: then anything passes.) `leaf(x)` is x
+    in a tensor that says it has x's type and holds float64. What is computed from it, its gradient
+    included, is computed in float64 and then rounded to the type in which plain code would store
+    it: R, unit rows and probabilities to the input's type, log-sum-exps and losses to float32, and
+    a score of size 1/tau to a unit that is as much coarser. In a float32 matrix product every
+    partial sum is rounded too: each library adds in an order of its own, and one after the other is
+    the order with most roundings. The many of one sum are drawn at once, from a normal distribution
+    with the variance of roundings to nearest. (Partial sums of shorter types are float32, which is
+    nothing beside the result's rounding.)
     """
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
@@ -139,7 +145,8 @@ class Rounding:
         return torch.where(x.isfinite(), moved, x)
 
     def add_up(self, product: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """The float32 product of a [..., M, K] and b [..., K, N], with the roundings of its K - 1 additions."""
+        """The float32 product of a [..., M, K] and b [..., K, N], with the roundings of its K - 1
+        additions."""
         length = a.shape[-1]
         ends = sorted({length * i // PARTIAL_SUMS for i in range(PARTIAL_SUMS + 1)})
         partial, squares = torch.zeros_like(product), torch.zeros_like(product)
@@ -234,7 +241,8 @@ def held(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Results by name: of the definition in float64, of eager code in the input's type, and of the model of its rounding."""
+    """Results by name: of the definition in float64, of eager code in the input's type, and of the
+    model of its rounding."""
 
     exact: Mapping[str, Tensor]
     eager: Mapping[str, Tensor]
@@ -271,13 +279,16 @@ class Error:
 
 
 class Budget:
-    """|fused - exact| <= 2 max(|eager - exact|, |rounded - exact|) + one rounding, in the l2 and in the max norm.
+    """|fused - exact| <= 2 max(|eager - exact|, |rounded - exact|) + one rounding, in the l2 and in
+    the max norm.
 
-    Each error is a root mean square over the problems that were added; of the model's draws, the largest counts. The 2 is
-    the promise: a fused result errs at most twice as much as eager code. The one rounding is that of storing the result.
+    Each error is a root mean square over the problems that were added; of the model's draws, the
+    largest counts. The 2 is the promise: a fused result errs at most twice as much as eager code.
+    The one rounding is that of storing the result.
 
-    Why the largest: where an error is one number (a temperature's gradient, a largest entry), right code exceeds twice the
-    root mean square of four draws in 3 of 100 checks of three problems, twice the largest in 2 of 1,000.
+    Why the largest: where an error is one number (a temperature's gradient, a largest entry), right
+    code exceeds twice the root mean square of four draws in 3 of 100 checks of three problems,
+    twice the largest in 2 of 1,000.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -314,6 +325,7 @@ class Budget:
     def check(self) -> None:
         over = [e for e in self.errors() if not e.passes]
         assert not over, "over the error budget: " + "; ".join(
-            f"{e.tensor} ({e.norm}): error {e.error:.3e} is {e.share:.3g} x its budget, size {e.size:.3e}"
+            f"{e.tensor} ({e.norm}): error {e.error:.3e} is {e.share:.3g} x its budget, size "
+            f"{e.size:.3e}"
             for e in over
         )

@@ -14,7 +14,8 @@ from . import __version__, interrupt
 from .messages import is_bug, line_of
 from .option_rules import check
 
-# Each is a module with add_arguments(parser) and run(args); imported when asked for, so --help and the others need none of its packages.
+# Each is a module with add_arguments(parser) and run(args); imported when asked for, so --help and
+# the others need none of its packages.
 COMMANDS = {
     "quickstart": (
         "courier_fast.quickstart.command",
@@ -53,7 +54,8 @@ EXTRAS = {"ctr": "ctr", "export": "export", "index": "index"}  # of pip, where i
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a subcommand; wrong input is one line on stderr and exit code 2, a bug of the package 1, a signal 128 and its number."""
+    """Runs a subcommand; wrong input is one line on stderr and exit code 2, a bug of the package 1,
+    a signal 128 and its number."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="courier-fast", description="Item embeddings from clicks (COURIER, arXiv 2306.05001)."
@@ -85,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
-    """The command's status; what it raises becomes a line on stderr, and a signal 128 and its number, as the shell has it."""
+    """The command's status; what it raises becomes a line on stderr, and a signal 128 and its
+    number, as the shell has it."""
     try:
         check(parser, args, argv)
         status: int = importlib.import_module(COMMANDS[args.command][0]).run(args)
@@ -105,7 +108,8 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[s
 
 
 def _reader_gone() -> bool:
-    """Whether nobody reads what is printed (| head); it then goes nowhere, also at the end of Python."""
+    """Whether nobody reads what is printed (| head); it then goes nowhere, also at the end of
+    Python."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):

@@ -1,4 +1,5 @@
-"""Ray: one machine's processes or a cluster's, for `--engine ray`. The package has to be installed on every machine."""
+"""Ray: one machine's processes or a cluster's, for `--engine ray`. The package has to be installed
+on every machine."""
 
 from __future__ import annotations
 
@@ -16,13 +17,23 @@ ENGINES = ("local", "ray")
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Where the work is done: shared by `prepare` and `embed`."""
-    parser.add_argument("--engine", choices=ENGINES, default="local", help="local: this process; ray: processes of this machine or of a cluster; the same bytes")  # fmt: skip
-    parser.add_argument("--ray-address", metavar="ADDRESS", help="of a running cluster, or auto; without it --engine ray starts one on this machine")  # fmt: skip
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="local",
+        help="local: this process; ray: processes of this machine or of a cluster; the same bytes",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="of a running cluster, or auto; without it --engine ray starts one on this machine",
+    )
 
 
 @contextmanager
 def connected(address: str | None = None) -> Iterator[Any]:
-    """The module `ray`, connected: to what is connected already, to the cluster at `address`, or to one that is started here and ended again.
+    """The module `ray`, connected: to what is connected already, to the cluster at `address`, or to
+    one that is started here and ended again.
 
     Raises ModuleNotFoundError without Ray, ConnectionError where nothing answers.
     """

@@ -1,12 +1,14 @@
-"""The losses where candidates are in more than one place: of this batch, of other processes, of a memory.
+"""The losses where candidates are in more than one place: of this batch, of other processes, of a
+memory.
 
-Each is made of one primitive, the log-sum-exp of scores of rows against columns (log_sum_exp.py), and arithmetic on what
-belongs to a row, with PyTorch's own gradients:
+Each is made of one primitive, the log-sum-exp of scores of rows against columns (log_sum_exp.py),
+and arithmetic on what belongs to a row, with PyTorch's own gradients:
 
     L_rec, anchor i:   log(1 + exp(lse_i - s_ii)),   lse_i over the candidates but i itself
     L_seq, anchor k:   lse_k - mean of s_kp over its positives p
 
-Nothing here waits for a GPU: lists keep the length of what they are taken from there, and a count on the device.
+Nothing here waits for a GPU: lists keep the length of what they are taken from there, and a count
+on the device.
 """
 
 from __future__ import annotations
@@ -37,12 +39,13 @@ def _scoring(p: Problem | SequenceProblem) -> tuple[Scoring, Tensor]:
     return Scoring(p.temperature.detach(), 0.0, p.workspace), 1.0 / p.temperature.double()
 
 
-# ---- rows of a batch ----------------------------------------------------------------------------------------------
+# ---- rows of a batch -----------------------------------------------------------------------------
 
 
 @dataclass
 class _Listed:
-    """The rows of a flag: exactly those on the CPU; on a GPU as many as there might be, the live ones first."""
+    """The rows of a flag: exactly those on the CPU; on a GPU as many as there might be, the live
+    ones first."""
 
     index: Tensor  # [n] int64, ascending over the live ones
     live: Tensor | None  # [n] bool; None: all
@@ -87,7 +90,8 @@ def _place(flag: Tensor) -> Tensor:
 
 
 def _counts(group: Tensor, groups: int) -> Tensor:
-    """Rows of each group [groups] int64; those of group -1 count nowhere. torch.bincount would wait for a GPU."""
+    """Rows of each group [groups] int64; those of group -1 count nowhere. torch.bincount would wait
+    for a GPU."""
     counts = torch.zeros(groups + 1, dtype=torch.int64, device=group.device)
     return counts.scatter_add_(0, torch.where(group < 0, groups, group), torch.ones_like(group))[
         :groups
@@ -95,7 +99,8 @@ def _counts(group: Tensor, groups: int) -> Tensor:
 
 
 def _take(source: Tensor, index: Tensor | None, rows: Tensor) -> Tensor:
-    """Rows of the batch, from a table if there is one. Both gradients have the same bits each time, on a GPU too."""
+    """Rows of the batch, from a table if there is one. Both gradients have the same bits each time,
+    on a GPU too."""
     return source[rows] if index is None else functional.embedding(index[rows], source)
 
 
@@ -131,7 +136,7 @@ def _batch(p: Problem, table_ids: Tensor | None) -> _Batch:
     return _Batch(page, history_page, is_anchor, has_history, (clicked & ~has_history).sum(), ids)
 
 
-# ---- the reconstruction loss --------------------------------------------------------------------------------------
+# ---- the reconstruction loss ---------------------------------------------------------------------
 
 
 def _attended(p: Problem, impl: str, rows: Tensor) -> Tensor:
@@ -150,7 +155,8 @@ class _Columns:
 
 
 def _item_columns(p: Problem, b: _Batch, anchor: Tensor, table_ids: Tensor | None) -> _Columns:
-    """PV items, E itself; or the different ones among them with the bias log m, where nothing else tells them apart."""
+    """PV items, E itself; or the different ones among them with the bias log m, where nothing else
+    tells them apart."""
     every = b.page >= 0
     plain = p.log_q is None and p.negatives == "batch" and p.query is None
     if p.pv_index is not None and plain and (p.item_ids is None or table_ids is not None):
@@ -177,7 +183,8 @@ def _row_side(p: Problem, b: _Batch, rows: Tensor, listed: _Listed) -> Side:
 
 
 def reconstruction_loss(p: Problem, reach: Reach, stats: bool) -> reference.LossOutput:
-    """L_rec over every candidate within reach: `reference.reconstruction_loss` of the union of the processes' batches."""
+    """L_rec over every candidate within reach: `reference.reconstruction_loss` of the union of the
+    processes' batches."""
     b = _batch(p, reach.table_ids)
     if p.negatives == "page":
         return _of_own_page(p, reach, b, stats)
@@ -354,8 +361,9 @@ def _output(scored: _Scored, stats: bool) -> reference.LossOutput:
 
 
 def reduced(reduction: str, item: Tensor, weights: Tensor, peers: Peers | None) -> Tensor:
-    """The weighted sum of this process's rows; with "mean" W times it over the weights of all, so that the mean of the
-    processes' losses (and of their gradients, as DDP takes it) is the union's."""
+    """The weighted sum of this process's rows; with "mean" W times it over the weights of all, so
+    that the mean of the processes' losses (and of their gradients, as DDP takes it) is the union's.
+    """
     loss = (weights * item).sum()
     if reduction == "sum":
         return loss
@@ -365,7 +373,7 @@ def reduced(reduction: str, item: Tensor, weights: Tensor, peers: Peers | None) 
     return loss * size / torch.where(total > 0, total, 1.0)
 
 
-# ---- the click sequence -------------------------------------------------------------------------------------------
+# ---- the click sequence --------------------------------------------------------------------------
 
 
 def click_sequence_loss(p: SequenceProblem, reach: Reach) -> Tensor:
@@ -382,7 +390,8 @@ def click_sequence_loss(p: SequenceProblem, reach: Reach) -> Tensor:
     own_ids = at if ids is None else ids[at]
     size = reach.agree(p, False, [len(rows)])[0]
 
-    # Positives of k: the page's rows without those of k's item; sums over a page and over an item on a page give both.
+    # Positives of k: the page's rows without those of k's item; sums over a page and over an item
+    # on a page give both.
     group = _groups(page, own_ids)
     number = _counts(page, pages)[page] - _counts(group, len(rows))[group]
     is_anchor = rows.zeroed(number) > 0
@@ -391,9 +400,17 @@ def click_sequence_loss(p: SequenceProblem, reach: Reach) -> Tensor:
 
     side = Side(c, own_ids, page, None, False, rows.count)
     call = Call(
-        reach, scoring, side, replace(side, bias=rows.bias(None)), "sequence" if ids is not None else "ids",
-        ids is not None, size, size, None, None,
-    )  # fmt: skip
+        reach,
+        scoring,
+        side,
+        replace(side, bias=rows.bias(None)),
+        "sequence" if ids is not None else "ids",
+        ids is not None,
+        size,
+        size,
+        None,
+        None,
+    )
     lse, _ = LogSumExp.apply(c, c, inverse_tau, p.history.dtype, call)
     item = torch.where(is_anchor, lse - positive, 0.0)
     if p.reduction == "none":
@@ -405,7 +422,8 @@ def click_sequence_loss(p: SequenceProblem, reach: Reach) -> Tensor:
 
 
 def _groups(page: Tensor, ids: Tensor) -> Tensor:
-    """Number of each row's (page, id) [n]; as many groups as rows at most, so that nobody has to count them."""
+    """Number of each row's (page, id) [n]; as many groups as rows at most, so that nobody has to
+    count them."""
     by_id = torch.argsort(ids, stable=True)
     order = by_id[torch.argsort(page[by_id], stable=True)]
     new = torch.ones_like(order)

@@ -1,9 +1,11 @@
-"""A loss as two CUDA graphs per signature, forward and backward: `ReconstructionLoss(..., cuda_graph=True)`.
+"""A loss as two CUDA graphs per signature, forward and backward: `ReconstructionLoss(...,
+cuda_graph=True)`.
 
-The upstream gradient is an input of the second, so gradients have the bits that they have without graphs. What a replay
-leaves in the graphs' own memory is copied out at once, and a backward whose forward has been replayed for other inputs
-since then replays it again for its own: another call before the backward, a backward later, twice or never, changes
-nothing. What is captured is the loss of a `Problem`: from a user's layout to it, hardly anything is launched.
+The upstream gradient is an input of the second, so gradients have the bits that they have without
+graphs. What a replay leaves in the graphs' own memory is copied out at once, and a backward whose
+forward has been replayed for other inputs since then replays it again for its own: another call
+before the backward, a backward later, twice or never, changes nothing. What is captured is the loss
+of a `Problem`: from a user's layout to it, hardly anything is launched.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ Body = Callable[[], list[Tensor]]
 def capture(body: Body, device: torch.device, pool: Any) -> tuple[list[Tensor], Callable[[], None]]:
     """(results, replay): `replay` does again what `body` did, into the same results."""
     current = torch.cuda.current_stream(device)
-    # Not torch's own stream for captures: that one belongs to the GPU of the process's first capture.
+    # Not torch's own stream for captures: that one belongs to the GPU of the process's first
+    # capture.
     side = torch.cuda.Stream(device)
     side.wait_stream(current)
     with torch.cuda.stream(side):
@@ -45,7 +48,8 @@ def capture(body: Body, device: torch.device, pool: Any) -> tuple[list[Tensor], 
 
 
 class _Turn:
-    """Graphs that share a memory pool belong to one stream at a time: a replay on another one waits for the last."""
+    """Graphs that share a memory pool belong to one stream at a time: a replay on another one waits
+    for the last."""
 
     def __init__(self) -> None:
         self.pool: Any = None
@@ -63,7 +67,8 @@ class _Turn:
 
 
 class _Graph:
-    """One signature: inputs, outputs, what the backward needs, and gradients, that stay where they are; the replays."""
+    """One signature: inputs, outputs, what the backward needs, and gradients, that stay where they
+    are; the replays."""
 
     def __init__(
         self, p: Problem | SequenceProblem, needs: list[bool], stats: bool, impl: str, turn: _Turn
@@ -228,7 +233,8 @@ class Graphs:
                 self._evicted += 1
                 if self._evicted == self.limit:
                     warnings.warn(
-                        f"cuda_graph=True: {2 * self.limit} different signatures so far, and each is captured anew; "
+                        f"cuda_graph=True: {2 * self.limit} different signatures so far, and each "
+                        "is captured anew; "
                         "pad pages and histories to a few sizes, or leave cuda_graph off",
                         stacklevel=3,
                     )

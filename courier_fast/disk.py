@@ -1,4 +1,5 @@
-"""Full disks: one line that names the place and what is needed, whoever met it, and before a file is mapped."""
+"""Full disks: one line that names the place and what is needed, whoever met it, and before a file
+is mapped."""
 
 from __future__ import annotations
 
@@ -17,14 +18,16 @@ import numpy.typing as npt
 _NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # NumPy, Arrow, DuckDB, safetensors and faiss say it in words alone.
 _WORDS = re.compile(
-    r"no space left|disk quota exceeded|file too large|(?:errno|os error) (?:28|122|27)\b|\d+ requested and \d+ written"
+    r"no space left|disk quota exceeded|file too large|(?:errno|os error) (?:28|122|27)\b|\d+ "
+    r"requested and \d+ written"
     r"|max_temp_directory_size|failed to offload|could not write (?:file|to|all)|disk (?:is )?full",
     re.IGNORECASE,
 )
 
 
 class DiskFullError(OSError):
-    """A file could not be written, since the disk is full or a quota or limit of size is reached."""
+    """A file could not be written, since the disk is full or a quota or limit of size is
+    reached."""
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -67,7 +70,8 @@ def _existing(path: Path) -> Path:
 
 @contextmanager
 def writing(place: str | os.PathLike[str], need: Callable[[], str] | None = None) -> Iterator[None]:
-    """Whatever says within that a disk is full becomes a DiskFullError in one line, with what `need` says of the space that is needed."""
+    """Whatever says within that a disk is full becomes a DiskFullError in one line, with what
+    `need` says of the space that is needed."""
     try:
         yield
     except DiskFullError:
@@ -83,7 +87,10 @@ def full_error(
 ) -> DiskFullError:
     """The line about `place`."""
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
-        return DiskFullError(f"{os.fspath(place)}: cannot be written, a limit on the size of files is reached (ulimit -f){'; ' if need else ''}{need}")  # fmt: skip
+        return DiskFullError(
+            f"{os.fspath(place)}: cannot be written, a limit on the size of files is reached "
+            f"(ulimit -f){'; ' if need else ''}{need}"
+        )
     there = _existing(Path(place))
     try:
         about = shutil.disk_usage(there)
@@ -92,11 +99,15 @@ def full_error(
         room = ""
     quota = isinstance(error, OSError) and error.errno == errno.EDQUOT
     what = "the quota is used up" if quota else "the disk is full"
-    return DiskFullError(f"{os.fspath(place)}: cannot be written, {what} (the one of {there}{room}){'; ' if need else ''}{need}")  # fmt: skip
+    return DiskFullError(
+        f"{os.fspath(place)}: cannot be written, {what} (the one of "
+        f"{there}{room}){'; ' if need else ''}{need}"
+    )
 
 
 def reserve(path: Path, size: int) -> None:
-    """Makes a file of `size` bytes that are there on the disk, so that a map of it can be written: on a full disk that would end the process.
+    """Makes a file of `size` bytes that are there on the disk, so that a map of it can be written:
+    on a full disk that would end the process.
 
     DiskFullError, and no file, where there is no room.
     """
@@ -116,6 +127,7 @@ def new_map(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> np.memm
 
 
 def write_rows(file: IO[bytes], values: npt.NDArray) -> None:
-    """Appends an array's bytes to an open file. `ndarray.tofile` would say of a full disk neither that nor where."""
+    """Appends an array's bytes to an open file. `ndarray.tofile` would say of a full disk neither
+    that nor where."""
     if values.size:
         file.write(memoryview(np.ascontiguousarray(values)).cast("B"))  # type: ignore[arg-type]

@@ -35,8 +35,9 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` fills a file beside `path`, which is then flushed and renamed to it; gone where that fails. A link stays one, a device or pipe is
-    written to. Raises IsADirectoryError where a folder is there, DiskFullError where there is no room."""
+    """`write` fills a file beside `path`, which is then flushed and renamed to it; gone where that
+    fails. A link stays one, a device or pipe is written to. Raises IsADirectoryError where a folder
+    is there, DiskFullError where there is no room."""
     path = Path(os.path.realpath(path))
     if path.is_dir():
         raise IsADirectoryError(f"{path}: expected a file, got a folder")
@@ -68,7 +69,8 @@ def partial_of(path: Path) -> Path:
 
 
 def publish(path: Path) -> None:
-    """Flushes what was written in place of a file or folder, and renames it; a folder that is there must be empty."""
+    """Flushes what was written in place of a file or folder, and renames it; a folder that is there
+    must be empty."""
     partial = partial_of(path)
     sync_all(partial)
     os.replace(partial, path)
@@ -76,7 +78,8 @@ def publish(path: Path) -> None:
 
 
 def read_json(path: Path, advice: str = "") -> dict[str, Any]:
-    """The object in a JSON file. OSError where it cannot be read, ValueError, with `advice` at its end, where it is cut off or something else."""
+    """The object in a JSON file. OSError where it cannot be read, ValueError, with `advice` at its
+    end, where it is cut off or something else."""
     return parse_json(path.read_bytes(), path, advice)
 
 
@@ -93,7 +96,8 @@ def parse_json(data: bytes | str, path: object, advice: str = "") -> dict[str, A
         raise ValueError(f"{path}: expected JSON, got brackets within brackets{end}") from None
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{path}: was cut off or altered, expected JSON: {error.msg} in line {error.lineno}, column {error.colno}{end}"
+            f"{path}: was cut off or altered, expected JSON: {error.msg} in line {error.lineno}, "
+            f"column {error.colno}{end}"
         ) from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}{end}")
@@ -118,7 +122,8 @@ def array_sha256(array: npt.NDArray) -> str:
 
 
 def check_sha256(path: Path, expected: str, advice: str = "") -> None:
-    """ValueError, with `advice` at its end, where the bytes of a file are not those that were listed."""
+    """ValueError, with `advice` at its end, where the bytes of a file are not those that were
+    listed."""
     found = sha256(path)
     if found != expected:
         end = f"; {advice}" if advice else ""

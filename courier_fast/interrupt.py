@@ -1,4 +1,5 @@
-"""Signals that end a command as an error would: what is open is closed, what is half written is removed."""
+"""Signals that end a command as an error would: what is open is closed, what is half written is
+removed."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has come. Like KeyboardInterrupt, whose kind it is, it passes by `except Exception`."""
+    """A signal has come. Like KeyboardInterrupt, whose kind it is, it passes by `except
+    Exception`."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -26,7 +28,8 @@ class _State:
 
 
 def received() -> int:
-    """The number of the signal that came first since `stopping` began; 0 without one. A library may have made another exception of it."""
+    """The number of the signal that came first since `stopping` began; 0 without one. A library may
+    have made another exception of it."""
     return _State.first
 
 
@@ -50,7 +53,8 @@ def _handle(number: int, frame: Any) -> None:
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise `Stopped` in the main thread, where nobody else handles them; those that are ignored (nohup) stay so.
+    """SIGINT, SIGTERM and SIGHUP raise `Stopped` in the main thread, where nobody else handles
+    them; those that are ignored (nohup) stay so.
 
     One more of them changes nothing while the first is unwound, a third SIGINT ends at once.
     """

@@ -21,9 +21,11 @@ class LocationError(ValueError, argparse.ArgumentTypeError):
 
 
 def location(path: str | os.PathLike[str]) -> Location:
-    """A URL as text without a slash at its end, anything else as a path: of a file:// URL the local one, ~ and ~user as the shell reads them.
+    """A URL as text without a slash at its end, anything else as a path: of a file:// URL the local
+    one, ~ and ~user as the shell reads them.
 
-    Raises LocationError (a ValueError) for a file URL of another host or without a whole path, a home that is not there, an empty text.
+    Raises LocationError (a ValueError) for a file URL of another host or without a whole path, a
+    home that is not there, an empty text.
     """
     text = os.fspath(path)
     if not text.strip():
@@ -40,13 +42,17 @@ def location(path: str | os.PathLike[str]) -> Location:
     if text.startswith("~") and not os.path.lexists(text):
         home = os.path.expanduser(text)
         if home.startswith("~"):
-            raise LocationError(f"expected a path, got {text}: there is no home of {text.split('/')[0]}; ./{text} for a name that begins so")  # fmt: skip
+            raise LocationError(
+                f"expected a path, got {text}: there is no home of {text.split('/')[0]}; ./{text} "
+                "for a name that begins so"
+            )
         return Path(home)
     return Path(text)
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """As `location`, where only a local path will do. LocationError for a URL of another kind: as a path it would be a folder called "s3:"."""
+    """As `location`, where only a local path will do. LocationError for a URL of another kind: as a
+    path it would be a folder called "s3:"."""
     found = location(path)
     if not isinstance(found, Path):
         raise LocationError(f"expected a local path, got {found}")
@@ -61,7 +67,9 @@ def _of_file_url(url: str) -> Path:
         host, slash, path = rest[2:].partition("/")
         rest = slash + path
     if host.lower() not in ("", "localhost"):
-        raise LocationError(f"expected file:///path, a file of this machine, got {url}, of the host {host!r}")  # fmt: skip
+        raise LocationError(
+            f"expected file:///path, a file of this machine, got {url}, of the host {host!r}"
+        )
     if not rest.startswith("/"):
         raise LocationError(f"expected file:///path with a whole path, got {url}")
     found = unquote(rest, errors="surrogateescape")

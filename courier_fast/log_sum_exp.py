@@ -1,6 +1,8 @@
-"""The log-sum-exp of rows over columns that are in more than one place: the one primitive with a gradient.
+"""The log-sum-exp of rows over columns that are in more than one place: the one primitive with a
+gradient.
 
-Columns come block by block (blocks.py): the batch's own, those of other processes, those of a memory. Partial results merge.
+Columns come block by block (blocks.py): the batch's own, those of other processes, those of a
+memory. Partial results merge.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from .surroundings import alone, alone_backward
 
 @dataclass
 class Call:
-    """One log-sum-exp: everything but the two tensors that take a gradient. The sides are without their rows."""
+    """One log-sum-exp: everything but the two tensors that take a gradient. The sides are without
+    their rows."""
 
     reach: Reach
     scoring: Scoring
@@ -36,8 +39,8 @@ class Call:
     bar: Tensor | None  # [M] scores of the positives, where ranks are asked for
 
     def others(self, side: Side, counts: list[int], *more: Tensor) -> Iterator[Any]:
-        """Blocks of the other processes' rows of a side: (side, *more, rows of each process). The first transfer begins
-        here."""
+        """Blocks of the other processes' rows of a side: (side, *more, rows of each process). The
+        first transfer begins here."""
         peers = self.reach.peers
         if peers is None:
             return iter(())
@@ -55,7 +58,8 @@ class Call:
         )
 
     def merged(self, own: Side, partial: Callable[[Side, str], Partial]) -> Partial:
-        """What `partial` gives for this batch's columns, those of other processes and the memory's."""
+        """What `partial` gives for this batch's columns, those of other processes and the
+        memory's."""
         blocks = self.others(own, self.columns)
         found = partial(own, self.pairs)
         for block, _ in blocks:
@@ -66,10 +70,11 @@ class Call:
 
 
 class LogSumExp(torch.autograd.Function):
-    """lse_i = logsumexp_j x_i . y_j / tau + bias_j [M] float64, and how many score above the positive [M].
+    """lse_i = logsumexp_j x_i . y_j / tau + bias_j [M] float64, and how many score above the
+    positive [M].
 
-    Columns are gathered in the forward pass, rows in the backward: dL/dy_j = sum_i g_i p_ij x_i / tau is finished where
-    y_j is, dL/dx_i = g_i sum_j p_ij y_j / tau where x_i is.
+    Columns are gathered in the forward pass, rows in the backward: dL/dy_j = sum_i g_i p_ij x_i /
+    tau is finished where y_j is, dL/dx_i = g_i sum_j p_ij y_j / tau where x_i is.
     """
 
     @staticmethod
@@ -116,9 +121,11 @@ class LogSumExp(torch.autograd.Function):
 
 
 class CandidateLogSumExp(torch.autograd.Function):
-    """The same for attention "candidate": lse_i over s_ij = cos(R_bj, E_j) / tau + bias_j on i's page b.
+    """The same for attention "candidate": lse_i over s_ij = cos(R_bj, E_j) / tau + bias_j on i's
+    page b.
 
-    Candidates travel, histories stay: dL/dE_j has a part from every process, and these parts travel back to be added up.
+    Candidates travel, histories stay: dL/dE_j has a part from every process, and these parts travel
+    back to be added up.
     """
 
     @staticmethod
@@ -182,7 +189,8 @@ class CandidateLogSumExp(torch.autograd.Function):
 
 
 class _Unit(torch.autograd.Function):
-    """x / |x|, rounded as x is, in float32 or better, so that its gradient is not rounded; zero vectors stay zero."""
+    """x / |x|, rounded as x is, in float32 or better, so that its gradient is not rounded; zero
+    vectors stay zero."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]

@@ -24,12 +24,14 @@ LEFT_OUT = Group(None)
 
 @dataclass
 class ReconstructionStats:
-    """What one loss evaluation tells about its anchors; nothing here needs another pass or carries a gradient.
+    """What one loss evaluation tells about its anchors; nothing here needs another pass or carries
+    a gradient.
 
-    Tensors "in the layout of clicked" are 0 (False) where an item is no anchor. A loss with direction "both" has a softmax
-    over items and one over reconstructions: its log_sum_exp and rank, and so recall and MRR, are those of the first, as
-    `direction` says, while item_loss is the mean of the two. Candidates that tie with the positive (equal rows with
-    different ids, or with "identify" the items of a page with a single history item) are not above it, but for rounding.
+    Tensors "in the layout of clicked" are 0 (False) where an item is no anchor. A loss with
+    direction "both" has a softmax over items and one over reconstructions: its log_sum_exp and
+    rank, and so recall and MRR, are those of the first, as `direction` says, while item_loss is the
+    mean of the two. Candidates that tie with the positive (equal rows with different ids, or with
+    "identify" the items of a page with a single history item) are not above it, but for rounding.
     """
 
     item_loss: Tensor  # layout of clicked, float32: loss of each anchor before weights
@@ -44,7 +46,8 @@ class ReconstructionStats:
     direction: str  # "reconstruct" or "identify": whose log_sum_exp and rank these are
 
     def recall_at(self, k: int) -> Tensor:
-        """Share of anchors whose positive is among the k best candidates, 0-d float32; NaN without anchors."""
+        """Share of anchors whose positive is among the k best candidates, 0-d float32; NaN without
+        anchors."""
         hits = (self._anchors(self.is_anchor) & (self._anchors(self.rank) <= k)).sum()
         return hits.float() / self.num_anchors
 
@@ -88,7 +91,8 @@ def _evaluate(
     p, reach = beside.reach(p, chosen)
     if reach is not None and graphs is not None:
         raise ValueError(
-            "cuda_graph: expected False with group or memory, whose sizes the host has to know, got True"
+            "cuda_graph: expected False with group or memory, whose sizes the host has to know, "
+            "got True"
         )
     if graphs is not None:
         return graphs(p, chosen, stats)
@@ -150,56 +154,71 @@ def reconstruction_loss(
         R_bj = sum_k softmax_k(c q_j . k_k) v_k over the history of page b,   s_ij = cos(R_bj, E_j) / temperature on i's page b
         L = sum_{i in A} w_i [logsumexp_{j in cand(i)} s_ij - s_ii] / sum_{i in A} w_i
 
-    That is attention "candidate": each candidate asks the history itself. With "anchor" only the anchor does, and
-    s_ij = cos(R_i, E_j) / temperature with R_i = R_bi, which knows the answer before it is compared with anything; with
-    "mean" nobody does, a = 1 / |history|.
+    That is attention "candidate": each candidate asks the history itself. With "anchor" only the
+    anchor does, and s_ij = cos(R_i, E_j) / temperature with R_i = R_bi, which knows the answer
+    before it is compared with anything; with "mean" nobody does, a = 1 / |history|.
 
-    Anchors A are the clicked items whose page has a history. B pages, N page-view (PV) items, K history items:
+    Anchors A are the clicked items whose page has a history. B pages, N page-view (PV) items, K
+    history items:
 
     Args:
-        pv: embeddings E of the PV items: padded [B, P, D] (with `pv_mask` [B, P], True = real), packed [N, D] with
-            `pv_offsets` [B + 1], or a torch.jagged NestedTensor [B, *, D]. With `embeddings`: integer indices instead.
+        pv: embeddings E of the PV items: padded [B, P, D] (with `pv_mask` [B, P], True = real),
+            packed [N, D] with `pv_offsets` [B + 1], or a torch.jagged NestedTensor [B, *, D]. With
+            `embeddings`: integer indices instead.
         history: embeddings C of the history items, in the same kind of layout: [B, H, D] or [K, D].
         clicked: bool, or integers 0 and 1, one per PV item: [B, P] or [N].
-        pv_mask, history_mask: which padded rows are real; None: all. What padding holds has no influence.
-        pv_offsets, history_offsets: first row of each page and the end; rows past the end are padding.
-        embeddings: a table [n, D] of unique items that `pv` and `history` index; it takes the gradient, and each item is
-            one candidate however often it occurs.
-        query, key, value: attention inputs in the layouts of pv, history, history; default pv, history, history.
+        pv_mask, history_mask: which padded rows are real; None: all. What padding holds has no
+            influence.
+        pv_offsets, history_offsets: first row of each page and the end; rows past the end are
+            padding.
+        embeddings: a table [n, D] of unique items that `pv` and `history` index; it takes the
+            gradient, and each item is one candidate however often it occurs.
+        query, key, value: attention inputs in the layouts of pv, history, history; default pv,
+            history, history.
         temperature: tau > 0, a float or a tensor of one number that may require a gradient.
-        attention: "candidate" (direction "reconstruct" only), "anchor" or "mean"; default "candidate", in the other
-            directions "anchor".
+        attention: "candidate" (direction "reconstruct" only), "anchor" or "mean"; default
+            "candidate", in the other directions "anchor".
         attention_scale: c; default 1 / sqrt(D / num_heads).
-        attention_temperature: t > 0, in place of attention_scale: q and k are divided by their lengths, head by head (zero
-            vectors stay zero), and c = 1/t.
+        attention_temperature: t > 0, in place of attention_scale: q and k are divided by their
+            lengths, head by head (zero vectors stay zero), and c = 1/t.
         num_heads: attention heads; D is split among them.
-        negatives: "batch" (all other PV items), "page" (those of the anchor's page) or "other_pages".
-        direction: "reconstruct" (softmax over items), "identify" (over reconstructions) or "both" (their mean).
-        item_ids: integers in the layout of clicked: an item with the anchor's id is never its negative. Default with
-            `embeddings`: the index; otherwise no two items are the same.
-        log_q: log sampling probability of each candidate, subtracted from its scores. Takes no gradient.
+        negatives: "batch" (all other PV items), "page" (those of the anchor's page) or
+            "other_pages".
+        direction: "reconstruct" (softmax over items), "identify" (over reconstructions) or "both"
+            (their mean).
+        item_ids: integers in the layout of clicked: an item with the anchor's id is never its
+            negative. Default with `embeddings`: the index; otherwise no two items are the same.
+        log_q: log sampling probability of each candidate, subtracted from its scores. Takes no
+            gradient.
         weights: weight >= 0 of each clicked item as an anchor; 0 makes it none. Takes no gradient.
-        group: a torch.distributed ProcessGroup, or "world", all processes at the time of the call: the candidates are those of all its processes, and the loss that of the union
-            of their batches (docs/processes.md). "mean" gives W times this process's part, so that DistributedDataParallel's
-            mean of the gradients is the union's. Every process calls, and calls backward, also without any page.
-        exchange: how their rows travel: all at once ("gather"), in rounds of bounded memory ("ring"), or as `workspace` has
-            room ("auto").
-        table_ids: integers [n], the ids of `embeddings` wherever they occur, in place of the index as identity; needed with
-            `group` and with `memory`, unless there are item_ids.
-        memory: embeddings [Q, D] of earlier batches (`EmbeddingMemory`), candidates beside those of the batch in direction
-            "reconstruct". No gradient.
-        memory_ids, memory_log_q: [Q], as item_ids (or table_ids) and log_q, and needed where these are given.
-        reduction: "mean" (weighted), "sum" (weighted) or "none" (one value per PV item, before weights).
+        group: a torch.distributed ProcessGroup, or "world", all processes at the time of the call:
+            the candidates are those of all its processes, and the loss that of the union of their
+            batches (docs/processes.md). "mean" gives W times this process's part, so that
+            DistributedDataParallel's mean of the gradients is the union's. Every process calls, and
+            calls backward, also without any page.
+        exchange: how their rows travel: all at once ("gather"), in rounds of bounded memory
+            ("ring"), or as `workspace` has room ("auto").
+        table_ids: integers [n], the ids of `embeddings` wherever they occur, in place of the index
+            as identity; needed with `group` and with `memory`, unless there are item_ids.
+        memory: embeddings [Q, D] of earlier batches (`EmbeddingMemory`), candidates beside those of
+            the batch in direction "reconstruct". No gradient.
+        memory_ids, memory_log_q: [Q], as item_ids (or table_ids) and log_q, and needed where these
+            are given.
+        reduction: "mean" (weighted), "sum" (weighted) or "none" (one value per PV item, before
+            weights).
         return_stats: also return a `ReconstructionStats`.
-        validate: also check on a GPU what needs its values (offsets, indices, weights): a device synchronisation.
+        validate: also check on a GPU what needs its values (offsets, indices, weights): a device
+            synchronisation.
         impl: "auto", or "reference", "triton", "cpu", "xformers", which then never falls back.
         workspace: bytes the chunked path may hold (D > 256, or exact float32 products on a GPU).
 
     Returns:
-        The loss, float32 (float64 for float64 inputs): 0-d, or in the layout of clicked with reduction "none".
+        The loss, float32 (float64 for float64 inputs): 0-d, or in the layout of clicked with
+        reduction "none".
 
     Raises:
-        TypeError, ValueError: an argument is not as described; the message names it, what was expected and what came.
+        TypeError, ValueError: an argument is not as described; the message names it, what was
+            expected and what came.
         RuntimeError: the requested impl cannot run here; the message lists every reason.
     """
     peers = Peers.of(group)
@@ -277,12 +296,14 @@ def reconstruct(
     validate: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Reconstructions R_j = sum_k a_jk v_k, a_jk = softmax over the page's history of c q_j . k_k (arXiv 2306.05001).
+    """Reconstructions R_j = sum_k a_jk v_k, a_jk = softmax over the page's history of c q_j . k_k
+    (arXiv 2306.05001).
 
-    Arguments as for `reconstruction_loss`. Returns R in the layout of pv with D features (zeros for padding and for pages
-    without history), in the input type. With `return_weights` also the attention weights, computed by the reference and
-    without gradient, for pictures: padded [B, P, heads, H] over the positions of `history`; packed and nested
-    [N, heads, longest history] over the rows of the page's history in order, zeros past its end.
+    Arguments as for `reconstruction_loss`. Returns R in the layout of pv with D features (zeros for
+    padding and for pages without history), in the input type. With `return_weights` also the
+    attention weights, computed by the reference and without gradient, for pictures: padded [B, P,
+    heads, H] over the positions of `history`; packed and nested [N, heads, longest history] over
+    the rows of the page's history in order, zeros past its end.
     """
     check_choices(impl=impl)
     require_flag("return_weights", return_weights)
@@ -316,7 +337,8 @@ def reconstruct(
 
 
 def _by_position(weights: Tensor, pages: Pages) -> Tensor:
-    """Attention weights [N, heads, longest history], for padded pages over the positions of `history`."""
+    """Attention weights [N, heads, longest history], for padded pages over the positions of
+    `history`."""
     history = pages.sides["history"]
     if history.kind != "padded":
         return weights
@@ -352,21 +374,24 @@ def click_sequence_loss(
     workspace: int = WORKSPACE,
     _graphs: Graphs | None = None,
 ) -> Tensor:
-    """Click-sequence loss, L_seq of COURIER (arXiv 2306.05001): items of one history attract each other.
+    """Click-sequence loss, L_seq of COURIER (arXiv 2306.05001): items of one history attract each
+    other.
 
         L_seq = mean over anchors k of -(1/|pos(k)|) sum_{p in pos(k)} [s_kp - logsumexp_{l in cand(k)} s_kl],
         s_kl = cos(C_k, C_l) / temperature
 
-    Anchors are the history items whose page has another, different item; positives are those; candidates are all history
-    items of the batch but the anchor itself and its id's re-occurrences on other pages.
+    Anchors are the history items whose page has another, different item; positives are those;
+    candidates are all history items of the batch but the anchor itself and its id's re-occurrences
+    on other pages.
 
     Args:
-        history: [B, H, D] with `history_mask`, [K, D] with `history_offsets`, a torch.jagged NestedTensor, or with
-            `embeddings` integer indices in one of these layouts.
+        history: [B, H, D] with `history_mask`, [K, D] with `history_offsets`, a torch.jagged
+            NestedTensor, or with `embeddings` integer indices in one of these layouts.
         item_ids: integers in the layout of history without D; default with `embeddings`: the index.
-        group, exchange, table_ids: as for `reconstruction_loss`; candidates are the history items of all processes.
-        temperature, reduction, validate, impl, workspace: as for `reconstruction_loss`; "none" gives a value per history
-            item, 0 where it is no anchor.
+        group, exchange, table_ids: as for `reconstruction_loss`; candidates are the history items
+            of all processes.
+        temperature, reduction, validate, impl, workspace: as for `reconstruction_loss`; "none"
+            gives a value per history item, 0 where it is no anchor.
 
     Returns:
         The loss, float32 (float64 for float64 inputs): 0-d, or one value per history item.
@@ -394,7 +419,7 @@ def click_sequence_loss(
         return pages.items.restore(loss) if reduction == "none" else loss
 
 
-# ---- modules ------------------------------------------------------------------------------------------------------
+# ---- modules -------------------------------------------------------------------------------------
 
 
 class _Module(WithTemperature):
@@ -409,7 +434,8 @@ class _Module(WithTemperature):
             raise TypeError(f"cuda_graph: expected True or False, got {describe(cuda_graph)}")
         if cuda_graph and options["validate"]:
             raise ValueError(
-                "cuda_graph and validate: expected at most one, as validation looks at values on the host, got both"
+                "cuda_graph and validate: expected at most one, as validation looks at values on "
+                "the host, got both"
             )
         # Left out, it is None for good; given as None, it may be a WORLD that is not there yet.
         left_out = options["group"] is LEFT_OUT
@@ -446,18 +472,21 @@ class _Module(WithTemperature):
 class ReconstructionLoss(_Module):
     """`reconstruction_loss` as a module: options at construction, tensors at the call.
 
-    With `learnable_temperature` the parameter `log_inverse_temperature` holds log(1/tau) ([1], float32 whatever the default
-    dtype; state dicts with shape [] load), and tau >= `min_temperature`; at that limit only gradients that raise tau pass.
-    `reset_parameters` gives it its first value, for modules built on the device "meta". Other options as for
-    `reconstruction_loss`. A `group` is shared by copies of the module and saved with it by its name: give "world" where the
-    module is made before `init_process_group`, as `torch.distributed.group.WORLD` is None until then.
+    With `learnable_temperature` the parameter `log_inverse_temperature` holds log(1/tau) ([1],
+    float32 whatever the default dtype; state dicts with shape [] load), and tau >=
+    `min_temperature`; at that limit only gradients that raise tau pass. `reset_parameters` gives it
+    its first value, for modules built on the device "meta". Other options as for
+    `reconstruction_loss`. A `group` is shared by copies of the module and saved with it by its
+    name: give "world" where the module is made before `init_process_group`, as
+    `torch.distributed.group.WORLD` is None until then.
 
-    With `cuda_graph`, forward and backward are captured as two CUDA graphs for each signature (shapes, types, which
-    tensors are given, which take a gradient, options) and replayed afterwards: for small batches of fixed shape, whose
-    launches cost the host more than the GPU. Up to 8 signatures are kept; other shapes are captured anew, so use the padded
-    layout, or pad to a few sizes. A backward that comes after another call of the same signature computes its forward
-    again. Under torch.compile, and inside somebody else's graph, the kernels are launched as usual. Raises RuntimeError
-    where there is no CUDA device, and for implementations other than "triton".
+    With `cuda_graph`, forward and backward are captured as two CUDA graphs for each signature
+    (shapes, types, which tensors are given, which take a gradient, options) and replayed
+    afterwards: for small batches of fixed shape, whose launches cost the host more than the GPU. Up
+    to 8 signatures are kept; other shapes are captured anew, so use the padded layout, or pad to a
+    few sizes. A backward that comes after another call of the same signature computes its forward
+    again. Under torch.compile, and inside somebody else's graph, the kernels are launched as usual.
+    Raises RuntimeError where there is no CUDA device, and for implementations other than "triton".
 
         loss = ReconstructionLoss(temperature=0.1)(pv, history, clicked, pv_mask=..., history_mask=...)
     """
@@ -505,7 +534,8 @@ class ReconstructionLoss(_Module):
     def forward(
         self, pv: Tensor, history: Tensor, clicked: Tensor, **inputs: Any
     ) -> Tensor | tuple[Tensor, ReconstructionStats]:
-        """`inputs`: the tensor arguments of `reconstruction_loss` (masks, offsets, embeddings, query, ids, weights, ...)."""
+        """`inputs`: the tensor arguments of `reconstruction_loss` (masks, offsets, embeddings,
+        query, ids, weights, ...)."""
         return reconstruction_loss(
             pv,
             history,
@@ -517,7 +547,8 @@ class ReconstructionLoss(_Module):
 
 
 class ClickSequenceLoss(_Module):
-    """`click_sequence_loss` as a module; temperature and `cuda_graph` as in `ReconstructionLoss`."""
+    """`click_sequence_loss` as a module; temperature and `cuda_graph` as in
+    `ReconstructionLoss`."""
 
     def __init__(
         self,
@@ -545,7 +576,8 @@ class ClickSequenceLoss(_Module):
         super().__init__(fixed_or_learned, options, cuda_graph)
 
     def forward(self, history: Tensor, **inputs: Any) -> Tensor:
-        """`inputs`: the tensor arguments of `click_sequence_loss` (mask, offsets, embeddings, item_ids)."""
+        """`inputs`: the tensor arguments of `click_sequence_loss` (mask, offsets, embeddings,
+        item_ids)."""
         return click_sequence_loss(
             history, temperature=self.temperature, _graphs=self._graphs, **self._arguments(inputs)
         )

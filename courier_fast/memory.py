@@ -1,4 +1,5 @@
-"""Embeddings of earlier batches as further candidates (cross-batch memory: XBM, CVPR 2020; for recommenders CBNS, SIGIR 2021)."""
+"""Embeddings of earlier batches as further candidates (cross-batch memory: XBM, CVPR 2020; for
+recommenders CBNS, SIGIR 2021)."""
 
 from __future__ import annotations
 
@@ -14,21 +15,23 @@ from .surroundings import has_values
 
 
 class EmbeddingMemory(nn.Module):
-    """The last `size` embeddings that were pushed, with their ids; a ring buffer, saved in the state_dict.
+    """The last `size` embeddings that were pushed, with their ids; a ring buffer, saved in the
+    state_dict.
 
         memory = EmbeddingMemory(65536, 256)
-        rows, ids, log_q = memory.read()
-        loss = loss_fn(pv, history, clicked, item_ids=item_ids, memory=rows, memory_ids=ids)
-        memory.push(pv, item_ids)
+        rows, ids, log_q = memory.read() loss = loss_fn(pv, history, clicked, item_ids=item_ids,
+        memory=rows, memory_ids=ids) memory.push(pv, item_ids)
 
-    Push after the loss, so that a batch never meets itself. Rows are as old as the memory is deep: start with one once
-    embeddings move slowly, and watch `age`. With DistributedDataParallel, push with `group`, and keep the module outside of
-    what is wrapped: every process then holds the same rows, and nothing has to be broadcast.
+    Push after the loss, so that a batch never meets itself. Rows are as old as the memory is deep:
+    start with one once embeddings move slowly, and watch `age`. With DistributedDataParallel, push
+    with `group`, and keep the module outside of what is wrapped: every process then holds the same
+    rows, and nothing has to be broadcast.
 
-    All there is to it is in its buffers, so a copy of them (an average of models, a functional call, a checkpoint that was
-    filled in place) is a copy of the memory. How many rows are filled is read from `position`; on a GPU, where that would wait
-    for the device, only after `position` was written to: what is written there through `.data`, or under
-    torch.inference_mode by others than `push`, is not seen.
+    All there is to it is in its buffers, so a copy of them (an average of models, a functional
+    call, a checkpoint that was filled in place) is a copy of the memory. How many rows are filled
+    is read from `position`; on a GPU, where that would wait for the device, only after `position`
+    was written to: what is written there through `.data`, or under torch.inference_mode by others
+    than `push`, is not seen.
 
     Args:
         size: rows, at least 1.
@@ -53,7 +56,8 @@ class EmbeddingMemory(nn.Module):
                 raise ValueError(f"{name}: expected less than 2**31, got {shown(value)}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(
-                f"dtype: expected a floating torch.dtype, got {dtype if isinstance(dtype, torch.dtype) else describe(dtype)}"
+                "dtype: expected a floating torch.dtype, got "
+                f"{dtype if isinstance(dtype, torch.dtype) else describe(dtype)}"
             )
         self.register_buffer("rows", torch.empty(size, dim, dtype=dtype))
         self.register_buffer("ids", torch.empty(size, dtype=torch.int64))
@@ -107,10 +111,12 @@ class EmbeddingMemory(nn.Module):
     def push(
         self, embeddings: Tensor, ids: Tensor, log_q: Tensor | None = None, group: Any = None
     ) -> None:
-        """Keeps `embeddings` [n, D] with `ids` [n] (integers) and, if all pushes have it, `log_q` [n], in place of the oldest.
+        """Keeps `embeddings` [n, D] with `ids` [n] (integers) and, if all pushes have it, `log_q`
+        [n], in place of the oldest.
 
-        `group`: a torch.distributed ProcessGroup or "world", all of whose processes call this: each keeps the rows of all, in
-        the order of the ranks. Raises ValueError or TypeError if the arguments do not fit, with a group on every process.
+        `group`: a torch.distributed ProcessGroup or "world", all of whose processes call this: each
+        keeps the rows of all, in the order of the ranks. Raises ValueError or TypeError if the
+        arguments do not fit, with a group on every process.
         """
         peers = Peers.of(group)
         before = self._counts()
@@ -166,8 +172,9 @@ class EmbeddingMemory(nn.Module):
             raise ValueError(f"log_q: expected as in the pushes before, which were {said} it")
 
     def read(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(rows [Q, D], ids [Q], log_q [Q] or None): what is filled so far, without gradient. Not copies: a push changes
-        them. A loss has what it needs of them, so it may come before the backward pass."""
+        """(rows [Q, D], ids [Q], log_q [Q] or None): what is filled so far, without gradient. Not
+        copies: a push changes them. A loss has what it needs of them, so it may come before the
+        backward pass."""
         _, n, _, has_log_q = self._counts()
         return self.rows[:n], self.ids[:n], self.log_q[:n] if has_log_q else None
 
@@ -181,7 +188,8 @@ class EmbeddingMemory(nn.Module):
     # ---- states --------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> EmbeddingMemory:
-        """Moves and casts as any module, but for log_q, which half() and bfloat16() do not round."""
+        """Moves and casts as any module, but for log_q, which half() and bfloat16() do not
+        round."""
         log_q = self.log_q
         super()._apply(fn, *args, **kwargs)
         if self.log_q.dtype.itemsize < log_q.dtype.itemsize:
@@ -198,7 +206,8 @@ class EmbeddingMemory(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """All of a memory or nothing: rows without their position are none, and a position is none without its rows."""
+        """All of a memory or nothing: rows without their position are none, and a position is none
+        without its rows."""
         kept = dict(self.named_buffers(recurse=False))
         found = {name: state_dict[prefix + name] for name in kept if prefix + name in state_dict}
         if found and len(found) < len(kept):
@@ -232,7 +241,8 @@ def _misfits(kept: dict[str, Tensor], found: dict[str, Any]) -> list[str]:
     at, filled, pushes, has_log_q = found["position"].tolist()
     if not (0 <= at < size and 0 <= filled <= size and pushes >= 0 and has_log_q in (0, 1)):
         wrong.append(
-            f"position: expected a place below {size}, at most {size} rows, a number of pushes and 0 or 1, "
+            f"position: expected a place below {size}, at most {size} rows, a number of pushes and "
+            "0 or 1, "
             f"got {[at, filled, pushes, has_log_q]}"
         )
     return wrong

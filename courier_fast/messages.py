@@ -9,12 +9,21 @@ from .disk import DiskFullError, full_error, is_full
 _MOST, _LINES = 1500, 12  # characters and lines of a message
 # What only a bug of the package itself raises: where input is wrong, the message names it.
 _BUGS = (
-    AssertionError, AttributeError, LookupError, NameError, NotImplementedError, ArithmeticError, RecursionError, StopIteration, UnboundLocalError,
-)  # fmt: skip
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    ArithmeticError,
+    RecursionError,
+    StopIteration,
+    UnboundLocalError,
+)
 
 
 def line_of(error: BaseException, command: str = "") -> str:
-    """What to print: one line, or those of a message of the package's own; of a library's exception its first line, and whose it is."""
+    """What to print: one line, or those of a message of the package's own; of a library's exception
+    its first line, and whose it is."""
     while isinstance(getattr(error, "exceptions", None), tuple) and error.exceptions:  # type: ignore[attr-defined]
         error = error.exceptions[0]  # type: ignore[attr-defined] # a group
     debug = f"courier-fast --debug {command}".strip()
@@ -27,7 +36,9 @@ def line_of(error: BaseException, command: str = "") -> str:
         place = getattr(error, "filename", None)
         return str(full_error(place, error)) if place else f"a disk is full: {_first(error)}"
     if library:
-        return f"{_first(error, library)} ({library}: {type(error).__name__}; {debug} ... shows where)"  # fmt: skip
+        return (
+            f"{_first(error, library)} ({library}: {type(error).__name__}; {debug} ... shows where)"
+        )
     if is_bug(error):
         return f"an error of its own, {type(error).__name__}: {_first(error)}; please report it with what {debug} ... shows"
     if isinstance(error, OSError) and error.errno and error.strerror:
@@ -45,7 +56,8 @@ def is_bug(error: BaseException) -> bool:
 
 
 def _library(error: BaseException) -> str:
-    """Whose class it is; "" for Python's and the package's own, which zipfile's, json's and the like are not."""
+    """Whose class it is; "" for Python's and the package's own, which zipfile's, json's and the
+    like are not."""
     root = type(error).__module__.split(".")[0]
     return "" if root in ("builtins", "courier_fast", "socket", "subprocess", "__main__") else root
 
@@ -54,11 +66,14 @@ def _says_memory(error: BaseException) -> bool:
     text = str(error)[:2000]
     words = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "std::bad_alloc")
     found = any(word in text for word in words) or type(error).__name__ == "OutOfMemoryException"
-    return (found and not is_full(error)) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)  # fmt: skip
+    return (found and not is_full(error)) or (
+        isinstance(error, OSError) and error.errno == errno.ENOMEM
+    )
 
 
 def _first(error: BaseException, library: str = "") -> str:
-    """The line of a message that says what is wrong: Ray's are the traceback of a task, whose last line does."""
+    """The line of a message that says what is wrong: Ray's are the traceback of a task, whose last
+    line does."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return _cut(lines[-1 if library == "ray" else 0]) if lines else type(error).__name__
 

@@ -1,7 +1,7 @@
 """The registered operators: schemas, fakes, autograd, and dispatch to an implementation.
 
-The only file that knows torch.library. No implementation is imported before it is first asked for; ../CONTRIBUTING.md
-lists the functions an implementation module provides.
+The only file that knows torch.library. No implementation is imported before it is first asked for;
+../CONTRIBUTING.md lists the functions an implementation module provides.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def unavailable_reasons(impl: str, p: Problem | SequenceProblem) -> list[str]:
     """Every reason why `impl` cannot run `p` here; empty if it can."""
     if not torch.compiler.is_compiling():
         return _reasons(impl, p)
-    # Imports and device queries cannot be traced: ask them once, about an empty problem of this kind.
+    # Imports and device queries cannot be traced: ask them once, about an empty problem of this
+    # kind.
     source = source_of(p)
     reasons = _reasons_while_tracing(
         impl,
@@ -72,7 +73,8 @@ def _reasons_while_tracing(
     return _reasons(impl, kind(**values))
 
 
-# What torch.compiler.assume_constant_result does; calling that here would import all of Dynamo, over a second.
+# What torch.compiler.assume_constant_result does; calling that here would import all of Dynamo,
+# over a second.
 _reasons_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -141,14 +143,16 @@ def refuse_double_backward(ctx: Any, *_: Any) -> Any:
 
 def _refuse_vmap(*_: Any) -> Any:
     raise RuntimeError(
-        "torch.func.vmap over a fused courier_fast loss is not implemented: call it once for each batch, "
+        "torch.func.vmap over a fused courier_fast loss is not implemented: call it once for each "
+        "batch, "
         'or use impl="reference"'
     )
 
 
 def _refuse_jvp(*_: Any) -> Any:
     raise RuntimeError(
-        "forward-mode differentiation of a fused courier_fast loss is not implemented (jvp, jacfwd, make_dual): "
+        "forward-mode differentiation of a fused courier_fast loss is not implemented (jvp, "
+        "jacfwd, make_dual): "
         'use grad, vjp or jacrev, or impl="reference"'
     )
 
@@ -165,9 +169,9 @@ def transformed() -> bool:
 
 
 def direct(values: Sequence[Any]) -> bool:
-    """Whether the implementation can be called without the operator around it: plain tensors, and nobody who traces,
-    transforms or watches operators. What an operator with this many arguments costs the host exceeds what it computes
-    in a small batch."""
+    """Whether the implementation can be called without the operator around it: plain tensors, and
+    nobody who traces, transforms or watches operators. What an operator with this many arguments
+    costs the host exceeds what it computes in a small batch."""
     return (
         not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
@@ -182,8 +186,9 @@ class Operator:
         name(fields of the problem ..., needs, stats, impl) -> (outputs ..., saved)
         name_backward(fields ..., needs, impl, saved, grad) -> the gradients that `needs` asks for
 
-    Only the first output takes a gradient. torch.compile and those who watch operators see the two above; torch.func
-    an autograd function with setup_context; everyone else one that costs the host less.
+    Only the first output takes a gradient. torch.compile and those who watch operators see the two
+    above; torch.func an autograd function with setup_context; everyone else one that costs the host
+    less.
     """
 
     def __init__(
@@ -197,8 +202,9 @@ class Operator:
         fake: Callable[[Any, bool], list[Tensor]],
         saved_spec: Callable[[Any, Any, Sequence[bool]], Any],
     ) -> None:
-        """`forward(module, p, needs, stats)`, `backward(module, p, needs, saved, grad)` and `saved_spec(module, p, needs)`
-        call a function of an implementation's module; `fake(p, stats)` gives empty outputs."""
+        """`forward(module, p, needs, stats)`, `backward(module, p, needs, saved, grad)` and
+        `saved_spec(module, p, needs)` call a function of an implementation's module; `fake(p,
+        stats)` gives empty outputs."""
         self.gradients, self.forward, self.backward = gradients, forward, backward
         self._problem, self._outputs = problem, outputs
         self.fake_outputs, self._saved_spec = fake, saved_spec
@@ -286,7 +292,8 @@ class Operator:
         return [torch.empty_like(getattr(p, name)) for name, need in names if need]
 
     def _save(self, ctx: Any, inputs: Any, output: Any) -> None:
-        """Keep tensors through save_for_backward (so that in-place changes are caught), the rest on the context."""
+        """Keep tensors through save_for_backward (so that in-place changes are caught), the rest on
+        the context."""
         *values, ctx.needs, _stats, ctx.impl = inputs
         *outputs, saved = output
         ctx.places = [i for i, x in enumerate(values) if isinstance(x, Tensor)]
@@ -296,7 +303,8 @@ class Operator:
         ctx.set_materialize_grads(False)
 
     def _backward(self, ctx: Any, grad: Tensor | None, *_: Any, run: Any = None) -> Any:
-        """Gradients of the operator's inputs, by `run`: the backward operator, or what stands for it."""
+        """Gradients of the operator's inputs, by `run`: the backward operator, or what stands for
+        it."""
         names = [f.name for f in fields(self._problem)]
         if grad is None:
             return (None,) * (len(names) + 3)
@@ -332,11 +340,12 @@ def _without_operator(op: Operator) -> Any:
 
 
 def _for_transforms(op: Operator, outputs: int) -> Any:
-    """The operator as torch.func wants it, with setup_context; what torch.library generates has none. What is saved counts
-    as output here."""
+    """The operator as torch.func wants it, with setup_context; what torch.library generates has
+    none. What is saved counts as output here."""
 
     class Backward(torch.autograd.Function):
-        """Of a flat list: torch.func looks for tensors of a level that is gone (vjp) in no list inside it."""
+        """Of a flat list: torch.func looks for tensors of a level that is gone (vjp) in no list
+        inside it."""
 
         @staticmethod
         def forward(spec: TreeSpec, *leaves: Any) -> Any:
@@ -383,7 +392,7 @@ def _for_transforms(op: Operator, outputs: int) -> Any:
     return Forward
 
 
-# ---- the three ----------------------------------------------------------------------------------------------------
+# ---- the three -----------------------------------------------------------------------------------
 
 
 def _loss_fake(p: Problem, stats: bool) -> list[Tensor]:
@@ -440,8 +449,9 @@ def _operator_of(p: Problem | SequenceProblem) -> Operator:
 
 
 def loss(p: Problem | SequenceProblem, impl: str, stats: bool = False) -> tuple[Tensor, ...]:
-    """The loss of either kind of problem, 0-d, or [N] or [K] with reduction "none". Of a `Problem` after it item_loss,
-    log_sum_exp, positive_similarity, rank, is_anchor and num_skipped, which need `stats`."""
+    """The loss of either kind of problem, 0-d, or [N] or [K] with reduction "none". Of a `Problem`
+    after it item_loss, log_sum_exp, positive_similarity, rank, is_anchor and num_skipped, which
+    need `stats`."""
     return _operator_of(p)(p, impl, stats)
 
 
@@ -451,8 +461,8 @@ def reconstruct(p: Problem, impl: str) -> Tensor:
 
 
 def without_values(p: Problem | SequenceProblem, stats: bool, whole: bool = True) -> list[Tensor]:
-    """Outputs in shape and type alone, attached to the inputs: where there are no values, what waits for some cannot run.
-    `whole`: of the loss, else of `reconstruct`."""
+    """Outputs in shape and type alone, attached to the inputs: where there are no values, what
+    waits for some cannot run. `whole`: of the loss, else of `reconstruct`."""
     operator = _operator_of(p) if whole else _reconstruct
     first, *rest = operator.fake_outputs(p, stats)
     if whole:
@@ -464,7 +474,7 @@ def without_values(p: Problem | SequenceProblem, stats: bool, whole: bool = True
     return [first, *rest]
 
 
-# ---- bounds -------------------------------------------------------------------------------------------------------
+# ---- bounds --------------------------------------------------------------------------------------
 
 _lib.define("checked_offsets(Tensor offsets, int rows, str name) -> Tensor")
 _lib.define("checked_index(Tensor index, int size, str name) -> Tensor")
@@ -488,8 +498,9 @@ for _name, _run in (("checked_offsets", _checked_offsets), ("checked_index", _ch
 
 
 def checked(p: Any) -> Any:
-    """While a program is traced, the same problem with its bounds checked by operators of the program: the reference's own
-    would read row -1 as the last one. The CPU operator checks by itself, and on a GPU what comes is clamped."""
+    """While a program is traced, the same problem with its bounds checked by operators of the
+    program: the reference's own would read row -1 as the last one. The CPU operator checks by
+    itself, and on a GPU what comes is clamped."""
     if not torch.compiler.is_compiling() or source_of(p).device.type != "cpu":
         return p
     op, changes = torch.ops.courier_fast, {}
@@ -506,7 +517,7 @@ def checked(p: Any) -> Any:
 
 
 def passes(p: Problem | SequenceProblem, impl: str) -> tuple[Any, Any]:
-    """forward(needs, stats) -> (outputs ..., saved) and backward(needs, saved, upstream) -> gradients, None where not
-    asked for: what an implementation computes, without autograd."""
+    """forward(needs, stats) -> (outputs ..., saved) and backward(needs, saved, upstream) ->
+    gradients, None where not asked for: what an implementation computes, without autograd."""
     operator = _operator_of(p)
     return partial(operator.run, p, impl), partial(operator.run_backward, p, impl)

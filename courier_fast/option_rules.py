@@ -1,4 +1,5 @@
-"""Which options of the command line need or exclude one another: a table for each command, looked at before any work.
+"""Which options of the command line need or exclude one another: a table for each command, looked
+at before any work.
 
 An option that would have no effect is an error, since whoever gave it meant something by it.
 """
@@ -37,7 +38,8 @@ class Rule:
     """Options that have no effect in some case.
 
     Args:
-        where: says why they have none here, with the name of the other option, or None where they have one.
+        where: says why they have none here, with the name of the other option, or None where they
+            have one.
         example: words of a command line beside which they have none.
     """
 
@@ -60,7 +62,8 @@ def without(others: str, *options: str) -> Rule:
 
 
 def beside(other: str, *options: str, example: str = "") -> Rule:
-    """Options that another one, or a value of it, leaves without effect; `example` is a value of it."""
+    """Options that another one, or a value of it, leaves without effect; `example` is a value of
+    it."""
     words = tuple(f"{other} {example}".split())
     return Rule(options, lambda s: f"with {other}" if s.given(other) else None, words)
 
@@ -78,7 +81,7 @@ def only(other: str, values: Sequence[str], *options: str, example: str = "") ->
     return Rule(options, where, tuple(f"{other} {example}".split()) if example else ())
 
 
-# ---- the commands ---------------------------------------------------------------------------------------------------
+# ---- the commands --------------------------------------------------------------------------------
 
 
 def _given_pages(said: Said) -> str | None:
@@ -120,23 +123,53 @@ _PAGES = ("--layout", "ebnerd")
 _DRAWN = only("--candidates", ["sampled", "popular"], "--count", example="page")
 
 _EVALUATE = [
-    Rule(("--backbone", "--weights", "--pretrained", "--size"), _no_backbone, ("--embeddings", "e.npy", "--baselines", "random")),
+    Rule(
+        ("--backbone", "--weights", "--pretrained", "--size"),
+        _no_backbone,
+        ("--embeddings", "e.npy", "--baselines", "random"),
+    ),
     Rule(("--weights", "--pretrained", "--size"), _backbone_of_run, ("--run", "run")),
     beside("--weights", "--pretrained", example="w.safetensors --backbone resnet18 --run run"),
-    Rule(("--batch", "--precision", "--decoder", "--threads"), _nothing_encoded, ("--embeddings", "e.npy", "--baselines", "random")),
+    Rule(
+        ("--batch", "--precision", "--decoder", "--threads"),
+        _nothing_encoded,
+        ("--embeddings", "e.npy", "--baselines", "random"),
+    ),
     _DRAWN,
-]  # fmt: skip
+]
 
 RULES: dict[str, list[Rule]] = {
     "prepare": [
-        only("--layout", ["generic"], "--interactions", "--items", "--time-format", *_COLUMNS, example="hm"),
-        Rule(("--source",), lambda s: "with --layout generic, whose files are --interactions" if s.value("--layout") == "generic" else None),
+        only(
+            "--layout",
+            ["generic"],
+            "--interactions",
+            "--items",
+            "--time-format",
+            *_COLUMNS,
+            example="hm",
+        ),
+        Rule(
+            ("--source",),
+            lambda s: (
+                "with --layout generic, whose files are --interactions"
+                if s.value("--layout") == "generic"
+                else None
+            ),
+        ),
         only("--layout", _RATED, "--min-rating", example="hm"),
         without("--items", "--category-column"),
         without("--page-column", "--clicked-column"),
         Rule(("--keep-unclicked",), _made_pages),
         Rule(("--negatives", "--live-days", "--repeats"), _given_pages, _PAGES),
-        Rule(("--negatives category",), lambda s: "without --items, which has the categories" if s.value("--layout") == "generic" and not s.given("--items") else None),
+        Rule(
+            ("--negatives category",),
+            lambda s: (
+                "without --items, which has the categories"
+                if s.value("--layout") == "generic" and not s.given("--items")
+                else None
+            ),
+        ),
         beside("--layout microlens", "--negatives category"),
         without("--images", "--shrink", "--shard-bytes"),
         beside("--engine ray", "--threads", "--memory-gib"),
@@ -154,7 +187,16 @@ RULES: dict[str, list[Rule]] = {
         _ENGINE,
     ],
     "export": [
-        without("--run", "--format", "--licence", "--precision", "--dataset", "--split", "--photos", "--threads"),
+        without(
+            "--run",
+            "--format",
+            "--licence",
+            "--precision",
+            "--dataset",
+            "--split",
+            "--photos",
+            "--threads",
+        ),
         without("--dataset", "--split", "--photos", "--threads"),
         without("--verify", "--vectors"),
     ],
@@ -169,13 +211,14 @@ RULES: dict[str, list[Rule]] = {
         without("--until", "--dataset"),
     ],
     "quickstart": [],
-}  # fmt: skip
+}
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str]) -> None:
     """ValueError with the names of two options where one of them leaves the other without effect.
 
-    `args` are what `parser` made of `argv`; afterwards args.given has the names of those that stood there.
+    `args` are what `parser` made of `argv`; afterwards args.given has the names of those that stood
+    there.
     """
     names = args.given = given(parser, argv)
     command = f"{args.command} {args.action}" if "action" in args else args.command
@@ -204,7 +247,7 @@ def given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:
             action.default = default
 
 
-# ---- settings of training -------------------------------------------------------------------------------------------
+# ---- settings of training ------------------------------------------------------------------------
 
 
 def _of_images(said: Said) -> str | None:
@@ -226,23 +269,64 @@ def _loss(*names: str) -> tuple[str, ...]:
 
 SETTINGS = [
     Rule(
-        ("data.size", "data.scale", "data.ratio", "data.flip", "data.decoder", "data.threads", "data.max_damaged", "model.backbone",
-         "model.pretrained", "model.weights", "model.batch_norm", "model.checkpointing"),
-        _of_images, ("--data.features", "f.npy"),
+        (
+            "data.size",
+            "data.scale",
+            "data.ratio",
+            "data.flip",
+            "data.decoder",
+            "data.threads",
+            "data.max_damaged",
+            "model.backbone",
+            "model.pretrained",
+            "model.weights",
+            "model.batch_norm",
+            "model.checkpointing",
+        ),
+        _of_images,
+        ("--data.features", "f.npy"),
     ),
-    Rule(("model.pretrained",), lambda s: "with model.weights, which replace them" if s.value("model.weights") else None, ("--model.weights", "w.safetensors")),
     Rule(
-        _loss("attention", "attention_scale", "attention_temperature", "heads", "projections", "temperature", "learnable_temperature",
-              "weight_power", "negatives", "direction", "history_negatives", "log_q", "memory_after"),
-        _unweighted("loss.reconstruction_weight"), ("--loss.reconstruction_weight", "0"),
+        ("model.pretrained",),
+        lambda s: "with model.weights, which replace them" if s.value("model.weights") else None,
+        ("--model.weights", "w.safetensors"),
     ),
     Rule(
-        _loss("sequence_temperature", "sequence_learnable_temperature"), _unweighted("loss.sequence_weight"), ("--loss.sequence_weight", "0"),
+        _loss(
+            "attention",
+            "attention_scale",
+            "attention_temperature",
+            "heads",
+            "projections",
+            "temperature",
+            "learnable_temperature",
+            "weight_power",
+            "negatives",
+            "direction",
+            "history_negatives",
+            "log_q",
+            "memory_after",
+        ),
+        _unweighted("loss.reconstruction_weight"),
+        ("--loss.reconstruction_weight", "0"),
+    ),
+    Rule(
+        _loss("sequence_temperature", "sequence_learnable_temperature"),
+        _unweighted("loss.sequence_weight"),
+        ("--loss.sequence_weight", "0"),
     ),
     Rule(_loss("min_temperature"), _fixed_temperatures),
-    Rule(_loss("memory_after"), lambda s: None if s.value("loss.memory") else "without loss.memory"),
-    Rule(_loss("exchange"), lambda s: "with loss.candidates process" if s.value("loss.candidates") == "process" else None, ("--loss.candidates", "process")),
-]  # fmt: skip
+    Rule(
+        _loss("memory_after"), lambda s: None if s.value("loss.memory") else "without loss.memory"
+    ),
+    Rule(
+        _loss("exchange"),
+        lambda s: (
+            "with loss.candidates process" if s.value("loss.candidates") == "process" else None
+        ),
+        ("--loss.candidates", "process"),
+    ),
+]
 
 # What a run of features writes to its config.toml, in place of "auto".
 _RESOLVED = {
@@ -255,11 +339,14 @@ _RESOLVED = {
 def without_effect(
     values: Mapping[str, Any], defaults: Mapping[str, Any], typed: Collection[str]
 ) -> dict[str, str]:
-    """Settings that have no effect beside the others, and why: of those of the command line (`typed`), and those that are not their default.
+    """Settings that have no effect beside the others, and why: of those of the command line
+    (`typed`), and those that are not their default.
 
     A file may well repeat a default: one with all settings is kept with every run.
     """
-    changed = {n for n in values if values[n] != defaults[n] and values[n] not in _RESOLVED.get(n, ())}  # fmt: skip
+    changed = {
+        n for n in values if values[n] != defaults[n] and values[n] not in _RESOLVED.get(n, ())
+    }
     said = Said(values, changed | set(typed))
     found: dict[str, str] = {}
     for rule in SETTINGS:

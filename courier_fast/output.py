@@ -1,8 +1,9 @@
 """Where a command may write: looked at before any work, and once more before anything is replaced.
 
-Nothing is ever replaced or removed but an empty folder or one that this package wrote, as its mark says and all its files show; never what is
-read, or holds that; never the current folder, the home, or what they are in. A folder is filled beside its place, under a lock, and renamed;
-where its place is a mounted volume, or its parent cannot be written, within it.
+Nothing is ever replaced or removed but an empty folder or one that this package wrote, as its mark
+says and all its files show; never what is read, or holds that; never the current folder, the home,
+or what they are in. A folder is filled beside its place, under a lock, and renamed; where its place
+is a mounted volume, or its parent cannot be written, within it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from .interrupt import held
 log = logging.getLogger(__name__)
 
 # What file managers and file systems leave in folders that people call empty.
-_LITTER = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.directory|lost\+found|\.nfs[0-9a-f]+|\.Trash.*|\.snapshot|System Volume Information")  # fmt: skip
+_LITTER = re.compile(
+    r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.directory|lost\+found|\.nfs[0-9a-f]+|\.Trash.*|\.snapshot|System Volume Information"
+)
 _LOCK = ".lock"  # of a folder that is being filled; whose holder has ended, it was killed
 _PARTIAL, _OLD = ".partial-", ".old-"
 
@@ -58,7 +61,8 @@ class Product:
         return isinstance(about, dict) and all(key in about for key in self.keys)
 
     def foreign(self, folder: Path) -> str | None:
-        """The path of something in a folder that is none of its files; None where there is nothing else."""
+        """The path of something in a folder that is none of its files; None where there is nothing
+        else."""
         for where, folders, files in os.walk(folder):
             inner = Path(where).relative_to(folder)
             if where == os.fspath(folder):
@@ -71,18 +75,45 @@ class Product:
 
 
 _TABLES = "users|items|events|pages|page_items|images"
-DATASET = Product("a dataset", "dataset.json", ("format", "splits"), re.compile(rf"(dataset|manifest|report)\.json|({_TABLES})(/\d{{5,}})?\.arrow"))  # fmt: skip
-EXPORT = Product("an earlier export", "contract.json", ("schema", "space"), re.compile(r"contract\.json|MODEL_CARD\.md|encoder\.(json|safetensors|pt2|onnx|float16\.onnx|int8\.onnx)|golden/[^/]+"))  # fmt: skip
-INDEX = Product("an earlier index", "index.json", ("format", "kind"), re.compile(r"index\.(json|faiss)|vectors\.npy|ids\.arrow"))  # fmt: skip
-CLUSTERS = Product("earlier clusters", "clusters.json", ("format", "clusters"), re.compile(r"clusters\.(json|parquet)|centroids_\d+\.npy"))  # fmt: skip
+DATASET = Product(
+    "a dataset",
+    "dataset.json",
+    ("format", "splits"),
+    re.compile(rf"(dataset|manifest|report)\.json|({_TABLES})(/\d{{5,}})?\.arrow"),
+)
+EXPORT = Product(
+    "an earlier export",
+    "contract.json",
+    ("schema", "space"),
+    re.compile(
+        r"contract\.json|MODEL_CARD\.md|encoder\.(json|safetensors|pt2|onnx|float16\.onnx|int8\.onnx)|golden/[^/]+"
+    ),
+)
+INDEX = Product(
+    "an earlier index",
+    "index.json",
+    ("format", "kind"),
+    re.compile(r"index\.(json|faiss)|vectors\.npy|ids\.arrow"),
+)
+CLUSTERS = Product(
+    "earlier clusters",
+    "clusters.json",
+    ("format", "clusters"),
+    re.compile(r"clusters\.(json|parquet)|centroids_\d+\.npy"),
+)
 
 
-# ---- the rule -----------------------------------------------------------------------------------------------------
+# ---- the rule ------------------------------------------------------------------------------------
 
 
 def check_output(
-    path: Path, product: Product, *, inputs: Iterable[object] = (), listed: Iterable[object] = (), overwrite: bool = False
-) -> Path:  # fmt: skip
+    path: Path,
+    product: Product,
+    *,
+    inputs: Iterable[object] = (),
+    listed: Iterable[object] = (),
+    overwrite: bool = False,
+) -> Path:
     """The folder, without links, that a command may write.
 
     Args:
@@ -120,8 +151,11 @@ def kind_of(path: Path) -> str:
     """What is at a path, in words."""
     mode = path.stat().st_mode
     for test, text in {
-        stat.S_ISREG: "a file", stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket",
-    }.items():  # fmt: skip
+        stat.S_ISREG: "a file",
+        stat.S_ISDIR: "a folder",
+        stat.S_ISFIFO: "a pipe",
+        stat.S_ISSOCK: "a socket",
+    }.items():
         if test(mode):
             return text
     return "a device"
@@ -155,10 +189,16 @@ def _check_inputs(
     for source in (*_local(inputs), *read_whole):
         if within(source, out):
             what = "is" if _same(source, out) else "holds"
-            raise ValueError(f"out: expected a folder that is not read, got {path}, which {what} the input {source}")  # fmt: skip
+            raise ValueError(
+                f"out: expected a folder that is not read, got {path}, which {what} the input "
+                f"{source}"
+            )
     for source in read_whole:
         if source.is_dir() and within(out, source):
-            raise ValueError(f"out: expected a folder outside of {source}, all of whose files are read, got {path}")  # fmt: skip
+            raise ValueError(
+                f"out: expected a folder outside of {source}, all of whose files are read, got "
+                f"{path}"
+            )
 
 
 def _check_own(path: Path, out: Path) -> None:
@@ -194,22 +234,29 @@ def _check_content(path: Path, out: Path, product: Product, overwrite: bool) -> 
     aside = next((n for n in names if n.startswith(_OLD)), None)
     if aside is not None:
         raise ValueError(
-            f"out: a run that was killed has left {out} half replaced; {product.name} that was there is whole in {out / aside}: move it to another place"
+            f"out: a run that was killed has left {out} half replaced; {product.name} that was "
+            f"there is whole in {out / aside}: move it to another place"
         )
     if not names or _unfinished(out, product):
         return
     expected = f"out: expected a new folder or {product.name}, got {path}"
     if not product.marked(out):
-        raise ValueError(f"{expected}, which is not empty ({names[0]}) and has no {product.mark} that says so; nothing in it is touched")  # fmt: skip
+        raise ValueError(
+            f"{expected}, which is not empty ({names[0]}) and has no {product.mark} that says so; "
+            "nothing in it is touched"
+        )
     if not overwrite:
         raise FileExistsError(f"{path} is there already; --overwrite replaces it")
     foreign = product.foreign(out)
     if foreign is not None:
-        raise ValueError(f"{expected}, which holds something else, too: {foreign}; move that to another place")  # fmt: skip
+        raise ValueError(
+            f"{expected}, which holds something else, too: {foreign}; move that to another place"
+        )
 
 
 def _unfinished(out: Path, product: Product) -> bool:
-    """Whether a run that was filling it was killed in the middle: its lock lies there, and its files alone."""
+    """Whether a run that was filling it was killed in the middle: its lock lies there, and its
+    files alone."""
     locks = [*out.glob(f"{_PARTIAL}*/{_LOCK}")]
     if not locks or product.marked(out):
         return False
@@ -232,23 +279,44 @@ def _check_writable(path: Path, out: Path) -> None:
 
 
 def check_remote(
-    url: str, product: Product, *, inputs: Iterable[object] = (), listed: Iterable[object] = (), overwrite: bool = False
-) -> None:  # fmt: skip
-    """The same rule in an object store, where nothing is renamed: what is there stays until files of the same names take its place."""
+    url: str,
+    product: Product,
+    *,
+    inputs: Iterable[object] = (),
+    listed: Iterable[object] = (),
+    overwrite: bool = False,
+) -> None:
+    """The same rule in an object store, where nothing is renamed: what is there stays until files
+    of the same names take its place."""
     from .data.storage import is_file, is_url, join, list_files, read_bytes
 
     read_whole = [str(x) for x in listed]
     for source in (*(str(x) for x in inputs if x is not None), *read_whole):
         if is_url(source) and f"{source.rstrip('/')}/".startswith(f"{url}/"):
-            raise ValueError(f"out: expected a folder that is not read, got {url}, which is or holds the input {source}")  # fmt: skip
+            raise ValueError(
+                f"out: expected a folder that is not read, got {url}, which is or holds the input "
+                f"{source}"
+            )
     for source in read_whole:
         if is_url(source) and f"{url}/".startswith(f"{source.rstrip('/')}/"):
-            raise ValueError(f"out: expected a folder outside of {source}, all of whose files are read, got {url}")  # fmt: skip
+            raise ValueError(
+                f"out: expected a folder outside of {source}, all of whose files are read, got "
+                f"{url}"
+            )
     if is_file(url):
-        raise ValueError(f"out: expected a new folder or {product.name}, got {url}, which is a file")  # fmt: skip
+        raise ValueError(
+            f"out: expected a new folder or {product.name}, got {url}, which is a file"
+        )
     names = [str(f)[len(url) + 1 :] for f in list_files(url, everything=True)]
     mark = join(url, product.mark)
-    foreign = next((n for n in names if not product.files.fullmatch(n) and not _LITTER.fullmatch(n.rsplit("/", 1)[-1])), None)  # fmt: skip
+    foreign = next(
+        (
+            n
+            for n in names
+            if not product.files.fullmatch(n) and not _LITTER.fullmatch(n.rsplit("/", 1)[-1])
+        ),
+        None,
+    )
     if product.mark in names:
         if not overwrite:
             raise FileExistsError(f"{url} is there already; --overwrite replaces it")
@@ -261,14 +329,18 @@ def check_remote(
     elif names and foreign is None and not any(n.endswith(".arrow") for n in names):
         foreign = names[0]  # a run that was killed has left shards
     if foreign is not None:
-        raise ValueError(f"out: expected a new folder or {product.name}, got {url}, which holds something else: {foreign}; nothing in it is touched")  # fmt: skip
+        raise ValueError(
+            f"out: expected a new folder or {product.name}, got {url}, which holds something else: "
+            f"{foreign}; nothing in it is touched"
+        )
 
 
-# ---- a folder that appears when it is complete --------------------------------------------------------------------
+# ---- a folder that appears when it is complete ---------------------------------------------------
 
 
 def _in_place(out: Path) -> bool:
-    """Whether a folder that is there can only be filled, not renamed: a mounted volume, or in a parent that cannot be written."""
+    """Whether a folder that is there can only be filled, not renamed: a mounted volume, or in a
+    parent that cannot be written."""
     return out.is_dir() and (_is_mount(out) or not os.access(out.parent, os.W_OK | os.X_OK))
 
 
@@ -280,20 +352,30 @@ def _is_mount(path: Path) -> bool:
     except OSError:
         return False
     places = (line.split(" ")[4] for line in lines)
-    return os.fspath(path) in {re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), p) for p in places}  # fmt: skip
+    return os.fspath(path) in {
+        re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), p) for p in places
+    }
 
 
 @contextmanager
 def new_folder(
-    path: Path, product: Product, *, inputs: Iterable[object] = (), listed: Iterable[object] = (), overwrite: bool = False,
+    path: Path,
+    product: Product,
+    *,
+    inputs: Iterable[object] = (),
+    listed: Iterable[object] = (),
+    overwrite: bool = False,
     need: Callable[[], str] | None = None,
-) -> Iterator[Path]:  # fmt: skip
-    """An empty folder to fill, which is `path` when the block has ended, complete; gone, if it ends with an error. See `check_output`.
+) -> Iterator[Path]:
+    """An empty folder to fill, which is `path` when the block has ended, complete; gone, if it ends
+    with an error. See `check_output`.
 
-    Something that has come to `path` meanwhile stays as it is: then the finished folder is `<path>.finished` (`<path>/finished` in a mounted
-    volume), and FileExistsError says so.
+    Something that has come to `path` meanwhile stays as it is: then the finished folder is
+    `<path>.finished` (`<path>/finished` in a mounted volume), and FileExistsError says so.
     """
-    check = partial(check_output, path, product, inputs=[*inputs], listed=[*listed], overwrite=overwrite)  # fmt: skip
+    check = partial(
+        check_output, path, product, inputs=[*inputs], listed=[*listed], overwrite=overwrite
+    )
     out = check()
     inside = _in_place(out)
     _clear_leftovers(out, inside)
@@ -318,7 +400,8 @@ def new_folder(
 
 
 def _lock(folder: Path) -> int | None:
-    """Holds the folder's lock until this process ends or closes it; None where the file system knows none."""
+    """Holds the folder's lock until this process ends or closes it; None where the file system
+    knows none."""
     descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -345,7 +428,8 @@ def _ended(folder: Path) -> bool:
 
 
 def _clear_leftovers(out: Path, inside: bool) -> None:
-    """Removes what runs that were killed have left of this output, where it is surely theirs; names the rest."""
+    """Removes what runs that were killed have left of this output, where it is surely theirs; names
+    the rest."""
     where, name = (out, "") if inside else (out.parent, out.name)
     for entry in where.iterdir() if where.is_dir() else ():
         if not entry.name.startswith((f"{name}{_PARTIAL}", f"{name}{_OLD}")) or not entry.is_dir():
@@ -354,7 +438,11 @@ def _clear_leftovers(out: Path, inside: bool) -> None:
             shutil.rmtree(entry, ignore_errors=True)
             log.info("%s is removed, which a run that was killed has left", entry)
         else:
-            log.warning("%s is there, of a run that goes on or was killed; if none goes on, it can be removed", entry)  # fmt: skip
+            log.warning(
+                "%s is there, of a run that goes on or was killed; if none goes on, it can be "
+                "removed",
+                entry,
+            )
 
 
 def _rename(filled: Path, out: Path, product: Product, check: Callable[[], Path]) -> None:
@@ -393,26 +481,31 @@ def _aside(out: Path, product: Product) -> Path:
 
 
 def _kept(filled: Path, out: Path, name: Path, error: Exception) -> Exception:
-    """Puts what is finished where it is safe, at `name` or that with a number; the error that says so."""
+    """Puts what is finished where it is safe, at `name` or that with a number; the error that says
+    so."""
     (filled / _LOCK).unlink(missing_ok=True)
     names = (f"{name.name}{n}" for n in ("", *(f"-{i}" for i in range(2, 1000))))
     finished = next(p for p in map(name.with_name, names) if not os.path.lexists(p))
     os.rename(filled, finished)
     return FileExistsError(
-        f"{out} has come or changed while this ran, and is left as it is ({error}); what was made is complete, in {finished}: "
+        f"{out} has come or changed while this ran, and is left as it is ({error}); what was made "
+        f"is complete, in {finished}: "
         "rename that when there is room for it"
     )
 
 
 def _fill(filled: Path, out: Path, product: Product, check: Callable[[], Path]) -> None:
-    """Moves the entries of `filled`, which is in `out`, into it, the mark last; what is there goes aside and, if that fails, comes back."""
+    """Moves the entries of `filled`, which is in `out`, into it, the mark last; what is there goes
+    aside and, if that fails, comes back."""
     try:
         check()
     except (OSError, ValueError) as error:
         raise _kept(filled, out, out / "finished", error) from None
     old = out / f"{_OLD}{secrets.token_hex(4)}"
     before = sorted(_entries(out), key=lambda name: name != product.mark)  # first: then it is none
-    after = sorted((p.name for p in filled.iterdir() if p.name != _LOCK), key=lambda name: name == product.mark)  # fmt: skip
+    after = sorted(
+        (p.name for p in filled.iterdir() if p.name != _LOCK), key=lambda name: name == product.mark
+    )
     moved: list[tuple[Path, Path]] = []
 
     def move(source: Path, target: Path) -> None:
@@ -440,7 +533,8 @@ def _fill(filled: Path, out: Path, product: Product, check: Callable[[], Path]) 
 
 
 def discard(old: Path, product: Product) -> None:
-    """Removes the files of a product, and folders that are empty then: nothing that has come to it meanwhile."""
+    """Removes the files of a product, and folders that are empty then: nothing that has come to it
+    meanwhile."""
     for where, _, files in os.walk(old, topdown=False):
         for name in files:
             path = Path(where) / name
@@ -453,17 +547,28 @@ def discard(old: Path, product: Product) -> None:
         log.warning("%s is left: it holds something else than %s", old, product.name)
 
 
-def write_folder(path: Path, product: Product, write: Callable[[Path], object], *, inputs: Iterable[object] = ()) -> None:  # fmt: skip
-    """`write` fills a folder, which then is `path`, complete, in place of an empty folder or an earlier one of this kind."""
+def write_folder(
+    path: Path, product: Product, write: Callable[[Path], object], *, inputs: Iterable[object] = ()
+) -> None:
+    """`write` fills a folder, which then is `path`, complete, in place of an empty folder or an
+    earlier one of this kind."""
     with new_folder(path, product, inputs=inputs, overwrite=True) as folder:
         write(folder)
 
 
-# ---- folders that grow, and files ---------------------------------------------------------------------------------
+# ---- folders that grow, and files ----------------------------------------------------------------
 
 
-def check_growing(path: Path, names: Iterable[str], proof: Callable[[Path], bool], *, what: str, inputs: Iterable[object] = ()) -> Path:  # fmt: skip
-    """The folder that a command adds to, without links: no input, and nothing is written over that another has written.
+def check_growing(
+    path: Path,
+    names: Iterable[str],
+    proof: Callable[[Path], bool],
+    *,
+    what: str,
+    inputs: Iterable[object] = (),
+) -> Path:
+    """The folder that a command adds to, without links: no input, and nothing is written over that
+    another has written.
 
     Args:
         names: of what the command writes into it.
@@ -477,23 +582,33 @@ def check_growing(path: Path, names: Iterable[str], proof: Callable[[Path], bool
     if out.exists() and not out.is_dir():
         raise ValueError(f"{expected}, which is {kind_of(out)}")
     for source in _local(inputs):
-        if _same(source, out) or (source.is_file() and source.parent == out and source.name in [*names]):  # fmt: skip
-            raise ValueError(f"{expected}, which {'is' if _same(source, out) else 'would be written over'} the input {source}")  # fmt: skip
+        if _same(source, out) or (
+            source.is_file() and source.parent == out and source.name in [*names]
+        ):
+            raise ValueError(
+                f"{expected}, which {'is' if _same(source, out) else 'would be written over'} the "
+                f"input {source}"
+            )
     if out.is_dir() and not proof(out):
         there = next((name for name in names if os.path.lexists(out / name)), None)
         if there is not None:
-            raise ValueError(f"{expected}, which is none and has a {there} that would be written over")  # fmt: skip
+            raise ValueError(
+                f"{expected}, which is none and has a {there} that would be written over"
+            )
     nearest = next(p for p in (out, *out.parents) if os.path.lexists(p))
     if not nearest.is_dir():
         raise NotADirectoryError(f"{expected}, which cannot be made, since {nearest} is no folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(f"{expected}, where nothing can be written: no permission in {nearest}")  # fmt: skip
+        raise PermissionError(
+            f"{expected}, where nothing can be written: no permission in {nearest}"
+        )
     return out
 
 
 def check_file(path: Path, name: str, *, inputs: Iterable[object] = (), begins: str = "") -> Path:
-    """The file, without links, that a command may write or write anew: no folder, no input, and where one is there it begins with one of the
-    characters `begins`, as this command's does. ValueError or OSError."""
+    """The file, without links, that a command may write or write anew: no folder, no input, and
+    where one is there it begins with one of the characters `begins`, as this command's does.
+    ValueError or OSError."""
     expected = f"{name}: expected a new file or an earlier one, got {path}"
     out = _real(path, expected)
     if out.is_dir():

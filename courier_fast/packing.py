@@ -1,4 +1,5 @@
-"""From what users hold (padded, packed, nested, a table of unique items) to rows, offsets and masks."""
+"""From what users hold (padded, packed, nested, a table of unique items) to rows, offsets and
+masks."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _SHOWN = 60
 
 
 def shown(x: Any) -> str:
-    """A value as a message shows it: never the data of a list, an array or a tensor, nor a long text."""
+    """A value as a message shows it: never the data of a list, an array or a tensor, nor a long
+    text."""
     if isinstance(x, int) and not isinstance(x, bool) and x.bit_length() > 4 * _SHOWN:
         return f"an int of {x.bit_length()} bits"
     if x is None or isinstance(x, (bool, int, float, str, bytes)):
@@ -63,7 +65,8 @@ def _require_plain(name: str, x: Tensor) -> None:
     kind = type(x)
     if kind.__module__.startswith("torch.distributed.tensor"):
         raise TypeError(
-            f"{name}: expected a torch.Tensor of this process, got a {kind.__name__}: give its to_local() or full_tensor()"
+            f"{name}: expected a torch.Tensor of this process, got a {kind.__name__}: give its "
+            "to_local() or full_tensor()"
         )
     if kind.__module__.startswith("torch.masked"):
         raise TypeError(
@@ -88,7 +91,8 @@ class Given:
 
 @dataclass
 class Side:
-    """The layout of one side of the problem, PV or history: how a tensor in that layout becomes rows."""
+    """The layout of one side of the problem, PV or history: how a tensor in that layout becomes
+    rows."""
 
     name: str  # "pv" or "history"
     kind: str  # "padded", "packed" or "nested"
@@ -107,12 +111,14 @@ class Side:
         return inside if self.mask is None else inside & self.mask
 
     def flatten(self, name: str, x: Tensor, per_row: tuple[int, ...]) -> Tensor:
-        """A tensor in this layout as [rows, *per_row]; raises ValueError where it is not in this layout."""
+        """A tensor in this layout as [rows, *per_row]; raises ValueError where it is not in this
+        layout."""
         if self.kind == "nested":
             assert self.like is not None
             if not x.is_nested:
                 raise ValueError(
-                    f"{name}: expected a jagged NestedTensor, as {self.name} is one, got {describe(x)}"
+                    f"{name}: expected a jagged NestedTensor, as {self.name} is one, got "
+                    f"{describe(x)}"
                 )
             values = jagged_values(name, x)
             for what in ("offsets", "lengths"):
@@ -140,7 +146,8 @@ class Side:
         if self.kind == "nested":
             assert self.like is not None
             like = self.like
-            # Its offsets themselves, and its longest length: what comes goes with it in sums and products.
+            # Its offsets themselves, and its longest length: what comes goes with it in sums and
+            # products.
             known = {
                 f"{which}_seqlen": getattr(like, f"_maybe_{which}_seqlen", None)
                 for which in ("min", "max")
@@ -166,7 +173,8 @@ def jagged_values(name: str, x: Tensor) -> Tensor:
 def as_bool(name: str, x: Any, layout: Side | None, validate: bool) -> Tensor:
     """A bool tensor; integers 0 and 1 are accepted, floats are not (a probability is no click).
 
-    `layout`: whose real rows count, None: all; another integer there (a label of -100, say) is an error.
+    `layout`: whose real rows count, None: all; another integer there (a label of -100, say) is an
+    error.
     """
     x = require_tensor(name, x)
     if x.dtype == torch.bool:
@@ -190,7 +198,8 @@ def as_index(name: str, x: Tensor) -> Tensor:
 
 
 def side(given: Given, features: int, device: torch.device, validate: bool) -> Side:
-    """The layout of a side, whose tensor has `features` (0 or 1) dimensions beside those of the layout."""
+    """The layout of a side, whose tensor has `features` (0 or 1) dimensions beside those of the
+    layout."""
     if given.x.is_nested:
         layout = _nested(given, features, device)
     else:
@@ -204,7 +213,8 @@ def _nested(given: Given, features: int, device: torch.device) -> Side:
     name, x = given.name, given.x
     if given.mask is not None or given.offsets is not None:
         raise ValueError(
-            f"{name}: a NestedTensor brings its own offsets; expected no {name}_mask and no {name}_offsets"
+            f"{name}: a NestedTensor brings its own offsets; expected no {name}_mask and no "
+            f"{name}_offsets"
         )
     rows = jagged_values(name, x).shape[0]
     starts = x.offsets().to(device=device, dtype=torch.int64)
@@ -240,7 +250,8 @@ def _padded(given: Given, features: int, device: torch.device, validate: bool) -
     if x.dim() != 2 + features:
         what = f"[pages, length{', D' if features else ''}]"
         raise ValueError(
-            f"{name}: expected padded shape {what}, or packed rows with {name}_offsets, got {list(x.shape)}"
+            f"{name}: expected padded shape {what}, or packed rows with {name}_offsets, got "
+            f"{list(x.shape)}"
         )
     pages, length = x.shape[0], x.shape[1]
     if mask is not None:
@@ -266,7 +277,8 @@ def _offsets(name: str, offsets: Any, rows: int, device: torch.device, validate:
     if offsets.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got {offsets.device}")
     if offsets.device.type != "cpu" and not watches_values(offsets, validate):
-        # Nobody waits for a GPU's values: whatever they are, nothing outside is read. On a CPU the operator looks.
+        # Nobody waits for a GPU's values: whatever they are, nothing outside is read. On a CPU the
+        # operator looks.
         return offsets.clamp(0, rows)
     if watches_values(offsets, validate):
         check_offsets(name, offsets, rows)
@@ -280,7 +292,8 @@ def check_offsets(name: str, offsets: Tensor, rows: int) -> None:
     if bool((steps < 0).any()):
         page = int((steps < 0).nonzero()[0])
         raise ValueError(
-            f"{name}: expected non-decreasing values, got {int(offsets[page])} before {int(offsets[page + 1])}"
+            f"{name}: expected non-decreasing values, got {int(offsets[page])} before "
+            f"{int(offsets[page + 1])}"
         )
     if int(offsets[-1]) > rows:
         raise ValueError(
@@ -299,8 +312,9 @@ def check_range(name: str, index: Tensor, size: int) -> None:
 
 
 def check_index(name: str, index: Tensor, live: Tensor | None, size: int, validate: bool) -> Tensor:
-    """Indices into the table, those of padding inside of it, too. Out of range is an error where values may be looked at;
-    on a GPU they are clamped, and on a CPU the operator looks at what is traced."""
+    """Indices into the table, those of padding inside of it, too. Out of range is an error where
+    values may be looked at; on a GPU they are clamped, and on a CPU the operator looks at what is
+    traced."""
     if index.device.type != "cpu" and not watches_values(index, validate):
         if not size and index.numel():
             raise ValueError(f"embeddings: expected a row for the indices in {name}, got none")

@@ -1,9 +1,11 @@
-"""The processes whose items are candidates: what they agree on before a loss, and how rows travel between them.
+"""The processes whose items are candidates: what they agree on before a loss, and how rows travel
+between them.
 
-torch.distributed alone. No gradient travels where rows can: columns are gathered in the forward pass, rows (with their
-log-sum-exp and weight) in the backward, and each process finishes the gradient of its own columns. One collective carries
-all of it, a padded all-gather of bytes, in one round or in several of bounded memory; the next round is under way while
-the last one is computed with.
+torch.distributed alone. No gradient travels where rows can: columns are gathered in the forward
+pass, rows (with their log-sum-exp and weight) in the backward, and each process finishes the
+gradient of its own columns. One collective carries all of it, a padded all-gather of bytes, in one
+round or in several of bounded memory; the next round is under way while the last one is computed
+with.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def _reduce_scatter(mine: Tensor, every: Tensor, group: Any) -> None:
 
 
 def _cpu_group(group: Any) -> Any:
-    """Where host integers travel: the group itself if it has a backend for the CPU, else one made beside it."""
+    """Where host integers travel: the group itself if it has a backend for the CPU, else one made
+    beside it."""
     if "cpu" in {str(d) for d in group._device_types}:
         return group
     of, found = _cpu_groups.get(group.group_name, (None, None))
@@ -51,7 +54,8 @@ def _cpu_group(group: Any) -> Any:
 
 
 class Group:
-    """What a module was given as its `group`, and goes with it: copies share it, a pickled module has it by its name.
+    """What a module was given as its `group`, and goes with it: copies share it, a pickled module
+    has it by its name.
 
     `world`: the processes of torch.distributed as they are at the call.
     """
@@ -98,7 +102,8 @@ def resolved(group: Any) -> Any:
     check_group(group)
     if isinstance(group, _Lost):
         raise ValueError(
-            f"group: expected a process group, got a copy from a file of one of ranks {group.ranks[:8]}, which is not in "
+            "group: expected a process group, got a copy from a file of one of ranks "
+            f"{group.ranks[:8]}, which is not in "
             "this program: give group at the call"
         )
     if not isinstance(group, str):
@@ -114,8 +119,8 @@ def resolved(group: Any) -> Any:
 
 
 def warn_of_early_none(group: Any) -> bool:
-    """Whether None may be torch.distributed.group.WORLD, asked for before init_process_group, when it is None; says so where
-    other processes are likely."""
+    """Whether None may be torch.distributed.group.WORLD, asked for before init_process_group, when
+    it is None; says so where other processes are likely."""
     if group is not None or not dist.is_available() or dist.is_initialized():
         return False
     launched = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"} & set(os.environ)
@@ -126,7 +131,8 @@ def warn_of_early_none(group: Any) -> bool:
 
 
 _EARLY = (
-    "before init_process_group, where torch.distributed.group.WORLD is None, too: candidates are those of this process. "
+    "before init_process_group, where torch.distributed.group.WORLD is None, too: candidates are "
+    "those of this process. "
     'Give group="world" for those of all, or leave group out'
 )
 
@@ -141,8 +147,8 @@ def warn_of_late_world() -> bool:
 
 
 class Peers:
-    """The processes of a group in one call of a loss. Every call sends one line of integers around before anything else; an
-    error or a disagreement is found there, and raised by all."""
+    """The processes of a group in one call of a loss. Every call sends one line of integers around
+    before anything else; an error or a disagreement is found there, and raised by all."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -160,7 +166,7 @@ class Peers:
             group = resolved(group)
         return None if group is None else cls(group)
 
-    # ---- agreement --------------------------------------------------------------------------------------------------
+    # ---- agreement -------------------------------------------------------------------------------
 
     def agree(self, facts: dict[str, Any], sizes: Sequence[int]) -> list[list[int]]:
         """Each size on every process [len(sizes)][W]. `facts` have to be the same everywhere."""
@@ -195,7 +201,8 @@ class Peers:
             for name in first | here:
                 if first.get(name) != here.get(name):
                     raise ValueError(
-                        f"{name}: expected the same on every process, got {first.get(name)} on rank 0 and "
+                        f"{name}: expected the same on every process, got {first.get(name)} on "
+                        "rank 0 and "
                         f"{here.get(name)} on rank {rank}"
                     )
 
@@ -216,15 +223,17 @@ class Peers:
         dist.all_reduce(total, group=self.group)
         return total
 
-    # ---- rows that travel -------------------------------------------------------------------------------------------
+    # ---- rows that travel ------------------------------------------------------------------------
 
     def others(
         self, fields: Sequence[Tensor | None], counts: Sequence[int], rounds: int
     ) -> Iterator[tuple[list[Any], list[int]]]:
-        """The rows of the other processes, a block for each round; the first transfer begins at once.
+        """The rows of the other processes, a block for each round; the first transfer begins at
+        once.
 
-        `fields`: tensors [counts[rank], ...] that belong together, None as everywhere. A block's rows are those of the next
-        process, and so on around; with it comes how many rows each process has in this round.
+        `fields`: tensors [counts[rank], ...] that belong together, None as everywhere. A block's
+        rows are those of the next process, and so on around; with it comes how many rows each
+        process has in this round.
         """
         present = [f for f in fields if f is not None]
         size = -(-max(counts) // rounds) if max(counts) else 0
@@ -271,8 +280,8 @@ class Peers:
         ]
 
     def home(self, rows: Tensor, live: Sequence[int]) -> Tensor:
-        """The sum of what the others have for this process's rows [live[rank], D], for what this one has for theirs, a
-        block of `others`."""
+        """The sum of what the others have for this process's rows [live[rank], D], for what this
+        one has for theirs, a block of `others`."""
         size = max(live)
         every = rows.new_zeros(self.size, size, rows.shape[1])
         order = self._around()
@@ -288,7 +297,8 @@ class Peers:
 
 @contextmanager
 def reporting(peers: Peers | None) -> Iterator[None]:
-    """An error in here, before the processes agreed, is raised by all of them, with the rank: nobody waits in vain."""
+    """An error in here, before the processes agreed, is raised by all of them, with the rank:
+    nobody waits in vain."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError) as error:
@@ -299,7 +309,8 @@ def reporting(peers: Peers | None) -> Iterator[None]:
 
 
 def rounds_of(exchange: str, size: int, rows: int, row_bytes: int, workspace: int) -> int:
-    """Into how many rounds `rows` of each of `size` processes are divided: two of them are held at a time."""
+    """Into how many rounds `rows` of each of `size` processes are divided: two of them are held at
+    a time."""
     if exchange == "gather" or not rows:
         return 1
     needed = -(-2 * size * rows * row_bytes // workspace)

@@ -1,7 +1,7 @@
 """The canonical form of one loss evaluation: what every implementation receives.
 
-`arguments.py` turns whatever layout the user has (padded, packed, nested, unique items) into a `Problem`; an
-implementation never sees a layout.
+`arguments.py` turns whatever layout the user has (padded, packed, nested, unique items) into a
+`Problem`; an implementation never sees a layout.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ NORM_EPS = 1e-12
 class Problem:
     """B pages with N PV rows and K history rows, pages one after the other.
 
-    Without a table, `pv` [N, D] and `history` [K, D] hold the rows themselves. With a table of unique items, `pv` is
-    the table [n, D], `history` is None and `pv_index` [N], `history_index` [K] point into it.
-    Rows that a mask excludes, and rows at or past the last offset, are padding: whatever they hold has no influence.
+    Without a table, `pv` [N, D] and `history` [K, D] hold the rows themselves. With a table of
+    unique items, `pv` is the table [n, D], `history` is None and `pv_index` [N], `history_index`
+    [K] point into it. Rows that a mask excludes, and rows at or past the last offset, are padding:
+    whatever they hold has no influence.
     """
 
     pv: Tensor  # [N, D], or the table [n, D]
@@ -53,7 +54,8 @@ class Problem:
     direction: str = "reconstruct"
     reduction: str = "mean"
     workspace: int = WORKSPACE  # bytes that the chunked path may use for stored probabilities
-    # "candidate" or "anchor", by whose query R is made; the mean of the history is either with a scale of 0.
+    # "candidate" or "anchor", by whose query R is made; the mean of the history is either with a
+    # scale of 0.
     attention: str = "anchor"
     cosine: bool = False  # "candidate" only: q and k are divided by their lengths, head by head
 
@@ -70,7 +72,8 @@ class Problem:
 
     @property
     def ids(self) -> Tensor | None:
-        """Identity of PV rows [N]: the given ids, else the table index, else None (no two rows are the same item)."""
+        """Identity of PV rows [N]: the given ids, else the table index, else None (no two rows are
+        the same item)."""
         return self.item_ids if self.item_ids is not None else self.pv_index
 
 
@@ -99,7 +102,8 @@ class SequenceProblem:
 
 @dataclass
 class Pages:
-    """The pages' histories, and how a candidate asks them; rows are in the pages' order, padding in between."""
+    """The pages' histories, and how a candidate asks them; rows are in the pages' order, padding in
+    between."""
 
     key: Tensor  # [K, D]
     value: Tensor  # [K, D], the same tensor where they are the same

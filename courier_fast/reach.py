@@ -23,7 +23,16 @@ BLOCKS = {
     "xformers": "courier_fast.kernels.blocks",
 }
 # Of a loss: what makes it another one.
-_OPTIONS = ("num_heads", "negatives", "direction", "reduction", "attention", "cosine", "attention_scale", "workspace")  # fmt: skip
+_OPTIONS = (
+    "num_heads",
+    "negatives",
+    "direction",
+    "reduction",
+    "attention",
+    "cosine",
+    "attention_scale",
+    "workspace",
+)
 _OPTIONAL = ("item_ids", "log_q", "weights", "query", "key", "value")
 
 
@@ -54,7 +63,8 @@ class Reach:
     def agree(
         self, p: Problem | SequenceProblem, stats: bool, sizes: Sequence[int]
     ) -> list[list[int]]:
-        """Each size on every process; ValueError, on every process, where this would not be one loss."""
+        """Each size on every process; ValueError, on every process, where this would not be one
+        loss."""
         if self.peers is None:
             return [[n] for n in sizes]
         source = p.pv if isinstance(p, Problem) else p.history
@@ -109,7 +119,8 @@ class Beside:
             table_ids = _table_ids(p, table, table_ids)
         elif peers is not None and table and p.item_ids is None:
             raise ValueError(
-                "table_ids: expected the ids of the items of embeddings [n] with group, as an index means another item on "
+                "table_ids: expected the ids of the items of embeddings [n] with group, as an "
+                "index means another item on "
                 "each process, got None"
             )
         found = None
@@ -131,7 +142,8 @@ class Beside:
             if peers is not None:
                 peers.agreed = True  # nothing can be sent from in there
             raise RuntimeError(
-                "group and memory: expected a call outside of torch.compile and torch.func, got one inside; "
+                "group and memory: expected a call outside of torch.compile and torch.func, got "
+                "one inside; "
                 "wrap the loss in torch.compiler.disable"
             )
         return p, Reach(impl, peers, self.exchange, found, table_ids)
@@ -191,7 +203,8 @@ def _table_ids(p: Any, table: bool, table_ids: Any) -> Tensor:
         raise ValueError("table_ids and item_ids: expected at most one of the two, got both")
     if ids.shape != source.shape[:1] or ids.device != source.device:
         raise ValueError(
-            f"table_ids: expected [{len(source)}] on {source.device}, one for each row of embeddings, got {describe(ids)}"
+            f"table_ids: expected [{len(source)}] on {source.device}, one for each row of "
+            f"embeddings, got {describe(ids)}"
         )
     return ids
 

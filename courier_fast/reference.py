@@ -1,9 +1,9 @@
 """The oracle: COURIER's losses in plain PyTorch, to be read beside the equations.
 
-Any device, any floating type (float64 for tests), gradients by autograd, double backward included. It keeps the
-clicked-rows-by-all-items similarity matrix in memory and synchronises with the device; every other implementation is tested
-against it. Letters as in arXiv 2306.05001 and the README: E are PV embeddings, C history embeddings, R the
-reconstruction of a PV item from its page's history.
+Any device, any floating type (float64 for tests), gradients by autograd, double backward included.
+It keeps the clicked-rows-by-all-items similarity matrix in memory and synchronises with the device;
+every other implementation is tested against it. Letters as in arXiv 2306.05001 and the README: E
+are PV embeddings, C history embeddings, R the reconstruction of a PV item from its page's history.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .problem import NORM_EPS, Pages, Problem, SequenceProblem
 
 @dataclass
 class LossOutput:
-    """What one evaluation gives; per-row tensors are in the layout of the PV rows and 0 where a row is no anchor."""
+    """What one evaluation gives; per-row tensors are in the layout of the PV rows and 0 where a row
+    is no anchor."""
 
     loss: Tensor  # 0-d, or [N] with reduction "none"
     item_loss: Tensor  # [N] loss of each anchor, before weights
@@ -73,8 +74,8 @@ def _real_rows(offsets: Tensor, mask: Tensor | None, rows: int) -> _Rows:
 
 
 def _take(values: Tensor, index: Tensor | None, keep: Tensor) -> Tensor:
-    """Rows `keep` of the packed layout: of the values themselves, or of the table they point into, where an index out of
-    range is an error, a negative one too."""
+    """Rows `keep` of the packed layout: of the values themselves, or of the table they point into,
+    where an index out of range is an error, a negative one too."""
     return values[keep] if index is None else functional.embedding(index[keep], values)
 
 
@@ -113,7 +114,8 @@ def _attention_rows(p: Problem, pv: _Rows, history: _Rows) -> tuple[Tensor, Tens
 
 
 def _attend(p: Problem, pv: _Rows, history: _Rows) -> tuple[Tensor, Tensor]:
-    """R [n_real, D] and the attention weights [n_real, heads, longest history], for every real PV row.
+    """R [n_real, D] and the attention weights [n_real, heads, longest history], for every real PV
+    row.
 
     a_jk = softmax over k in H_b of (c q_j . k_k),  R_j = sum_k a_jk v_k;  zeros where the page has no history.
     """
@@ -139,7 +141,8 @@ def _attend(p: Problem, pv: _Rows, history: _Rows) -> tuple[Tensor, Tensor]:
         )
 
     present = torch.arange(longest, device=q.device) < history.counts[:, None]  # [B, longest]
-    # A page without history is let see its zero padding, so that no softmax is over nothing; R is then exactly 0.
+    # A page without history is let see its zero padding, so that no softmax is over nothing; R is
+    # then exactly 0.
     visible = present | (history.counts == 0)[:, None]
     scores = (split(q, pv, most) @ split(k, history, longest).mT).to(
         _compute_dtype(q)
@@ -154,7 +157,8 @@ def _attend(p: Problem, pv: _Rows, history: _Rows) -> tuple[Tensor, Tensor]:
 
 
 def reconstruct(p: Problem) -> tuple[Tensor, Tensor]:
-    """R [N, D] and the attention weights [N, heads, longest history] (over the real history rows of the page, in order)."""
+    """R [N, D] and the attention weights [N, heads, longest history] (over the real history rows of
+    the page, in order)."""
     pv = _real_rows(p.pv_offsets, p.pv_mask, p.num_pv)
     history = _real_rows(p.history_offsets, p.history_mask, p.num_history)
     r, a = _attend(p, pv, history)
@@ -179,8 +183,8 @@ class _Contrast:
 
 
 def candidate_cosines(pages: Pages, e: Tensor, query: Tensor, listed: Tensor) -> Tensor:
-    """cos(R_bj, E_j) [pages listed, n]: every candidate j, with unit row e_j [n, D] and query q_j [n, D], asks the history of
-    every page b in `listed` itself.
+    """cos(R_bj, E_j) [pages listed, n]: every candidate j, with unit row e_j [n, D] and query q_j
+    [n, D], asks the history of every page b in `listed` itself.
 
     a_bjk = softmax over k in H_b of (c q_j . k_k),  R_bj = sum_k a_bjk v_k
     """
@@ -224,7 +228,8 @@ def _contrast(
 def _allowed(
     p: Problem, page: Tensor, ids: Tensor | None, anchor: Tensor, column: Tensor
 ) -> Tensor:
-    """cand(i) as a mask [M, n]; `anchor` [M] and `column` [n] are positions among the real PV rows."""
+    """cand(i) as a mask [M, n]; `anchor` [M] and `column` [n] are positions among the real PV
+    rows."""
     itself = anchor[:, None] == column
     other = torch.ones_like(itself)
     if p.negatives == "page":
@@ -237,11 +242,12 @@ def _allowed(
 
 
 def reconstruction_loss(p: Problem) -> LossOutput:
-    """L_rec = sum_{i in A} w_i [logsumexp_{j in cand(i)} s_ij - s_ii] / sum_{i in A} w_i,  s_ij = cos(R_i, E_j) / tau.
+    """L_rec = sum_{i in A} w_i [logsumexp_{j in cand(i)} s_ij - s_ii] / sum_{i in A} w_i,  s_ij =
+    cos(R_i, E_j) / tau.
 
-    A = {i: clicked, page has history, w_i > 0}. Direction "identify" has s_ji in place of s_ij, over the items j with
-    a history; "both" is the mean of the two, and its statistics are those of "reconstruct". With attention "candidate",
-    s_ij = cos(R_bj, E_j) / tau on i's page b.
+    A = {i: clicked, page has history, w_i > 0}. Direction "identify" has s_ji in place of s_ij,
+    over the items j with a history; "both" is the mean of the two, and its statistics are those of
+    "reconstruct". With attention "candidate", s_ij = cos(R_bj, E_j) / tau on i's page b.
     """
     assert p.clicked is not None
     pv = _real_rows(p.pv_offsets, p.pv_mask, p.num_pv)
@@ -296,8 +302,8 @@ def reconstruction_loss(p: Problem) -> LossOutput:
     def spread(x: Tensor) -> Tensor:  # [M] -> [N]
         return x.new_zeros(p.num_pv).index_copy(0, where, x)
 
-    # A zero that depends on every input, the unused ones too (history beside key and value): a batch without anchors
-    # or rows still gives each of them a (zero) gradient.
+    # A zero that depends on every input, the unused ones too (history beside key and value): a
+    # batch without anchors or rows still gives each of them a (zero) gradient.
     attach = inverse_tau * 0
     for x in (p.pv, p.history, p.query, p.key, p.value):
         if x is not None:
@@ -325,10 +331,12 @@ def reconstruction_loss(p: Problem) -> LossOutput:
 
 
 def click_sequence_loss(p: SequenceProblem) -> Tensor:
-    """L_seq = mean over anchors k of -(1/|pos(k)|) sum_{p in pos(k)} [s_kp - logsumexp_{l in cand(k)} s_kl].
+    """L_seq = mean over anchors k of -(1/|pos(k)|) sum_{p in pos(k)} [s_kp - logsumexp_{l in
+    cand(k)} s_kl].
 
-    pos(k): the other history items of k's page (not k's own item again); anchors are the items that have one;
-    cand(k): every history item but k itself and its re-occurrences on other pages. 0-d, or [K] with reduction "none".
+    pos(k): the other history items of k's page (not k's own item again); anchors are the items that
+    have one; cand(k): every history item but k itself and its re-occurrences on other pages. 0-d,
+    or [K] with reduction "none".
     """
     history = _real_rows(p.history_offsets, p.history_mask, p.num_history)
     c_raw = _take(p.history, p.history_index, history.keep)

@@ -1,4 +1,5 @@
-"""What is around a call and is no part of it: autocast, the default dtype and device, tensors without values."""
+"""What is around a call and is no part of it: autocast, the default dtype and device, tensors
+without values."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-# Functions that make a tensor of numbers from nothing, of the default dtype and on the default device.
+# Functions that make a tensor of numbers from nothing, of the default dtype and on the default
+# device.
 _NUMBERS = {torch.empty, torch.zeros, torch.ones}
 # Those that take the dtype from what they are given; Python floats are of the default dtype.
 _VALUES = {torch.full, torch.tensor, torch.as_tensor}
@@ -58,7 +60,8 @@ def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
 
 
 def alone(like: Tensor) -> AbstractContextManager[Any]:
-    """For what an implementation computes: the same whatever is around. Where nothing is, this costs nothing."""
+    """For what an implementation computes: the same whatever is around. Where nothing is, this
+    costs nothing."""
     plain = torch.get_default_dtype() != torch.float32 or torch._C._len_torch_function_stack() > 0
     if not plain:
         return without_autocast(like)
@@ -69,7 +72,8 @@ def alone(like: Tensor) -> AbstractContextManager[Any]:
 
 
 def alone_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`alone` around the backward of an autograd function, which runs wherever the user calls it."""
+    """`alone` around the backward of an autograd function, which runs wherever the user calls
+    it."""
 
     @wraps(backward)
     def wrapped(ctx: Any, upstream: Tensor, *others: Any) -> Any:
@@ -80,7 +84,8 @@ def alone_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def cast(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Embeddings in the autocast type, where autocast is on: the loss is a matrix product at heart. float64 stays."""
+    """Embeddings in the autocast type, where autocast is on: the loss is a matrix product at heart.
+    float64 stays."""
     device = like.device.type
     if not _autocast_is_on(device):
         return tensors
@@ -92,13 +97,14 @@ def cast(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether there are numbers behind a tensor: not in FakeTensorMode, nor on the device "meta"."""
+    """Whether there are numbers behind a tensor: not in FakeTensorMode, nor on the device
+    "meta"."""
     return not isinstance(x, FakeTensor) and not x.is_meta
 
 
 def watches_values(x: Tensor, validate: bool) -> bool:
-    """Whether the values of `x` may be looked at: on a GPU if `validate`; not while torch.compile or torch.export traces, nor
-    under vmap, nor where there are none."""
+    """Whether the values of `x` may be looked at: on a GPU if `validate`; not while torch.compile
+    or torch.export traces, nor under vmap, nor where there are none."""
     if not (validate or x.device.type == "cpu"):
         return False
     if torch.compiler.is_compiling() or torch.compiler.is_exporting() or not has_values(x):

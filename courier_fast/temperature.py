@@ -22,7 +22,8 @@ def check_temperature(
         require_tensor("temperature", temperature)
         if not temperature.is_floating_point() or tuple(temperature.shape) not in ((), (1,)):
             raise ValueError(
-                f"temperature: expected a float or a 0-d floating tensor, got {describe(temperature)}"
+                "temperature: expected a float or a 0-d floating tensor, got "
+                f"{describe(temperature)}"
             )
         if temperature.dim():
             temperature = temperature.reshape(())
@@ -48,7 +49,8 @@ def check_temperature(
 
 
 class _ClampMax(torch.autograd.Function):
-    """min(x, limit), with the gradient of x where it is not clamped or where a descent step leads back below."""
+    """min(x, limit), with the gradient of x where it is not clamped or where a descent step leads
+    back below."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
@@ -64,7 +66,8 @@ class _ClampMax(torch.autograd.Function):
 
 
 class _TransformedClampMax(_ClampMax):
-    """The same for torch.func. Not for every call: with setup_context, torch spends 10 us on the signature."""
+    """The same for torch.func. Not for every call: with setup_context, torch spends 10 us on the
+    signature."""
 
     generate_vmap_rule = True
 
@@ -81,7 +84,8 @@ class _TransformedClampMax(_ClampMax):
 class WithTemperature(nn.Module):
     """A fixed temperature, or one learned as log(1/tau) and clamped from below.
 
-    The parameter has shape [1], as FSDP2 shards nothing of no dimension; saved ones of shape [] load.
+    The parameter has shape [1], as FSDP2 shards nothing of no dimension; saved ones of shape []
+    load.
     """
 
     log_inverse_temperature: nn.Parameter | None
@@ -123,7 +127,8 @@ class WithTemperature(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        """The current temperature: a float, or if it is learned a 0-d tensor, float32 (float64 if the parameter is)."""
+        """The current temperature: a float, or if it is learned a 0-d tensor, float32 (float64 if
+        the parameter is)."""
         x = self.log_inverse_temperature
         if x is None:
             return self._fixed

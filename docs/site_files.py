@@ -1,4 +1,5 @@
-"""A hook of MkDocs: the site has the pages of mkdocs.yml and what they link to, each at its place in the repository."""
+"""A hook of MkDocs: the site has the pages of mkdocs.yml and what they link to, each at its place
+in the repository."""
 
 from __future__ import annotations
 
@@ -16,7 +17,11 @@ def pages_of(nav: Any) -> list[str]:
     """The files that a nav names."""
     if isinstance(nav, str):
         return [nav]
-    return [page for entry in (nav.values() if isinstance(nav, dict) else nav) for page in pages_of(entry)]  # fmt: skip
+    return [
+        page
+        for entry in (nav.values() if isinstance(nav, dict) else nav)
+        for page in pages_of(entry)
+    ]
 
 
 def reached(root: Path, pages: list[str]) -> list[str]:
@@ -30,7 +35,11 @@ def reached(root: Path, pages: list[str]) -> list[str]:
         found[name] = None
         if name.endswith(".md"):
             targets = LINK.findall((root / name).read_text())
-            waiting += [posixpath.normpath(posixpath.join(posixpath.dirname(name), t)) for t in targets if ":" not in t]  # fmt: skip
+            waiting += [
+                posixpath.normpath(posixpath.join(posixpath.dirname(name), t))
+                for t in targets
+                if ":" not in t
+            ]
     return sorted(found)
 
 

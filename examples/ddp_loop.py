@@ -25,7 +25,9 @@ def main() -> None:
     seen = (taste[:, None] + torch.tensor([0, 2, 3])) % ITEMS
     clicked = torch.arange(5).expand(PAGES, 5) == 0
 
-    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))  # fmt: skip
+    encoder = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(768, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32)
+    )
     model = DistributedDataParallel(encoder)
     loss_fn = ReconstructionLoss(group=dist.group.WORLD)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

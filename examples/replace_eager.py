@@ -37,7 +37,8 @@ def main() -> None:
     before = eager_loss(pv, history, clicked, history_mask)
     before_gradients = torch.autograd.grad(before, (pv, history))
 
-    # As above, the clicked item's query makes the reconstruction; by default each candidate makes its own.
+    # As above, the clicked item's query makes the reconstruction; by default each candidate makes
+    # its own.
     loss_fn = ReconstructionLoss(temperature=TAU, attention="anchor")
     after = loss_fn(pv, history, clicked, history_mask=history_mask)
     after_gradients = torch.autograd.grad(after, (pv, history))

@@ -1,4 +1,5 @@
-"""impl="triton": rows against a block of columns (courier_fast/blocks.py), by the passes of contrast.py and chunked.py."""
+"""impl="triton": rows against a block of columns (courier_fast/blocks.py), by the passes of
+contrast.py and chunked.py."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 
 class _Pass:
-    """Rows x against columns y: shapes, both sides as the kernels take them, and what a launch is told."""
+    """Rows x against columns y: shapes, both sides as the kernels take them, and what a launch is
+    told."""
 
     def __init__(self, x: Side, y: Side, pairs: str, scoring: Scoring) -> None:
         unit = x.rows
@@ -48,7 +50,8 @@ class _Pass:
         known = {"ids": MASKS["batch"], "other_pages": MASKS["other_pages"]}
         mask = known.get(pairs, contrast.MASK_SEQUENCE_IDS.value)
         offsets = torch.zeros(1, dtype=torch.int64, device=self.device)
-        # log m is no more than a few times 1/tau; where rows are counted on the device, some columns are none.
+        # log m is no more than a few times 1/tau; where rows are counted on the device, some
+        # columns are none.
         biased = y.count is not None or (y.bias is not None and not y.merged)
         self.scores = scores(scoring, mask, offsets, unit.dtype, biased)
 
@@ -77,7 +80,13 @@ class _Pass:
         s, n = self.shape, x.unit.shape[0]
         found = torch.zeros(n, self.dim, dtype=torch.float32, device=self.device)
         collect_rows[(cdiv(n, s.small.block_m),)](
-            out.acc, out.top, lse if lse is not None else out.top, x.count, y.count, found, out.slots,
+            out.acc,
+            out.top,
+            lse if lse is not None else out.top,
+            x.count,
+            y.count,
+            found,
+            out.slots,
             s.programs(out.tile),
             D=self.dim,
             STRIDE=s.stride,
@@ -88,7 +97,7 @@ class _Pass:
             BLOCK_M=s.small.block_m,
             BLOCK_D=s.block_d,
             num_warps=s.small.num_warps,
-        )  # fmt: skip
+        )
         return found
 
 
@@ -106,7 +115,8 @@ def forward(x: Side, y: Side, pairs: str, scoring: Scoring, bar: Tensor | None) 
 
 
 def _with_weight(x: Side, lse: Tensor, g: Tensor) -> tuple[Side, Tensor, Tensor]:
-    """The rows that have any weight, first and counted on the device: what others sent is padded."""
+    """The rows that have any weight, first and counted on the device: what others sent is
+    padded."""
     if x.rows.device.type == "cpu":
         return x, lse, g
     order = torch.argsort((g == 0).to(torch.uint8), stable=True)
@@ -139,11 +149,12 @@ def backward(y: Side, x: Side, lse: Tensor, g: Tensor, pairs: str, scoring: Scor
     return found if factor is None else found * factor
 
 
-# ---- attention "candidate" ----------------------------------------------------------------------------------------
+# ---- attention "candidate" -----------------------------------------------------------------------
 
 
 class _CandidatePass:
-    """What the kernels of candidate.py are told: anchors as the only rows of their pages, a block's rows as columns."""
+    """What the kernels of candidate.py are told: anchors as the only rows of their pages, a block's
+    rows as columns."""
 
     def __init__(self, pages: Pages, x: Side, y: Side, pairs: str, scoring: Scoring) -> None:
         e = y.rows.contiguous()
@@ -254,7 +265,8 @@ def candidate_backward(
         ),  # positives are elsewhere
         "g_ptr": g.to(torch.float32),
         "MERGED": False,
-        # float16 has too little range for gradients of a mean over many anchors: their products run in tf32.
+        # float16 has too little range for gradients of a mean over many anchors: their products run
+        # in tf32.
         "DOT_TYPE": tl.bfloat16 if y.rows.dtype == torch.bfloat16 else tl.float32,
     }
     candidate.candidate_columns[(programs,)](

@@ -1,8 +1,10 @@
-"""Triton: attention for each candidate. A reconstruction of every candidate from every page's history is made in registers,
-compared with the candidate, and forgotten; the backward makes it again.
+"""Triton: attention for each candidate. A reconstruction of every candidate from every page's
+history is made in registers, compared with the candidate, and forgotten; the backward makes it
+again.
 
-For page b and candidate j: R_bj = sum_k a_bjk v_k, a_bjk = softmax over k in H_b of (c q_j . k_k), s_bj = cos(R_bj, E_j) / tau.
-Scores in powers of two, t_bj = log2(e) s_bj + bias_j. With g_bj = dL/ds_bj and rows of unit length e, r:
+For page b and candidate j: R_bj = sum_k a_bjk v_k, a_bjk = softmax over k in H_b of (c q_j . k_k),
+s_bj = cos(R_bj, E_j) / tau. Scores in powers of two, t_bj = log2(e) s_bj + bias_j. With g_bj =
+dL/ds_bj and rows of unit length e, r:
 
     dL/dR_bj = g/tau ( e_j - cos r_bj ) / |R_bj|,   dL/dE_j += g/tau ( r_bj - cos e_j ) / |E_j|,
     dL/dlogit_k = a_k ( dL/da_k - sum_l a_l dL/da_l ),  dL/da_k = dL/dR . v_k,  and from there as in any attention
@@ -150,7 +152,8 @@ def candidate_scores(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(max, sum) of 2^t over some candidates, for up to SLOTS anchors of a page at a time: a program for the first of each."""
+    """(max, sum) of 2^t over some candidates, for up to SLOTS anchors of a page at a time: a
+    program for the first of each."""
     i = tl.program_id(0)
     part = tl.program_id(1)
     count = tl.load(anchor_count_ptr)
@@ -329,7 +332,8 @@ def candidate_columns(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dL/dE and dL/dq of a tile of candidates, over all pages with an anchor; with SAME_Q their sum is dL/dE."""
+    """dL/dE and dL/dq of a tile of candidates, over all pages with an anchor; with SAME_Q their sum
+    is dL/dE."""
     pid = tl.program_id(0)
     listed = tl.load(packed_count_ptr + 1) if PACKED else 0
     if PACKED:
@@ -396,8 +400,19 @@ def candidate_columns(
             delta = tl.zeros([BLOCK_M], tl.float32)
             if until - past > BLOCK_H:
                 delta = mean_gradient(
-                    q_head, q_inverse, dr_head, top, share, history, past, until, page, head, DOT_TYPE, how
-                )  # fmt: skip
+                    q_head,
+                    q_inverse,
+                    dr_head,
+                    top,
+                    share,
+                    history,
+                    past,
+                    until,
+                    page,
+                    head,
+                    DOT_TYPE,
+                    how,
+                )
             turned = tl.zeros([BLOCK_M], tl.float32)
             part = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             for start in range(past, until, BLOCK_H):
@@ -488,7 +503,8 @@ def candidate_history(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dL/dk and dL/dv of a page's history, over all candidates; SUM_KV: their sum to dk. Zeros without an anchor."""
+    """dL/dk and dL/dv of a page's history, over all candidates; SUM_KV: their sum to dk. Zeros
+    without an anchor."""
     page = tl.program_id(0)
     if PACKED:
         if tl.load(page_place_ptr + page) >= 0:
@@ -553,8 +569,19 @@ def candidate_history(
                     delta = tl.sum(tl.where(mine[None, :], a * da, 0.0), axis=1)
                     if until - past > BLOCK_H:
                         delta = mean_gradient(
-                            q_head, q_inverse, dr_head, top, share, history, past, until, page, head, DOT_TYPE, how
-                        )  # fmt: skip
+                            q_head,
+                            q_inverse,
+                            dr_head,
+                            top,
+                            share,
+                            history,
+                            past,
+                            until,
+                            page,
+                            head,
+                            DOT_TYPE,
+                            how,
+                        )
                     ds = tl.where(mine[None, :], a * (da - delta[:, None]), 0.0)
                     turned = tl.sum(tl.where(mine[None, :], ds * s, 0.0), axis=0)
                     ds = ds * (scale * q_inverse)[:, None]

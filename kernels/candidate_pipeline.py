@@ -1,4 +1,5 @@
-"""impl="triton", attention for each candidate: forward and backward as a sequence of launches (candidate.py)."""
+"""impl="triton", attention for each candidate: forward and backward as a sequence of launches
+(candidate.py)."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def saved_spec(p: Problem) -> Spec:
 
 
 def _inputs(p: Problem, t: CandidateState, merged: bool = False) -> dict[str, Any]:
-    """q, k, v and E with the index each is read through, and what is known of the attention; `merged`: of the columns."""
+    """q, k, v and E with the index each is read through, and what is known of the attention;
+    `merged`: of the columns."""
     found = attention_inputs(p) | e_inputs(p)
     if merged:  # columns are rows of the table
         found |= {"HAS_Q_INDEX": False, "HAS_E_INDEX": False}
@@ -80,14 +82,16 @@ def tiles_of(s: Shape) -> dict[str, Any]:
 
 
 def parts_of(device: torch.device, pages: int) -> int:
-    """Into how many the candidates are divided, where there are few pages: decided by what may be there, not by what is."""
+    """Into how many the candidates are divided, where there are few pages: decided by what may be
+    there, not by what is."""
     return max(1, min(16, configs.programs(device) * 4 // max(pages, 1)))
 
 
 def forward(
     p: Problem, stats: bool, per_row: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, CandidateState]:
-    """(loss, item losses, state); `per_row` are where statistics go: item loss, log-sum-exp, similarity, rank."""
+    """(loss, item losses, state); `per_row` are where statistics go: item loss, log-sum-exp,
+    similarity, rank."""
     s = candidate_shape(p)
     t = CandidateState.empty(s)
     make_plan(p, s, t, p.clicked)
@@ -179,14 +183,16 @@ def backward(
         "MERGED": s.merged,
         "PACKED": s.packed,
         "SLOTS": SLOTS,
-        # float16 has too little range for gradients of a mean over many anchors: their products run in tf32.
+        # float16 has too little range for gradients of a mean over many anchors: their products run
+        # in tf32.
         "DOT_TYPE": tl.bfloat16 if s.dtype == torch.bfloat16 else tl.float32,
     }
     d_e, d_q, tau_sums = _column_gradients(p, s, t, needs, g, shared)
     d_k, d_v = empty_history(p, s, needs, torch.zeros)
     if d_k is not None or d_v is not None:
         together = p.key is None and p.value is None
-        # A block that is loaded ahead takes registers that the products need: 72 bytes spilled in place of 16.
+        # A block that is loaded ahead takes registers that the products need: 72 bytes spilled in
+        # place of 16.
         candidate.candidate_history[(s.pages,)](
             **shared | {"num_stages": 1},
             y_rank_ptr=t.ranks[2],

@@ -1,6 +1,7 @@
-"""Triton: the contrast as three products over chunks of rows, where an accumulator of D columns does not fit in registers
-or float32 products must be exact. P = 2^(t - shift) of one chunk is stored, in a workspace of bounded size, and used twice:
-P e for the gradient of r, and P^T r for that of e.
+"""Triton: the contrast as three products over chunks of rows, where an accumulator of D columns
+does not fit in registers or float32 products must be exact. P = 2^(t - shift) of one chunk is
+stored, in a workspace of bounded size, and used twice: P e for the gradient of r, and P^T r for
+that of e.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def scores(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """P_ij = 2^(t_ij - shift_i) of one tile, and per row its maximum, its sum and how many columns score above the positive."""
+    """P_ij = 2^(t_ij - shift_i) of one tile, and per row its maximum, its sum and how many columns
+    score above the positive."""
     tiles_m = tl.cdiv(chunk_rows, BLOCK_M)
     tile_n = tl.program_id(0) // tiles_m
     local = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -288,7 +290,8 @@ def transposed_product(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(P^T x)_j = sum_i P_ij x_i over the rows of one chunk, added in float32 to those of the chunks before."""
+    """(P^T x)_j = sum_i P_ij x_i over the rows of one chunk, added in float32 to those of the
+    chunks before."""
     tiles_n: tl.constexpr = (STRIDE + BLOCK_N - 1) // BLOCK_N
     x_rows = tl.minimum(tl.load(x_count_ptr) - first_row, chunk_rows)
     y_count = tl.load(y_count_ptr)

@@ -1,4 +1,5 @@
-"""Triton: positives, losses and gradients of the click-sequence loss; its log-sum-exps come from contrast.py."""
+"""Triton: positives, losses and gradients of the click-sequence loss; its log-sum-exps come from
+contrast.py."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def page_mean(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(1/|pos(k)|) sum_{p in pos(k)} c_p, |pos(k)|, and the product with c_k; TRANSPOSED: sum_{p in pos(k)} f_p c_p."""
+    """(1/|pos(k)|) sum_{p in pos(k)} c_p, |pos(k)|, and the product with c_k; TRANSPOSED: sum_{p in
+    pos(k)} f_p c_p."""
     start = tl.program_id(0) * BLOCK_M
     count = tl.load(count_ptr)
     if start >= count:
@@ -97,7 +99,8 @@ def sequence_losses(
     ITEMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Mean over the anchors k (rows with a positive) of logsumexp_l s_kl - mean_p s_kp, in one program."""
+    """Mean over the anchors k (rows with a positive) of logsumexp_l s_kl - mean_p s_kp, in one
+    program."""
     count = tl.load(count_ptr)
     inverse_tau = score_scale(tau, TAU_IS_TENSOR) * LN2
     losses = tl.zeros([BLOCK], tl.float32)
@@ -137,7 +140,8 @@ def sequence_row_gradients(
     PER_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """g_k of each anchor, its offset in the transposed pass, and g_k / |pos(k)|; zeros where k is no anchor."""
+    """g_k of each anchor, its offset in the transposed pass, and g_k / |pos(k)|; zeros where k is
+    no anchor."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < tl.load(count_ptr)
     number = tl.load(number_ptr + row, mask=valid, other=0.0)
@@ -191,7 +195,8 @@ def sequence_gradient(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dL/dC_k, as an anchor: g_k/tau (sum_l p_kl c_l - mean of its positives), and as everyone's candidate and positive."""
+    """dL/dC_k, as an anchor: g_k/tau (sum_l p_kl c_l - mean of its positives), and as everyone's
+    candidate and positive."""
     dims = tl.arange(0, BLOCK_D)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     count = tl.load(count_ptr)

@@ -1,4 +1,5 @@
-"""Triton: rows of a contrast pass from the parts that it left, where nothing else is to be computed from them."""
+"""Triton: rows of a contrast pass from the parts that it left, where nothing else is to be computed
+from them."""
 
 from __future__ import annotations
 

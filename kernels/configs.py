@@ -13,11 +13,11 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of a tile, warps, software pipeline stages, how many programs of it fit on a multiprocessor
-    at once, and how many registers a thread may have.
+    """Rows and columns of a tile, warps, software pipeline stages, how many programs of it fit on a
+    multiprocessor at once, and how many registers a thread may have.
 
-    Where that is left to it (None), ptxas gives up registers for more programs on a multiprocessor, and with some versions
-    spills a few bytes for that.
+    Where that is left to it (None), ptxas gives up registers for more programs on a multiprocessor,
+    and with some versions spills a few bytes for that.
     """
 
     block_m: int
@@ -39,7 +39,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class Choice:
-    """A tile of the contrast's passes for rows of up to `stride` elements, and where it comes from."""
+    """A tile of the contrast's passes for rows of up to `stride` elements, and where it comes
+    from."""
 
     kinds: tuple[str, ...]
     stride: int
@@ -47,8 +48,8 @@ class Choice:
     source: str
 
 
-# Passes of the contrast: forward with and without the sum of values, transposed, and those of the click sequence's masks
-# by id, page and place.
+# Passes of the contrast: forward with and without the sum of values, transposed, and those of the
+# click sequence's masks by id, page and place.
 KINDS = ("forward", "lse", "transposed", "sequence")
 
 # 16-bit rows. The first row that fits is taken; TFLOP/s are of a plain pass on an H100 (README.md).
@@ -75,7 +76,8 @@ SMALL_32: tuple[Choice, ...] = (
     Choice(KINDS, 256, Tile(32, 16, 4, 2), "fits"),
 )
 _SMALL = (86, 87, 89, 120, 121)
-# The compute capability that tiles are chosen for where there is no GPU to ask: what kernels are compiled for.
+# The compute capability that tiles are chosen for where there is no GPU to ask: what kernels are
+# compiled for.
 TARGET = 90
 
 # Of a thread.
@@ -96,12 +98,14 @@ def next_power_of_2(n: int) -> int:
 
 
 def block_dim(dim: int) -> int:
-    """The embedding dimension in registers: a power of two, at least what a matrix instruction takes."""
+    """The embedding dimension in registers: a power of two, at least what a matrix instruction
+    takes."""
     return max(16, next_power_of_2(dim))
 
 
 def row_stride(dim: int, chunked: bool) -> int:
-    """Row length of the normalised buffers: padded with zeros, so that the inner loops need no mask over D."""
+    """Row length of the normalised buffers: padded with zeros, so that the inner loops need no mask
+    over D."""
     return -(-dim // 64) * 64 if chunked else block_dim(dim)
 
 
@@ -111,24 +115,28 @@ def _processors(device: torch.device) -> int:
 
 
 def programs(device: torch.device) -> int:
-    """How many programs fill the device once: few row tiles are split along their columns up to that."""
+    """How many programs fill the device once: few row tiles are split along their columns up to
+    that."""
     return _processors(device) if device.type == "cuda" else 4
 
 
-# (type, kind, stride) -> tile. What `bench.tune` tries; None: what it wrote, if COURIER_FAST_TILES names the file.
+# (type, kind, stride) -> tile. What `bench.tune` tries; None: what it wrote, if COURIER_FAST_TILES
+# names the file.
 Tuned = dict[tuple[str, str, int], Tile]
 OVERRIDE: Tuned | None = None
 
 
 @functools.cache
 def tuned() -> Tuned:
-    """The user's own tiles: the file that the environment variable COURIER_FAST_TILES names, as `bench.tune` writes it."""
+    """The user's own tiles: the file that the environment variable COURIER_FAST_TILES names, as
+    `bench.tune` writes it."""
     path = os.environ.get("COURIER_FAST_TILES")
     return {} if not path else read_tiles(Path(path))
 
 
 def read_tiles(path: Path) -> Tuned:
-    """Tiles from a JSON list of {"type", "kind", "stride", "tile": {...}}; ValueError says what is wrong with it."""
+    """Tiles from a JSON list of {"type", "kind", "stride", "tile": {...}}; ValueError says what is
+    wrong with it."""
     try:
         entries = json.loads(path.read_text())
         found = {(x["type"], x["kind"], x["stride"]): Tile(**x["tile"]) for x in entries}
@@ -141,12 +149,14 @@ def read_tiles(path: Path) -> Tuned:
         known = width in ("16-bit", "float32") and kind in KINDS and isinstance(stride, int)
         if not known or not all(isinstance(n, int) and n > 0 for n in sizes):
             raise ValueError(
-                f"COURIER_FAST_TILES: expected types 16-bit or float32, kinds {', '.join(KINDS)} and positive sizes, "
+                f"COURIER_FAST_TILES: expected types 16-bit or float32, kinds {', '.join(KINDS)} "
+                "and positive sizes, "
                 f"got {width!r}, {kind!r}, {stride!r}, {tile} in {path}"
             )
         if any(n & (n - 1) or n < 16 for n in sizes[:2]):
             raise ValueError(
-                f"COURIER_FAST_TILES: expected rows and columns that are powers of two from 16, got {tile} in {path}"
+                "COURIER_FAST_TILES: expected rows and columns that are powers of two from 16, "
+                f"got {tile} in {path}"
             )
     return found
 
@@ -165,7 +175,8 @@ def capability(device: torch.device) -> int:
 def contrast_tile(
     dtype: torch.dtype, stride: int, device: torch.device, kind: str = "forward"
 ) -> Tile:
-    """The tile of a pass over rows of `stride` elements: the user's, or that of the tables above."""
+    """The tile of a pass over rows of `stride` elements: the user's, or that of the tables
+    above."""
     width = "float32" if dtype == torch.float32 else "16-bit"
     own = (tuned() if OVERRIDE is None else OVERRIDE).get((width, kind, stride))
     if own is not None:
@@ -185,23 +196,27 @@ def attention_tile(dtype: torch.dtype, stride: int, heads: int, backward: bool) 
     """Attention over short histories: block_m PV rows by block_n history rows."""
     if stride > 256:
         return Tile(16, 16, 8, 1)
-    # The backward's products run in float32 unless the rows are bfloat16 (pipeline.py); heads take masked copies.
+    # The backward's products run in float32 unless the rows are bfloat16 (pipeline.py); heads take
+    # masked copies.
     wide = dtype == torch.float32 or (backward and (dtype == torch.float16 or heads > 1))
     stages = 3 if wide or backward else 2
     if stride > 128 and dot_precision(dtype) == "ieee":
-        # Backward, blocks that are loaded ahead take registers that the products need: 328 bytes spilled.
+        # Backward, blocks that are loaded ahead take registers that the products need: 328 bytes
+        # spilled.
         return Tile(16, 16, 8, 1 if backward else stages)
     return Tile(16, 16 if wide or stride > 128 else 32, 4, stages, registers=MOST_REGISTERS)
 
 
 def attention_part(block_d: int) -> int:
-    """Dimensions of a query-key product taken at a time: all of them while a row tile fits in registers."""
+    """Dimensions of a query-key product taken at a time: all of them while a row tile fits in
+    registers."""
     return block_d if block_d <= LARGEST_REGISTER_DIM else 64
 
 
 def candidate_tile(precision: str, block_d: int) -> Tile:
-    """Attention for each candidate, with R in registers: block_m candidates by block_n history rows. Five tiles of
-    block_m rows are held at a time: up to 256 dimensions of 16 bits they fit; larger ones spill."""
+    """Attention for each candidate, with R in registers: block_m candidates by block_n history
+    rows. Five tiles of block_m rows are held at a time: up to 256 dimensions of 16 bits they fit;
+    larger ones spill."""
     if interpreted():
         return Tile(16, 16, 4, 1)
     stages = 1 if precision == "ieee" or block_d > 256 else 2
@@ -209,13 +224,15 @@ def candidate_tile(precision: str, block_d: int) -> Tile:
 
 
 def packs(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there is a tile for it: bfloat16 rows, 227 KiB of shared memory and wgmma or what came after it."""
+    """Whether there is a tile for it: bfloat16 rows, 227 KiB of shared memory and wgmma or what
+    came after it."""
     return interpreted() or (dtype == torch.bfloat16 and capability(device) in (90, 100, 103))
 
 
 def packed_tile(kind: str, device: torch.device) -> Tile:
-    """Attention for each candidate by dot products alone: block_m candidates by a block of 64 history rows, or half of one;
-    `kind` is "scores", "columns", "columns of large pages" or "history"."""
+    """Attention for each candidate by dot products alone: block_m candidates by a block of 64
+    history rows, or half of one; `kind` is "scores", "columns", "columns of large pages" or
+    "history"."""
     if interpreted():
         return Tile(16, 64, 4, 1)
     rows = 64 if kind == "columns of large pages" or capability(device) >= 100 else 128
@@ -243,7 +260,8 @@ class ProductTile(Tile):
 
 
 def product_tile(dtype: torch.dtype) -> ProductTile:
-    """The chunked path. Not yet measured: 128 x 128 is what wgmma fills, with room for three stages."""
+    """The chunked path. Not yet measured: 128 x 128 is what wgmma fills, with room for three
+    stages."""
     if interpreted():
         return ProductTile(32, 32, 4, 1, block_k=32)
     if dtype != torch.float32:
@@ -256,13 +274,14 @@ def product_tile(dtype: torch.dtype) -> ProductTile:
 
 
 def chunk_rows(columns: int, dtype: torch.dtype, workspace: int, tile: ProductTile) -> int:
-    """Rows of P, and of the sums of its column tiles, that fit into a workspace of so many bytes."""
+    """Rows of P, and of the sums of its column tiles, that fit into a workspace of so many
+    bytes."""
     row = columns * dtype.itemsize + -(-columns // tile.block_n) * 12
     return max(workspace // row // tile.block_m, 1) * tile.block_m
 
 
 def use_chunks(dtype: torch.dtype, dim: int) -> bool:
-    """Whether the contrast goes in chunks with P stored: the accumulator would spill (measured at D = 512), or the
-    products are exact float32, whose operands a thread would hold over all of D."""
+    """Whether the contrast goes in chunks with P stored: the accumulator would spill (measured at D
+    = 512), or the products are exact float32, whose operands a thread would hold over all of D."""
     exact = dtype == torch.float32 and dot_precision(dtype) == "ieee"
     return dim > LARGEST_REGISTER_DIM or (exact and not interpreted())

@@ -1,5 +1,5 @@
-"""Triton: the contrast. One kernel serves the forward pass over the candidates of each anchor and the transposed pass
-over the anchors of each candidate; neither writes the similarity matrix.
+"""Triton: the contrast. One kernel serves the forward pass over the candidates of each anchor and
+the transposed pass over the anchors of each candidate; neither writes the similarity matrix.
 
 Scores are in powers of two: t_ij = log2(e) (cos_ij / tau + bias_j).
 """
@@ -29,21 +29,23 @@ MASK_OTHER_PAGES = tl.constexpr(2)
 MASK_SEQUENCE = tl.constexpr(3)
 MASK_SEQUENCE_IDS = tl.constexpr(4)
 
-# A row's sum is kept in this many parts, one to each column of the smallest matrix instruction: threads hold columns of
-# their own and meet once, after the loop.
+# A row's sum is kept in this many parts, one to each column of the smallest matrix instruction:
+# threads hold columns of their own and meet once, after the loop.
 SUM_PARTS = tl.constexpr(8)
 
 LARGEST_FIXED_SCALE = tl.constexpr(1 / (SMALLEST_FIXED_TAU * LN2.value))
 
-# From this dimension on one address moves along with the blocks, and their rows are at distances from it; below, each
-# row's is made of its number: 11 instructions fewer a step at 256, 15 more and spills at 128 (Triton 3.6, sm_90).
+# From this dimension on one address moves along with the blocks, and their rows are at distances
+# from it; below, each row's is made of its number: 11 instructions fewer a step at 256, 15 more and
+# spills at 128 (Triton 3.6, sm_90).
 MOVED_DIM = tl.constexpr(256)
 
 
 @triton.jit
 def candidate_mask(x_id, y_id, x_page, y_page, x_place, y_place, MASK: tl.constexpr):
-    """Pairs [BLOCK_M, BLOCK_N] whose exp(s) counts. An item with the id of the row's item, itself included, does not;
-    in the click sequence only the row itself and its id's re-occurrences on other pages do not."""
+    """Pairs [BLOCK_M, BLOCK_N] whose exp(s) counts. An item with the id of the row's item, itself
+    included, does not; in the click sequence only the row itself and its id's re-occurrences on
+    other pages do not."""
     allowed = x_id[:, None] != y_id[None, :]
     if MASK == MASK_SEQUENCE_IDS:
         itself = x_place[:, None] == y_place[None, :]
@@ -65,7 +67,8 @@ def of_columns(ptr, place, end, TAIL: tl.constexpr):
 
 
 class Columns(NamedTuple):
-    """The other side of a pass: pointers, None where there is nothing; the last two for masks by page and the diagonal."""
+    """The other side of a pass: pointers, None where there is nothing; the last two for masks by
+    page and the diagonal."""
 
     unit: Any  # [capacity, BLOCK_D]
     id: Any
@@ -190,8 +193,8 @@ def contrast_step(
         allowed = block_mask(rows, y, place, end, TAIL, how.MASK)
         t = tl.where(allowed, t, -float("inf"))
     else:
-        # All threads agree: only blocks that hold items of this tile are masked. `near` is `place`, written so that no
-        # address of an id is kept up to date in the blocks that need none.
+        # All threads agree: only blocks that hold items of this tile are masked. `near` is `place`,
+        # written so that no address of an id is kept up to date in the blocks that need none.
         distance = (start - own_first).to(tl.uint32, bitcast=True)
         if distance < own_width:
             near = own_first.to(tl.int64) + distance.to(tl.int64) + tl.arange(0, how.BLOCK_N)
@@ -245,14 +248,40 @@ def contrast_columns(rows, y, low, high, own_first, own_width, scale, how: tl.co
         block_ptr += low.to(tl.int64) * how.BLOCK_D
     for start in range(low, whole, how.BLOCK_N):
         top, total, acc, above = contrast_step(
-            top, total, acc, above, rows, y, block_ptr, start, high, own_first, own_width, scale, False, how
-        )  # fmt: skip
+            top,
+            total,
+            acc,
+            above,
+            rows,
+            y,
+            block_ptr,
+            start,
+            high,
+            own_first,
+            own_width,
+            scale,
+            False,
+            how,
+        )
         if how.BLOCK_D >= MOVED_DIM:
             block_ptr += how.BLOCK_N * how.BLOCK_D
     if whole < high:
         top, total, acc, above = contrast_step(
-            top, total, acc, above, rows, y, block_ptr, whole, high, own_first, own_width, scale, True, how
-        )  # fmt: skip
+            top,
+            total,
+            acc,
+            above,
+            rows,
+            y,
+            block_ptr,
+            whole,
+            high,
+            own_first,
+            own_width,
+            scale,
+            True,
+            how,
+        )
     return top, total, acc, above
 
 
@@ -291,8 +320,9 @@ def contrast_rows(tile, slot, low, high, parts, part, x, y, sums, scale, how: tl
         low += part * columns
         high = tl.minimum(low + columns, end)
 
-    # Both lists ascend by position: the columns of the tile's own items (pages) are one range, and every other column is
-    # a candidate of all its rows. Blocks that begin in own_first + [0, own_width) hold some of that range.
+    # Both lists ascend by position: the columns of the tile's own items (pages) are one range, and
+    # every other column is a candidate of all its rows. Blocks that begin in own_first + [0,
+    # own_width) hold some of that range.
     own_first = low
     own_width = low
     if how.DIAGONAL:
@@ -344,12 +374,14 @@ def contrast(
     x_offset_ptr,
     y_offset_ptr,
     y_scale_ptr,
-    x_rank_score_ptr,  # [x capacity, 2]: the positive's cosine, exact and as the rounded rows give it
+    # [x capacity, 2]: the positive's cosine, exact and as the rounded rows give it
+    x_rank_score_ptr,
     log_q_ptr,  # [N]
     page_offsets_ptr,  # masks by page: pv offsets [B + 1]
     y_rank_ptr,  # the prefix sums that made the list of y
     tau,
-    acc_ptr,  # [slots * BLOCK_M, BLOCK_D]; with TO_LIST [N, BLOCK_D], each row at its place in the batch
+    # [slots * BLOCK_M, BLOCK_D]; with TO_LIST [N, BLOCK_D], each row at its place in the batch
+    acc_ptr,
     top_ptr,  # [slots * BLOCK_M]
     total_ptr,  # [slots * BLOCK_M]
     above_ptr,  # [slots * BLOCK_M]
@@ -380,13 +412,15 @@ def contrast(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sum_j 2^(t_ij - shift) and sum_j 2^(t_ij - shift) y_j, for one tile of rows and one part of the columns.
+    """sum_j 2^(t_ij - shift) and sum_j 2^(t_ij - shift) y_j, for one tile of rows and one part of
+    the columns.
 
-    Forward: x = r, y = e, the sums give logsumexp_j s_ij and sum_j p_ij e_j. Transposed: x = e, y = r, the offset
-    of y is -lse_i and its scale g_i, and the sum is sum_i g_i p_ij r_i. ("identify" swaps r and e.)
+    Forward: x = r, y = e, the sums give logsumexp_j s_ij and sum_j p_ij e_j. Transposed: x = e, y =
+    r, the offset of y is -lse_i and its scale g_i, and the sum is sum_i g_i p_ij r_i. ("identify"
+    swaps r and e.)
 
-    EITHER: only the device knows the temperature. The kernel is launched with a fixed shift and with a running maximum, which
-    costs half of its loop; the one that does not fit returns at once.
+    EITHER: only the device knows the temperature. The kernel is launched with a fixed shift and
+    with a running maximum, which costs half of its loop; the one that does not fit returns at once.
     """
     pid = tl.program_id(0)
     x_count = tl.load(x_count_ptr)
@@ -402,9 +436,23 @@ def contrast(
         if fits == (not FIXED_SHIFT):
             return
     how: tl.constexpr = Constants(
-        MASK, DIAGONAL, X_OFFSET_AFTER, Y_OFFSET_IS_COUNT, Y_OFFSET_IS_LSE, LIFT, FIXED_SHIFT, ONLINE,
-        NEED_SUM, NEED_VALUES, NEED_RANK, TO_LIST, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
-    )  # fmt: skip
+        MASK,
+        DIAGONAL,
+        X_OFFSET_AFTER,
+        Y_OFFSET_IS_COUNT,
+        Y_OFFSET_IS_LSE,
+        LIFT,
+        FIXED_SHIFT,
+        ONLINE,
+        NEED_SUM,
+        NEED_VALUES,
+        NEED_RANK,
+        TO_LIST,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+        PRECISION,
+    )
     x_offset = x_offset_ptr if HAS_X_OFFSET else None
     log_q = log_q_ptr if HAS_RANK_LOG_Q else None
     x = Rows(x_ptr, x_id_ptr, x_page_ptr, x_offset, x_rank_score_ptr, list_ptr, log_q, x_count)
@@ -415,15 +463,15 @@ def contrast(
     )
     sums = Sums(acc_ptr, top_ptr, total_ptr, above_ptr)
     if STREAM:
-        # From where to where in the row of all blocks, counted from the first tile's. An equal part of a tile is as good
-        # as a share.
+        # From where to where in the row of all blocks, counted from the first tile's. An equal part
+        # of a tile is as good as a share.
         first_tile = pid // parts
         last_tile = tl.minimum(first_tile, tl.cdiv(x_count, BLOCK_M) - 1)
         per_part = tl.cdiv(blocks, parts)
         begin = tl.minimum(pid % parts * per_part, blocks)
         end = tl.minimum(begin + per_part, blocks)
-        # 64 bits: programs past the last share would begin anywhere. And no branch: Triton 3.5 does not compile loops
-        # whose bounds come out of one.
+        # 64 bits: programs past the last share would begin anywhere. And no branch: Triton 3.5 does
+        # not compile loops whose bounds come out of one.
         streams = share > 0
         place = tl.minimum(pid.to(tl.int64) * share, tiles * blocks).to(tl.int32)
         first_tile = tl.where(streams, place // blocks, first_tile)
@@ -475,7 +523,8 @@ class AnchorResults(NamedTuple):
 
 @triton.jit
 def finish(row, valid, top, total, above, positive_ptr, list_ptr, log_q_ptr, scale, out):
-    """loss_i = logsumexp_{j in cand(i)} s_ij - s_ii from the sums over all candidates but the positive."""
+    """loss_i = logsumexp_{j in cand(i)} s_ij - s_ii from the sums over all candidates but the
+    positive."""
     position = tl.load(list_ptr + row, mask=valid, other=0)
     cosine = tl.load(positive_ptr + row.to(tl.int64) * 2, mask=valid, other=0.0)
     positive = cosine * scale
@@ -523,9 +572,11 @@ def finish_rows(
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """loss_i = logsumexp_{j in cand(i)} s_ij - s_ii, the positive added in float32 apart from the products.
+    """loss_i = logsumexp_{j in cand(i)} s_ij - s_ii, the positive added in float32 apart from the
+    products.
 
-    HAS_POSITIVE off (click sequence): positives are among the candidates, only the log-sum-exp is wanted.
+    HAS_POSITIVE off (click sequence): positives are among the candidates, only the log-sum-exp is
+    wanted.
     """
     row = first_row + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x_count = tl.load(x_count_ptr)

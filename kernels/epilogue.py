@@ -1,4 +1,5 @@
-"""Triton: what stands before and after the two contrast passes. All of it is memory-bound, a few rows a program."""
+"""Triton: what stands before and after the two contrast passes. All of it is memory-bound, a few
+rows a program."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def normalize_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """e_j = E_j / |E_j| of the listed rows, gathered into contiguous rows, zeros from D to STRIDE."""
+    """e_j = E_j / |E_j| of the listed rows, gathered into contiguous rows, zeros from D to
+    STRIDE."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < tl.load(count_ptr)
     position = tl.load(list_ptr + row, mask=valid, other=0)
@@ -51,7 +53,8 @@ def gather_anchors(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """r and the positives' cosines of the anchors, where more than the anchors were reconstructed."""
+    """r and the positives' cosines of the anchors, where more than the anchors were
+    reconstructed."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < tl.load(count_ptr)
     position = tl.load(list_ptr + row, mask=valid, other=0)
@@ -95,9 +98,11 @@ def row_gradients(
 
 
 class Upstream(NamedTuple):
-    """The gradient of the loss [0-d] and what makes g of it; and the factor of a transposed pass that left g out."""
+    """The gradient of the loss [0-d] and what makes g of it; and the factor of a transposed pass
+    that left g out."""
 
-    g: Any  # [capacity], unused where it is the same for every anchor: a mean or a sum without weights
+    # [capacity], unused where it is the same for every anchor: a mean or a sum without weights
+    g: Any
     grad: Any
     weight_sum: Any  # 0-d
     share: Any
@@ -156,7 +161,8 @@ def with_factor(x, up, UNIFORM: tl.constexpr):
 
 @triton.jit
 def pass_rows(passed, row, valid, how: tl.constexpr):
-    """Rows [BLOCK_M] of a pass: sum_j p_ij y_j from the parts that a forward pass left, the plain sum of a transposed one's."""
+    """Rows [BLOCK_M] of a pass: sum_j p_ij y_j from the parts that a forward pass left, the plain
+    sum of a transposed one's."""
     dims = tl.arange(0, how.BLOCK_D)
     if passed.top is not None:
         lse = tl.load(passed.lse + row, mask=valid, other=0.0)
@@ -236,14 +242,20 @@ def reconstruction_gradient(
 ):
     """dL/dr_i = g_i/tau (sum_{j != i} p_ij e_j - (1 - p_ii) e_i), dL/dR_i.
 
-    "identify" adds 1/tau (sum_j g_j p_ji e_j - g_i (1 - p_ii) e_i). tau_part: sum_i dL/dr_i . r_i, which is
-    -tau dL/dtau, since every score is r . e / tau.
+    "identify" adds 1/tau (sum_j g_j p_ji e_j - g_i (1 - p_ii) e_i). tau_part: sum_i dL/dr_i . r_i,
+    which is -tau dL/dtau, since every score is r . e / tau.
     """
     factor = transposed_factor_ptr if HAS_FACTOR else None
     up = Upstream(g_ptr, upstream_ptr, weight_sum_ptr, share, lower, factor)
     ahead = Parts(
-        forward_acc_ptr, anchor_count_ptr, column_count_ptr, forward_slots, programs, forward_top_ptr, forward_lse_ptr
-    )  # fmt: skip
+        forward_acc_ptr,
+        anchor_count_ptr,
+        column_count_ptr,
+        forward_slots,
+        programs,
+        forward_top_ptr,
+        forward_lse_ptr,
+    )
     ahead_how: tl.constexpr = PassTiles(STREAM, STRIDE, FORWARD_M, FORWARD_N, BLOCK_D)
     back = Parts(
         transposed_acc_ptr, count_ptr, anchor_count_ptr, transposed_slots, transposed_programs
@@ -303,7 +315,8 @@ def given_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """r = R / |R| of the listed rows and the positives' cosines, for an R that another library computed."""
+    """r = R / |R| of the listed rows and the positives' cosines, for an R that another library
+    computed."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < tl.load(count_ptr)
     position = tl.load(list_ptr + row, mask=valid, other=0)
@@ -402,19 +415,29 @@ def pv_gradient(
 ):
     """dL/dE_j of PV rows, dL/dq_j added, zeros for padding.
 
-    dL/de_j = 1/tau (sum_i g_i p_ij r_i - [j in A] g_j (1 - p_jj) r_j), and for "identify"
-    g_j/tau (sum_i p_ij r_i - (1 - p_jj) r_j). COLUMNS off: columns are unique items, the sum over i is added there.
-    IN_PLACE: the transposed pass left its rows where dL/dE goes.
+    dL/de_j = 1/tau (sum_i g_i p_ij r_i - [j in A] g_j (1 - p_jj) r_j), and for "identify" g_j/tau
+    (sum_i p_ij r_i - (1 - p_jj) r_j). COLUMNS off: columns are unique items, the sum over i is
+    added there. IN_PLACE: the transposed pass left its rows where dL/dE goes.
     """
     factor = transposed_factor_ptr if HAS_FACTOR else None
     up = Upstream(g_ptr, upstream_ptr, weight_sum_ptr, share, lower, factor)
     ahead = Parts(
-        identify_acc_ptr, anchor_count_ptr, reconstructed_count_ptr, identify_slots, programs, identify_top_ptr, identify_lse_ptr
-    )  # fmt: skip
+        identify_acc_ptr,
+        anchor_count_ptr,
+        reconstructed_count_ptr,
+        identify_slots,
+        programs,
+        identify_top_ptr,
+        identify_lse_ptr,
+    )
     ahead_how: tl.constexpr = PassTiles(STREAM, STRIDE, IDENTIFY_M, IDENTIFY_N, BLOCK_D)
     back = Parts(
-        transposed_acc_ptr, column_count_ptr, anchor_count_ptr, transposed_slots, transposed_programs
-    )  # fmt: skip
+        transposed_acc_ptr,
+        column_count_ptr,
+        anchor_count_ptr,
+        transposed_slots,
+        transposed_programs,
+    )
     back_how: tl.constexpr = PassTiles(STREAM, STRIDE, TRANSPOSED_M, TRANSPOSED_N, BLOCK_D)
     dims = tl.arange(0, BLOCK_D)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -505,12 +528,17 @@ def table_gradient(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dL/dU_u: the sum over u's occurrences in a fixed order, and u's own share as a candidate column."""
+    """dL/dU_u: the sum over u's occurrences in a fixed order, and u's own share as a candidate
+    column."""
     factor = transposed_factor_ptr if HAS_FACTOR else None
     up = Upstream(None, upstream_ptr, weight_sum_ptr, share, lower, factor)
     back = Parts(
-        transposed_acc_ptr, column_count_ptr, anchor_count_ptr, transposed_slots, transposed_programs
-    )  # fmt: skip
+        transposed_acc_ptr,
+        column_count_ptr,
+        anchor_count_ptr,
+        transposed_slots,
+        transposed_programs,
+    )
     back_how: tl.constexpr = PassTiles(STREAM, STRIDE, TRANSPOSED_M, TRANSPOSED_N, BLOCK_D)
     item = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)

@@ -1,7 +1,8 @@
 """Kernel launches as the pipeline makes them, recorded instead of run.
 
-Nothing in the pipeline looks at data on the host, so it can be walked through without a GPU; what it would have
-launched, with the types and constants of each launch, is what tests compile for other GPUs and what tuning looks at.
+Nothing in the pipeline looks at data on the host, so it can be walked through without a GPU; what
+it would have launched, with the types and constants of each launch, is what tests compile for other
+GPUs and what tuning looks at.
 """
 
 from __future__ import annotations
@@ -25,13 +26,20 @@ from triton.compiler import ASTSource, make_backend
 if TYPE_CHECKING:
     from courier_fast.problem import Problem
 
-# Shared memory a block can have, in bytes, by compute capability: a kernel that wants more compiles but cannot be launched.
+# Shared memory a block can have, in bytes, by compute capability: a kernel that wants more compiles
+# but cannot be launched.
 _KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 SHARED_MEMORY = {capability: 1024 * kib for capability, kib in _KIB.items()}
 
 _CONTRAST = (
-    "contrast", "scores", "product", "transposed_product", "packed_scores", "packed_columns", "packed_history"
-)  # fmt: skip
+    "contrast",
+    "scores",
+    "product",
+    "transposed_product",
+    "packed_scores",
+    "packed_columns",
+    "packed_history",
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ class Launch:
 
     @property
     def needs_wgmma(self) -> bool:
-        """Whether Hopper's fast matrix instructions are expected: the contrast, unless float32 must be exact."""
+        """Whether Hopper's fast matrix instructions are expected: the contrast, unless float32 must
+        be exact."""
         wide = self.constexprs.get("BLOCK_M", 0) >= 64
         return self.name in _CONTRAST and wide and self.constexprs["PRECISION"] != "ieee"
 
@@ -80,10 +89,11 @@ class _Driver:
 
 @contextlib.contextmanager
 def recorded(capability: int = 90) -> Iterator[list[Launch]]:
-    """What is launched inside, as Triton would compile it for a GPU of this compute capability; yields the list that fills.
+    """What is launched inside, as Triton would compile it for a GPU of this compute capability;
+    yields the list that fills.
 
-    The launches take Triton's own way to the compiler: which arguments become constants or are known to be multiples of
-    16 is its decision. Instead of compiling, what it decided is noted.
+    The launches take Triton's own way to the compiler: which arguments become constants or are
+    known to be multiples of 16 is its decision. Instead of compiling, what it decided is noted.
     """
     launches: list[Launch] = []
 
@@ -117,8 +127,8 @@ def recorded(capability: int = 90) -> Iterator[list[Launch]]:
         driver._active = before
 
 
-# Problems that between them launch every kernel in every way that changes its code: (embedding dimension, type, options).
-# The first few are what users run most; the others vary one thing each.
+# Problems that between them launch every kernel in every way that changes its code: (embedding
+# dimension, type, options). The first few are what users run most; the others vary one thing each.
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 COMMON: dict[str, tuple[int, torch.dtype, dict[str, Any]]] = {
     "bf16-256": (256, _BF16, {}),
@@ -160,8 +170,9 @@ SPECIAL: dict[str, tuple[int, torch.dtype, dict[str, Any]]] = {
 
 
 def launches_of(label: str, capability: int = 90) -> list[Launch]:
-    """The launches of the loss on one of these problems, forward and backward; with COMMON ones also those of
-    `reconstruct` and the click-sequence loss. Without repeats. With the tiles for a compute capability."""
+    """The launches of the loss on one of these problems, forward and backward; with COMMON ones
+    also those of `reconstruct` and the click-sequence loss. Without repeats. With the tiles for a
+    compute capability."""
     dim, dtype, options = (COMMON | SPECIAL)[label]
     return launches(dim, dtype, capability, everything=label in COMMON, **options)
 
@@ -236,7 +247,8 @@ def _problem(
     tensor_tau: bool = False,
     **options: Any,
 ) -> Problem:
-    """Pages of so many items and so much history each, which hold nothing; `options` are those of `Problem`."""
+    """Pages of so many items and so much history each, which hold nothing; `options` are those of
+    `Problem`."""
     from courier_fast.problem import Problem
 
     rows, history_rows = pages * items, pages * past
@@ -271,7 +283,7 @@ def _problem(
     )
 
 
-# ---- what a launch compiles to ------------------------------------------------------------------------------------
+# ---- what a launch compiles to -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -307,8 +319,8 @@ def _options(launch: Any) -> dict[str, Any]:
 def lowered(
     launch: Any, capability: int, stages: Sequence[str] = ("ttir", "ttgir", "llir")
 ) -> dict[str, Any]:
-    """What Triton knows of a kernel after its own stages, "shared" (bytes of shared memory) after the last of them; without
-    machine code, which takes most of the time."""
+    """What Triton knows of a kernel after its own stages, "shared" (bytes of shared memory) after
+    the last of them; without machine code, which takes most of the time."""
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
     options = backend.parse_options(_options(launch))
@@ -327,8 +339,8 @@ def lowered(
 
 
 def compiled(launch: Any, capability: int, with_loop: bool = False) -> Compiled:
-    """Compiles a launch for an NVIDIA GPU of some compute capability; `with_loop` disassembles it, which takes longer.
-    Not under TRITON_INTERPRET=1."""
+    """Compiles a launch for an NVIDIA GPU of some compute capability; `with_loop` disassembles it,
+    which takes longer. Not under TRITON_INTERPRET=1."""
     kernel = triton.compile(
         source_of(launch),
         target=GPUTarget("cuda", capability, 32),
@@ -361,8 +373,8 @@ def _dumped(what: str, file: str) -> str:
 
 
 def _hot_loop(sass: str) -> dict[str, int]:
-    """Instructions of the shortest backward jump around matrix instructions, without what a forward jump inside leaves
-    out: the masks, which only the diagonal's blocks need."""
+    """Instructions of the shortest backward jump around matrix instructions, without what a forward
+    jump inside leaves out: the masks, which only the diagonal's blocks need."""
     instructions = [
         (int(address, 16), text)
         for address, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", sass)
@@ -381,8 +393,11 @@ def _hot_loop(sass: str) -> dict[str, int]:
     loops = [(to, i + 1) for to, i in jumps if to < i and multiplies(to, i)]
     begin, end = min(loops, key=lambda x: x[1] - x[0], default=(0, 0))
     skipped = {
-        j for to, i in jumps if begin <= i < to < end and not multiplies(i, to) for j in range(i + 1, to)
-    }  # fmt: skip
+        j
+        for to, i in jumps
+        if begin <= i < to < end and not multiplies(i, to)
+        for j in range(i + 1, to)
+    }
     kinds: dict[str, int] = {}
     for i in range(begin, end):
         if i not in skipped:

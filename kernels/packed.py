@@ -1,16 +1,21 @@
-"""Triton: attention for each candidate where nothing but dot products is needed: one head, by cosines, E and C themselves.
+"""Triton: attention for each candidate where nothing but dot products is needed: one head, by
+cosines, E and C themselves.
 
-With unit rows e_j, c_k, lengths |C_k| and attention temperature T, the softmax's denominator cancels:
+With unit rows e_j, c_k, lengths |C_k| and attention temperature T, the softmax's denominator
+cancels:
 
     x_k = e_j . c_k,   w_k = |C_k| exp((x_k - 1)/T),   G = c c^T,   u = sum_k w_k x_k,   n = w^T G w,   s = u / (tau sqrt n)
 
-A block is UNITS units of SPAN history rows; pages whose histories need as many units, a power of two, share blocks. A tile
-of candidates times a block is two products (x and t = w G); sums over a page are sums over neighbouring columns. With g = dL/ds, A = g / (tau sqrt n), a = u / n and y_k = w_k (x_k - a t_k):
+A block is UNITS units of SPAN history rows; pages whose histories need as many units, a power of
+two, share blocks. A tile of candidates times a block is two products (x and t = w G); sums over a
+page are sums over neighbouring columns. With g = dL/ds, A = g / (tau sqrt n), a = u / n and y_k =
+w_k (x_k - a t_k):
 
     dL/dx_k = A (w_k + y_k / T),   dL/de_j = sum_k dL/dx_k c_k,   dL/dlog|C_k| = sum_j A y_k,
     dL/dc_k = sum_j dL/dx_k e_j - sum_l M_kl c_l,   M_kl = sum_j A a w_k w_l
 
-Pages with more than SIDE anchors or with histories that do not fit into a block are left to candidate.py.
+Pages with more than SIDE anchors or with histories that do not fit into a block are left to
+candidate.py.
 """
 
 from __future__ import annotations
@@ -74,7 +79,8 @@ def to_slots(x):
 def attend_block(x, slot_log, gram, group, sharpness, PRECISION: tl.constexpr):
     """w, t = w G [BLOCK_M, slots]; and u, 1 / sqrt n [BLOCK_M, units] of each unit's page."""
     w = exp2_flushed((x - 1.0) * sharpness + slot_log[None, :])
-    # The same rounded weights above and below the line: a cosine of weights that are a little different.
+    # The same rounded weights above and below the line: a cosine of weights that are a little
+    # different.
     w_dot = w.to(gram.dtype)
     w = w_dot.to(tl.float32)
     t = tl.dot(w_dot, gram, input_precision=PRECISION)
@@ -120,7 +126,8 @@ def packed_scores(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(max, sum) of 2^t of a block's pages over a part of the candidates, the anchors' own apart."""
+    """(max, sum) of 2^t of a block's pages over a part of the candidates, the anchors' own
+    apart."""
     block = tl.program_id(0)
     part = tl.program_id(1)
     if block >= tl.load(packed_count_ptr):
@@ -172,7 +179,8 @@ def packed_scores(
 
 
 class Pages(NamedTuple):
-    """What the gradients of the scores need of each unit's page; SIDE times as many where anchors are told apart."""
+    """What the gradients of the scores need of each unit's page; SIDE times as many where anchors
+    are told apart."""
 
     page: Any  # [units]
     poison: Any
@@ -252,7 +260,8 @@ def packed_columns(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dL/de of a tile of candidates: half a block a step; then, in a launch of their own, the blocks of one large page."""
+    """dL/de of a tile of candidates: half a block a step; then, in a launch of their own, the
+    blocks of one large page."""
     column = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     count = tl.load(column_count_ptr)
     first = count * 0
@@ -273,8 +282,15 @@ def packed_columns(
     if STEP == SLOTS:
         acc += tl.load(unit_gradient_ptr + where)
     pages = Pages(
-        unit_page_ptr, unit_poison_ptr, unit_lse_ptr, unit_weight_ptr, unit_column_ptr, unit_own_ptr, block_most_ptr, units
-    )  # fmt: skip
+        unit_page_ptr,
+        unit_poison_ptr,
+        unit_lse_ptr,
+        unit_weight_ptr,
+        unit_column_ptr,
+        unit_own_ptr,
+        block_most_ptr,
+        units,
+    )
     columns = Columns(column_page_ptr, column_bias_ptr if HAS_BIAS else None)
     for step in range(first, last):
         block = step * STEP // SLOTS
@@ -308,7 +324,9 @@ def finish_columns(
     column_list_ptr,
     column_count_ptr,
     packed_count_ptr,
-    de_ptr,  # [N or n, D], rows at their places; holds what the pages that did not fit gave, if there are any
+    # [N or n, D], rows at their places; holds what the pages that did not fit gave, if there are
+    # any
+    de_ptr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -388,8 +406,15 @@ def packed_history(
     along = tl.zeros([BLOCK_M // 16, 8, SLOTS], tl.float32)
     cosines = tl.zeros([BLOCK_M, UNITS], tl.float32)
     pages = Pages(
-        unit_page_ptr, unit_poison_ptr, unit_lse_ptr, unit_weight_ptr, unit_column_ptr, unit_own_ptr, block_most_ptr, units
-    )  # fmt: skip
+        unit_page_ptr,
+        unit_poison_ptr,
+        unit_lse_ptr,
+        unit_weight_ptr,
+        unit_column_ptr,
+        unit_own_ptr,
+        block_most_ptr,
+        units,
+    )
     columns = Columns(column_page_ptr, column_bias_ptr if HAS_BIAS else None)
     for start in range(0, count, BLOCK_M):
         column = start + tl.arange(0, BLOCK_M)

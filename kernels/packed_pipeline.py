@@ -1,4 +1,5 @@
-"""Launches of packing.py and packed.py: pages with an anchor packed into blocks, which candidate_pipeline.py then leaves out."""
+"""Launches of packing.py and packed.py: pages with an anchor packed into blocks, which
+candidate_pipeline.py then leaves out."""
 
 from __future__ import annotations
 
@@ -56,11 +57,13 @@ class CandidateShape(Shape):
 
 def candidate_shape(p: Problem) -> CandidateShape:
     s = loss_shape(p)
-    # A block holds at least 33 rows, or 16 pages of a single unit; the last one of each size may hold less.
+    # A block holds at least 33 rows, or 16 pages of a single unit; the last one of each size may
+    # hold less.
     blocks = torch.sym_min(s.pages, s.pages * 34 // 1024 + cdiv(s.history_rows, 33) + 6)
     return CandidateShape(
         **vars(s),
-        # Whether dot products of E and C are all that is needed, and every column is an item of its own.
+        # Whether dot products of E and C are all that is needed, and every column is an item of its
+        # own.
         packed=configs.packs(s.dtype, s.device)
         and s.dim <= configs.LARGEST_REGISTER_DIM
         and p.cosine
@@ -225,7 +228,8 @@ def pack(p: Problem, s: CandidateShape, t: CandidateState, k: Packing) -> None:
 def scores(
     p: Problem, s: CandidateShape, t: CandidateState, k: Packing, top: Tensor, total: Tensor
 ) -> None:
-    """Log-sum-exps of the packed pages' anchors over everything but their positives, to the first rows of top and total."""
+    """Log-sum-exps of the packed pages' anchors over everything but their positives, to the first
+    rows of top and total."""
     blocks, device = s.blocks, s.device
     parts = max(1, min(16, configs.programs(device) * 4 // max(blocks, 1)))
     packed_top = torch.empty(parts, blocks * _UNITS, dtype=torch.float32, device=device)

@@ -1,4 +1,5 @@
-"""Triton: pages packed into blocks (packed.py), and what goes from their anchors to the blocks and back."""
+"""Triton: pages packed into blocks (packed.py), and what goes from their anchors to the blocks and
+back."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def pack_pages(
     pages,
     CHUNK: tl.constexpr,
 ):
-    """Pages with an anchor in blocks, those of as many units side by side; one program, in order of the pages."""
+    """Pages with an anchor in blocks, those of as many units side by side; one program, in order of
+    the pages."""
     sizes = tl.arange(0, 8)  # powers of two
     counts = tl.zeros([8], tl.int32)
     for start in range(0, pages, CHUNK):
@@ -77,7 +79,8 @@ def exponent_of(length):
 
 @triton.jit
 def size_of(pv_offsets_ptr, history_offsets_ptr, anchor_rank_ptr, page, pages):
-    """log2 of the units that pages need, LARGEST where they do not fit, -1 without an anchor; and their first anchors."""
+    """log2 of the units that pages need, LARGEST where they do not fit, -1 without an anchor; and
+    their first anchors."""
     inside = page < pages
     first, last = anchors_of(pv_offsets_ptr, anchor_rank_ptr, page, inside)
     begin = tl.load(history_offsets_ptr + page, mask=inside, other=0)
@@ -110,8 +113,10 @@ def pack_blocks(
     packed_count_ptr,
     c_ptr,  # [blocks * SLOTS, BLOCK_D] unit rows
     gram_ptr,  # [blocks, SLOTS, SLOTS] within pages
-    slot_log_ptr,  # [blocks * SLOTS] log2 |C|, the page's largest subtracted; 0 of zero rows, -inf in empty slots
-    slot_length_ptr,  # [blocks * SLOTS] |C|; of a zero row minus the page's largest, 0 where all are zero
+    # [blocks * SLOTS] log2 |C|, the page's largest subtracted; 0 of zero rows, -inf in empty slots
+    slot_log_ptr,
+    # [blocks * SLOTS] |C|; of a zero row minus the page's largest, 0 where all are zero
+    slot_length_ptr,
     slot_row_ptr,  # [blocks * SLOTS] history rows, -1 in empty slots
     unit_poison_ptr,  # [blocks * UNITS] NaN where the page's history is not finite, else 0
     unit_column_ptr,  # [SIDE, blocks * UNITS] columns of the page's anchors, -1 for none
@@ -124,7 +129,8 @@ def pack_blocks(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Unit rows of a block's history side by side, the products of each page's with each other, and its anchors' columns."""
+    """Unit rows of a block's history side by side, the products of each page's with each other, and
+    its anchors' columns."""
     block = tl.program_id(0)
     if block >= tl.load(packed_count_ptr):
         return
@@ -147,7 +153,8 @@ def pack_blocks(
     log = tl.where(real & finite & some, tl.log2(length), -float("inf"))
     highest = tl.max(tl.where(same, log[None, :], -float("inf")), axis=1)
     log -= tl.where(highest == -float("inf"), 0.0, highest)
-    # A zero row adds nothing to any sum, whatever its weight; but that weight is its gradient's as a value.
+    # A zero row adds nothing to any sum, whatever its weight; but that weight is its gradient's as
+    # a value.
     nothing = real & finite & (some == 0)
     log = tl.where(nothing, 0.0, log)
     length = tl.where(nothing, -tl.exp2(highest), length)
@@ -217,7 +224,8 @@ def among_page(
     anchor_id_ptr,
     MERGED: tl.constexpr,
 ):
-    """Whether anchor `other` of a page is a candidate of another of its anchors: another item, each counted once."""
+    """Whether anchor `other` of a page is a candidate of another of its anchors: another item, each
+    counted once."""
     has = valid & (other < last)
     id = tl.load(anchor_id_ptr + other, mask=has, other=0)
     counts = has & (id != own_id)
@@ -241,7 +249,8 @@ class Own(NamedTuple):
 
 @triton.jit
 def own_score(i, valid, scale, own):
-    """Score of anchors' items on their own pages in powers of two, and what it is as a candidate: log2 of how often more."""
+    """Score of anchors' items on their own pages in powers of two, and what it is as a candidate:
+    log2 of how often more."""
     score = tl.load(own.positive + i.to(tl.int64) * 2, mask=valid, other=0.0) * scale
     row = tl.load(own.list + i, mask=valid, other=0)
     if own.log_q is not None:
@@ -279,7 +288,8 @@ def merge_packed(
     MERGED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(max, sum) of an anchor of a packed page: of its page's parts, and of the page's other anchors."""
+    """(max, sum) of an anchor of a packed page: of its page's parts, and of the page's other
+    anchors."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = i < tl.load(count_ptr)
     page = tl.load(anchor_page_ptr + i, mask=valid, other=0)
@@ -341,7 +351,8 @@ def page_weights(
     MERGED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What the gradient of a page's scores needs: dL/ds_bj = weight 2^(t - lse) of all but its anchors' own columns."""
+    """What the gradient of a page's scores needs: dL/ds_bj = weight 2^(t - lse) of all but its
+    anchors' own columns."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = i < tl.load(count_ptr)
     page = tl.load(anchor_page_ptr + i, mask=valid, other=0)

@@ -1,5 +1,5 @@
-"""Triton: the attention of a tile of candidates to one page's history, in registers, and its gradients: what the kernels
-of candidate.py are made of."""
+"""Triton: the attention of a tile of candidates to one page's history, in registers, and its
+gradients: what the kernels of candidate.py are made of."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class History(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """What is constant in it: the dimension, the heads, whether by cosines, whether q is E; and the tiles."""
+    """What is constant in it: the dimension, the heads, whether by cosines, whether q is E; and the
+    tiles."""
 
     D: Any
     HEADS: Any
@@ -108,7 +109,8 @@ def head_lengths(x, COSINE: tl.constexpr):
 
 @triton.jit
 def logits(q, k, q_inverse, COSINE: tl.constexpr, PRECISION: tl.constexpr):
-    """q_j . k_k [BLOCK_M, BLOCK_H], or their cosines; without the factor, as `softmax_block` takes them."""
+    """q_j . k_k [BLOCK_M, BLOCK_H], or their cosines; without the factor, as `softmax_block` takes
+    them."""
     s = row_products(q, k, PRECISION)
     if COSINE:
         s = s * q_inverse[:, None] * head_lengths(k, COSINE)[None, :]
@@ -123,7 +125,8 @@ def load_head(source, row, mask, head, how: tl.constexpr):
 
 @triton.jit
 def attend_page(q, q_inverse, history, low, high, page, head, how: tl.constexpr):
-    """One head of R of some candidates on one page, float32 [BLOCK_M, BLOCK_D], the largest q . k and 1 / sum of exp."""
+    """One head of R of some candidates on one page, float32 [BLOCK_M, BLOCK_D], the largest q . k
+    and 1 / sum of exp."""
     rows: tl.constexpr = q.shape[0]
     top = tl.full([rows], -float("inf"), tl.float32)
     total = tl.zeros([rows], tl.float32)
@@ -185,10 +188,9 @@ def columns_of(page, pv_offsets_ptr, column_rank_ptr, count, MASK: tl.constexpr)
 
 
 @triton.jit
-def allowed_pairs(
-    id, column_page, inside, own_id, page, slot_valid, MASK: tl.constexpr
-):  # fmt: skip
-    """Which columns are candidates of which anchors of a page, their positives apart [BLOCK_M, SLOTS]."""
+def allowed_pairs(id, column_page, inside, own_id, page, slot_valid, MASK: tl.constexpr):
+    """Which columns are candidates of which anchors of a page, their positives apart [BLOCK_M,
+    SLOTS]."""
     other = inside[:, None] & slot_valid[None, :] & (id[:, None] != own_id[None, :])
     if MASK == MASK_OTHER_PAGES:
         other = other & (column_page != page)[:, None]
@@ -197,7 +199,8 @@ def allowed_pairs(
 
 @triton.jit
 def load_columns(columns, column, inside, WITH_PAGE: tl.constexpr):
-    """Positions, ids and pages of some columns; without pages, the columns themselves in their place."""
+    """Positions, ids and pages of some columns; without pages, the columns themselves in their
+    place."""
     position = tl.load(columns.list + column, mask=inside, other=0)
     id = tl.load(columns.id + column, mask=inside, other=0)
     page = column
@@ -251,7 +254,8 @@ def score_gradients(
 
 @triton.jit
 def reconstruction_gradients(r, e, r_inverse, e_inverse, cosine, g):
-    """dL/dR and dL/dE of a tile of candidates on one page, both float32 [BLOCK_M, BLOCK_D]; g is dL/dcos."""
+    """dL/dR and dL/dE of a tile of candidates on one page, both float32 [BLOCK_M, BLOCK_D]; g is
+    dL/dcos."""
     unit_r = r * r_inverse[:, None]
     unit_e = e.to(tl.float32) * e_inverse[:, None]
     dr = (unit_e - cosine[:, None] * unit_r) * (g * r_inverse)[:, None]
@@ -261,8 +265,18 @@ def reconstruction_gradients(r, e, r_inverse, e_inverse, cosine, g):
 
 @triton.jit
 def page_gradients(
-    tile, history, anchors, page, first, last, past, until, inverse_tau, rules: tl.constexpr, how: tl.constexpr
-):  # fmt: skip
+    tile,
+    history,
+    anchors,
+    page,
+    first,
+    last,
+    past,
+    until,
+    inverse_tau,
+    rules: tl.constexpr,
+    how: tl.constexpr,
+):
     """The softmax of the last head of a tile of candidates on one page, dL/dR, dL/dE, and g cos."""
     r, top, share = reconstruct_candidates(tile.q, history, past, until, page, how)
     cosine, r_inverse = cosine_of(r, tile.e, tile.e_inverse)
@@ -276,7 +290,8 @@ def page_gradients(
 
 @triton.jit
 def head_of(tile, dr, top, share, history, past, until, page, head, how: tl.constexpr):
-    """q and dL/dR of one head, 1 / |q|, and the head's softmax, which is known where there is one only."""
+    """q and dL/dR of one head, 1 / |q|, and the head's softmax, which is known where there is one
+    only."""
     q = of_head(tile.q, head, how.D, how.HEADS, how.BLOCK_D)
     dr = of_head(dr, head, how.D, how.HEADS, how.BLOCK_D)
     q_inverse = head_lengths(q, how.COSINE)
@@ -288,8 +303,9 @@ def head_of(tile, dr, top, share, history, past, until, page, head, how: tl.cons
 @triton.jit
 def weight_gradients(
     q, q_inverse, dr, k, v, top, share, scale, mine, DOT_TYPE: tl.constexpr, how: tl.constexpr
-):  # fmt: skip
-    """The logits without their factor, a_jk, and dL/da_jk = dL/dR_j . v_k of one head and a block of history."""
+):
+    """The logits without their factor, a_jk, and dL/da_jk = dL/dR_j . v_k of one head and a block
+    of history."""
     s = logits(q, k, q_inverse, how.COSINE, how.PRECISION)
     a = above_top(ascending(s, scale), top[:, None], scale) * share[:, None]
     da = tl.dot(dr.to(DOT_TYPE), tl.trans(v.to(DOT_TYPE)), input_precision=how.PRECISION)
@@ -298,10 +314,22 @@ def weight_gradients(
 
 @triton.jit
 def mean_gradient(
-    q, q_inverse, dr, top, share, history, low, high, page, head, DOT_TYPE: tl.constexpr, how: tl.constexpr
-):  # fmt: skip
-    """sum_k a_jk dL/da_jk over a history of more than a block, of the rounded products that it is subtracted from. dL/dR_j . R_j is
-    equal on paper, but where a is 1 the difference must be 0: what is left of it is multiplied by rows as long as they are."""
+    q,
+    q_inverse,
+    dr,
+    top,
+    share,
+    history,
+    low,
+    high,
+    page,
+    head,
+    DOT_TYPE: tl.constexpr,
+    how: tl.constexpr,
+):
+    """sum_k a_jk dL/da_jk over a history of more than a block, of the rounded products that it is
+    subtracted from. dL/dR_j . R_j is equal on paper, but where a is 1 the difference must be 0:
+    what is left of it is multiplied by rows as long as they are."""
     delta = tl.zeros([q.shape[0]], tl.float32)
     for start in tl.range(low, high, how.BLOCK_H, num_stages=1):  # registers, not speed
         row = start + tl.arange(0, how.BLOCK_H)

@@ -1,4 +1,5 @@
-"""The two ways through the contrast: sums over the candidates in registers, or P of a chunk of rows in memory."""
+"""The two ways through the contrast: sums over the candidates in registers, or P of a chunk of rows
+in memory."""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ def run_contrast(
     need_sum: bool = True,
     need_rank: bool = False,
 ) -> None:
-    """Sums in registers; `need_sum` off: the transposed pass, whose rows' log-sum-exp is known. `y_offset`: else the bias."""
+    """Sums in registers; `need_sum` off: the transposed pass, whose rows' log-sum-exp is known.
+    `y_offset`: else the bias."""
     mask = scores.mask
     y_offset = y.bias if y_offset is None else y_offset
 
@@ -162,8 +164,9 @@ def run_chunks(
     out: Pass | None = None,
     results: Results | None = None,
 ) -> None:
-    """A contrast direction in chunks of rows. `out` and `results`: the forward pass, which fills `lse`; without them
-    `lse` is known. With a fixed shift and `transposed`, the scores are computed once and P serves two products."""
+    """A contrast direction in chunks of rows. `out` and `results`: the forward pass, which fills
+    `lse`; without them `lse` is known. With a fixed shift and `transposed`, the scores are computed
+    once and P serves two products."""
     values = out is not None and s.values
     run = _Chunks(s, x, y, scores, lse, values or transposed is not None, out, results)
     scaled = None
@@ -191,7 +194,8 @@ def run_chunks(
 
 
 class _Chunks:
-    """The workspace of a direction in chunks of rows, and its launches for the chunk that begins with row `first`."""
+    """The workspace of a direction in chunks of rows, and its launches for the chunk that begins
+    with row `first`."""
 
     def __init__(
         self,
@@ -214,7 +218,8 @@ class _Chunks:
             cdiv(x.unit.shape[0], tile.block_m) * tile.block_m,
         )
         self.tiles_m, self.tiles_n = cdiv(self.rows, tile.block_m), cdiv(self.columns, tile.block_n)
-        # Rows of P begin at multiples of a tile: loads stay wide, and a tile may be read beyond its last column.
+        # Rows of P begin at multiples of a tile: loads stay wide, and a tile may be read beyond its
+        # last column.
         self.stride = cdiv(self.tiles_n * tile.block_n, tile.block_m) * tile.block_m
         self.p = torch.empty(
             (self.rows, self.stride) if store else (1, 1), dtype=kind, device=s.device
@@ -234,7 +239,8 @@ class _Chunks:
         }
 
     def scores(self, first: int, normalised: bool, sums: bool, keep: bool) -> None:
-        """P of the chunk if `keep`, and with `sums` its rows' largest score and sum in each tile."""
+        """P of the chunk if `keep`, and with `sums` its rows' largest score and sum in each
+        tile."""
         x, y, lse = self.x, self.y, self.lse
         positive = None if self.results is None else self.results.positive
         log_q = None if self.results is None else self.results.log_q
@@ -345,7 +351,8 @@ class _Chunks:
 
 
 def lowered(g: Tensor) -> tuple[Tensor, Tensor]:
-    """g in units of its largest entry, and the factor that restores the products (float16 range)."""
+    """g in units of its largest entry, and the factor that restores the products (float16
+    range)."""
     largest = g.abs().amax()
     largest = torch.where(largest == 0, 1.0, largest)
     return g / largest, largest * 2.0**-HALF_LIFT

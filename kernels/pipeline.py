@@ -1,8 +1,9 @@
-"""impl="triton": the loss as a sequence of kernel launches, without a host sync and without the similarity matrix.
+"""impl="triton": the loss as a sequence of kernel launches, without a host sync and without the
+similarity matrix.
 
-Forward: pages and compacted lists (plan) -> e and r as contiguous unit rows -> one streaming pass over the candidates
--> log-sum-exp and loss. Backward: gradients of r -> attention -> one transposed pass for the gradients of e.
-README.md has the notation and the derivation.
+Forward: pages and compacted lists (plan) -> e and r as contiguous unit rows -> one streaming pass
+over the candidates -> log-sum-exp and loss. Backward: gradients of r -> attention -> one transposed
+pass for the gradients of e. README.md has the notation and the derivation.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
         reasons.append(f"the tensors are on {device.type!r}; Triton kernels need a CUDA device")
     elif device.type == "cpu" and not interpreter_works(triton.__version__, numpy.__version__):
         reasons.append(
-            f"the interpreter of Triton {triton.__version__} needs NumPy below 2.4, this is {numpy.__version__}"
+            f"the interpreter of Triton {triton.__version__} needs NumPy below 2.4, this is "
+            f"{numpy.__version__}"
         )
     if (
         device.type == "cuda"
@@ -107,7 +109,8 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
 
 
 def saved_spec(p: Problem, needs: Sequence[bool]) -> Spec:
-    """Shapes and types of `saved`; nothing is saved where there is nothing to compute or nobody wants gradients."""
+    """Shapes and types of `saved`; nothing is saved where there is nothing to compute or nobody
+    wants gradients."""
     if not any(needs) or is_empty(p):
         return []
     if p.attention == "candidate":
@@ -150,7 +153,8 @@ def forward(
 def _forward(
     p: Problem, grads: bool, stats: bool, given: Tensor | None, per_row: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Plan]:
-    """(loss, items' losses, state); `per_row` are where statistics go: item loss, log-sum-exp, similarity, rank."""
+    """(loss, items' losses, state); `per_row` are where statistics go: item loss, log-sum-exp,
+    similarity, rank."""
     s = loss_shape(p, grads)
     t = LossState.empty(s)
     make_plan(p, s, t, p.clicked)
@@ -228,8 +232,8 @@ def backward(
     s = loss_shape(p)
     t = LossState.restored(s, saved)
 
-    # Upstream gradient of each anchor. In a mean or a sum without weights it is one number, and stays out of the
-    # transposed pass: a factor of every column costs it 3 percent.
+    # Upstream gradient of each anchor. In a mean or a sum without weights it is one number, and
+    # stays out of the transposed pass: a factor of every column costs it 3 percent.
     uniform = p.weights is None and p.reduction != "none"
     g = t.weight_sum
     if not uniform:
@@ -286,7 +290,8 @@ def _transposed_passes(
     g: Tensor | None,
     d_pv: Tensor | None,
 ) -> tuple[dict[str, Pass], Tensor | None]:
-    """sum_i g_i p_ij x_i of each direction, to dL/dE itself where it can be; and the factor that is left out of them.
+    """sum_i g_i p_ij x_i of each direction, to dL/dE itself where it can be; and the factor that is
+    left out of them.
 
     `g` None: the same for every anchor, and left out."""
     half = s.dtype == torch.float16
@@ -326,7 +331,8 @@ def _transposed_passes(
 
 
 def _transposed_pass(s: Shape, y: Rows, d_pv: Tensor | None, none: Tensor) -> Pass:
-    """Where such a pass goes: to dL/dE itself, if it is given and each tile is written whole and once."""
+    """Where such a pass goes: to dL/dE itself, if it is given and each tile is written whole and
+    once."""
     capacity = y.unit.shape[0]
     tiles = cdiv(capacity, s.transposed.block_m)
     # Chunks are summed in float32; one pass is rounded once.
@@ -419,7 +425,8 @@ def _contrast_inputs(
 
 
 def _early_row_gradients(p: Problem, s: Shape, t: LossState) -> tuple[Tensor, Tensor]:
-    """g_i for an upstream gradient of 1, before the losses are known, and the factor that belongs to it."""
+    """g_i for an upstream gradient of 1, before the losses are known, and the factor that belongs
+    to it."""
     one = torch.ones((), dtype=torch.float32, device=s.device)
     weight_sum = one
     if p.reduction == "mean":

@@ -1,4 +1,5 @@
-"""Triton: the integer bookkeeping of a batch (pages, anchors, compacted lists), in two launches, without a host sync."""
+"""Triton: the integer bookkeeping of a batch (pages, anchors, compacted lists), in two launches,
+without a host sync."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def store_flag(
 
 @triton.jit
 def any_history(mask_ptr, first, last, live):
-    """Whether one of the history rows first <= k < last is real; most often the first of them is."""
+    """Whether one of the history rows first <= k < last is real; most often the first of them
+    is."""
     found = first < first
     k = first
     searching = live & (k < last)
@@ -127,10 +129,11 @@ def mark_rows(
     COUNT_ITEMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Page and flags (anchor, reconstructed, column, skipped) of every PV row, occurrences of each item; then the pages
-    of the history rows.
+    """Page and flags (anchor, reconstructed, column, skipped) of every PV row, occurrences of each
+    item; then the pages of the history rows.
 
-    A = {i : y_i = 1, page(i) has a history, w_i > 0}; R is wanted for A, or for every item with a history.
+    A = {i : y_i = 1, page(i) has a history, w_i > 0}; R is wanted for A, or for every item with a
+    history.
     """
     block = tl.program_id(0)
     if block >= blocks:
@@ -320,7 +323,8 @@ def compact_items(
     items,
     BLOCK: tl.constexpr,
 ):
-    """Items that occur, and log2 of how often: equal candidates are one column with the bias log m."""
+    """Items that occur, and log2 of how often: equal candidates are one column with the bias
+    log m."""
     block = tl.program_id(0)
     before = block * 0
     for start in range(0, block * BLOCK, 4 * BLOCK):

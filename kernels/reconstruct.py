@@ -1,7 +1,8 @@
 """Triton: attention of PV items over their page's history, packed and ragged, and its gradients.
 
-A tile of listed PV rows walks the history rows of all pages between its first and its last: history is contiguous by page,
-so pages of any length need no padding, and what belongs to another page is masked (a block-diagonal tile).
+A tile of listed PV rows walks the history rows of all pages between its first and its last: history
+is contiguous by page, so pages of any length need no padding, and what belongs to another page is
+masked (a block-diagonal tile).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from .tl_common import LOG2E, kernel, rank_before, source_row, unit_scale
 
 @triton.jit
 def head_mask(dims, head, HEAD_DIM: tl.constexpr):
-    """Which dimensions belong to a head: a masked product costs little here, and any D and head count work."""
+    """Which dimensions belong to a head: a masked product costs little here, and any D and head
+    count work."""
     return (dims >= head * HEAD_DIM) & (dims < (head + 1) * HEAD_DIM)
 
 
@@ -40,7 +42,8 @@ class Source(NamedTuple):
 
 
 class Operand(NamedTuple):
-    """Rows of a product [rows, BLOCK_D], masked to a head; or, with BLOCK_C < BLOCK_D, where in memory they are."""
+    """Rows of a product [rows, BLOCK_D], masked to a head; or, with BLOCK_C < BLOCK_D, where in
+    memory they are."""
 
     rows: Any
     ptr: Any
@@ -79,8 +82,9 @@ def leading(x):
 
 @triton.jit
 def row_products(a, b, PRECISION: tl.constexpr):
-    """a_i . b_j. What is exact in float32 is as good as rounded once, in three products: a logit of two rows of length 300 is off by
-    1e-3 otherwise, and so is its exponential. Rows of more than 64 dimensions would take too many registers."""
+    """a_i . b_j. What is exact in float32 is as good as rounded once, in three products: a logit of
+    two rows of length 300 is off by 1e-3 otherwise, and so is its exponential. Rows of more than 64
+    dimensions would take too many registers."""
     if PRECISION == "ieee" and a.dtype == tl.float32 and a.shape[1] <= 64:
         first_a = leading(a)
         first_b = leading(b)
@@ -93,7 +97,8 @@ def row_products(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def products(a, b, head, DOT_TYPE: tl.constexpr, how: tl.constexpr):
-    """a_i . b_j [BLOCK_A, BLOCK_B] of one head; where whole rows are too many registers, from memory in parts of BLOCK_C."""
+    """a_i . b_j [BLOCK_A, BLOCK_B] of one head; where whole rows are too many registers, from
+    memory in parts of BLOCK_C."""
     if how.BLOCK_C == how.BLOCK_D:
         return row_products(a.rows, b.rows, how.PRECISION)
     s = tl.zeros([a.start.shape[0], b.start.shape[0]], tl.float32)
@@ -118,7 +123,8 @@ def products(a, b, head, DOT_TYPE: tl.constexpr, how: tl.constexpr):
 
 @triton.jit
 def history_block(history_page_ptr, start, end, page, BLOCK_H: tl.constexpr):
-    """Rows of a block of history [BLOCK_H], which of them are real, and who may attend to them [BLOCK_M, BLOCK_H]."""
+    """Rows of a block of history [BLOCK_H], which of them are real, and who may attend to them
+    [BLOCK_M, BLOCK_H]."""
     row = start + tl.arange(0, BLOCK_H)
     history_page = tl.load(history_page_ptr + row, mask=row < end, other=-1)
     return row, history_page >= 0, page[:, None] == history_page[None, :]
@@ -132,14 +138,15 @@ def ascending(products, scale):
 
 @triton.jit
 def above_top(s, top, scale):
-    """exp(|c| (s - top)) of such products. The difference first: the largest has exactly 1 however long the rows are, whether
-    or not the compiler joins a product and a sum into one operation."""
+    """exp(|c| (s - top)) of such products. The difference first: the largest has exactly 1 however
+    long the rows are, whether or not the compiler joins a product and a sum into one operation."""
     return tl.exp2((s - top) * (tl.abs(scale) * LOG2E))
 
 
 @triton.jit
 def softmax_block(s, mine, top, scale):
-    """exp of a block's logits beside the largest so far, what the sums before it are multiplied by, and the new largest."""
+    """exp of a block's logits beside the largest so far, what the sums before it are multiplied by,
+    and the new largest."""
     s = tl.where(mine, ascending(s, scale), -float("inf"))
     new_top = tl.maximum(top, tl.max(s, axis=1))
     shift = tl.where(new_top == -float("inf"), 0.0, new_top)
@@ -149,9 +156,22 @@ def softmax_block(s, mine, top, scale):
 
 
 @triton.jit
-def attention_weights(q, k, mine, sums_ptr, place, valid, head, capacity, scale, DOT_TYPE: tl.constexpr, how: tl.constexpr):  # fmt: skip
-    """a_jk [BLOCK_M, BLOCK_H] of the largest product and 1 / sum of a row's softmax, which `attend_sums` has left. With both and
-    not with one log-sum-exp: of rows of length 1,000 that is rounded to whole numbers."""
+def attention_weights(
+    q,
+    k,
+    mine,
+    sums_ptr,
+    place,
+    valid,
+    head,
+    capacity,
+    scale,
+    DOT_TYPE: tl.constexpr,
+    how: tl.constexpr,
+):
+    """a_jk [BLOCK_M, BLOCK_H] of the largest product and 1 / sum of a row's softmax, which
+    `attend_sums` has left. With both and not with one log-sum-exp: of rows of length 1,000 that is
+    rounded to whole numbers."""
     where = head * capacity + place
     top = tl.load(sums_ptr + where, mask=valid, other=0.0)
     share = tl.load(sums_ptr + how.HEADS * capacity + where, mask=valid, other=0.0)
@@ -173,7 +193,8 @@ def attend_tile(
     scale,
     how: tl.constexpr,
 ):
-    """R_j = sum_k a_jk v_k, a_jk = softmax over k in H_b of (c q_j . k_k), as float32 [BLOCK_M, BLOCK_D]."""
+    """R_j = sum_k a_jk v_k, a_jk = softmax over k in H_b of (c q_j . k_k), as float32 [BLOCK_M,
+    BLOCK_D]."""
     dims = tl.arange(0, how.BLOCK_D)
     low = tl.load(history_offsets_ptr + first_page)
     high = tl.load(history_offsets_ptr + last_page + 1)
@@ -207,7 +228,8 @@ def attend_tile(
             p, rescale, top = softmax_block(s, mine, top, scale)
             total = total * rescale + tl.sum(p, axis=1)
             v = load_source(v_of, row, real, how)
-            # A NaN or inf of another page must not come in through 0 * NaN; one of the own page must.
+            # A NaN or inf of another page must not come in through 0 * NaN; one of the own page
+            # must.
             bad = tl.max(
                 tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1), axis=1
             )  # [BLOCK_H]
@@ -237,7 +259,8 @@ def store_unit_rows(
     BLOCK_D: tl.constexpr,
     HAS_E_INDEX: tl.constexpr,
 ):
-    """r = R / |R| in the input type, |R|, and cos(R_j, E_j): in float32, and as products of rounded rows see it."""
+    """r = R / |R| in the input type, |R|, and cos(R_j, E_j): in float32, and as products of rounded
+    rows see it."""
     dims = tl.arange(0, BLOCK_D)
     norm = tl.sqrt(tl.sum(reconstruction * reconstruction, axis=1))
     exact = reconstruction * unit_scale(norm)[:, None]
@@ -259,7 +282,8 @@ def store_unit_rows(
 
 @triton.jit
 def list_tile(list_ptr, list_page_ptr, count, start, BLOCK_M: tl.constexpr):
-    """A tile of a compacted list: places, validity, PV rows, their pages (-2: none), first and last page."""
+    """A tile of a compacted list: places, validity, PV rows, their pages (-2: none), first and last
+    page."""
     place = start + tl.arange(0, BLOCK_M)
     valid = place < count
     position = tl.load(list_ptr + place, mask=valid, other=0)
@@ -302,7 +326,8 @@ def attend(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """R of the listed PV rows: normalised into compacted rows, or (RAW) as it is into the rows of the batch."""
+    """R of the listed PV rows: normalised into compacted rows, or (RAW) as it is into the rows of
+    the batch."""
     start = tl.program_id(0) * BLOCK_M
     count = tl.load(count_ptr)
     if start >= count:
@@ -352,7 +377,8 @@ def attend(
 
 @triton.jit
 def finite(x):
-    """x with NaN and inf replaced by 0: for operands whose rows of other pages meet a zero factor."""
+    """x with NaN and inf replaced by 0: for operands whose rows of other pages meet a zero
+    factor."""
     return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
 
 
@@ -387,12 +413,14 @@ def attend_sums(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of each row and head the largest q_j . k_k, 1 / sum of exp, and delta_j = sum_k a_jk (dL/dR_j . v_k), of the same rounded
-    products that it is subtracted from. dL/dR_j . R_j is equal on paper, but where a is 1 the difference must be 0: what is
-    left of it is multiplied by rows as long as they are.
+    """Of each row and head the largest q_j . k_k, 1 / sum of exp, and delta_j = sum_k a_jk (dL/dR_j
+    . v_k), of the same rounded products that it is subtracted from. dL/dR_j . R_j is equal on
+    paper, but where a is 1 the difference must be 0: what is left of it is multiplied by rows as
+    long as they are.
 
-    These numbers and the gradients are of the same products, to the last bit: tiles of the list and blocks of history begin at
-    multiples of their sizes in all three kernels, so that each product is of the same operands, at the same places in them."""
+    These numbers and the gradients are of the same products, to the last bit: tiles of the list and
+    blocks of history begin at multiples of their sizes in all three kernels, so that each product
+    is of the same operands, at the same places in them."""
     start = tl.program_id(0) * BLOCK_M
     count = tl.load(count_ptr)
     if start >= count:
@@ -473,7 +501,9 @@ def attend_dq(
     count_ptr,
     sums_ptr,  # [3, HEADS, capacity]
     dr_ptr,  # [capacity, STRIDE]
-    dq_ptr,  # [capacity, DQ_STRIDE]; may be dr_ptr: a program reads its own rows of dr, before it writes them
+    # [capacity, DQ_STRIDE]; may be dr_ptr: a program reads its own rows of dr, before it writes
+    # them
+    dq_ptr,
     capacity,
     history_rows,
     scale,
@@ -603,9 +633,11 @@ def attend_dkv(
     BLOCK_O: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dL/dv_k = sum_j a_jk dL/dR_j and dL/dk_k = c sum_j a_jk (dL/dR_j . v_k - delta_j) q_j; SUM_KV: their sum to dk."""
+    """dL/dv_k = sum_j a_jk dL/dR_j and dL/dk_k = c sum_j a_jk (dL/dR_j . v_k - delta_j) q_j;
+    SUM_KV: their sum to dk."""
     how: tl.constexpr = Tiles(D, HEADS, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_C, PRECISION)
-    # The second grid axis walks over slices of BLOCK_O output dimensions, all of them in one where registers allow.
+    # The second grid axis walks over slices of BLOCK_O output dimensions, all of them in one where
+    # registers allow.
     dims = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     row = tl.program_id(0).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     history_page = tl.load(history_page_ptr + row, mask=row < history_rows, other=-1)

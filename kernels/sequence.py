@@ -1,4 +1,5 @@
-"""impl="triton": the click-sequence loss. Every history item is a row and a column of the same contrast."""
+"""impl="triton": the click-sequence loss. Every history item is a row and a column of the same
+contrast."""
 
 from __future__ import annotations
 
@@ -165,7 +166,8 @@ def sequence_backward(
         BLOCK=256,
     )
     scale, lower = lowered(g) if half else (g, None)
-    # One upstream gradient for all anchors stays out of the transposed pass; rows that are none have no weight there.
+    # One upstream gradient for all anchors stays out of the transposed pass; rows that are none
+    # have no weight there.
     uniform = p.reduction != "none" and not half and not s.chunked
     # Chunks are summed in float32; one pass is rounded once.
     kind = torch.float32 if s.chunked else s.sums

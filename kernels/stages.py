@@ -1,4 +1,5 @@
-"""Launches of what stands around the contrast: bookkeeping, attention, normalisation, gradients of rows."""
+"""Launches of what stands around the contrast: bookkeeping, attention, normalisation, gradients of
+rows."""
 
 from __future__ import annotations
 
@@ -143,7 +144,8 @@ def sides(p: Problem, s: Shape, t: LossState, direction: str) -> tuple[Rows, Row
     """(anchors, candidates) of a direction."""
 
     def side(unit: Any, listed: Any, flag: int, merged: bool = False) -> Rows:
-        # Without ids an item is itself alone; a merged column's list holds item numbers, which are the ids.
+        # Without ids an item is itself alone; a merged column's list holds item numbers, which are
+        # the ids.
         ids = listed.list if p.ids is None or merged else listed.id
         count, rank = t.counts[flag : flag + 1], t.ranks[flag]
         return Rows(unit, count, listed.list, listed.page, ids, listed.bias, rank, merged)
@@ -201,7 +203,8 @@ def attend(
     positive: Tensor,
     raw: bool = False,
 ) -> None:
-    """Unit rows r of the list, their lengths and the positives' cosines; or with `raw` R [N, D] alone."""
+    """Unit rows r of the list, their lengths and the positives' cosines; or with `raw` R [N, D]
+    alone."""
     rows, pages, count = reconstructed(t)
     reconstruct.attend[(cdiv(s.rows, s.attention.block_m),)](
         **attention_inputs(p),
@@ -256,7 +259,8 @@ def reduce_losses(
     item_loss: Tensor,
     stats: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, items' losses [N]) from those of the anchors, in one direction or two; `item_loss` is where statistics go."""
+    """(loss, items' losses [N]) from those of the anchors, in one direction or two; `item_loss` is
+    where statistics go."""
     per_item = p.reduction == "none"
     items = item_loss
     if per_item and not stats:
@@ -347,12 +351,15 @@ def spread(
     dq: Tensor | None,
     **contrast_inputs: Any,
 ) -> Tensor:
-    """Rows of the batch [N, D] from the compacted dq; with the contrast's inputs, dL/dE and dq together."""
+    """Rows of the batch [N, D] from the compacted dq; with the contrast's inputs, dL/dE and dq
+    together."""
     dummy = t.ranks
     unused: dict[str, Any] = dict.fromkeys(
         (
-            "anchor_count_ptr column_count_ptr reconstructed_count_ptr transposed_acc_ptr transposed_factor_ptr "
-            "identify_acc_ptr identify_top_ptr identify_lse_ptr forward_miss_ptr identify_miss_ptr g_ptr "
+            "anchor_count_ptr column_count_ptr reconstructed_count_ptr transposed_acc_ptr "
+            "transposed_factor_ptr "
+            "identify_acc_ptr identify_top_ptr identify_lse_ptr forward_miss_ptr identify_miss_ptr "
+            "g_ptr "
             "upstream_ptr weight_sum_ptr"
         ).split(),
         dummy,
@@ -390,8 +397,8 @@ def spread(
 def empty_history(
     p: Problem, s: Shape, needs: Sequence[bool], new: Any = torch.empty
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dk, dv) for a kernel to fill, None where nobody wants it; where key and value are both the history, dk is for their
-    sum and dv None."""
+    """(dk, dv) for a kernel to fill, None where nobody wants it; where key and value are both the
+    history, dk is for their sum and dv None."""
     table = p.history is None
 
     def output(given: Tensor | None, need: bool) -> Tensor | None:
@@ -430,7 +437,8 @@ def attention_backward(
         "D": s.dim,
         "STRIDE": s.stride,
         "HEADS": s.heads,
-        # float16 has too little range for gradients of a mean over many anchors: their products run in tf32.
+        # float16 has too little range for gradients of a mean over many anchors: their products run
+        # in tf32.
         "DOT_TYPE": tl.bfloat16 if s.dtype == torch.bfloat16 else tl.float32,
         "BLOCK_M": s.backward.block_m,
         "BLOCK_H": s.backward.block_n,
@@ -444,7 +452,8 @@ def attention_backward(
     dk, dv = _key_value_gradients(p, s, t, needs, common)
     if not needs[0 if p.query is None else 2]:
         return None, dk, dv
-    # Occurrences of a table's items are summed: they stay in float32 until then, and so does what float16 cannot hold.
+    # Occurrences of a table's items are summed: they stay in float32 until then, and so does what
+    # float16 cannot hold.
     wide = (p.history is None and p.query is None) or s.dtype == torch.float16
     dq = torch.empty(s.rows, s.dim, dtype=torch.float32, device=s.device) if wide else dr
     reconstruct.attend_dq[tiles](
@@ -478,7 +487,8 @@ def _key_value_gradients(
 
 
 def occurrences(items: int, rows: Sequence[tuple[Any, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Row numbers sorted by item, and where each item's begin [items + 1]; padding (page < 0) comes last."""
+    """Row numbers sorted by item, and where each item's begin [items + 1]; padding (page < 0) comes
+    last."""
     kind = torch.int32 if items < 2**31 - 1 else torch.int64  # half the passes of a radix sort
     keys = torch.cat([torch.where(page >= 0, index.to(kind), items) for index, page in rows])
     ordered, order = torch.sort(keys, stable=True)
@@ -494,7 +504,8 @@ def sum_occurrences(
     d_history: Tensor | None,
     merged: dict[str, Any] | None = None,
 ) -> Tensor:
-    """The gradient of a table from those of its occurrences, `shown` by (item, page): with d_pv, first the PV rows."""
+    """The gradient of a table from those of its occurrences, `shown` by (item, page): with d_pv,
+    first the PV rows."""
     order, starts = occurrences(s.items, shown)
     out = torch.empty_like(table)
     unused = dict.fromkeys(

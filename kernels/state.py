@@ -1,4 +1,5 @@
-"""Shapes of the problems, the state that forward and backward share, and what the passes are told: no launch."""
+"""Shapes of the problems, the state that forward and backward share, and what the passes are told:
+no launch."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from courier_fast.problem import Problem, SequenceProblem
 
 
-# float16 probabilities of many candidates would be subnormal: they are lifted by 2^12 and lowered again in float32.
+# float16 probabilities of many candidates would be subnormal: they are lifted by 2^12 and lowered
+# again in float32.
 HALF_LIFT = 12.0
 
 
@@ -39,12 +41,13 @@ def larger(a: Any, b: Any) -> Any:
     return max(a, b) if type(a) is int and type(b) is int else torch.sym_max(a, b)
 
 
-# ---- shapes -------------------------------------------------------------------------------------------------------
+# ---- shapes --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the launches of one problem have in common, and the sizes that its state is declared with."""
+    """What the launches of one problem have in common, and the sizes that its state is declared
+    with."""
 
     device: torch.device
     dtype: torch.dtype  # of the embeddings
@@ -70,7 +73,8 @@ class Shape:
     merged: bool = False  # equal candidates are one column
     biased: bool = False  # log_q is given
     values: bool = True  # somebody wants gradients: the forward pass sums values too
-    early: bool = False  # P is used at once for the gradient of the columns: the weights of the rows are known
+    # P is used at once for the gradient of the columns: the weights of the rows are known
+    early: bool = False
 
     unbiased = False  # what lists of anchors are
 
@@ -80,7 +84,8 @@ class Shape:
 
     @property
     def identify(self) -> bool:
-        """Then R of every item with a history is needed: anchors and reconstructed rows are different lists."""
+        """Then R of every item with a history is needed: anchors and reconstructed rows are
+        different lists."""
         return "identify" in self.directions
 
     @property
@@ -93,7 +98,8 @@ class Shape:
 
     @property
     def sums(self) -> torch.dtype:
-        """Of the sums that a contrast pass leaves: they are rounded once. float16 has too little range for them."""
+        """Of the sums that a contrast pass leaves: they are rounded once. float16 has too little
+        range for them."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
 
     @cached_property
@@ -110,7 +116,8 @@ class Shape:
         return 1 if self.chunked else configs.programs(self.device) * tile.per_processor
 
     def slots(self, capacity: Any, tile: configs.Tile) -> Any:
-        """Programs of a contrast pass over at most `capacity` rows, and so the tiles of partial sums it writes."""
+        """Programs of a contrast pass over at most `capacity` rows, and so the tiles of partial
+        sums it writes."""
         if self.chunked:
             return 1
         return larger(cdiv(capacity, tile.block_m), self.programs(tile))
@@ -164,7 +171,8 @@ def block_shape(unit: Tensor, sequence: bool = False) -> Shape:
 
 
 def loss_shape(p: Problem, values: bool = True, contrast: bool = True) -> Shape:
-    """`values` off: of a forward pass whose gradient nobody wants; `contrast` off: of the reconstructions alone."""
+    """`values` off: of a forward pass whose gradient nobody wants; `contrast` off: of the
+    reconstructions alone."""
     found = _tiles(p.pv, values=values, heads=p.num_heads)
     found["stream"] &= p.negatives != "page"
     table = p.pv_index is not None
@@ -177,8 +185,8 @@ def loss_shape(p: Problem, values: bool = True, contrast: bool = True) -> Shape:
         items=p.pv.shape[0] if table else 0,
         id_dtype=torch.int64 if p.item_ids is not None else torch.int32,
         directions=directions if contrast else (),
-        # Columns can be merged where every page sees the same candidates, known by the index alone; a table much
-        # larger than the batch is not worth a column list of its own.
+        # Columns can be merged where every page sees the same candidates, known by the index alone;
+        # a table much larger than the batch is not worth a column list of its own.
         merged=contrast
         and table
         and p.item_ids is None
@@ -212,7 +220,7 @@ def sequence_is_empty(p: SequenceProblem) -> bool:
     return p.num_history == 0 or p.history_offsets.shape[0] == 1
 
 
-# ---- the state ----------------------------------------------------------------------------------------------------
+# ---- the state -----------------------------------------------------------------------------------
 
 Spec = list[tuple[tuple[Any, ...], torch.dtype]]
 
@@ -226,7 +234,8 @@ class _Declared(NamedTuple):
 
 
 def tensor(*shape: str | int, dtype: torch.dtype | str = torch.float32, when: str = "") -> Any:
-    """A tensor of a state. Names are attributes of its `Shape`: sizes, a type, and the flag without which it is None."""
+    """A tensor of a state. Names are attributes of its `Shape`: sizes, a type, and the flag without
+    which it is None."""
     return field(metadata={"": _Declared(shape, dtype, when)})
 
 
@@ -247,7 +256,8 @@ class _Node(NamedTuple):
 
 @cache
 def _layout(kind: Any) -> tuple[Callable[[Shape], tuple[Any, ...]], tuple[Any, ...], list[_Node]]:
-    """What gives the names' values of a shape, then the constants beside them, and the fields; worked out once, as each step asks."""
+    """What gives the names' values of a shape, then the constants beside them, and the fields;
+    worked out once, as each step asks."""
     names: dict[str, int] = {}
     constants: dict[Any, int] = {}
 
@@ -286,11 +296,13 @@ def _built(kind: Any, nodes: list[_Node], values: tuple[Any, ...], make: Callabl
 
 @dataclass
 class State:
-    """Tensors that the stages of a problem share and its backward needs, each declared with its shape and type."""
+    """Tensors that the stages of a problem share and its backward needs, each declared with its
+    shape and type."""
 
     @classmethod
     def build(cls, s: Shape, make: Callable[..., Any]) -> Self:
-        """`make(values, shape, dtype)` gives each tensor, in the order of `saved`; shape and type are places among the values."""
+        """`make(values, shape, dtype)` gives each tensor, in the order of `saved`; shape and type
+        are places among the values."""
         values, constants, nodes = _layout(cast(Any, cls))
         return _built(cls, nodes, (*values(s), *constants), make)
 
@@ -400,12 +412,13 @@ class SequenceState(State):
     kept: Kept = part(Kept, candidates="rows")
 
 
-# ---- passes of the contrast ---------------------------------------------------------------------------------------
+# ---- passes of the contrast ----------------------------------------------------------------------
 
 
 @dataclass
 class Rows:
-    """One side of a contrast pass: unit rows and what masks and offsets them. Without ids, `ids` is the list."""
+    """One side of a contrast pass: unit rows and what masks and offsets them. Without ids, `ids` is
+    the list."""
 
     unit: Tensor
     count: Tensor
@@ -445,7 +458,8 @@ class Results:
 
 @dataclass
 class Transposed:
-    """sum_i g_i p_ij x_i, into `out` [y capacity, STRIDE]; g may be in units of its largest entry (float16)."""
+    """sum_i g_i p_ij x_i, into `out` [y capacity, STRIDE]; g may be in units of its largest entry
+    (float16)."""
 
     g: Tensor
     out: Tensor
@@ -460,8 +474,9 @@ class Scores:
     tau_is_tensor: bool
     page_offsets: Tensor
     workspace: int  # bytes
-    # Whether the running maximum may be needed: tau unknown here or small, or no bound on the scores; and whether 1/tau
-    # may replace it. Where tau is on the device, both hold and the kernel looks there.
+    # Whether the running maximum may be needed: tau unknown here or small, or no bound on the
+    # scores; and whether 1/tau may replace it. Where tau is on the device, both hold and the kernel
+    # looks there.
     online: bool
     fixed_shift: bool
 

@@ -1,9 +1,9 @@
 """Helpers shared by the Triton kernels.
 
-What several device functions need travels as a NamedTuple, made in the kernel from its plain arguments: one of tensors and
-pointers, None where there is nothing; or one of constants, which is assigned with `: tl.constexpr` and passed so, because
-Triton makes tensors of the constants in any other one. Up to Triton 3.6 a tuple that holds None cannot itself be compared
-with None.
+What several device functions need travels as a NamedTuple, made in the kernel from its plain
+arguments: one of tensors and pointers, None where there is nothing; or one of constants, which is
+assigned with `: tl.constexpr` and passed so, because Triton makes tensors of the constants in any
+other one. Up to Triton 3.6 a tuple that holds None cannot itself be compared with None.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ NORM_EPS = tl.constexpr(1e-12)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# A fixed shift of 1/tau replaces the running maximum where exp(-2/tau) is far from float32's smallest number.
+# A fixed shift of 1/tau replaces the running maximum where exp(-2/tau) is far from float32's
+# smallest number.
 SMALLEST_FIXED_TAU = 0.05
 
 
-# Addresses of one number among others, or of a row of a table: whether they are multiples of 16 bytes says nothing.
+# Addresses of one number among others, or of a row of a table: whether they are multiples of 16
+# bytes says nothing.
 _ANYWHERE = ("count_ptr", "rank_ptr", "reconstructed_rank_ptr", "y_rank_ptr")
 
 
@@ -39,9 +41,10 @@ def kernel(
 ) -> Any:
     """A kernel that is launched: one compilation for any size.
 
-    Triton would make a constant of an integer argument of 1, which has no methods, and compile anew for sizes that are
-    multiples of 16; where that decides how wide loads are, the argument is named in `aligned`. Whether a product and a sum
-    are rounded once is said here, because Triton's default changes. `registers` of a thread, as of a `configs.Tile`.
+    Triton would make a constant of an integer argument of 1, which has no methods, and compile anew
+    for sizes that are multiples of 16; where that decides how wide loads are, the argument is named
+    in `aligned`. Whether a product and a sum are rounded once is said here, because Triton's
+    default changes. `registers` of a thread, as of a `configs.Tile`.
     """
     if fn is None:
         return functools.partial(kernel, aligned=aligned, registers=registers)
@@ -63,11 +66,14 @@ _INTERPRETED = tl.constexpr(configs.interpreted())
 
 @triton.jit
 def exp2_flushed(x):
-    """2^x, 0 below float32's smallest normal number: what brings subnormal numbers about takes as long again."""
+    """2^x, 0 below float32's smallest normal number: what brings subnormal numbers about takes as
+    long again."""
     if _INTERPRETED:
         return tl.exp2(x)
     else:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)  # fmt: skip
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -76,12 +82,15 @@ def rsqrt_flushed(x):
     if _INTERPRETED:
         return tl.rsqrt(x)
     else:
-        return tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)  # fmt: skip
+        return tl.inline_asm_elementwise(
+            "rsqrt.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
 def page_of(offsets_ptr, row, pages, steps):
-    """Page of each row: the last b with offsets[b] <= row; `pages` for a row at or past the last offset."""
+    """Page of each row: the last b with offsets[b] <= row; `pages` for a row at or past the last
+    offset."""
     low = tl.zeros_like(row)
     high = low + pages + 1
     for _ in range(steps):
@@ -137,11 +146,13 @@ def schedule(
     BLOCK_N: tl.constexpr,
     STREAM: tl.constexpr,
 ):
-    """How a contrast pass is divided: (row tiles, column blocks of a tile, parts of a tile, blocks of a share).
+    """How a contrast pass is divided: (row tiles, column blocks of a tile, parts of a tile, blocks
+    of a share).
 
-    Either every tile has equally many parts, one a program, as many as keep `programs` of them at work; the share is 0
-    then. Or, where that would leave programs idle, each has a share of all blocks of all tiles that ends in the middle
-    of a tile (stream-K). Computed from the counts in device memory, by producer and consumer alike.
+    Either every tile has equally many parts, one a program, as many as keep `programs` of them at
+    work; the share is 0 then. Or, where that would leave programs idle, each has a share of all
+    blocks of all tiles that ends in the middle of a tile (stream-K). Computed from the counts in
+    device memory, by producer and consumer alike.
     """
     tiles = tl.maximum(tl.cdiv(count, BLOCK_M), 1)
     blocks = tl.maximum(tl.cdiv(other_count, BLOCK_N), 1)
@@ -163,7 +174,8 @@ def parts_of(tile, blocks, parts, share):
     if share > 0:
         first = tile * blocks // share
         last = (tile * blocks + blocks - 1) // share
-        # A part is at the sum of its tile and its program: from one part to the next, at least one of the two grows.
+        # A part is at the sum of its tile and its program: from one part to the next, at least one
+        # of the two grows.
         slot = tile + first
         number = last - first + 1
     else:

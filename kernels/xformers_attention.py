@@ -1,9 +1,9 @@
 """impl="xformers": the attention by memory_efficient_attention, the contrast by Triton kernels.
 
 xformers takes the length of every page as a Python list, so this implementation synchronises with
-the device and cannot be captured in a CUDA graph. Only pages with both a wanted PV row and a history
-are gathered: no sequence of length zero reaches xformers, and no padding. Its backward may use
-atomics: two runs need not give the same bits.
+the device and cannot be captured in a CUDA graph. Only pages with both a wanted PV row and a
+history are gathered: no sequence of length zero reaches xformers, and no padding. Its backward may
+use atomics: two runs need not give the same bits.
 """
 
 from __future__ import annotations

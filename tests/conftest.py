@@ -1,4 +1,5 @@
-"""Which implementations the tests run on, and memory that shows when it is read before it is written."""
+"""Which implementations the tests run on, and memory that shows when it is read before it is
+written."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import pytest
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # The workers share the cores, and so do the processes that tests start: threads that wait for each other spin.
+    # The workers share the cores, and so do the processes that tests start: threads that wait for
+    # each other spin.
     threads = str(max(1, CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, threads)
@@ -43,7 +45,8 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_threads() -> Iterator[None]:
-    """What a test sets ends with it: two workers of two threads on two cores wait for each other ten times as long."""
+    """What a test sets ends with it: two workers of two threads on two cores wait for each other
+    ten times as long."""
     before = torch.get_num_threads()
     yield
     if torch.get_num_threads() != before:
@@ -51,7 +54,8 @@ def own_threads() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without a GPU what runs on Triton runs on NumPy; tests that say so in no parameter carry the mark themselves."""
+    """Without a GPU what runs on Triton runs on NumPy; tests that say so in no parameter carry the
+    mark themselves."""
     for item in items:
         callspec = getattr(item, "callspec", None)
         if callspec is not None and callspec.params.get("impl") == "triton":

@@ -1,4 +1,5 @@
-"""Simulated shoppers with impressions, written as a dataset folder: either an item's style decides clicks, or the item itself."""
+"""Simulated shoppers with impressions, written as a dataset folder: either an item's style decides
+clicks, or the item itself."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def make_world(
 ) -> tuple[Dataset, np.ndarray]:
     """The folder and the items' styles [items, 8] of length 1. A user's taste is a style, too.
 
-    Clicks have probability sigmoid(4 taste . style - 2), or sigmoid(quality - 1.5) with a normally distributed quality of each item.
+    Clicks have probability sigmoid(4 taste . style - 2), or sigmoid(quality - 1.5) with a normally
+    distributed quality of each item.
     """
     rng = np.random.default_rng(seed)
     style, taste = (rng.normal(size=(n, 8)) for n in (items, users))
@@ -34,7 +36,11 @@ def make_world(
     user = rng.integers(0, users, pages)
     time = 1_700_000_000 + np.sort(rng.choice(90 * 86_400, pages, replace=False))
     item = rng.permuted(np.tile(np.arange(items), (pages, 1)), axis=1)[:, :shown]
-    logit = 4 * (taste[user][:, None] * style[item]).sum(2) - 2 if style_decides else quality[item] - 1.5  # fmt: skip
+    logit = (
+        4 * (taste[user][:, None] * style[item]).sum(2) - 2
+        if style_decides
+        else quality[item] - 1.5
+    )
     clicked = rng.random(item.shape) < 1 / (1 + np.exp(-logit))
     write_world(path, user, time, item, clicked, items)
     return Dataset(path), style.astype(np.float32)
@@ -49,7 +55,8 @@ def write_world(
     items: int,
     history: int = 20,
 ) -> None:
-    """Pages [P] by time with items [P, S]; events are the clicks; splits are 80, 10 and 10 % of the pages."""
+    """Pages [P] by time with items [P, S]; events are the clicks; splits are 80, 10 and 10 % of the
+    pages."""
     pages, shown = item.shape
     user, time = user.astype(np.int64), time.astype(np.int64)
     page, place = np.nonzero(clicked)

@@ -39,7 +39,8 @@ def make_dataset(
     images: bool = True,
     seed: int = 0,
 ) -> Dataset:
-    """A valid folder: events on distinct days, every page after at least one event of its user; 1 to 6 PV items, at least one clicked.
+    """A valid folder: events on distinct days, every page after at least one event of its user; 1
+    to 6 PV items, at least one clicked.
 
     Item ids have leading zeros. Splits are 80, 10 and 10 % of the pages by time.
     """
@@ -147,7 +148,8 @@ def rewrite(
     images: Sequence[tuple[bytes | None, int, int]] | None = None,
     **how: Any,
 ) -> Dataset:
-    """The dataset in another (or the same) folder with some tables or its images changed, or in other shards."""
+    """The dataset in another (or the same) folder with some tables or its images changed, or in
+    other shards."""
     whole = {name: columns_of(dataset, name) for name in TABLES} | dict(tables or {})
     for name in ("height", "width"):
         whole["items"].pop(name)  # type: ignore[attr-defined]

@@ -1,7 +1,8 @@
-"""Takes every launch through Triton's own way to the GPU but for the last step, and prints what came out as JSON.
+"""Takes every launch through Triton's own way to the GPU but for the last step, and prints what
+came out as JSON.
 
-Run by test_dry_run.py, as a process of its own: in one with TRITON_INTERPRET=1, @triton.jit gives something that
-cannot be compiled.
+Run by test_dry_run.py, as a process of its own: in one with TRITON_INTERPRET=1, @triton.jit gives
+something that cannot be compiled.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"attention": "candidate", "tensor_tau": True, "log_q": True, "stats": True, "masks": True},
     {"attention": "candidate", "table": True, "cosine": True, "reduction": "none"},
 )
-# What chooses path and tile in kernels/configs.py: compute capability, embedding dimension, type, options.
+# What chooses path and tile in kernels/configs.py: compute capability, embedding dimension, type,
+# options.
 PATHS: tuple[tuple[int, int, torch.dtype, dict[str, Any]], ...] = (
     (80, 1, BF16, {}),
     (80, 256, BF16, {"table": True, "everything": False}),
@@ -56,7 +58,8 @@ PATHS: tuple[tuple[int, int, torch.dtype, dict[str, Any]], ...] = (
 
 
 def size_cases() -> list[dict[str, Any]]:
-    """Arguments of `launches`: PV rows, history rows and pages of each size, and all of them at once, with every option."""
+    """Arguments of `launches`: PV rows, history rows and pages of each size, and all of them at
+    once, with every option."""
     shapes = [s for n in SIZES for s in ((1, n, 5), (1, 5, n), (n, 1, 1), (3, n, n))]
     return [
         {"dim": 64, "dtype": BF16, "pages": pages, "items": items, "past": past} | options
@@ -102,7 +105,8 @@ def compiled(cases: list[dict[str, Any]], stages: tuple[str, ...]) -> list[dict[
 
 
 def sizes() -> list[dict[str, Any]]:
-    """Sizes decide what is a constant and what a multiple of 16: the first stage sees all of that."""
+    """Sizes decide what is a constant and what a multiple of 16: the first stage sees all of
+    that."""
     return compiled(size_cases(), ("ttir",))
 
 

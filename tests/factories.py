@@ -190,7 +190,8 @@ def yardstick(
 def yardstick_of(
     run: Callable[[Any], dict[str, Tensor]], p: Any, inputs: Sequence[str], seed: int = 0
 ) -> Yardstick:
-    """The same of anything that is computed from a problem; `seed` is that of the model's random numbers."""
+    """The same of anything that is computed from a problem; `seed` is that of the model's random
+    numbers."""
     rounded = []
     for draw in range(DRAWS):
         rounding = Rounding(seed * DRAWS + draw)
@@ -209,7 +210,8 @@ _yardsticks: OrderedDict[Any, Yardstick] = OrderedDict()
 def shared(
     compute: Callable[[Any, int], Yardstick], impl: str, seed: int, p: Any, case: dict[str, Any]
 ) -> Yardstick:
-    """compute(p, seed), once for all implementations that are given p: the same seed, case and device."""
+    """compute(p, seed), once for all implementations that are given p: the same seed, case and
+    device."""
     key = (compute, DEVICES[impl], seed, frozenset(case.items()))
     if key not in _yardsticks:
         _yardsticks[key] = compute(p, seed)

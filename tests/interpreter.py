@@ -1,4 +1,5 @@
-"""Triton's interpreter without what it does over and over: three quarters of its time in these kernels."""
+"""Triton's interpreter without what it does over and over: three quarters of its time in these
+kernels."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from typing import Any
 
 
 def make_fast() -> None:
-    """What the kernels compute is the same, bit for bit. Another version of Triton than those whose parts are found
-    here is left as it is, part by part."""
+    """What the kernels compute is the same, bit for bit. Another version of Triton than those whose
+    parts are found here is left as it is, part by part."""
     try:
         interpreter = importlib.import_module("triton.runtime.interpreter")
     except ImportError:
@@ -24,8 +25,9 @@ def make_fast() -> None:
 
 
 def _patch_language_once(interpreter: Any) -> None:
-    """It puts its functions into triton.language at each launch, and again at each call of a device function inside,
-    where they are already. Here it does so once a launch, with the functions it made for the first."""
+    """It puts its functions into triton.language at each launch, and again at each call of a device
+    function inside, where they are already. Here it does so once a launch, with the functions it
+    made for the first."""
     scope = getattr(interpreter, "_LangPatchScope", None)
     if scope is None:
         return
@@ -65,8 +67,8 @@ def _patch_language_once(interpreter: Any) -> None:
 
 
 def _leave_out_unused_checks(interpreter: Any) -> None:
-    """At each sum and product of integers it computes whether they overflow, for an assertion that is made with the
-    option `debug` alone, which it never sets."""
+    """At each sum and product of integers it computes whether they overflow, for an assertion that
+    is made with the option `debug` alone, which it never sets."""
     builder = getattr(interpreter, "interpreter_builder", None)
     options = getattr(builder, "options", None)
     if dataclasses.is_dataclass(options) and getattr(options, "debug", True) is False:
@@ -74,7 +76,8 @@ def _leave_out_unused_checks(interpreter: Any) -> None:
 
 
 def _remember_types(interpreter: Any) -> None:
-    """A block's type, a tensor's shape as constexprs, NumPy's type for one: each is worked out once."""
+    """A block's type, a tensor's shape as constexprs, NumPy's type for one: each is worked out
+    once."""
     core = interpreter.tl.core
     make_tensor, make_block = core.tensor.__init__, core.block_type.__init__
     numpy_type, numpy_types = interpreter._get_np_dtype, {}

@@ -1,6 +1,8 @@
-"""Walks through the pipeline with tensors that hold nothing, and prints what it would launch and allocate as JSON.
+"""Walks through the pipeline with tensors that hold nothing, and prints what it would launch and
+allocate as JSON.
 
-Run by test_memory.py, as a process of its own: in one with TRITON_INTERPRET=1, kernels cannot be recorded.
+Run by test_memory.py, as a process of its own: in one with TRITON_INTERPRET=1, kernels cannot be
+recorded.
 """
 
 from __future__ import annotations

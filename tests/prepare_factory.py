@@ -24,7 +24,8 @@ def source_of(events: list[Event], categories: dict[str, str] | None = None) -> 
 
 
 def random_events(seed: int, users: int = 12, items: int = 25, n: int = 260) -> list[Event]:
-    """Few distinct times, so that ties and duplicates abound; ids whose text order is not that of their numbers."""
+    """Few distinct times, so that ties and duplicates abound; ids whose text order is not that of
+    their numbers."""
     rng = np.random.default_rng(seed)
     popularity = rng.dirichlet(np.full(items, 0.4))
     return [

@@ -107,11 +107,12 @@ def memory_of(case: Case, seed: int) -> Rows | None:
     return Rows(rows, ids, torch.randn(MEMORY_ROWS, generator=g) - 3)
 
 
-# ---- the union ---------------------------------------------------------------------------------------------------
+# ---- the union -----------------------------------------------------------------------------------
 
 
 def union_of(shards: Sequence[Shard], memory: Rows | None) -> Any:
-    """One problem; a memory is one more page at the end, without a history. Tables follow each other."""
+    """One problem; a memory is one more page at the end, without a history. Tables follow each
+    other."""
     first = shards[0].problem
     every = [s.problem for s in shards]
     sequence = isinstance(first, SequenceProblem)
@@ -155,11 +156,12 @@ def _with_memory(whole: dict[str, Any], memory: Rows) -> None:
         whole[name] = torch.cat([whole[name], whole[name][-1:] + rows])
 
 
-# ---- one process -------------------------------------------------------------------------------------------------
+# ---- one process ---------------------------------------------------------------------------------
 
 
 def _padded(x: Tensor, mask: Tensor) -> Tensor:
-    """[B, L, ...] with the rows of x [N, ...] where the mask is True, and whatever is worst elsewhere."""
+    """[B, L, ...] with the rows of x [N, ...] where the mask is True, and whatever is worst
+    elsewhere."""
     worst = torch.nan if x.is_floating_point() else 0
     return x.new_full((*mask.shape, *x.shape[1:]), worst).masked_scatter_(
         mask.view(*mask.shape, *[1] * (x.dim() - 1)).expand(*mask.shape, *x.shape[1:]), x
@@ -239,7 +241,8 @@ def _call(case: Case, given: dict[str, Any]) -> Any:
 def run_shard(
     case: Case, seed: int, group: Any, rank: int, size: int, **more: Any
 ) -> dict[str, Tensor]:
-    """This process's loss, gradients and statistics, packed; by the names of the union's problem."""
+    """This process's loss, gradients and statistics, packed; by the names of the union's
+    problem."""
     shards, memory = shards_of(case, size, seed), memory_of(case, seed)
     given, leaves, masks = arguments(shards[rank], case.layout)
     given |= {"group": group, "exchange": case.exchange, "impl": case.impl} | more
@@ -311,7 +314,8 @@ def combined(case: Case, found: Sequence[dict[str, Tensor]]) -> dict[str, Tensor
 
 
 def expected(case: Case, p: Any, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The definition's loss, gradients and statistics of a union; without the rows of a memory, which `like` has not."""
+    """The definition's loss, gradients and statistics of a union; without the rows of a memory,
+    which `like` has not."""
     if case.sequence:
         return results(reference.click_sequence_loss, p, case.inputs)
     seen: dict[str, Tensor] = {}

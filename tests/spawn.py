@@ -18,7 +18,8 @@ from factories import poison
 
 GROUP_TIMEOUT = 60.0
 
-# A server that has imported torch and no more: its children begin at once, and have no threads of ours.
+# A server that has imported torch and no more: its children begin at once, and have no threads of
+# ours.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "factories"])
 
@@ -33,7 +34,8 @@ def spawn(
 ) -> list[Any]:
     """What work(*args) returns on each of `size` processes; None for those that are to be `lost`.
 
-    AssertionError with the traceback of every process that failed, or of where it was after `seconds`.
+    AssertionError with the traceback of every process that failed, or of where it was after
+    `seconds`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     processes = [
@@ -96,7 +98,8 @@ def _child(
             os._exit(1)  # a group whose others are gone may not be taken down in order
         finally:
             faulthandler.cancel_dump_traceback_later()
-    # Everything is in files: taking the group down, PyTorch's threads of gloo may abort a process on a busy machine.
+    # Everything is in files: taking the group down, PyTorch's threads of gloo may abort a process
+    # on a busy machine.
     os._exit(0)
 
 

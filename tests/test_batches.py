@@ -137,7 +137,8 @@ def test_an_epoch_is_its_own_permutation_and_repeatable(dataset: Dataset) -> Non
 
 
 def test_any_step_in_any_order(dataset: Dataset) -> None:
-    """Steps asked for out of order, across epochs, are those asked for in order: nothing is kept between them."""
+    """Steps asked for out of order, across epochs, are those asked for in order: nothing is kept
+    between them."""
     once = BatchPlan(dataset, pages=8, seed=1)
     expected = {
         (e, s): once.batch(e, s).items.tolist() for e in range(2) for s in range(once.steps(e))

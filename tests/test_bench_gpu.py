@@ -1,4 +1,5 @@
-"""python -m bench.gpu: its stages run (rehearsed, tiny), what fails costs a case and not a stage, and a run can go on."""
+"""python -m bench.gpu: its stages run (rehearsed, tiny), what fails costs a case and not a stage,
+and a run can go on."""
 
 from __future__ import annotations
 
@@ -87,7 +88,9 @@ def test_a_wrong_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smoke, "_function", wrong)
     result = smoke.check(case, "cpu")
     assert result.status == FAILED
-    assert re.search(r"N = 6, M = \d+, K = \d+, D = 32: \w+ \(\w+\) has \d+\.\d+ x its budget", result.line)  # fmt: skip
+    assert re.search(
+        r"N = 6, M = \d+, K = \d+, D = 32: \w+ \(\w+\) has \d+\.\d+ x its budget", result.line
+    )
     assert "contrast" in result.line
 
     def broken(case: Any, impl: str) -> Any:
@@ -331,15 +334,29 @@ def test_pytest_is_read() -> None:
     ("code", "text", "status", "line"),
     [
         (0, "x\n========= ERROR SUMMARY: 0 errors\n", PASSED, "no errors"),
-        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", PASSED, "no errors"),
-        (66, "========= COMPUTE-SANITIZER\n========= Invalid __global__ read of size 2 bytes\n"
-         "=========     at contrast+0x1a0\n========= ERROR SUMMARY: 12 errors", FAILED,
-         "12 errors; first: Invalid __global__ read of size 2 bytes at contrast+0x1a0"),
-        (66, "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", FAILED, "2 errors"),
+        (
+            0,
+            "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
+            PASSED,
+            "no errors",
+        ),
+        (
+            66,
+            "========= COMPUTE-SANITIZER\n========= Invalid __global__ read of size 2 bytes\n"
+            "=========     at contrast+0x1a0\n========= ERROR SUMMARY: 12 errors",
+            FAILED,
+            "12 errors; first: Invalid __global__ read of size 2 bytes at contrast+0x1a0",
+        ),
+        (
+            66,
+            "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)",
+            FAILED,
+            "2 errors",
+        ),
         (1, "========= ERROR SUMMARY: 0 errors", FAILED, "no errors, but exit code 1"),
         (139, "Segmentation fault", FAILED, "no summary (exit code 139): Segmentation fault"),
     ],
-)  # fmt: skip
+)
 def test_the_sanitizer_is_read(code: int, text: str, status: str, line: str) -> None:
     found = tools.of_sanitizer(code, text)
     assert found.status == status

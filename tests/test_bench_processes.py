@@ -1,4 +1,5 @@
-"""bench.processes: what the collectives are given is what the formula says, and the report says both."""
+"""bench.processes: what the collectives are given is what the formula says, and the report says
+both."""
 
 from __future__ import annotations
 

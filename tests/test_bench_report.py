@@ -1,4 +1,5 @@
-"""python -m bench: what is selected, kept, judged and drawn; what is written with the peers; tiles and their tuning."""
+"""python -m bench: what is selected, kept, judged and drawn; what is written with the peers; tiles
+and their tuning."""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ def test_every_kernel_of_a_step_has_a_count(walked: dict[str, Any]) -> None:
 
 
 def test_counts_fit_the_tensors(walked: dict[str, Any]) -> None:
-    """Where every item is clicked, a kernel touches its tensors whole: once, or once to read and once to write."""
+    """Where every item is clicked, a kernel touches its tensors whole: once, or once to read and
+    once to write."""
     sizes = traffic.Sizes(**walked["sizes"])
     for name, held in walked["tensors"].items():
         counted = traffic.BYTES[name](sizes)
@@ -72,7 +73,8 @@ def test_counts_fit_the_tensors(walked: dict[str, Any]) -> None:
 
 
 def test_parts_of_the_forward_pass() -> None:
-    """24 row tiles on 132 multiprocessors: five programs a tile. 103 of them: shares that end within tiles."""
+    """24 row tiles on 132 multiprocessors: five programs a tile. 103 of them: shares that end
+    within tiles."""
 
     def launch(stream: bool) -> traffic.Noted:
         values = {"BLOCK_M": 128, "BLOCK_N": 64, "programs": 132, "STREAM": stream}

@@ -1,7 +1,7 @@
 """bfloat16 through the Triton kernels without a GPU.
 
-Triton's interpreter multiplies bfloat16 as the integers that hold it, and cuts where a GPU rounds. Both are put right
-here, so that what the kernels round, and where, is held to the error budget.
+Triton's interpreter multiplies bfloat16 as the integers that hold it, and cuts where a GPU rounds.
+Both are put right here, so that what the kernels round, and where, is held to the error budget.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Nothing outside of what was given is read: bounds are checked where memory is, so also where a program was traced before."""
+"""Nothing outside of what was given is read: bounds are checked where memory is, so also where a
+program was traced before."""
 
 from __future__ import annotations
 
@@ -154,7 +155,8 @@ def test_the_operators_themselves(side: str) -> None:
 
 
 def test_on_a_gpu_what_nobody_looks_at_is_clamped() -> None:
-    """Where the values are not read, as on "meta" and a GPU, the program has a clamp in the place of the check."""
+    """Where the values are not read, as on "meta" and a GPU, the program has a clamp in the place
+    of the check."""
     index = torch.tensor([-5, 0, 99], device="meta")
     assert packing.check_index("pv", index, None, 10, False).device.type == "meta"
     with pytest.raises(ValueError, match="embeddings: expected a row for the indices in pv"):
@@ -187,5 +189,10 @@ def test_table_ids_and_memories() -> None:
     for impl in ("cpu", "reference"):
         with pytest.raises(ValueError, match="pv: expected indices from 0 to 9, got 10"):
             loss(
-                torch.randn(TABLE, 8), given, table_ids=ids, memory=rows, memory_ids=memory_ids, impl=impl
-            )  # fmt: skip
+                torch.randn(TABLE, 8),
+                given,
+                table_ids=ids,
+                memory=rows,
+                memory_ids=memory_ids,
+                impl=impl,
+            )

@@ -1,4 +1,5 @@
-"""The error budget: right code is within it, each planted error is over it, and it is the same on every machine."""
+"""The error budget: right code is within it, each planted error is over it, and it is the same on
+every machine."""
 
 from __future__ import annotations
 
@@ -194,7 +195,8 @@ class _NarrowDifference(torch.autograd.Function):
 
 
 def confident(dtype: torch.dtype) -> Problem:
-    """Eight pages of one item, half way to its history, and nothing like the others: p is 1 - 3e-4."""
+    """Eight pages of one item, half way to its history, and nothing like the others: p is 1 -
+    3e-4."""
     g = torch.Generator().manual_seed(3)
     pv = torch.eye(8, 16) * 3 + 0.02 * torch.randn(8, 16, generator=g)
     history = pv + torch.eye(16)[8:] * 3 + 0.01 * torch.randn(8, 16, generator=g)
@@ -257,7 +259,8 @@ def test_a_number_goes_to_one_of_its_two_neighbours(dtype: torch.dtype) -> None:
 
 
 def test_a_probability_next_to_one_is_one() -> None:
-    """Half a unit away from it, as the model had it, the gradient of a row of length 10,000 may be wholly wrong."""
+    """Half a unit away from it, as the model had it, the gradient of a row of length 10,000 may be
+    wholly wrong."""
     one = torch.full((1000,), 1 - 1e-12, dtype=torch.float64)
     assert (Rounding(0).move(one, torch.float32) == 1).all()
 

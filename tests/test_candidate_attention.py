@@ -1,4 +1,5 @@
-"""Attention for each candidate: the reference against the definition, every implementation against the reference, edges."""
+"""Attention for each candidate: the reference against the definition, every implementation against
+the reference, edges."""
 
 from __future__ import annotations
 
@@ -129,9 +130,14 @@ def test_loss_is_the_definition(case: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, COSINE | {"log_q": True}, {"projected": True, "num_heads": 2}, {"table": True, "tensor_tau": True}],
+    [
+        {},
+        COSINE | {"log_q": True},
+        {"projected": True, "num_heads": 2},
+        {"table": True, "tensor_tau": True},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_derivatives(options: dict[str, Any]) -> None:
     small = {"pages": 3, "longest_pv": 3, "longest_history": 3, "dim": 4}
     p = in_float64(problem(1, **(small | options)), LOSS_INPUTS)
@@ -149,7 +155,8 @@ def test_derivatives(options: dict[str, Any]) -> None:
 
 
 def check(impl: str, case: str, **more: Any) -> None:
-    """Fewer pages for Triton's interpreter, which takes seconds for what a GPU does in microseconds."""
+    """Fewer pages for Triton's interpreter, which takes seconds for what a GPU does in
+    microseconds."""
     small = {"pages": 5} if impl == "triton" and not GPU else {}
     sizes = {"pages": 14} if impl == "triton" and "several-tiles" in case else {}
     check_loss(impl, **CANDIDATE, **(small | more | CASES[case] | sizes))
@@ -186,7 +193,8 @@ def test_half(impl: str, dtype: torch.dtype, case: str) -> None:
 
 
 def test_which_pages_are_packed() -> None:
-    """By cosines, those of at most 4 anchors and 64 history rows: side by side with others that need as many units of 4."""
+    """By cosines, those of at most 4 anchors and 64 history rows: side by side with others that
+    need as many units of 4."""
     pages = [(2, 1), (5, 64), (4, 5), (3, 0), (1, 65), (1, 33), (2, 4), (9, 2), (3, 9)]
     clicked = [int(k < (5 if n == 9 else 4)) for n, _ in pages for k in range(n)]
     clicked[-3:] = [0, 0, 0]
@@ -202,7 +210,8 @@ def test_which_pages_are_packed() -> None:
     shape = packed_pipeline.candidate_shape(p)
     packing = packed_pipeline.CandidateState.restored(shape, saved).packing
     assert packing is not None
-    # Of one unit: pages 0 and 6; of two: page 2; of sixteen: 1 and 5. Page 4 is too long, page 7 has five anchors.
+    # Of one unit: pages 0 and 6; of two: page 2; of sixteen: 1 and 5. Page 4 is too long, page 7
+    # has five anchors.
     assert packing.page_place.tolist() == [0, 32, 16, -1, -1, 48, 1, -1, -1]
     assert packing.packed_count.tolist() == [4, 2, 2]
     assert packing.long[:2].tolist() == [10, 14]
@@ -256,15 +265,20 @@ def ragged(seed: int = 0, dim: int = 24) -> dict[str, Tensor]:
 @pytest.mark.parametrize("impl", ("reference", *IMPLS))
 @pytest.mark.parametrize("attention", [{}, {"attention_temperature": 0.3}], ids=str)
 def test_on_the_own_page_it_is_the_listwise_softmax(impl: str, attention: dict[str, Any]) -> None:
-    """With negatives of the own page R_bj = R_j: a softmax over cos(R_j, E_j) of the page's items."""
+    """With negatives of the own page R_bj = R_j: a softmax over cos(R_j, E_j) of the page's
+    items."""
     a = ragged()
     loss = cf.reconstruction_loss(
         **a, attention="candidate", negatives="page", reduction="none", impl=impl, **attention
     )
     r = cf.reconstruct(
-        a["pv"], a["history"], pv_offsets=a["pv_offsets"], history_offsets=a["history_offsets"],
-        impl="reference", **attention,
-    )  # fmt: skip
+        a["pv"],
+        a["history"],
+        pv_offsets=a["pv_offsets"],
+        history_offsets=a["history_offsets"],
+        impl="reference",
+        **attention,
+    )
     s = torch.cosine_similarity(r, a["pv"], dim=1) / 0.1
     for i in a["clicked"][:6].nonzero().flatten().tolist():
         page = slice(0, 3) if i < 3 else slice(3, 6)
@@ -288,7 +302,10 @@ def test_without_a_query_it_is_the_mean_and_so_is_the_anchors(impl: str, negativ
 @pytest.mark.parametrize("attention", ["candidate", "anchor"])
 def test_attention_by_cosines_is_that_of_unit_projections(attention: str) -> None:
     a = ragged()
-    unit = {k: torch.nn.functional.normalize(a[v], dim=1) for k, v in (("query", "pv"), ("key", "history"))}  # fmt: skip
+    unit = {
+        k: torch.nn.functional.normalize(a[v], dim=1)
+        for k, v in (("query", "pv"), ("key", "history"))
+    }
     by_scale = cf.reconstruction_loss(**a, **unit, attention=attention, attention_scale=4.0)
     assert float(cf.reconstruction_loss(**a, attention=attention, attention_temperature=0.25)) == (
         pytest.approx(float(by_scale), rel=1e-5)
@@ -326,7 +343,15 @@ def test_cosines_in_other_layouts(kind: str) -> None:
 def test_no_anchor_gives_zero_attached_to_every_input(impl: str) -> None:
     for pages, clicked in (([(3, 2), (2, 0)], [0, 0, 0, 1, 1]), ([], []), ([(3, 0)], [1, 0, 0])):
         rows, past = (sum(x) for x in zip(*pages, strict=True)) if pages else (0, 0)
-        p = build(impl, normal(rows, 8), normal(past, 8), pages, clicked, attention="candidate", temperature=torch.tensor(0.1))  # fmt: skip
+        p = build(
+            impl,
+            normal(rows, 8),
+            normal(past, 8),
+            pages,
+            clicked,
+            attention="candidate",
+            temperature=torch.tensor(0.1),
+        )
         loss = loss_of(impl, p)
         assert not loss.any() and loss.requires_grad
         for grad in torch.autograd.grad(loss, [p.pv, p.history, p.temperature]):
@@ -345,7 +370,14 @@ def test_a_history_of_one_item_is_that_item(impl: str) -> None:
 @pytest.mark.parametrize(("impl", "length"), [("cpu", 10_000), ("triton", 700)])
 def test_a_long_history(impl: str, length: int) -> None:
     pages = [(3, length), (2, 3)]
-    p = build(impl, normal(5, 16), normal(length + 3, 16, seed=1), pages, [1, 0, 0, 0, 1], attention="candidate")  # fmt: skip
+    p = build(
+        impl,
+        normal(5, 16),
+        normal(length + 3, 16, seed=1),
+        pages,
+        [1, 0, 0, 0, 1],
+        attention="candidate",
+    )
     found, expected = run(impl, p), run("reference", p)
     for name, x in found.items():
         torch.testing.assert_close(x, expected[name], rtol=1e-4, atol=1e-6)
@@ -399,7 +431,15 @@ def test_padding_has_no_influence(impl: str, filler: float) -> None:
 def test_non_finite_live_rows_reach_the_loss(impl: str, name: str) -> None:
     tensors = {"pv": normal(5, 16), "history": normal(4, 16, seed=1)}
     tensors[name][0, 3] = torch.nan
-    p = build(impl, tensors["pv"], tensors["history"], [(3, 2), (2, 2)], [1, 0, 0, 1, 0], reduction="none", attention="candidate")  # fmt: skip
+    p = build(
+        impl,
+        tensors["pv"],
+        tensors["history"],
+        [(3, 2), (2, 2)],
+        [1, 0, 0, 1, 0],
+        reduction="none",
+        attention="candidate",
+    )
     expected = reference.reconstruction_loss(p).loss
     assert expected.isnan().any()
     assert loss_of(impl, p).isnan().tolist() == expected.isnan().tolist()
@@ -407,7 +447,8 @@ def test_non_finite_live_rows_reach_the_loss(impl: str, name: str) -> None:
 
 @needs_native
 def test_memory_on_the_cpu_does_not_grow_with_candidates_times_history() -> None:
-    """6,000 candidates by 6,000 history rows are 144 MB in float32; their products are held a chunk at a time."""
+    """6,000 candidates by 6,000 history rows are 144 MB in float32; their products are held a chunk
+    at a time."""
     code = PEAK.format(tests=str(Path(__file__).parent), dtype="float32", clicked=1.0, ids=False)
     code = code.replace("pages=3000", "pages=1200, attention='candidate'")
     run = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
@@ -421,19 +462,52 @@ def test_memory_on_the_cpu_does_not_grow_with_candidates_times_history() -> None
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"attention": "both"}, ValueError, "attention: expected one of 'candidate', 'anchor', 'mean', got 'both'"),
-        ({"attention_temperature": 0.0}, ValueError, "attention_temperature: expected a value above 0, got 0.0"),
-        ({"attention_temperature": -1.0}, ValueError, "attention_temperature: expected a value above 0"),
-        ({"attention_temperature": float("nan")}, ValueError, "attention_temperature: expected a finite value"),
+        (
+            {"attention": "both"},
+            ValueError,
+            "attention: expected one of 'candidate', 'anchor', 'mean', got 'both'",
+        ),
+        (
+            {"attention_temperature": 0.0},
+            ValueError,
+            "attention_temperature: expected a value above 0, got 0.0",
+        ),
+        (
+            {"attention_temperature": -1.0},
+            ValueError,
+            "attention_temperature: expected a value above 0",
+        ),
+        (
+            {"attention_temperature": float("nan")},
+            ValueError,
+            "attention_temperature: expected a finite value",
+        ),
         ({"attention_temperature": "1"}, TypeError, "attention_temperature: expected a float"),
-        ({"attention_temperature": 1.0, "attention_scale": 1.0}, ValueError, "expected at most one of the two, got attention_scale 1.0 and attention_temperature 1.0"),
-        ({"attention": "mean", "attention_scale": 1.0}, ValueError, "expected none with attention 'mean'"),
-        ({"direction": "identify"}, ValueError, "direction: expected \"reconstruct\" with attention \"candidate\", got 'identify'"),
+        (
+            {"attention_temperature": 1.0, "attention_scale": 1.0},
+            ValueError,
+            "expected at most one of the two, got attention_scale 1.0 and attention_temperature "
+            "1.0",
+        ),
+        (
+            {"attention": "mean", "attention_scale": 1.0},
+            ValueError,
+            "expected none with attention 'mean'",
+        ),
+        (
+            {"direction": "identify"},
+            ValueError,
+            'direction: expected "reconstruct" with attention "candidate", got \'identify\'',
+        ),
         ({"direction": "both"}, ValueError, "direction: expected"),
-        ({"value": torch.zeros(7, 12)}, ValueError, r"value: expected shape \[7, 24\], got \[7, 12\]"),
+        (
+            {"value": torch.zeros(7, 12)},
+            ValueError,
+            r"value: expected shape \[7, 24\], got \[7, 12\]",
+        ),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_bad_input(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         cf.reconstruction_loss(**ragged(), **({"attention": "candidate"} | options))
@@ -448,7 +522,8 @@ def test_xformers_says_why_not() -> None:
 
 
 def held_out_loss(attention: str) -> float:
-    """Of an embedding without any taste in it, on batches without any taste: chance is log of the candidates."""
+    """Of an embedding without any taste in it, on batches without any taste: chance is log of the
+    candidates."""
     losses = []
     for seed in range(20):
         g = torch.Generator().manual_seed(seed)
@@ -466,14 +541,15 @@ def held_out_loss(attention: str) -> float:
 
 
 def test_the_anchors_attention_sees_the_answer() -> None:
-    """Random embeddings and random clicks: nothing is to be known. Attention with the anchor's query is far better than
-    chance all the same, as it has seen the item it is to find; attention for each candidate is not better."""
+    """Random embeddings and random clicks: nothing is to be known. Attention with the anchor's
+    query is far better than chance all the same, as it has seen the item it is to find; attention
+    for each candidate is not better."""
     chance = math.log(80)
     assert held_out_loss("anchor") < chance - 0.5
     assert held_out_loss("candidate") > chance - 0.01
 
 
-# ---- torch's machinery ----------------------------------------------------------------------------
+# ---- torch's machinery ---------------------------------------------------------------------------
 
 
 def test_compiles_without_graph_breaks() -> None:
@@ -481,7 +557,9 @@ def test_compiles_without_graph_breaks() -> None:
     a = ragged()
 
     def loss(pv: Tensor, history: Tensor) -> Tensor:
-        return cf.reconstruction_loss(**(a | {"pv": pv, "history": history}), attention="candidate", impl="cpu")  # fmt: skip
+        return cf.reconstruction_loss(
+            **(a | {"pv": pv, "history": history}), attention="candidate", impl="cpu"
+        )
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(a["pv"], a["history"]), loss(a["pv"], a["history"]))
@@ -492,7 +570,13 @@ def test_ragged_batches(impl: str, examples: int) -> None:
     skip_unless_available(impl, problem(0, impl=impl))
     pages = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 6)), max_size=5)
 
-    @settings(max_examples=examples, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))  # fmt: skip
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     @given(
         pages=pages,
         dim=st.integers(1, 40),
@@ -509,9 +593,15 @@ def test_ragged_batches(impl: str, examples: int) -> None:
             g = torch.Generator().manual_seed(seed + draw)
             clicked = (torch.rand(rows, generator=g) < 0.5).int().tolist()
             p = build(
-                impl, torch.randn(rows, dim, generator=g), torch.randn(past, dim, generator=g), pages, clicked,
-                item_ids=torch.randint(0, 6, (rows,), generator=g) if ids else None, attention="candidate", **options,
-            )  # fmt: skip
+                impl,
+                torch.randn(rows, dim, generator=g),
+                torch.randn(past, dim, generator=g),
+                pages,
+                clicked,
+                item_ids=torch.randint(0, 6, (rows,), generator=g) if ids else None,
+                attention="candidate",
+                **options,
+            )
             found = loss_results(impl, p)
             assert all(x.isfinite().all() for x in found.values())
             budget.add(loss_yardstick(p, draw), found)

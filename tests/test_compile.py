@@ -1,4 +1,5 @@
-"""torch's machinery around the operators: compile, opcheck, autocast, accumulation, second derivatives."""
+"""torch's machinery around the operators: compile, opcheck, autocast, accumulation, second
+derivatives."""
 
 from __future__ import annotations
 
@@ -114,7 +115,8 @@ def test_opcheck(impl: str, options: dict[str, Any]) -> None:
     skip_unless_available(impl, p)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if impl != "triton":
-        # Not for buffers of which only part is written: the check compares all of what an operator returns.
+        # Not for buffers of which only part is written: the check compares all of what an operator
+        # returns.
         checks.append("test_aot_dispatch_dynamic")
     needs = [getattr(p, name) is not None for name in LOSS_INPUTS]
     q = make_sequence(
@@ -156,7 +158,8 @@ def test_autocast_casts_the_embeddings_and_keeps_the_loss() -> None:
 def test_autocast_is_a_cast_of_the_inputs(
     impl: str, dtype: torch.dtype, backward_inside: bool
 ) -> None:
-    """Same bits as inputs cast by hand, gradients included: autocast reaches no product of float32 inside."""
+    """Same bits as inputs cast by hand, gradients included: autocast reaches no product of float32
+    inside."""
     pv, history, clicked, mask = batch("cpu" if impl == "reference" else impl, 9)
 
     def run(cast: bool) -> list[Tensor]:

@@ -1,5 +1,6 @@
-"""What the Triton kernels compile to for GPUs that need not be there: on sm_90 the tiles in use keep their sums in
-registers, and the hot loops are bare. That every path compiles for other GPUs too is `test_dry_run.py`'s."""
+"""What the Triton kernels compile to for GPUs that need not be there: on sm_90 the tiles in use
+keep their sums in registers, and the hot loops are bare. That every path compiles for other GPUs
+too is `test_dry_run.py`'s."""
 
 from __future__ import annotations
 
@@ -21,9 +22,9 @@ if not sys.platform.startswith("linux"):
 
 from courier_fast.kernels.launches import COMMON, SHARED_MEMORY, SPECIAL  # noqa: E402
 
-# Bytes of a thread that may spill, outside of loops: two registers from tile to tile with Triton 3.9; in attention for each
-# candidate what is kept over the sum of long histories; and
-# with several heads one tile more.
+# Bytes of a thread that may spill, outside of loops: two registers from tile to tile with Triton
+# 3.9; in attention for each candidate what is kept over the sum of long histories; and with several
+# heads one tile more.
 MAY_SPILL = {
     "log-q": 8,
     "candidate-heads": 128,
@@ -34,8 +35,9 @@ MAY_SPILL = {
     "candidate-fp32-64": 40,
     "candidate-fp16-128": 40,
 }
-# The gradients of packed pages: what was reached. A step needs every register for its 128 x 64 products and weights,
-# and the sums go on top; smaller tiles would read the candidates more often than the second-level cache gives them.
+# The gradients of packed pages: what was reached. A step needs every register for its 128 x 64
+# products and weights, and the sums go on top; smaller tiles would read the candidates more often
+# than the second-level cache gives them.
 PACKED_MAY_SPILL = {
     "packed_history": 784,
     "packed_columns": 256,
@@ -43,15 +45,17 @@ PACKED_MAY_SPILL = {
     "page_weights": 8,
 }
 
-# Instructions of a step of the contrast's loop over columns (bfloat16, sm_90): of the pass for log-sum-exps alone, the
-# forward and the transposed pass, with Triton 3.6 and from 3.7 on (in 3.9, wgmma descriptors are longer). What was
-# reached, so that it is not lost again: a mask or an address more in the loop is at least eight.
+# Instructions of a step of the contrast's loop over columns (bfloat16, sm_90): of the pass for
+# log-sum-exps alone, the forward and the transposed pass, with Triton 3.6 and from 3.7 on (in 3.9,
+# wgmma descriptors are longer). What was reached, so that it is not lost again: a mask or an
+# address more in the loop is at least eight.
 HOT_LOOPS = {
     "bf16-256": ((209, 242), (239, 278), (249, 278)),
     "bf16-128": ((275, 286), (326, 349), (285, 325)),
     "bf16-64": ((147, 156), (171, 190), (164, 180)),
 }
-# Of a tile of candidates and a block, or half of one, of packed pages: the same of packed.py, D = 256.
+# Of a tile of candidates and a block, or half of one, of packed pages: the same of packed.py, D =
+# 256.
 PACKED_LOOPS = {
     "packed_scores": (792, 843),
     "packed_columns": (708, 696),
@@ -61,7 +65,9 @@ SLACK = 4  # of the compiler: it orders and merges differently from one release 
 
 
 LABELS = (*COMMON, *SPECIAL)
-AT_ONCE = 5  # a process needs seconds to begin, and workers that share these tests should not compile all of them each
+# A process needs seconds to begin, and workers that share these tests should not compile all of
+# them each
+AT_ONCE = 5
 
 
 def compiled(label: str) -> list[dict[str, Any]]:
@@ -118,7 +124,8 @@ def test_kernels_compile_for_hopper(label: str) -> None:
 
 @pytest.mark.parametrize("label", HOT_LOOPS)
 def test_hot_loops_stay_bare(label: str) -> None:
-    """No mask, id or predicate outside the diagonal and the tail: every one of them shows in the count."""
+    """No mask, id or predicate outside the diagonal and the tail: every one of them shows in the
+    count."""
     version = tuple(int(x) for x in triton.__version__.split(".")[:2])
     if version < (3, 6):
         pytest.skip("Triton 3.5 takes about 130 instructions more for the same loops")

@@ -45,7 +45,7 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
         assert torch.equal(found[name].nan_to_num(), x.nan_to_num()), name
 
 
-# ---- the native library ------------------------------------------------------------------------------------------
+# ---- the native library --------------------------------------------------------------------------
 
 
 def test_missing_native_library_is_the_reason() -> None:
@@ -76,7 +76,7 @@ def test_every_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
         assert part in reasons
 
 
-# ---- instruction sets --------------------------------------------------------------------------------------------
+# ---- instruction sets ----------------------------------------------------------------------------
 
 
 @pytest.fixture(params=VARIANTS)
@@ -85,7 +85,8 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-# Dimensions and numbers of columns around the vectors of 4, 8 and 16, so that each loop has its rest.
+# Dimensions and numbers of columns around the vectors of 4, 8 and 16, so that each loop has its
+# rest.
 VARIANT_CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "dim-35": {"dim": 35},
@@ -201,7 +202,8 @@ def test_products_at_every_edge(dim: int, columns: int) -> None:
 
 
 def test_auto_takes_the_kernels_for_small_batches() -> None:
-    """They cost the host less than the reference at every size that was measured (kernels/cpu/README.md)."""
+    """They cost the host less than the reference at every size that was measured
+    (kernels/cpu/README.md)."""
     from courier_fast import loss
 
     p = make(pages=2)
@@ -209,7 +211,7 @@ def test_auto_takes_the_kernels_for_small_batches() -> None:
     assert loss._choose("auto", p) == "cpu"
 
 
-# ---- chunks, threads, workspace ----------------------------------------------------------------------------------
+# ---- chunks, threads, workspace ------------------------------------------------------------------
 
 
 @needs_native
@@ -228,7 +230,8 @@ def test_several_chunks(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
 @needs_native
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"table": True}], ids=str)
 def test_two_runs_and_any_threads(options: dict[str, Any]) -> None:
-    """Two runs give the same bits; the stages also on any number of threads, the products may differ in rounding."""
+    """Two runs give the same bits; the stages also on any number of threads, the products may
+    differ in rounding."""
     problems = [make(seed, pages=60, dim=64, **options) for seed in range(3)]
     p = problems[0]
     torch.set_num_threads(1)
@@ -281,15 +284,17 @@ PEAK = """
     ("dtype", "ids"), [("float32", False), ("float32", True), ("bfloat16", False)]
 )
 def test_memory_does_not_grow_with_rows_times_columns(dtype: str, ids: bool) -> None:
-    """All of 15,000 rows as anchors: the similarities are 900 MB in float32, with every item the same one too."""
+    """All of 15,000 rows as anchors: the similarities are 900 MB in float32, with every item the
+    same one too."""
     code = PEAK.format(tests=os.path.dirname(__file__), dtype=dtype, clicked=1.0, ids=ids)
     run = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
     done = subprocess.run(run, capture_output=True, text=True, check=True)
-    # One chunk of rows, and a few copies of the inputs (4 MB each in float32), which all rows are here.
+    # One chunk of rows, and a few copies of the inputs (4 MB each in float32), which all rows are
+    # here.
     assert int(done.stdout) <= contrast.CHUNK_BYTES + (64 << 20)
 
 
-# ---- regressions -------------------------------------------------------------------------------------------------
+# ---- regressions ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

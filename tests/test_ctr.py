@@ -1,4 +1,5 @@
-"""Impressions, features and models of the CTR comparison: against loops, against the published layers, and what must not leak."""
+"""Impressions, features and models of the CTR comparison: against loops, against the published
+layers, and what must not leak."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, np.ndarray
     return make_world(path, style_decides=True, users=60, items=120, pages=800)
 
 
-# ---- impressions --------------------------------------------------------------------------------------------------
+# ---- impressions ---------------------------------------------------------------------------------
 
 
 def test_impressions_are_the_pages_items_with_the_newest_history(dataset: Dataset) -> None:
@@ -44,7 +45,11 @@ def test_impressions_are_the_pages_items_with_the_newest_history(dataset: Datase
     at = 0
     for page in d.split("validation"):
         for row in range(d.pv_start[page], d.pv_end[page]):
-            assert (x.page[at], x.user[at], x.time[at]) == (page, d.page_user[page], d.page_time[page])  # fmt: skip
+            assert (x.page[at], x.user[at], x.time[at]) == (
+                page,
+                d.page_user[page],
+                d.page_time[page],
+            )
             assert (x.item[at], x.clicked[at]) == (d.pv_item[row], d.pv_clicked[row])
             assert x.history_length[at] == min(3, d.history_end[page] - d.history_start[page])
             at += 1
@@ -115,13 +120,18 @@ def _broken(tmp_path: Path, what: str) -> Dataset:
     elif what == "future":  # the page's own click in its history
         page = int(np.flatnonzero(shown["clicked"].reshape(-1, 6).any(1))[50])
         pages["history_end"][page] += 1
-    return rewrite(dataset, tmp_path / "broken", {"pages": pages, "page_items": shown, "items": items})  # fmt: skip
+    return rewrite(
+        dataset, tmp_path / "broken", {"pages": pages, "page_items": shown, "items": items}
+    )
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("labels", "labels: expected clicked and not clicked items in 'validation' .* 0 clicks on 60"),
+        (
+            "labels",
+            "labels: expected clicked and not clicked items in 'validation' .* 0 clicks on 60",
+        ),
         ("users", "users: expected at least 2 in 'test' .*, got 1"),
         ("categories", "categories: expected some in .*, got none"),
         ("pages", "split: expected pages in 'test' of .*, got none"),
@@ -129,7 +139,7 @@ def _broken(tmp_path: Path, what: str) -> Dataset:
         ("order", "split: expected 'train' to end before 'validation' begins"),
         ("future", "history: expected events strictly before .* 1 pages that look into the future"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_compared_is_named(tmp_path: Path, what: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_dataset(_broken(tmp_path, what))
@@ -139,7 +149,7 @@ def test_rare_ids_share_a_row() -> None:
     assert id_codes(np.array([3, 3, 1, 4, 4, 4]), 6, 2).tolist() == [0, 0, 0, 1, 2, 0]
 
 
-# ---- features -----------------------------------------------------------------------------------------------------
+# ---- features ------------------------------------------------------------------------------------
 
 
 def _similarities_by_loop(table: np.ndarray, item: int, history: list[int]) -> list[float]:
@@ -207,7 +217,9 @@ def test_clusters_are_of_known_items_and_the_same_again(dataset: Dataset) -> Non
     assert found[:, 1].max() < (known & have).sum()  # no more clusters than items
     pairs = (found[have, 0][:, None] == found[have, 0]) == (of[have][:, None] == of[have])
     assert pairs.all()
-    np.testing.assert_array_equal(found, features.cluster_features(table, known, clusters=(4, 4096)))  # fmt: skip
+    np.testing.assert_array_equal(
+        found, features.cluster_features(table, known, clusters=(4, 4096))
+    )
     # What is not known moves no centroid.
     other = table.copy()
     other[~known] = rng.normal(size=((~known).sum(), 8))
@@ -226,19 +238,28 @@ def test_clusters_are_of_known_items_and_the_same_again(dataset: Dataset) -> Non
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: features.vector_features(np.zeros(3)), r"embeddings: expected \[items, D\], got \[3\]"),
+        (
+            lambda: features.vector_features(np.zeros(3)),
+            r"embeddings: expected \[items, D\], got \[3\]",
+        ),
         (lambda: features.vector_features(np.full((3, 2), np.nan)), "at least one finite row"),
-        (lambda: features.vector_features(np.zeros((3, 2)), np.ones(2, bool)), r"known: expected \[3\]"),
-        (lambda: features.cluster_features(np.ones((3, 2)), clusters=(0,)), "clusters: expected numbers"),
+        (
+            lambda: features.vector_features(np.zeros((3, 2)), np.ones(2, bool)),
+            r"known: expected \[3\]",
+        ),
+        (
+            lambda: features.cluster_features(np.ones((3, 2)), clusters=(0,)),
+            "clusters: expected numbers",
+        ),
         (lambda: features.check_form("pixels"), "form: expected one of none, .* got 'pixels'"),
     ],
-)  # fmt: skip
+)
 def test_wrong_features_are_named(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 
 
-# ---- models -------------------------------------------------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------------
 
 
 def make_batch(lengths: list[int], items: int = 12, seed: int = 0) -> Batch:
@@ -269,7 +290,8 @@ def tables(items: int = 12, dim: int = 4) -> ItemTables:
 
 
 def _din_by_loop(model: DIN, batch: Batch) -> torch.Tensor:
-    """DIN as it is written down, an impression at a time, without Dice's batch statistics (eval)."""
+    """DIN as it is written down, an impression at a time, without Dice's batch statistics
+    (eval)."""
     rows, target, rest = model._inputs(batch)
     logits = []
     for i in range(len(target)):
@@ -340,7 +362,7 @@ def test_models_have_names() -> None:
         make_model("deepfm", tables(), 5, 3)
 
 
-# ---- one cell -----------------------------------------------------------------------------------------------------
+# ---- one cell ------------------------------------------------------------------------------------
 
 QUICK = Settings(batch=256, epochs=2, lr=3e-3)
 
@@ -391,12 +413,15 @@ def test_it_keeps_the_weights_of_the_best_look(world: tuple[Dataset, np.ndarray]
 def test_nothing_after_the_validation_bound_is_trained_on(
     tmp_path: Path, world: tuple[Dataset, np.ndarray]
 ) -> None:
-    """Items, labels and users of everything at or after the bound permuted: the weights after fixed steps are the same bits."""
+    """Items, labels and users of everything at or after the bound permuted: the weights after fixed
+    steps are the same bits."""
     d, style = world
     rng = np.random.default_rng(0)
     first = d.split("validation").start
     item, clicked = (x.reshape(-1, 6).copy() for x in (d.pv_item, d.pv_clicked))
-    item[first:] = rng.permuted(np.tile(np.arange(d.num_items), (len(item) - first, 1)), axis=1)[:, :6]  # fmt: skip
+    item[first:] = rng.permuted(np.tile(np.arange(d.num_items), (len(item) - first, 1)), axis=1)[
+        :, :6
+    ]
     clicked[first:] = rng.permuted(clicked[first:].ravel()).reshape(-1, 6)
     user = d.page_user.copy()
     user[first:] = rng.permuted(user[first:])
@@ -428,11 +453,15 @@ def test_a_column_that_knows_the_label_is_learnt(world: tuple[Dataset, np.ndarra
 
 
 def test_training_on_later_pages_would_show(tmp_path: Path) -> None:
-    """Where every week has its own items and their quality alone decides, a model that was trained on test's pages, too, is better there:
-    what the test of permuted pages guards against is worth a lot of AUC, and would be seen."""
+    """Where every week has its own items and their quality alone decides, a model that was trained
+    on test's pages, too, is better there: what the test of permuted pages guards against is worth a
+    lot of AUC, and would be seen."""
     rng = np.random.default_rng(0)
     pages, shown = 1500, 6
-    item = np.arange(pages)[:, None] // 150 * 30 + rng.permuted(np.tile(np.arange(30), (pages, 1)), axis=1)[:, :shown]  # fmt: skip
+    item = (
+        np.arange(pages)[:, None] // 150 * 30
+        + rng.permuted(np.tile(np.arange(30), (pages, 1)), axis=1)[:, :shown]
+    )
     quality = 2 * rng.normal(size=300)
     clicked = rng.random(item.shape) < 1 / (1 + np.exp(1.5 - quality[item]))
     time = 1_700_000_000 + np.arange(pages) * 3600

@@ -42,25 +42,40 @@ def write(path: Path, ids: list[str], table: np.ndarray) -> Path:
 
 
 def command(dataset: Dataset, embeddings: Path, out: Path, *more: str) -> int:
-    what = ["ctr", "--dataset", str(dataset.path), "--embeddings", str(embeddings), "--out", str(out)]  # fmt: skip
+    what = [
+        "ctr",
+        "--dataset",
+        str(dataset.path),
+        "--embeddings",
+        str(embeddings),
+        "--out",
+        str(out),
+    ]
     return main([*what, *more])
 
 
-# ---- bad input ----------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("missing", "expected finite numbers for all 120 items, got none for 1 in .* (first: 00007)"),
+        (
+            "missing",
+            "expected finite numbers for all 120 items, got none for 1 in .* (first: 00007)",
+        ),
         ("nan", "expected finite numbers for all 120 items, got none for 2 in .* (first: 00003)"),
         ("extra", "expected items of .* alone, got 1 others in .* (first: other)"),
         ("duplicate", "expected each item_id once, got 00004 twice"),
     ],
-)  # fmt: skip
+)
 def test_wrong_embeddings_are_named_before_any_training(
-    tmp_path: Path, world: tuple[Dataset, np.ndarray], capsys: pytest.CaptureFixture, what: str, message: str
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    world: tuple[Dataset, np.ndarray],
+    capsys: pytest.CaptureFixture,
+    what: str,
+    message: str,
+) -> None:
     d, style = world
     ids, table = d.item_ids.to_pylist(), style.copy()
     if what == "missing":
@@ -81,7 +96,10 @@ def test_wrong_embeddings_are_named_before_any_training(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--forms", "pixels"], "form: expected one of none, vector, similarity, cluster, all, got 'pixels'"),
+        (
+            ["--forms", "pixels"],
+            "form: expected one of none, vector, similarity, cluster, all, got 'pixels'",
+        ),
         (["--models", "deepfm"], "models: expected some of din, dcnv2, got 'deepfm'"),
         (["--protocol", "both"], "protocol: expected some of disjoint, shared, got 'both'"),
         (["--encoder-share", "0.9"], "encoder_share: expected a share"),
@@ -90,10 +108,14 @@ def test_wrong_embeddings_are_named_before_any_training(
         (["--batch", "0"], "batch: expected at least 1, got 0"),
         (["--lr", "0"], "lr, l2: expected above 0"),
     ],
-)  # fmt: skip
+)
 def test_wrong_settings_are_named_before_any_training(
-    tmp_path: Path, world: tuple[Dataset, np.ndarray], capsys: pytest.CaptureFixture, more: list[str], message: str
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    world: tuple[Dataset, np.ndarray],
+    capsys: pytest.CaptureFixture,
+    more: list[str],
+    message: str,
+) -> None:
     d, style = world
     path = write(tmp_path / "e.parquet", d.item_ids.to_pylist(), style)
     assert command(d, path, tmp_path / "out", *more) == 2
@@ -139,7 +161,18 @@ def test_an_encoder_that_saw_what_it_must_not_is_named(
     for protocol, bound in bounds.items():
         for until, wrong in ((bound - 1, False), (bound, True), (None, False)):
             (tmp_path / "e.parquet.json").write_text(json.dumps({"trained_until": until}))
-            more = ["--protocol", protocol, "--models", "din", "--forms", "none", "--seeds", "1", "--epochs", "1"]  # fmt: skip
+            more = [
+                "--protocol",
+                protocol,
+                "--models",
+                "din",
+                "--forms",
+                "none",
+                "--seeds",
+                "1",
+                "--epochs",
+                "1",
+            ]
             if wrong:
                 assert command(d, path, tmp_path / "out", *more) == 2
                 said = capsys.readouterr().err
@@ -149,7 +182,7 @@ def test_an_encoder_that_saw_what_it_must_not_is_named(
                 assert command(d, path, tmp_path / protocol, *more) == 0
 
 
-# ---- cells --------------------------------------------------------------------------------------------------------
+# ---- cells ---------------------------------------------------------------------------------------
 
 
 def small_plan(world: tuple[Dataset, np.ndarray], **more: Any) -> Plan:
@@ -174,7 +207,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     plan = small_plan(world)
     assert run_plan(plan, tmp_path / "whole", threads=2) == 0
     whole = contents(tmp_path / "whole")
-    assert list(whole) == [f"din-{f}-{e}-disjoint-{s}.parquet" for f, e in (("none", "none"), ("similarity", "style")) for s in (0, 1)]  # fmt: skip
+    assert list(whole) == [
+        f"din-{f}-{e}-disjoint-{s}.parquet"
+        for f, e in (("none", "none"), ("similarity", "style"))
+        for s in (0, 1)
+    ]
 
     done = 0
 
@@ -237,19 +274,34 @@ def test_predictions_are_of_the_splits_impressions(
     assert read["clicked"] == np.concatenate([x.clicked for x in shown]).tolist()
     parts = read_predictions(path, ("test",))
     assert parts["test"].tolist() == read["p"][len(shown[0]) :]
-    run_plan(small_plan(world, seeds=1, forms=["none"], ranges=("validation",)), tmp_path, threads=1)  # fmt: skip
+    run_plan(
+        small_plan(world, seeds=1, forms=["none"], ranges=("validation",)), tmp_path, threads=1
+    )
     assert set(pq.read_table(path)["range"].to_pylist()) == {"validation"}
 
 
-# ---- the whole command --------------------------------------------------------------------------------------------
+# ---- the whole command ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("style_decides", [True, False])
 def test_an_image_is_worth_what_it_decides(tmp_path: Path, style_decides: bool) -> None:
-    """Where style decides clicks it adds AUC, in each form, and where the item decides it adds nothing; random vectors never do."""
+    """Where style decides clicks it adds AUC, in each form, and where the item decides it adds
+    nothing; random vectors never do."""
     d, style = make_world(tmp_path / "d", style_decides=style_decides)
     path = write(tmp_path / "style.parquet", d.item_ids.to_pylist(), style)
-    more = ["--models", "din", "--forms", "similarity", "vector", "--protocol", "shared", "--seeds", "1", "--epochs", "3"]  # fmt: skip
+    more = [
+        "--models",
+        "din",
+        "--forms",
+        "similarity",
+        "vector",
+        "--protocol",
+        "shared",
+        "--seeds",
+        "1",
+        "--epochs",
+        "3",
+    ]
     assert command(d, path, tmp_path / "out", *more) == 0
     report = json.loads((tmp_path / "out" / "ctr.json").read_text())
     (table,) = report["tables"]
@@ -285,14 +337,19 @@ def test_an_input_that_knows_the_answer_is_an_alarm(
     told = np.where(read["clicked"].to_numpy(), 0.9, 0.1).astype(np.float32)
     pq.write_table(read.set_column(read.column_names.index("p"), "p", pa.array(told)), cell)
     assert command(d, path, tmp_path / "out", *more) == 0  # the table is made from the cells
-    assert "AUC 1.0000 is above 0.99: an input knows the answer" in capsys.readouterr().out.replace("\n", " ")  # fmt: skip
+    assert "AUC 1.0000 is above 0.99: an input knows the answer" in capsys.readouterr().out.replace(
+        "\n", " "
+    )
 
 
 def test_other_dimensions_than_the_last_run_are_an_error(
     tmp_path: Path, world: tuple[Dataset, np.ndarray], capsys: pytest.CaptureFixture
 ) -> None:
     d, style = world
-    ids, more = d.item_ids.to_pylist(), ["--models", "din", "--forms", "none", "--seeds", "1", "--epochs", "1"]  # fmt: skip
+    ids, more = (
+        d.item_ids.to_pylist(),
+        ["--models", "din", "--forms", "none", "--seeds", "1", "--epochs", "1"],
+    )
     assert command(d, write(tmp_path / "e.parquet", ids, style), tmp_path / "out", *more) == 0
     path = write(tmp_path / "e.parquet", ids, np.tile(style, (1, 2)))
     capsys.readouterr()
@@ -305,14 +362,36 @@ def test_items_without_an_embedding_are_allowed_when_asked(
 ) -> None:
     d, style = world
     path = write(tmp_path / "e.parquet", d.item_ids.to_pylist()[10:], style[10:])
-    more = ["--models", "dcnv2", "--forms", "all", "--seeds", "1", "--epochs", "1", "--allow-missing", "--split", "validation", "--export", str(tmp_path / "x")]  # fmt: skip
+    more = [
+        "--models",
+        "dcnv2",
+        "--forms",
+        "all",
+        "--seeds",
+        "1",
+        "--epochs",
+        "1",
+        "--allow-missing",
+        "--split",
+        "validation",
+        "--export",
+        str(tmp_path / "x"),
+    ]
     assert command(d, path, tmp_path / "out", *more) == 0
     report = json.loads((tmp_path / "out" / "ctr.json").read_text())
     assert [r["form"] for r in report["tables"][0]["rows"]] == ["none", "all", "all"]
-    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["README.md", "dataset_config.yaml", "e_vectors.npz", "items.parquet", "test.parquet", "train.parquet", "validation.parquet"]  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == [
+        "README.md",
+        "dataset_config.yaml",
+        "e_vectors.npz",
+        "items.parquet",
+        "test.parquet",
+        "train.parquet",
+        "validation.parquet",
+    ]
 
 
-# ---- slices -------------------------------------------------------------------------------------------------------
+# ---- slices --------------------------------------------------------------------------------------
 
 
 def test_slices_divide_the_impressions(world: tuple[Dataset, np.ndarray]) -> None:
@@ -350,7 +429,7 @@ def test_slices_divide_the_impressions(world: tuple[Dataset, np.ndarray]) -> Non
     assert len(sizes) == 4 and max(sizes) - min(sizes) <= 1
 
 
-# ---- export -------------------------------------------------------------------------------------------------------
+# ---- export --------------------------------------------------------------------------------------
 
 
 def test_export_has_the_impressions_and_all_forms(
@@ -382,7 +461,9 @@ def test_export_has_the_impressions_and_all_forms(
     for table in (read, items):
         for column in table.column_names:
             generic = column.replace("style_similarity_", "style_similarity_*|").split("|")[0]
-            generic = "_".join([*generic.split("_")[:-1], "*"]) if "cluster_" in generic else generic  # fmt: skip
+            generic = (
+                "_".join([*generic.split("_")[:-1], "*"]) if "cluster_" in generic else generic
+            )
             assert f"| {generic} |" in text, column
 
 

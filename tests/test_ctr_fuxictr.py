@@ -1,4 +1,5 @@
-"""The CTR models' layers against FuxiCTR's with the same weights, and FuxiCTR reading what `--export` wrote."""
+"""The CTR models' layers against FuxiCTR's with the same weights, and FuxiCTR reading what
+`--export` wrote."""
 
 from __future__ import annotations
 
@@ -118,7 +119,9 @@ def test_fuxictr_reads_the_export(
     d, style, folder = exported
     monkeypatch.chdir(folder)  # the configuration's paths are relative
     about = load_dataset_config(".", form)
-    processor = FeatureProcessor(dataset_id=form, **{k: x for k, x in about.items() if k != "dataset_id"})  # fmt: skip
+    processor = FeatureProcessor(
+        dataset_id=form, **{k: x for k, x in about.items() if k != "dataset_id"}
+    )
     read = [
         processor.preprocess(processor.read_data(about[f"{s}_data"], data_format="parquet"))
         for s in ("train", "valid", "test")
@@ -133,7 +136,7 @@ def test_fuxictr_reads_the_export(
     assert set(processor.feature_map.features) == columns == set(rows.columns) - {"clicked"}
     vocabulary = json.loads((folder / form / "feature_vocab.json").read_text())["item_id"]
     ids = d.item_ids.to_pylist()
-    assert list(found["item_id"]) == [vocabulary.get(ids[i], vocabulary["__OOV__"]) for i in x.item]  # fmt: skip
+    assert list(found["item_id"]) == [vocabulary.get(ids[i], vocabulary["__OOV__"]) for i in x.item]
     for row in (0, len(x) - 1):
         page = x.page[row] - x.pages.start
         history = d.event_item[x.history_start[page] : x.history_end[page]]

@@ -1,4 +1,5 @@
-"""Impressions that stand for several, as where `prepare` cut pages: training, the table, its cells and the export; and why."""
+"""Impressions that stand for several, as where `prepare` cut pages: training, the table, its cells
+and the export; and why."""
 
 from __future__ import annotations
 
@@ -84,10 +85,31 @@ def test_the_table_and_the_export_have_the_weights(
 ) -> None:
     d, style = world
     rng = np.random.default_rng(0)
-    other = with_weights(d, tmp_path / "d", np.where(d.pv_clicked, 1, rng.integers(1, 9, len(d.pv_item))))  # fmt: skip
+    other = with_weights(
+        d, tmp_path / "d", np.where(d.pv_clicked, 1, rng.integers(1, 9, len(d.pv_item)))
+    )
     np.save(tmp_path / "style.npy", style)
-    what = ["ctr", "--dataset", str(other.path), "--embeddings", str(tmp_path / "style.npy"), "--out", str(tmp_path / "out")]  # fmt: skip
-    more = ["--models", "din", "--forms", "similarity", "--seeds", "1", "--epochs", "1", "--export", str(tmp_path / "x")]  # fmt: skip
+    what = [
+        "ctr",
+        "--dataset",
+        str(other.path),
+        "--embeddings",
+        str(tmp_path / "style.npy"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    more = [
+        "--models",
+        "din",
+        "--forms",
+        "similarity",
+        "--seeds",
+        "1",
+        "--epochs",
+        "1",
+        "--export",
+        str(tmp_path / "x"),
+    ]
     assert main([*what, *more]) == 0
     report = json.loads((tmp_path / "out/ctr.json").read_text())
     (table,) = report["tables"]
@@ -116,7 +138,9 @@ def test_the_table_and_the_export_have_the_weights(
             expected = metrics.auc(shown.clicked[mask], p["none"][mask], weight=shown.weight[mask])
             assert one["rows"]["none"]["auc"]["value"] == pytest.approx(expected, rel=1e-12)
     assert "Some pages were cut" in (tmp_path / "out/ctr.md").read_text()
-    np.testing.assert_array_equal(pq.read_table(tmp_path / "x/test.parquet")["weight"], shown.weight)  # fmt: skip
+    np.testing.assert_array_equal(
+        pq.read_table(tmp_path / "x/test.parquet")["weight"], shown.weight
+    )
     assert "| weight | float32; how many" in (tmp_path / "x/README.md").read_text()
 
 
@@ -139,11 +163,12 @@ def test_cells_of_datasets_without_weights_stay_valid(tmp_path: Path) -> None:
     assert len(set(found)) == 3
 
 
-# ---- why ----------------------------------------------------------------------------------------------------------
+# ---- why -----------------------------------------------------------------------------------------
 
 
 def make_log(users: int = 250, pages: int = 20, items: int = 60) -> tuple[Source, Array, Array]:
-    """Click probabilities are those of users [U] times those of items [I]; most pages are without a click. Who clicks less sees more."""
+    """Click probabilities are those of users [U] times those of items [I]; most pages are without a
+    click. Who clicks less sees more."""
     rng = np.random.default_rng(0)
     of_user, of_item = rng.lognormal(-3.8, 1.2, users).clip(0, 0.25), 2 * rng.random(items) ** 2
     size = np.where(of_user > np.median(of_user), 5, 20)[np.arange(users * pages) % users]
@@ -155,8 +180,14 @@ def make_log(users: int = 250, pages: int = 20, items: int = 60) -> tuple[Source
         return [f"{kind}{n:04}" for n in numbers]
 
     shown = pl.LazyFrame(
-        {"page_id": ids("p", page), "user_id": ids("u", page % users), "item_id": ids("i", item), "time": 100 + page, "clicked": clicked}
-    )  # fmt: skip
+        {
+            "page_id": ids("p", page),
+            "user_id": ids("u", page % users),
+            "item_id": ids("i", item),
+            "time": 100 + page,
+            "clicked": clicked,
+        }
+    )
     before = pl.LazyFrame(
         {"user_id": ids("u", np.arange(users)), "item_id": ["i0000"] * users, "time": [1] * users}
     )
@@ -175,11 +206,14 @@ def rate(clicked: Array, p: Array, user: Array, weight: Array | None) -> tuple[f
 
 
 def test_a_log_that_was_cut_is_judged_as_the_whole(tmp_path: Path) -> None:
-    """By the true probabilities, what is kept with its weights has the AUC, the logloss and the rate of the log; without either it does not."""
+    """By the true probabilities, what is kept with its weights has the AUC, the logloss and the
+    rate of the log; without either it does not."""
     source, of_user, of_item = make_log()
     data = {}
     for name, size, keep in (("whole", 20, True), ("kept", 5, True), ("dropped", 5, False)):
-        options = PrepareOptions(page_size=size, keep_unclicked=keep, min_history=1, validation_share=0.2, test_share=0.4)  # fmt: skip
+        options = PrepareOptions(
+            page_size=size, keep_unclicked=keep, min_history=1, validation_share=0.2, test_share=0.4
+        )
         report = prepare(tmp_path / name, source=source, options=options)["pages"]
         data[name] = Dataset(tmp_path / name)
         assert "cut" not in report if name == "whole" else report["cut"] > 0.3 * report["kept"]
@@ -194,7 +228,12 @@ def test_a_log_that_was_cut_is_judged_as_the_whole(tmp_path: Path) -> None:
     assert rate(x.clicked, truth(x), x.user, None)[0] == pytest.approx(1, abs=0.1)
     assert whole.auc.value == pytest.approx(0.849, abs=6e-4)
     # As docs/evaluation.md has it.
-    documented = {("kept", True): 0.849, ("kept", False): 0.76, ("dropped", True): 0.802, ("dropped", False): 0.673}  # fmt: skip
+    documented = {
+        ("kept", True): 0.849,
+        ("kept", False): 0.76,
+        ("dropped", True): 0.802,
+        ("dropped", False): 0.673,
+    }
     for name, weighted in documented:
         x = Impressions(data[name], "test")
         assert x.weight is not None

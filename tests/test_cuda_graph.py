@@ -1,7 +1,7 @@
 """`cuda_graph=True`: the same loss and gradients as without, whatever is called in between.
 
-Without a GPU a stand-in for the capture does again what was captured, into the same tensors, as a graph would: a result
-that was not copied out in time shows.
+Without a GPU a stand-in for the capture does again what was captured, into the same tensors, as a
+graph would: a result that was not copied out in time shows.
 """
 
 from __future__ import annotations
@@ -164,7 +164,8 @@ def test_other_inputs_of_the_same_shape(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_an_upstream_gradient(captures: list[int], dtype: torch.dtype) -> None:
-    """The same bits, whatever it is: float16 too gets a GradScaler's factor before anything is rounded."""
+    """The same bits, whatever it is: float16 too gets a GradScaler's factor before anything is
+    rounded."""
     if dtype == torch.float16 and not GPU:
         pytest.skip("float16 needs a GPU here: the native library has none")
     graphed, plain = modules()

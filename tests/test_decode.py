@@ -76,7 +76,8 @@ def resized(
     kernel: Image.Resampling = Image.Resampling.BILINEAR,
     shift: tuple[float, float] = (0, 0),
 ) -> np.ndarray:
-    """Pillow's antialiased resize of the window in whole pixels, moved by `shift` pixels of the result."""
+    """Pillow's antialiased resize of the window in whole pixels, moved by `shift` pixels of the
+    result."""
     rows, columns = pixels(window, image.height, image.width)
     box = np.array([columns.start, rows.start, columns.stop, rows.stop], float)
     size = (box[2:] - box[:2]) / SIZE
@@ -90,10 +91,11 @@ def check_picture(
 ) -> None:
     """`found` is as near to the bilinear picture as interpolation leaves open.
 
-    What a picture in fewer pixels should be is a matter of the filter: box and Lanczos are the softest and the sharpest in use, and their
-    distance from the bilinear picture is what filters differ by. Windows are cut in whole pixels of a decoded picture that is at least as
-    large as the result: so an edge may lie half a pixel off, and the same picture moved by that is what a cut may differ by.
-    `slack` levels are for what is before: inverse DCT, colours, rounding.
+    What a picture in fewer pixels should be is a matter of the filter: box and Lanczos are the
+    softest and the sharpest in use, and their distance from the bilinear picture is what filters
+    differ by. Windows are cut in whole pixels of a decoded picture that is at least as large as the
+    result: so an edge may lie half a pixel off, and the same picture moved by that is what a cut
+    may differ by. `slack` levels are for what is before: inverse DCT, colours, rounding.
     """
     expected = resized(image, window, flip)
 
@@ -166,9 +168,14 @@ def test_red_is_left_and_a_flip_moves_it(decoder: Decoder) -> None:
 
 
 SEEN_TO_STORED = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
-}  # fmt: skip
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 def exif_rotated(seen: Image.Image, orientation: int, **options: object) -> np.ndarray:
@@ -349,7 +356,8 @@ def test_many_damaged_images(decoder: Decoder) -> None:
 
 
 def test_data_missing_within_a_scan_are_seen_by_the_strict_decoder() -> None:
-    """Pillow and DALI take libjpeg's grey filling for the picture; `prepare` reads strictly, once."""
+    """Pillow and DALI take libjpeg's grey filling for the picture; `prepare` reads strictly,
+    once."""
     good = encoded(scene(200, 160))
     files = [
         np.concatenate([good[: len(good) // 2], good[-2:]]),
@@ -429,7 +437,8 @@ def test_normalising_on_the_device_is_the_same() -> None:
 
 @pytest.mark.parametrize("name", ["half", "garbage", "trailing bytes"])
 def test_dali_finds_the_image_that_it_cannot_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the look at the headers lets pass costs its own picture, whatever DALI says, and no other."""
+    """What the look at the headers lets pass costs its own picture, whatever DALI says, and no
+    other."""
     dali = pytest.importorskip("courier_fast.data.dali", reason="DALI is not installed")
     decoder = make_decoder("dali-cpu", SIZE, threads=1)
     good = [encoded(scene(90, 120, seed)) for seed in range(7)]

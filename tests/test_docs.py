@@ -99,15 +99,18 @@ def training_from_python(names: dict[str, Any]) -> Check:
 
 
 def features_of_a_backbone(names: dict[str, Any]) -> Check:
-    """A dataset, and the backbone's file as it is: other names, a classifier, weights in channels-last order."""
+    """A dataset, and the backbone's file as it is: other names, a classifier, weights in
+    channels-last order."""
     timm = pytest.importorskip("timm")
     make_dataset = pytest.importorskip("dataset_factory", exc_type=ImportError).make_dataset
     make_dataset(Path("data"), users=3, items=6, pages=5, history=2)
     torch.manual_seed(0)
     backbone = timm.create_model("tf_efficientnet_lite0", num_classes=0)
     state = backbone.to(memory_format=torch.channels_last).state_dict()
-    stored = {f"_{i}.num_batches" if "num_batches" in n else f"_{i}": x
-              for i, (n, x) in enumerate(state.items())}  # fmt: skip
+    stored = {
+        f"_{i}.num_batches" if "num_batches" in n else f"_{i}": x
+        for i, (n, x) in enumerate(state.items())
+    }
     torch.save(stored | {"_fc.weight": torch.zeros(2, 2)}, "efficientnet-lite0-57934424.pth")
 
     def check(names: dict[str, Any]) -> None:

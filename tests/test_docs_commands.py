@@ -1,4 +1,5 @@
-"""Every command line of the documentation is one that the commands' own parsers take; nothing is run."""
+"""Every command line of the documentation is one that the commands' own parsers take; nothing is
+run."""
 
 from __future__ import annotations
 
@@ -18,9 +19,14 @@ from courier_fast.option_rules import check
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
-    "README.md", "CONTRIBUTING.md", "RELEASING.md", "SECURITY.md", "kernels/README.md", "kernels/cpu/README.md",
+    "README.md",
+    "CONTRIBUTING.md",
+    "RELEASING.md",
+    "SECURITY.md",
+    "kernels/README.md",
+    "kernels/cpu/README.md",
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))),
-]  # fmt: skip
+]
 COMMAND = re.compile(r"(courier-fast|torchrun|make) |python -m (bench|courier_fast)")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -52,7 +58,8 @@ class Parsed(Exception):  # noqa: N818
 
 
 def parse(command: str, whole: bool = True) -> None:
-    """Has the command's own parser read it; ValueError where it does not take it. With `whole`, all that is required has to be there."""
+    """Has the command's own parser read it; ValueError where it does not take it. With `whole`, all
+    that is required has to be there."""
     program, *words = shlex.split(command, comments=True)
     if program == "make":
         targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -1,4 +1,5 @@
-"""Every launch as a GPU would see it, without one: what Triton makes of its arguments, its compiler, shared memory."""
+"""Every launch as a GPU would see it, without one: what Triton makes of its arguments, its
+compiler, shared memory."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def worker(what: str, **environment: str) -> Any:
     return json.loads(run.stdout)
 
 
-# Triton's default, which changes between versions, turned off: what is launched asks for it all the same.
+# Triton's default, which changes between versions, turned off: what is launched asks for it all the
+# same.
 @pytest.mark.parametrize("what", ["sizes", "paths"])
 def test_what_a_gpu_would_compile_compiles(what: str) -> None:
     found = worker(what, TRITON_DEFAULT_FP_FUSION="0")
@@ -44,7 +46,8 @@ def test_what_a_gpu_would_compile_compiles(what: str) -> None:
 
 
 def test_sizes_do_not_compile_anew() -> None:
-    """13 launches a step; what is decided by size (in place or not) adds a few, sizes themselves nothing."""
+    """13 launches a step; what is decided by size (in place or not) adds a few, sizes themselves
+    nothing."""
     counts = worker("ragged")
     assert counts[0] >= 10
     assert counts[-1] <= 16

@@ -142,7 +142,8 @@ def no_rows(layout: str, device: str) -> tuple[dict[str, Tensor], dict[str, Tens
 def test_no_row_gives_a_loss_attached_to_every_input(
     impl: str, layout: str, reduction: str
 ) -> None:
-    """Each input alone, too: the reference had no graph for a history that key and value stand in for."""
+    """Each input alone, too: the reference had no graph for a history that key and value stand in
+    for."""
     leaves, rest = no_rows(layout, DEVICES.get(impl, "cpu"))
     skip_unless_available(impl, make(impl=impl if impl != "reference" else "cpu"))
 
@@ -188,7 +189,8 @@ def test_one_candidate_only_gives_zero(impl: str, negatives: str) -> None:
     options: dict[str, Any] = {"negatives": negatives, "direction": "both"}
     p = build(impl, normal(1, 8), normal(2, 8, seed=1), [(1, 2)], [1], **options)
     found = run(impl, p)
-    # The positive is its only candidate: what is left is the rounding of one score, and of p = 1, times 1/tau.
+    # The positive is its only candidate: what is left is the rounding of one score, and of p = 1,
+    # times 1/tau.
     rounding = torch.finfo(torch.float32).eps / p.tau
     assert abs(float(found["output"])) <= rounding
     assert found["pv"].abs().max() <= rounding / p.tau
@@ -326,12 +328,14 @@ def test_narrow_products_are_found() -> None:
     "kernel", ["contrast", "reconstruct", "epilogue", "chunked", "click_sequence"]
 )
 def test_row_offsets_are_64_bit(kernel: str) -> None:
-    """No kernel multiplies a 32-bit row number by a stride (flash-linear-attention #1080, FBGEMM #5755)."""
+    """No kernel multiplies a 32-bit row number by a stride (flash-linear-attention #1080, FBGEMM
+    #5755)."""
     assert not narrow_products((Path(configs.__file__).parent / f"{kernel}.py").read_text())
 
 
 def test_more_than_2_31_similarities() -> None:
-    """N x M above 2^31 on the CPU, against counts: of 16 different rows, shown again and again, the sum is known."""
+    """N x M above 2^31 on the CPU, against counts: of 16 different rows, shown again and again, the
+    sum is known."""
     rows = 46400
     assert rows * rows > 2**31
     g = torch.Generator().manual_seed(0)

@@ -1,4 +1,5 @@
-"""Embeddings of datasets and folders; interrupted passes that end with the same bytes; damaged and missing images."""
+"""Embeddings of datasets and folders; interrupted passes that end with the same bytes; damaged and
+missing images."""
 
 from __future__ import annotations
 
@@ -128,7 +129,8 @@ def test_interrupted_and_resumed_is_the_same_file(
 
 
 def test_kill_9_and_resume(dataset: Dataset, tmp_path: Path) -> None:
-    """A process killed with batches done ends, when run again, with an uninterrupted run's bytes."""
+    """A process killed with batches done ends, when run again, with an uninterrupted run's
+    bytes."""
     script = textwrap.dedent(
         f"""
         import sys, time
@@ -172,7 +174,9 @@ def other_batch(data: Dataset, out: Path) -> int:
 def other_input(data: Dataset, out: Path) -> int:
     images = images_of(data)
     images[0] = ((images[0][0] or b"") + b"\0", *images[0][1:])  # past its end: the same picture
-    return embed_dataset(Tiny(), rewrite(data, out.parent / "d", images=images), out, batch=8).resumed  # fmt: skip
+    return embed_dataset(
+        Tiny(), rewrite(data, out.parent / "d", images=images), out, batch=8
+    ).resumed
 
 
 def other_progress(data: Dataset, out: Path) -> int:
@@ -211,7 +215,8 @@ def test_a_change_starts_over_and_says_so(
 def test_progress_of_another_partial_file_is_gone_first(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed right after starting over, the next run would have taken the new file's empty rows for done."""
+    """Killed right after starting over, the next run would have taken the new file's empty rows for
+    done."""
     out = tmp_path / "e.npy"
     with pytest.raises(KeyboardInterrupt):
         embed_dataset(Tiny(fail_at=3), dataset, out, batch=8)
@@ -310,7 +315,7 @@ def test_autocast(dataset: Dataset, tmp_path: Path) -> None:
     np.testing.assert_allclose(half, full, atol=0.02, equal_nan=True)
 
 
-# ---- with a run of the trainer ------------------------------------------------------------------------------------
+# ---- with a run of the trainer -------------------------------------------------------------------
 
 
 def command(module: object, *arguments: object) -> int:
@@ -376,9 +381,18 @@ def test_commands_with_a_run(dataset: Dataset, tmp_path: Path) -> None:
     torch.manual_seed(0)
     fresh = build_encoder("small_conv", 8, 32)
     args = argparse.Namespace(
-        run=run, backbone=None, size=0, pretrained=False, weights=None, seed=5, device="cpu",
-        precision="auto", decoder="auto", threads=1, batch=64,
-    )  # fmt: skip
+        run=run,
+        backbone=None,
+        size=0,
+        pretrained=False,
+        weights=None,
+        seed=5,
+        device="cpu",
+        precision="auto",
+        decoder="auto",
+        threads=1,
+        batch=64,
+    )
     method = evaluate._backbone(args, dataset)
     decoder = make_decoder("auto", 32, mean=fresh.mean, std=fresh.std)
     expected = embed.encode_all(
@@ -401,12 +415,25 @@ def test_commands_with_a_run_on_features(tmp_path: Path) -> None:
     assert trained_until(out) == 1_700_000_000
     found = tmp_path / "r.json"
     code = command(
-        evaluate, "--dataset", data.path, "--run", tmp_path / "run", "--json", found,
-        "--count", 5, "--bootstrap", 5,
-    )  # fmt: skip
+        evaluate,
+        "--dataset",
+        data.path,
+        "--run",
+        tmp_path / "run",
+        "--json",
+        found,
+        "--count",
+        5,
+        "--bootstrap",
+        5,
+    )
     assert code == 0
     assert list(json.loads(found.read_text())["missing"]) == [
-        "trained", "random", "popularity", "features", "features, standardised",
-    ]  # fmt: skip
+        "trained",
+        "random",
+        "popularity",
+        "features",
+        "features, standardised",
+    ]
     with pytest.raises(ValueError, match="expected an encoder of images with --images"):
         command(embed, "--run", tmp_path / "run", "--images", tmp_path, "--out", out)

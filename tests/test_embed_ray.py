@@ -1,4 +1,5 @@
-"""`embed --engine ray` gives the bytes of the local engine, also where a worker is killed or the driver stops."""
+"""`embed --engine ray` gives the bytes of the local engine, also where a worker is killed or the
+driver stops."""
 
 from __future__ import annotations
 
@@ -84,7 +85,9 @@ def test_a_folder_grows_as_the_local_engine_makes_it_grow(
         assert embed(run, f"--dataset={later.path}", out, f"--engine={engine}", "--only-new") == 0
         parts = EmbeddingStore.open(out).parts
         assert [p["rows"] for p in parts] == [59, 1]
-        tables.append([pq.read_table(out / p["name"]).drop(["encoded_at"]).to_pydict() for p in parts])  # fmt: skip
+        tables.append(
+            [pq.read_table(out / p["name"]).drop(["encoded_at"]).to_pydict() for p in parts]
+        )
     for one, other in zip(*tables, strict=True):
         for column in ("item_id", "source"):
             assert one[column] == other[column]
@@ -165,7 +168,9 @@ def test_errors_are_those_of_the_local_engine(
     ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for encode in ({}, {"encode": embed_ray.encode_on(ray)}):
-        with pytest.raises(RuntimeError, match="expected finite embeddings, got NaN or infinity for i0"):  # fmt: skip
+        with pytest.raises(
+            RuntimeError, match="expected finite embeddings, got NaN or infinity for i0"
+        ):
             embed_source(Slow(tmp_path, wrong=True), rows(), tmp_path / "e.npy", **encode)  # type: ignore[arg-type]
     assert embed(tmp_path, "--images=.", tmp_path / "e.npy", "--ray-address=auto") == 2
     assert "--ray-address: has no effect without --engine ray" in capsys.readouterr().err

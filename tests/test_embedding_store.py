@@ -1,4 +1,5 @@
-"""Folders of embeddings: what is new is appended, what is there stays, and vectors of two encoders do not mix."""
+"""Folders of embeddings: what is new is appended, what is there stays, and vectors of two encoders
+do not mix."""
 
 from __future__ import annotations
 
@@ -68,7 +69,11 @@ def test_only_what_is_new_or_changed_is_encoded(tmp_path: Path) -> None:
     np.testing.assert_array_equal(rows[order], whole[1][other])
     assert store.rows == 9 and store.trained_until == trained_until(folder) == 7
     assert embed_new(encoder, later, folder, space=SPACE, only_new=True)[1] is None
-    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "part-00000.parquet", "part-00001.parquet"]  # fmt: skip
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "manifest.json",
+        "part-00000.parquet",
+        "part-00001.parquet",
+    ]
 
 
 def test_rows_that_are_not_looked_at_are_not_encoded(tmp_path: Path) -> None:
@@ -133,7 +138,9 @@ def test_a_folder_is_made_compact(tmp_path: Path) -> None:
     encoder, folder = Double(), tmp_path / "e"
     embed_new(encoder, source("abc"), folder, space=SPACE)
     embed_new(encoder, source("abd", changed="a"), folder, space=SPACE, only_new=True)
-    store, _ = embed_new(encoder, source("ab", changed="a"), folder, space=SPACE, only_new=True, remove_missing=True)  # fmt: skip
+    store, _ = embed_new(
+        encoder, source("ab", changed="a"), folder, space=SPACE, only_new=True, remove_missing=True
+    )
     ids, rows = store.read()
     assert len(store.parts) == 3
     first = store.parts[0]["name"]
@@ -147,7 +154,9 @@ def test_a_folder_is_made_compact(tmp_path: Path) -> None:
     assert small.rows == 2 and small == EmbeddingStore.open(folder) == small.compact()
     assert small.read()[0].to_pylist() == ids.to_pylist()
     np.testing.assert_array_equal(small.read()[1], rows)
-    assert embed_new(encoder, source("ab", changed="a"), folder, space=SPACE, only_new=True)[1] is None  # fmt: skip
+    assert (
+        embed_new(encoder, source("ab", changed="a"), folder, space=SPACE, only_new=True)[1] is None
+    )
     made = pq.read_table(folder / "part-00003.parquet")["encoded_at"]
     assert made.null_count == 0
 
@@ -219,13 +228,19 @@ def test_the_command_grows_a_folder_that_others_read(
         ids, rows, said = read_vectors(tmp_path / name)
         assert ids.to_pylist() == data.item_ids.to_pylist() and said == space
         np.testing.assert_array_equal(rows, table)
-    assert command(embed, *common, "--out", folder, "--only-new", "--remove-missing", "--compact") == 0  # fmt: skip
+    assert (
+        command(embed, *common, "--out", folder, "--only-new", "--remove-missing", "--compact") == 0
+    )
     assert "(nothing new), 50 rows in all" in capsys.readouterr().out
     for wrong in (
-        ("--out", tmp_path / "e.npy", "--only-new"), ("--out", folder, "--since", "1970-01-01"),
-        ("--out", folder, "--remove-missing"), ("--out", tmp_path / "e.npy", "--compact"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match="compact: expected a folder|since: expected|remove_missing: expected"):  # fmt: skip
+        ("--out", tmp_path / "e.npy", "--only-new"),
+        ("--out", folder, "--since", "1970-01-01"),
+        ("--out", folder, "--remove-missing"),
+        ("--out", tmp_path / "e.npy", "--compact"),
+    ):
+        with pytest.raises(
+            ValueError, match="compact: expected a folder|since: expected|remove_missing: expected"
+        ):
             command(embed, *common, *wrong)
 
 
@@ -264,7 +279,11 @@ def test_npy_and_parquet_that_are_something_else_are_named(tmp_path: Path) -> No
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"e\.parquet cannot be read as Parquet"):
         read_parquet(path)
-    for ids, rows, said in (([], [], "got none"), (["a"], [None], "got none"), (["a"], [[]], "rows of 0 numbers")):  # fmt: skip
+    for ids, rows, said in (
+        ([], [], "got none"),
+        (["a"], [None], "got none"),
+        (["a"], [[]], "rows of 0 numbers"),
+    ):
         kinds = pa.schema([("item_id", pa.string()), ("embedding", pa.list_(pa.float32()))])
         pq.write_table(pa.table({"item_id": ids, "embedding": rows}, schema=kinds), path)
         with pytest.raises(ValueError, match=rf"{said} in .*e\.parquet"):
@@ -273,7 +292,9 @@ def test_npy_and_parquet_that_are_something_else_are_named(tmp_path: Path) -> No
 
 def test_ids_as_views_of_text_and_doubles_beyond_float32(tmp_path: Path) -> None:
     ids = pa.array(["a", "b"], pa.string_view())
-    pq.write_table(pa.table({"item_id": ids, "embedding": [[1.0, 2.0], [1e300, 0.0]]}), tmp_path / "e.parquet")  # fmt: skip
+    pq.write_table(
+        pa.table({"item_id": ids, "embedding": [[1.0, 2.0], [1e300, 0.0]]}), tmp_path / "e.parquet"
+    )
     found, rows = read_parquet(tmp_path / "e.parquet")
     assert found.to_pylist() == ["a", "b"] and rows.dtype == np.float32
     assert rows.tolist() == [[1, 2], [np.inf, 0]]

@@ -1,4 +1,5 @@
-"""Batches without anchors, rows or pages, in every option: a loss of 0 that is attached to every input, never NaN or an error."""
+"""Batches without anchors, rows or pages, in every option: a loss of 0 that is attached to every
+input, never NaN or an error."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from torch import Tensor
 import courier_fast as cf
 
 DIM = 8
-# Items and history rows of the pages; "masked": none of them is real; "unclicked": nobody is an anchor.
+# Items and history rows of the pages; "masked": none of them is real; "unclicked": nobody is an
+# anchor.
 SIZES: dict[str, tuple[list[int], list[int]]] = {
     "no pages": ([], []),
     "an empty page": ([0], [0]),
@@ -124,7 +126,8 @@ def problem(impl: str, given: dict[str, Any], options: dict[str, Any]) -> str | 
 
 
 def cases() -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
-    """Every size, layout, attention and direction, with or without attention_temperature; the other options in turn."""
+    """Every size, layout, attention and direction, with or without attention_temperature; the other
+    options in turn."""
     turns = zip(
         cycle(("mean", "sum", "none")),
         cycle(("batch", "page", "other_pages", "batch", "batch")),
@@ -136,10 +139,14 @@ def cases() -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
     for size, layout, (attention, direction), cosine in product(SIZES, LAYOUTS, ASKED, (1.5, None)):
         reduction, negatives, heads, extra, stats = next(turns)
         options = {
-            "attention": attention, "direction": direction, "reduction": reduction, "num_heads": heads,
-            "negatives": negatives, "return_stats": stats,
+            "attention": attention,
+            "direction": direction,
+            "reduction": reduction,
+            "num_heads": heads,
+            "negatives": negatives,
+            "return_stats": stats,
             "attention_temperature": None if attention == "mean" else cosine,
-        }  # fmt: skip
+        }
         given = batch(size, layout)
         if extra == "memory" and (direction != "reconstruct" or negatives == "page"):
             extra = "all"
@@ -221,7 +228,7 @@ def test_compiled_and_under_torch_func(size: str) -> None:
     assert not leaf.grad.any()
 
 
-# ---- what is not needed is not multiplied ------------------------------------------------------------------------------
+# ---- what is not needed is not multiplied --------------------------------------------------------
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])

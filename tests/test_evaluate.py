@@ -1,4 +1,5 @@
-"""Metrics against brute force, intervals on known cases, candidates and scores against loops, and the whole comparison."""
+"""Metrics against brute force, intervals on known cases, candidates and scores against loops, and
+the whole comparison."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     )
 
 
-# ---- targets and candidates ---------------------------------------------------------------------------------------
+# ---- targets and candidates ----------------------------------------------------------------------
 
 
 def segments(values: np.ndarray, offsets: np.ndarray) -> list[list[int]]:
@@ -137,7 +138,8 @@ def test_all_items_are_taken_where_fewer_are_left(dataset: Dataset) -> None:
 
 
 def test_rare_items_are_drawn_by_their_weight_too(tmp_path: Path) -> None:
-    """Of one item with nearly all of the weight and many light ones, the light ones are still drawn uniformly (exponential keys)."""
+    """Of one item with nearly all of the weight and many light ones, the light ones are still drawn
+    uniformly (exponential keys)."""
     data = make_dataset(tmp_path / "d", users=300, items=30, pages=2000, history=1, images=False)
     weight = np.ones(30, np.int64)
     weight[0] = 10**9
@@ -160,7 +162,7 @@ def test_only_items_with_images_are_sampled(tmp_path: Path) -> None:
     assert (drawn.items[others] % 2 == 1).all()
 
 
-# ---- scores -------------------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 
 
 SETTINGS: tuple[dict[str, Any], ...] = (
@@ -240,15 +242,18 @@ def test_scores_equal_a_loop(
 @pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize(
     ("attention", "options"),
-    [(name, options)
-     for name in ("candidate", "anchor")
-     for options in ({}, {"attention_scale": 2.0}, {"attention_temperature": 0.3})]
+    [
+        (name, options)
+        for name in ("candidate", "anchor")
+        for options in ({}, {"attention_scale": 2.0}, {"attention_temperature": 0.3})
+    ]
     + [("mean", {})],
-)  # fmt: skip
+)
 def test_scores_are_what_the_loss_compares(
     dataset: Dataset, attention: str, options: dict[str, Any], unit: bool
 ) -> None:
-    """A page for each target: the loss's similarity of the clicked item, and its logsumexp over the page where all candidates ask."""
+    """A page for each target: the loss's similarity of the clicked item, and its logsumexp over the
+    page where all candidates ask."""
     table = np.random.default_rng(2).normal(size=(dataset.num_items, 6)).astype(np.float32)
     drawn = page_candidates(dataset, find_targets(dataset, history=4))
     how = Reconstruction("mean" if attention == "mean" else "candidate", unit=unit, **options)
@@ -262,12 +267,19 @@ def test_scores_are_what_the_loss_compares(
     clicked = torch.zeros(len(drawn.items), dtype=torch.bool)
     clicked[first] = True
     _, stats = reconstruction_loss(
-        torch.from_numpy(drawn.items).long(), torch.from_numpy(np.concatenate(past)).long(), clicked,
+        torch.from_numpy(drawn.items).long(),
+        torch.from_numpy(np.concatenate(past)).long(),
+        clicked,
         embeddings=torch.nn.functional.normalize(rows, dim=1) if unit else rows,
         pv_offsets=torch.from_numpy(drawn.offsets),
         history_offsets=torch.tensor(np.cumsum([0, *map(len, past)])),
-        attention=attention, **options, temperature=0.5, negatives="page", return_stats=True, impl="reference",
-    )  # fmt: skip
+        attention=attention,
+        **options,
+        temperature=0.5,
+        negatives="page",
+        return_stats=True,
+        impl="reference",
+    )
     close = {"rtol": 0, "atol": 1e-6}
     np.testing.assert_allclose(scores[first], stats.positive_similarity[first].numpy(), **close)
     if attention == "candidate":
@@ -278,15 +290,31 @@ def test_scores_are_what_the_loss_compares(
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"attention": "anchor"}, ValueError, "attention: expected candidate or mean, got 'anchor'"),
-        ({"attention_temperature": 0.0}, ValueError, "attention_temperature: expected a value above 0"),
+        (
+            {"attention": "anchor"},
+            ValueError,
+            "attention: expected candidate or mean, got 'anchor'",
+        ),
+        (
+            {"attention_temperature": 0.0},
+            ValueError,
+            "attention_temperature: expected a value above 0",
+        ),
         ({"attention_scale": math.inf}, ValueError, "attention_scale: expected a finite value"),
         ({"attention_scale": "1"}, TypeError, "attention_scale: expected a float"),
-        ({"attention_scale": 1.0, "attention_temperature": 1.0}, ValueError, "at most one of the two"),
-        ({"attention": "mean", "attention_scale": 1.0}, ValueError, "expected none with attention 'mean'"),
+        (
+            {"attention_scale": 1.0, "attention_temperature": 1.0},
+            ValueError,
+            "at most one of the two",
+        ),
+        (
+            {"attention": "mean", "attention_scale": 1.0},
+            ValueError,
+            "expected none with attention 'mean'",
+        ),
         ({"unit": 1}, TypeError, "unit: expected True or False, got 1"),
     ],
-)  # fmt: skip
+)
 def test_settings_of_a_reconstruction_are_checked(
     settings: dict[str, Any], error: type[Exception], message: str
 ) -> None:
@@ -337,7 +365,7 @@ def test_embeddings_must_fit_the_dataset(
         read_embeddings(tmp_path / "e.npy", dataset)
 
 
-# ---- embeddings from files ----------------------------------------------------------------------------------------
+# ---- embeddings from files -----------------------------------------------------------------------
 
 
 def write_parquet(
@@ -376,9 +404,14 @@ def test_rows_of_npy_with_ids_beside_were_taken_in_the_order_of_the_items(
     table = read_embeddings(tmp_path / "e.npy", dataset)
     assert table[59].tolist() == [0, 1] and table[0].tolist() == [118, 119]
     for wrong, said in (
-        (ids[1:], r"expected \[59, D\] in .*e\.npy, a row for each of the item_ids in e\.npy\.json"),
-        (ids[:59] + ids[:1], "each item_id once"), ([f"x{i}" for i in ids], "got none that fits in .*e.npy"), (3, "expected a list as item_ids"),
-    ):  # fmt: skip
+        (
+            ids[1:],
+            r"expected \[59, D\] in .*e\.npy, a row for each of the item_ids in e\.npy\.json",
+        ),
+        (ids[:59] + ids[:1], "each item_id once"),
+        ([f"x{i}" for i in ids], "got none that fits in .*e.npy"),
+        (3, "expected a list as item_ids"),
+    ):
         beside.write_text(json.dumps({"item_ids": wrong}))
         with pytest.raises(ValueError, match=said):
             read_embeddings(tmp_path / "e.npy", dataset)
@@ -392,7 +425,7 @@ def test_other_files(dataset: Dataset, tmp_path: Path) -> None:
         read_embeddings(tmp_path / "e.csv", dataset)
 
 
-# ---- the comparison -----------------------------------------------------------------------------------------------
+# ---- the comparison ------------------------------------------------------------------------------
 
 
 def oracle(data: Dataset) -> Dataset:
@@ -429,7 +462,8 @@ def test_random_embeddings_hit_by_chance(tmp_path: Path) -> None:
         bootstrap=50,
     )
     sampled = result["sets"]["sampled"]
-    # A history may hold the clicked item itself, which the factory does not exclude: with 3000 items that is rare.
+    # A history may hold the clicked item itself, which the factory does not exclude: with 3000
+    # items that is rare.
     for k in (1, 5, 10):
         error = math.sqrt(k / 50 * (1 - k / 50) / sampled["pages"])
         assert abs(sampled["methods"]["noise"][f"HR@{k}"]["mean"] - k / 50) < 4 * error + 0.003

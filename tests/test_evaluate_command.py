@@ -25,7 +25,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     )
 
 
-# ---- the command --------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def run(*arguments: object) -> int:
@@ -42,15 +42,34 @@ def test_command_with_embeddings(tmp_path: Path, capsys: pytest.CaptureFixture[s
     np.save(tmp_path / "mine.npy", table)
     out = tmp_path / "result.json"
     code = run(
-        "--dataset", data.path, "--embeddings", tmp_path / "mine.npy", "--size", 32, "--count", 10,
-        "--bootstrap", 50, "--json", out, "--device", "cpu", "--threads", 1,
-    )  # fmt: skip
+        "--dataset",
+        data.path,
+        "--embeddings",
+        tmp_path / "mine.npy",
+        "--size",
+        32,
+        "--count",
+        10,
+        "--bootstrap",
+        50,
+        "--json",
+        out,
+        "--device",
+        "cpu",
+        "--threads",
+        1,
+    )
     assert code == 0
     result = json.loads(out.read_text())
     assert list(result["sets"]["page"]["methods"]) == [
-        "mine", "random", "popularity", "pixels 8x8", "pixels 8x8, standardised",
-        "untrained backbone", "untrained backbone, standardised",
-    ]  # fmt: skip
+        "mine",
+        "random",
+        "popularity",
+        "pixels 8x8",
+        "pixels 8x8, standardised",
+        "untrained backbone",
+        "untrained backbone, standardised",
+    ]
     printed = capsys.readouterr().out
     assert "mine minus" in printed and "HR@10" in printed and "users" in printed
 
@@ -70,7 +89,8 @@ def test_command_without_images(tmp_path: Path, dataset: Dataset) -> None:
         (
             {"loss.attention": "candidate", "loss.attention_temperature": 0.3, "loss.unit": True},
             Reconstruction(attention_temperature=0.3, unit=True),
-            "reconstruction (attention candidate, attention_temperature 0.3, num_heads 1, unit True)",
+            "reconstruction (attention candidate, attention_temperature 0.3, num_heads 1, unit "
+            "True)",
         ),
         (
             {"loss.attention": "anchor", "loss.attention_scale": 2.0, "loss.unit": False},
@@ -100,16 +120,32 @@ def test_a_run_is_evaluated_by_the_score_that_it_trained(
     features = np.random.default_rng(4).normal(size=(60, 5)).astype(np.float32)
     np.save(tmp_path / "features.npy", features)
     common = {
-        "data.dataset": dataset.path, "data.features": tmp_path / "features.npy", "data.pages": 64, "model.dim": 4, "optim.steps": 3,
-        "run.out": tmp_path / "run", "run.device": "cpu", "run.tensorboard": False, "run.progress": False,
-    }  # fmt: skip
+        "data.dataset": dataset.path,
+        "data.features": tmp_path / "features.npy",
+        "data.pages": 64,
+        "model.dim": 4,
+        "optim.steps": 3,
+        "run.out": tmp_path / "run",
+        "run.device": "cpu",
+        "run.tensorboard": False,
+        "run.progress": False,
+    }
     trainer = Trainer(Config.load(None, common | options))
     trainer.fit()
     trainer.close()
     out = tmp_path / "result.json"
     command_line = (
-        "--dataset", dataset.path, "--run", tmp_path / "run", "--baselines", "backbone", "--bootstrap", 5, "--device", "cpu",
-    )  # fmt: skip
+        "--dataset",
+        dataset.path,
+        "--run",
+        tmp_path / "run",
+        "--baselines",
+        "backbone",
+        "--bootstrap",
+        5,
+        "--device",
+        "cpu",
+    )
     assert run(*command_line, "--score", "reconstruction", "--json", out) == 0
     assert printed in " ".join(capsys.readouterr().out.split())
     encoder = load_encoder(tmp_path / "run")
@@ -149,8 +185,12 @@ def test_command_reconstructs_given_embeddings_by_the_defaults(
     assert run(*command_line, "--score", "reconstruction", "--baselines", "random") == 0
     settings = json.loads(out.read_text())["settings"]
     assert settings["reconstruction"] == {
-        "attention": "candidate", "attention_scale": None, "attention_temperature": None, "num_heads": 1, "unit": False,
-    }  # fmt: skip
+        "attention": "candidate",
+        "attention_scale": None,
+        "attention_temperature": None,
+        "num_heads": 1,
+        "unit": False,
+    }
 
 
 def test_projections_of_the_loss_are_not_there_to_rank_by(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ def test_example_runs(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nan" not in capsys.readouterr().out
 
 
-# Runs a script up to where it ends its process group: PyTorch's threads of gloo, on a busy machine, may abort a process
-# after that ("terminate called without an active exception"), also where the script computes nothing but DDP.
+# Runs a script up to where it ends its process group: PyTorch's threads of gloo, on a busy machine,
+# may abort a process after that ("terminate called without an active exception"), also where the
+# script computes nothing but DDP.
 UNTIL_THE_GROUP_ENDS = """
 import os, runpy, sys
 import torch.distributed as dist

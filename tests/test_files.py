@@ -14,7 +14,8 @@ from courier_fast.output import INDEX, write_folder
 def test_a_file_is_flushed_without_its_neighbours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pipe in the folder of an output was opened, and waited for; so was every other file beneath it."""
+    """A pipe in the folder of an output was opened, and waited for; so was every other file beneath
+    it."""
     (tmp_path / "photos").mkdir()
     for i in range(9):
         (tmp_path / "photos" / f"{i}.jpg").write_text("x")

@@ -63,7 +63,8 @@ def test_both_passes_draw_the_same_random_numbers() -> None:
 
 
 def test_the_last_slice_completes_every_gradient() -> None:
-    """`synchronised` is called once, when the head's gradients are complete and the encoder's lack the last slice."""
+    """`synchronised` is called once, when the head's gradients are complete and the encoder's lack
+    the last slice."""
     torch.manual_seed(0)
     encoder, head = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
     model = nn.Sequential(encoder, head)
@@ -98,13 +99,15 @@ def test_the_last_slice_completes_every_gradient() -> None:
 def test_batch_norm_is_refused_in_slices() -> None:
     with pytest.raises(
         ValueError,
-        match=r"model\.slice: expected an encoder without batch statistics, got one with BatchNorm2d \(1\)",
+        match=r"model\.slice: expected an encoder without batch statistics, got one with "
+        r"BatchNorm2d \(1\)",
     ):
         check_sliceable(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
 
 
 def test_slices_in_the_trainer(tmp_path: Path) -> None:
-    """In float32 by the error budget: the slices' error against float64 is at most twice that of one pass, plus a rounding."""
+    """In float32 by the error budget: the slices' error against float64 is at most twice that of
+    one pass, plus a rounding."""
     dataset = make_dataset(tmp_path / "dataset", pages=120, seed=1)
     one, two, exact = (
         Trainer(

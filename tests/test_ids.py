@@ -37,7 +37,10 @@ NOON = 1_600_000_000
         (pa.array([7.0], pa.float32()), ["7"]),
         (pa.array([Decimal(7), Decimal(-10)], pa.decimal128(38, 18)), ["7", "-10"]),
         (pa.array([Decimal(70)], pa.decimal128(10, 0)), ["70"]),
-        (pa.array(["0007", " 7\u00a0", "\ufeff7\u200b", "7.0", "1e3"]), ["0007", "7", "7", "7.0", "1e3"]),
+        (
+            pa.array(["0007", " 7\u00a0", "\ufeff7\u200b", "7.0", "1e3"]),
+            ["0007", "7", "7", "7.0", "1e3"],
+        ),
         (pa.array(["e\u0301"]), ["\u00e9"]),
         (pa.array(["7  "], pa.large_string()), ["7"]),
         (pa.array(["7\t"], pa.string_view()), ["7"]),
@@ -46,7 +49,7 @@ NOON = 1_600_000_000
         (pa.array([b"7\0\0\0"], pa.binary(4)), ["7"]),
         (pa.array([UUID.bytes], pa.binary(16)), [str(UUID)]),
     ],
-)  # fmt: skip
+)
 def test_one_text_whatever_the_type(
     values: pa.Array, ids: list[str | None], tmp_path: Path
 ) -> None:
@@ -87,12 +90,16 @@ def test_text_that_pandas_wrote_as_floats() -> None:
 def test_words_for_missing_were_users() -> None:
     words = [w for w in MISSING if w]
     users = [*words, None, "", "none", "Nullson", "0", "-"]
-    batch = pl.DataFrame({"user_id": users, "item_id": ["a"] * len(users), "time": [NOON] * len(users)})  # fmt: skip
+    batch = pl.DataFrame(
+        {"user_id": users, "item_id": ["a"] * len(users), "time": [NOON] * len(users)}
+    )
     counts: Counter[str] = Counter()
     assert clean(batch, counts)["user_id"].to_list() == ["none", "Nullson", "0", "-"]
     assert counts.pop("read") == len(users)
     assert counts.pop("no user, item or page id") == 1
-    assert {k: n for k, n in counts.items() if n} == {f'a missing id, user_id "{w}"': 1 for w in MISSING}  # fmt: skip
+    assert {k: n for k, n in counts.items() if n} == {
+        f'a missing id, user_id "{w}"': 1 for w in MISSING
+    }
 
 
 def rows(kind: Any = str, pad: str = "") -> dict[str, list[Any]]:
@@ -109,7 +116,8 @@ OPTIONS = PrepareOptions(min_history=1, repeats="keep")
 
 
 def test_ids_of_two_types_were_two_users(tmp_path: Path) -> None:
-    """Whole numbers, floats, decimals, padded text and what pandas writes of floats, a file each: the same users, in both engines' steps."""
+    """Whole numbers, floats, decimals, padded text and what pandas writes of floats, a file each:
+    the same users, in both engines' steps."""
     files = []
     for n, made in enumerate((rows(int), rows(float), rows(Decimal), rows(str, "  "))):
         files.append(tmp_path / f"{n}.parquet")
@@ -135,14 +143,22 @@ def test_composed_and_decomposed_names_are_one(tmp_path: Path) -> None:
     names = sorted(set(table["item_id"]))
     for name in names:
         Image.new("RGB", (8, 8)).save(photos / (unicodedata.normalize("NFD", name) + ".jpg"))
-    about = pa.table({"item_id": [unicodedata.normalize("NFD", n) + " " for n in names], "category": ["hat ", "NULL"] * 5})  # fmt: skip
+    about = pa.table(
+        {
+            "item_id": [unicodedata.normalize("NFD", n) + " " for n in names],
+            "category": ["hat ", "NULL"] * 5,
+        }
+    )
     pq.write_table(about, tmp_path / "items.parquet")
     source = generic([tmp_path / "a.parquet"], tmp_path / "items.parquet")
     report = prepare(tmp_path / "out", source=source, images=photos, options=OPTIONS)
     assert report["images"]["usable"] == 10
     data = Dataset(tmp_path / "out")
     assert data.categories.to_pylist() == ["hat", None] * 5
-    vectors = {"item_id": [unicodedata.normalize("NFD", n) for n in names], "embedding": [[float(i), 1.0] for i in range(10)]}  # fmt: skip
+    vectors = {
+        "item_id": [unicodedata.normalize("NFD", n) for n in names],
+        "embedding": [[float(i), 1.0] for i in range(10)],
+    }
     pq.write_table(pa.table(vectors), tmp_path / "e.parquet")
     assert read_embeddings(tmp_path / "e.parquet", data)[:, 0].tolist() == list(range(10))
     assert one(f" {unicodedata.normalize('NFD', names[0])}\ufeff") == names[0]
@@ -164,16 +180,26 @@ def test_embeddings_with_ids_as_numbers_fitted_nothing(dataset: Dataset, tmp_pat
 
     vectors = np.eye(10).tolist()
     numbers = write(item_id=list(range(10)), embedding=vectors)
-    with pytest.raises(ValueError, match=r"none that fits in .*e.parquet: '0', '1', '2' against '000', '001', '002' \(leading zeros"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=r"none that fits in .*e.parquet: '0', '1', '2' against '000', '001', '002' \(leading "
+        r"zeros",
+    ):
         read_embeddings(numbers, dataset)
     padded = write(item_id=[f"{i:03} " for i in range(10)], embedding=vectors)
     assert np.array_equal(read_embeddings(padded, dataset), np.eye(10, dtype=np.float32))
     for bad, message in (
-        ({"item_id": ["000"], "embedding": ["1 2"]}, r"lists of numbers in the column embedding of .*e.parquet, got string"),
-        ({"item_id": ["000"], "vector": [[1.0]]}, r"columns item_id and embedding in .*e.parquet, got item_id, vector"),
+        (
+            {"item_id": ["000"], "embedding": ["1 2"]},
+            r"lists of numbers in the column embedding of .*e.parquet, got string",
+        ),
+        (
+            {"item_id": ["000"], "vector": [[1.0]]},
+            r"columns item_id and embedding in .*e.parquet, got item_id, vector",
+        ),
         ({"item_id": [0.5], "embedding": [[1.0]]}, r"e.parquet: item_id: expected ids"),
         ({"item_id": ["000", "000 "], "embedding": [[1.0], [2.0]]}, r"got 000 twice"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             read_embeddings(write(**bad), dataset)
     (tmp_path / "e.parquet").write_bytes(b"no")

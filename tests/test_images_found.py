@@ -39,9 +39,21 @@ def found(folder: Path, ids: list[str] = IDS, **how: str) -> ImageFiles:
 
 @pytest.mark.parametrize(
     "hidden",
-    [".picasaoriginals/{}.jpg", "._{}.jpg", ".thumbnails/a/{}.jpg", "__MACOSX/{}.jpg", "@eaDir/{}.jpg/{}.jpg", "lost+found/{}.jpg",
-     "$RECYCLE.BIN/{}.jpg", "#recycle/{}.jpg", "a/.Trash-1000/files/{}.jpg", "RECYCLER/{}.jpg", "~snapshot/a/{}.jpg", "@Recently-Snapshot/{}.jpg"],
-)  # fmt: skip
+    [
+        ".picasaoriginals/{}.jpg",
+        "._{}.jpg",
+        ".thumbnails/a/{}.jpg",
+        "__MACOSX/{}.jpg",
+        "@eaDir/{}.jpg/{}.jpg",
+        "lost+found/{}.jpg",
+        "$RECYCLE.BIN/{}.jpg",
+        "#recycle/{}.jpg",
+        "a/.Trash-1000/files/{}.jpg",
+        "RECYCLER/{}.jpg",
+        "~snapshot/a/{}.jpg",
+        "@Recently-Snapshot/{}.jpg",
+    ],
+)
 def test_the_picture_of_a_hidden_folder_was_taken(tmp_path: Path, hidden: str) -> None:
     put(tmp_path, hidden.format("000100", "000100"))
     assert not found(tmp_path).paths
@@ -51,7 +63,16 @@ def test_the_picture_of_a_hidden_folder_was_taken(tmp_path: Path, hidden: str) -
 
 
 def test_of_several_files_the_choice_is_by_suffix_folders_size_and_name(tmp_path: Path) -> None:
-    names = ["a_thumbs/1.jpg", "large/1.jpg", "1.png", "1.JPG", "1.jpg", "a/2.webp", "b/2.tif", "3.bmp"]  # fmt: skip
+    names = [
+        "a_thumbs/1.jpg",
+        "large/1.jpg",
+        "1.png",
+        "1.JPG",
+        "1.jpg",
+        "a/2.webp",
+        "b/2.tif",
+        "3.bmp",
+    ]
     sizes = {"large/1.jpg": (80, 60), "1.JPG": (40, 30)}
     for name in names:
         put(tmp_path, name, sizes.get(name, (8, 6)))
@@ -129,7 +150,10 @@ def test_several_files_and_folders_that_cannot_be_read_are_in_the_report(
         (["{}"], "a file with no suffix"),
         (["{short}.jpg"], "differ in leading zeros (item 000100, file 100.jpg)"),
         (["00{}.jpg"], "differ in leading zeros (item 000100, file 00000100.jpg)"),
-        (["{}_1.jpg", "{}_2.jpg"], "names have more in them than the item (000100_1.jpg for 000100)"),
+        (
+            ["{}_1.jpg", "{}_2.jpg"],
+            "names have more in them than the item (000100_1.jpg for 000100)",
+        ),
         (["{}-front.jpg"], "(000100-front.jpg for 000100)"),
         (["img_{}.jpg"], "(img_000100.jpg for 000100)"),
         (["IMG {} (2).jpg"], "for 000100)"),
@@ -142,7 +166,7 @@ def test_several_files_and_folders_that_cannot_be_read_are_in_the_report(
         ([".{}.jpg"], "10 that are hidden"),
         ([], "of files there are none"),
     ],
-)  # fmt: skip
+)
 def test_what_lies_in_the_folder_is_said(tmp_path: Path, names: list[str], said: str) -> None:
     for i in IDS:
         for name in names:
@@ -193,7 +217,7 @@ def test_no_image_and_few_images_are_told_apart_and_both_say_what_is_there(
         prepared(tmp_path / "b", photos)
 
 
-# ---- embed ----------------------------------------------------------------------------------------------------------
+# ---- embed ---------------------------------------------------------------------------------------
 
 
 def test_a_folder_for_each_item_became_one_embedding_for_each_name(tmp_path: Path) -> None:
@@ -205,7 +229,9 @@ def test_a_folder_for_each_item_became_one_embedding_for_each_name(tmp_path: Pat
         FolderImages(tmp_path / "sku", decoder)
     by_folder = FolderImages(tmp_path / "sku", decoder, "folder")
     assert by_folder.ids == IDS
-    assert by_folder.paths[0] == tuple(str(tmp_path / f"sku/{IDS[0]}/{n}.jpg") for n in ("back", "front"))  # fmt: skip
+    assert by_folder.paths[0] == tuple(
+        str(tmp_path / f"sku/{IDS[0]}/{n}.jpg") for n in ("back", "front")
+    )
     by_path = FolderImages(tmp_path / "sku", decoder, "path")
     assert len(by_path.ids) == 20 and by_path.ids[:2] == ["000100/back", "000100/front"]
 
@@ -227,7 +253,7 @@ def test_embed_takes_the_next_file_where_one_is_broken(
     decoder.close()
 
 
-# ---- pixels ---------------------------------------------------------------------------------------------------------
+# ---- pixels --------------------------------------------------------------------------------------
 
 
 def encoded(image: Image.Image, kind: str = "TIFF") -> bytes:
@@ -262,7 +288,7 @@ def seen(data: bytes) -> list[int]:
         (Image.new("CMYK", (8, 8), (0, 0, 0, 155)), "TIFF", 100),
         (Image.new("YCbCr", (8, 8), (90, 128, 128)), "TIFF", 90),
     ],
-)  # fmt: skip
+)
 def test_pixels_of_any_kind_are_seen_as_they_are(image: Image.Image, kind: str, grey: int) -> None:
     assert seen(encoded(image, kind)) == [grey, grey]
 

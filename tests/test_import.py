@@ -1,4 +1,5 @@
-"""`import courier_fast` is light, and works where Triton, a GPU or the native library are missing."""
+"""`import courier_fast` is light, and works where Triton, a GPU or the native library are
+missing."""
 
 from __future__ import annotations
 

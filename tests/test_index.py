@@ -1,4 +1,5 @@
-"""Nearest neighbours: recall as it is, exact ones as a loop finds them, spaces that do not mix, pages that escape, clusters that stay."""
+"""Nearest neighbours: recall as it is, exact ones as a loop finds them, spaces that do not mix,
+pages that escape, clusters that stay."""
 
 from __future__ import annotations
 
@@ -46,10 +47,15 @@ def test_the_recall_that_is_said_is_there(tmp_path: Path, vectors: np.ndarray, k
     queries = vectors[asked]
     expected = np.argsort(-(unit(queries) @ unit(vectors).T), axis=1)[:, 1:11]
     rows, cosines = index.search(queries, 11)
-    others = [[r for r in found if r != own] for found, own in zip(rows.tolist(), asked, strict=True)]  # fmt: skip
-    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(others, expected.tolist(), strict=True)])  # fmt: skip
+    others = [
+        [r for r in found if r != own] for found, own in zip(rows.tolist(), asked, strict=True)
+    ]
+    recall = np.mean(
+        [len(set(a) & set(b)) / 10 for a, b in zip(others, expected.tolist(), strict=True)]
+    )
     said = index.measured["recall@10"]
-    # Two samples of at least 500 items: their means differ by less than 4 standard errors of shares.
+    # Two samples of at least 500 items: their means differ by less than 4 standard errors of
+    # shares.
     assert recall == said == 1 if kind == "exact" else said >= 0.9 and abs(said - recall) < 0.04
     assert (np.diff(cosines, axis=1) <= 1e-6).all()
     near = np.take_along_axis(unit(queries) @ unit(vectors).T, rows, 1)
@@ -89,7 +95,9 @@ def test_neighbours_are_others(tmp_path: Path, vectors: np.ndarray) -> None:
     (found,) = nearest_items(index, ["i0007"], 4)
     assert [i for i, _ in found.near] == [IDS[int(j)].as_py() for j in np.argsort(-cosine)[:4]]
     assert found.lines()[0] == "i0007" and len(found.lines()) == 5
-    with pytest.raises(ValueError, match="item: expected one of the 3,000 items of .*, got 'other'"):  # fmt: skip
+    with pytest.raises(
+        ValueError, match="item: expected one of the 3,000 items of .*, got 'other'"
+    ):
         nearest_items(index, ["other"], 4)
 
 
@@ -111,7 +119,9 @@ def test_rows_without_an_embedding_are_left_out(tmp_path: Path, vectors: np.ndar
         ({"recall": 0}, "recall: expected above 0 and at most 1, got 0"),
     ],
 )
-def test_wrong_settings_are_named(tmp_path: Path, vectors: np.ndarray, more: dict[str, Any], message: str) -> None:  # fmt: skip
+def test_wrong_settings_are_named(
+    tmp_path: Path, vectors: np.ndarray, more: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         build(IDS, vectors, tmp_path / "i", **more)
 
@@ -186,7 +196,9 @@ def test_clusters_are_those_of_the_features_and_stay(tmp_path: Path, vectors: np
     assign_clusters(IDS[:100], later, out, tmp_path / "later", space=SPACE)
     read = pq.read_table(tmp_path / "later" / "clusters.parquet")
     np.testing.assert_array_equal(read["cluster_50"], expected[::-1][:100, 1])
-    with pytest.raises(ValueError, match="like: expected embeddings of the space sha256:aaaaaaaaaaaa"):  # fmt: skip
+    with pytest.raises(
+        ValueError, match="like: expected embeddings of the space sha256:aaaaaaaaaaaa"
+    ):
         assign_clusters(IDS[:100], later, out, tmp_path / "x", space=None)
     path = out / "centroids_8.npy"
     path.write_bytes(path.read_bytes() + b"1")
@@ -214,7 +226,21 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert code == 0 and "50 items, exact; recall@10 1.000" in said
     item = data.item_ids[3].as_py()
     page, found = tmp_path / "p.html", tmp_path / "n.json"
-    code, said = run("search", "--index", tmp_path / "i", "--item", item, "--k", 2, "--dataset", data.path, "--html", page, "--json", found)  # fmt: skip
+    code, said = run(
+        "search",
+        "--index",
+        tmp_path / "i",
+        "--item",
+        item,
+        "--k",
+        2,
+        "--dataset",
+        data.path,
+        "--html",
+        page,
+        "--json",
+        found,
+    )
     assert code == 0 and said.startswith(item) and page.is_file()
     (one,) = json.loads(found.read_text())
     cosine = unit(table) @ unit(table)[3]
@@ -232,10 +258,19 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for arguments, message in (
         (("search", "--index", tmp_path / "i"), "item, image: expected one of them"),
         (("search", "--index", tmp_path / "i", "--image", "a.jpg"), "encoder: expected the run"),
-        (("search", "--index", tmp_path / "i", "--item", item, "--html", page), "dataset: expected"),
+        (
+            ("search", "--index", tmp_path / "i", "--item", item, "--html", page),
+            "dataset: expected",
+        ),
         (("search", "--index", tmp_path / "i", "--item", item, "--k", 0), "k: expected at least 1"),
-        ((*common, "--out", tmp_path / "x", "--until", "1972-01-01"), "dataset: expected one with --until"),
-        ((*common, "--out", tmp_path / "x", "--like", tmp_path / "c", "--until", "1972-01-01"), "--until: has no effect with --like"),
-    ):  # fmt: skip
+        (
+            (*common, "--out", tmp_path / "x", "--until", "1972-01-01"),
+            "dataset: expected one with --until",
+        ),
+        (
+            (*common, "--out", tmp_path / "x", "--like", tmp_path / "c", "--until", "1972-01-01"),
+            "--until: has no effect with --like",
+        ),
+    ):
         code, said = run(*arguments)
         assert code == 2 and message in said, said

@@ -1,4 +1,5 @@
-"""Commands that a signal, a full disk or a bug ends: one line, the right status, nothing left behind."""
+"""Commands that a signal, a full disk or a bug ends: one line, the right status, nothing left
+behind."""
 
 from __future__ import annotations
 
@@ -31,12 +32,13 @@ from courier_fast.messages import line_of
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-# ---- signals -------------------------------------------------------------------------------------------------------
+# ---- signals -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A command of which `run` is given, in this process; gives its status. Signals are as in a terminal: what starts the tests may ignore some."""
+    """A command of which `run` is given, in this process; gives its status. Signals are as in a
+    terminal: what starts the tests may ignore some."""
     before = {n: signal.getsignal(n) for n in interrupt.SIGNALS}
     for number in interrupt.SIGNALS:
         signal.signal(
@@ -139,9 +141,17 @@ sys.exit(cli.main(sys.argv[1:]))
     rows = "".join(f"u{k % 5},i{k % 7},{1577836800 + 86400 * k}\n" for k in range(60))
     (tmp_path / "c.csv").write_text("user_id,item_id,timestamp\n" + rows)
     child = subprocess.Popen(
-        [sys.executable, "-c", script, "prepare", str(tmp_path / "ds"), "--interactions", str(tmp_path / "c.csv")],
+        [
+            sys.executable,
+            "-c",
+            script,
+            "prepare",
+            str(tmp_path / "ds"),
+            "--interactions",
+            str(tmp_path / "c.csv"),
+        ],
         stdout=subprocess.PIPE,
-    )  # fmt: skip
+    )
     assert child.stdout is not None and child.stdout.readline() == b"writing\n"
     assert any("partial" in path.name for path in tmp_path.iterdir())
     child.send_signal(signal.SIGTERM)
@@ -150,7 +160,7 @@ sys.exit(cli.main(sys.argv[1:]))
     assert [path.name for path in tmp_path.iterdir()] == ["c.csv"]
 
 
-# ---- full disks ----------------------------------------------------------------------------------------------------
+# ---- full disks ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -160,19 +170,26 @@ sys.exit(cli.main(sys.argv[1:]))
         OSError(errno.EDQUOT, "Disk quota exceeded"),
         OSError("1000 requested and 400 written"),
         duckdb.IOException("Could not write file /x/sort.duckdb: No space left on device"),
-        duckdb.OutOfMemoryException("failed to offload data block of size 256.0 KiB (100 KiB/100 KiB used). max_temp_directory_size"),
+        duckdb.OutOfMemoryException(
+            "failed to offload data block of size 256.0 KiB (100 KiB/100 KiB used). "
+            "max_temp_directory_size"
+        ),
         pa.ArrowInvalid("[errno 28] Error writing bytes to file"),
         RuntimeError("I/O error: No space left on device (os error 28)"),
         pl.exceptions.ComputeError("No space left on device"),
     ],
-)  # fmt: skip
+)
 def test_whoever_says_that_a_disk_is_full(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(DiskFullError) as found, writing(tmp_path / "x", lambda: "it needs 5 GB"):
         raise error
     line = str(found.value)
     assert "\n" not in line
-    assert line.startswith(f"{tmp_path}/x: cannot be written, ") and line.endswith("; it needs 5 GB")  # fmt: skip
-    assert ("the quota is used up" if getattr(error, "errno", 0) == errno.EDQUOT else "the disk is full") in line  # fmt: skip
+    assert line.startswith(f"{tmp_path}/x: cannot be written, ") and line.endswith(
+        "; it needs 5 GB"
+    )
+    assert (
+        "the quota is used up" if getattr(error, "errno", 0) == errno.EDQUOT else "the disk is full"
+    ) in line
     assert " free of " in line
 
 
@@ -183,7 +200,9 @@ def test_other_errors_are_no_full_disk(tmp_path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
 
-def test_a_map_on_a_full_disk_was_a_bus_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_map_on_a_full_disk_was_a_bus_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = new_map(tmp_path / "a", np.int32, (1000,))
     made[:] = 7
     made.flush()
@@ -210,9 +229,12 @@ def test_prepare_on_a_full_disk_leaves_nothing(
         raise duckdb.IOException("No space left on device") if where == "duckdb" else FULL
 
     owner, name = {
-        "write_rows": (spool, "write_rows"), "new_map": (module, "new_map"), "write_shards": (module, "write_shards"),
-        "duckdb": (spool.Sorter, "append"), "sync_all": (output, "sync_all"),
-    }[where]  # fmt: skip
+        "write_rows": (spool, "write_rows"),
+        "new_map": (module, "new_map"),
+        "write_shards": (module, "write_shards"),
+        "duckdb": (spool.Sorter, "append"),
+        "sync_all": (output, "sync_all"),
+    }[where]
     monkeypatch.setattr(owner, name, full)
     options = PrepareOptions(min_history=1, negatives="popularity")
     with pytest.raises(DiskFullError, match=r"ds: cannot be written, the disk is full .* written"):
@@ -240,7 +262,9 @@ def _spool(path: Path) -> None:
 
 def test_a_real_full_disk(tmp_path: Path) -> None:
     """Each of the ways in which the package writes, on a volume that is too small."""
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "none", tmp_path], capture_output=True).returncode:  # fmt: skip
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "none", tmp_path], capture_output=True
+    ).returncode:
         pytest.skip("may not mount")
     try:
         from safetensors.torch import save_file
@@ -251,10 +275,12 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
         for write in (
             lambda path: path.write_bytes(bytes(1 << 20)),
             lambda path: save_file({"x": zeros(1 << 18)}, path),
-            lambda path: pq.write_table(pa.table({"x": np.random.default_rng(0).normal(size=1 << 17)}), path),
+            lambda path: pq.write_table(
+                pa.table({"x": np.random.default_rng(0).normal(size=1 << 17)}), path
+            ),
             _spool,
             lambda path: _allocate(path, 1 << 12, 64),
-        ):  # fmt: skip
+        ):
             with pytest.raises(DiskFullError, match="cannot be written, the disk is full"):
                 write_atomically(tmp_path / "a", write)
             assert not list(tmp_path.iterdir())
@@ -262,7 +288,7 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
         subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
-# ---- the last net --------------------------------------------------------------------------------------------------
+# ---- the last net --------------------------------------------------------------------------------
 
 
 class _PanicError(Exception):
@@ -272,22 +298,51 @@ class _PanicError(Exception):
 @pytest.mark.parametrize(
     ("error", "status", "text"),
     [
-        (pl.exceptions.ComputeError("bad row\n\nYou might want to try:\n- increasing it"), 2, "bad row (polars: ComputeError; courier-fast --debug fake ... shows where)"),
-        (duckdb.ConversionException("Conversion Error: no\nLINE 1: SELECT"), 2, "Conversion Error: no (_duckdb: ConversionException"),
+        (
+            pl.exceptions.ComputeError("bad row\n\nYou might want to try:\n- increasing it"),
+            2,
+            "bad row (polars: ComputeError; courier-fast --debug fake ... shows where)",
+        ),
+        (
+            duckdb.ConversionException("Conversion Error: no\nLINE 1: SELECT"),
+            2,
+            "Conversion Error: no (_duckdb: ConversionException",
+        ),
         (_PanicError(""), 2, "_PanicError (somelib: _PanicError"),
-        (KeyError("x"), 1, "an error of its own, KeyError: 'x'; please report it with what courier-fast --debug fake ... shows"),
+        (
+            KeyError("x"),
+            1,
+            "an error of its own, KeyError: 'x'; please report it with what courier-fast --debug "
+            "fake ... shows",
+        ),
         (AssertionError(), 1, "an error of its own, AssertionError: AssertionError"),
         (ZeroDivisionError("division by zero"), 1, "an error of its own"),
         (RecursionError("maximum"), 1, "an error of its own"),
-        (MemoryError("Unable to allocate 9 GiB"), 2, "the memory is not enough: Unable to allocate 9 GiB"),
-        (RuntimeError("CUDA out of memory. Tried to\nallocate"), 2, "the memory is not enough: CUDA out of memory"),
-        (FileNotFoundError(2, "No such file or directory", "a.csv"), 2, "a.csv: No such file or directory"),
-        (OSError(errno.ENOSPC, "No space left on device", "/tmp/a"), 2, "/tmp/a: cannot be written, the disk is full"),
+        (
+            MemoryError("Unable to allocate 9 GiB"),
+            2,
+            "the memory is not enough: Unable to allocate 9 GiB",
+        ),
+        (
+            RuntimeError("CUDA out of memory. Tried to\nallocate"),
+            2,
+            "the memory is not enough: CUDA out of memory",
+        ),
+        (
+            FileNotFoundError(2, "No such file or directory", "a.csv"),
+            2,
+            "a.csv: No such file or directory",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/tmp/a"),
+            2,
+            "/tmp/a: cannot be written, the disk is full",
+        ),
         (ValueError("x: expected 1, got 2"), 2, "fake: x: expected 1, got 2"),
         (ValueError("a" * 10_000), 2, "aaa ..."),
         (ValueError("\n".join("abcdefghijklmnopqrstuvwxyz")), 2, "l\n"),
     ],
-)  # fmt: skip
+)
 def test_whatever_is_raised_is_a_line(
     command: Any, capsys: pytest.CaptureFixture[str], error: Exception, status: int, text: str
 ) -> None:
@@ -296,7 +351,9 @@ def test_whatever_is_raised_is_a_line(
 
     assert command(run) == status
     said = capsys.readouterr().err
-    assert said.startswith("courier-fast fake: ") and text.replace("_duckdb", "") in said.replace("_duckdb", "")  # fmt: skip
+    assert said.startswith("courier-fast fake: ") and text.replace("_duckdb", "") in said.replace(
+        "_duckdb", ""
+    )
     assert len(said) < 2000 and len(said.splitlines()) <= 12
     with pytest.raises(type(error)):
         command(run, "--debug")
@@ -313,7 +370,9 @@ def test_groups_of_exceptions_say_the_first() -> None:
 def test_nobody_reads_what_is_printed(tmp_path: Path) -> None:
     """courier-fast ... | head: a traceback, or "Broken pipe"."""
     script = "import sys\nfrom courier_fast import cli\nsys.modules['courier_fast.fake'] = type('F', (), {'add_arguments': lambda p: None, 'run': lambda a: [print('x' * 99) for _ in range(9999)] and 0})\ncli.COMMANDS['fake'] = ('courier_fast.fake', '')\nsys.exit(cli.main(['fake']))"
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     assert child.stdout is not None and child.stderr is not None
     child.stdout.close()
     assert child.stderr.read() == b""
@@ -321,7 +380,7 @@ def test_nobody_reads_what_is_printed(tmp_path: Path) -> None:
     assert child.wait() == 128 + signal.SIGPIPE
 
 
-# ---- files that were cut off ---------------------------------------------------------------------------------------
+# ---- files that were cut off ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -375,10 +434,21 @@ def test_what_else_was_cut_off(tmp_path: Path) -> None:
     from courier_fast.train.journal import last_step
 
     for name, read in {
-        "manifest.json": EmbeddingStore.open, "contract.json": Contract.read, "index.json": Index.open, "encoder.json": load_encoder,
-        "state.json": Checkpoints(tmp_path).state, "encoder.safetensors": lambda folder: read_tensors(folder / "encoder.safetensors"),
-    }.items():  # fmt: skip
-        for data in (b"", b'{"format": 1, "schem', b"\xff\xfe", b"[]", b"{}", b'{"format": 1, "schema": 1}'):  # fmt: skip
+        "manifest.json": EmbeddingStore.open,
+        "contract.json": Contract.read,
+        "index.json": Index.open,
+        "encoder.json": load_encoder,
+        "state.json": Checkpoints(tmp_path).state,
+        "encoder.safetensors": lambda folder: read_tensors(folder / "encoder.safetensors"),
+    }.items():
+        for data in (
+            b"",
+            b'{"format": 1, "schem',
+            b"\xff\xfe",
+            b"[]",
+            b"{}",
+            b'{"format": 1, "schema": 1}',
+        ):
             (tmp_path / name).write_bytes(data)
             with pytest.raises((ValueError, OSError)) as found:
                 read(tmp_path)

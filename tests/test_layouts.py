@@ -113,7 +113,8 @@ def test_nested_with_holes_is_packed(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_items_are_rows(impl: str) -> None:
-    """A table with indices is the packed problem of its rows; its gradient is the sum over the occurrences."""
+    """A table with indices is the packed problem of its rows; its gradient is the sum over the
+    occurrences."""
     g = torch.Generator().manual_seed(5)
     table = torch.randn(9, DIM, generator=g)
     pv_index = torch.randint(0, 9, (sum(P_COUNTS),), generator=g)

@@ -1,5 +1,5 @@
-"""Rows of any length: loss and gradients within the error budget from 1e-6 to 1e4, zero rows with the gradient that the definition
-gives them."""
+"""Rows of any length: loss and gradients within the error budget from 1e-6 to 1e4, zero rows with
+the gradient that the definition gives them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ RANGES = {torch.float32: LENGTHS, torch.bfloat16: LENGTHS, torch.float16: (1e-3,
 
 
 def of_length(p: Problem, length: Any) -> Problem:
-    """The same with every row of this length; `length`: a float, or a function of the number of rows."""
+    """The same with every row of this length; `length`: a float, or a function of the number of
+    rows."""
     dtype = p.pv.dtype
 
     def change(name: str, x: Tensor) -> Tensor:
@@ -73,7 +74,9 @@ def check(impl: str, problems: list[Problem], case: dict[str, Any] | None = None
     skip_unless_available(impl, problems[0])
     budget = Budget(problems[0].pv.dtype)
     for seed, p in enumerate(problems):
-        judged = loss_yardstick(p, seed) if case is None else shared(loss_yardstick, impl, seed, p, case)  # fmt: skip
+        judged = (
+            loss_yardstick(p, seed) if case is None else shared(loss_yardstick, impl, seed, p, case)
+        )
         budget.add(judged, fused(impl)(p))
     budget.check()
 
@@ -106,7 +109,8 @@ def test_every_length(case: str, impl: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("impl", ["cpu", "triton"])
 @pytest.mark.parametrize("case", ["candidate", "cosine", "anchor"])
 def test_lengths_from_one_row_to_the_next(impl: str, case: str) -> None:
-    """Gradients of short rows are the largest: each is judged times its row's length, as a share of the row."""
+    """Gradients of short rows are the largest: each is judged times its row's length, as a share of
+    the row."""
     g = torch.Generator().manual_seed(5)
     mixed = lambda n: 10.0 ** (torch.rand(n, 1, generator=g) * 10 - 6)  # noqa: E731
     problems = [of_length(small(s, impl, **CASES[case]), mixed) for s in (1, 2)]
@@ -115,7 +119,10 @@ def test_lengths_from_one_row_to_the_next(impl: str, case: str) -> None:
 
     def shares(p: Problem, found: Any) -> dict[str, Tensor]:
         of = {name: x for name, x in vars(p).items() if name in found and x.dim() == 2}
-        return {n: x * of[n].detach().norm(dim=1, keepdim=True) if n in of else x for n, x in found.items()}  # fmt: skip
+        return {
+            n: x * of[n].detach().norm(dim=1, keepdim=True) if n in of else x
+            for n, x in found.items()
+        }
 
     for seed, p in enumerate(problems):
         y = loss_yardstick(p, seed)
@@ -160,7 +167,8 @@ class _FromR(torch.autograd.Function):
 
 @pytest.mark.parametrize("length", [1e3, 1e4])
 def test_the_gradient_of_a_logit_from_r(monkeypatch: pytest.MonkeyPatch, length: float) -> None:
-    """What is equal on paper was wrong by 0.4 % at length 1,000 and by a third at 10,000; the budget did not see it."""
+    """What is equal on paper was wrong by 0.4 % at length 1,000 and by a third at 10,000; the
+    budget did not see it."""
     found = [of_length(small(s, "cpu", num_heads=1), length) for s in (1, 2)]
 
     def plant() -> None:
@@ -213,7 +221,7 @@ ZERO_CASES = {name: CASES[name] for name in ZERO_NAMES} | {
     "cosine-dim-8": COSINE | {"dim": 8},
     "cosine-weights-log-q": COSINE | {"weights": True, "log_q": True},
     "cosine-many-anchors": COSINE | {"clicked": 1.0, "longest_pv": 8},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("impl", ["cpu", "triton"])
@@ -259,10 +267,13 @@ def test_values_that_cancel(impl: str, case: str) -> None:
 
 @pytest.mark.parametrize("impl", ["cpu", "triton"])
 def test_zero_and_long_rows_beside_a_memory(impl: str) -> None:
-    """The same losses, composed of blocks. To the definition a memory is a page more, without history and clicks."""
+    """The same losses, composed of blocks. To the definition a memory is a page more, without
+    history and clicks."""
     asked: dict[str, dict[str, Any]] = {
-        "candidate": {}, "cosine": {"attention_temperature": 0.2}, "anchor": {"attention": "anchor"},
-    }  # fmt: skip
+        "candidate": {},
+        "cosine": {"attention_temperature": 0.2},
+        "anchor": {"attention": "anchor"},
+    }
     for case, options in asked.items():
         p = of_length(small(1, impl, **CASES[case]), 1e3)
         p = zeroed(p, ("history",), slice(None, None, 3))
@@ -277,15 +288,17 @@ def test_zero_and_long_rows_beside_a_memory(impl: str) -> None:
         )
         judged = loss_yardstick(with_gradients(more, LOSS_INPUTS))
 
-        def beside(q: Problem) -> Tensor:
+        def beside(q: Problem, at: Any = (memory, options)) -> Tensor:
             offsets = {f"{x}_offsets": getattr(q, f"{x}_offsets") for x in ("pv", "history")}
-            given = (q.pv, q.history, q.clicked)
-            return public.reconstruction_loss(*given, memory=memory, impl=impl, **offsets, **options)  # noqa: B023 # fmt: skip
+            given = {"memory": at[0], "impl": impl, **offsets, **at[1]}
+            return public.reconstruction_loss(q.pv, q.history, q.clicked, **given)
 
         found = results(beside, p, LOSS_INPUTS)
         assert found.keys() == judged.exact.keys()
-        own = [{n: x[: len(found[n])] if x.dim() else x for n, x in of.items()}
-               for of in (judged.exact, judged.eager, *judged.rounded)]  # fmt: skip
+        own = [
+            {n: x[: len(found[n])] if x.dim() else x for n, x in of.items()}
+            for of in (judged.exact, judged.eager, *judged.rounded)
+        ]
         budget = Budget(torch.float32)
         budget.add(Yardstick(own[0], own[1], own[2:]), found)
         budget.check()

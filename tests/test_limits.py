@@ -1,4 +1,5 @@
-"""What data of others cannot do: lead out of a folder, take memory by a header's word, or fill it with one field."""
+"""What data of others cannot do: lead out of a folder, take memory by a header's word, or fill it
+with one field."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def jpeg(seed: int) -> bytes:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Images 0 to 3; links to them and out of the folder; a loop, a pipe, a link without a target."""
+    """Images 0 to 3; links to them and out of the folder; a loop, a pipe, a link without a
+    target."""
     folder, elsewhere = tmp_path / "photos", tmp_path / "photos-elsewhere"
     for path in (folder / "a", elsewhere / "more"):
         path.mkdir(parents=True)
@@ -137,7 +139,8 @@ def test_a_file_that_is_too_large_is_not_read(
 
 
 def bombs() -> dict[str, bytes]:
-    """Small files whose headers claim the most that their formats can, or just more than is taken."""
+    """Small files whose headers claim the most that their formats can, or just more than is
+    taken."""
     sixteen = (struct.pack(">HH", 16, 16), struct.pack(">HH", 65_500, 65_500))
     found = {}
     for kind, how in (("baseline", {}), ("progressive", {"progressive": True})):
@@ -232,7 +235,7 @@ def test_the_reason_names_the_size(name: str) -> None:
     assert "pixels" in reason, reason
 
 
-# ---- tables ---------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def test_rows_with_a_long_id_are_dropped_and_counted(tmp_path: Path) -> None:

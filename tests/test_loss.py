@@ -1,4 +1,5 @@
-"""Every implementation against the reference: the loss and every gradient, within the error budget."""
+"""Every implementation against the reference: the loss and every gradient, within the error
+budget."""
 
 from __future__ import annotations
 
@@ -83,9 +84,9 @@ def away_from_zero(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_rows_of_one_number(impl: str) -> None:
-    """Unit rows of one number are 1 and -1, so that every gradient is 0, and what rounding leaves of it is as large as
-    the luck of a few units in the last place: it is held to a bound. Each is divided by the length of a row and of a
-    reconstruction; with a sharp attention neither is short.
+    """Unit rows of one number are 1 and -1, so that every gradient is 0, and what rounding leaves
+    of it is as large as the luck of a few units in the last place: it is held to a bound. Each is
+    divided by the length of a row and of a reconstruction; with a sharp attention neither is short.
     """
     budget = Budget(torch.float32)
     for seed in range(3):
@@ -213,7 +214,8 @@ def test_two_runs_give_the_same_bits(impl: str, options: dict[str, Any]) -> None
 
 @pytest.mark.numpy_products
 def test_merged_columns_equal_expanded_rows() -> None:
-    """Equal candidates as one column change nothing: the table's loss is that of its expanded rows with ids."""
+    """Equal candidates as one column change nothing: the table's loss is that of its expanded rows
+    with ids."""
     for impl in IMPLS[:2]:
         p = make(5, impl=impl, table=True, pages=20)
         skip_unless_available(impl, p)
@@ -242,7 +244,8 @@ def test_merged_columns_equal_expanded_rows() -> None:
 
 @pytest.mark.numpy_products
 def test_tf32_setting_is_followed() -> None:
-    """float32 products follow torch's matmul precision; on a GPU the result must then be that of tf32 rows."""
+    """float32 products follow torch's matmul precision; on a GPU the result must then be that of
+    tf32 rows."""
     configs = pytest.importorskip("courier_fast.kernels.configs")
     before = torch.get_float32_matmul_precision()
     try:

@@ -1,4 +1,5 @@
-"""What the Triton pipeline allocates over its inputs, and how often it launches, at the shapes that people train on."""
+"""What the Triton pipeline allocates over its inputs, and how often it launches, at the shapes that
+people train on."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 MIB = 2**20
-# (pages, items of a page, history rows, D, gradients): most MiB over the inputs and gradients, launches.
+# (pages, items of a page, history rows, D, gradients): most MiB over the inputs and gradients,
+# launches.
 SHAPES = {
     "paper": ((3072, 5, 16_896, 256, True), 48, 13),
     "history-50": ((3072, 5, 78_336, 256, True), 48, 13),

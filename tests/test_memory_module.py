@@ -211,7 +211,7 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     assert len(small) == 2
 
 
-# ---- beside the loss ---------------------------------------------------------------------------------------------
+# ---- beside the loss -----------------------------------------------------------------------------
 
 
 def loss(pv: Tensor, **memory: Any) -> Tensor:
@@ -267,7 +267,7 @@ def test_second_derivatives_are_an_error(attention: str) -> None:
         g.square().sum().backward()
 
 
-# ---- several processes -------------------------------------------------------------------------------------------
+# ---- several processes ---------------------------------------------------------------------------
 
 COUNTS = [[2, 0, 1], [0, 0, 0], [3, 1, 0], [1, 1, 1], [0, 5, 9], [2, 2, 2]]
 

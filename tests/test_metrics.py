@@ -1,4 +1,5 @@
-"""Metrics of predicted clicks against scikit-learn, torchmetrics, ranx and all orders of ties; intervals against a bootstrap and by coverage."""
+"""Metrics of predicted clicks against scikit-learn, torchmetrics, ranx and all orders of ties;
+intervals against a bootstrap and by coverage."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ Array = np.ndarray
 def impressions(
     seed: int = 0, *, n: int = 2000, groups: int = 60, levels: int | None = None, kind: Any = "f8"
 ) -> tuple[Array, Array, Array]:
-    """Labels, predictions (with `levels` different ones, else all different) and groups, some of which have one label only."""
+    """Labels, predictions (with `levels` different ones, else all different) and groups, some of
+    which have one label only."""
     rng = np.random.default_rng(seed)
     group = rng.integers(0, groups, n)
     p = rng.random(n).clip(0.001, 0.999)
@@ -54,7 +56,7 @@ def data(request: pytest.FixtureRequest) -> tuple[Array, Array, Array]:
     return impressions(levels=levels, kind=kind)
 
 
-# ---- values -------------------------------------------------------------------------------------------------------
+# ---- values --------------------------------------------------------------------------------------
 
 
 def test_auc(data: tuple) -> None:
@@ -138,7 +140,8 @@ def test_page_metrics_by_libraries() -> None:
 
 
 def test_page_metrics_by_ranx() -> None:
-    """Where it is installed (`pip install ranx`): its compilation takes longer than all other tests here, and torchmetrics says the same."""
+    """Where it is installed (`pip install ranx`): its compilation takes longer than all other tests
+    here, and torchmetrics says the same."""
     pytest.importorskip("ranx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its compiler's
@@ -189,7 +192,7 @@ def test_page_metrics_are_means_over_all_orders_of_ties(k: int) -> None:
         assert [m.value for m in ours] == pytest.approx(np.mean(totals, 0), rel=1e-12)
 
 
-# ---- calibration --------------------------------------------------------------------------------------------------
+# ---- calibration ---------------------------------------------------------------------------------
 
 
 def test_calibration_of_different_predictions() -> None:
@@ -261,12 +264,13 @@ def test_platt_of_separable_and_of_constant_predictions() -> None:
     np.testing.assert_allclose(extreme([0.0, 1.0]), [1 / 52, 51 / 52], rtol=1e-6)
 
 
-# ---- intervals ----------------------------------------------------------------------------------------------------
+# ---- intervals -----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-    """Simulated users: how many impressions each, how far they differ in what they click and in what is predicted for them."""
+    """Simulated users: how many impressions each, how far they differ in what they click and in
+    what is predicted for them."""
 
     impressions: float
     spread: float  # of the users' own log-odds
@@ -295,7 +299,8 @@ DESIGNS = [Design(20, 0.3, 0.5), Design(8, 1.0, 0.3), Design(30, 0.6, 0.8, level
 def bootstrap(
     clicked: Array, predictions: dict[str, Array], user: Array, draws: int, own: Array | None = None
 ) -> Array:
-    """[draws, 2, 3]: AUC, GAUC and logloss of both predictions, for as many users as there are, drawn with replacement.
+    """[draws, 2, 3]: AUC, GAUC and logloss of both predictions, for as many users as there are,
+    drawn with replacement.
 
     `own` [n]: weights of the impressions.
     """
@@ -362,7 +367,8 @@ def test_impressions_of_a_user_are_not_independent() -> None:
 
 @pytest.mark.parametrize("design", [DESIGNS[1]], ids=["uneven"])
 def test_coverage(design: Design) -> None:
-    """The 95 % interval holds the value of all users that there could be in 93 to 97 of 100 samples of 150 of them."""
+    """The 95 % interval holds the value of all users that there could be in 93 to 97 of 100 samples
+    of 150 of them."""
     clicked, predictions, user = design.draw(100_000, 3)
     truth = compare(clicked, predictions, user=user, base="a")
     names = ("auc", "gauc", "logloss")
@@ -499,7 +505,7 @@ def test_memory_is_linear_in_impressions_with_as_many_users_and_pages() -> None:
     assert large < 200_000 * 200
 
 
-# ---- refusals -----------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 OK = np.array([0.1, 0.2, 0.3, 0.4])
 LABELS, USERS = [0, 1, 0, 1], [1, 1, 2, 2]

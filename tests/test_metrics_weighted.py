@@ -1,4 +1,5 @@
-"""Metrics of predicted clicks with weights: against scikit-learn, against impressions repeated that often, and against a bootstrap."""
+"""Metrics of predicted clicks with weights: against scikit-learn, against impressions repeated that
+often, and against a bootstrap."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ def test_gauc(data: tuple, weighting: str) -> None:
         y, own = clicked[group == g], w[group == g].astype("f8")
         if 0 < y.sum() < len(y):
             value.append(sk.roc_auc_score(y, p[group == g], sample_weight=own))
-            of_group.append({"impressions": own.sum(), "clicks": own[y].sum(), "users": 1}[weighting])  # fmt: skip
+            of_group.append(
+                {"impressions": own.sum(), "clicks": own[y].sum(), "users": 1}[weighting]
+            )
     found = metrics.gauc(clicked, p, group, weighting, weight=w)
     assert found.value == pytest.approx(np.average(value, weights=of_group), rel=1e-12)
     assert found.kept == len(value)
@@ -78,7 +81,8 @@ def test_recalibration(data: tuple) -> None:
 
 
 def numbers(found: dict[str, Comparison], but: tuple[str, ...] = ()) -> dict[str, Any]:
-    """All numbers by name; counts of impressions left out, and the metrics that begin as one of `but`."""
+    """All numbers by name; counts of impressions left out, and the metrics that begin as one of
+    `but`."""
     out: dict[str, Any] = {}
     for name, c in found.items():
         out |= {(name, "entropy"): c.normalised_entropy, (name, "rela_impr"): c.rela_impr or 0.0}
@@ -87,7 +91,9 @@ def numbers(found: dict[str, Comparison], but: tuple[str, ...] = ()) -> dict[str
             out |= {(name, "bin", i, key): value for key, value in asdict(b).items()}
         for metric, e in c.metrics.items():
             if not metric.startswith(but or ("-",)):
-                out |= {(name, metric, key): getattr(e, key) for key in ("value", "low", "high", "se")}  # fmt: skip
+                out |= {
+                    (name, metric, key): getattr(e, key) for key in ("value", "low", "high", "se")
+                }
                 if e.minus_base is not None:
                     out |= {(name, metric, "-", k): v for k, v in asdict(e.minus_base).items()}
     return out
@@ -95,7 +101,8 @@ def numbers(found: dict[str, Comparison], but: tuple[str, ...] = ()) -> dict[str
 
 @pytest.mark.parametrize(("levels", "kind"), [(None, "f8"), (7, "f4")])
 def test_a_weight_counts_as_so_many_impressions(levels: int | None, kind: str) -> None:
-    """Values, intervals, differences, p-values, and the calibration with its bins; but for the metrics of pages."""
+    """Values, intervals, differences, p-values, and the calibration with its bins; but for the
+    metrics of pages."""
     clicked, p, user = impressions(levels=levels, kind=kind)
     q, page = np.roll(p, 1), user * 9 + np.arange(len(user)) % 5
     w = np.random.default_rng(1).integers(1, 5, len(p))

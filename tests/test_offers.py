@@ -42,7 +42,9 @@ def test_each_item_on_offer_is_drawn_as_often(gone: int) -> None:
     last = np.where(np.arange(gone + 6) < 6, 100, 5)
     offers = offers_of(first, last)
     # The user has had item 0, so five are left.
-    none = Events(*(np.array([0], kind) for kind in (np.int32, np.int64, np.int32)), np.array([0, 1]))  # fmt: skip
+    none = Events(
+        *(np.array([0], kind) for kind in (np.int32, np.int64, np.int32)), np.array([0, 1])
+    )
     counts, n = np.zeros(gone + 6), 6000
     page, state = np.zeros(3, np.int32), np.zeros(1, np.uint64)
     for seed in range(n):

@@ -1,5 +1,5 @@
-"""The loss with and without the registered operator around it, and under torch.func: the same bits, and seen by whoever
-watches operators."""
+"""The loss with and without the registered operator around it, and under torch.func: the same bits,
+and seen by whoever watches operators."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_tensor_subclasses_reach_the_operator(impl: str) -> None:
         assert torch.equal(ops.loss(p, impl, False)[0].as_subclass(Tensor), plain)
 
 
-# ---- torch.func ----------------------------------------------------------------------------------------------------
+# ---- torch.func ----------------------------------------------------------------------------------
 
 KINDS = ("loss", "sequence", "reconstruct")
 

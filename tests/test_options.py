@@ -1,4 +1,5 @@
-"""Options that need or exclude one another: the tables are walked, and every option of every command has been thought of."""
+"""Options that need or exclude one another: the tables are walked, and every option of every
+command has been thought of."""
 
 from __future__ import annotations
 
@@ -46,20 +47,26 @@ ONE_OF = {
 
 # Options that always have an effect, or an error of their own where they have none.
 ALWAYS = {
-    "prepare": "layout images shrink shard-rows overwrite engine page-column page-size min-history max-history seed validation-from test-from",
+    "prepare": "layout images shrink shard-rows overwrite engine page-column page-size min-history "
+    "max-history seed validation-from test-from",
     "verify": "",
     "train": "",
-    "embed": "run dataset images out only-new compact engine batch device precision decoder threads",
+    "embed": "run dataset images out only-new compact engine batch device precision decoder "
+    "threads",
     "export": "run out verify",
-    "evaluate": "dataset run embeddings split baselines candidates k history score bootstrap seed json device",
-    "report": "dataset run embeddings split baselines candidates k history score bootstrap seed json device out ctr sweep headline",
-    "ctr": "dataset embeddings out models forms protocol seeds split history min-count batch lr l2 epochs no-control allow-missing threads export",
-    "sweep": "out seeds split candidates k history score bootstrap batch device precision decoder threads",
+    "evaluate": "dataset run embeddings split baselines candidates k history score bootstrap seed "
+    "json device",
+    "report": "dataset run embeddings split baselines candidates k history score bootstrap seed "
+    "json device out ctr sweep headline",
+    "ctr": "dataset embeddings out models forms protocol seeds split history min-count batch lr l2 "
+    "epochs no-control allow-missing threads export",
+    "sweep": "out seeds split candidates k history score bootstrap batch device precision decoder "
+    "threads",
     "index build": "embeddings out kind",
     "index search": "index item image k html json",
     "index clusters": "embeddings out like",
     "quickstart": "out items users steps minutes short seed",
-}  # fmt: skip
+}
 ALWAYS_SETTINGS = {
     "data": "dataset features pages images share history ahead buckets",
     "model": "dim compile slice shard ema",
@@ -147,8 +154,15 @@ def test_each_setting_without_effect_gives_its_error(
     name: str, example: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     action = leaves("train")[f"--{name}"]
-    default = getattr(getattr(Config.load(None, {"data.dataset": "ds"}), name.split(".")[0]), name.split(".")[1])  # fmt: skip
-    value = {"loss.heads": "1", "loss.attention": "mean", "loss.attention_scale": "1", "loss.attention_temperature": "1"}.get(name)  # fmt: skip
+    default = getattr(
+        getattr(Config.load(None, {"data.dataset": "ds"}), name.split(".")[0]), name.split(".")[1]
+    )
+    value = {
+        "loss.heads": "1",
+        "loss.attention": "mean",
+        "loss.attention_scale": "1",
+        "loss.attention_temperature": "1",
+    }.get(name)
     if value is None:
         value = default if isinstance(default, str) else "1" if default is None else default
     values = [str(x) for x in value] if isinstance(value, tuple) else [str(value)]
@@ -192,26 +206,32 @@ def test_an_option_that_gives_its_default_is_given(tmp_path: Path) -> None:
 
 def test_options_that_go_together_are_taken() -> None:
     for line in (
-        "prepare out --interactions c.csv --page-column p --clicked-column c --keep-unclicked --page-size 4 --seed 1",
-        "prepare out --interactions c.csv --items i.csv --negatives category --category-column kind --live-days 3 --repeats keep",
-        "prepare out --layout movielens --source ml --min-rating 4 --negatives popularity --images p --shrink 64 --shard-bytes 9",
-        "prepare out --layout ebnerd --source e --keep-unclicked --validation-from 2020-01-01 --test-from 2020-01-02",
+        "prepare out --interactions c.csv --page-column p --clicked-column c --keep-unclicked "
+        "--page-size 4 --seed 1",
+        "prepare out --interactions c.csv --items i.csv --negatives category --category-column "
+        "kind --live-days 3 --repeats keep",
+        "prepare out --layout movielens --source ml --min-rating 4 --negatives popularity --images "
+        "p --shrink 64 --shard-bytes 9",
+        "prepare out --layout ebnerd --source e --keep-unclicked --validation-from 2020-01-01 "
+        "--test-from 2020-01-02",
         "prepare out --layout hm --source e --negatives category --threads 2 --memory-gib 1",
         "embed --run r --dataset ds --out e --only-new --since 2020-01-01",
-        "evaluate --dataset ds --embeddings e.npy --backbone resnet18 --pretrained --size 64 --batch 8 --candidates popular --count 9",
+        "evaluate --dataset ds --embeddings e.npy --backbone resnet18 --pretrained --size 64 "
+        "--batch 8 --candidates popular --count 9",
         "evaluate --dataset ds --run r --baselines random --batch 8 --threads 2",
-        "ctr --dataset ds --embeddings e.npy --out o --protocol shared disjoint --encoder-share 0.4",
+        "ctr --dataset ds --embeddings e.npy --out o --protocol shared disjoint --encoder-share "
+        "0.4",
         "export --run r --out o --licence x --dataset ds --photos 9 --verify --vectors v.npy",
         "index search --index i --image a.jpg --encoder r --dataset ds --html p.html",
         "index clusters --embeddings e --out o --dataset ds --until 2020-01-01 --k 9",
         "sweep --out o --candidates sampled --count 5",
-    ):  # fmt: skip
+    ):
         words = line.split()
         parser = parser_of(words[0])
         check(parser, parser.parse_args(words), words)
 
 
-# ---- words for yes and no -------------------------------------------------------------------------------------------
+# ---- words for yes and no ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -251,7 +271,9 @@ def test_a_word_that_nobody_knows_was_no_click(words: list[str], said: str) -> N
     assert said in str(raised.value)
 
 
-def shown(tmp_path: Path, lines: list[str], head: str = "page,user_id,item_id,timestamp,clicked") -> Path:  # fmt: skip
+def shown(
+    tmp_path: Path, lines: list[str], head: str = "page,user_id,item_id,timestamp,clicked"
+) -> Path:
     path = tmp_path / "shown.csv"
     path.write_text("\n".join([head, *lines]) + "\n")
     return path
@@ -265,8 +287,10 @@ def test_unknown_and_missing_words_of_clicks_through_prepare(tmp_path: Path) -> 
     ]
     options = PrepareOptions(min_history=1)
     report = prepare(
-        tmp_path / "out", source=generic([shown(tmp_path, lines)], None, Columns(page="page")), options=options
-    )  # fmt: skip
+        tmp_path / "out",
+        source=generic([shown(tmp_path, lines)], None, Columns(page="page")),
+        options=options,
+    )
     assert report["impressions"][truth.UNKNOWN] == 60
     assert not report["impressions"]["dropped"]
     lines[4] = lines[4].replace("NULL", "perhaps")
@@ -274,8 +298,19 @@ def test_unknown_and_missing_words_of_clicks_through_prepare(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="got 'perhaps' in 1 of 90 rows"):
         prepare(tmp_path / "bad", source=source, options=options)
     dates = tmp_path / "d.parquet"
-    pl.DataFrame({"page": ["a"], "user_id": ["b"], "item_id": ["c"], "timestamp": [1_600_000_000], "clicked": pl.Series([0]).cast(pl.Date)}).write_parquet(dates)  # fmt: skip
-    with pytest.raises(ValueError, match="d.parquet: expected yes or no in the column clicked, got a column of Date"):  # fmt: skip
+    pl.DataFrame(
+        {
+            "page": ["a"],
+            "user_id": ["b"],
+            "item_id": ["c"],
+            "timestamp": [1_600_000_000],
+            "clicked": pl.Series([0]).cast(pl.Date),
+        }
+    ).write_parquet(dates)
+    with pytest.raises(
+        ValueError,
+        match="d.parquet: expected yes or no in the column clicked, got a column of Date",
+    ):
         generic([dates], None, Columns(page="page"))
 
 
@@ -297,7 +332,7 @@ def test_a_column_that_says_something_else_is_no_matter(tmp_path: Path, words: l
     assert not generic([shown(tmp_path, lines, "user_id,item_id,timestamp,label")]).notes
 
 
-# ---- items and page ids ---------------------------------------------------------------------------------------------
+# ---- items and page ids --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -332,7 +367,9 @@ def test_a_table_of_items_that_fits_few_is_noted() -> None:
 def test_negatives_of_a_category_need_one(tmp_path: Path) -> None:
     events = [(f"u{n % 3}", f"i{n % 5}", 60 * n) for n in range(60)]
     options = PrepareOptions(min_history=1, negatives="category")
-    with pytest.raises(ValueError, match="negatives: category expects items with a category, got none of 5"):  # fmt: skip
+    with pytest.raises(
+        ValueError, match="negatives: category expects items with a category, got none of 5"
+    ):
         prepare(tmp_path / "out", source=source_of(events), options=options)
 
 
@@ -345,7 +382,18 @@ def rows_shown(pages: list[tuple[int, int, int]]) -> PageIds:
 
 def test_page_ids_that_are_used_again_were_one_page() -> None:
     day = 86_400
-    pages = [(0, 1, 0), (0, 1, day), (0, 2, 0), (0, 2, 20 * day), (1, 1, 5), (1, 3, 0), (2, 1, 3), (2, 3, 9), (2, 9, 0), (2, 9, day + 1)]  # fmt: skip
+    pages = [
+        (0, 1, 0),
+        (0, 1, day),
+        (0, 2, 0),
+        (0, 2, 20 * day),
+        (1, 1, 5),
+        (1, 3, 0),
+        (2, 1, 3),
+        (2, 3, 9),
+        (2, 9, 0),
+        (2, 9, day + 1),
+    ]
     whole = rows_shown(pages)
     assert whole.counts() == {"apart": 2, "looked_at": 4, "of_several_users": 2}
     apart, several = whole.notes(lambda user: f"u{user}", 7)

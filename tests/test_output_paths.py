@@ -1,4 +1,5 @@
-"""What a command may write over: nothing but an empty folder, or what this package wrote; never what it reads."""
+"""What a command may write over: nothing but an empty folder, or what this package wrote; never
+what it reads."""
 
 from __future__ import annotations
 
@@ -47,13 +48,15 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# ---- what is there -------------------------------------------------------------------------------------------------
+# ---- what is there -------------------------------------------------------------------------------
 
 
 def test_overwrite_deleted_any_folder(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "a.txt").write_text("years")
-    with pytest.raises(ValueError, match=r"expected a new folder or a dataset, got .*not empty \(a.txt\)"):  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"expected a new folder or a dataset, got .*not empty \(a.txt\)"
+    ):
         some(tmp_path / "thesis", AGAIN)
     assert (tmp_path / "thesis" / "a.txt").read_text() == "years"
     assert names(tmp_path) == ["thesis"]
@@ -67,7 +70,9 @@ def test_a_mark_that_does_not_say_so(tmp_path: Path, text: str) -> None:
         check_output(tmp_path / "x", DATASET, overwrite=True)
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "images/a.jpg", "pages/00000.arrow.bak", "raw/clicks.csv", "users/link"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "images/a.jpg", "pages/00000.arrow.bak", "raw/clicks.csv", "users/link"]
+)
 def test_a_dataset_that_holds_something_else(dataset: Path, name: str) -> None:
     (dataset / name).parent.mkdir(exist_ok=True)
     if name.endswith("link"):
@@ -96,9 +101,13 @@ def test_files_pipes_sockets_and_links(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     before = names(tmp_path)
     for name, text in {
-        "file": "which is a file", "pipe": "which is a pipe", "socket": "which is a socket", "to-file": "which is a file",
-        "dangling": "a link to .*nowhere, which is not there", "loop": "a link to .*loop, which is not there",
-    }.items():  # fmt: skip
+        "file": "which is a file",
+        "pipe": "which is a pipe",
+        "socket": "which is a socket",
+        "to-file": "which is a file",
+        "dangling": "a link to .*nowhere, which is not there",
+        "loop": "a link to .*loop, which is not there",
+    }.items():
         with pytest.raises(ValueError, match=text):
             some(tmp_path / name, AGAIN)
     with pytest.raises(ValueError, match="which is a device"):
@@ -119,7 +128,9 @@ def test_a_link_to_a_folder_stays_one(dataset: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == ["ds", "link"]
 
 
-def test_paths_that_are_written_in_other_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_paths_that_are_written_in_other_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a").mkdir()
     monkeypatch.chdir(tmp_path)
     for text in ("a/../b/", "./b", f"{tmp_path}//b/", "a/../a/../b"):
@@ -127,7 +138,7 @@ def test_paths_that_are_written_in_other_ways(tmp_path: Path, monkeypatch: pytes
     assert check_output(Path("new/er/ds"), DATASET) == tmp_path / "new" / "er" / "ds"
 
 
-# ---- what is read --------------------------------------------------------------------------------------------------
+# ---- what is read --------------------------------------------------------------------------------
 
 
 def test_never_an_input_or_what_holds_one(dataset: Path, tmp_path: Path) -> None:
@@ -135,7 +146,12 @@ def test_never_an_input_or_what_holds_one(dataset: Path, tmp_path: Path) -> None
     photos.mkdir(parents=True)
     (photos / "a.jpg").write_text("x")
     (tmp_path / "other").symlink_to(photos)
-    for out in (photos, tmp_path / "shop", tmp_path / "other", tmp_path / "shop" / "x" / ".." / "photos"):  # fmt: skip
+    for out in (
+        photos,
+        tmp_path / "shop",
+        tmp_path / "other",
+        tmp_path / "shop" / "x" / ".." / "photos",
+    ):
         with pytest.raises(ValueError, match="is not read, got .* which (is|holds) the input"):
             check_output(out, DATASET, inputs=[photos], overwrite=True)
     with pytest.raises(ValueError, match="which holds the input"):
@@ -152,7 +168,11 @@ def test_never_the_current_folder_or_the_home(
 ) -> None:
     (tmp_path / "home" / "me").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path / "home" / "me"))
-    for out, text in {tmp_path / "home" / "me": "is the home folder", tmp_path / "home": "holds the home folder", Path("/"): "holds the current"}.items():  # fmt: skip
+    for out, text in {
+        tmp_path / "home" / "me": "is the home folder",
+        tmp_path / "home": "holds the home folder",
+        Path("/"): "holds the current",
+    }.items():
         with pytest.raises(ValueError, match=text):
             check_output(out, DATASET, overwrite=True)
     monkeypatch.chdir(dataset / "items")
@@ -161,7 +181,7 @@ def test_never_the_current_folder_or_the_home(
             check_output(Path(text), DATASET, overwrite=True)
 
 
-# ---- while it runs -------------------------------------------------------------------------------------------------
+# ---- while it runs -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [OPTIONS, AGAIN])
@@ -183,7 +203,9 @@ def test_what_comes_while_it_runs_is_left(
             (tmp_path / "ds").symlink_to(tmp_path)
 
     monkeypatch.setattr(output, "sync_all", meanwhile)
-    with pytest.raises(FileExistsError, match=r"has come or changed .* complete, in .*ds\.finished"):  # fmt: skip
+    with pytest.raises(
+        FileExistsError, match=r"has come or changed .* complete, in .*ds\.finished"
+    ):
         some(tmp_path / "ds", options)
     assert Dataset(tmp_path / "ds.finished").num_pages
     assert names(tmp_path) == ["ds", "ds.finished"]
@@ -191,16 +213,22 @@ def test_what_comes_while_it_runs_is_left(
         assert (tmp_path / "ds" / "notes.txt").read_text() == "mine"
 
 
-def test_what_comes_into_the_dataset_meanwhile(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_what_comes_into_the_dataset_meanwhile(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = output.sync_all
-    monkeypatch.setattr(output, "sync_all", lambda folder: (real(folder), (dataset / "mine.txt").touch()))  # fmt: skip
+    monkeypatch.setattr(
+        output, "sync_all", lambda folder: (real(folder), (dataset / "mine.txt").touch())
+    )
     with pytest.raises(FileExistsError, match=r"mine\.txt"):
         some(dataset, AGAIN)
     assert (dataset / "mine.txt").exists() and Dataset(dataset).num_pages
     assert Dataset(dataset.parent / "ds.finished").num_pages
 
 
-def test_a_rename_that_fails_restores_what_was_there(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_rename_that_fails_restores_what_was_there(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before, rename = Dataset(dataset).fingerprint, os.rename
 
     def fail(source: Any, target: Any) -> None:
@@ -219,7 +247,10 @@ def test_a_rename_that_fails_restores_what_was_there(dataset: Path, monkeypatch:
 
 def mounted(folder: Path) -> bool:
     folder.mkdir()
-    return subprocess.run(["mount", "-t", "tmpfs", "none", folder], capture_output=True).returncode == 0  # fmt: skip
+    return (
+        subprocess.run(["mount", "-t", "tmpfs", "none", folder], capture_output=True).returncode
+        == 0
+    )
 
 
 @pytest.fixture
@@ -234,7 +265,9 @@ def volume(tmp_path: Path) -> Any:
         subprocess.run(["umount", "-l", tmp_path / "volume"], check=True)
 
 
-def test_a_mounted_volume_is_filled_and_replaced_where_it_is(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_mounted_volume_is_filled_and_replaced_where_it_is(
+    volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (volume / "lost+found").mkdir()
     some(volume)
     first = Dataset(volume).fingerprint
@@ -243,7 +276,17 @@ def test_a_mounted_volume_is_filled_and_replaced_where_it_is(volume: Path, monke
     prepare(volume, source=source_of(random_events(1)), options=AGAIN)
     second = Dataset(volume).fingerprint
     assert first != second
-    tables = ["dataset.json", "events", "items", "lost+found", "manifest.json", "page_items", "pages", "report.json", "users"]  # fmt: skip
+    tables = [
+        "dataset.json",
+        "events",
+        "items",
+        "lost+found",
+        "manifest.json",
+        "page_items",
+        "pages",
+        "report.json",
+        "users",
+    ]
     assert names(volume) == tables
     # One that fails in the middle of the renames leaves what was there.
     rename = os.rename
@@ -254,7 +297,9 @@ def test_a_mounted_volume_is_filled_and_replaced_where_it_is(volume: Path, monke
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", fail)
-    with pytest.raises(FileExistsError, match=r"Input/output error.* complete, in .*volume/finished"):  # fmt: skip
+    with pytest.raises(
+        FileExistsError, match=r"Input/output error.* complete, in .*volume/finished"
+    ):
         some(volume, AGAIN)
     assert names(volume) == sorted([*tables, "finished"])
     assert Dataset(volume).fingerprint == second
@@ -273,13 +318,19 @@ def test_a_volume_half_filled_by_a_killed_run(volume: Path) -> None:
     assert not left.exists()
 
 
-# ---- leftovers -----------------------------------------------------------------------------------------------------
+# ---- leftovers -----------------------------------------------------------------------------------
 
 
 def test_leftovers_of_a_killed_run_go_and_others_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("ds.partial-dead", "ds.partial-alive", "ds.partial-7", "ds.old-7", "ds2.partial-1"):  # fmt: skip
+    for name in (
+        "ds.partial-dead",
+        "ds.partial-alive",
+        "ds.partial-7",
+        "ds.old-7",
+        "ds2.partial-1",
+    ):
         (tmp_path / name).mkdir()
     (tmp_path / "ds.partial-dead" / ".lock").touch()
     lock = output._lock(tmp_path / "ds.partial-alive")
@@ -287,7 +338,13 @@ def test_leftovers_of_a_killed_run_go_and_others_are_named(
         some(tmp_path / "ds")
     assert lock is not None
     os.close(lock)
-    assert names(tmp_path) == ["ds", "ds.old-7", "ds.partial-7", "ds.partial-alive", "ds2.partial-1"]  # fmt: skip
+    assert names(tmp_path) == [
+        "ds",
+        "ds.old-7",
+        "ds.partial-7",
+        "ds.partial-alive",
+        "ds2.partial-1",
+    ]
     said = [record.getMessage() for record in caplog.records]
     assert any("ds.partial-dead is removed" in text for text in said)
     for name in ("ds.partial-alive", "ds.partial-7", "ds.old-7"):
@@ -295,7 +352,7 @@ def test_leftovers_of_a_killed_run_go_and_others_are_named(
     assert not any("ds2" in text for text in said)
 
 
-# ---- the other commands --------------------------------------------------------------------------------------------
+# ---- the other commands --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("product", [EXPORT, INDEX, CLUSTERS])
@@ -374,7 +431,8 @@ def test_files_that_are_written(tmp_path: Path) -> None:
 
 
 def commands(tmp: Path, out: Path) -> dict[str, list[str]]:
-    """Each command that writes, at `out`; what it reads need not be there: the output is looked at first."""
+    """Each command that writes, at `out`; what it reads need not be there: the output is looked at
+    first."""
     run, ds, emb = str(tmp / "run"), str(tmp / "ds"), str(tmp / "e.npy")
     return {
         "report": ["report", "--dataset", ds, "--run", run, "--out", str(out)],
@@ -384,7 +442,7 @@ def commands(tmp: Path, out: Path) -> dict[str, list[str]]:
         "json": ["index", "search", "--index", str(tmp / "i"), "--item", "a", "--json", str(out)],
         "export": ["export", "--run", run, "--licence", "mit", "--out", str(out)],
         "quickstart": ["quickstart", "--short", "--out", str(out)],
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", commands(Path(), Path()))
@@ -400,7 +458,9 @@ def test_every_command_leaves_a_folder_of_photos(
     assert names(photos) == ["a.jpg"]
 
 
-def test_folders_that_grow(tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: Path) -> None:  # fmt: skip
+def test_folders_that_grow(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: Path
+) -> None:
     """`train` wrote its settings over a config.toml of the user's, and into the dataset."""
     from courier_fast.evaluate.ctr.command import _is_ctr
     from courier_fast.train.config import Config
@@ -444,7 +504,7 @@ def test_embeddings_are_not_written_over_something_else(tmp_path: Path) -> None:
         check_embeddings_out(tmp_path / "a.npy")
 
 
-# ---- paths as people write them ------------------------------------------------------------------------------------
+# ---- paths as people write them ------------------------------------------------------------------
 
 
 def test_file_urls_and_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,25 +512,38 @@ def test_file_urls_and_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     (tmp_path / "100%25.csv").touch()
     for text, path in {
-        "~/a.csv": tmp_path / "a.csv", "~": tmp_path, "file:///a%20b/c": Path("/a b/c"), "file://localhost/a": Path("/a"),
-        "FILE:///a": Path("/a"), "file:/a": Path("/a"), f"file://{tmp_path}/100%25.csv": tmp_path / "100%25.csv",
-        "./~x": Path("~x"), "a~b": Path("a~b"),
-    }.items():  # fmt: skip
+        "~/a.csv": tmp_path / "a.csv",
+        "~": tmp_path,
+        "file:///a%20b/c": Path("/a b/c"),
+        "file://localhost/a": Path("/a"),
+        "FILE:///a": Path("/a"),
+        "file:/a": Path("/a"),
+        f"file://{tmp_path}/100%25.csv": tmp_path / "100%25.csv",
+        "./~x": Path("~x"),
+        "a~b": Path("a~b"),
+    }.items():
         assert location(text) == local_path(text) == path, text
     assert location("s3://shop/ds/") == "s3://shop/ds"
     (tmp_path / "~backup").touch()
     assert location("~backup") == Path("~backup")
     for text, why in {
-        "file://server/share/a.csv": "the host 'server'", "file:a.csv": "a whole path", "file://": "a whole path",
-        "~nobody-of-this-name/a": "no home of ~nobody-of-this-name", "": "empty text", "s3://": "a name after s3://", "a\0b": "zero byte",
-    }.items():  # fmt: skip
+        "file://server/share/a.csv": "the host 'server'",
+        "file:a.csv": "a whole path",
+        "file://": "a whole path",
+        "~nobody-of-this-name/a": "no home of ~nobody-of-this-name",
+        "": "empty text",
+        "s3://": "a name after s3://",
+        "a\0b": "zero byte",
+    }.items():
         with pytest.raises(ValueError, match=re.escape(why)):
             location(text)
     with pytest.raises(ValueError, match=r"expected a local path, got s3://shop/run"):
         local_path("s3://shop/run")
 
 
-def test_a_url_where_a_path_is_taken_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:  # fmt: skip
+def test_a_url_where_a_path_is_taken_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """It made a folder called s3: in the current one."""
     for command in commands(tmp_path, Path("OUT")).values():
         with pytest.raises(SystemExit):
@@ -480,11 +553,15 @@ def test_a_url_where_a_path_is_taken_is_refused(capsys: pytest.CaptureFixture[st
     assert "run.out: " in (said := capsys.readouterr().err) and "expected a local path" in said
 
 
-def test_settings_of_a_file_know_the_home_and_file_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_settings_of_a_file_know_the_home_and_file_urls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from courier_fast.train.config import Config
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "c.toml").write_text('[data]\ndataset = "~/ds"\nfeatures = "file:///a%20b.npy"\n[run]\nout = "~/run"\n')  # fmt: skip
+    (tmp_path / "c.toml").write_text(
+        '[data]\ndataset = "~/ds"\nfeatures = "file:///a%20b.npy"\n[run]\nout = "~/run"\n'
+    )
     config = Config.load("~/c.toml")
     assert config.data.dataset == tmp_path / "ds"
     assert config.data.features == Path("/a b.npy")

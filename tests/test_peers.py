@@ -42,7 +42,8 @@ def test_reduction_none_uses_each_rows_own_gradient(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bias_path_with_negative_losses(impl: str) -> None:
-    """ml-cross-entropy #52: with biases of either sign (log_q) scores of positives are above 1/tau, and gradients went wrong."""
+    """ml-cross-entropy #52: with biases of either sign (log_q) scores of positives are above 1/tau,
+    and gradients went wrong."""
     g = torch.Generator().manual_seed(1)
     p = make(2, impl=impl, pages=14)
     bias = torch.full((p.num_pv,), 9.0)
@@ -60,7 +61,8 @@ def test_bias_path_with_negative_losses(impl: str) -> None:
 def test_gradients_of_many_chunks_are_summed_in_float32(
     monkeypatch: pytest.MonkeyPatch, impl: str, dtype: torch.dtype
 ) -> None:
-    """siglip-kernel and ml-cross-entropy #14, #18: gradients accumulated across chunks in the input type."""
+    """siglip-kernel and ml-cross-entropy #14, #18: gradients accumulated across chunks in the input
+    type."""
     if impl == "triton":
         configs = pytest.importorskip("courier_fast.kernels.configs")
         monkeypatch.setattr(configs, "LARGEST_REGISTER_DIM", 8)
@@ -105,7 +107,8 @@ def test_confident_positives_keep_their_gradient(impl: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("impl", ("reference", *IMPLS))
 def test_masks_do_not_make_the_temperatures_gradient_nan(impl: str) -> None:
-    """NVIDIA-NeMo/Automodel #3850: -inf before the division by tau, finite loss and NaN gradient of tau."""
+    """NVIDIA-NeMo/Automodel #3850: -inf before the division by tau, finite loss and NaN gradient of
+    tau."""
     p = make(
         1,
         impl="cpu" if impl == "reference" else impl,
@@ -175,7 +178,8 @@ def test_rows_beyond_the_last_offset(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_zero_length_sequences(impl: str) -> None:
-    """flash-attention #2562, #1537: crashes on zero-length sequences; every length is 0 or 1 here."""
+    """flash-attention #2562, #1537: crashes on zero-length sequences; every length is 0 or 1
+    here."""
     check_loss(impl, longest_pv=1, longest_history=1, pages=30, clicked=0.9)
 
 
@@ -204,7 +208,8 @@ def test_tail_tiles(impl: str, count: int) -> None:
 
 @pytest.mark.parametrize("impl", ("reference", *IMPLS))
 def test_non_contiguous_inputs_and_stride_0_gradients(impl: str) -> None:
-    """TransformerEngine #2746: non-contiguous inputs silently wrong; ROCm/TransformerEngine #623: grad of .sum()."""
+    """TransformerEngine #2746: non-contiguous inputs silently wrong; ROCm/TransformerEngine #623:
+    grad of .sum()."""
     if impl == "cpu":
         pytest.importorskip("courier_fast._native")
     device = DEVICES.get(impl, "cpu")
@@ -224,7 +229,8 @@ def test_non_contiguous_inputs_and_stride_0_gradients(impl: str) -> None:
 @pytest.mark.parametrize("tau", [0.01, 0.005])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_orthogonal_pairs_at_a_small_temperature(impl: str, tau: float) -> None:
-    """memeff: the fixed maximum 1/tau underflows, exp(-100) at tau = 0.01; inf-cl: no maximum overflows."""
+    """memeff: the fixed maximum 1/tau underflows, exp(-100) at tau = 0.01; inf-cl: no maximum
+    overflows."""
     device = DEVICES[impl]
     pv, history = (
         torch.eye(8, device=device)[:, None],
@@ -245,7 +251,8 @@ def test_orthogonal_pairs_at_a_small_temperature(impl: str, tau: float) -> None:
 
 @pytest.mark.parametrize("impl", ("reference", *IMPLS))
 def test_log_q_has_the_right_sign(impl: str) -> None:
-    """tensorflow/recommenders #219, #706: a candidate that is sampled often counts less as a negative."""
+    """tensorflow/recommenders #219, #706: a candidate that is sampled often counts less as a
+    negative."""
     device = DEVICES.get(impl, "cpu")
     if impl == "cpu":
         pytest.importorskip("courier_fast._native")
@@ -269,7 +276,8 @@ def test_log_q_has_the_right_sign(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", ("reference", *IMPLS))
 def test_accidental_hits_are_told_by_id_not_by_similarity(impl: str) -> None:
-    """sentence-transformers #3260: equal embeddings of different items are negatives, equal ids are not."""
+    """sentence-transformers #3260: equal embeddings of different items are negatives, equal ids are
+    not."""
     device = DEVICES.get(impl, "cpu")
     if impl == "cpu":
         pytest.importorskip("courier_fast._native")

@@ -1,4 +1,5 @@
-"""prepare against brute force on random data, and on damaged images, interruptions and a million events."""
+"""prepare against brute force on random data, and on damaged images, interruptions and a million
+events."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from courier_fast.evaluate.ranking import find_targets
 
 HM = Path(__file__).parents[2] / "shared/data/hm-fashion"
 
-# ---- made pages -----------------------------------------------------------------------------------------------------
+# ---- made pages ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("repeats", ["drop", "keep"])
@@ -40,8 +41,14 @@ def test_pages_are_those_of_brute_force(
     kinds = {item: f"kind{int(item) % 3}" for _, item, _ in events if int(item) % 5}
     live_days = (0, 3)[seed % 2]
     options = PrepareOptions(
-        page_size=4, negatives=negatives, min_history=2, max_history=5, repeats=repeats, seed=seed, live_days=live_days
-    )  # fmt: skip
+        page_size=4,
+        negatives=negatives,
+        min_history=2,
+        max_history=5,
+        repeats=repeats,
+        seed=seed,
+        live_days=live_days,
+    )
     report = prepare(tmp_path / "out", source=source_of(events, kinds), options=options)
     data = Dataset(tmp_path / "out")
 
@@ -120,7 +127,8 @@ def test_pages_are_those_of_brute_force(
 
 
 def crowd(pages: int = 4000) -> tuple[list[Event], dict[str, int], dict[str, str]]:
-    """Single events of a crowd give items their popularity; every page has the same past and the same items on offer."""
+    """Single events of a crowd give items their popularity; every page has the same past and the
+    same items on offer."""
     counts = {f"c{k:02}": 3 * k + 1 for k in range(24)}
     events = [(f"{i}-{n}", i, 10) for i, count in counts.items() for n in range(count)]
     events += [(f"{i}-late", i, 90) for i in counts]
@@ -199,7 +207,7 @@ def test_splits_by_date_and_by_share(tmp_path: Path) -> None:
     assert 0.29 <= len(data.split("test")) / data.num_pages < 0.4
 
 
-# ---- given pages ----------------------------------------------------------------------------------------------------
+# ---- given pages ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -283,10 +291,16 @@ def test_weights_are_there_where_a_page_was_cut(
     rng = np.random.default_rng(0)
     names = ("page_id", "user_id", "item_id", "time", "clicked")
     rows = [
-        (f"p{page}", f"u{page % 7}", f"{item:02}", 86_400 * page, item == page % 20 and page % 3 > 0)
+        (
+            f"p{page}",
+            f"u{page % 7}",
+            f"{item:02}",
+            86_400 * page,
+            item == page % 20 and page % 3 > 0,
+        )
         for page in range(400)
         for item in rng.choice(20, 12, replace=False)
-    ]  # fmt: skip
+    ]
     shown = pl.LazyFrame(rows, names, orient="row")
     before = source_of([(f"u{u}", "00", -1) for u in range(7)]).events
     data = {}
@@ -323,12 +337,14 @@ def test_clicks_alone_have_no_unclicked_pages(tmp_path: Path) -> None:
         ValueError, match="keep_unclicked: expected a source with impressions .*test"
     ):
         prepare(
-            tmp_path / "out", source=source_of(random_events(0)), options=PrepareOptions(keep_unclicked=True)
-        )  # fmt: skip
+            tmp_path / "out",
+            source=source_of(random_events(0)),
+            options=PrepareOptions(keep_unclicked=True),
+        )
     assert not list(tmp_path.iterdir())
 
 
-# ---- rows, folders, the command -------------------------------------------------------------------------------------
+# ---- rows, folders, the command ------------------------------------------------------------------
 
 
 def test_rows_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
@@ -483,7 +499,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_memory_stays_bounded(tmp_path: Path) -> None:
-    """A million events in a process of its own: what it takes beyond its imports is far less than the rows would as objects."""
+    """A million events in a process of its own: what it takes beyond its imports is far less than
+    the rows would as objects."""
     rng = np.random.default_rng(0)
     n = 1_000_000
     frame = pl.DataFrame(
@@ -585,7 +602,9 @@ def test_a_question_mark_in_the_output_was_an_option_of_the_database(tmp_path: P
     assert report["events"]["kept"] == 60
     assert Dataset(out).categories.to_pylist() == ["hat"] * 7
     # The first of several rows is taken, and that is said.
-    assert report["notes"] == ["items: 7 items have rows that differ (first: 0); the first row is taken"]  # fmt: skip
+    assert report["notes"] == [
+        "items: 7 items have rows that differ (first: 0); the first row is taken"
+    ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.csv", "i.csv", out.name]
 
 
@@ -597,5 +616,8 @@ def test_columns_that_are_one_and_rows_that_cannot_be_used(tmp_path: Path) -> No
     args = parser.parse_args(["out", "--interactions", str(clicks), "--user-column", "item_id"])
     with pytest.raises(ValueError, match="expected three, got item_id, item_id, timestamp"):
         command.source_of(args)
-    with pytest.raises(ValueError, match=r'c.csv: expected events, got none .* of 1 rows \(1 a missing id, user_id "NULL"\)'):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=r'c.csv: expected events, got none .* of 1 rows \(1 a missing id, user_id "NULL"\)',
+    ):
         prepare(tmp_path / "out", source=generic([clicks]))

@@ -26,7 +26,8 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def pictures() -> tuple[dict[str, tuple[bytes, tuple[int, int]]], dict[str, tuple[bytes, str]]]:
-    """Usable files with their (height, width) as seen, and unusable ones with a part of the reason."""
+    """Usable files with their (height, width) as seen, and unusable ones with a part of the
+    reason."""
     rng = np.random.default_rng(0)
     photo = Image.fromarray(rng.integers(0, 256, (60, 40, 3), np.uint8)).resize((80, 120))
     jpeg = encoded(photo, "JPEG")

@@ -1,4 +1,5 @@
-"""`prepare --engine ray` writes the bytes of the local engine, however its parts are cut, and where processes are killed."""
+"""`prepare --engine ray` writes the bytes of the local engine, however its parts are cut, and where
+processes are killed."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def graves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Graves:
 
 
 def mortal(step: Callable[..., Any], grave: Path) -> Callable[..., Any]:
-    """The step in a worker, which reads small batches. One that finds its grave dies there, when its work is done and before anybody has heard."""
+    """The step in a worker, which reads small batches. One that finds its grave dies there, when
+    its work is done and before anybody has heard."""
 
     def die() -> None:
         try:
@@ -98,15 +100,22 @@ def drawn_images(folder: Path, items: list[str]) -> Path:
 
 
 def impressions(seed: int) -> pl.LazyFrame:
-    """Pages of one user each, some of which come twice, with repeated items and rows that cannot be used."""
+    """Pages of one user each, some of which come twice, with repeated items and rows that cannot be
+    used."""
     rng = np.random.default_rng(seed)
     rows = []
     for page in rng.permutation(np.arange(120)).tolist() * 2:
         user, time = f"u{page % 13}", int(rng.integers(30)) * 3600
         rows += [
-            (f"p{page}", user, f"{rng.integers(25):03}", time + int(rng.integers(2)), bool(rng.random() < 0.2))
+            (
+                f"p{page}",
+                user,
+                f"{rng.integers(25):03}",
+                time + int(rng.integers(2)),
+                bool(rng.random() < 0.2),
+            )
             for _ in range(rng.integers(1, 7))
-        ]  # fmt: skip
+        ]
     rows[5] = (None, *rows[5][1:])
     rows[6] = (*rows[6][:3], None, True)
     return pl.LazyFrame(rows, ["page_id", "user_id", "item_id", "time", "clicked"], orient="row")
@@ -210,7 +219,15 @@ def test_blocks_are_the_same_however_rows_come(monkeypatch: pytest.MonkeyPatch) 
     for size in (7, 64, 10_000):
         monkeypatch.setattr(spool, "BATCH", size)
         parts = list(partitions.read(frame, "shown", source, 3, 50))
-        found.append([{n: getattr(c, "tolist", c.to_pylist if n == "users" else None)() for n, c in p.items()} for p in parts[::3]])  # fmt: skip
+        found.append(
+            [
+                {
+                    n: getattr(c, "tolist", c.to_pylist if n == "users" else None)()
+                    for n, c in p.items()
+                }
+                for p in parts[::3]
+            ]
+        )
         assert [a["counts"]["read"] for a in parts[2::3]] == [50] * (rows // 50) + [rows % 50]
     assert found[0] == found[1] == found[2]
 
@@ -223,7 +240,9 @@ def test_the_command_and_its_errors(
     clicks.write_text("\n".join(["user_id,item_id,timestamp", *rows]))
     command = ["prepare", str(tmp_path / "a"), "--interactions", str(clicks), "--engine"]
     assert main([*command, "ray", "--min-history", "1"]) == 0
-    assert main([*command[:1], str(tmp_path / "b"), *command[2:], "local", "--min-history", "1"]) == 0  # fmt: skip
+    assert (
+        main([*command[:1], str(tmp_path / "b"), *command[2:], "local", "--min-history", "1"]) == 0
+    )
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     capsys.readouterr()
     for text, message in (

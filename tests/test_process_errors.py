@@ -1,4 +1,5 @@
-"""A mistake on one process is an error on every process, at once; a process that is lost is one soon."""
+"""A mistake on one process is an error on every process, at once; a process that is lost is one
+soon."""
 
 from __future__ import annotations
 
@@ -115,7 +116,8 @@ MISTAKES: dict[str, Mistake] = {
         nothing,
         lambda g: [g.pop(n) for n in ("pv", "clicked", "pv_offsets")] and None,
         ValueError,
-        "^loss: expected the same on every process, got 'reconstruction' on rank 0 and 'click sequence'",
+        "^loss: expected the same on every process, got 'reconstruction' on rank 0 and 'click "
+        "sequence'",
     ),
     # Wrong on process 1.
     "weights": (
@@ -278,7 +280,7 @@ def test_every_process_has_the_same_error(size: int, tmp_path: Path) -> None:
             assert seconds < SECONDS, name
 
 
-# ---- what is not an argument -------------------------------------------------------------------------------------
+# ---- what is not an argument ---------------------------------------------------------------------
 
 
 def others() -> dict[str, tuple[str, str, float]]:
@@ -333,7 +335,7 @@ def test_what_does_not_go_together(tmp_path: Path) -> None:
             assert re.search(expected[name][1], text), (name, text)
 
 
-# ---- a process that is gone --------------------------------------------------------------------------------------
+# ---- a process that is gone ----------------------------------------------------------------------
 
 
 def losing(how: str) -> tuple[str, str, float]:

@@ -54,8 +54,8 @@ def case(options: str, **fields: Any) -> Case:
     return Case(options=found, **fields)
 
 
-# By what they are: (options, fields of the case). No ranks where rows tie: equal ones of a table with
-# different ids, and reconstructions of a page by the mean.
+# By what they are: (options, fields of the case). No ranks where rows tie: equal ones of a table
+# with different ids, and reconstructions of a page by the mean.
 DEFINITION: list[tuple[str, dict[str, Any]]] = [
     ("anchor", {}),
     ("anchor", {"layout": "padded"}),
@@ -139,7 +139,8 @@ def whole_of(c: Case, seed: int, size: int) -> Any:
 
 
 def differences(found: dict[str, Tensor], truth: dict[str, Tensor]) -> list[str]:
-    """What is off by more than 1e-12 of its length; a temperature's gradient, a difference of sums, of the loss's."""
+    """What is off by more than 1e-12 of its length; a temperature's gradient, a difference of sums,
+    of the loss's."""
     wrong = []
     for name, x in truth.items():
         y = found[name]
@@ -197,7 +198,7 @@ def check_budget(
     assert not wrong, "\n".join(wrong)
 
 
-# ---- the loss of the union ---------------------------------------------------------------------------------------
+# ---- the loss of the union -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -260,7 +261,7 @@ def test_groups_of_some_processes(tmp_path: Path) -> None:
     check_exact([(c, seed + 50) for c, seed in cases], [found[1], found[3]], 2)
 
 
-# ---- one process -------------------------------------------------------------------------------------------------
+# ---- one process ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -299,11 +300,12 @@ def test_memory_on_the_cpu(dtype: torch.dtype) -> None:
     check_budget(cases, [[run_shard(c, seed, None, 0, 1) for c, seed in cases]], 1)
 
 
-# ---- DistributedDataParallel -------------------------------------------------------------------------------------
+# ---- DistributedDataParallel ---------------------------------------------------------------------
 
 
 class Model(nn.Module):
-    """An encoder and both losses, with one temperature each: learned in float64, and that of the module."""
+    """An encoder and both losses, with one temperature each: learned in float64, and that of the
+    module."""
 
     def __init__(self, group: Any, **options: Any) -> None:
         super().__init__()
@@ -359,7 +361,8 @@ def in_ddp(cases: list[Case]) -> list[Any]:
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     found = []
     for c in cases:
-        # Buckets of a parameter each: their reductions begin between the exchanges of the two losses.
+        # Buckets of a parameter each: their reductions begin between the exchanges of the two
+        # losses.
         model = DistributedDataParallel(ddp_model(group), bucket_cap_mb=1e-6)
         found.append(trained(model, lambda step, c=c: shards_of(c, size, step)[rank]))  # type: ignore[misc]
     return found
@@ -403,7 +406,8 @@ def loss_of_rows(rows: Tensor, given: dict[str, Tensor], group: Any) -> Tensor:
 
 
 def with_gradient_cache(c: Case, rows_at_a_time: int) -> dict[str, Tensor]:
-    """The loss once, on the embeddings of all rows; then the encoder again in slices, the last of which synchronises."""
+    """The loss once, on the embeddings of all rows; then the encoder again in slices, the last of
+    which synchronises."""
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     given, _, _ = arguments(shards_of(c, size, 0)[rank], "packed")
     inputs = torch.cat([given["pv"], given["history"]]).detach()

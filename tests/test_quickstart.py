@@ -25,7 +25,7 @@ from courier_fast.quickstart.users import (
 )
 from courier_fast.report.text import headline
 
-# ---- catalogue ----------------------------------------------------------------------------------------------------
+# ---- catalogue -----------------------------------------------------------------------------------
 
 
 def draw(folder: Path, count: int, seed: int = 0) -> tuple[pa.Table, dict[str, bytes]]:
@@ -75,7 +75,7 @@ def test_catalogue_refuses_no_items(tmp_path: Path) -> None:
         catalogue.draw_catalogue(tmp_path, 0)
 
 
-# ---- users --------------------------------------------------------------------------------------------------------
+# ---- users ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_simulation_refuses_a_catalogue_too_small(shop: dict[str, Any]) -> None:
     assert item_codes(shop["catalogue"]).shape == (300, 3)
 
 
-# ---- command ------------------------------------------------------------------------------------------------------
+# ---- command -------------------------------------------------------------------------------------
 
 
 def test_quickstart_leaves_other_folders_alone(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from courier_fast.evaluate.metrics import (
     page_values,
 )
 
-# ---- metrics ------------------------------------------------------------------------------------------------------
+# ---- metrics -------------------------------------------------------------------------------------
 
 
 def ranks_of(*segments: list[float]) -> Ranks:
@@ -26,7 +26,8 @@ def ranks_of(*segments: list[float]) -> Ranks:
 
 
 def in_all_orders(scores: list[float]) -> list[int]:
-    """The first score's rank in every order of the candidates, sorted by a stable sort: all ways to break ties."""
+    """The first score's rank in every order of the candidates, sorted by a stable sort: all ways to
+    break ties."""
     found = []
     for order in permutations(range(len(scores))):
         ranked = sorted(order, key=lambda i: -scores[i])
@@ -82,7 +83,7 @@ def test_a_page_is_the_mean_of_its_clicks() -> None:
     assert np.isnan(group_mean(np.ones(1), np.array([1]), 2)[0])
 
 
-# ---- bootstrap ----------------------------------------------------------------------------------------------------
+# ---- bootstrap -----------------------------------------------------------------------------------
 
 
 def test_bootstrap_draws_users_with_all_their_pages() -> None:

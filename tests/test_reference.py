@@ -1,4 +1,5 @@
-"""The reference against a loop written from the equations, its derivatives, and the closed form of the gradients."""
+"""The reference against a loop written from the equations, its derivatives, and the closed form of
+the gradients."""
 
 from __future__ import annotations
 
@@ -218,7 +219,8 @@ def test_derivatives(options: dict[str, Any]) -> None:
 
 
 def test_closed_form_of_the_gradients() -> None:
-    """dL/dr, dL/de and dL/d(1/tau) as derived in kernels/README.md, at the unit vectors themselves."""
+    """dL/dr, dL/de and dL/d(1/tau) as derived in kernels/README.md, at the unit vectors
+    themselves."""
     g = torch.Generator().manual_seed(0)
     m, n, d, tau = 7, 12, 5, 0.2
     r = torch.nn.functional.normalize(

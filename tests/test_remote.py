@@ -1,4 +1,5 @@
-"""Datasets and sources in an object store: an S3 server of this process, the same bytes as on a disk, and a bounded cache."""
+"""Datasets and sources in an object store: an S3 server of this process, the same bytes as on a
+disk, and a bounded cache."""
 
 from __future__ import annotations
 
@@ -38,8 +39,12 @@ def server() -> Iterator[str]:
     served = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     served.start()
     host, port = served.get_host_and_port()
-    os.environ |= dict(zip(names, ("key", "secret", "us-east-1", f"http://{host}:{port}"), strict=True))  # fmt: skip
-    fs.S3FileSystem(allow_bucket_creation=True, endpoint_override=os.environ[names[3]]).create_dir("shop")  # fmt: skip
+    os.environ |= dict(
+        zip(names, ("key", "secret", "us-east-1", f"http://{host}:{port}"), strict=True)
+    )
+    fs.S3FileSystem(allow_bucket_creation=True, endpoint_override=os.environ[names[3]]).create_dir(
+        "shop"
+    )
     yield os.environ[names[3]]
     served.stop()
     storage._of_root.cache_clear()
@@ -83,11 +88,12 @@ def cached(folder: Path) -> list[Path]:
     return [p for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
 
 
-# ---- sources ------------------------------------------------------------------------------------------------------
+# ---- sources -------------------------------------------------------------------------------------
 
 
 def shop(folder: Path) -> None:
-    """Events in Parquet files by day as Spark writes them, the same as CSV, items, and a picture of each."""
+    """Events in Parquet files by day as Spark writes them, the same as CSV, items, and a picture of
+    each."""
     rng = np.random.default_rng(0)
     events = pl.DataFrame(random_events(0), schema=["user", "item", "at"], orient="row")
     events = events.with_columns(at=pl.col("at") + 1_600_000_000)
@@ -104,14 +110,36 @@ def shop(folder: Path) -> None:
     (folder / "events" / "_SUCCESS").write_bytes(b"")
     (folder / "events" / "_temporary").mkdir()
     (folder / "events" / "_temporary" / "part-00009.parquet").write_bytes(b"half")
-    events.select("item").unique().with_columns(category=pl.lit("c")).write_csv(folder / "items.csv")  # fmt: skip
+    events.select("item").unique().with_columns(category=pl.lit("c")).write_csv(
+        folder / "items.csv"
+    )
 
 
-COLUMNS = ["--user-column=user", "--item-column=item", "--time-column=at", "--min-history=1", "--shard-rows=40"]  # fmt: skip
+COLUMNS = [
+    "--user-column=user",
+    "--item-column=item",
+    "--time-column=at",
+    "--min-history=1",
+    "--shard-rows=40",
+]
 
 
 def run_prepare(out: str, folder: str, events: str, *more: str) -> int:
-    return main(["prepare", out, "--interactions", f"{folder}/{events}", "--items", f"{folder}/items.csv", "--images", f"{folder}/images", "--shard-bytes=3000", *COLUMNS, *more])  # fmt: skip
+    return main(
+        [
+            "prepare",
+            out,
+            "--interactions",
+            f"{folder}/{events}",
+            "--items",
+            f"{folder}/items.csv",
+            "--images",
+            f"{folder}/images",
+            "--shard-bytes=3000",
+            *COLUMNS,
+            *more,
+        ]
+    )
 
 
 def test_prepare_from_s3_to_s3_is_prepare_on_a_disk(
@@ -124,7 +152,9 @@ def test_prepare_from_s3_to_s3_is_prepare_on_a_disk(
     expected = contents(tmp_path / "out")
     assert len(expected) > 20
     # By day, one file of text; and by day, a task for each file.
-    for i, (events, engine) in enumerate((("events", "local"), ("events.csv", "local"), ("events", "ray"))):  # fmt: skip
+    for i, (events, engine) in enumerate(
+        (("events", "local"), ("events.csv", "local"), ("events", "ray"))
+    ):
         out = f"s3://shop/out{i}"
         assert run_prepare(out, "s3://shop/source", events, f"--engine={engine}") == 0
         found = contents(out)
@@ -146,28 +176,43 @@ def test_prepare_from_s3_to_s3_is_prepare_on_a_disk(
 def test_a_column_of_a_partition_is_read(tmp_path: Path) -> None:
     shop(tmp_path)
     how = ["--user-column=user", "--item-column=item", "--time-column=day", "--min-history=1"]
-    assert main(["prepare", str(tmp_path / "out"), "--interactions", str(tmp_path / "events"), *how]) == 0  # fmt: skip
+    assert (
+        main(["prepare", str(tmp_path / "out"), "--interactions", str(tmp_path / "events"), *how])
+        == 0
+    )
     times = Dataset(tmp_path / "out").event_time
     assert (times % 86_400 == 0).all()
 
 
-def test_sources_that_cannot_be_read(server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_sources_that_cannot_be_read(
+    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shop(tmp_path)
     (tmp_path / "events" / "note.csv").write_text("x")
     for events, message in (
-        (str(tmp_path / "events"), "expected files of one kind, .parquet, .csv, .tsv or .jsonl, got .csv, .parquet"),
+        (
+            str(tmp_path / "events"),
+            "expected files of one kind, .parquet, .csv, .tsv or .jsonl, got .csv, .parquet",
+        ),
         ("s3://shop/nowhere.csv", "s3://shop/nowhere.csv is not there"),
         ("s3://nowhere/events.parquet", "s3://nowhere/events.parquet is not there"),
-        ("nonsense://a/b.csv", "expected a local path, s3://, gs://, hdfs:// or another URL that fsspec opens, got nonsense://a"),
-    ):  # fmt: skip
+        (
+            "nonsense://a/b.csv",
+            "expected a local path, s3://, gs://, hdfs:// or another URL that fsspec opens, got "
+            "nonsense://a",
+        ),
+    ):
         assert main(["prepare", str(tmp_path / "out"), "--interactions", events, *COLUMNS]) == 2
         assert message in capsys.readouterr().err
     events = ["--interactions", str(tmp_path / "events.csv")]
-    assert main(["prepare", str(tmp_path / "out"), *events, "--images=s3://shop/nothing", *COLUMNS]) == 2  # fmt: skip
+    assert (
+        main(["prepare", str(tmp_path / "out"), *events, "--images=s3://shop/nothing", *COLUMNS])
+        == 2
+    )
     assert "images called after the items, got none in s3://shop/nothing" in capsys.readouterr().err
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def test_a_remote_dataset_is_the_local_one(local: Dataset, remote: str) -> None:
@@ -182,7 +227,9 @@ def test_a_remote_dataset_is_the_local_one(local: Dataset, remote: str) -> None:
         assert {n: v.tolist() for n, v in one.items()} == {n: v.tolist() for n, v in other.items()}
 
 
-def test_training_from_s3_is_training_from_a_disk(local: Dataset, remote: str, tmp_path: Path) -> None:  # fmt: skip
+def test_training_from_s3_is_training_from_a_disk(
+    local: Dataset, remote: str, tmp_path: Path
+) -> None:
     weights = []
     for i, dataset in enumerate((local, Dataset(remote))):
         trainer = Trainer(settings(dataset, tmp_path / str(i), optim__steps=2, data__pages=6))
@@ -190,17 +237,32 @@ def test_training_from_s3_is_training_from_a_disk(local: Dataset, remote: str, t
         weights.append({n: t.clone() for n, t in trainer.encoder.state_dict().items()})
         trainer.close()
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
-    assert main(["embed", f"--run={tmp_path / '1'}", f"--dataset={remote}", f"--out={tmp_path / 'e.npy'}"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "embed",
+                f"--run={tmp_path / '1'}",
+                f"--dataset={remote}",
+                f"--out={tmp_path / 'e.npy'}",
+            ]
+        )
+        == 0
+    )
     assert np.isfinite(np.load(tmp_path / "e.npy")).all()
 
 
-def test_only_the_shards_that_are_needed_are_fetched(local: Dataset, remote: str, cache: Path) -> None:  # fmt: skip
+def test_only_the_shards_that_are_needed_are_fetched(
+    local: Dataset, remote: str, cache: Path
+) -> None:
     found = Dataset(remote)
     assert not cached(cache)
     plan = BatchPlan(found, split="test", pages=4)
     batch = plan.batch(0, 0)
     read = {p.name for p in cached(cache)}
-    of = {t: [s.sha256.replace(":", "-") in read for s in found.tables[t].shards if s.sha256] for t in ("pages", "users", "images")}  # fmt: skip
+    of = {
+        t: [s.sha256.replace(":", "-") in read for s in found.tables[t].shards if s.sha256]
+        for t in ("pages", "users", "images")
+    }
     assert sum(of["pages"]) == 2 and of["pages"][-1] and not any(of["users"] + of["images"])
     found.images.take(batch.items[:1].tolist())
     assert len(cached(cache)) <= len(read) + 1 + len(found.items.shards)
@@ -289,7 +351,9 @@ def test_a_damaged_remote_shard_is_named(local: Dataset, server: str, cache: Pat
     found.delete_file(name)
     with pytest.raises(FileNotFoundError, match=rf"{url}/events/00001\.arrow is in the manifest"):
         _ = Dataset(url).event_item
-    with pytest.raises(FileNotFoundError, match="expected a folder that `courier-fast prepare` wrote"):  # fmt: skip
+    with pytest.raises(
+        FileNotFoundError, match="expected a folder that `courier-fast prepare` wrote"
+    ):
         Dataset("s3://shop/nothing")
 
 
@@ -305,8 +369,14 @@ fs.copy_files(sys.argv[1], name, destination_filesystem=found)
 d = Dataset("memory://shop/d")
 print(d.verify(), d.num_pages, sum(map(len, d.images.take(range(60)))))
 """
-    done = subprocess.run([sys.executable, "-c", script, str(local.path)], capture_output=True, text=True, check=True)  # fmt: skip
-    expected = local.verify(), local.num_pages, sum(len(image or b"") for image, *_ in images_of(local))  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(local.path)], capture_output=True, text=True, check=True
+    )
+    expected = (
+        local.verify(),
+        local.num_pages,
+        sum(len(image or b"") for image, *_ in images_of(local)),
+    )
     assert done.stdout.split() == [str(n) for n in expected]
 
 
@@ -341,7 +411,8 @@ def put(url: str, data: bytes = b"x") -> None:
 
 
 def test_a_prefix_with_something_else_is_left(server: str, tmp_path: Path) -> None:
-    """`prepare` wrote its tables among whatever was there, and removed its dataset.json before it had read a row."""
+    """`prepare` wrote its tables among whatever was there, and removed its dataset.json before it
+    had read a row."""
     from prepare_factory import source_of
 
     from courier_fast.data.options import PrepareOptions

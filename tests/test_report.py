@@ -54,16 +54,25 @@ def cell(mean: float) -> dict[str, float]:
 def results() -> dict[str, Any]:
     """As `compare` gives it."""
     values = {
-        "trained": 0.4127, "pixels 8x8": 0.1561, "pixels 8x8, standardised": 0.1583, "untrained backbone": 0.1444,
-        "untrained backbone, standardised": 0.1711, "random": 0.1306,
-    }  # fmt: skip
+        "trained": 0.4127,
+        "pixels 8x8": 0.1561,
+        "pixels 8x8, standardised": 0.1583,
+        "untrained backbone": 0.1444,
+        "untrained backbone, standardised": 0.1711,
+        "random": 0.1306,
+    }
     one = {
-        "pages": 100, "clicks": 120, "users": 20, "mean_candidates": 7.9,
+        "pages": 100,
+        "clicks": 120,
+        "users": 20,
+        "mean_candidates": 7.9,
         "methods": {m: {"HR@1": cell(v), "AUC": cell(v + 0.3)} for m, v in values.items()},
         "differences": {
-            m: {"HR@1": cell(values["trained"] - v), "AUC": cell(0.1)} for m, v in values.items() if m != "trained"
+            m: {"HR@1": cell(values["trained"] - v), "AUC": cell(0.1)}
+            for m, v in values.items()
+            if m != "trained"
         },
-    }  # fmt: skip
+    }
     return {"settings": {"main": "trained"}, "sets": {"page": one, "sampled": one}, "missing": {}}
 
 
@@ -71,8 +80,11 @@ PREPARED = {
     "events": {"read": 1234, "kept": 1200, "dropped": {"no item": 34}},
     "pages": {"candidates": 99, "kept": 90, "dropped": {"nothing clicked": 9}, "unclicked": 17},
     "images": {"missing": ["a"], "undecodable": {}},
-    "splits": {"train": {"pages": 80, "from": "2020-01-01T00:00:00", "to": "2020-02-03T00:00:00"}, "test": {"pages": 0}},
-}  # fmt: skip
+    "splits": {
+        "train": {"pages": 80, "from": "2020-01-01T00:00:00", "to": "2020-02-03T00:00:00"},
+        "test": {"pages": 0},
+    },
+}
 
 
 @pytest.fixture
@@ -98,13 +110,16 @@ def write(tmp_path: Path, dataset: Dataset, **more: Any) -> str:
     )
     path = tmp_path / "report.html"
     options: dict[str, Any] = {
-        "embeddings": embeddings_of(dataset), "seconds": {"Draw": 3.21, "Train": 99.0}, "settings": {"Network": "a < b"}, **more,
-    }  # fmt: skip
+        "embeddings": embeddings_of(dataset),
+        "seconds": {"Draw": 3.21, "Train": 99.0},
+        "settings": {"Network": "a < b"},
+        **more,
+    }
     write_report(
         path,
         About(dataset, run, **options),
         given,
-    )  # fmt: skip
+    )
     return path.read_text()
 
 
@@ -210,7 +225,7 @@ def test_report_refuses_what_does_not_fit(tmp_path: Path, tiny: Dataset) -> None
         write(tmp_path, tiny, results={"settings": {"main": "trained"}, "sets": {}})
 
 
-# ---- sections -----------------------------------------------------------------------------------------------------
+# ---- sections ------------------------------------------------------------------------------------
 
 
 def test_map_says_how_many_neighbours_are_of_the_same_category(tiny: Dataset) -> None:
@@ -218,7 +233,9 @@ def test_map_says_how_many_neighbours_are_of_the_same_category(tiny: Dataset) ->
     codes = {name: i for i, name in enumerate(sorted(set(names)))}
     category = np.array([codes[name] for name in names])
     rng = np.random.default_rng(0)
-    told = np.eye(len(codes), 8, dtype=np.float32)[category] + rng.normal(0, 0.01, (len(category), 8))  # fmt: skip
+    told = np.eye(len(codes), 8, dtype=np.float32)[category] + rng.normal(
+        0, 0.01, (len(category), 8)
+    )
     found = items.map_of_items(tiny, told, nearest=3)
     assert found is not None
     assert "Of the 3 nearest items by cosine 100.0" in found["note"]
@@ -233,10 +250,14 @@ def test_map_says_how_many_neighbours_are_of_the_same_category(tiny: Dataset) ->
 
 
 def test_slices_are_the_auc_of_their_clicks(tiny: Dataset) -> None:
-    """An embedding that knows one category alone is good there: every item of it like all its users' histories."""
+    """An embedding that knows one category alone is good there: every item of it like all its
+    users' histories."""
     embeddings = embeddings_of(tiny)
     charts = sections.slices(tiny, embeddings, {}, history=5, seed=0)
-    assert [c["title"] for c in charts] == ["By category of the clicked item", "By clicks of the item in training"]  # fmt: skip
+    assert [c["title"] for c in charts] == [
+        "By category of the clicked item",
+        "By clicks of the item in training",
+    ]
     drawn = sampled_candidates(tiny, find_targets(tiny, "test", 5), 100, seed=0)
     auc = count_ranks(history_scores(tiny, drawn, embeddings), drawn.offsets).auc()
     item = drawn.targets.item
@@ -261,10 +282,20 @@ def test_data_and_settings_are_those_of_the_files(tmp_path: Path, tiny: Dataset)
     given = {"data.dataset": str(tiny.path), "loss.temperature": 0.3, "run.out": str(tmp_path)}
     Config.load(None, given).save(tmp_path / "run" / "config.toml")
     assert sections.settings_of(tmp_path / "run") == [
-        ("loss.temperature", "0.3"), ("optim.epochs", "10"),
-    ]  # fmt: skip
+        ("loss.temperature", "0.3"),
+        ("optim.epochs", "10"),
+    ]
     words = " ".join(Page(write(tmp_path, tiny, settings=None)).words)
-    for expected in ("1,200", "of 1,234", "events: no item", "pages: nothing clicked", "Pages without a click", "images: missing", "2020-01-01 to 2020-02-03", "loss.temperature"):  # fmt: skip
+    for expected in (
+        "1,200",
+        "of 1,234",
+        "events: no item",
+        "pages: nothing clicked",
+        "Pages without a click",
+        "images: missing",
+        "2020-01-01 to 2020-02-03",
+        "loss.temperature",
+    ):
         assert expected in words
 
 
@@ -272,10 +303,12 @@ def test_projections_hide_the_attention_and_say_so(tmp_path: Path, tiny: Dataset
     (tmp_path / "run").mkdir()
     given = {"data.dataset": str(tiny.path), "loss.projections": "all"}
     Config.load(None, given).save(tmp_path / "run" / "config.toml")
-    assert "Not shown: score reconstruction: expected a run with loss.projections none" in " ".join(Page(write(tmp_path, tiny)).words)  # fmt: skip
+    assert "Not shown: score reconstruction: expected a run with loss.projections none" in " ".join(
+        Page(write(tmp_path, tiny)).words
+    )
 
 
-# ---- command ------------------------------------------------------------------------------------------------------
+# ---- command -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -285,25 +318,99 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dataset = make_dataset(folder / "dataset", users=30, items=60, pages=200, history=6, seed=2)
     (dataset.path / "report.json").write_text(json.dumps(PREPARED))
     train_options = {
-        "data.dataset": str(dataset.path), "data.size": 32, "data.pages": 32, "model.dim": 8, "model.backbone": "small_conv", "optim.steps": 3,
-        "run.device": "cpu", "run.tensorboard": False, "run.progress": False, "run.log_steps": 1,
-    }  # fmt: skip
+        "data.dataset": str(dataset.path),
+        "data.size": 32,
+        "data.pages": 32,
+        "model.dim": 8,
+        "model.backbone": "small_conv",
+        "optim.steps": 3,
+        "run.device": "cpu",
+        "run.tensorboard": False,
+        "run.progress": False,
+        "run.log_steps": 1,
+    }
     trainer = Trainer(Config.load(None, train_options | {"run.out": str(folder / "run")}))
     trainer.fit()
     trainer.close()
     given = [str(x) for n, v in train_options.items() for x in (f"--{n}", v)]
-    assert main(["sweep", *given, "--loss.temperature", "0.1", "0.4", "--out", str(folder / "sweep"), "--bootstrap", "50", "--device", "cpu"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "sweep",
+                *given,
+                "--loss.temperature",
+                "0.1",
+                "0.4",
+                "--out",
+                str(folder / "sweep"),
+                "--bootstrap",
+                "50",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     table = next((folder / "sweep" / "embeddings").glob("*.npy"))
-    assert main(["ctr", "--dataset", str(dataset.path), "--embeddings", str(table), "--out", str(folder / "ctr"), "--models", "din", "--forms", "none", "similarity", "--seeds", "1", "--epochs", "1", "--protocol", "shared"]) == 0  # fmt: skip
-    arguments = ["--dataset", dataset.path, "--run", folder / "run", "--sweep", folder / "sweep", "--ctr", folder / "ctr", "--out", folder / "report.html", "--device", "cpu", "--bootstrap", 50]  # fmt: skip
+    assert (
+        main(
+            [
+                "ctr",
+                "--dataset",
+                str(dataset.path),
+                "--embeddings",
+                str(table),
+                "--out",
+                str(folder / "ctr"),
+                "--models",
+                "din",
+                "--forms",
+                "none",
+                "similarity",
+                "--seeds",
+                "1",
+                "--epochs",
+                "1",
+                "--protocol",
+                "shared",
+            ]
+        )
+        == 0
+    )
+    arguments = [
+        "--dataset",
+        dataset.path,
+        "--run",
+        folder / "run",
+        "--sweep",
+        folder / "sweep",
+        "--ctr",
+        folder / "ctr",
+        "--out",
+        folder / "report.html",
+        "--device",
+        "cpu",
+        "--bootstrap",
+        50,
+    ]
     assert main(["report", *map(str, arguments)]) == 0
     return folder / "report.html"
 
 
 SECTIONS = (
-    "What it sees as alike", "A map of the catalogue", "Which past clicks explain this one", "All results", "Where it is good", "What it adds to a CTR model", "Other settings",
-    "Training", "Collapse watch", "The data", "What was run", "Now with your own data",
-)  # fmt: skip
+    "What it sees as alike",
+    "A map of the catalogue",
+    "Which past clicks explain this one",
+    "All results",
+    "Where it is good",
+    "What it adds to a CTR model",
+    "Other settings",
+    "Training",
+    "Collapse watch",
+    "The data",
+    "What was run",
+    "Now with your own data",
+)
 
 
 def test_the_command_writes_every_section(written: Path) -> None:
@@ -331,10 +438,21 @@ def test_a_browser_shows_it_without_scrolling_sideways(
     copy = tmp_path / "report.html"
     copy.write_text(written.read_text().replace("</body>", probe))
     run = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2000", "--enable-logging=stderr", "--dump-dom",
-         copy.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+        [
+            "chromium",
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--window-size={width},2000",
+            "--enable-logging=stderr",
+            "--dump-dom",
+            copy.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     title = re.search("<title>(.*?)</title>", run.stdout)
     assert title is not None
     wider, broken, empty, images = map(int, title.group(1).split())
@@ -353,10 +471,21 @@ def test_a_browser_shows_it_without_scrolling_sideways(
     ],
 )
 def test_what_is_wrong_is_an_error_before_the_work(
-    tmp_path: Path, tiny: Dataset, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    tiny: Dataset,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    message: str,
+) -> None:
     np.save(tmp_path / "e.npy", embeddings_of(tiny))
-    given = ("--dataset", str(tiny.path), "--embeddings", str(tmp_path / "e.npy"), "--out", str(tmp_path / "r.html"))  # fmt: skip
+    given = (
+        "--dataset",
+        str(tiny.path),
+        "--embeddings",
+        str(tmp_path / "e.npy"),
+        "--out",
+        str(tmp_path / "r.html"),
+    )
     assert main(["report", *given, *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()

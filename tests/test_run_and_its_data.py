@@ -1,4 +1,5 @@
-"""A run, or a sweep, goes on with the data that it was begun with; settings given as pairs have limits."""
+"""A run, or a sweep, goes on with the data that it was begun with; settings given as pairs have
+limits."""
 
 from __future__ import annotations
 
@@ -46,7 +47,12 @@ def test_a_run_went_on_with_another_dataset(dataset: Dataset, tmp_path: Path) ->
     before = dataset.fingerprint
     changed = other(dataset)
     assert (changed.num_pages, changed.num_items) == (dataset.num_pages, dataset.num_items)
-    with pytest.raises(ValueError, match=rf"run\.out: .*run has a run that was begun with another data\.dataset \(checksum {before[:19]}\), got .*ds \(checksum {changed.fingerprint[:19]}\).* another run\.out"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=r"run\.out: .*run has a run that was begun with another data\.dataset \(checksum "
+        rf"{before[:19]}\), got .*ds \(checksum {changed.fingerprint[:19]}\).* another "
+        r"run\.out",
+    ):
         trainer(changed, tmp_path / "run", features)
 
 
@@ -58,7 +64,9 @@ def test_a_run_went_on_with_other_features(dataset: Dataset, tmp_path: Path) -> 
     from pyarrow import parquet
     from pyarrow import table as arrow_table
 
-    parquet.write_table(arrow_table({"item_id": dataset.item_ids, "embedding": list(table)}), tmp_path / "f.parquet")  # fmt: skip
+    parquet.write_table(
+        arrow_table({"item_id": dataset.item_ids, "embedding": list(table)}), tmp_path / "f.parquet"
+    )
     trainer(dataset, tmp_path / "run", tmp_path / "f.parquet")
     np.save(features, table[::-1])  # another order of the items
     with pytest.raises(ValueError, match=r"begun with another data\.features .*f\.npy"):
@@ -75,7 +83,9 @@ def test_a_run_of_before_there_were_checksums_goes_on(dataset: Dataset, tmp_path
     state.write_text(json.dumps(about))
     assert trainer(dataset, tmp_path / "run", features).progress.step == 2
     state.write_text(state.read_text()[:40])
-    with pytest.raises(ValueError, match=r"state\.json: was cut off .*remove .* to go on from an earlier one"):  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"state\.json: was cut off .*remove .* to go on from an earlier one"
+    ):
         trainer(dataset, tmp_path / "run", features)
 
 
@@ -114,14 +124,19 @@ def test_a_sweep_kept_cells_of_another_dataset(dataset: Dataset, tmp_path: Path)
         ("loss.weight_power", "nan", "finite number"),
         ("loss.attention_scale", "-inf", "finite number"),
     ],
-)  # fmt: skip
+)
 def test_settings_have_limits(name: str, value: object, text: str) -> None:
     with pytest.raises(ValueError, match=rf"{name}.*{text}"):
         Config.load(None, {"data.dataset": "ds", name: value})
 
 
 def test_settings_at_their_limits() -> None:
-    for name, value in {"data.scale": (1, 1), "data.ratio": (1, 1), "optim.betas": (0, 0), "data.buckets": ()}.items():  # fmt: skip
+    for name, value in {
+        "data.scale": (1, 1),
+        "data.ratio": (1, 1),
+        "optim.betas": (0, 0),
+        "data.buckets": (),
+    }.items():
         Config.load(None, {"data.dataset": "ds", name: value})
 
 
@@ -131,9 +146,15 @@ def test_a_setting_that_is_no_path_is_one_line_and_a_mark_of_windows_is_let_pass
     path = tmp_path / "c.toml"
     for text, said in (
         ("[data]\ndataset = 3", "  data.dataset: Value error, expected a path, got 3"),
-        ('[data]\ndataset = "ds"\nfeatures = 3', "  data.features: Value error, expected a path, got 3"),
-        ('[data]\ndataset = "ds"\nscale = [0.5, "x"]', "  data.scale.1: Input should be a valid number"),
-    ):  # fmt: skip
+        (
+            '[data]\ndataset = "ds"\nfeatures = 3',
+            "  data.features: Value error, expected a path, got 3",
+        ),
+        (
+            '[data]\ndataset = "ds"\nscale = [0.5, "x"]',
+            "  data.scale.1: Input should be a valid number",
+        ),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match="config") as error:
             Config.load(path)

@@ -1,4 +1,5 @@
-"""Tables as people have them: each file read with its own schema, names taken literally, and every fault named with its file and place."""
+"""Tables as people have them: each file read with its own schema, names taken literally, and every
+fault named with its file and place."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ NOON = 1_600_000_000
 HEADER = "user_id,item_id,timestamp\n"
 ROWS = [(f"u{k}", f"{k:06}", NOON + k) for k in range(20)]
 TEXT = HEADER + "".join(f"{u},{i},{t}\n" for u, i, t in ROWS)
-JSON = "".join(json.dumps({"user_id": u, "item_id": i, "timestamp": t}) + "\n" for u, i, t in ROWS)  # fmt: skip
+JSON = "".join(json.dumps({"user_id": u, "item_id": i, "timestamp": t}) + "\n" for u, i, t in ROWS)
 
 
 def put(path: Path, data: str | bytes) -> Path:
@@ -36,7 +37,11 @@ def put(path: Path, data: str | bytes) -> Path:
 
 def parquet(path: Path, **columns: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    base = {"user_id": [u for u, _, _ in ROWS], "item_id": [i for _, i, _ in ROWS], "timestamp": [t for _, _, t in ROWS]}  # fmt: skip
+    base = {
+        "user_id": [u for u, _, _ in ROWS],
+        "item_id": [i for _, i, _ in ROWS],
+        "timestamp": [t for _, _, t in ROWS],
+    }
     with path.open("wb") as file:
         pq.write_table(pa.table(base | columns), file)
     return path
@@ -60,14 +65,16 @@ def fault(*paths: Path, **names: str) -> str:
     return said
 
 
-# ---- folders --------------------------------------------------------------------------------------------------------
+# ---- folders -------------------------------------------------------------------------------------
 
 
 def test_a_folder_of_parquet_took_the_first_files_types(tmp_path: Path) -> None:
     folder = tmp_path / "log"
     parquet(folder / "0.parquet", item_id=list(range(20)))
     parquet(folder / "1.parquet", timestamp=pa.array([t for _, _, t in ROWS], pa.timestamp("s")))
-    parquet(folder / "2.parquet", item_id=pa.array([f"{k:06}" for k in range(20)]).dictionary_encode())  # fmt: skip
+    parquet(
+        folder / "2.parquet", item_id=pa.array([f"{k:06}" for k in range(20)]).dictionary_encode()
+    )
     parquet(folder / "3.parquet", more=[[1]] * 20)
     found = rows(folder)
     assert [i for _, i, _ in found[:20]] == [str(k) for k in range(20)]
@@ -90,11 +97,15 @@ def test_a_column_that_a_file_lacks_is_an_error_that_names_the_file(tmp_path: Pa
     # Of items, too: categories of half of them are no table of categories.
     put(tmp_path / "i" / "a.csv", "item_id,category\n000001,hat\n")
     put(tmp_path / "i" / "b.csv", "item_id\n000002\n")
-    with pytest.raises(ValueError, match=r"b\.csv: expected the columns item_id, category, got item_id"):  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"b\.csv: expected the columns item_id, category, got item_id"
+    ):
         generic([put(tmp_path / "c.csv", TEXT)], tmp_path / "i")
 
 
-def test_parts_that_are_empty_or_hidden_are_no_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+def test_parts_that_are_empty_or_hidden_are_no_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "log"
     put(folder / "a.csv", TEXT)
     put(folder / "b.csv", "")
@@ -116,16 +127,34 @@ def test_parts_that_are_empty_or_hidden_are_no_rows(tmp_path: Path, caplog: pyte
     pq.write_table(pa.table({}), tmp_path / "p" / "c.parquet")
     assert "c.parquet: expected the columns" in fault(tmp_path / "p")
     for name in ("0.csv", "0.csv.gz", "bom.csv", "blank.csv"):
-        only = put(tmp_path / "only" / name, {"bom.csv": codecs.BOM_UTF8, "blank.csv": b"\n \n"}.get(name, b""))  # fmt: skip
-        assert f"{only}: expected a line with the names of the columns, got an empty file" in fault(only)  # fmt: skip
+        only = put(
+            tmp_path / "only" / name,
+            {"bom.csv": codecs.BOM_UTF8, "blank.csv": b"\n \n"}.get(name, b""),
+        )
+        assert f"{only}: expected a line with the names of the columns, got an empty file" in fault(
+            only
+        )
     assert "expected a line with the names" in fault(tmp_path / "only")
     (tmp_path / "none").mkdir()
-    assert f"{tmp_path}/none: expected files of one kind, .parquet, .csv, .tsv or .jsonl, got none" in fault(tmp_path / "none")  # fmt: skip
+    assert (
+        f"{tmp_path}/none: expected files of one kind, .parquet, .csv, .tsv or .jsonl, got none"
+        in fault(tmp_path / "none")
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["README.txt", "note.md", "Thumbs.db", "a.csv.bak", "a.csv~", "~$a.xlsx", "b.csv.zst", "b.parquet"]
-)  # fmt: skip
+    "name",
+    [
+        "README.txt",
+        "note.md",
+        "Thumbs.db",
+        "a.csv.bak",
+        "a.csv~",
+        "~$a.xlsx",
+        "b.csv.zst",
+        "b.parquet",
+    ],
+)
 def test_other_files_in_a_folder_are_named(name: str, tmp_path: Path) -> None:
     put(tmp_path / "log" / "a.csv", TEXT)
     put(tmp_path / "log" / name, "x")
@@ -134,7 +163,9 @@ def test_other_files_in_a_folder_are_named(name: str, tmp_path: Path) -> None:
     assert name in said
 
 
-def test_half_a_log_vanished_behind_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_half_a_log_vanished_behind_what_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "log"
     put(folder / "a.csv", TEXT)
     put(folder / "closed" / "b.csv", TEXT)
@@ -165,7 +196,9 @@ def test_half_a_log_vanished_behind_what_cannot_be_read(tmp_path: Path, monkeypa
         assert f"{folder}/pipe.csv: expected a file, got a pipe" in fault(path)
 
 
-def test_links_are_followed_and_loops_stop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+def test_links_are_followed_and_loops_stop(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder, other = tmp_path / "log", tmp_path / "elsewhere"
     put(other / "b.csv", TEXT)
     folder.mkdir()
@@ -178,13 +211,32 @@ def test_links_are_followed_and_loops_stop(tmp_path: Path, caplog: pytest.LogCap
     assert caplog.messages == [f"{tmp_path}/x.csv is read twice: it is {folder}/a.csv"]
     put(folder / "a.csv.gz", gzip.compress(TEXT.encode()))
     assert rows(folder) == ROWS * 3
-    assert caplog.messages[1:] == [f"{folder}/a.csv.gz is read beside {folder}/a.csv: is it the same, packed?"]  # fmt: skip
+    assert caplog.messages[1:] == [
+        f"{folder}/a.csv.gz is read beside {folder}/a.csv: is it the same, packed?"
+    ]
     (folder / "a.csv.gz").unlink()
     os.symlink("self.csv", folder / "self.csv")
     assert "self.csv" in fault(folder)
 
 
-NAMES = ["clicks[1]", "a*", "a?b", "a b", "a#b", "100%25", "it's", 'say "x"', "two\nlines", "ü", "{a,b}", "~a", "$HOME", "-a", "a=b", "a\\b"]  # fmt: skip
+NAMES = [
+    "clicks[1]",
+    "a*",
+    "a?b",
+    "a b",
+    "a#b",
+    "100%25",
+    "it's",
+    'say "x"',
+    "two\nlines",
+    "ü",
+    "{a,b}",
+    "~a",
+    "$HOME",
+    "-a",
+    "a=b",
+    "a\\b",
+]
 
 
 @pytest.mark.parametrize("kind", ["csv", "csv.gz", "jsonl", "jsonl.gz", "parquet"])
@@ -210,9 +262,17 @@ def test_file_names_were_patterns(kind: str, tmp_path: Path) -> None:
 def test_partitions_are_columns_of_every_kind_of_file(tmp_path: Path) -> None:
     put(tmp_path / "a" / "day=2020-09-13" / "user=007" / "x.csv", "item_id\n1\n2\n")
     put(tmp_path / "a" / "day=2020-09-14" / "user=a%2Fb" / "x.csv", "item_id\n3\n")
-    put(tmp_path / "a" / "day=2020-09-14" / "user=__HIVE_DEFAULT_PARTITION__" / "x.csv", "item_id\n4\n")  # fmt: skip
+    put(
+        tmp_path / "a" / "day=2020-09-14" / "user=__HIVE_DEFAULT_PARTITION__" / "x.csv",
+        "item_id\n4\n",
+    )
     day = 1_599_955_200
-    expected = [("007", "1", day), ("007", "2", day), (None, "4", day + 86_400), ("a/b", "3", day + 86_400)]  # fmt: skip
+    expected = [
+        ("007", "1", day),
+        ("007", "2", day),
+        (None, "4", day + 86_400),
+        ("a/b", "3", day + 86_400),
+    ]
     assert rows(tmp_path / "a", user="user", time="day") == expected
     put(tmp_path / "j" / "user_id=1" / "x.jsonl", f'{{"item_id": 5, "timestamp": {NOON}}}\n')
     assert rows(tmp_path / "j") == [("1", "5", NOON)]
@@ -225,19 +285,25 @@ def test_partitions_are_columns_of_every_kind_of_file(tmp_path: Path) -> None:
 
 def test_a_published_layouts_folder_is_literal(tmp_path: Path) -> None:
     folder = tmp_path / "hm [2020]*"
-    put(folder / "transactions_train.csv", "t_dat,customer_id,article_id\n2018-09-20,c,0663713001\n")  # fmt: skip
+    put(
+        folder / "transactions_train.csv", "t_dat,customer_id,article_id\n2018-09-20,c,0663713001\n"
+    )
     put(folder / "._articles.csv", "x")
     source = layouts.hm(folder)
-    assert source.events is not None and source.events.collect().rows() == [("c", "0663713001", 1_537_401_600)]  # fmt: skip
+    assert source.events is not None and source.events.collect().rows() == [
+        ("c", "0663713001", 1_537_401_600)
+    ]
     os.symlink(folder / "gone", folder / "articles.csv")
     with pytest.raises(FileNotFoundError, match=r"articles\.csv"):
         layouts.hm(folder)
     put(tmp_path / "ml" / "ratings.csv", "userId,movieId,rating,timestamp\n1,2,5,6,7\n")
-    with pytest.raises(ValueError, match=r"ratings\.csv: cannot be read: line 2 has 5 fields, the header 4"):  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"ratings\.csv: cannot be read: line 2 has 5 fields, the header 4"
+    ):
         layouts.movielens(tmp_path / "ml")
 
 
-# ---- CSV ------------------------------------------------------------------------------------------------------------
+# ---- CSV -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -251,18 +317,36 @@ def test_a_published_layouts_folder_is_literal(tmp_path: Path) -> None:
         TEXT.replace(",", "|").encode(),
         b"\n\r\n" + TEXT.encode(),
         b'"user_id","item_id","timestamp"\n' + TEXT.split("\n", 1)[1].encode(),
-        TEXT.replace("\n", ',"a, ""b""\nc"\n').replace('"a, ""b""\nc"', '"more\nlines"', 1).encode(),
+        TEXT.replace("\n", ',"a, ""b""\nc"\n')
+        .replace('"a, ""b""\nc"', '"more\nlines"', 1)
+        .encode(),
         TEXT.replace("\n", ",x\n").replace("x\n", "Stövel\n").encode("latin-1"),
     ],
-    ids=["mark", "crlf", "no-end", "semicolon", "tab", "bar", "blank-lines", "quoted", "newlines", "other-field"],
-)  # fmt: skip
+    ids=[
+        "mark",
+        "crlf",
+        "no-end",
+        "semicolon",
+        "tab",
+        "bar",
+        "blank-lines",
+        "quoted",
+        "newlines",
+        "other-field",
+    ],
+)
 @pytest.mark.parametrize("piece", [64, delimited.PIECE])
-def test_csv_as_people_have_it(data: bytes, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_csv_as_people_have_it(
+    data: bytes, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(delimited, "PIECE", piece)
     if b"St" in data:  # the header is text, whatever stands in a field
         data = data.replace("Stövel".encode("latin-1"), b"more", 1)
     assert rows(put(tmp_path / "a.csv", data)) == ROWS
-    assert rows(put(tmp_path / "a.TXT.GZ", gzip.compress(data[:99]) + gzip.compress(data[99:]))) == ROWS  # fmt: skip
+    assert (
+        rows(put(tmp_path / "a.TXT.GZ", gzip.compress(data[:99]) + gzip.compress(data[99:])))
+        == ROWS
+    )
 
 
 def lines(*others: str) -> str:
@@ -275,29 +359,48 @@ def lines(*others: str) -> str:
     [
         (lines("a,b,5,6"), "a.csv: cannot be read: line 22 has 4 fields, the header 3: a,b,5,6"),
         (lines('"a\nb",c,1', "a,b,5,6,7"), "line 24 has 5 fields, the header 3: a,b,5,6,7"),
-        (lines("a,b,5").replace("\n", ",z\n", 22).replace("a,b,5,z", "a,b,c,5,z"), "line 22 has 5 fields, the header 4"),
+        (
+            lines("a,b,5").replace("\n", ",z\n", 22).replace("a,b,5,z", "a,b,c,5,z"),
+            "line 22 has 5 fields, the header 4",
+        ),
         (lines('"a,b,5'), 'line 22: a quote opens that is not closed: "a,b,5'),
-        (lines('x,"b"c,5'), 'line 22: text after a closing quote (within quotes a quote is written ""): x,"b"c,5'),
+        (
+            lines('x,"b"c,5'),
+            'line 22: text after a closing quote (within quotes a quote is written ""): x,"b"c,5',
+        ),
         (lines('"a\\"b",b,1', '"c'), "line 22: text after a closing quote"),
         (lines('5" screen,b,1'), "line 22: a quote within a field"),
-        (lines(f"ü,b,{NOON}").encode("latin-1"), "line 22 is not UTF-8 (byte 0xFC); convert the file, from Latin-1 for example: iconv -f WINDOWS-1252 -t UTF-8"),
+        (
+            lines(f"ü,b,{NOON}").encode("latin-1"),
+            "line 22 is not UTF-8 (byte 0xFC); convert the file, from Latin-1 for example: iconv "
+            "-f WINDOWS-1252 -t UTF-8",
+        ),
         (TEXT.replace("user_id", "üser").encode("latin-1"), "line 1 is not UTF-8"),
         (TEXT.encode("utf-16"), "expected text, got UTF-16; convert it: iconv -f UTF-16 -t UTF-8"),
         (TEXT.encode("utf-16-be"), "zero bytes (is it UTF-16?"),
-        (TEXT.replace("\n", "\r"), "its lines end in a carriage return alone; convert it: tr '\\r' '\\n'"),
+        (
+            TEXT.replace("\n", "\r"),
+            "its lines end in a carriage return alone; convert it: tr '\\r' '\\n'",
+        ),
         (gzip.compress(TEXT.encode()), "expected text, got gzip; call it .gz"),
         (b"PAR1xxxx", "expected text, got Parquet; call it .parquet"),
         (b"PK\x03\x04xxxx", "a zip archive or a spreadsheet"),
-        (TEXT.replace("user_id,", " user_id,"), "(user_id missing; is ' user_id' meant? names are taken as they are written)"),
+        (
+            TEXT.replace("user_id,", " user_id,"),
+            "(user_id missing; is ' user_id' meant? names are taken as they are written)",
+        ),
         (TEXT.replace("user_id", "User_ID"), "is 'User_ID' meant?"),
         (TEXT.replace("user_id", "userId"), "is 'userId' meant?"),
         (TEXT.split("\n", 1)[1], "has the file no header? its first line looks like a row"),
         (TEXT.replace("item_id", "user_id"), "(item_id missing)"),
-        (TEXT.replace("user_id", "user_id,user_id").replace("u1", "u,u1"), "expected each column once, got user_id 2 times"),
+        (
+            TEXT.replace("user_id", "user_id,user_id").replace("u1", "u,u1"),
+            "expected each column once, got user_id 2 times",
+        ),
         (TEXT.replace(",", ":"), "(user_id, item_id, timestamp missing; is the separator another?"),
         ("x" * (1 << 21), "expected a line with the names of the columns, got none within 1 MiB"),
     ],
-)  # fmt: skip
+)
 def test_csv_that_cannot_be_read(data: str | bytes, said: str, tmp_path: Path) -> None:
     good, path = put(tmp_path / "good.csv", TEXT), tmp_path / "a.csv"
     found = fault(good, put(path, data))
@@ -309,7 +412,9 @@ def test_lines_are_counted_over_pieces(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(delimited, "PIECE", 50)
     assert "line 22 has 4 fields" in fault(put(tmp_path / "a.csv", lines("a,b,5,6")))
     monkeypatch.setattr(delimited, "_LONGEST", 300)
-    assert 'line 22: a quote opens that is not closed: "a,b,5' in fault(put(tmp_path / "a.csv", lines('"a,b,5')))  # fmt: skip
+    assert 'line 22: a quote opens that is not closed: "a,b,5' in fault(
+        put(tmp_path / "a.csv", lines('"a,b,5'))
+    )
     assert "line 22 is longer than" in fault(put(tmp_path / "a.csv", lines("x" * 400 + ",b,5")))
 
 
@@ -322,14 +427,16 @@ def test_a_damaged_gz_names_its_file(tmp_path: Path) -> None:
     good, packed = put(tmp_path / "good.csv", TEXT), gzip.compress(TEXT.encode() * 50)
     flipped = bytearray(packed)
     flipped[len(packed) // 2] ^= 0xFF
-    for number, data in enumerate((packed[:-20], bytes(flipped), packed + b"junk", TEXT.encode(), packed[:5])):  # fmt: skip
+    for number, data in enumerate(
+        (packed[:-20], bytes(flipped), packed + b"junk", TEXT.encode(), packed[:5])
+    ):
         for kind in ("csv", "jsonl"):
             path = put(tmp_path / f"{number}.{kind}.gz", data)
             said = fault(good, path)
             assert said.startswith(f"{path}: cannot be read: its gzip data is damaged"), said
 
 
-# ---- JSON lines -----------------------------------------------------------------------------------------------------
+# ---- JSON lines ----------------------------------------------------------------------------------
 
 
 def test_types_of_json_were_those_of_the_first_1000_lines(tmp_path: Path) -> None:
@@ -344,12 +451,22 @@ def test_types_of_json_were_those_of_the_first_1000_lines(tmp_path: Path) -> Non
     path = tmp_path / "a.jsonl"
     put(path, "".join(json.dumps(o) + "\n" for o in objects))
     found = [row[:2] for row in rows(path)]
-    expected = [("u", "i"), (str(2**53 + 1), str(10**29 + 1)), (str(2**64 - 1), "5"), ('ü"\n\\', "😀"), ("true", "5.0")]  # fmt: skip
+    expected = [
+        ("u", "i"),
+        (str(2**53 + 1), str(10**29 + 1)),
+        (str(2**64 - 1), "5"),
+        ('ü"\n\\', "😀"),
+        ("true", "5.0"),
+    ]
     assert found == [("1", "7")] * 1200 + expected
     put(path, "".join(json.dumps(o, ensure_ascii=False) + "\n\n" for o in objects))
     assert [row[:2] for row in rows(path)] == found
     # Python's reader, which takes over where DuckDB stops, gives the same.
-    put(path, "".join(json.dumps(o) + "\n" for o in objects) + '{"item_id": 1, "item_id": 2, "x": "\\ud800"}\n')  # fmt: skip
+    put(
+        path,
+        "".join(json.dumps(o) + "\n" for o in objects)
+        + '{"item_id": 1, "item_id": 2, "x": "\\ud800"}\n',
+    )
     assert [row[:2] for row in rows(path)] == [*found, (None, "2")]
 
 
@@ -360,17 +477,32 @@ def test_types_of_json_were_those_of_the_first_1000_lines(tmp_path: Path) -> Non
         (JSON + "hello\n" + JSON, "line 21 is not a JSON object"),
         (JSON + "[1, 2]\n", "line 21 is not a JSON object: [1, 2]"),
         (JSON + "5\n", "line 21 is not a JSON object: 5"),
-        ("[\n" + JSON.replace("\n", ",\n") + "]", "expected JSON lines, got a JSON array; convert it: jq -c '.[]' a.jsonl > lines.jsonl"),
-        (json.dumps({"user_id": 1}, indent=1), "line 1 is not a JSON object (an object over several lines? convert it: jq -c . FILE)"),
+        (
+            "[\n" + JSON.replace("\n", ",\n") + "]",
+            "expected JSON lines, got a JSON array; convert it: jq -c '.[]' a.jsonl > lines.jsonl",
+        ),
+        (
+            json.dumps({"user_id": 1}, indent=1),
+            "line 1 is not a JSON object (an object over several lines? convert it: jq -c . FILE)",
+        ),
         (JSON.replace("\n", ""), "line 1 is not a JSON object"),
         (TEXT, "expected JSON lines, an object in each, got user_id,item_id,timestamp"),
-        (JSON.encode() + '{"user_id": "ü"}\n'.encode("latin-1"), "line 21 is not UTF-8 (byte 0xFC)"),
+        (
+            JSON.encode() + '{"user_id": "ü"}\n'.encode("latin-1"),
+            "line 21 is not UTF-8 (byte 0xFC)",
+        ),
         (JSON.encode("utf-16"), "expected text, got UTF-16"),
-        (JSON.replace('"u3"', '["u3"]'), 'expected text or a number as user_id, got ["u3"] in object 4'),
-        (JSON.replace("user_id", "uid"), "expected the fields user_id, item_id, timestamp, got no line with a value of user_id"),
+        (
+            JSON.replace('"u3"', '["u3"]'),
+            'expected text or a number as user_id, got ["u3"] in object 4',
+        ),
+        (
+            JSON.replace("user_id", "uid"),
+            "expected the fields user_id, item_id, timestamp, got no line with a value of user_id",
+        ),
         (JSON + '{"a":' * 100_000 + "\n", "line 21 is not a JSON object"),
     ],
-)  # fmt: skip
+)
 def test_json_that_cannot_be_read(data: str | bytes, said: str, tmp_path: Path) -> None:
     path = put(tmp_path / "a.jsonl", data)
     found = fault(path)
@@ -380,7 +512,9 @@ def test_json_that_cannot_be_read(data: str | bytes, said: str, tmp_path: Path) 
 
 def test_items_of_json_have_the_columns_that_some_line_has(tmp_path: Path) -> None:
     clicks = put(tmp_path / "a.csv", TEXT)
-    path = put(tmp_path / "i" / "0.json", '{"item_id": 1}\n' * 1200 + '{"item_id": 2, "category": "hat"}\n')  # fmt: skip
+    path = put(
+        tmp_path / "i" / "0.json", '{"item_id": 1}\n' * 1200 + '{"item_id": 2, "category": "hat"}\n'
+    )
     put(tmp_path / "i" / "1.ndjson", '{"item_id": 3, "x": NaN}\n')
     for items, count in ((path, 1201), (tmp_path / "i", 1202)):
         found = generic([clicks], items).items
@@ -389,11 +523,13 @@ def test_items_of_json_have_the_columns_that_some_line_has(tmp_path: Path) -> No
         assert frame.columns == ["item_id", "category"]
         assert len(frame) == count
         assert frame.drop_nulls().rows() == [("2", "hat")]
-    with pytest.raises(ValueError, match=r"expected the columns item_id, kind, got item_id .kind missing"):  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"expected the columns item_id, kind, got item_id .kind missing"
+    ):
         generic([clicks], path, Columns(category="kind"))
 
 
-# ---- Parquet --------------------------------------------------------------------------------------------------------
+# ---- Parquet -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -407,7 +543,7 @@ def test_items_of_json_have_the_columns_that_some_line_has(tmp_path: Path) -> No
         {"more": pa.array([[(1, 2)]] * 20, pa.map_(pa.int8(), pa.int8())), "user_id.x": [5] * 20},
     ],
     ids=["dictionary", "large", "binary", "zone", "ms", "map"],
-)  # fmt: skip
+)
 def test_parquet_as_programs_write_it(columns: dict[str, Any], tmp_path: Path) -> None:
     assert rows(parquet(tmp_path / "a.PARQUET", **columns)) == ROWS
 
@@ -415,7 +551,24 @@ def test_parquet_as_programs_write_it(columns: dict[str, Any], tmp_path: Path) -
 def test_parquet_times_of_old_spark_and_numbers_as_ids(tmp_path: Path) -> None:
     times = [datetime.datetime(2020, 9, 13, 12, 26, 40)] * 20
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"user_id": [2**63 + 5] * 20, "item_id": pa.array([decimal.Decimal(12)] * 20), "timestamp": times}, schema=pa.schema({"user_id": pa.uint64(), "item_id": pa.decimal128(38, 0), "timestamp": pa.timestamp("us")})), path, use_deprecated_int96_timestamps=True)  # fmt: skip
+    pq.write_table(
+        pa.table(
+            {
+                "user_id": [2**63 + 5] * 20,
+                "item_id": pa.array([decimal.Decimal(12)] * 20),
+                "timestamp": times,
+            },
+            schema=pa.schema(
+                {
+                    "user_id": pa.uint64(),
+                    "item_id": pa.decimal128(38, 0),
+                    "timestamp": pa.timestamp("us"),
+                }
+            ),
+        ),
+        path,
+        use_deprecated_int96_timestamps=True,
+    )
     assert rows(path) == [(str(2**63 + 5), "12", NOON)] * 20
     parquet(path, timestamp=[datetime.date(2020, 9, 13)] * 20)
     assert rows(path)[0] == ("u0", "000000", 1_599_955_200)
@@ -426,9 +579,19 @@ def test_parquet_that_cannot_be_read(tmp_path: Path) -> None:
     data = good.read_bytes()
     damaged = bytearray(data)
     damaged[4:60] = b"\xff" * 56  # pages of the first column
-    for wrong in (data[:-9], data[:200], bytes(damaged), TEXT.encode(), b"", b"PAR1" + bytes(50) + b"PAR1", b"PARE" + bytes(50) + b"PARE"):  # fmt: skip
+    for wrong in (
+        data[:-9],
+        data[:200],
+        bytes(damaged),
+        TEXT.encode(),
+        b"",
+        b"PAR1" + bytes(50) + b"PAR1",
+        b"PARE" + bytes(50) + b"PARE",
+    ):
         assert fault(good, put(path, wrong)).startswith(f"{path}: cannot be read: ")
-    assert fault(parquet(path, item_id=[[1]] * 20)).startswith(f"{path}: expected text, numbers or times as item_id, got List")  # fmt: skip
+    assert fault(parquet(path, item_id=[[1]] * 20)).startswith(
+        f"{path}: expected text, numbers or times as item_id, got List"
+    )
     parquet(path, user_id=pa.array([b"\xff\xfe"] * 20))
     assert fault(path).startswith(f"{path}: user_id: expected ids as UTF-8 text or UUIDs")
     names = ["user_id", "user_id", "item_id", "timestamp"]
@@ -436,16 +599,23 @@ def test_parquet_that_cannot_be_read(tmp_path: Path) -> None:
     assert f"{path}: expected each column once, got user_id 2 times" in fault(path)
 
 
-# ---- the rest -------------------------------------------------------------------------------------------------------
+# ---- the rest ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "do"),
     [
-        ("a.csv.zst", "zstd -d first"), ("a.csv.bz2", "bunzip2 first"), ("a.csv.xz", "unxz first"), ("a.zip", "unzip first"), ("a.tar", "tar xf first"),
-        ("a.xlsx", "save it as CSV UTF-8"), ("a.orc", "(.gz where text)"), ("a", "(.gz where text)"), ("a.parquet.gz", "(.gz where text)"),
+        ("a.csv.zst", "zstd -d first"),
+        ("a.csv.bz2", "bunzip2 first"),
+        ("a.csv.xz", "unxz first"),
+        ("a.zip", "unzip first"),
+        ("a.tar", "tar xf first"),
+        ("a.xlsx", "save it as CSV UTF-8"),
+        ("a.orc", "(.gz where text)"),
+        ("a", "(.gz where text)"),
+        ("a.parquet.gz", "(.gz where text)"),
     ],
-)  # fmt: skip
+)
 def test_other_formats_say_what_to_do(name: str, do: str, tmp_path: Path) -> None:
     path = put(tmp_path / name, "x")
     said = fault(path)
@@ -458,10 +628,17 @@ def test_what_libraries_raise_is_one_line_of_ours() -> None:
 
     cause: Exception
     for cause in (
-        pl.exceptions.ComputeError("a\nb" * 1000), pa.ArrowInvalid("bad\n" * 500), duckdb.IOException("no"), EOFError("end"),
-        OSError("Couldn't deserialize thrift"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=r"^a.csv: cannot be read: .{1,900}$"), scan.reading("a.csv"):  # fmt: skip
+        pl.exceptions.ComputeError("a\nb" * 1000),
+        pa.ArrowInvalid("bad\n" * 500),
+        duckdb.IOException("no"),
+        EOFError("end"),
+        OSError("Couldn't deserialize thrift"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"),
+    ):
+        with (
+            pytest.raises(ValueError, match=r"^a.csv: cannot be read: .{1,900}$"),
+            scan.reading("a.csv"),
+        ):
             raise cause
     with pytest.raises(OSError, match=r"Input/output error: 'a.csv'"), scan.reading("a.csv"):
         raise OSError(5, "Input/output error")
@@ -488,4 +665,7 @@ def test_json_lines_are_read_by_duckdb(tmp_path: Path, monkeypatch: pytest.Monke
         raise AssertionError("read by Python, which is ten times slower")
 
     monkeypatch.setattr(json_lines.JsonLines, "_slow", slow)
-    assert rows(put(tmp_path / "a.jsonl", JSON.replace("}", ', "x": NaN, "y": [{}, "\\u00fc"]}'))) == ROWS  # fmt: skip
+    assert (
+        rows(put(tmp_path / "a.jsonl", JSON.replace("}", ', "x": NaN, "y": [{}, "\\u00fc"]}')))
+        == ROWS
+    )

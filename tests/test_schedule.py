@@ -1,4 +1,5 @@
-"""How a contrast pass is divided between programs, and results of passes that are divided in the middle of a tile."""
+"""How a contrast pass is divided between programs, and results of passes that are divided in the
+middle of a tile."""
 
 from __future__ import annotations
 
@@ -128,8 +129,8 @@ CASES: dict[str, dict[str, Any]] = {
 def test_a_tile_divided_between_programs(
     case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four programs on some three tiles of anchors and six or more of candidates; D = 32 is the length of a row in
-    memory, so that the transposed pass writes where the gradient goes."""
+    """Four programs on some three tiles of anchors and six or more of candidates; D = 32 is the
+    length of a row in memory, so that the transposed pass writes where the gradient goes."""
     monkeypatch.setattr(configs, "programs", lambda _device: 4)
     problems = [
         make(seed, impl="triton", pages=90, clicked=0.3, dim=32, dtype=dtype, **CASES[case])
@@ -148,8 +149,8 @@ def test_a_tile_divided_between_programs_in_a_sequence(ids: bool) -> None:
     check_sequence("triton", draws=2, pages=30, dim=32, ids=ids)
 
 
-# What program 40,000 of 62,500 does with 160 anchors and 2 million candidates, of which only 32 rows are in memory: its
-# share would begin at 3.1e9 of 312,500 blocks, past what 32 bits hold.
+# What program 40,000 of 62,500 does with 160 anchors and 2 million candidates, of which only 32
+# rows are in memory: its share would begin at 3.1e9 of 312,500 blocks, past what 32 bits hold.
 PAST_THE_WORK = """
 import torch, triton.runtime.interpreter as interpreter
 from courier_fast.kernels import contrast, passes, state
@@ -193,7 +194,8 @@ def test_programs_past_the_work_do_nothing() -> None:
 
 
 def test_gradients_in_place_without_an_anchor() -> None:
-    """Rows that no anchor reaches are written all the same: there, the pass over nothing leaves zeros."""
+    """Rows that no anchor reaches are written all the same: there, the pass over nothing leaves
+    zeros."""
     p = make(0, impl="triton", pages=60, dim=32, clicked=0.0)
     skip_unless_available("triton", p)
     assert p.num_pv > 4 * TILE

@@ -1,4 +1,5 @@
-"""Exported encoders: the files say what PyTorch says, the contract says what they are, and whatever is not so is refused by name."""
+"""Exported encoders: the files say what PyTorch says, the contract says what they are, and whatever
+is not so is refused by name."""
 
 from __future__ import annotations
 
@@ -58,8 +59,13 @@ def run(folder: Path) -> Path:
 def exported(run: Path) -> Path:
     out = run.parent / "export"
     export(
-        run, out, licence="apache-2.0", precisions=["float32", "float16", "int8"], dataset=run.parent / "shop", photos=24,
-    )  # fmt: skip
+        run,
+        out,
+        licence="apache-2.0",
+        precisions=["float32", "float16", "int8"],
+        dataset=run.parent / "shop",
+        photos=24,
+    )
     return out
 
 
@@ -78,7 +84,7 @@ def pixels(count: int, seed: int = 0) -> np.ndarray:
     return np.stack([square(image, SIZE) for image in photos(count, seed)])
 
 
-# ---- parity -------------------------------------------------------------------------------------------------------
+# ---- parity --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -137,10 +143,12 @@ def test_a_backbone_of_timm_keeps_the_budget(tmp_path: Path) -> None:
     assert [e["name"] for e in contract.files if e["precision"]] == ["encoder.onnx"]
 
 
-# ---- contract -----------------------------------------------------------------------------------------------------
+# ---- contract ------------------------------------------------------------------------------------
 
 
-def test_contract_says_where_it_came_from_and_comes_back(run: Path, exported: Path, tmp_path: Path) -> None:  # fmt: skip
+def test_contract_says_where_it_came_from_and_comes_back(
+    run: Path, exported: Path, tmp_path: Path
+) -> None:
     contract = Contract.read(exported)
     contract.write(tmp_path)
     assert Contract.read(tmp_path) == contract
@@ -217,7 +225,7 @@ def test_card_has_the_hubs_head_and_the_numbers(exported: Path) -> None:
     assert "built-in method" not in body
 
 
-# ---- the way back -------------------------------------------------------------------------------------------------
+# ---- the way back --------------------------------------------------------------------------------
 
 
 def test_run_export_and_file_give_the_embeddings_of_training(run: Path, exported: Path) -> None:
@@ -275,8 +283,10 @@ def test_damaged_images_are_nan_and_named(exported: Path, tmp_path: Path) -> Non
     text = [str(w.message) for w in caught]
     assert np.isnan(found).all(1).tolist() == [False, True, True, True, False]
     assert [("cut.jpg" in t, "gone.jpg" in t, "image 3" in t) for t in text] == [
-        (True, False, False), (False, True, False), (False, False, True),
-    ]  # fmt: skip
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    ]
     assert np.array_equal(found[[0, 4]], encoder.encode([good, other]))
 
 
@@ -317,14 +327,18 @@ def test_import_loads_neither_runtime_nor_pictures() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
-# ---- golden pictures ----------------------------------------------------------------------------------------------
+# ---- golden pictures -----------------------------------------------------------------------------
 
 
 def test_every_file_passes_its_own_golden_pictures(exported: Path) -> None:
     verdicts = verify(exported)
     assert [v.what for v in verdicts] == [
-        "preprocessing", "encoder.safetensors", "encoder.onnx", "encoder.float16.onnx", "encoder.int8.onnx",
-    ]  # fmt: skip
+        "preprocessing",
+        "encoder.safetensors",
+        "encoder.onnx",
+        "encoder.float16.onnx",
+        "encoder.int8.onnx",
+    ]
     assert all(v.passes for v in verdicts), [str(v) for v in verdicts]
 
 
@@ -356,14 +370,19 @@ def test_a_served_path_without_antialiasing_is_caught(
     assert not any(v.passes for v in verify(exported) if "int8" not in v.what)
 
 
-# ---- precision ----------------------------------------------------------------------------------------------------
+# ---- precision -----------------------------------------------------------------------------------
 
 
 def test_precisions_are_smaller_close_and_measured(exported: Path) -> None:
     rows = (Contract.read(exported).measured or {})["rows"]
     assert list(rows) == [
-        "PyTorch", "float32", "float16", "int8", "float32, decoded by Pillow", "float32, stored as float16",
-    ]  # fmt: skip
+        "PyTorch",
+        "float32",
+        "float16",
+        "int8",
+        "float32, decoded by Pillow",
+        "float32, stored as float16",
+    ]
     assert rows["float16"]["bytes"] < 0.6 * rows["float32"]["bytes"]
     assert rows["int8"]["bytes"] < rows["float32"]["bytes"]
     assert 1 > rows["float16"]["cosine_min"] >= 0.999
@@ -381,7 +400,8 @@ def test_precisions_are_smaller_close_and_measured(exported: Path) -> None:
 def test_int8_keeps_one_huge_channel_and_by_tensor_is_refused(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A weight so large that one scale for all leaves no levels for the others; its feature is always 0, so that it shows nowhere else."""
+    """A weight so large that one scale for all leaves no levels for the others; its feature is
+    always 0, so that it shows nowhere else."""
     encoder = load_encoder(run)
     with torch.no_grad():
         encoder.backbone.stages[-1][1].weight[0] = 0
@@ -394,7 +414,10 @@ def test_int8_keeps_one_huge_channel_and_by_tensor_is_refused(
     out = tmp_path / "export"
     given = {"licence": "mit", "formats": ["onnx"], "precisions": ["int8"]}
     contract = export(tmp_path / "run", out, **given)  # type: ignore[arg-type]
-    assert [e["name"] for e in contract.files if e["precision"]] == ["encoder.onnx", "encoder.int8.onnx"]  # fmt: skip
+    assert [e["name"] for e in contract.files if e["precision"]] == [
+        "encoder.onnx",
+        "encoder.int8.onnx",
+    ]
     quantize = onnxruntime.quantization.quantize_dynamic
 
     def by_tensor(*args: object, **options: object) -> None:
@@ -428,7 +451,7 @@ def test_speed_is_a_rate() -> None:
     assert 100 < rates["slow"] <= 200
 
 
-# ---- features -----------------------------------------------------------------------------------------------------
+# ---- features ------------------------------------------------------------------------------------
 
 
 def test_a_projection_of_features_takes_features(run: Path, tmp_path: Path) -> None:
@@ -456,7 +479,7 @@ def test_a_projection_of_features_takes_features(run: Path, tmp_path: Path) -> N
         courier_fast.load(tmp_path / "out").encode(np.zeros((2, 5)))
 
 
-# ---- bad input ----------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -464,14 +487,23 @@ def test_a_projection_of_features_takes_features(run: Path, tmp_path: Path) -> N
     [
         (["--run", "nowhere", "--licence", "mit"], "run: expected a folder with encoder.json"),
         (["--run", "RUN"], "licence: expected that of the weights"),
-        (["--run", "RUN", "--licence", "mit", "--format", "torch", "--precision", "int8"], "expected format onnx, got torch"),
-        (["--run", "RUN", "--licence", "mit", "--out", "RUN"], "out: expected a folder that is not read"),
-        (["--run", "RUN", "--licence", "mit", "--dataset", "nowhere"], "dataset: expected a folder"),
+        (
+            ["--run", "RUN", "--licence", "mit", "--format", "torch", "--precision", "int8"],
+            "expected format onnx, got torch",
+        ),
+        (
+            ["--run", "RUN", "--licence", "mit", "--out", "RUN"],
+            "out: expected a folder that is not read",
+        ),
+        (
+            ["--run", "RUN", "--licence", "mit", "--dataset", "nowhere"],
+            "dataset: expected a folder",
+        ),
         ([], "run: expected the folder of a training run, or --verify"),
         (["--verify"], "path: expected a folder that `courier-fast export` wrote"),
         (["--vectors", "a.npy", "--run", "RUN"], "--vectors: has no effect without --verify"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_are_named(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:

@@ -1,4 +1,5 @@
-"""The dataset folder in shards: however it is cut, everything downstream sees the same; what is cut off or altered is named."""
+"""The dataset folder in shards: however it is cut, everything downstream sees the same; what is cut
+off or altered is named."""
 
 from __future__ import annotations
 
@@ -46,9 +47,15 @@ def old_format(dataset: Dataset, folder: Path) -> Path:
     kinds = (pa.binary(), pa.int32(), pa.int32())
     schema = pa.schema(list(zip(("jpeg", "height", "width"), kinds, strict=True)))
     rows = images_of(dataset)
-    with pa.OSFile(str(folder / "images.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:  # fmt: skip
+    with (
+        pa.OSFile(str(folder / "images.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
         for start in range(0, len(rows), 25):
-            columns = [pa.array(c, k) for c, k in zip(zip(*rows[start : start + 25], strict=True), kinds, strict=True)]  # fmt: skip
+            columns = [
+                pa.array(c, k)
+                for c, k in zip(zip(*rows[start : start + 25], strict=True), kinds, strict=True)
+            ]
             writer.write_batch(pa.record_batch(columns, schema=schema))
     about = {n: v for n, v in dataset.info.items() if n != "manifest"} | {"format": 1}
     (folder / "dataset.json").write_text(json.dumps(about))
@@ -76,7 +83,9 @@ def assert_same(found: Dataset, expected: Dataset) -> None:
         assert plans[0].until == plans[1].until
         for step in range(plans[0].steps(1)):
             one, other = (vars(p.batch(1, step)) for p in plans)
-            assert {n: v.tolist() for n, v in one.items()} == {n: v.tolist() for n, v in other.items()}  # fmt: skip
+            assert {n: v.tolist() for n, v in one.items()} == {
+                n: v.tolist() for n, v in other.items()
+            }
         for of in (lambda p: p.weights(0.5), lambda p: p.log_q(True), lambda p: p.log_q()):
             np.testing.assert_allclose(of(plans[0]), of(plans[1]), rtol=1e-6)
 
@@ -110,8 +119,14 @@ def test_prepare_cuts_where_it_is_told(tmp_path: Path, monkeypatch: pytest.Monke
         assert 0 < rows[-1] <= 50
         assert [s.name for s in shards] == [f"{name}/{i:05}.arrow" for i in range(len(rows))]
         found, expected = columns_of(many, name), columns_of(one, name)
-        assert {n: v.tolist() for n, v in found.items()} == {n: v.tolist() for n, v in expected.items()}  # fmt: skip
-    assert many.verify() == sum((tmp_path / "many").joinpath(s.name).stat().st_size for t in many.tables.values() for s in t.shards)  # fmt: skip
+        assert {n: v.tolist() for n, v in found.items()} == {
+            n: v.tolist() for n, v in expected.items()
+        }
+    assert many.verify() == sum(
+        (tmp_path / "many").joinpath(s.name).stat().st_size
+        for t in many.tables.values()
+        for s in t.shards
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -139,13 +154,21 @@ def test_columns_are_those_of_one_array(
 
 
 def test_the_same_rows_are_the_same_bytes(tmp_path: Path) -> None:
-    """Cut from a longer array, joined from parts or written as they are; with and without nulls among the rows."""
+    """Cut from a longer array, joined from parts or written as they are; with and without nulls
+    among the rows."""
     text = pa.array(["a", None, "ccc", "dd", "", "f", None, "hh", "i", "j"])
     for start, end in ((0, 10), (2, 6), (1, 4), (5, 10)):
         rows = text[start:end]
-        ways = [rows, pa.array(rows.to_pylist()), pa.concat_arrays([text[start : start + 1], text[start + 1 : end]])]  # fmt: skip
+        ways = [
+            rows,
+            pa.array(rows.to_pylist()),
+            pa.concat_arrays([text[start : start + 1], text[start + 1 : end]]),
+        ]
         numbers = np.arange(10)[start:end]
-        entries = [write_shard(tmp_path, f"t{i}", 0, {"s": way, "n": numbers}) for i, way in enumerate(ways)]  # fmt: skip
+        entries = [
+            write_shard(tmp_path, f"t{i}", 0, {"s": way, "n": numbers})
+            for i, way in enumerate(ways)
+        ]
         assert len({e["sha256"] for e in entries}) == 1, (start, end)
 
 
@@ -160,24 +183,31 @@ def test_images_are_cut_by_the_bytes_before_them(tmp_path: Path) -> None:
             store.append(image)
     before = np.cumsum([0, *(len(i or b"") for i in images)])[:-1] // 100
     alone = [
-        write_images(tmp_path / "b", n, [i for i, of in zip(images, before, strict=True) if of == n])
+        write_images(
+            tmp_path / "b", n, [i for i, of in zip(images, before, strict=True) if of == n]
+        )
         for n in np.unique(before).tolist()
-    ]  # fmt: skip
+    ]
     assert store.shards == alone
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
-# ---- order --------------------------------------------------------------------------------------------------------
+# ---- order ---------------------------------------------------------------------------------------
 
 
-def test_an_epoch_has_every_page_once_and_few_shards_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_an_epoch_has_every_page_once_and_few_shards_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(batches, "WINDOW", 100)
     bounds, rows = np.arange(0, 521, 40), range(30, 480)
     order = Order(rows, bounds, seed=1, shuffle=True)
     pages = order.pages(0, 0, len(rows))
     assert sorted(pages.tolist()) == list(rows)
     for start, stop in ((0, 7), (95, 240), (440, 450)):  # from anywhere, in any order
-        assert Order(rows, bounds, 1, True).pages(0, start, stop).tolist() == pages[start:stop].tolist()  # fmt: skip
+        assert (
+            Order(rows, bounds, 1, True).pages(0, start, stop).tolist()
+            == pages[start:stop].tolist()
+        )
         assert order.pages(0, start, stop).tolist() == pages[start:stop].tolist()
     assert order.pages(1, 0, len(rows)).tolist() != pages.tolist()
     assert Order(rows, bounds, 2, True).pages(0, 0, len(rows)).tolist() != pages.tolist()
@@ -190,14 +220,17 @@ def test_an_epoch_has_every_page_once_and_few_shards_at_a_time(monkeypatch: pyte
 
 
 def test_up_to_a_window_the_shards_do_not_matter() -> None:
-    one, many = (Order(range(500), np.array(b), 4, True).pages(2, 0, 500).tolist() for b in ([0, 500], [0, 10, 90, 500]))  # fmt: skip
+    one, many = (
+        Order(range(500), np.array(b), 4, True).pages(2, 0, 500).tolist()
+        for b in ([0, 500], [0, 10, 90, 500])
+    )
     assert one == many != sorted(one)
     plain = np.arange(500)
     np.random.Generator(np.random.Philox(key=[4, 2])).shuffle(plain)
     assert one == plain.tolist()
 
 
-# ---- damage -------------------------------------------------------------------------------------------------------
+# ---- damage --------------------------------------------------------------------------------------
 
 
 def truncate(path: Path) -> None:
@@ -210,7 +243,10 @@ def alter(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize(("damage", "error"), [(truncate, ValueError), (alter, ValueError), (Path.unlink, FileNotFoundError)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [(truncate, ValueError), (alter, ValueError), (Path.unlink, FileNotFoundError)],
+)
 def test_a_damaged_shard_is_named(
     cut: Dataset, damage: Callable[[Path], None], error: type[Exception]
 ) -> None:

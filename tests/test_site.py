@@ -24,7 +24,9 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def test_every_public_name_is_described() -> None:
-    described = re.findall(r"^::: courier_fast\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)  # fmt: skip
+    described = re.findall(
+        r"^::: courier_fast\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE
+    )
     assert set(courier_fast.__all__) <= set(described)
 
 

@@ -1,4 +1,5 @@
-"""Nothing that the package reads may run: no call in the source, or in the documentation, unpickles or evaluates data."""
+"""Nothing that the package reads may run: no call in the source, or in the documentation, unpickles
+or evaluates data."""
 
 from __future__ import annotations
 
@@ -13,9 +14,21 @@ ROOT = Path(__file__).parent.parent
 
 MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "jsonpickle", "marshal", "shelve"}
 CALLS = {
-    "eval", "exec", "torch.export.load", "torch.package.PackageImporter", "os.system", "os.popen", "pandas.read_pickle", "torch.hub.load", "torch.jit.load",
-    "yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.load_all", "yaml.unsafe_load_all",
-}  # fmt: skip
+    "eval",
+    "exec",
+    "torch.export.load",
+    "torch.package.PackageImporter",
+    "os.system",
+    "os.popen",
+    "pandas.read_pickle",
+    "torch.hub.load",
+    "torch.jit.load",
+    "yaml.load",
+    "yaml.full_load",
+    "yaml.unsafe_load",
+    "yaml.load_all",
+    "yaml.unsafe_load_all",
+}
 # torch.distributed's objects travel as pickles.
 OBJECTS = re.compile(r"(all_gather|broadcast|gather|scatter|send|recv)_object(_list)?$")
 # What an argument has to be where it is given.
@@ -28,7 +41,9 @@ def full_names(tree: ast.AST) -> dict[str, str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for a in node.names:
-                names[a.asname or a.name.split(".")[0]] = a.name if a.asname else a.name.split(".")[0]  # fmt: skip
+                names[a.asname or a.name.split(".")[0]] = (
+                    a.name if a.asname else a.name.split(".")[0]
+                )
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
     return names
@@ -48,8 +63,12 @@ def findings(code: str) -> Iterator[str]:
     names = full_names(tree)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]  # fmt: skip
-            yield from (f"{node.lineno}: imports {m}" for m in modules if m and m.split(".")[0] in MODULES)  # fmt: skip
+            modules = (
+                [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+            )
+            yield from (
+                f"{node.lineno}: imports {m}" for m in modules if m and m.split(".")[0] in MODULES
+            )
         elif isinstance(node, ast.Call):
             name, given = dotted(node.func, names), {k.arg: k.value for k in node.keywords}
             if name in CALLS or OBJECTS.search(name):
@@ -58,7 +77,9 @@ def findings(code: str) -> Iterator[str]:
                 yield f"{node.lineno}: torch.load without weights_only=True"
             for argument, right in ARGUMENTS.items():
                 value = given.get(argument)
-                if value is not None and not (isinstance(value, ast.Constant) and value.value is right):  # fmt: skip
+                if value is not None and not (
+                    isinstance(value, ast.Constant) and value.value is right
+                ):
                     yield f"{node.lineno}: {name} with another {argument} than {right}"
 
 

@@ -61,7 +61,8 @@ def per_row(out: reference.LossOutput) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("impl", ("reference", *IMPLS))
 def test_rank_up_to_ties(impl: str) -> None:
-    """Pages with one history item: in "identify" all candidates of a page tie; those of other pages do not."""
+    """Pages with one history item: in "identify" all candidates of a page tie; those of other pages
+    do not."""
     p = make(2, impl="cpu" if impl == "reference" else impl, pages=20, longest_history=1)
     p = replace(p, direction="identify")
     skip_unless_available(impl, p)
@@ -90,7 +91,8 @@ def test_rank_up_to_ties(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", ("reference", *IMPLS))
 def test_equal_scores_are_not_above_the_positive(impl: str) -> None:
-    """The same embedding three times without ids: each is a candidate, none ranks above the others."""
+    """The same embedding three times without ids: each is a candidate, none ranks above the
+    others."""
     row = torch.randn(8, generator=torch.Generator().manual_seed(0))
     pv = torch.stack([row, row, row, -row])[None]
     clicked = torch.tensor([[True, True, False, False]])
@@ -147,8 +149,15 @@ def test_statistics_say_which_direction_they_are_of(impl: str) -> None:
 
     def stats(direction: str) -> cf.ReconstructionStats:
         return cf.reconstruction_loss(
-            p.pv, p.history, p.clicked, direction=direction, attention="anchor", return_stats=True, impl=impl, **args
-        )[1]  # fmt: skip
+            p.pv,
+            p.history,
+            p.clicked,
+            direction=direction,
+            attention="anchor",
+            return_stats=True,
+            impl=impl,
+            **args,
+        )[1]
 
     found = {d: stats(d) for d in ("reconstruct", "identify", "both")}
     assert {d: s.direction for d, s in found.items()} == {

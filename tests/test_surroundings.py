@@ -1,4 +1,5 @@
-"""The losses are the same whatever is around them, and live in models that are copied, saved, averaged and sharded."""
+"""The losses are the same whatever is around them, and live in models that are copied, saved,
+averaged and sharded."""
 
 from __future__ import annotations
 
@@ -60,9 +61,11 @@ def inputs(impl: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Made where nothing is around."""
     old = torch.randn(3, DIM, generator=torch.Generator().manual_seed(1)).to(dtype)
     given = rows(0, dtype) | {
-        "tau": torch.tensor(0.2, dtype=torch.float32), "ids": torch.arange(12).view(4, 3),
-        "memory": old, "memory_ids": torch.arange(3) + 20,
-    }  # fmt: skip
+        "tau": torch.tensor(0.2, dtype=torch.float32),
+        "ids": torch.arange(12).view(4, 3),
+        "memory": old,
+        "memory_ids": torch.arange(3) + 20,
+    }
     return {k: x.to(DEVICES.get(impl, "cpu")) for k, x in given.items()}
 
 
@@ -138,7 +141,8 @@ def test_the_same_on_triton(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("impl", ["reference", "cpu", "auto"])
 def test_autocast_is_a_cast_of_the_rows(impl: str, dtype: torch.dtype) -> None:
-    """Of pv, history, query, key, value, memory and the table; log_q and weights stay, and so does what is computed inside."""
+    """Of pv, history, query, key, value, memory and the table; log_q and weights stay, and so does
+    what is computed inside."""
     skip_unless_available("cpu", make(0))
     if impl == "cpu" and dtype == torch.float16:
         impl = "auto"  # there is no float16 in it: the reference takes it
@@ -150,18 +154,29 @@ def test_autocast_is_a_cast_of_the_rows(impl: str, dtype: torch.dtype) -> None:
     }
     item = torch.arange(12).view(4, 3)
     beside = {
-        "item_ids": item, "log_q": torch.randn(4, 3, generator=g), "weights": torch.rand(4, 3, generator=g),
-    }  # fmt: skip
-    memory = {"memory": torch.randn(5, DIM, generator=g), "memory_ids": torch.arange(5) + 50,
-              "memory_log_q": torch.zeros(5)}  # fmt: skip
-    table = {"embeddings": torch.randn(20, DIM, generator=g), "pv": item, "history": torch.arange(20).view(4, 5)}  # fmt: skip
+        "item_ids": item,
+        "log_q": torch.randn(4, 3, generator=g),
+        "weights": torch.rand(4, 3, generator=g),
+    }
+    memory = {
+        "memory": torch.randn(5, DIM, generator=g),
+        "memory_ids": torch.arange(5) + 50,
+        "memory_log_q": torch.zeros(5),
+    }
+    table = {
+        "embeddings": torch.randn(20, DIM, generator=g),
+        "pv": item,
+        "history": torch.arange(20).view(4, 5),
+    }
     for extra in ({}, projected, beside, beside | memory, table, {"num_heads": 4}):
         for attention in ("candidate", "anchor"):
             call = given | extra | {"attention": attention}
             cast = {
-                k: x.to(dtype) if isinstance(x, Tensor) and k in EMBEDDINGS and x.is_floating_point() else x
+                k: x.to(dtype)
+                if isinstance(x, Tensor) and k in EMBEDDINGS and x.is_floating_point()
+                else x
                 for k, x in call.items()
-            }  # fmt: skip
+            }
             with torch.autocast("cpu", dtype=dtype):
                 found = cf.reconstruction_loss(**call, impl=impl)
             assert torch.equal(found, cf.reconstruction_loss(**cast, impl=impl)), (attention, extra)
@@ -188,12 +203,14 @@ def test_fake_and_meta_tensors_give_fake_results(impl: str, reduction: str) -> N
         options = {"reduction": reduction, "impl": impl}
         found = [
             cf.reconstruction_loss(**given, **options),
-            *(x.num_anchors if hasattr(x, "rank") else x for x in
-              cf.reconstruction_loss(**given, **options, return_stats=True)),
+            *(
+                x.num_anchors if hasattr(x, "rank") else x
+                for x in cf.reconstruction_loss(**given, **options, return_stats=True)
+            ),
             cf.reconstruction_loss(**given, **more, **options),
             cf.click_sequence_loss(given["history"], **options),
             cf.reconstruct(given["pv"], given["history"], impl=impl),
-        ]  # fmt: skip
+        ]
         sum(x.sum() for x in found[:1]).backward()
         return [*found, leaf.grad]
 
@@ -220,7 +237,7 @@ def test_inference_mode_and_mixed_gradients() -> None:
         torch.testing.assert_close(alone.grad, full.grad)
 
 
-# ---- modules ---------------------------------------------------------------------------------------------------------
+# ---- modules -------------------------------------------------------------------------------------
 
 
 class Model(nn.Module):
@@ -247,8 +264,8 @@ def step_inputs(dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tens
 
 
 def test_bf16_true_trains_on_a_cpu() -> None:
-    """As Lightning's precision "bf16-true": bfloat16 is the default while a model is made and while it trains, and the
-    module is converted."""
+    """As Lightning's precision "bf16-true": bfloat16 is the default while a model is made and while
+    it trains, and the module is converted."""
     with default_dtype(torch.bfloat16):
         torch.manual_seed(0)
         model = Model()
@@ -456,7 +473,7 @@ def test_a_group_of_another_time_is_not_taken(monkeypatch: pytest.MonkeyPatch) -
     assert [peers._cpu_group(g) for g in (first, first, second)] == [1, 1, 2]
 
 
-# ---- nested results ---------------------------------------------------------------------------------------------------
+# ---- nested results ------------------------------------------------------------------------------
 
 
 def nested(counts: list[int], *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -493,7 +510,7 @@ def test_nested_with_holes_keep_their_lengths() -> None:
     assert torch.equal(loss.lengths(), clicked.lengths())
 
 
-# ---- messages ----------------------------------------------------------------------------------------------------------
+# ---- messages ------------------------------------------------------------------------------------
 
 
 def test_messages_hold_no_data() -> None:

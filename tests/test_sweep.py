@@ -33,9 +33,27 @@ def features(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def sweep(dataset: Dataset, features: Path, out: Path, *more: Any) -> int:
     fixed = (
-        "--data.dataset", dataset.path, "--data.features", features, "--data.pages", 32, "--model.dim", 8, "--optim.steps", 3,
-        "--run.device", "cpu", "--run.tensorboard", "false", "--run.progress", "false", "--bootstrap", 200, "--device", "cpu",
-    )  # fmt: skip
+        "--data.dataset",
+        dataset.path,
+        "--data.features",
+        features,
+        "--data.pages",
+        32,
+        "--model.dim",
+        8,
+        "--optim.steps",
+        3,
+        "--run.device",
+        "cpu",
+        "--run.tensorboard",
+        "false",
+        "--run.progress",
+        "false",
+        "--bootstrap",
+        200,
+        "--device",
+        "cpu",
+    )
     return main(["sweep", "--out", str(out), *map(str, fixed), *map(str, more)])
 
 
@@ -101,7 +119,12 @@ def test_what_is_done_is_not_done_again(
     assert len(trained) == 1  # and its run was complete: nothing to train
     assert (out / "results.parquet").read_bytes() == before
     # Another setting that is on no axis makes other cells.
-    names = {cells[0].name for cells in grid(None, {"data.dataset": [str(dataset.path)], "loss.temperature": ["0.1", "0.5"]}, 1, out)}  # fmt: skip
+    names = {
+        cells[0].name
+        for cells in grid(
+            None, {"data.dataset": [str(dataset.path)], "loss.temperature": ["0.1", "0.5"]}, 1, out
+        )
+    }
     assert names.isdisjoint(p.name for p in (out / "runs").iterdir())
 
 

@@ -73,7 +73,12 @@ def test_dates_are_read_in_every_form(text: str, moment: datetime | None) -> Non
     assert read_dates(pl.Series([text])).to_list() == [expected]
     # Among others, whatever stands first.
     mixed = read_dates(pl.Series(["2020-01-01 00:00:00", None, text, "2020-01-01"]))
-    assert mixed.to_list() == [micro(datetime(2020, 1, 1)), None, expected, micro(datetime(2020, 1, 1))]  # fmt: skip
+    assert mixed.to_list() == [
+        micro(datetime(2020, 1, 1)),
+        None,
+        expected,
+        micro(datetime(2020, 1, 1)),
+    ]
 
 
 def read(values: Any, form: str | None = None, **how: Any) -> tuple[str, list[int | None]]:
@@ -110,19 +115,35 @@ M = 1_000_000
         (["202001312359"], "YYYYMMDDhhmm", [micro(END.replace(second=0))]),
         ([20200131235959], "YYYYMMDDhhmmss", [micro(END)]),
         (["20200131235959123"], "YYYYMMDDhhmmssfff", [micro(END) + 123_000]),
-        ([43831.0, 43831.75], "days", [micro(datetime(2020, 1, 1)), micro(datetime(2020, 1, 1, 18))]),
+        (
+            [43831.0, 43831.75],
+            "days",
+            [micro(datetime(2020, 1, 1)), micro(datetime(2020, 1, 1, 18))],
+        ),
         (["43831.5000115741"], "days", [micro(datetime(2020, 1, 1, 12, 0, 1))]),
         ([date(2020, 1, 31)], "dates", [micro(datetime(2020, 1, 31))]),
-        ([datetime(2020, 1, 31, 1, tzinfo=timezone(timedelta(hours=1)))], "dates", [micro(datetime(2020, 1, 31))]),
-        (["2020-01-31", "NULL", "\\N", ""], "dates", [micro(datetime(2020, 1, 31)), None, None, None]),
+        (
+            [datetime(2020, 1, 31, 1, tzinfo=timezone(timedelta(hours=1)))],
+            "dates",
+            [micro(datetime(2020, 1, 31))],
+        ),
+        (
+            ["2020-01-31", "NULL", "\\N", ""],
+            "dates",
+            [micro(datetime(2020, 1, 31)), None, None, None],
+        ),
         # What stands for "unknown" among good ones is no time.
         ([0, -1, NOON, NOON, NOON], "seconds", [None, None] + [NOON * M] * 3),
-        (["1970-01-01", "9999-12-31 23:59:59", "2020-01-31", "2020-01-31"], "dates", [None, None] + [micro(datetime(2020, 1, 31))] * 2),
+        (
+            ["1970-01-01", "9999-12-31 23:59:59", "2020-01-31", "2020-01-31"],
+            "dates",
+            [None, None] + [micro(datetime(2020, 1, 31))] * 2,
+        ),
         ([20201399, 20200131], "YYYYMMDD", [None, micro(datetime(2020, 1, 31))]),
         (["never", "2020-01-31"], "dates", [None, micro(datetime(2020, 1, 31))]),
         ([None, None], "dates", [None, None]),
     ],
-)  # fmt: skip
+)
 def test_a_column_is_told_by_its_span(values: Any, name: str, times: list[int | None]) -> None:
     assert read(values) == (name, times)
 
@@ -177,7 +198,7 @@ def test_types_that_hold_no_times_are_refused(values: list[Any]) -> None:
         ([14102100], "%y%m%d%H", [micro(datetime(2014, 10, 21))]),
         ([datetime(2020, 1, 31)], "milliseconds", [micro(datetime(2020, 1, 31))]),
     ],
-)  # fmt: skip
+)
 def test_the_user_says_what_times_are(values: Any, form: str, times: list[int | None]) -> None:
     assert read(values, form)[1] == times
 
@@ -231,13 +252,19 @@ def written(folder: Path, rows: list[tuple[str, str, float]], scale: int) -> Pat
 
 
 def test_parts_of_a_second_were_cut_off(tmp_path: Path) -> None:
-    """Clicks 0.4 s apart, in milliseconds, are in the same order, histories and splits as 1 s apart; pages know when they were."""
+    """Clicks 0.4 s apart, in milliseconds, are in the same order, histories and splits as 1 s
+    apart; pages know when they were."""
     options, found, rows = PrepareOptions(min_history=1, negatives="popularity"), [], []
     for name, step, scale in (("s", 1.0, 1), ("ms", 0.4, 1000)):
         path = written(tmp_path / name, clicks(step), scale)
         prepare(tmp_path / name / "out", source=generic([path]), options=options)
         found.append(Dataset(tmp_path / name / "out"))
-        rows.append([(r["user"], [i for i, _ in r["history"]], r["items"], r["clicked"]) for r in page_rows(found[-1])])  # fmt: skip
+        rows.append(
+            [
+                (r["user"], [i for i, _ in r["history"]], r["items"], r["clicked"])
+                for r in page_rows(found[-1])
+            ]
+        )
     whole, fine = found
     # Which items are on offer when is the same, so pages are too.
     assert rows[0] == rows[1] and len(rows[0]) > 60
@@ -247,7 +274,9 @@ def test_parts_of_a_second_were_cut_off(tmp_path: Path) -> None:
     assert (fine.page_time == np.floor(fine.page_moment)).all()
     assert (np.diff(fine.page_moment) > 0).all()
     last = fine.event_moment[fine.history_end - 1]
-    assert (last < fine.page_moment).all() and (fine.event_time[fine.history_end - 1] == fine.page_time).any()  # fmt: skip
+    assert (last < fine.page_moment).all() and (
+        fine.event_time[fine.history_end - 1] == fine.page_time
+    ).any()
     cut = fine.first_pages(0.3)
     assert len(cut) == len(whole.first_pages(0.3))
 
@@ -267,15 +296,27 @@ def test_seconds_beside_timestamps_were_1970(tmp_path: Path) -> None:
 
 def test_unreadable_times_of_items_are_counted(tmp_path: Path) -> None:
     path, about = written(tmp_path / "a", clicks(1), 1), tmp_path / "items.csv"
-    about.write_text("item_id,first_seen,last_seen\n000,2020-01-01,soon\n001,2020-01-02,9999-12-31\n002,,2021-01-01\n")  # fmt: skip
-    report = prepare(tmp_path / "out", source=generic([path], about), options=PrepareOptions(min_history=1))  # fmt: skip
+    about.write_text(
+        "item_id,first_seen,last_seen\n000,2020-01-01,soon\n001,2020-01-02,9999-12-31\n002,,2021-01-01\n"
+    )
+    report = prepare(
+        tmp_path / "out", source=generic([path], about), options=PrepareOptions(min_history=1)
+    )
     assert report["items_times_unreadable"] == {"last_seen": 1}
 
 
 def test_both_engines_write_the_same_times(tmp_path: Path) -> None:
-    """Rows with parts of a second, as the steps of Ray read and write them and as the local engine does."""
+    """Rows with parts of a second, as the steps of Ray read and write them and as the local engine
+    does."""
     time, part = [NOON, NOON - 1, None], [400_000, 0, 5]
-    frame = pl.LazyFrame({"user_id": list("aba"), "item_id": list("xyx"), "time": time, "microsecond": pl.Series(part, dtype=pl.Int32)})  # fmt: skip
+    frame = pl.LazyFrame(
+        {
+            "user_id": list("aba"),
+            "item_id": list("xyx"),
+            "time": time,
+            "microsecond": pl.Series(part, dtype=pl.Int32),
+        }
+    )
     source = Source("test", events=frame)
     assert source.ticks == M
     rows, _, about = partitions.read(frame, "events", source, 0, 10, source.ticks)
@@ -285,4 +326,6 @@ def test_both_engines_write_the_same_times(tmp_path: Path) -> None:
     columns = {"item": rows["item"], "time": ticks}
     names = ["item", "time", "microsecond"]
     ours = partitions.write_rows(tmp_path / "a", "events", names, [(0, 0, 2)], [0], [0], columns)
-    assert ours == write_shards(tmp_path / "b", "events", {"item": rows["item"], **time_columns(ticks, M)})  # fmt: skip
+    assert ours == write_shards(
+        tmp_path / "b", "events", {"item": rows["item"], **time_columns(ticks, M)}
+    )

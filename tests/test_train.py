@@ -43,7 +43,7 @@ def features(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path
     return make_features(dataset, tmp_path_factory.mktemp("features") / "features.npy")
 
 
-# ---- stopping and resuming -----------------------------------------------------------------------------------------
+# ---- stopping and resuming -----------------------------------------------------------------------
 
 
 def launch(config: Path, *arguments: str) -> subprocess.Popen:
@@ -51,8 +51,11 @@ def launch(config: Path, *arguments: str) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "courier_fast.cli", "train", str(config), *arguments],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def wait_for_lines(run: Path, count: int, process: subprocess.Popen) -> None:
@@ -134,7 +137,8 @@ def test_resuming_with_other_batches_is_refused(
 
 
 def test_a_temperature_without_a_dimension_is_resumed(tmp_path: Path) -> None:
-    """As checkpoints of earlier versions have it, with the optimizer's state of it; other shapes are an error."""
+    """As checkpoints of earlier versions have it, with the optimizer's state of it; other shapes
+    are an error."""
     checkpoints, name = Checkpoints(tmp_path), "model.loss.log_inverse_temperature"
     checkpoints.begin(1, {name: torch.tensor(1.5), "other": torch.ones(2)}, {"step": 1})
     checkpoints.wait()
@@ -162,11 +166,12 @@ def test_checkpoints_are_complete_or_not_there(tmp_path: Path) -> None:
     assert {f.suffix for f in tmp_path.rglob("*") if f.is_file()} == {".safetensors", ".json"}
 
 
-# ---- what a run does -----------------------------------------------------------------------------------------------
+# ---- what a run does -----------------------------------------------------------------------------
 
 
 def test_training_finds_what_users_click(dataset: Dataset, tmp_path: Path) -> None:
-    """Items in groups, users who click within one: the loss falls far and the embedding of a group closes up."""
+    """Items in groups, users who click within one: the loss falls far and the embedding of a group
+    closes up."""
     rng = np.random.default_rng(0)
     group = rng.integers(0, 5, dataset.num_items)
     user_group = rng.integers(0, 5, len(dataset.user_ids))
@@ -292,10 +297,14 @@ def test_projections_are_the_identity_at_first_and_learned(
     for projections, count in (("query_key", 2), ("all", 3)):
         trainer = Trainer(
             settings(
-                dataset, tmp_path / projections, data__features=features, loss__heads=2,
-                loss__projections=projections, optim__steps=3,
+                dataset,
+                tmp_path / projections,
+                data__features=features,
+                loss__heads=2,
+                loss__projections=projections,
+                optim__steps=3,
             )
-        )  # fmt: skip
+        )
         start = trainer.backward(trainer.loader.load(0, 0)).loss
         assert start.item() == plain.backward(plain.loader.load(0, 0)).loss.item()
         trainer.fit()
@@ -311,9 +320,17 @@ def test_anchor_weights_are_a_power_of_the_items_clicks(
 ) -> None:
     """L_rec is the weighted mean over anchors of what it is for each of them."""
     plain, weighted = (
-        Trainer(settings(dataset, tmp_path / str(p), data__features=features, loss__weight_power=p, loss__candidates=candidates))
+        Trainer(
+            settings(
+                dataset,
+                tmp_path / str(p),
+                data__features=features,
+                loss__weight_power=p,
+                loss__candidates=candidates,
+            )
+        )
         for p in (0.0, -0.7)
-    )  # fmt: skip
+    )
     # As it is on the disk: another test changes the fixture's columns in memory.
     d, pages = plain.dataset, plain.dataset.split("train")
     shown = slice(int(d.pv_start[pages.start]), int(d.pv_end[pages.stop - 1]))
@@ -337,9 +354,14 @@ def test_pages_without_a_click_are_candidates_and_no_anchors(
     clicked = d.pv_clicked & (np.repeat(np.arange(d.num_pages), d.pv_end - d.pv_start) % 3 > 0)
     columns = {"item": d.pv_item, "clicked": clicked}
     config = settings(
-        rewrite(d, tmp_path / "data", {"page_items": columns}), tmp_path / "run", data__features=features, data__pages=24, loss__direction=direction,
-        loss__sequence_weight=0, loss__history_negatives=False,
-    )  # fmt: skip
+        rewrite(d, tmp_path / "data", {"page_items": columns}),
+        tmp_path / "run",
+        data__features=features,
+        data__pages=24,
+        loss__direction=direction,
+        loss__sequence_weight=0,
+        loss__history_negatives=False,
+    )
     trainer = Trainer(config)
     batch, loss = trainer.loader.load(0, 0), trainer.config.loss
     with torch.no_grad():
@@ -352,9 +374,16 @@ def test_pages_without_a_click_are_candidates_and_no_anchors(
         pv, history = (rows[torch.from_numpy(x)] for x in (part.pv_index, part.history_index))
         offsets = (torch.from_numpy(x) for x in (part.pv_offsets, part.history_offsets))
         return reconstruction_loss(
-            table[pv], table[history], torch.from_numpy(part.clicked), **dict(zip(("pv_offsets", "history_offsets"), offsets, strict=True)),
-            item_ids=pv, temperature=loss.temperature, direction=direction, impl="reference", **loss.reconstruction,
-        ).item()  # fmt: skip
+            table[pv],
+            table[history],
+            torch.from_numpy(part.clicked),
+            **dict(zip(("pv_offsets", "history_offsets"), offsets, strict=True)),
+            item_ids=pv,
+            temperature=loss.temperature,
+            direction=direction,
+            impl="reference",
+            **loss.reconstruction,
+        ).item()
 
     pages = batch.plan.pages
     without = pages % 3 == 0
@@ -379,9 +408,13 @@ def test_a_loss_of_weight_0_is_left_out(dataset: Dataset, features: Path, tmp_pa
     for name, (rec, seq) in weights.items():
         trainer = Trainer(
             settings(
-                dataset, tmp_path / name, data__features=features, loss__reconstruction_weight=rec, loss__sequence_weight=seq,
+                dataset,
+                tmp_path / name,
+                data__features=features,
+                loss__reconstruction_weight=rec,
+                loss__sequence_weight=seq,
             )
-        )  # fmt: skip
+        )
         found[name] = trainer.backward(trainer.loader.load(0, 0), stats=True)
     assert found["both"].loss.item() == pytest.approx(
         2 * found["rec"].loss.item() + 0.5 * found["seq"].loss.item()
@@ -397,10 +430,14 @@ def test_temperature_of_each_loss_is_learned_or_fixed(
     for rec, seq in ((True, False), (False, True)):
         trainer = Trainer(
             settings(
-                dataset, tmp_path / f"{rec}", data__features=features, optim__steps=4,
-                loss__learnable_temperature=rec, loss__sequence_learnable_temperature=seq,
+                dataset,
+                tmp_path / f"{rec}",
+                data__features=features,
+                optim__steps=4,
+                loss__learnable_temperature=rec,
+                loss__sequence_learnable_temperature=seq,
             )
-        )  # fmt: skip
+        )
         trainer.fit()
         last = metrics(trainer.out)[-1]
         assert (abs(last["temperature"] - 0.2) > 1e-6) == rec
@@ -487,7 +524,7 @@ def test_compiled_training_keeps_to_a_few_shapes(
     )
 
 
-# ---- damaged images ------------------------------------------------------------------------------------------------
+# ---- damaged images ------------------------------------------------------------------------------
 
 
 def damage(dataset: Dataset, items: list[int], to: Path) -> Dataset:
@@ -535,7 +572,7 @@ def test_tensorboard_gets_what_the_journal_gets(
     assert found == [(x["step"], pytest.approx(x["loss"], rel=1e-6)) for x in metrics(tmp_path)]
 
 
-# ---- collapse ------------------------------------------------------------------------------------------------------
+# ---- collapse ------------------------------------------------------------------------------------
 
 
 def test_uniformity_and_rank_tell_collapse() -> None:
@@ -544,19 +581,21 @@ def test_uniformity_and_rank_tell_collapse() -> None:
     one = torch.ones(100, 16)
     line = torch.randn(500, 1, generator=g) * torch.randn(1, 16, generator=g)
     assert uniformity(one).item() == pytest.approx(0, abs=1e-6)
-    # E exp(-2 |x - y|^2) = E exp(-4 + 4 cos), and cos has variance 1 / D: about exp(-4 + 8 / D) for large D.
+    # E exp(-2 |x - y|^2) = E exp(-4 + 4 cos), and cos has variance 1 / D: about exp(-4 + 8 / D) for
+    # large D.
     assert uniformity(spread).item() == pytest.approx(-4 + 8 / 16, abs=0.1)
     assert effective_rank(one).item() == 0
     assert effective_rank(line).item() == pytest.approx(1, rel=1e-3)
     assert effective_rank(spread).item() == pytest.approx(16, rel=0.02)
 
 
-# ---- real photos ---------------------------------------------------------------------------------------------------
+# ---- real photos ---------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not PURCHASES.is_dir(), reason="no purchases at ../shared/data/hm-fashion")
 def test_real_purchases_and_photos(tmp_path: Path) -> None:
-    """A few hundred pages of real photos, small: the loss of the click sequences falls, and the embeddings do not collapse."""
+    """A few hundred pages of real photos, small: the loss of the click sequences falls, and the
+    embeddings do not collapse."""
     from courier_fast.data.layouts import generic
     from courier_fast.data.prepare import prepare
 

@@ -71,19 +71,44 @@ def test_attention_of_the_settings(
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        ({"attention": "candidate", "direction": "both"}, "direction reconstruct with attention candidate, got both"),
-        ({"attention_scale": 1.0, "attention_temperature": 1.0}, "one of attention_scale and attention_temperature with attention candidate"),
-        ({"attention": "mean", "attention_temperature": 1.0}, "none of attention_scale and attention_temperature with attention mean, got attention_temperature"),
-        ({"attention_temperature": 0}, "loss.attention_temperature: Input should be greater than 0"),
+        (
+            {"attention": "candidate", "direction": "both"},
+            "direction reconstruct with attention candidate, got both",
+        ),
+        (
+            {"attention_scale": 1.0, "attention_temperature": 1.0},
+            "one of attention_scale and attention_temperature with attention candidate",
+        ),
+        (
+            {"attention": "mean", "attention_temperature": 1.0},
+            "none of attention_scale and attention_temperature with attention mean, got "
+            "attention_temperature",
+        ),
+        (
+            {"attention_temperature": 0},
+            "loss.attention_temperature: Input should be greater than 0",
+        ),
         ({"attention": "own"}, "loss.attention: "),
-        ({"attention": "mean", "heads": 2}, "no heads with attention mean, which asks nothing, got 2"),
-        ({"attention": "mean", "projections": "query_key"}, "no projections with attention mean, which asks nothing, got query_key"),
-        ({"reconstruction_weight": 0, "sequence_weight": 0}, "reconstruction_weight or sequence_weight above 0, got neither"),
-        ({"reconstruction_weight": 0, "memory": 9}, "memory: expected a reconstruction_weight above 0 with it, got 0 and 9 rows"),
+        (
+            {"attention": "mean", "heads": 2},
+            "no heads with attention mean, which asks nothing, got 2",
+        ),
+        (
+            {"attention": "mean", "projections": "query_key"},
+            "no projections with attention mean, which asks nothing, got query_key",
+        ),
+        (
+            {"reconstruction_weight": 0, "sequence_weight": 0},
+            "reconstruction_weight or sequence_weight above 0, got neither",
+        ),
+        (
+            {"reconstruction_weight": 0, "memory": 9},
+            "memory: expected a reconstruction_weight above 0 with it, got 0 and 9 rows",
+        ),
         ({"heads": 3}, "loss.heads: expected a divisor of model.dim 256, got 3"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_attention_that_does_not_go_together(loss: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config.load(None, {"data.dataset": "x"} | {f"loss.{k}": v for k, v in loss.items()})

@@ -1,4 +1,5 @@
-"""Training on many processes: gradients of the mean over all anchors, and steps that all of them take."""
+"""Training on many processes: gradients of the mean over all anchors, and steps that all of them
+take."""
 
 from __future__ import annotations
 
@@ -84,9 +85,19 @@ Case = tuple[str, dict[str, Any], int]
 
 def torchrun(world: int, *command: str, **environment: str) -> None:
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", *command],
-        check=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={world}",
+            *command,
+        ],
+        check=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+    )
 
 
 def on_processes(world: int, cases: list[Case], folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -102,7 +113,8 @@ def on_processes(world: int, cases: list[Case], folder: Path) -> dict[str, list[
 def in_one_process(
     overrides: dict[str, Any], world: int, step: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, list[Tensor], list[int]]:
-    """The sum of each shard's sums over the anchors of all, its gradients, and the anchors of each shard."""
+    """The sum of each shard's sums over the anchors of all, its gradients, and the anchors of each
+    shard."""
     trainer = Trainer(Config.load(None, overrides))
     trainer.model.to(dtype)
     batches = []
@@ -128,34 +140,58 @@ Started = tuple[dict[str, Case], dict[str, list[dict[str, Any]]]]
 
 @pytest.fixture(scope="module")
 def three(dataset: Dataset, features: Path, tmp_path_factory: pytest.TempPathFactory) -> Started:
-    """Cases on three processes, and what those have saved: one start for all, which takes longer than they do."""
+    """Cases on three processes, and what those have saved: one start for all, which takes longer
+    than they do."""
     folder = tmp_path_factory.mktemp("three")
     overrides = {
-        "data.dataset": str(dataset.path), "data.features": str(features), "model.dim": 8, "loss.learnable_temperature": True,
-        "loss.heads": 2, "loss.projections": "all", "loss.weight_power": -0.5, "run.device": "cpu", "run.out": str(folder / "run"),
-    }  # fmt: skip
+        "data.dataset": str(dataset.path),
+        "data.features": str(features),
+        "model.dim": 8,
+        "loss.learnable_temperature": True,
+        "loss.heads": 2,
+        "loss.projections": "all",
+        "loss.weight_power": -0.5,
+        "run.device": "cpu",
+        "run.out": str(folder / "run"),
+    }
     every = {"data.pages": 11, "loss.candidates": "all", "loss.log_q": True, "loss.memory": 200}
     differ: dict[str, dict[str, Any]] = {
-        "mean": {"data.pages": 37, "loss.candidates": "process", "loss.sequence_learnable_temperature": True},
+        "mean": {
+            "data.pages": 37,
+            "loss.candidates": "process",
+            "loss.sequence_learnable_temperature": True,
+        },
         "gather": every | {"loss.exchange": "gather"},
         "ring": every | {"loss.exchange": "ring"},
-    }  # fmt: skip
+    }
     cases = {name: (name, overrides | more, 0) for name, more in differ.items()}
     return cases, on_processes(3, list(cases.values()), folder)
 
 
 @pytest.fixture(scope="module")
 def two(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Started:
-    """The same on two: an image encoder, whole or in slices, and processes that begin with different tensors."""
+    """The same on two: an image encoder, whole or in slices, and processes that begin with
+    different tensors."""
     folder = tmp_path_factory.mktemp("two")
     budget = next(b for b in range(25, 45) if _batches(dataset, b) % 2 == 1)
     last = _batches(dataset, budget) // 2
     overrides = {
-        "data.dataset": str(dataset.path), "data.images": budget, "data.size": 32, "data.threads": 1, "model.dim": 8,
-        "model.backbone": "test_convnext", "loss.learnable_temperature": True, "run.device": "cpu", "run.out": str(folder / "run"),
-    }  # fmt: skip
+        "data.dataset": str(dataset.path),
+        "data.images": budget,
+        "data.size": 32,
+        "data.threads": 1,
+        "model.dim": 8,
+        "model.backbone": "test_convnext",
+        "loss.learnable_temperature": True,
+        "run.device": "cpu",
+        "run.out": str(folder / "run"),
+    }
     cases: dict[str, Case] = {}
-    for name, candidates, step in (("full", "process", 0), ("empty", "process", last), ("empty-all", "all", last)):  # fmt: skip
+    for name, candidates, step in (
+        ("full", "process", 0),
+        ("empty", "process", last),
+        ("empty-all", "all", last),
+    ):
         for size in (0, 7):
             more = {"model.slice": size, "loss.candidates": candidates}
             cases[f"{name}-{size}"] = (f"{name}-{size}", overrides | more, step)
@@ -163,9 +199,13 @@ def two(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Started:
         table = np.random.default_rng(rank).normal(rank, size=(dataset.num_items, 12))
         np.save(folder / f"features-{rank}.npy", table.astype(np.float32))
     start = {
-        "data.dataset": str(dataset.path), "data.features": str(folder / "features-{rank}.npy"), "model.dim": 8, "run.seed": "{rank}",
-        "run.device": "cpu", "run.out": str(folder / "run"),
-    }  # fmt: skip
+        "data.dataset": str(dataset.path),
+        "data.features": str(folder / "features-{rank}.npy"),
+        "model.dim": 8,
+        "run.seed": "{rank}",
+        "run.device": "cpu",
+        "run.out": str(folder / "run"),
+    }
     cases["start"] = ("start", start, 0)
     return cases, on_processes(2, list(cases.values()), folder)
 
@@ -214,12 +254,25 @@ def test_gradient_over_the_candidates_of_all_processes_is_that_of_one_batch(
 def test_two_processes_are_one_with_batches_twice_as_large(
     dataset: Dataset, features: Path, tmp_path: Path
 ) -> None:
-    """Candidates of both and of a memory that holds them all, over several steps; features, as no random number is drawn for them."""
+    """Candidates of both and of a memory that holds them all, over several steps; features, as no
+    random number is drawn for them."""
     arguments = [
-        "-m", "courier_fast.cli", "train", f"--data.dataset={dataset.path}", f"--data.features={features}", "--data.pages=8",
-        "--model.dim=8", "--loss.memory=2000", "--loss.memory_after=2", "--optim.steps=6", "--run.device=cpu",
-        f"--run.out={tmp_path / 'two'}", "--run.progress=false", "--run.tensorboard=false", "--run.log_steps=1",
-    ]  # fmt: skip
+        "-m",
+        "courier_fast.cli",
+        "train",
+        f"--data.dataset={dataset.path}",
+        f"--data.features={features}",
+        "--data.pages=8",
+        "--model.dim=8",
+        "--loss.memory=2000",
+        "--loss.memory_after=2",
+        "--optim.steps=6",
+        "--run.device=cpu",
+        f"--run.out={tmp_path / 'two'}",
+        "--run.progress=false",
+        "--run.tensorboard=false",
+        "--run.log_steps=1",
+    ]
     torchrun(2, *arguments)
     one = {"data__pages": 16, "loss__memory": 2000, "loss__memory_after": 2, "optim__steps": 6}
     Trainer(settings(dataset, tmp_path / "one", data__features=features, **one)).fit()
@@ -229,7 +282,8 @@ def test_two_processes_are_one_with_batches_twice_as_large(
 
 
 def test_slices_and_empty_batches_of_an_image_encoder(two: Started) -> None:
-    """Whole or in slices, with pages for both processes or for one: by the error budget of one process's gradient."""
+    """Whole or in slices, with pages for both processes or for one: by the error budget of one
+    process's gradient."""
     world = 2
     for name, overrides, step in two[0].values():
         if name == "start":
@@ -262,10 +316,17 @@ def resumed(dataset: Dataset, features: Path, tmp_path_factory: pytest.TempPathF
     """Runs of three processes, whole and resumed, by name."""
     folder = tmp_path_factory.mktemp("resumed")
     overrides = {
-        "data.dataset": str(dataset.path), "data.features": str(features), "data.pages": 8, "model.dim": 64,
-        "loss.learnable_temperature": True, "optim.steps": 6, "run.device": "cpu", "run.log_steps": 1, "run.tensorboard": False,
+        "data.dataset": str(dataset.path),
+        "data.features": str(features),
+        "data.pages": 8,
+        "model.dim": 64,
+        "loss.learnable_temperature": True,
+        "optim.steps": 6,
+        "run.device": "cpu",
+        "run.log_steps": 1,
+        "run.tensorboard": False,
         "run.progress": False,
-    }  # fmt: skip
+    }
     cases = {
         "process": overrides | {"loss.candidates": "process"},
         "all": overrides | {"loss.candidates": "all", "loss.memory": 200, "loss.memory_after": 1},
@@ -277,7 +338,8 @@ def resumed(dataset: Dataset, features: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("candidates", ["process", "all"])
 def test_processes_that_resume_are_the_same_run(resumed: Path, candidates: str) -> None:
-    """Three add in an order that depends on where a gradient lies in its bucket: buckets are the same from the first step on."""
+    """Three add in an order that depends on where a gradient lies in its bucket: buckets are the
+    same from the first step on."""
     folder = resumed / candidates
     assert len(metrics(folder / "whole")) == 6
     assert metrics(folder / "resumed") == metrics(folder / "whole")
@@ -288,15 +350,26 @@ def test_processes_that_resume_are_the_same_run(resumed: Path, candidates: str) 
 def test_a_process_without_pages_joins_every_step(
     dataset: Dataset, features: Path, tmp_path: Path
 ) -> None:
-    """Two processes and a budget of images: the last step has a batch for one of them only. The run ends, and resumes."""
+    """Two processes and a budget of images: the last step has a batch for one of them only. The run
+    ends, and resumes."""
     plan = Trainer(settings(dataset, tmp_path / "x", data__features=features, data__images=30)).plan
     batches = len(plan._bounds) - 1 if plan.steps(0) else 0
     budget = next(b for b in range(25, 45) if _batches(dataset, b) % 2 == 1)
     assert batches
     arguments = [
-        "-m", "courier_fast.cli", "train", f"--data.dataset={dataset.path}", f"--data.features={features}", f"--data.images={budget}",
-        "--model.dim=8", "--optim.epochs=1", "--run.device=cpu", f"--run.out={tmp_path / 'run'}", "--run.progress=false", "--run.log_steps=1",
-    ]  # fmt: skip
+        "-m",
+        "courier_fast.cli",
+        "train",
+        f"--data.dataset={dataset.path}",
+        f"--data.features={features}",
+        f"--data.images={budget}",
+        "--model.dim=8",
+        "--optim.epochs=1",
+        "--run.device=cpu",
+        f"--run.out={tmp_path / 'run'}",
+        "--run.progress=false",
+        "--run.log_steps=1",
+    ]
     torchrun(2, *arguments)
     lines = metrics(tmp_path / "run")
     assert len(lines) == -(-_batches(dataset, budget) // 2)

@@ -1,4 +1,5 @@
-"""An encoder in parts over several processes (model.shard), its checkpoints, and runs that go on with other processes or after a kill."""
+"""An encoder in parts over several processes (model.shard), its checkpoints, and runs that go on
+with other processes or after a kill."""
 
 from __future__ import annotations
 
@@ -139,10 +140,20 @@ def torchrun(world: int, *command: str, restarts: int = 0) -> str:
     """What the processes printed."""
     done = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", f"--max-restarts={restarts}", *command,
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={world}",
+            f"--max-restarts={restarts}",
+            *command,
         ],
-        timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
 
@@ -177,22 +188,39 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def base(dataset: Dataset, **more: Any) -> dict[str, Any]:
     """Settings of a small sharded run."""
     return {
-        "data.dataset": str(dataset.path), "data.size": 32, "data.threads": 1, "model.dim": 8, "model.backbone": "test_vit", "model.shard": True,
-        "loss.learnable_temperature": True, "run.device": "cpu", "run.log_steps": 1, "run.tensorboard": False, "run.progress": False,
-    } | {k.replace("__", "."): v for k, v in more.items()}  # fmt: skip
+        "data.dataset": str(dataset.path),
+        "data.size": 32,
+        "data.threads": 1,
+        "model.dim": 8,
+        "model.backbone": "test_vit",
+        "model.shard": True,
+        "loss.learnable_temperature": True,
+        "run.device": "cpu",
+        "run.log_steps": 1,
+        "run.tensorboard": False,
+        "run.progress": False,
+    } | {k.replace("__", "."): v for k, v in more.items()}
 
 
 def run_settings(dataset: Dataset, out: Path, **more: Any) -> dict[str, Any]:
-    """A run of six steps in less than an epoch, whatever the number of processes: 16 pages a step."""
+    """A run of six steps in less than an epoch, whatever the number of processes: 16 pages a
+    step."""
     options = {
-        "model__batch_norm": False, "model__ema": 0.5, "optim__steps": 6, "optim__clip": 0.3, "loss__memory": 2000, "run__save_steps": 3, "run__keep": 9,
-    }  # fmt: skip
+        "model__batch_norm": False,
+        "model__ema": 0.5,
+        "optim__steps": 6,
+        "optim__clip": 0.3,
+        "loss__memory": 2000,
+        "run__save_steps": 3,
+        "run__keep": 9,
+    }
     return base(dataset, run__out=str(out), **(options | more))
 
 
 @pytest.fixture(scope="module")
 def four(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Case]]:
-    """Cases on four processes: gradients of steps with pages for all of them or for some, and a run."""
+    """Cases on four processes: gradients of steps with pages for all of them or for some, and a
+    run."""
     folder = base_of_all(tmp_path_factory) / "four"
     budget = next(b for b in range(25, 45) if BatchPlan(dataset, images=b).steps(0) % 4 == 2)
     last = BatchPlan(dataset, images=budget).steps(0) // 4
@@ -221,7 +249,8 @@ def four(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 def test_blocks_and_what_is_sharded() -> None:
-    """A transformer's blocks, a convolutional net's stages, the large ones taken apart; nearly all parameters are in matrices."""
+    """A transformer's blocks, a convolutional net's stages, the large ones taken apart; nearly all
+    parameters are in matrices."""
     import timm
 
     def make(name: str) -> nn.Module:
@@ -272,7 +301,8 @@ def in_one(overrides: str, step: int) -> tuple[Tensor, list[Tensor], list[Tensor
 def test_sharded_gradients_are_those_of_one_process(
     four: tuple[Path, list[Case]], name: str
 ) -> None:
-    """Whole or in slices, with pages for all processes or for two of four: by the error budget of one process's gradient."""
+    """Whole or in slices, with pages for all processes or for two of four: by the error budget of
+    one process's gradient."""
     folder, cases = four
     overrides, step = next((c[2], c[3]) for c in cases if c[1] == name)
     ranks = gradients_of(folder, name)
@@ -286,7 +316,9 @@ def test_sharded_gradients_are_those_of_one_process(
     torch.testing.assert_close(sum(x["loss"] for x in ranks), total)
     for x in ranks:
         within(x["gradients"], once, exact)
-        assert all(torch.equal(a, b) for a, b in zip(x["gradients"], ranks[0]["gradients"], strict=True))  # fmt: skip
+        assert all(
+            torch.equal(a, b) for a, b in zip(x["gradients"], ranks[0]["gradients"], strict=True)
+        )
         norm = math.sqrt(sum(float(g.square().sum()) for g in exact))
         assert float(x["norm"]) == pytest.approx(norm, rel=1e-5)
     assert sum(x["sharded"] for x in ranks) > 0.9 * ranks[0]["all"]
@@ -295,8 +327,9 @@ def test_sharded_gradients_are_those_of_one_process(
 
 @pytest.mark.parametrize("name", ["conv-some", "bfloat16", "bfloat16-conv"])
 def test_sharded_gradients_are_those_of_replicas(four: tuple[Path, list[Case]], name: str) -> None:
-    """The mean of what each process has alone, by the error of DistributedDataParallel's: with batch norms, whose statistics are each
-    process's own, and in bfloat16, where weights travel as autocast rounds them for their products, and sums are float32's."""
+    """The mean of what each process has alone, by the error of DistributedDataParallel's: with
+    batch norms, whose statistics are each process's own, and in bfloat16, where weights travel as
+    autocast rounds them for their products, and sums are float32's."""
     ranks = gradients_of(four[0], name)
     own = [
         torch.stack([x.double() for x in g]) for g in zip(*(x["own"] for x in ranks), strict=True)
@@ -308,7 +341,7 @@ def test_sharded_gradients_are_those_of_replicas(four: tuple[Path, list[Case]], 
         within(x["sharded"], x["replicated"], exact)
 
 
-# ---- checkpoints, and other numbers of processes -------------------------------------------------------------------
+# ---- checkpoints, and other numbers of processes -------------------------------------------------
 
 
 def started_from(four: tuple[Path, list[Case]], out: Path, step: int = 3) -> Path:
@@ -324,7 +357,8 @@ def started_from(four: tuple[Path, list[Case]], out: Path, step: int = 3) -> Pat
 def two(
     four: tuple[Path, list[Case]], dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """On two processes: runs that go on from the checkpoint of four, sharded or not; whole runs; one that cannot write."""
+    """On two processes: runs that go on from the checkpoint of four, sharded or not; whole runs;
+    one that cannot write."""
     folder = base_of_all(tmp_path_factory) / "two"
     with first_time(folder) as first:
         if first:
@@ -336,7 +370,9 @@ def run_two(four: tuple[Path, list[Case]], dataset: Dataset, folder: Path) -> No
     cases: list[Case] = []
     for name, sharded in (("resumed", True), ("replicated", False)):
         out = started_from(four, folder / name)
-        cases.append(("run", name, run_settings(dataset, out, data__pages=8, model__shard=sharded), 3))  # fmt: skip
+        cases.append(
+            ("run", name, run_settings(dataset, out, data__pages=8, model__shard=sharded), 3)
+        )
     back = cases[-1][2] | {"model.shard": True, "optim.steps": 7}
     cases.append(("run", "sharded again", back, 6))
     cases.append(("run", "whole", killed_settings(dataset, folder / "whole"), 0))
@@ -351,7 +387,8 @@ def killed_settings(dataset: Dataset, out: Path) -> dict[str, Any]:
 
 
 def same_curve(run: Path, expected: Path, more: int = 0) -> None:
-    """The journals, up to rounding in float32; the signs of collapse are those of one process's batch."""
+    """The journals, up to rounding in float32; the signs of collapse are those of one process's
+    batch."""
     lines, others = metrics(run), metrics(expected)
     assert len(lines) == len(others) + more
     lines = lines[: len(others)]
@@ -365,15 +402,21 @@ def same_curve(run: Path, expected: Path, more: int = 0) -> None:
 def test_a_sharded_checkpoint_is_the_same_at_any_number_of_processes(
     four: tuple[Path, list[Case]], two: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
-    """Written by four, read by two (sharded or not) and by one: every tensor, bit for bit; each process has written its part."""
+    """Written by four, read by two (sharded or not) and by one: every tensor, bit for bit; each
+    process has written its part."""
     path = four[0] / "run" / "checkpoints" / "step-00000003"
-    assert sorted(x.name for x in path.iterdir()) == [*(f"part-{r:05d}.safetensors" for r in range(4)), "state.json"]  # fmt: skip
+    assert sorted(x.name for x in path.iterdir()) == [
+        *(f"part-{r:05d}.safetensors" for r in range(4)),
+        "state.json",
+    ]
     sizes = [x.stat().st_size for x in sorted(path.glob("part-*"))]
     assert max(sizes) < 0.5 * sum(sizes)
     saved = torch.load(four[0] / "run-3.pt", weights_only=True)
     assert any(n.startswith("average.") for n in saved)
     assert any("memory" in n for n in saved)
-    alone = Trainer(Config.load(None, run_settings(dataset, started_from(four, tmp_path), data__pages=16)))  # fmt: skip
+    alone = Trainer(
+        Config.load(None, run_settings(dataset, started_from(four, tmp_path), data__pages=16))
+    )
     found = {
         "one": alone._tensors(),
         **{n: torch.load(two / f"{n}-3.pt", weights_only=True) for n in ("resumed", "replicated")},
@@ -382,7 +425,10 @@ def test_a_sharded_checkpoint_is_the_same_at_any_number_of_processes(
         assert tensors.keys() == saved.keys()
         assert all(torch.equal(tensors[n], saved[n]) for n in saved), name
     # And the other way, from a checkpoint of replicas to parts.
-    a, b = (torch.load(two / f"{n}.pt", weights_only=True) for n in ("replicated-end", "sharded again-6"))  # fmt: skip
+    a, b = (
+        torch.load(two / f"{n}.pt", weights_only=True)
+        for n in ("replicated-end", "sharded again-6")
+    )
     assert a.keys() == b.keys()
     assert all(torch.equal(a[n], b[n]) for n in a)
 
@@ -393,7 +439,9 @@ def test_a_run_goes_on_at_another_number_of_processes(
     """As many pages a step: the same batches, and the loss curve of the run on four."""
     for name, more in (("resumed", 0), ("replicated", 1)):
         same_curve(two / name, four[0] / "run", more)
-    alone = Trainer(Config.load(None, run_settings(dataset, started_from(four, tmp_path), data__pages=16)))  # fmt: skip
+    alone = Trainer(
+        Config.load(None, run_settings(dataset, started_from(four, tmp_path), data__pages=16))
+    )
     alone.loader.source.augmentation = None  # type: ignore[union-attr]
     alone.fit()
     same_curve(tmp_path, four[0] / "run")
@@ -407,9 +455,16 @@ def test_a_run_goes_on_at_another_number_of_processes(
 def test_with_other_batches_no_page_is_lost_or_seen_twice(
     four: tuple[Path, list[Case]], dataset: Dataset, tmp_path: Path
 ) -> None:
-    """Three steps of 4 * 4 pages, then one process with 9: its steps have the epoch's other pages; so have those after another restart."""
+    """Three steps of 4 * 4 pages, then one process with 9: its steps have the epoch's other pages;
+    so have those after another restart."""
     before = BatchPlan(dataset, pages=4, world=4)
-    order = np.concatenate([BatchPlan(dataset, pages=4, rank=r, world=4).pages(0, s) for s in range(6) for r in range(4)])  # fmt: skip
+    order = np.concatenate(
+        [
+            BatchPlan(dataset, pages=4, rank=r, world=4).pages(0, s)
+            for s in range(6)
+            for r in range(4)
+        ]
+    )
     done = before.position(0, 3)
     started = started_from(four, tmp_path)
     more = {"data__pages": 9, "run__save_steps": 1, "optim__steps": 5, "data__images": 0}
@@ -422,13 +477,16 @@ def test_with_other_batches_no_page_is_lost_or_seen_twice(
     assert max(len(trainer.plan.pages(0, s)) for s in steps) == 8
     assert len(np.unique(trainer.plan.pages(1, 0))) == 8
     trainer.fit()
-    again = Trainer(Config.load(None, run_settings(dataset, started, **(more | {"optim__steps": 8}))))  # fmt: skip
+    again = Trainer(
+        Config.load(None, run_settings(dataset, started, **(more | {"optim__steps": 8})))
+    )
     assert again.progress.step == 5
     assert np.array_equal(again.plan.pages(0, 5), trainer.plan.pages(0, 5))
 
 
 def test_share_of_the_run_goes_on_over_a_cut(dataset: Dataset, tmp_path: Path) -> None:
-    """By epochs the learning rate follows the pages, where steps before and after a cut are not of one size."""
+    """By epochs the learning rate follows the pages, where steps before and after a cut are not of
+    one size."""
     trainer = Trainer(settings(dataset, tmp_path, optim__epochs=2, data__pages=8))
     p = trainer.progress
     trainer.plan.recut(0, 3, 48)
@@ -450,11 +508,12 @@ def test_a_checkpoint_without_one_of_its_parts_is_refused(
         Trainer(Config.load(None, run_settings(dataset, started, data__pages=16)))
 
 
-# ---- written while training goes on --------------------------------------------------------------------------------
+# ---- written while training goes on --------------------------------------------------------------
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(dataset: Dataset, tmp_path: Path) -> None:
-    """Steps are done during a write, the next one waits for it, and what is written is of the step at which it began."""
+    """Steps are done during a write, the next one waits for it, and what is written is of the step
+    at which it began."""
     begun, may_go_on = threading.Event(), threading.Event()
     config = settings(dataset, tmp_path / "run", optim__steps=4, run__save_steps=2, run__keep=5)
     trainer = Trainer(config)
@@ -515,10 +574,13 @@ def test_a_part_that_cannot_be_written_ends_all_processes(two: Path) -> None:
 def test_killed_workers_are_restarted_and_the_run_is_the_same(
     two: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
-    """One is killed while it writes a checkpoint, after the restart another in a step: both times the newest complete checkpoint serves."""
+    """One is killed while it writes a checkpoint, after the restart another in a step: both times
+    the newest complete checkpoint serves."""
     (tmp_path / "worker.py").write_text(KILLED)
     options = killed_settings(dataset, tmp_path / "killed")
-    arguments = [f"--{n}={str(v).lower() if isinstance(v, bool) else v}" for n, v in options.items()]  # fmt: skip
+    arguments = [
+        f"--{n}={str(v).lower() if isinstance(v, bool) else v}" for n, v in options.items()
+    ]
     output = torchrun(
         2, str(tmp_path / "worker.py"), str(tmp_path), "train", *arguments, restarts=2
     )
@@ -528,7 +590,7 @@ def test_killed_workers_are_restarted_and_the_run_is_the_same(
     assert all(torch.equal(a[n], b[n]) for n in b)
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

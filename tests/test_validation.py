@@ -466,7 +466,8 @@ def test_learned_temperature_can_leave_its_limit() -> None:
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "items"])
 def test_gpu_inputs_are_not_read_back(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
-    """Nothing waits for a GPU between the call and the operator: a tensor without data raises where its values are read."""
+    """Nothing waits for a GPU between the call and the operator: a tensor without data raises where
+    its values are read."""
     asked = []
 
     def operator(p: Any, impl: str, stats: bool) -> tuple[torch.Tensor, ...]:
@@ -510,7 +511,7 @@ def test_a_temperature_from_the_host_is_not_waited_for() -> None:
     assert copies == [True]
 
 
-# ---- every argument, given what it is not ------------------------------------------------------------------------------
+# ---- every argument, given what it is not --------------------------------------------------------
 
 
 def wrong_tensors() -> dict[str, Any]:
@@ -532,13 +533,41 @@ def wrong_tensors() -> dict[str, Any]:
 
 WRONG_VALUES = ([1.0] * 10**4, torch.randn(100), torch.randn(50).numpy(), {"a": 1}, 10**6000, None)
 TENSORS = (
-    "pv", "history", "clicked", "pv_mask", "history_mask", "pv_offsets", "history_offsets", "embeddings", "query", "key",
-    "value", "temperature", "item_ids", "log_q", "weights", "table_ids", "memory", "memory_ids", "memory_log_q",
-)  # fmt: skip
+    "pv",
+    "history",
+    "clicked",
+    "pv_mask",
+    "history_mask",
+    "pv_offsets",
+    "history_offsets",
+    "embeddings",
+    "query",
+    "key",
+    "value",
+    "temperature",
+    "item_ids",
+    "log_q",
+    "weights",
+    "table_ids",
+    "memory",
+    "memory_ids",
+    "memory_log_q",
+)
 VALUES = (
-    "attention", "attention_scale", "attention_temperature", "num_heads", "negatives", "direction", "reduction", "exchange",
-    "impl", "workspace", "group", "validate", "return_stats",
-)  # fmt: skip
+    "attention",
+    "attention_scale",
+    "attention_temperature",
+    "num_heads",
+    "negatives",
+    "direction",
+    "reduction",
+    "exchange",
+    "impl",
+    "workspace",
+    "group",
+    "validate",
+    "return_stats",
+)
 NULLABLE = ("attention", "attention_scale", "attention_temperature", "group")
 
 

@@ -20,10 +20,19 @@ def make_features(dataset: Dataset, path: Path) -> Path:
 
 def settings(dataset: Dataset, out: Path, **overrides: Any) -> Config:
     values = {
-        "data.dataset": dataset.path, "data.size": 32, "data.pages": 16, "data.threads": 1, "model.dim": 8,
-        "model.backbone": "small_conv", "optim.epochs": 2, "run.out": out, "run.device": "cpu", "run.log_steps": 1, "run.tensorboard": False,
+        "data.dataset": dataset.path,
+        "data.size": 32,
+        "data.pages": 16,
+        "data.threads": 1,
+        "model.dim": 8,
+        "model.backbone": "small_conv",
+        "optim.epochs": 2,
+        "run.out": out,
+        "run.device": "cpu",
+        "run.log_steps": 1,
+        "run.tensorboard": False,
         "run.progress": False,
-    }  # fmt: skip
+    }
     given = {k.replace("__", "."): v for k, v in overrides.items()}
     for name, other in (("data.images", "data.pages"), ("optim.steps", "optim.epochs")):
         if name in given:

@@ -3,11 +3,12 @@
     python -m bench.gpu --out DIR [--minutes 9] [--stage NAME ...]
     TRITON_INTERPRET=1 python -m bench.gpu --rehearse --out DIR     every stage, tiny, on the CPU
 
-Stages run in the order below, each in processes of its own with a share of the time; what one does not use, the next
-ones get. Each case is written to DIR/<stage>.json as it ends, its output to DIR/<stage>.log. The same command with the
-same DIR goes on with what is missing; a stage named by --stage that was finished begins again. A crash, a CUDA fault or a
-hang costs its case only. DIR/summary.md has a line for each stage and the targets beside what was measured.
-Nothing needs the network; a package that is missing costs a line. Exit code 1 if something failed.
+Stages run in the order below, each in processes of its own with a share of the time; what one does
+not use, the next ones get. Each case is written to DIR/<stage>.json as it ends, its output to
+DIR/<stage>.log. The same command with the same DIR goes on with what is missing; a stage named by
+--stage that was finished begins again. A crash, a CUDA fault or a hang costs its case only.
+DIR/summary.md has a line for each stage and the targets beside what was measured. Nothing needs the
+network; a package that is missing costs a line. Exit code 1 if something failed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR")
     add("--minutes", type=float, default=9, help="for everything; default: %(default)s")
-    add("--stage", nargs="+", choices=STAGES, metavar="NAME", help=f"of {', '.join(STAGES)}; default: all")  # fmt: skip
+    add(
+        "--stage",
+        nargs="+",
+        choices=STAGES,
+        metavar="NAME",
+        help=f"of {', '.join(STAGES)}; default: all",
+    )
     add("--rehearse", action="store_true", help="tiny problems on the CPU, in the interpreter")
     add("--no-install", action="store_true", help="take the package that is installed")
     args = parser.parse_args(arguments)
@@ -81,7 +88,8 @@ def _editable() -> bool:
 
 
 def install(out: Path, source: str) -> str | None:
-    """Builds and installs the checkout, without the network, if it is not there yet; what went wrong, if it did."""
+    """Builds and installs the checkout, without the network, if it is not there yet; what went
+    wrong, if it did."""
     done = out / "installed.txt"
     if _editable() or (done.exists() and done.read_text() == source):
         return None

@@ -1,4 +1,5 @@
-"""What a stage found, in one JSON file that is complete after every case, and that several processes may write."""
+"""What a stage found, in one JSON file that is complete after every case, and that several
+processes may write."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Every kernel once, against float64: `python -m bench.gpu.smoke [--smallest] [--bare] [--rehearse]`
+"""Every kernel once, against float64: `python -m bench.gpu.smoke [--smallest] [--bare]
+[--rehearse]`
 
---smallest: a few cases of a few rows that launch every kernel. --bare: nothing is compared and memory is not filled with
-NaN, so that under compute-sanitizer little else than the kernels runs. Exit code 1 if something is wrong.
+--smallest: a few cases of a few rows that launch every kernel. --bare: nothing is compared and
+memory is not filled with NaN, so that under compute-sanitizer little else than the kernels runs.
+Exit code 1 if something is wrong.
 """
 
 from __future__ import annotations
@@ -93,7 +95,11 @@ def smallest(dtype: str, dim: int) -> list[Smoke]:
     some = ("both", "weights", "unique items", "candidate", "candidate by cosines")
     found = [Smoke("smallest", dtype, shape), *_others(dtype, shape)]
     found += [x for x in _variants(dtype, shape) if x.name in some]
-    return [*found, Smoke("smallest", dtype, wide), Smoke("click sequence", dtype, wide, what="sequence")]  # fmt: skip
+    return [
+        *found,
+        Smoke("smallest", dtype, wide),
+        Smoke("click sequence", dtype, wide, what="sequence"),
+    ]
 
 
 def every(rehearse: bool) -> list[Smoke]:
@@ -105,7 +111,11 @@ def every(rehearse: bool) -> list[Smoke]:
         return [*found, Smoke("graph", "float32", shape, what="graph")]
     sizes = (150, 5, 12)
     main = Shape(*sizes, 256, 0.4)
-    dims = {"bfloat16": (256, 128, 64, 100, 768), "float16": (256, 64, 768), "float32": (256, 64, 768)}  # fmt: skip
+    dims = {
+        "bfloat16": (256, 128, 64, 100, 768),
+        "float16": (256, 64, 768),
+        "float32": (256, 64, 768),
+    }
     found = [Smoke("loss", x, Shape(*sizes, d, 0.4)) for x, ds in dims.items() for d in ds]
     found += [Smoke("loss", "float32", Shape(*sizes, d, 0.4), tf32=True) for d in (256, 128)]
     found += [Smoke("one row", "bfloat16", Shape(1, 1, 1, 256, 1.0))]
@@ -127,7 +137,8 @@ def every(rehearse: bool) -> list[Smoke]:
 
 @contextlib.contextmanager
 def noted() -> Iterator[list[str]]:
-    """Names of the kernels launched. On a GPU each is waited for, so that the last name is that of a failing one."""
+    """Names of the kernels launched. On a GPU each is waited for, so that the last name is that of
+    a failing one."""
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -204,7 +215,8 @@ def run_once(case: Smoke, function: Callable[[Batch], Tensor], batch: Batch) -> 
 
 
 def _batches(case: Smoke, device: str) -> list[Batch]:
-    """Errors of a few numbers may be large or small by luck: of few rows there are several problems."""
+    """Errors of a few numbers may be large or small by luck: of few rows there are several
+    problems."""
     draws = 4 if case.shape.pages * case.shape.items < 32 else 1
     where, dtype = torch.device(device), DTYPES[case.dtype]
     return [make_batch(case.shape, case.options, dtype, where, seed) for seed in range(draws)]

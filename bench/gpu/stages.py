@@ -1,4 +1,5 @@
-"""The stages, in their order: which cases each has. A case gives a line and what it measured, or raises."""
+"""The stages, in their order: which cases each has. A case gives a line and what it measured, or
+raises."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ ROUNDS = 4.0
 
 @dataclass(frozen=True)
 class Stage:
-    """`share` of the time, in seconds of nine minutes; `workers`: processes at a time, 1 where something is timed."""
+    """`share` of the time, in seconds of nine minutes; `workers`: processes at a time, 1 where
+    something is timed."""
 
     cases: Callable[[Setting], Cases]
     share: float
@@ -102,7 +104,9 @@ def _measured(case: Any, setting: Setting, memory: bool) -> tuple[Result, dict[s
     if found["triton"]["left_out"]:
         return Result(f"triton: {found['triton']['left_out']}", FAILED, data), found
     shown = [f"floor {about['floor_seconds'] * 1e3:.4g} ms"]
-    right = {n: r for n, r in found.items() if r["times"] and not r["failures"] and not r["another"]}  # fmt: skip
+    right = {
+        n: r for n, r in found.items() if r["times"] and not r["failures"] and not r["another"]
+    }
     shown += [f"{n} {right[n]['times'][1] * 1e3:.4g} ms" for n in OURS if n in right]
     others = [n for n in right if n not in OURS]
     if others:
@@ -133,7 +137,17 @@ def bench(setting: Setting) -> Cases:
     short = ("reference", "eager", "lce", *PEERS, *OURS)
     compiled = ("paper", "paper50", "big20", "big100", "candidate", "big768")
     chosen = [c if c.name in compiled else replace(c, names=short) for c in cases("cuda")]
-    first = ("paper", "paper50", "big20", "big100", "items", "forward", "candidate", "big768", "huge")  # fmt: skip
+    first = (
+        "paper",
+        "paper50",
+        "big20",
+        "big100",
+        "items",
+        "forward",
+        "candidate",
+        "big768",
+        "huge",
+    )
     chosen.sort(key=lambda c: first.index(c.name) if c.name in first else len(first))
     measured: Cases = {c.name: partial(lambda c: _measured(c, setting, True)[0], c) for c in chosen}
     return {"copy": copy} | measured
@@ -153,7 +167,10 @@ def graph(setting: Setting) -> Cases:
     names = ("triton", "triton_graph")
     if setting.rehearse:
         return {"tiny": lambda: one(replace(_tiny(), names=names))}
-    return {n: partial(one, Case(n, SHAPES[n], names=names)) for n in ("paper", "tiny", "paper50", "big20")}  # fmt: skip
+    return {
+        n: partial(one, Case(n, SHAPES[n], names=names))
+        for n in ("paper", "tiny", "paper50", "big20")
+    }
 
 
 def options(setting: Setting) -> Cases:
@@ -195,18 +212,28 @@ def tune(setting: Setting) -> Cases:
         size = ["--seconds", str(ROUNDS), "--dim", str(dim), "--kind", kind, "--out", str(path)]
         if setting.rehearse:
             size += ["--rows", "48", "--repeats", "1", "--dtype", "float32", "--few", "6"]
-            size += [f"--{x}={n}" for x, n in (("block-m", 16), ("block-n", 32), ("warps", 4), ("stages", 2))]  # fmt: skip
+            size += [
+                f"--{x}={n}"
+                for x, n in (("block-m", 16), ("block-n", 32), ("warps", 4), ("stages", 2))
+            ]
         if module.main(size):
             return Result("bench.tune failed", FAILED)
-        entries = [x for x in json.loads(path.read_text()) if (x["kind"], x["stride"]) == (kind, dim)]  # fmt: skip
+        entries = [
+            x for x in json.loads(path.read_text()) if (x["kind"], x["stride"]) == (kind, dim)
+        ]
         entry = entries[-1]
         t, before = entry["tile"], entry["milliseconds_before"]
         line = f"{t['block_m']} x {t['block_n']}, {t['num_warps']} warps, {t['num_stages']} stages"
         present = "does not fit" if before is None else f"{before:.4g} ms"
-        return Result(f"{line}: {entry['milliseconds']:.4g} ms; the present tile: {present}", data=entry)  # fmt: skip
+        return Result(
+            f"{line}: {entry['milliseconds']:.4g} ms; the present tile: {present}", data=entry
+        )
 
     every = [(dim, kind) for dim in (256, 128, 64) for kind in module.KINDS]
-    return {f"{kind}, D = {dim}": partial(one, dim, kind) for dim, kind in every[-1:] * setting.rehearse or every}  # fmt: skip
+    return {
+        f"{kind}, D = {dim}": partial(one, dim, kind)
+        for dim, kind in every[-1:] * setting.rehearse or every
+    }
 
 
 # ---- the rest ------------------------------------------------------------------------------------
@@ -235,7 +262,11 @@ def dali(setting: Setting) -> Cases:
         code, text = tools.run(tools.module("bench.decode", *arguments))
         rates = [" ".join(x.split()[:2]) for x in text.splitlines() if x.split(" ")[0] in only]
         line = f"images/s: {'; '.join(rates)}"
-        return Result(line, data={"text": text}) if code == 0 else Result(tools.last_lines(text), FAILED)  # fmt: skip
+        return (
+            Result(line, data={"text": text})
+            if code == 0
+            else Result(tools.last_lines(text), FAILED)
+        )
 
     return {"decode": decode}
 

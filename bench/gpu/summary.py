@@ -1,4 +1,5 @@
-"""What the stages found, in one page: a line a stage, the targets met or not, the options' costs, what went wrong."""
+"""What the stages found, in one page: a line a stage, the targets met or not, the options' costs,
+what went wrong."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def first_failure(content: Content) -> str | None:
 
 
 def results_of(records: Mapping[str, Content], command: str) -> dict[str, Any]:
-    """What bench.report takes: the cases of the stage `bench`, the captured times from `graph` where they are newer."""
+    """What bench.report takes: the cases of the stage `bench`, the captured times from `graph`
+    where they are newer."""
     bench = records["bench"]
     cases = {k: c.get("data") or {} for k, c in bench["cases"].items() if c["status"] in DONE}
     rate = cases.pop("copy", {}).get("copy_bytes_per_second")

@@ -1,4 +1,5 @@
-"""The loss's share of a training step: Swin-T, bfloat16, compiled, on images that are already there.
+"""The loss's share of a training step: Swin-T, bfloat16, compiled, on images that are already
+there.
 
 bench.step measures the whole trainer with its loader and needs pydantic; this needs timm alone.
 """
@@ -21,7 +22,8 @@ from .worker import Setting
 def _steps(
     encode: Callable[[Tensor], Tensor], images: Tensor, batch: Batch, optimizer: Any, impl: str
 ) -> dict[str, Callable[[], object]]:
-    """The whole step, the encoder's without the loss, and the loss alone on embeddings that are there."""
+    """The whole step, the encoder's without the loss, and the loss alone on embeddings that are
+    there."""
 
     def loss_of(table: Tensor) -> Tensor:
         return call(batch, impl, embeddings=table)
@@ -44,7 +46,9 @@ def share_of_the_loss(setting: Setting) -> Result:
 
     on_gpu = not setting.rehearse
     device = torch.device(setting.device)
-    name, size, items, dim = ("swin_tiny_patch4_window7_224", 224, 256, 256) if on_gpu else ("small_conv", 32, 16, 32)  # fmt: skip
+    name, size, items, dim = (
+        ("swin_tiny_patch4_window7_224", 224, 256, 256) if on_gpu else ("small_conv", 32, 16, 32)
+    )
     pages = 96 if on_gpu else 6
     encoder = build_encoder(name, dim, size).to(device).train()
     optimizer = torch.optim.AdamW(encoder.parameters(), fused=on_gpu)
@@ -67,7 +71,9 @@ def share_of_the_loss(setting: Setting) -> Result:
     seconds = {k: t[clock][1] for k, t in times.items()}
     share = seconds["loss"] / seconds["step"]
     line = (
-        f"{name}, {items} images: a step {seconds['step'] * 1e3:.1f} ms ({items / seconds['step']:,.0f} images/s), "
-        f"without the loss {seconds['without the loss'] * 1e3:.1f} ms, the loss alone {share:.1%} of it"
+        f"{name}, {items} images: a step {seconds['step'] * 1e3:.1f} ms "
+        f"({items / seconds['step']:,.0f} images/s), "
+        f"without the loss {seconds['without the loss'] * 1e3:.1f} ms, the loss alone {share:.1%} "
+        "of it"
     )
     return Result(line, data={"seconds": seconds, "share": share, "images": items})

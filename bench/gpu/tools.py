@@ -1,4 +1,5 @@
-"""Other programs that the stages start: Python modules, pytest, compute-sanitizer, ncu; and what they print, read."""
+"""Other programs that the stages start: Python modules, pytest, compute-sanitizer, ncu; and what
+they print, read."""
 
 from __future__ import annotations
 
@@ -19,9 +20,11 @@ from .worker import Setting
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Set where the checkout could not be installed: its sources run as they are.
 FROM_SOURCE = "BENCH_FROM_SOURCE"
-# `python -m` puts the working directory first, and with it the source tree, which lacks the native library.
+# `python -m` puts the working directory first, and with it the source tree, which lacks the native
+# library.
 BOOT = (
-    f"import os, runpy, sys; sys.path[:1] = [{str(ROOT)!r}] if os.environ.get({FROM_SOURCE!r}) else []; "
+    f"import os, runpy, sys; sys.path[:1] = [{str(ROOT)!r}] if os.environ.get({FROM_SOURCE!r}) "
+    "else []; "
     f"sys.path.append({str(ROOT)!r}); del sys.argv[0]; "
     "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
 )
@@ -40,7 +43,8 @@ def found(tool: str) -> str | None:
 
 
 def run(command: Sequence[str], more: Mapping[str, str] | None = None) -> tuple[int, str]:
-    """Exit code and output, both streams. The driver kills what is still running when the stage's time is over."""
+    """Exit code and output, both streams. The driver kills what is still running when the stage's
+    time is over."""
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -75,7 +79,9 @@ def of_pytest(code: int, text: str) -> Result:
     if code == 5:
         return Result("no test was selected", FAILED, data)
     if code:
-        return Result(f"{line}; first: {broken[0][:300] if broken else last_lines(text)}", FAILED, data)  # fmt: skip
+        return Result(
+            f"{line}; first: {broken[0][:300] if broken else last_lines(text)}", FAILED, data
+        )
     return Result(line, data=data)
 
 
@@ -102,7 +108,7 @@ def sanitize(tool: str, setting: Setting) -> Result:
     if program is None:
         return Result("compute-sanitizer is not on the PATH", SKIPPED)
     # torch's cache would hide what is read outside of an allocation.
-    code, text = run(sanitizer_command(tool, program), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})  # fmt: skip
+    code, text = run(sanitizer_command(tool, program), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     (setting.out / f"{tool}.txt").write_text(text)
     return of_sanitizer(code, text)
 
@@ -110,7 +116,9 @@ def sanitize(tool: str, setting: Setting) -> Result:
 def of_sanitizer(code: int, text: str) -> Result:
     """From its summary; without one it did not come to its end."""
     lines = [x.removeprefix("=========").strip() for x in text.splitlines() if x.startswith("===")]
-    counts = re.findall(r"(?:ERROR SUMMARY: |\()(\d+) errors?", "\n".join(x for x in lines if "SUMMARY" in x))  # fmt: skip
+    counts = re.findall(
+        r"(?:ERROR SUMMARY: |\()(\d+) errors?", "\n".join(x for x in lines if "SUMMARY" in x)
+    )
     if not counts:
         return Result(f"no summary (exit code {code}): {last_lines(text)}", FAILED)
     errors = max(int(x) for x in counts)
@@ -126,8 +134,16 @@ def of_sanitizer(code: int, text: str) -> Result:
 # ---- ncu -----------------------------------------------------------------------------------------
 
 # Sections, since names of metrics change from one architecture to the next.
-SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "LaunchStats")  # fmt: skip
-STALL = re.compile(r"smsp__average_warps?_(?:latency_)?issue_stalled_(\w+?)(?:_not_issued)?(?:_per_issue_active)?\.ratio")  # fmt: skip
+SECTIONS = (
+    "SpeedOfLight",
+    "ComputeWorkloadAnalysis",
+    "SchedulerStats",
+    "WarpStateStats",
+    "LaunchStats",
+)
+STALL = re.compile(
+    r"smsp__average_warps?_(?:latency_)?issue_stalled_(\w+?)(?:_not_issued)?(?:_per_issue_active)?\.ratio"
+)
 
 
 def profile_command(shape: str, log: Path, program: str = "ncu") -> list[str]:
@@ -155,7 +171,8 @@ def profile(shape: str, setting: Setting) -> Result:
 
 
 def ncu_rows(text: str) -> list[dict[str, str]]:
-    """Rows of `ncu --csv --page raw`: a header, a line of units, a line for each kernel; other lines are left out."""
+    """Rows of `ncu --csv --page raw`: a header, a line of units, a line for each kernel; other
+    lines are left out."""
     lines = [x for x in text.splitlines() if x.startswith('"')]
     start = next((i for i, x in enumerate(lines) if x.startswith('"ID"')), None)
     if start is None:
@@ -172,14 +189,17 @@ def _number(text: str | None) -> float | None:
 
 
 def ncu_metrics(row: Mapping[str, str]) -> dict[str, Any]:
-    """Tensor pipe and issue slots in percent, and the three largest reasons why warps wait, in cycles an instruction."""
+    """Tensor pipe and issue slots in percent, and the three largest reasons why warps wait, in
+    cycles an instruction."""
 
     def largest(*parts: str) -> float | None:
         values = [_number(v) for k, v in row.items() if all(p in k for p in parts)]
         return max((v for v in values if v is not None), default=None)
 
     stalls = {m[1]: _number(v) for k, v in row.items() if (m := STALL.fullmatch(k))}
-    known = sorted(((v, k) for k, v in stalls.items() if v is not None and k != "selected"), reverse=True)  # fmt: skip
+    known = sorted(
+        ((v, k) for k, v in stalls.items() if v is not None and k != "selected"), reverse=True
+    )
     issue = largest("issue_active", "pct")
     if issue is None and (each := largest("smsp__issue_active", "per_cycle_active")) is not None:
         issue = 100 * each
@@ -201,6 +221,9 @@ def of_ncu(code: int, text: str) -> Result:
     shown = []
     for name, r in zip(("forward", "transposed", *["more"] * len(rows)), rows, strict=False):
         waits = ", ".join(f"{k} {v:.2f}" for k, v in r["stalls"].items())
-        tensor, issue = (("?" if r[k] is None else f"{r[k]:.1f} %") for k in ("tensor_pipe_percent", "issue_slots_percent"))  # fmt: skip
+        tensor, issue = (
+            ("?" if r[k] is None else f"{r[k]:.1f} %")
+            for k in ("tensor_pipe_percent", "issue_slots_percent")
+        )
         shown.append(f"{name}: tensor pipe {tensor}, issue slots {issue}, waits for {waits}")
     return Result("; ".join(shown), data={"kernels": rows})

@@ -1,5 +1,5 @@
-"""One process of a stage: takes cases until there are none left, or no time. Ends at a CUDA fault, after which nothing
-in a process can be trusted; the driver starts another one."""
+"""One process of a stage: takes cases until there are none left, or no time. Ends at a CUDA fault,
+after which nothing in a process can be trusted; the driver starts another one."""
 
 from __future__ import annotations
 

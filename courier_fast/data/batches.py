@@ -1,6 +1,7 @@
 """Batches of unique items: which pages a step trains on, and the table of items those pages share.
 
-The plan is a pure function of (seed, epoch, step, rank, world): nothing has to be saved to resume in the middle of an epoch.
+The plan is a pure function of (seed, epoch, step, rank, world): nothing has to be saved to resume
+in the middle of an epoch.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class _Packed(NamedTuple):
 
 @dataclass(frozen=True)
 class PageBatch:
-    """Some pages in terms of their unique items; rows of the dataset's tables, all int64 but `clicked`."""
+    """Some pages in terms of their unique items; rows of the dataset's tables, all int64 but
+    `clicked`."""
 
     pages: Array  # [B] pages
     items: Array  # [n] unique items in order of first use
@@ -65,7 +67,8 @@ class PageBatch:
 
     @property
     def num_sequence_anchors(self) -> int:
-        """History items whose page has another, different history item: what L_seq averages over."""
+        """History items whose page has another, different history item: what L_seq averages
+        over."""
         return int(_sequence_anchors(self.history_index, self.history_offsets))
 
 
@@ -82,7 +85,8 @@ def _sequence_anchors(index, offsets):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _unique(shown, pv_offsets, past, history_offsets, slot):  # type: ignore[no-untyped-def]
-    """Items in order of first use, and both columns as indices into them; `slot` [items] is -1 on entry and on return."""
+    """Items in order of first use, and both columns as indices into them; `slot` [items] is -1 on
+    entry and on return."""
     items = np.empty(len(shown) + len(past), np.int64)
     pv_index, history_index = np.empty(len(shown), np.int64), np.empty(len(past), np.int64)
     n = 0
@@ -105,8 +109,9 @@ def _unique(shown, pv_offsets, past, history_offsets, slot):  # type: ignore[no-
 
 @njit(cache=True, nogil=True)
 def _cut(shown, pv_offsets, past, history_offsets, seen, state, budget, bounds):  # type: ignore[no-untyped-def]
-    """Bounds of consecutive batches of at most `budget` unique items, for pages that follow those of the last call; the first page over the
-    budget, or -1. `state` [4]: batches so far, unique items of the open one, its mark in `seen`, pages before."""
+    """Bounds of consecutive batches of at most `budget` unique items, for pages that follow those
+    of the last call; the first page over the budget, or -1. `state` [4]: batches so far, unique
+    items of the open one, its mark in `seen`, pages before."""
     for page in range(len(pv_offsets) - 1):
         new = 0
         for attempt in range(2):
@@ -135,8 +140,9 @@ def _cut(shown, pv_offsets, past, history_offsets, seen, state, budget, bounds):
 class Order:
     """The pages of a split in an epoch's order, a function of (seed, epoch).
 
-    Up to WINDOW pages are shuffled as a whole. Of more, those of each shard stay near each other, so that a process reads one shard after
-    another: shards come in a random order, and as many of them as make up WINDOW pages are shuffled together.
+    Up to WINDOW pages are shuffled as a whole. Of more, those of each shard stay near each other,
+    so that a process reads one shard after another: shards come in a random order, and as many of
+    them as make up WINDOW pages are shuffled together.
 
     Args:
         rows: the split.
@@ -146,14 +152,20 @@ class Order:
     def __init__(self, rows: range, bounds: Array, seed: int, shuffle: bool) -> None:
         self.rows, self.seed, self.shuffle = rows, seed, shuffle
         cuts = np.unique(np.clip(bounds, rows.start, rows.stop))
-        self._pieces = np.stack([cuts[:-1], cuts[1:]], 1) if len(rows) > WINDOW and shuffle else np.array([[rows.start, rows.stop]])  # fmt: skip
+        self._pieces = (
+            np.stack([cuts[:-1], cuts[1:]], 1)
+            if len(rows) > WINDOW and shuffle
+            else np.array([[rows.start, rows.stop]])
+        )
         self._epoch = self._window = -1
         self._windows: list[Array] = []  # pieces of each
         self._ends = np.zeros(0, np.int64)
         self._pages = np.zeros(0, np.int64)
 
     def _numbers(self, epoch: int, stream: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=[0, 0, stream, 0]))  # fmt: skip
+        return np.random.Generator(
+            np.random.Philox(key=[self.seed, epoch], counter=[0, 0, stream, 0])
+        )
 
     def _begin(self, epoch: int) -> None:
         pieces = self._pieces
@@ -187,14 +199,18 @@ class Order:
 class BatchPlan:
     """Which pages each step trains on, for one rank of `world`.
 
-    The pages of a split are shuffled by a permutation seeded with (seed, epoch) and cut into `steps(epoch) * world` batches, which go to
-    the ranks in turns: ranks never overlap and no page is lost. Exactly one of `pages` and `images` says how large a batch is.
+    The pages of a split are shuffled by a permutation seeded with (seed, epoch) and cut into
+    `steps(epoch) * world` batches, which go to the ranks in turns: ranks never overlap and no page
+    is lost. Exactly one of `pages` and `images` says how large a batch is.
 
     Args:
-        pages: pages per rank and step at most; the epoch is cut evenly, so sizes differ by one page.
-        images: unique items per rank and step at most; pages are added until the next one would exceed it.
+        pages: pages per rank and step at most; the epoch is cut evenly, so sizes differ by one
+            page.
+        images: unique items per rank and step at most; pages are added until the next one would
+            exceed it.
         history: the most recent history items of a page that are used.
-        share: of all pages, the first ones, in place of the whole train split (`Dataset.first_pages`).
+        share: of all pages, the first ones, in place of the whole train split
+            (`Dataset.first_pages`).
         shuffle: False keeps the order in time.
 
     Raises:
@@ -217,14 +233,18 @@ class BatchPlan:
     ) -> None:
         if (pages > 0) == (images > 0):
             raise ValueError(
-                f"expected exactly one of pages and images above 0, got pages={pages}, images={images}"
+                f"expected exactly one of pages and images above 0, got pages={pages}, "
+                f"images={images}"
             )
         if history < 1:
             raise ValueError(f"history: expected at least 1, got {history}")
         if not 0 <= rank < world:
             raise ValueError(f"rank: expected 0 <= rank < world, got rank {rank} of {world}")
         self.dataset = dataset
-        self._columns = {n: dataset.pages.column(n) for n in ("history_start", "history_end", "pv_start", "pv_end")}  # fmt: skip
+        self._columns = {
+            n: dataset.pages.column(n)
+            for n in ("history_start", "history_end", "pv_start", "pv_end")
+        }
         self._shown, self._clicked = (dataset.page_items.column(n) for n in ("item", "clicked"))
         self._past = dataset.events.column("item")
         self.rows = dataset.first_pages(share) if share < 1 else dataset.split(split)
@@ -239,7 +259,8 @@ class BatchPlan:
         self._recut = (-1, 0, 0)
 
     def recut(self, epoch: int, step: int, position: int) -> None:
-        """Cuts the rest of an epoch anew: the steps from `step` on have its pages from `position` of its order on, those before it none."""
+        """Cuts the rest of an epoch anew: the steps from `step` on have its pages from `position`
+        of its order on, those before it none."""
         self._recut, self._epoch = (epoch, step, position), -1
 
     def position(self, epoch: int, step: int) -> int:
@@ -263,10 +284,20 @@ class BatchPlan:
         for start in range(begin, len(self.rows), CHUNK):
             pages = self._order.pages(epoch, start, min(start + CHUNK, len(self.rows)))
             packed = self._packed(pages)
-            too_large = _cut(packed.shown, packed.pv_offsets, packed.past, packed.history_offsets, seen, state, self.images_per_batch, bounds)  # fmt: skip
+            too_large = _cut(
+                packed.shown,
+                packed.pv_offsets,
+                packed.past,
+                packed.history_offsets,
+                seen,
+                state,
+                self.images_per_batch,
+                bounds,
+            )
             if too_large >= 0:
                 raise ValueError(
-                    f"images: a batch may hold {self.images_per_batch} unique images, but page {pages[too_large]} alone holds more; raise it"
+                    f"images: a batch may hold {self.images_per_batch} unique images, but page "
+                    f"{pages[too_large]} alone holds more; raise it"
                 )
         bounds[state[0] + 1] = len(self.rows)
         self._bounds = np.append(np.full(first, begin), bounds[: state[0] + 2])
@@ -299,7 +330,8 @@ class BatchPlan:
         return -(-self._batches(epoch) // self.world)
 
     def pages(self, epoch: int, step: int) -> Array:
-        """[B] this rank's pages of a step; B = 0 where the last step has too few batches for all ranks."""
+        """[B] this rank's pages of a step; B = 0 where the last step has too few batches for all
+        ranks."""
         if not 0 <= step < self.steps(epoch):
             raise ValueError(f"step: expected 0 <= step < {self.steps(epoch)}, got {step}")
         batch, batches = step * self.world + self.rank, self._batches(epoch)
@@ -317,18 +349,30 @@ class BatchPlan:
             packed.shown, packed.pv_offsets, packed.past, packed.history_offsets, self._slot
         )
         clicked = self._clicked.ranges(packed.pv_start, packed.pv_end).view(np.bool_)
-        return PageBatch(pages, items, pv_index, history_index, packed.pv_offsets, packed.history_offsets, clicked)  # fmt: skip
+        return PageBatch(
+            pages,
+            items,
+            pv_index,
+            history_index,
+            packed.pv_offsets,
+            packed.history_offsets,
+            clicked,
+        )
 
     def log_q(self, histories: bool = False) -> Array:
-        """[items] float32: log of each item's share among the PV items of the split, with `histories` among its used history
-        items, too; that of half an occurrence where there is none."""
+        """[items] float32: log of each item's share among the PV items of the split, with
+        `histories` among its used history items, too; that of half an occurrence where there is
+        none."""
         counts = np.zeros(self.dataset.num_items)
         for items in self._shown.parts(*self._shown_rows()):
             counts += np.bincount(items, minlength=len(counts))
         if histories:
             # How many pages use each event: +1 where a history begins, -1 where it ends.
             uses = np.zeros(len(self._past) + 1)
-            columns = (self._columns[n].parts(self.rows.start, self.rows.stop) for n in ("history_start", "history_end"))  # fmt: skip
+            columns = (
+                self._columns[n].parts(self.rows.start, self.rows.stop)
+                for n in ("history_start", "history_end")
+            )
             for start, end in zip(*columns, strict=True):
                 np.add.at(uses, np.maximum(start, end - self.history), 1)
                 np.add.at(uses, end, -1)
@@ -340,7 +384,8 @@ class BatchPlan:
 
     @property
     def until(self) -> float:
-        """Time of the newest page, in seconds since 1970; an int unless times have parts of a second."""
+        """Time of the newest page, in seconds since 1970; an int unless times have parts of a
+        second."""
         return self.dataset.moments[self.rows.stop - 1]
 
     def _shown_rows(self) -> tuple[int, int]:
@@ -349,10 +394,13 @@ class BatchPlan:
         return int(start[self.rows.start]), int(end[self.rows.stop - 1])
 
     def weights(self, power: float) -> Array:
-        """[items] float32: the split's clicks of each item to a power, divided by the mean over clicks; items without a click as with one."""
+        """[items] float32: the split's clicks of each item to a power, divided by the mean over
+        clicks; items without a click as with one."""
         clicks = np.zeros(self.dataset.num_items)
         rows = self._shown_rows()
-        for items, clicked in zip(self._shown.parts(*rows), self._clicked.parts(*rows), strict=True):  # fmt: skip
+        for items, clicked in zip(
+            self._shown.parts(*rows), self._clicked.parts(*rows), strict=True
+        ):
             clicks += np.bincount(items, clicked, len(clicks))
         weights = np.maximum(clicks, 1.0) ** power
         return (weights * (clicks.sum() / max(clicks @ weights, 1e-300))).astype(np.float32)
@@ -363,10 +411,12 @@ class BatchPlan:
 
 
 def padded_size(n: int, buckets: tuple[int, ...] = ()) -> int:
-    """The number of images that a batch of `n` is padded to: the next of `buckets`, or without any a multiple of 1/16 of its power of two.
+    """The number of images that a batch of `n` is padded to: the next of `buckets`, or without any
+    a multiple of 1/16 of its power of two.
 
-    A shape that changes with every step would make cuDNN plan and torch.compile compile again; steps of a sixteenth keep the padding
-    under 12.5 % (3 % on average) and a run at two or three shapes.
+    A shape that changes with every step would make cuDNN plan and torch.compile compile again;
+    steps of a sixteenth keep the padding under 12.5 % (3 % on average) and a run at two or three
+    shapes.
     """
     for size in sorted(buckets):
         if n <= size:

@@ -1,7 +1,9 @@
-"""Decoding by NVIDIA DALI, on a GPU (nvJPEG, and the hardware decoder where there is one) or on a CPU.
+"""Decoding by NVIDIA DALI, on a GPU (nvJPEG, and the hardware decoder where there is one) or on a
+CPU.
 
-Pipeline mode fed by `external_source`: the caller says which images and windows, so nothing in DALI has to be saved to resume.
-The GPU's and the CPU's pipeline differ in device names alone; what a GPU does with it is not measured yet.
+Pipeline mode fed by `external_source`: the caller says which images and windows, so nothing in DALI
+has to be saved to resume. The GPU's and the CPU's pipeline differ in device names alone; what a GPU
+does with it is not measured yet.
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ Array = npt.NDArray
 class DaliDecoder:
     """DALI behind the decoder interface; float16 or float32 pictures.
 
-    DALI does JPEGs in grey or colour that have a start, an end and a body (`orientation_for_dali`: a few microseconds); all else is
-    left to the software decoder, which knows every image by itself. Damage inside a JPEG's body that DALI passes over stays unseen,
-    so images should be decoded once when data are prepared. Where a run fails all the same, DALI loses the whole batch and does not
-    reliably name the image: the batch is halved until the image stands alone, and that one goes to the software decoder too.
+    DALI does JPEGs in grey or colour that have a start, an end and a body (`orientation_for_dali`:
+    a few microseconds); all else is left to the software decoder, which knows every image by
+    itself. Damage inside a JPEG's body that DALI passes over stays unseen, so images should be
+    decoded once when data are prepared. Where a run fails all the same, DALI loses the whole batch
+    and does not reliably name the image: the batch is halved until the image stands alone, and that
+    one goes to the software decoder too.
 
     Args:
         on_gpu: decode on `device`, a GPU; else on the CPU.
@@ -60,13 +64,28 @@ class DaliDecoder:
         if dtype not in (torch.float16, torch.float32):
             raise ValueError(f"dtype: expected float16 or float32 from DALI, got {dtype}")
         # Another process makes its own pipeline.
-        self._again = partial(DaliDecoder, size, device=device, on_gpu=on_gpu, dtype=dtype, threads=threads, mean=mean, std=std)  # fmt: skip
+        self._again = partial(
+            DaliDecoder,
+            size,
+            device=device,
+            on_gpu=on_gpu,
+            dtype=dtype,
+            threads=threads,
+            mean=mean,
+            std=std,
+        )
         self.size, self.device, self.on_gpu, self.dtype = size, device, on_gpu, dtype
         self.threads = threads
         self.mean, self.std = [255 * m for m in mean], [255 * s for s in std]
         self._software = SoftwareDecoder(
-            fastest_reader(), size, device=device, dtype=dtype, threads=threads, mean=mean, std=std,
-        )  # fmt: skip
+            fastest_reader(),
+            size,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            mean=mean,
+            std=std,
+        )
         self._memory = Recycler()
         self._pipe: Any = None
         self._capacity = 0
@@ -80,20 +99,31 @@ class DaliDecoder:
             batch_size=capacity,
             num_threads=self.threads,
             device_id=(self.device.index or 0) if self.on_gpu else None,
-            prefetch_queue_depth=1,  # the loader's thread runs ahead; DALI answers for the batch it was given
+            # The loader's thread runs ahead; DALI answers for the batch it was given
+            prefetch_queue_depth=1,
             exec_dynamic=False,  # keeps its output's memory
         )
         def pipeline():  # type: ignore[no-untyped-def]
             image, anchor, shape, mirror = fn.external_source(
-                source=lambda: self._next, num_outputs=4, batch=True, no_copy=True,
-                dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32], ndim=[1, 1, 1, 0],
-            )  # fmt: skip
+                source=lambda: self._next,
+                num_outputs=4,
+                batch=True,
+                no_copy=True,
+                dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32],
+                ndim=[1, 1, 1, 0],
+            )
             # The windows given are those of the stored image, and `decode` turns the picture.
             x = fn.decoders.image_slice(
-                image, anchor, shape, device="mixed" if self.on_gpu else "cpu", axis_names="HW",
-                normalized_anchor=True, normalized_shape=True, adjust_orientation=False,
+                image,
+                anchor,
+                shape,
+                device="mixed" if self.on_gpu else "cpu",
+                axis_names="HW",
+                normalized_anchor=True,
+                normalized_shape=True,
+                adjust_orientation=False,
                 hw_decoder_load=1.0,
-            )  # fmt: skip
+            )
             x = fn.resize(
                 x, size=(self.size, self.size), interp_type=types.INTERP_LINEAR, antialias=True
             )
@@ -169,7 +199,8 @@ class DaliDecoder:
     def _run(self, rows: Array, images: Sequence[Array], windows: Array, mirrors: Array) -> Tensor:
         """Pictures [rows, size, size, 3] in DALI's memory, valid until the next run."""
         if self._pipe is None or len(rows) > self._capacity:
-            # DALI fixes its largest batch when it is built: a little room, so that it is not built for every new record.
+            # DALI fixes its largest batch when it is built: a little room, so that it is not built
+            # for every new record.
             self._build(max(self._capacity, len(rows) + len(rows) // 4))
         # What DALI reads is held until it has run.
         self._next = (
@@ -187,7 +218,8 @@ class DaliDecoder:
 
 
 def orientation_for_dali(image: Array) -> int:
-    """EXIF orientation of a JPEG that DALI can be given; 0 for other formats and colour spaces, and what is seen to be damaged."""
+    """EXIF orientation of a JPEG that DALI can be given; 0 for other formats and colour spaces, and
+    what is seen to be damaged."""
     header = jpeg_header(image)
     if header is None or header.components not in (1, 3) or not header.has_body:
         return 0

@@ -1,4 +1,5 @@
-"""The dataset folder: what `courier-fast prepare` writes and everything else reads. It may be local or in an object store (storage.py).
+"""The dataset folder: what `courier-fast prepare` writes and everything else reads. It may be local
+or in an object store (storage.py).
 
 | file | rows | columns |
 | --- | --- | --- |
@@ -12,15 +13,19 @@
 | images/ | item | jpeg (binary; null without an image) |
 | report.json | | what was kept and dropped, and why |
 
-A page's history is a slice of its user's events, so nothing is stored twice: the last events strictly before the page's time are those up to
-`history_end`. Pages are ordered by time, so a split is a range of rows. Times are whole seconds since 1970 (UTC). Where some had parts of a
-second, events and pages have a column microsecond (int32) beside time: both together are in order, and "before" means before in both. A table is a folder of numbered
-shards, 00000.arrow and so on (tables.py), each one record batch of uncompressed Arrow IPC that is read in place.
+A page's history is a slice of its user's events, so nothing is stored twice: the last events
+strictly before the page's time are those up to `history_end`. Pages are ordered by time, so a split
+is a range of rows. Times are whole seconds since 1970 (UTC). Where some had parts of a second,
+events and pages have a column microsecond (int32) beside time: both together are in order, and
+"before" means before in both. A table is a folder of numbered shards, 00000.arrow and so on
+(tables.py), each one record batch of uncompressed Arrow IPC that is read in place.
 
-A page that was shown can be cut: all clicked items and a sample of the others stay. `weight` is how many items of the uncut page a row
-stands for, the inverse of its chance to stay: 1 where it was clicked or the page is whole, else others shown / others kept.
+A page that was shown can be cut: all clicked items and a sample of the others stay. `weight` is how
+many items of the uncut page a row stands for, the inverse of its chance to stay: 1 where it was
+clicked or the page is whole, else others shown / others kept.
 
-Format 1, which still opens from a local folder, has one file <table>.arrow for each table and no manifest; heights and widths are in images.arrow.
+Format 1, which still opens from a local folder, has one file <table>.arrow for each table and no
+manifest; heights and widths are in images.arrow.
 """
 
 from __future__ import annotations
@@ -52,7 +57,8 @@ TABLES = ("users", "items", "events", "pages", "page_items")
 def write_manifest(
     folder: Location, about: Mapping[str, Any], tables: Mapping[str, list[dict[str, Any]]]
 ) -> None:
-    """Writes manifest.json, the entries of each table's shards, and then dataset.json, with which the folder is complete."""
+    """Writes manifest.json, the entries of each table's shards, and then dataset.json, with which
+    the folder is complete."""
     _, digest = write_json(join(folder, "manifest.json"), {"tables": tables})
     write_json(join(folder, "dataset.json"), {"format": FORMAT, **about, "manifest": digest})
 
@@ -64,7 +70,8 @@ def write_json(path: Location, about: Any) -> tuple[int, str]:
 
 
 class ImageStore:
-    """The images of the items: `store[row]` is the encoded image as a NumPy view of its mapped shard, empty where there is none.
+    """The images of the items: `store[row]` is the encoded image as a NumPy view of its mapped
+    shard, empty where there is none.
 
     Attributes:
         shapes: [items, 2] height and width in pixels as seen, after EXIF rotation.
@@ -87,7 +94,8 @@ class ImageStore:
         return len(self.shapes)
 
     def _open(self, numbers: list[int]) -> list[ImageShard]:
-        # Their checksums are left to `Dataset.verify`: one image of a local shard is wanted, and a damaged one is found when it is decoded.
+        # Their checksums are left to `Dataset.verify`: one image of a local shard is wanted, and a
+        # damaged one is found when it is decoded.
         table = self.table
         return table.maps.get([table.shards[n] for n in numbers], ImageShard, check=False)
 
@@ -101,7 +109,10 @@ class ImageStore:
         shard = np.searchsorted(bounds, wanted, side="right") - 1
         numbers = np.unique(shard).tolist()
         opened = dict(zip(numbers, self._open(numbers), strict=True))
-        return [opened[n][row - bounds[n]] for n, row in zip(shard.tolist(), wanted.tolist(), strict=True)]  # fmt: skip
+        return [
+            opened[n][row - bounds[n]]
+            for n, row in zip(shard.tolist(), wanted.tolist(), strict=True)
+        ]
 
     def fingerprint(self) -> list[Any]:
         """What changes when the images may have."""
@@ -152,13 +163,16 @@ class _Moments(Sequence[float]):
 
 
 class Dataset:
-    """A prepared folder, opened: columns as NumPy arrays, in place where a table has one shard (see the module's table).
+    """A prepared folder, opened: columns as NumPy arrays, in place where a table has one shard (see
+    the module's table).
 
     Args:
-        path: a local folder, or a URL (s3://, gs://, hdfs:// and so on) whose shards are fetched into a cache when they are needed.
+        path: a local folder, or a URL (s3://, gs://, hdfs:// and so on) whose shards are fetched
+            into a cache when they are needed.
 
     Attributes:
-        tables: users, items, events, pages, page_items and, with images, images, as `Table`s whose shards are opened one by one.
+        tables: users, items, events, pages, page_items and, with images, images, as `Table`s whose
+            shards are opened one by one.
 
     Raises:
         FileNotFoundError: the folder or a shard is not there.
@@ -171,14 +185,17 @@ class Dataset:
         about = self._folder.read_text("dataset.json")
         if about is None:
             raise FileNotFoundError(
-                f"dataset: expected a folder that `courier-fast prepare` wrote (with dataset.json), got {self.path}"
+                "dataset: expected a folder that `courier-fast prepare` wrote (with "
+                f"dataset.json), got {self.path}"
             )
         advice = "prepare it again"
         self.info: dict[str, Any] = parse_json(about, join(self.path, "dataset.json"), advice)
         self.maps = Maps(self._folder)
         shards = self._shards()
         self.tables = {name: Table(self.maps, of) for name, of in shards.items()}
-        self.users, self.items, self.events, self.pages, self.page_items = (self.tables[n] for n in TABLES)  # fmt: skip
+        self.users, self.items, self.events, self.pages, self.page_items = (
+            self.tables[n] for n in TABLES
+        )
 
     def _shards(self) -> dict[str, list[Shard]]:
         format_ = self.info.get("format")
@@ -186,22 +203,31 @@ class Dataset:
             return dict(_old_tables(self.path))
         if format_ != FORMAT:
             known = f"format {FORMAT}" + (", or 1 in a local folder" if format_ == 1 else "")
-            raise ValueError(f"dataset: expected {known}, got {format_} in {self.path}/dataset.json; prepare it again")  # fmt: skip
+            raise ValueError(
+                f"dataset: expected {known}, got {format_} in {self.path}/dataset.json; prepare it "
+                "again"
+            )
         manifest = self._folder.read_text("manifest.json")
         if manifest is None:
             raise FileNotFoundError(f"dataset: {self.path}/manifest.json is not there")
         lacking = [name for name in ("manifest", "splits") if name not in self.info]
         if lacking:
-            raise ValueError(f"dataset: {self.path}/dataset.json was altered: expected {lacking[0]} in it; prepare it again")  # fmt: skip
+            raise ValueError(
+                f"dataset: {self.path}/dataset.json was altered: expected {lacking[0]} in it; "
+                "prepare it again"
+            )
         got = "sha256:" + hashlib.sha256(manifest.encode()).hexdigest()
         if got != self.info["manifest"]:
-            raise ValueError(f"dataset: {self.path}/manifest.json was cut off or altered: expected {self.info['manifest']}, got {got}")  # fmt: skip
+            raise ValueError(
+                f"dataset: {self.path}/manifest.json was cut off or altered: expected "
+                f"{self.info['manifest']}, got {got}"
+            )
         tables = parse_json(manifest, join(self.path, "manifest.json"))["tables"]
         return {n: [Shard(**s) for s in of] for n, of in tables.items()}
 
     def verify(self) -> int:
-        """Reads every shard where it lies and compares it with the manifest; gives the number of bytes. ValueError names a shard, or report.json, that
-        was cut off or altered."""
+        """Reads every shard where it lies and compares it with the manifest; gives the number of
+        bytes. ValueError names a shard, or report.json, that was cut off or altered."""
         _ = self.report  # is JSON; it has no checksum
         total = 0
         for table in self.tables.values():
@@ -211,7 +237,8 @@ class Dataset:
                     total += shard.bytes
         return total
 
-    # Whole columns, for what looks at all of a dataset; batches are taken from the shards (batches.py).
+    # Whole columns, for what looks at all of a dataset; batches are taken from the shards
+    # (batches.py).
     page_user = _whole("pages", "user")
     page_time = _whole("pages", "time")
     history_start = _whole("pages", "history_start")
@@ -237,7 +264,8 @@ class Dataset:
 
     @cached_property
     def page_moment(self) -> Array:
-        """[pages] times in seconds: `page_time`, or where there are parts of a second float64, exact to the microsecond. For what is in order."""
+        """[pages] times in seconds: `page_time`, or where there are parts of a second float64,
+        exact to the microsecond. For what is in order."""
         return self._moment("pages")
 
     @cached_property
@@ -261,7 +289,11 @@ class Dataset:
     @property
     def name(self) -> str:
         """The folder's."""
-        return str(self.path).rsplit("/", 1)[-1] if isinstance(self.path, str) else self.path.resolve().name  # fmt: skip
+        return (
+            str(self.path).rsplit("/", 1)[-1]
+            if isinstance(self.path, str)
+            else self.path.resolve().name
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -310,7 +342,8 @@ class Dataset:
         return range(*self.info["splits"][name])
 
     def first_pages(self, share: float) -> range:
-        """The rows of the train split that are among the first `share` of all pages; the cut never divides a moment.
+        """The rows of the train split that are among the first `share` of all pages; the cut never
+        divides a moment.
 
         ValueError for a share that is not above 0 and at most 1, or that leaves none.
         """
@@ -322,14 +355,19 @@ class Dataset:
             times = self.moments
             cut = bisect_left(times, times[cut], train.start, train.stop)
         if cut <= train.start:
-            raise ValueError(f"share: expected a share that leaves pages of the {self.num_pages} in {self.path}, got {share}")  # fmt: skip
+            raise ValueError(
+                f"share: expected a share that leaves pages of the {self.num_pages} in "
+                f"{self.path}, got {share}"
+            )
         return range(train.start, min(cut, train.stop))
 
     @cached_property
     def images(self) -> ImageStore:
         """The image store; FileNotFoundError where the folder was prepared without images."""
         if not self.has_images:
-            raise FileNotFoundError(f"images: {self.path} has none: this dataset was prepared without --images")  # fmt: skip
+            raise FileNotFoundError(
+                f"images: {self.path} has none: this dataset was prepared without --images"
+            )
         return ImageStore(self)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,7 +1,8 @@
 """Encoded images to normalised tensors: one interface, several decoders.
 
-Every decoder applies the same windows and flips (see transforms.py) and gives the same picture up to the interpolation. None of them
-raises for a damaged image: it becomes zeros, which is the mean colour, and is flagged.
+Every decoder applies the same windows and flips (see transforms.py) and gives the same picture up
+to the interpolation. None of them raises for a damaged image: it becomes zeros, which is the mean
+colour, and is flagged.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ KINDS = ("auto", "dali", "dali-cpu", "software", "pillow")
 class Decoder(Protocol):
     """Decodes a batch.
 
-    `decode(images, windows, flips)` takes n encoded images (1-d uint8 arrays; an empty one is a missing image), windows [n, 4] and
-    flips [n], and gives pictures [n, 3, size, size] on `device`, normalised, in channels-last order, and damaged [n] bool.
+    `decode(images, windows, flips)` takes n encoded images (1-d uint8 arrays; an empty one is a
+    missing image), windows [n, 4] and flips [n], and gives pictures [n, 3, size, size] on `device`,
+    normalised, in channels-last order, and damaged [n] bool.
     """
 
     size: int
@@ -49,7 +51,8 @@ def make_decoder(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Decoder:
-    """The decoder of that kind; "auto" is DALI for a GPU where it is installed, else "software" or, without simplejpeg, "pillow".
+    """The decoder of that kind; "auto" is DALI for a GPU where it is installed, else "software" or,
+    without simplejpeg, "pillow".
 
     Args:
         size: height and width of the pictures in pixels.
@@ -67,7 +70,13 @@ def make_decoder(
     if size < 1:
         raise ValueError(f"size: expected at least 1 pixel, got {size}")
     threads = threads or len(os.sched_getaffinity(0))
-    how: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads, "mean": mean, "std": std}  # fmt: skip
+    how: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "threads": threads,
+        "mean": mean,
+        "std": std,
+    }
     if kind == "auto":
         kind = "software" if pictures.is_fast() else "pillow"
         if device.type == "cuda":

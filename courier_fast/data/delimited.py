@@ -59,7 +59,8 @@ def first_bytes(path: Location) -> bytes:
             raise ValueError(f"{path}: expected text, got {what}")
     if start[:1024].count(b"\0") > 256:
         raise ValueError(
-            f"{path}: expected text in UTF-8, got zero bytes (is it UTF-16? convert it: iconv -f UTF-16 -t UTF-8)"
+            f"{path}: expected text in UTF-8, got zero bytes (is it UTF-16? convert it: iconv -f "
+            "UTF-16 -t UTF-8)"
         )
     return start.removeprefix(codecs.BOM_UTF8)
 
@@ -106,7 +107,8 @@ class Delimited:
                 if not end and len(data) > _LONGEST:
                     raise ValueError(
                         self._said(data, line)
-                        or f"{self.path}: cannot be read: line {line:,} is longer than {_LONGEST >> 20} MiB"
+                        or f"{self.path}: cannot be read: line {line:,} is longer than "
+                        f"{_LONGEST >> 20} MiB"
                     )
                 rest = data[end:]
                 if end:
@@ -210,11 +212,13 @@ def with_header(path: Location, separator: str | None = None) -> Delimited | Non
     line = body[: end or len(body)]
     if b"\r" in line.rstrip(b"\r\n"):
         raise ValueError(
-            f"{path}: cannot be read: its lines end in a carriage return alone; convert it: tr '\\r' '\\n'"
+            f"{path}: cannot be read: its lines end in a carriage return alone; convert it: tr "
+            "'\\r' '\\n'"
         )
     if not end and len(start) + mark >= _HEADER:
         raise ValueError(
-            f"{path}: expected a line with the names of the columns, got none within {_HEADER >> 20} MiB"
+            f"{path}: expected a line with the names of the columns, got none within "
+            f"{_HEADER >> 20} MiB"
         )
     blank = len(start) - len(body)
     try:

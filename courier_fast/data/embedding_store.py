@@ -1,11 +1,13 @@
-"""A folder of embeddings that grows: numbered parts, never changed once they are there, and a manifest that says which there are.
+"""A folder of embeddings that grows: numbered parts, never changed once they are there, and a
+manifest that says which there are.
 
 | file | |
 | --- | --- |
 | manifest.json | format, space, dim, trained_until, parts [{name, rows, sha256}] |
 | part-00000.parquet | item_id (string), embedding (fixed_size_list<float32>[D]; NaN without an image that can be read), source (string: sha256 of what was encoded), encoded_at (timestamp, UTC); of an item that is gone, embedding and source are null |
 
-Of an item in several parts the last one counts. `space` is the identity of the encoder: vectors of two encoders cannot be compared.
+Of an item in several parts the last one counts. `space` is the identity of the encoder: vectors of
+two encoders cannot be compared.
 """
 
 from __future__ import annotations
@@ -49,22 +51,36 @@ class EmbeddingStore:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> EmbeddingStore:
-        """FileNotFoundError where the folder or a part is not there, ValueError where the format is another."""
+        """FileNotFoundError where the folder or a part is not there, ValueError where the format is
+        another."""
         path = local_path(path)
         if not (path / NAME).is_file():
-            raise FileNotFoundError(f"embeddings: expected a folder that `courier-fast embed` wrote (with {NAME}), got {path}")  # fmt: skip
+            raise FileNotFoundError(
+                f"embeddings: expected a folder that `courier-fast embed` wrote (with {NAME}), got "
+                f"{path}"
+            )
         about = read_json(path / NAME, "embed into a new folder")
         if about.get("format") != FORMAT:
-            raise ValueError(f"embeddings: expected format {FORMAT}, got {about.get('format')} in {path / NAME}")  # fmt: skip
+            raise ValueError(
+                f"embeddings: expected format {FORMAT}, got {about.get('format')} in {path / NAME}"
+            )
         expected = {f.name for f in fields(cls)} - {"path"}
         if set(about) != expected or not isinstance(about["parts"], list):
-            raise ValueError(f"embeddings: {path / NAME} was altered, expected {', '.join(sorted(expected))} in it, got {', '.join(sorted(about))}")  # fmt: skip
+            raise ValueError(
+                f"embeddings: {path / NAME} was altered, expected {', '.join(sorted(expected))} in "
+                f"it, got {', '.join(sorted(about))}"
+            )
         parts = tuple(about.pop("parts"))
         for part in parts:
             if not (isinstance(part, dict) and _PART.fullmatch(str(part.get("name")))):
-                raise ValueError(f"embeddings: {path / NAME} was altered, expected parts called part-00000.parquet and so on, got {part}")  # fmt: skip
+                raise ValueError(
+                    f"embeddings: {path / NAME} was altered, expected parts called "
+                    f"part-00000.parquet and so on, got {part}"
+                )
             if not (path / part["name"]).is_file():
-                raise FileNotFoundError(f"embeddings: {path / part['name']} is in {NAME}, but is not there")  # fmt: skip
+                raise FileNotFoundError(
+                    f"embeddings: {path / part['name']} is in {NAME}, but is not there"
+                )
         return cls(path, parts=parts, **about)
 
     @property
@@ -76,17 +92,22 @@ class EmbeddingStore:
         """ValueError unless the folder is of this space."""
         if space != self.space:
             raise ValueError(
-                f"embeddings: expected an encoder of the space {self.space[:19]} of {self.path}, got {space[:19]}: vectors of two encoders cannot be "
+                f"embeddings: expected an encoder of the space {self.space[:19]} of {self.path}, "
+                f"got {space[:19]}: vectors of two encoders cannot be "
                 "compared; choose another folder"
             )
 
-    def append(self, ids: Sequence[str], sources: Sequence[str], embeddings: Array) -> EmbeddingStore:  # fmt: skip
-        """Writes one more part: item ids, sha256 of what was encoded, rows [n, dim] float32. The manifest is written last."""
+    def append(
+        self, ids: Sequence[str], sources: Sequence[str], embeddings: Array
+    ) -> EmbeddingStore:
+        """Writes one more part: item ids, sha256 of what was encoded, rows [n, dim] float32. The
+        manifest is written last."""
         values = pa.array(np.ascontiguousarray(embeddings, np.float32).ravel())
         return self._append(ids, sources, pa.FixedSizeListArray.from_arrays(values, self.dim))
 
     def delete(self, ids: Sequence[str]) -> EmbeddingStore:
-        """Writes one more part, which says that these items are gone; `read` leaves them out until they are appended again."""
+        """Writes one more part, which says that these items are gone; `read` leaves them out until
+        they are appended again."""
         none = [None] * len(ids)
         return self._append(ids, none, pa.array(none, pa.list_(pa.float32(), self.dim)))
 
@@ -112,10 +133,19 @@ class EmbeddingStore:
 
     @property
     def _schema(self) -> pa.Schema:
-        kinds = (pa.string(), pa.list_(pa.float32(), self.dim), pa.string(), pa.timestamp("s", "UTC"))  # fmt: skip
-        return pa.schema(list(zip(("item_id", "embedding", "source", "encoded_at"), kinds, strict=True)))  # fmt: skip
+        kinds = (
+            pa.string(),
+            pa.list_(pa.float32(), self.dim),
+            pa.string(),
+            pa.timestamp("s", "UTC"),
+        )
+        return pa.schema(
+            list(zip(("item_id", "embedding", "source", "encoded_at"), kinds, strict=True))
+        )
 
-    def _append(self, ids: Sequence[str], sources: Sequence[str | None], rows: pa.Array) -> EmbeddingStore:  # fmt: skip
+    def _append(
+        self, ids: Sequence[str], sources: Sequence[str | None], rows: pa.Array
+    ) -> EmbeddingStore:
         now = [datetime.now(timezone.utc)] * len(ids)
         columns = [pa.array(ids, pa.string()), rows, pa.array(sources, pa.string())]
         table = pa.table([*columns, pa.array(now, self._schema.field(3).type)], schema=self._schema)
@@ -139,10 +169,13 @@ class EmbeddingStore:
         newest = self._newest(["item_id", "source"])
         place = pc.index_in(pa.array(ids, pa.string()), newest["item_id"].combine_chunks())
         before = newest["source"].combine_chunks().take(place)
-        return pc.fill_null(pc.equal(before, pa.array(sources, pa.string())), False).to_numpy(zero_copy_only=False)  # fmt: skip
+        return pc.fill_null(pc.equal(before, pa.array(sources, pa.string())), False).to_numpy(
+            zero_copy_only=False
+        )
 
     def read(self) -> tuple[pa.Array, Array]:
-        """Item ids, each once, and their newest rows [n, dim] float32. ValueError names a part that was altered."""
+        """Item ids, each once, and their newest rows [n, dim] float32. ValueError names a part that
+        was altered."""
         self._check()
         newest = self._newest(["item_id", "source", "embedding"])
         rows = newest["embedding"].combine_chunks()
@@ -160,15 +193,22 @@ class EmbeddingStore:
         except (pa.ArrowException, KeyError, ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
-            raise ValueError(f"embeddings: {path} was cut off or altered ({str(error).splitlines()[0]})") from None  # fmt: skip
+            raise ValueError(
+                f"embeddings: {path} was cut off or altered ({str(error).splitlines()[0]})"
+            ) from None
 
     def _newest(self, columns: list[str]) -> pa.Table:
-        """Some columns, item_id and source among them, of the newest row of each item that is not gone."""
+        """Some columns, item_id and source among them, of the newest row of each item that is not
+        gone."""
         empty = pa.schema([self._schema.field(c) for c in columns]).empty_table()
         table = pa.concat_tables(
             [empty, *(self._read(p["name"], empty.schema) for p in self.parts)]
         )
         place = pa.array(np.arange(len(table)))
-        last = pa.table({"id": table["item_id"], "place": place}).group_by("id").aggregate([("place", "max")])  # fmt: skip
+        last = (
+            pa.table({"id": table["item_id"], "place": place})
+            .group_by("id")
+            .aggregate([("place", "max")])
+        )
         newest = table.take(pa.array(np.sort(last["place_max"].to_numpy())))
         return newest.filter(pc.is_valid(newest["source"]))

@@ -27,7 +27,8 @@ def check_embeddings(embeddings: Array, dataset: Dataset) -> None:
     """ValueError unless `embeddings` has a row for every item, at least one of them finite."""
     if embeddings.ndim != 2 or len(embeddings) != dataset.num_items or not embeddings.shape[1]:
         raise ValueError(
-            f"embeddings: expected [{dataset.num_items}, D] (a row per item of the dataset), got {list(embeddings.shape)}"
+            f"embeddings: expected [{dataset.num_items}, D] (a row per item of the dataset), got "
+            f"{list(embeddings.shape)}"
         )
     if not np.isfinite(embeddings).all(1).any():
         raise ValueError("embeddings: expected at least one finite row, got none")
@@ -36,18 +37,20 @@ def check_embeddings(embeddings: Array, dataset: Dataset) -> None:
 def read_embeddings(
     path: str | os.PathLike[str], dataset: Dataset, *, strict: bool = False
 ) -> Array:
-    """Embeddings [items, D] float32 in the dataset's order, from .npy (rows in that order, or of the ids in the JSON beside it), .parquet
-    (item_id, embedding), or a folder that `courier-fast embed` wrote.
+    """Embeddings [items, D] float32 in the dataset's order, from .npy (rows in that order, or of
+    the ids in the JSON beside it), .parquet (item_id, embedding), or a folder that `courier-fast
+    embed` wrote.
 
-    Items without a row where there are ids are NaN, other items are left out; `strict` takes neither. ValueError where the shape is another or an
-    id comes twice.
+    Items without a row where there are ids are NaN, other items are left out; `strict` takes
+    neither. ValueError where the shape is another or an id comes twice.
     """
     path = local_path(path)
     if path.is_dir():
         table = _in_order(*EmbeddingStore.open(path).read(), dataset, path, strict)
     elif not path.is_file():
         raise FileNotFoundError(
-            f"embeddings: expected a .npy or .parquet file or a folder of `courier-fast embed`, got {path}"
+            "embeddings: expected a .npy or .parquet file or a folder of `courier-fast embed`, "
+            f"got {path}"
         )
     elif path.suffix == ".npy":
         table, ids = read_npy(path), _ids_beside(path)
@@ -63,33 +66,41 @@ def read_embeddings(
 
 
 def read_vectors(path: str | os.PathLike[str]) -> tuple[pa.Array, Array, str | None]:
-    """Item ids, each once, embeddings [n, D] float32, and the space of the encoder (None where nobody wrote it down), of what
-    `courier-fast embed` wrote: a folder, .parquet, or .npy with its ids in the JSON beside it."""
+    """Item ids, each once, embeddings [n, D] float32, and the space of the encoder (None where
+    nobody wrote it down), of what `courier-fast embed` wrote: a folder, .parquet, or .npy with its
+    ids in the JSON beside it."""
     path = local_path(path)
     if path.is_dir():
         store = EmbeddingStore.open(path)
         return *store.read(), store.space
     if not path.is_file():
-        raise FileNotFoundError(f"embeddings: expected a folder or file of `courier-fast embed`, got {path}")  # fmt: skip
+        raise FileNotFoundError(
+            f"embeddings: expected a folder or file of `courier-fast embed`, got {path}"
+        )
     space = _beside(path).get("space")
     if path.suffix == ".parquet":
         return *read_parquet(path), space
     ids = _ids_beside(path)
     if ids is None:
-        raise ValueError(f"embeddings: expected item_ids in {path}.json, got none; .parquet has them within")  # fmt: skip
+        raise ValueError(
+            f"embeddings: expected item_ids in {path}.json, got none; .parquet has them within"
+        )
     table = read_npy(path)
     _check_rows(ids, table, path)
     return ids, table, space
 
 
 def read_npy(path: Path) -> Array:
-    """The numbers of a .npy file as float32. ValueError, which names it, where it is cut off, something else, or holds no real numbers."""
+    """The numbers of a .npy file as float32. ValueError, which names it, where it is cut off,
+    something else, or holds no real numbers."""
     try:
         with path.open("rb") as file:
             table = np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, EOFError) as error:
         said = str(error).split("\n")[0]
-        raise ValueError(f"embeddings: {path} was cut off or is no .npy file of numbers: {said}") from None  # fmt: skip
+        raise ValueError(
+            f"embeddings: {path} was cut off or is no .npy file of numbers: {said}"
+        ) from None
     if table.dtype.kind not in "fiu":
         raise ValueError(f"embeddings: expected numbers in {path}, got {table.dtype}")
     with np.errstate(over="ignore"):  # infinity then, as a row without an embedding
@@ -102,7 +113,9 @@ def _ids_beside(path: Path) -> pa.Array | None:
     if ids is None:
         return None
     if not isinstance(ids, list):
-        raise ValueError(f"embeddings: expected a list as item_ids in {path}.json, got {type(ids).__name__}")  # fmt: skip
+        raise ValueError(
+            f"embeddings: expected a list as item_ids in {path}.json, got {type(ids).__name__}"
+        )
     found = pa.array([one(str(i)) for i in ids], pa.string())
     _check_once(found, Path(f"{path}.json"))
     return found
@@ -110,7 +123,10 @@ def _ids_beside(path: Path) -> pa.Array | None:
 
 def _check_rows(ids: pa.Array, table: Array, path: Path) -> None:
     if table.ndim != 2 or len(table) != len(ids):
-        raise ValueError(f"embeddings: expected [{len(ids)}, D] in {path}, a row for each of the item_ids in {path.name}.json, got {list(table.shape)}")  # fmt: skip
+        raise ValueError(
+            f"embeddings: expected [{len(ids)}, D] in {path}, a row for each of the item_ids in "
+            f"{path.name}.json, got {list(table.shape)}"
+        )
 
 
 def _check_once(ids: pa.Array, path: Path) -> None:
@@ -126,7 +142,8 @@ def _beside(path: Path) -> dict[str, Any]:
 
 
 def trained_until(path: str | os.PathLike[str]) -> float | None:
-    """Time of the newest page that the encoder was trained on, in seconds since 1970; None where nobody wrote it down beside the file."""
+    """Time of the newest page that the encoder was trained on, in seconds since 1970; None where
+    nobody wrote it down beside the file."""
     path = local_path(path)
     if path.is_dir():
         return EmbeddingStore.open(path).trained_until
@@ -135,19 +152,24 @@ def trained_until(path: str | os.PathLike[str]) -> float | None:
 
 
 def without_embedding(table: Array, dataset: Dataset) -> tuple[int, str]:
-    """How many items have no finite row, and the id of the first of them ("" where there is none)."""
+    """How many items have no finite row, and the id of the first of them ("" where there is
+    none)."""
     missing = ~np.isfinite(table).all(1)
     first = str(dataset.item_ids[int(missing.argmax())]) if missing.any() else ""
     return int(missing.sum()), first
 
 
 def read_parquet(path: Path) -> tuple[pa.Array, Array]:
-    """Item ids, each once, and rows [n, D] of a Parquet file with the columns item_id and embedding. ValueError where it is none."""
+    """Item ids, each once, and rows [n, D] of a Parquet file with the columns item_id and
+    embedding. ValueError where it is none."""
     try:
         schema = pq.read_schema(path)
         for name in ("item_id", "embedding"):
             if name not in schema.names:
-                raise ValueError(f"embeddings: expected the columns item_id and embedding in {path}, got {', '.join(schema.names)}")  # fmt: skip
+                raise ValueError(
+                    f"embeddings: expected the columns item_id and embedding in {path}, got "
+                    f"{', '.join(schema.names)}"
+                )
         _check_lists(path, schema.field("embedding").type)
         read = pq.read_table(path, columns=["item_id", "embedding"])
     except (pa.ArrowException, OSError) as error:  # damaged pages are an OSError of pyarrow's
@@ -158,7 +180,9 @@ def read_parquet(path: Path) -> tuple[pa.Array, Array]:
     ids, rows = array(read["item_id"], f"embeddings: {path}: item_id"), read["embedding"]
     there = pc.invert(pc.is_in(pc.fill_null(ids, ""), pa.array(MISSING)))
     if not pc.all(there, min_count=0).as_py():
-        log.warning("%s: %d rows without an item_id are left out", path, pc.sum(pc.invert(there)).as_py())  # fmt: skip
+        log.warning(
+            "%s: %d rows without an item_id are left out", path, pc.sum(pc.invert(there)).as_py()
+        )
     there = pc.and_(there, pc.is_valid(rows.combine_chunks()))
     ids, rows = ids.filter(there), rows.filter(there)
     widths = pc.unique(pc.list_value_length(rows)).to_pylist()
@@ -176,17 +200,23 @@ def _check_lists(path: Path, kind: pa.DataType) -> None:
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     numbers = (pa.types.is_floating, pa.types.is_integer)
     if not (any(of(kind) for of in lists) and any(of(kind.value_type) for of in numbers)):
-        raise ValueError(f"embeddings: expected lists of numbers in the column embedding of {path}, got {kind}")  # fmt: skip
+        raise ValueError(
+            f"embeddings: expected lists of numbers in the column embedding of {path}, got {kind}"
+        )
 
 
 def _in_order(ids: pa.Array, rows: Array, dataset: Dataset, path: Path, strict: bool) -> Array:
     where = pc.fill_null(pc.index_in(ids, dataset.item_ids), -1).to_numpy()
     if len(ids) and (where < 0).all():
         found = no_match(ids.slice(0, 3).to_pylist(), dataset.item_ids.slice(0, 3).to_pylist())
-        raise ValueError(f"embeddings: expected item_id of items of {dataset.path}, got none that fits in {path}: {found}")  # fmt: skip
+        raise ValueError(
+            f"embeddings: expected item_id of items of {dataset.path}, got none that fits in "
+            f"{path}: {found}"
+        )
     if strict and (where < 0).any():
         raise ValueError(
-            f"embeddings: expected items of {dataset.path} alone, got {(where < 0).sum()} others in {path} (first: {ids[int((where < 0).argmax())]})"
+            f"embeddings: expected items of {dataset.path} alone, got {(where < 0).sum()} others "
+            f"in {path} (first: {ids[int((where < 0).argmax())]})"
         )
     table = np.full((dataset.num_items, rows.shape[1]), np.nan, np.float32)
     table[where[where >= 0]] = rows[where >= 0]

@@ -42,7 +42,7 @@ MAX_ID = 1024  # bytes; a longer "id" is something else, an unclosed quote for e
 MAX_CODES = np.iinfo(np.int32).max  # users, or items
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 class Ids:
@@ -119,7 +119,8 @@ class Raw:
 
 
 def read(source: Source, sorter: Sorter) -> Raw:
-    """Puts the source's rows into `sorter`. Raises ValueError where its files cannot be read as what they should be."""
+    """Puts the source's rows into `sorter`. Raises ValueError where its files cannot be read as
+    what they should be."""
     if source.events is None and source.impressions is None:
         raise ValueError("source: expected events or impressions, got neither")
     columns = "user INTEGER, item INTEGER, time BIGINT"
@@ -132,7 +133,9 @@ def read(source: Source, sorter: Sorter) -> Raw:
         counts, place = raw.counts.setdefault(name, Counter()), 0
         for batch in chain.from_iterable(batches(f, table, source) for f in frames):
             known = clean(batch, counts, ticks)
-            users, items = (ids.codes(known[n]) for ids, n in ((raw.users, "user_id"), (raw.items, "item_id")))  # fmt: skip
+            users, items = (
+                ids.codes(known[n]) for ids, n in ((raw.users, "user_id"), (raw.items, "item_id"))
+            )
             rows = {"user": users, "item": items, "time": known["time"].to_numpy()}
             if table == "shown":
                 rows |= {n: known[n].to_numpy() for n in ("page", "clicked")}
@@ -153,8 +156,8 @@ def batches(frame: pl.LazyFrame, table: str, source: Source) -> Iterator[pl.Data
 
 
 def clean(batch: pl.DataFrame, counts: Counter[str], ticks: int = 1) -> pl.DataFrame:
-    """The rows that can be used: user_id, item_id, time (in ticks, `ticks` of them a second), and of impressions page (uint64, of its id) and
-    clicked (uint8). Counts the others."""
+    """The rows that can be used: user_id, item_id, time (in ticks, `ticks` of them a second), and
+    of impressions page (uint64, of its id) and clicked (uint8). Counts the others."""
     names = [n for n in ("user_id", "item_id", "page_id") if n in batch.columns]
     counts["read"] += len(batch)
     known = batch.filter(pl.all_horizontal(pl.col(n).is_not_null() for n in names))
@@ -173,9 +176,12 @@ def clean(batch: pl.DataFrame, counts: Counter[str], ticks: int = 1) -> pl.DataF
         clicked = truth.read(batch["clicked"])
         counts[truth.UNKNOWN] += clicked.null_count()
         batch = batch.select(
-            "user_id", "item_id", "time", page=pl.col("page_id").map_batches(hash_ids, pl.UInt64),
+            "user_id",
+            "item_id",
+            "time",
+            page=pl.col("page_id").map_batches(hash_ids, pl.UInt64),
             clicked=clicked.fill_null(False).cast(pl.UInt8),
-        )  # fmt: skip
+        )
     return batch
 
 
@@ -189,10 +195,14 @@ def _in_ticks(rows: pl.DataFrame, ticks: int) -> pl.DataFrame:
 
 
 def time_columns(ticks_of: Array, ticks: int) -> dict[str, Any]:
-    """The columns of times of a table of the dataset: time in whole seconds, and with parts of a second microsecond."""
+    """The columns of times of a table of the dataset: time in whole seconds, and with parts of a
+    second microsecond."""
     if ticks == 1:
         return {"time": ticks_of}
-    return {"time": _Part(ticks_of, lambda t: t // ticks), "microsecond": _Part(ticks_of, lambda t: (t % ticks).astype(np.int32))}  # fmt: skip
+    return {
+        "time": _Part(ticks_of, lambda t: t // ticks),
+        "microsecond": _Part(ticks_of, lambda t: (t % ticks).astype(np.int32)),
+    }
 
 
 class _Part:
@@ -208,7 +218,7 @@ class _Part:
         return self._made(np.asarray(self._column[rows]))
 
 
-# ---- items ----------------------------------------------------------------------------------------------------------
+# ---- items ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -239,9 +249,11 @@ class Items:
     def images(self) -> dict[str, Any]:
         """Their part of the report."""
         return {
-            "usable": len(self.table), "missing": self.missing, "undecodable": self.undecodable,
+            "usable": len(self.table),
+            "missing": self.missing,
+            "undecodable": self.undecodable,
             **self.about_images,
-        }  # fmt: skip
+        }
 
 
 def id_array(ids: pl.Series) -> pa.Array:
@@ -250,7 +262,8 @@ def id_array(ids: pl.Series) -> pa.Array:
 
 
 class Candidates:
-    """All items of the source in order of their ids, with the metadata; which of them stay is told one after another."""
+    """All items of the source in order of their ids, with the metadata; which of them stay is told
+    one after another."""
 
     def __init__(self, ids: pl.DataFrame, source: Source, images: Location | None) -> None:
         """`ids`: code and item_id, sorted."""
@@ -268,7 +281,12 @@ class Candidates:
                     self.note([f"items: {again.n_unique():,} items have rows that differ {shown}"])
                 self.note(items_note(ids["item_id"], found["item_id"], source.items))
             table = ids.join(found, on="item_id", how="left", maintain_order="left")
-        extra = {"category": pl.String, "image": pl.String, "first_seen": pl.Int64, "last_seen": pl.Int64}  # fmt: skip
+        extra = {
+            "category": pl.String,
+            "image": pl.String,
+            "first_seen": pl.Int64,
+            "last_seen": pl.Int64,
+        }
         self.table = table.with_columns(
             pl.lit(None, kind).alias(name)
             for name, kind in extra.items()
@@ -297,9 +315,19 @@ class Candidates:
         self._links = [files.outside.get(a) or files.outside.get(b) for a, b in pairs]
         if several := files.several:
             item, (one_file, other_file, *_) = next(iter(several.items()))
-            self.note([f"images: {len(several):,} items have several files (first: {item}, {one_file} before {other_file}); one is taken {ORDER}"])  # fmt: skip
+            self.note(
+                [
+                    f"images: {len(several):,} items have several files (first: {item}, {one_file} "
+                    f"before {other_file}); one is taken {ORDER}"
+                ]
+            )
         if files.unreadable:
-            self.note([f"images: {len(files.unreadable):,} folders cannot be read (first: {files.unreadable[0]}): their items count as missing"])  # fmt: skip
+            self.note(
+                [
+                    f"images: {len(files.unreadable):,} folders cannot be read (first: "
+                    f"{files.unreadable[0]}): their items count as missing"
+                ]
+            )
 
     def note(self, notes: list[str]) -> None:
         """Logs and keeps them."""
@@ -327,14 +355,26 @@ class Candidates:
         missing, total = len(self.missing), len(self.stays)
         if self.gave_way:
             name, why = next(iter(self.gave_way.items()))
-            self.note([f"images: of {len(self.gave_way):,} items another file is taken, as the first cannot be used (first: {name}: {why})"])  # fmt: skip
+            self.note(
+                [
+                    f"images: of {len(self.gave_way):,} items another file is taken, as the first "
+                    f"cannot be used (first: {name}: {why})"
+                ]
+            )
         if missing and self.stays.any():
             unread = any(i in self.files.unread for i in self.missing)
             if unread or 2 * missing >= total:
-                self.note([f"images: {missing:,} of {total:,} items have none under {self.images} ({some(self.missing, 3)}); {self.files.missing_note(self.missing)}"])  # fmt: skip
+                self.note(
+                    [
+                        f"images: {missing:,} of {total:,} items have none under {self.images} "
+                        f"({some(self.missing, 3)}); {self.files.missing_note(self.missing)}"
+                    ]
+                )
         if not self.stays.any():
             raise ValueError(
-                f"images: expected files under {self.images} called after items such as {', '.join(self._names[:3])}; of {len(self._names)} items, {missing} have none and {len(self.undecodable)} one that cannot be used"
+                f"images: expected files under {self.images} called after items such as "
+                f"{', '.join(self._names[:3])}; of {len(self._names)} items, {missing} have none "
+                f"and {len(self.undecodable)} one that cannot be used"
                 + (f" (first: {next(iter(self.undecodable.values()))})" if self.undecodable else "")
                 + (f"; {self.files.missing_note(self.missing)}" if missing else "")
             )
@@ -343,22 +383,35 @@ class Candidates:
         row = np.full(len(self.stays), -1, np.int32)
         row[table["code"].to_numpy()] = np.arange(len(table))
         return Items(
-            table, row, self.missing, self.undecodable, self._about_images(), shards, self.notes, self.ticks
-        )  # fmt: skip
+            table,
+            row,
+            self.missing,
+            self.undecodable,
+            self._about_images(),
+            shards,
+            self.notes,
+            self.ticks,
+        )
 
     def _about_images(self) -> dict[str, Any]:
         files, several = self.files, self.files.several
         return {
-            "folders_not_followed": files.folders, "folders_unreadable": files.unreadable, "hidden": files.hidden,
-            "several_files": {"items": len(several), "first": dict(islice(((i, list(of)) for i, of in several.items()), 5))},
+            "folders_not_followed": files.folders,
+            "folders_unreadable": files.unreadable,
+            "hidden": files.hidden,
+            "several_files": {
+                "items": len(several),
+                "first": dict(islice(((i, list(of)) for i, of in several.items()), 5)),
+            },
             "gave_way": self.gave_way,
-        }  # fmt: skip
+        }
 
 
 def choose_items(
     raw: Raw, source: Source, images: Location | None, out: Location, options: PrepareOptions
 ) -> Items:
-    """Joins the metadata, and with `images` writes their shards and leaves out the items without a usable one."""
+    """Joins the metadata, and with `images` writes their shards and leaves out the items without a
+    usable one."""
     ids = pl.DataFrame({"item_id": raw.items.all()}).with_row_index("code").sort("item_id")
     items = Candidates(ids, source, images)
     if images is None:
@@ -375,7 +428,7 @@ def choose_items(
     return items.chosen(store.shards)
 
 
-# ---- events ---------------------------------------------------------------------------------------------------------
+# ---- events --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -391,7 +444,8 @@ class Sorted:
     def shown(self) -> Iterator[dict[str, Array]]:
         """Rows shown, by user, then page, then as they were read; whole pages at a time."""
         rows = self.sorter.rows(
-            "SELECT users.row AS user, page, item, time, clicked FROM kept_shown JOIN users ON user = code ORDER BY users.row, page, place"
+            "SELECT users.row AS user, page, item, time, clicked FROM kept_shown JOIN users ON "
+            "user = code ORDER BY users.row, page, place"
         )
         return whole(rows, "user", "page")
 
@@ -404,25 +458,46 @@ def sort_events(raw: Raw, items: Items, folder: Path) -> Sorted:
         rows = np.flatnonzero(codes >= 0).astype(np.int32)
         sorter.append(table, {"code": rows, "row": codes[rows]})
     for table, more in (("events", ""), ("shown", ", page, clicked, place")):
-        sorter.run(f"CREATE VIEW kept_{table} AS SELECT user, row AS item, time{more} FROM {table} JOIN items ON item = code")  # fmt: skip
+        sorter.run(
+            f"CREATE VIEW kept_{table} AS SELECT user, row AS item, time{more} FROM {table} JOIN "
+            "items ON item = code"
+        )
     for table, name in (("events", "events"), ("shown", "impressions")):
         if name in raw.counts:
-            count, kept = (int(sorter.all(f"SELECT count(*) AS n FROM {t}")["n"][0]) for t in (table, f"kept_{table}"))  # fmt: skip
+            count, kept = (
+                int(sorter.all(f"SELECT count(*) AS n FROM {t}")["n"][0])
+                for t in (table, f"kept_{table}")
+            )
             raw.counts[name][NO_IMAGE] += count - kept
-    sorter.run("CREATE VIEW seen AS SELECT user, item, time FROM kept_events UNION ALL SELECT user, item, time FROM kept_shown")  # fmt: skip
-    sorter.run("CREATE VIEW clicks AS SELECT user, item, time FROM kept_events UNION ALL SELECT user, item, time FROM kept_shown WHERE clicked = 1")  # fmt: skip
+    sorter.run(
+        "CREATE VIEW seen AS SELECT user, item, time FROM kept_events UNION ALL SELECT user, item, "
+        "time FROM kept_shown"
+    )
+    sorter.run(
+        "CREATE VIEW clicks AS SELECT user, item, time FROM kept_events UNION ALL SELECT user, "
+        "item, time FROM kept_shown WHERE clicked = 1"
+    )
 
     used = sorter.all("SELECT DISTINCT user FROM seen")["user"]
     users = pl.DataFrame({"id": raw.users.all()}).with_row_index("code")
     users = users[np.sort(used)].sort("id")
-    sorter.append("users", {"code": users["code"].to_numpy().astype(np.int32), "row": np.arange(len(users), dtype=np.int32)})  # fmt: skip
+    sorter.append(
+        "users",
+        {
+            "code": users["code"].to_numpy().astype(np.int32),
+            "row": np.arange(len(users), dtype=np.int32),
+        },
+    )
     found = sorter.all("SELECT item, min(time) AS first, max(time) AS last FROM seen GROUP BY item")
     first_seen, last_seen = spans(found, items.table)
 
     columns = {"item": np.int32, "time": np.int64, "by_item": np.int32}
     spools = {name: Spool(folder / name, kind) for name, kind in columns.items()}
     sizes = np.zeros(len(users), np.int64)
-    parts = sorter.rows("SELECT DISTINCT users.row AS user, item, time FROM clicks JOIN users ON user = code ORDER BY users.row, time, item")  # fmt: skip
+    parts = sorter.rows(
+        "SELECT DISTINCT users.row AS user, item, time FROM clicks JOIN users ON user = code ORDER "
+        "BY users.row, time, item"
+    )
     for part in whole(parts, "user"):
         sizes += np.bincount(part["user"], minlength=len(sizes))
         for name, spool in spools.items():
@@ -442,7 +517,10 @@ def spans(found: Mapping[str, Array], table: pl.DataFrame) -> tuple[Array, Array
     `found`: item, first, last, from events and rows shown.
     """
     spans = []
-    for name, column, pick, none in (("first_seen", "first", np.fmin, np.iinfo(np.int64).max), ("last_seen", "last", np.fmax, np.iinfo(np.int64).min)):  # fmt: skip
+    for name, column, pick, none in (
+        ("first_seen", "first", np.fmin, np.iinfo(np.int64).max),
+        ("last_seen", "last", np.fmax, np.iinfo(np.int64).min),
+    ):
         seen = np.full(len(table), none)
         seen[found["item"]] = found[column]
         known = table[name].is_not_null().to_numpy()

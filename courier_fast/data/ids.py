@@ -1,4 +1,5 @@
-"""Ids as one text each, whatever type a file holds them in; and what means that there is none. docs/data.md has the tables."""
+"""Ids as one text each, whatever type a file holds them in; and what means that there is none.
+docs/data.md has the tables."""
 
 from __future__ import annotations
 
@@ -13,11 +14,31 @@ import pyarrow as pa
 
 from .storage import Location
 
-# Exactly these mean "missing" where an id, a time or a category should be; an item that is really called so is a casualty.
+# Exactly these mean "missing" where an id, a time or a category should be; an item that is really
+# called so is a casualty.
 MISSING = (
-    "", "NULL", "null", "Null", "(null)", "<null>", "None", "NaN", "nan", "NAN", "NaT", "NA", "<NA>", "N/A", "n/a", "#N/A",
-    "nil", "undefined", "\\N", '""', "''",
-)  # fmt: skip
+    "",
+    "NULL",
+    "null",
+    "Null",
+    "(null)",
+    "<null>",
+    "None",
+    "NaN",
+    "nan",
+    "NAN",
+    "NaT",
+    "NA",
+    "<NA>",
+    "N/A",
+    "n/a",
+    "#N/A",
+    "nil",
+    "undefined",
+    "\\N",
+    '""',
+    "''",
+)
 
 # Blanks of every kind, what no eye sees, and the zero bytes that fill fixed-size text.
 _BLANK = (
@@ -42,14 +63,16 @@ def trimmed(text: pl.Series) -> pl.Series:
 
 
 def as_text(values: pl.Series, name: str = "", *, whole: bool = False) -> pl.Series:
-    """One text per id: the same for 7, 7.0 (a float), 7.000 (a decimal) and "7"; text is trimmed and NFC, its leading zeros stay.
+    """One text per id: the same for 7, 7.0 (a float), 7.000 (a decimal) and "7"; text is trimmed
+    and NFC, its leading zeros stay.
 
     Args:
         name: of the column, with its file, for messages.
         whole: text such as "7.0" is the number 7 (see `written_as_floats`).
 
     Raises:
-        ValueError: floats or decimals that are not whole, or so large that they have lost digits; types that are no ids.
+        ValueError: floats or decimals that are not whole, or so large that they have lost digits;
+            types that are no ids.
     """
     kind = values.dtype
     if kind.is_integer() or kind == pl.Boolean or kind.is_temporal() or kind == pl.Null:
@@ -63,7 +86,9 @@ def as_text(values: pl.Series, name: str = "", *, whole: bool = False) -> pl.Ser
     if kind == pl.Binary:
         return trimmed(_of_bytes(values, name))
     if kind != pl.String and not isinstance(kind, (pl.Categorical, pl.Enum)):
-        raise ValueError(f"{name or values.name}: expected ids (text or whole numbers), got a column of {kind}")  # fmt: skip
+        raise ValueError(
+            f"{name or values.name}: expected ids (text or whole numbers), got a column of {kind}"
+        )
     text = trimmed(values.cast(pl.String))
     return text.str.replace(r"^(-?\d+)\.0$", "${1}") if whole else text
 
@@ -74,14 +99,19 @@ def _of_floats(values: pl.Series, name: str) -> pl.Series:
     _refuse(values.filter(~good), name)
     if (values.abs() > _EXACT).any():
         shown = ", ".join(f"{x:.0f}" for x in values.filter(values.abs() > _EXACT).head(3))
-        raise ValueError(f"{name or values.name}: expected ids that a float holds exactly, up to 2^53, got {shown}: store them as whole numbers or text")  # fmt: skip
+        raise ValueError(
+            f"{name or values.name}: expected ids that a float holds exactly, up to 2^53, got "
+            f"{shown}: store them as whole numbers or text"
+        )
     return values.cast(pl.Int64).cast(pl.String)
 
 
 def _refuse(wrong: pl.Series, name: str) -> None:
     if len(wrong):
         shown = ", ".join(str(x) for x in wrong.head(3).to_list())
-        raise ValueError(f"{name or wrong.name}: expected ids (text or whole numbers), got the numbers {shown}")  # fmt: skip
+        raise ValueError(
+            f"{name or wrong.name}: expected ids (text or whole numbers), got the numbers {shown}"
+        )
 
 
 def _of_bytes(values: pl.Series, name: str) -> pl.Series:
@@ -100,7 +130,9 @@ def _of_some_bytes(value: bytes | None, name: str) -> str | None:
     except UnicodeDecodeError:
         if len(value) == 16:
             return str(uuid.UUID(bytes=value))
-    raise ValueError(f"{name}: expected ids as UTF-8 text or UUIDs of 16 bytes, got the bytes {value!r:.60}")  # fmt: skip
+    raise ValueError(
+        f"{name}: expected ids as UTF-8 text or UUIDs of 16 bytes, got the bytes {value!r:.60}"
+    )
 
 
 def text(column: str, name: str, path: Location | str = "", *, whole: bool = False) -> pl.Expr:
@@ -125,7 +157,8 @@ def label(column: str, name: str, path: Location | str = "") -> pl.Expr:
 
 
 def written_as_floats(frame: pl.LazyFrame, column: str) -> bool:
-    """Whether a column of text holds whole numbers that all end in ".0", as pandas writes them where one is missing.
+    """Whether a column of text holds whole numbers that all end in ".0", as pandas writes them
+    where one is missing.
 
     One value that does not settles it, so most columns are looked at in their first rows alone.
     """
@@ -135,7 +168,11 @@ def written_as_floats(frame: pl.LazyFrame, column: str) -> bool:
     there = plain.is_not_null() & ~plain.is_in(MISSING)
     found = (there & plain.str.contains(_POINT_ZERO)).sum()
     for some in (frame.select(column).head(1000), frame.select(column)):
-        of, count = some.select(there.sum().alias("there"), found.alias("found")).collect(engine="streaming").row(0)  # fmt: skip
+        of, count = (
+            some.select(there.sum().alias("there"), found.alias("found"))
+            .collect(engine="streaming")
+            .row(0)
+        )
         if not count or count < of:
             return False
     return True
@@ -160,5 +197,9 @@ def no_match(theirs: Iterable[Any], ours: Iterable[Any]) -> str:
     shorter = {x.lstrip("0") for x in b} | {x.lstrip("0") for x in a}
     zeros = any(x.startswith("0") for x in (*a, *b)) and shorter
     digits = re.compile(r"\d+")
-    said = " (leading zeros are lost where ids are stored as numbers)" if zeros and all(map(digits.fullmatch, (*a, *b))) else ""  # fmt: skip
+    said = (
+        " (leading zeros are lost where ids are stored as numbers)"
+        if zeros and all(map(digits.fullmatch, (*a, *b)))
+        else ""
+    )
     return f"{', '.join(map(repr, a))} against {', '.join(map(repr, b))}{said}"

@@ -1,4 +1,5 @@
-"""What an item's image is worth: found by one look at the folder, decoded once in full, so that training meets no surprise."""
+"""What an item's image is worth: found by one look at the folder, decoded once in full, so that
+training meets no surprise."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 @dataclass(frozen=True)
 class Checked:
-    """A usable image: its bytes, and its size in pixels as seen, after EXIF rotation. Or the reason why there is none.
+    """A usable image: its bytes, and its size in pixels as seen, after EXIF rotation. Or the reason
+    why there is none.
 
     Beside an image, the reason says why other files of the item were not taken.
     """
@@ -35,7 +37,8 @@ class Checked:
 
 
 def check_image(data: bytes, shrink: int = 0) -> Checked:
-    """Decodes an image in full. With `shrink`, one whose short side is longer is scaled down to it and written as JPEG (quality 90).
+    """Decodes an image in full. With `shrink`, one whose short side is longer is scaled down to it
+    and written as JPEG (quality 90).
 
     Never raises for what the bytes hold: the reason is in the result.
     """
@@ -97,16 +100,19 @@ def _check_jpeg(data: bytes, file: Image.Image) -> Checked:
 
 
 def _entropy_decode(data: bytes) -> None:
-    """Reads every coefficient, at an eighth of the size; raises at a warning of libjpeg (truncated, corrupt)."""
+    """Reads every coefficient, at an eighth of the size; raises at a warning of libjpeg (truncated,
+    corrupt)."""
     simplejpeg.decode_jpeg(data, "GRAY", fastdct=True, min_height=1, min_width=1, min_factor=8)
 
 
 def check_images(
     paths: Sequence[Paths | None], *, shrink: int = 0, threads: int = 0
 ) -> Iterator[Checked]:
-    """`check_image` of each file in order, in threads; `None` gives the reason "missing". Holds a few hundred images at most.
+    """`check_image` of each file in order, in threads; `None` gives the reason "missing". Holds a
+    few hundred images at most.
 
-    Of several files the first usable one is taken; its reason then says what is wrong with those before it.
+    Of several files the first usable one is taken; its reason then says what is wrong with those
+    before it.
     """
 
     def check_one(path: str) -> Checked:

@@ -1,4 +1,5 @@
-"""The image files of a folder, local or remote, by the ids that they are called after; and what else lies there."""
+"""The image files of a folder, local or remote, by the ids that they are called after; and what
+else lies there."""
 
 from __future__ import annotations
 
@@ -18,15 +19,32 @@ LEADS_OUT = "a symbolic link out of the folder of images, not followed"
 # Of an item's files that with the first of these comes first.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-# What systems keep beside pictures: thumbnails, copies of what was deleted. Names that begin with a dot are hidden, too.
-_KEPT_BESIDE = {"__macosx", "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler", "recycled", "lost+found", "system volume information", "@recently-snapshot", "~snapshot", "_gsdata_"}  # fmt: skip
+# What systems keep beside pictures: thumbnails, copies of what was deleted. Names that begin with a
+# dot are hidden, too.
+_KEPT_BESIDE = {
+    "__macosx",
+    "@eadir",
+    "@tmp",
+    "@recycle",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "recycler",
+    "recycled",
+    "lost+found",
+    "system volume information",
+    "@recently-snapshot",
+    "~snapshot",
+    "_gsdata_",
+}
 ORDER = "by suffix (.jpg, .jpeg, .png, ...), then in fewer folders, then the larger one"
 Paths = str | tuple[str, ...]
 
 
 @dataclass
 class ImageFiles:
-    """The image files of a folder by id. No symbolic link is followed out of it, and nothing hidden is looked at."""
+    """The image files of a folder by id. No symbolic link is followed out of it, and nothing hidden
+    is looked at."""
 
     paths: dict[str, Paths] = field(
         default_factory=dict
@@ -58,8 +76,14 @@ class ImageFiles:
         total = sum(self.suffixes.values())
         if not total:
             hidden = f"{self.hidden:,} that are hidden" if self.hidden else "none"
-            return f"of other files there are {hidden}" if self.paths else f"of files there are {hidden}"  # fmt: skip
-        kinds = ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in self.suffixes.most_common(4))  # fmt: skip
+            return (
+                f"of other files there are {hidden}"
+                if self.paths
+                else f"of files there are {hidden}"
+            )
+        kinds = ", ".join(
+            f"{n:,} {suffix or 'without suffix'}" for suffix, n in self.suffixes.most_common(4)
+        )
         text = f"beside them there are {kinds}" if self.paths else f"there are {kinds}"
         text += f" ({a_few(sorted(self.other_images or self.others))})"
         return "; ".join([text, *self.hints(missing)])
@@ -77,7 +101,10 @@ class ImageFiles:
         known = set(missing)
         names = {_id_of_name(n): n.rsplit("/", 1)[-1] for n in (*self.other_images, *self.others)}
         if found := _in_folders(known, (*self.other_images, *self.others)):
-            out.append(f"folders are called after items ({found[1]}): each file has to be called after its item ({found[0]}.jpg)")  # fmt: skip
+            out.append(
+                f"folders are called after items ({found[1]}): each file has to be called after "
+                f"its item ({found[0]}.jpg)"
+            )
         if found := _inside(known, names):
             out.append(f"names have more in them than the item ({names[found[1]]} for {found[0]})")
         elif alike := difference(missing, names):
@@ -101,7 +128,7 @@ def _inside(known: set[str], stems: Iterable[str]) -> tuple[str, str] | None:
     return min(pairs, default=None)
 
 
-# ---- finding them ---------------------------------------------------------------------------------------------------
+# ---- finding them --------------------------------------------------------------------------------
 
 
 def _id_of_name(relative: str) -> str:
@@ -127,10 +154,12 @@ def is_hidden(name: str) -> bool:
 
 
 def index_images(folder: Location, ids: Container[str], id_from: str = "name") -> ImageFiles:
-    """The image files under `folder` (with its subfolders) for the ids wanted, in the form of ids.py. FileNotFoundError where it is none.
+    """The image files under `folder` (with its subfolders) for the ids wanted, in the form of
+    ids.py. FileNotFoundError where it is none.
 
     Args:
-        id_from: what of a file is its id: its "name" without suffix, the name of its "folder", or its "path" in `folder` without suffix.
+        id_from: what of a file is its id: its "name" without suffix, the name of its "folder", or
+            its "path" in `folder` without suffix.
     """
     files = ImageFiles()
     found: dict[str, list[tuple[str, str, int]]] = {}  # path, in the folder, bytes
@@ -212,7 +241,9 @@ def _remote(folder: str, files: ImageFiles) -> Iterator[tuple[str, str, bool, in
     begin = len(name.rstrip("/")) + 1
     listed = sorted((r.path[begin:], r.size or 0) for r in rows if r.type == fs.FileType.File)
     if not listed:
-        raise FileNotFoundError(f"images: expected a folder with images called after the items, got none in {folder}")  # fmt: skip
+        raise FileNotFoundError(
+            f"images: expected a folder with images called after the items, got none in {folder}"
+        )
     for relative, size in listed:
         if any(map(is_hidden, relative.split("/"))):
             files.hidden += 1

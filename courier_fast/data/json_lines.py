@@ -49,7 +49,8 @@ class JsonLines:
             rows += len(batch)
         if missing and rows:
             raise ValueError(
-                f"{self.path}: expected the fields {', '.join(self.needed)}, got no line with a value of {', '.join(sorted(missing))}: {self._first()}"
+                f"{self.path}: expected the fields {', '.join(self.needed)}, got no line with a "
+                f"value of {', '.join(sorted(missing))}: {self._first()}"
             )
 
     def _raw(self, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
@@ -71,7 +72,8 @@ class JsonLines:
         # By descriptor: DuckDB takes names for patterns, and only of UTF-8.
         with local_copy(self.path).open("rb") as file, duckdb.connect() as database:
             rows = database.sql(
-                f"SELECT {names} FROM read_json('/dev/fd/{file.fileno()}', format='newline_delimited', columns={{{fields}}}, "
+                f"SELECT {names} FROM read_json('/dev/fd/{file.fileno()}', "
+                f"format='newline_delimited', columns={{{fields}}}, "
                 f"compression='{'gzip' if packed else 'none'}', maximum_object_size={_LONGEST})"
             )
             for batch in rows.to_arrow_reader(_ROWS):
@@ -117,7 +119,8 @@ class JsonLines:
         if nested.any():
             at = int(nested.fill_null(False).arg_true()[0])
             raise ValueError(
-                f"{self.path}: expected text or a number as {raw.name}, got {shown(raw[at].encode())} in object {rows + at + 1:,}"
+                f"{self.path}: expected text or a number as {raw.name}, got "
+                f"{shown(raw[at].encode())} in object {rows + at + 1:,}"
             )
         return _text(raw).cast(kind, strict=False)
 
@@ -156,7 +159,8 @@ def json_lines(path: Location, kinds: Kinds, needed: Sequence[str] = ()) -> Json
     name = str(path).rsplit("/", 1)[-1]
     if start.startswith(b"["):
         raise ValueError(
-            f"{path}: expected JSON lines, got a JSON array; convert it: jq -c '.[]' {name} > lines.jsonl"
+            f"{path}: expected JSON lines, got a JSON array; convert it: jq -c '.[]' {name} > "
+            "lines.jsonl"
         )
     if start and not start.startswith(b"{"):
         raise ValueError(f"{path}: expected JSON lines, an object in each, got {shown(start)}")

@@ -39,17 +39,21 @@ _LOOKED_AT = 100_000  # rows of a column that is asked what it says
 
 @dataclass(frozen=True)
 class Source:
-    """What an importer gives. Ids are text; times are int64 seconds since 1970 (UTC), null where they could not be read. Where some have parts
-    of a second, a column microsecond (int32, 0 to 999,999) is beside time in events or impressions.
+    """What an importer gives. Ids are text; times are int64 seconds since 1970 (UTC), null where
+    they could not be read. Where some have parts of a second, a column microsecond (int32, 0 to
+    999,999) is beside time in events or impressions.
 
     Args:
         layout: the importer's name, for the record.
-        events: user_id, item_id, time: clicks, purchases, ratings. Without impressions, pages are made from them.
-        impressions: a row per item shown: page_id, user_id, item_id, time, clicked (bool, or the words of truth.py). Their clicks are events too.
-        items: item_id and, each optional, category, image (a file's stem where it is not the id), first_seen and
-            last_seen (int64 seconds: when the item was on offer).
+        events: user_id, item_id, time: clicks, purchases, ratings. Without impressions, pages are
+            made from them.
+        impressions: a row per item shown: page_id, user_id, item_id, time, clicked (bool, or the
+            words of truth.py). Their clicks are events too.
+        items: item_id and, each optional, category, image (a file's stem where it is not the id),
+            first_seen and last_seen (int64 seconds: when the item was on offer).
         files: what is read, for the record.
-        parts: the rows of events, or of impressions where there are some, in tables that can be read at the same time, in order; None: as one.
+        parts: the rows of events, or of impressions where there are some, in tables that can be
+            read at the same time, in order; None: as one.
         unreadable: of first_seen and last_seen, how many values are no times, for the report.
         notes: what looks as if it was not meant, for the log and the report.
     """
@@ -70,7 +74,8 @@ class Source:
         return 1_000_000 if any("microsecond" in t.collect_schema() for t in tables) else 1
 
     def tables(self, name: str) -> list[pl.LazyFrame]:
-        """The rows of "events" or "impressions", in tables that can be read at the same time, in order."""
+        """The rows of "events" or "impressions", in tables that can be read at the same time, in
+        order."""
         frame = self.events if name == "events" else self.impressions
         if frame is None:
             return []
@@ -80,10 +85,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of columns in files of one's own; with `page`, a row is an item shown on that page, `clicked` or not.
+    """Names of columns in files of one's own; with `page`, a row is an item shown on that page,
+    `clicked` or not.
 
-    `time_format` says what times are where their column does not: seconds, milliseconds, microseconds, nanoseconds (since 1970), days (of a
-    spreadsheet), days-1904, order (numbers that only order events), or a strptime pattern; see times.py.
+    `time_format` says what times are where their column does not: seconds, milliseconds,
+    microseconds, nanoseconds (since 1970), days (of a spreadsheet), days-1904, order (numbers that
+    only order events), or a strptime pattern; see times.py.
     """
 
     user: str = "user_id"
@@ -98,11 +105,12 @@ class Columns:
         check_format(self.time_format)
 
 
-# ---- columns --------------------------------------------------------------------------------------------------------
+# ---- columns -------------------------------------------------------------------------------------
 
 
 def _id(frame: pl.LazyFrame, path: Location, column: str, name: str) -> pl.Expr:
-    """A column as ids; text that pandas wrote as floats is read as the whole numbers that it was."""
+    """A column as ids; text that pandas wrote as floats is read as the whole numbers that it
+    was."""
     whole = written_as_floats(frame, column)
     if whole:
         log.warning("%s: %s: every value ends in .0, so it is read as whole numbers", path, column)
@@ -119,15 +127,19 @@ def _together(frames: Sequence[pl.LazyFrame]) -> list[pl.LazyFrame]:
 
 
 def _truth(frame: pl.LazyFrame, path: Location, column: str) -> pl.Expr:
-    """A column of yes and no as text, which truth.py reads batch by batch. ValueError for one whose type can hold neither."""
+    """A column of yes and no as text, which truth.py reads batch by batch. ValueError for one whose
+    type can hold neither."""
     kind = frame.collect_schema()[column]
     if not truth.can_be_read(kind):
-        raise ValueError(f"{path}: expected yes or no in the column {column}, got a column of {kind}")  # fmt: skip
+        raise ValueError(
+            f"{path}: expected yes or no in the column {column}, got a column of {kind}"
+        )
     return pl.col(column).cast(pl.String).alias("clicked")
 
 
 def _flag_note(table: Table, columns: Columns) -> str | None:
-    """A word about a column that seems to say whether a row was clicked, where every row is taken for a click."""
+    """A word about a column that seems to say whether a row was clicked, where every row is taken
+    for a click."""
     used = (columns.user, columns.item, columns.time)
     names = (
         truth.FLAGS if table.any_column else [n for n in table.names if n.casefold() in truth.FLAGS]
@@ -142,8 +154,10 @@ def _flag_note(table: Table, columns: Columns) -> str | None:
         no = int((~found).sum())
         if no and not len(strange):
             return (
-                f"{table.path}: the column {name} says no in {no:,} of the first {len(values):,} rows, but every row is taken for a click: with "
-                f"--page-column ID --clicked-column {name} rows are items shown, else leave the others out"
+                f"{table.path}: the column {name} says no in {no:,} of the first {len(values):,} "
+                "rows, but every row is taken for a click: with "
+                f"--page-column ID --clicked-column {name} rows are items shown, else leave the "
+                "others out"
             )
     return None
 
@@ -158,7 +172,8 @@ def _events(
 
 
 def _offer(frame: pl.LazyFrame, column: str, path: Location, form: str | None) -> TimeForm:
-    """What first_seen or last_seen is: as times were said to be; where that does not fit, as it reads."""
+    """What first_seen or last_seen is: as times were said to be; where that does not fit, as it
+    reads."""
     try:
         return look(frame, column, path, form, any_date=True)
     except ValueError:
@@ -177,7 +192,7 @@ def _rated(frame: pl.LazyFrame, least: float | None) -> pl.LazyFrame:
     return frame.filter(pl.col("rating").cast(pl.Float64, strict=False) >= least)
 
 
-# ---- layouts --------------------------------------------------------------------------------------------------------
+# ---- layouts -------------------------------------------------------------------------------------
 
 
 def generic(
@@ -187,7 +202,8 @@ def generic(
 
     Args:
         interactions: a row per event or, with `columns.page`, per item shown.
-        items: a row per item; its columns category, first_seen, last_seen are used where they are there.
+        items: a row per item; its columns category, first_seen, last_seen are used where they are
+            there.
         columns: what the columns are called.
     """
     c = columns or Columns()
@@ -209,7 +225,8 @@ def generic(
 
     more: dict[str, Any] = {} if items is None else _about(items, c)
     read = tables(interactions)
-    # What a column holds is decided here, once for each file, and is the same wherever its rows are read.
+    # What a column holds is decided here, once for each file, and is the same wherever its rows are
+    # read.
     parts = _together([rows(table) for table in read])
     if c.page is None:
         note = next(filter(None, (_flag_note(table, c) for table in read)), None)
@@ -222,7 +239,8 @@ def generic(
 
 
 def _about(items: Location, c: Columns) -> dict[str, Any]:
-    """Of a Source: the items of all files, where a column that one has, all have; and what there is to say of them."""
+    """Of a Source: the items of all files, where a column that one has, all have; and what there is
+    to say of them."""
     found = tables([items])
     times = ("first_seen", "last_seen")
     there = {name for table in found for name in table.known([c.category, *times])}
@@ -231,7 +249,11 @@ def _about(items: Location, c: Columns) -> dict[str, Any]:
     more = [name for name in (c.category, *times) if name in there]
     parts, unreadable = [], Counter[str]()
     for table in found:
-        frame = table.frame(c.item, *more) if not table.any_column else table.frame(c.item, optional=more)  # fmt: skip
+        frame = (
+            table.frame(c.item, *more)
+            if not table.any_column
+            else table.frame(c.item, optional=more)
+        )
         chosen = [_id(frame, table.path, c.item, "item_id")]
         for name in more:
             if name == c.category:
@@ -239,16 +261,26 @@ def _about(items: Location, c: Columns) -> dict[str, Any]:
                 continue
             when = _offer(frame, name, table.path, c.time_format)
             if when.unreadable:
-                log.warning("%s: %s: %d values cannot be read as times", table.path, name, when.unreadable)  # fmt: skip
+                log.warning(
+                    "%s: %s: %d values cannot be read as times", table.path, name, when.unreadable
+                )
                 unreadable[name] += when.unreadable
             chosen.append(when.expression(name).struct.field("time").alias(name))
         parts.append(frame.select(chosen))
-    notes = [] if more else [f"{items}: the columns {c.category}, first_seen and last_seen are what is used of it, and it has none of them"]  # fmt: skip
+    notes = (
+        []
+        if more
+        else [
+            f"{items}: the columns {c.category}, first_seen and last_seen are what is used of it, "
+            "and it has none of them"
+        ]
+    )
     return {"items": pl.concat(parts), "unreadable": dict(unreadable), "notes": notes}
 
 
 def hm(folder: Path) -> Source:
-    """H&M Personalized Fashion Recommendations: transactions_train.csv, articles.csv, images/0xx/0xxxxxxxxx.jpg."""
+    """H&M Personalized Fashion Recommendations: transactions_train.csv, articles.csv,
+    images/0xx/0xxxxxxxxx.jpg."""
     path = find_one(folder, "transactions_train.csv", "transactions_train.parquet")
     events = _events(scan(path), path, "customer_id", "article_id", "t_dat")
     items, files = None, [path]
@@ -261,9 +293,11 @@ def hm(folder: Path) -> Source:
 
 
 def movielens(folder: Path, min_rating: float | None = None) -> Source:
-    """MovieLens, all sizes: ratings.csv (20M, 25M, 32M, latest), ratings.dat (1M, 10M) or u.data (100K), and movies.csv or .dat.
+    """MovieLens, all sizes: ratings.csv (20M, 25M, 32M, latest), ratings.dat (1M, 10M) or u.data
+    (100K), and movies.csv or .dat.
 
-    Ratings of at least `min_rating` are clicks (default: all); posters are called <movieId>.jpg. An item's category is its first genre.
+    Ratings of at least `min_rating` are clicks (default: all); posters are called <movieId>.jpg. An
+    item's category is its first genre.
     """
     path = find_one(folder, "ratings.csv", "ratings.dat", "u.data")
     names = ("userId", "movieId", "rating", "timestamp")
@@ -285,17 +319,24 @@ def movielens(folder: Path, min_rating: float | None = None) -> Source:
 def amazon_reviews_2023(folder: Path, min_rating: float | None = None) -> Source:
     """Amazon Reviews 2023, one or more categories in a folder.
 
-    Reads <Category>.csv (user_id, parent_asin, rating, timestamp in ms) or else <Category>.jsonl (also .gz), and
-    meta_<Category>.jsonl. Reviews of at least `min_rating` stars are clicks (default: all); images are called <parent_asin>.jpg. An
-    item's category is the second of its "categories", or main_category.
+    Reads <Category>.csv (user_id, parent_asin, rating, timestamp in ms) or else <Category>.jsonl
+    (also .gz), and meta_<Category>.jsonl. Reviews of at least `min_rating` stars are clicks
+    (default: all); images are called <parent_asin>.jpg. An item's category is the second of its
+    "categories", or main_category.
     """
-    kinds: Schema = {"user_id": pl.String, "parent_asin": pl.String, "rating": pl.Float64, "timestamp": pl.Int64}  # fmt: skip
+    kinds: Schema = {
+        "user_id": pl.String,
+        "parent_asin": pl.String,
+        "rating": pl.Float64,
+        "timestamp": pl.Int64,
+    }
     ratings = find_any(folder, "*.csv*")
     texts = find_any(folder, "*.jsonl*")
     reviews = [p for p in texts if not p.name.startswith("meta_")]
     if not ratings and not reviews:
         raise FileNotFoundError(
-            f"{folder}: expected <Category>.csv or <Category>.jsonl, got {', '.join(sorted(p.name for p in folder.glob('*'))) or 'nothing'}"
+            f"{folder}: expected <Category>.csv or <Category>.jsonl, got "
+            f"{', '.join(sorted(p.name for p in folder.glob('*'))) or 'nothing'}"
         )
     frames = []
     for path in ratings or reviews:
@@ -328,10 +369,12 @@ def amazon_reviews_2023(folder: Path, min_rating: float | None = None) -> Source
 
 
 def microlens(folder: Path) -> Source:
-    """MicroLens: MicroLens-*_pairs.csv (user, item, timestamp) or MicroLens-*_pairs.tsv; covers are called <item>.jpg.
+    """MicroLens: MicroLens-*_pairs.csv (user, item, timestamp) or MicroLens-*_pairs.tsv; covers are
+    called <item>.jpg.
 
-    A line of the .tsv is a user, a tab, and items in order without times. Their times become whole seconds that end at 0 for every
-    user's last item, so that a split by time holds out everyone's last items.
+    A line of the .tsv is a user, a tab, and items in order without times. Their times become whole
+    seconds that end at 0 for every user's last item, so that a split by time holds out everyone's
+    last items.
     """
     path = find_one(folder, "*_pairs.csv", "*_pairs.tsv")
     if path.suffix == ".csv":
@@ -351,7 +394,8 @@ def microlens(folder: Path) -> Source:
 
 
 def pixelrec(folder: Path) -> Source:
-    """PixelRec: Pixel200K.csv (1M, 8M, PixelRec.csv: item_id, user_id, timestamp), item_info.csv (item_id, tag); covers <item_id>.jpg."""
+    """PixelRec: Pixel200K.csv (1M, 8M, PixelRec.csv: item_id, user_id, timestamp), item_info.csv
+    (item_id, tag); covers <item_id>.jpg."""
     path = find_one(folder, "Pixel*.csv", "pixel*.csv", "interaction*.csv")
     items, files = None, [path]
     for about in find_any(folder, "item_info.csv", "*item_info*.csv"):
@@ -363,7 +407,8 @@ def pixelrec(folder: Path) -> Source:
 
 
 def ebnerd(folder: Path) -> Source:
-    """EB-NeRD: a bundle (train/, validation/, articles.parquet) or one of its splits; images by article id or by first image id.
+    """EB-NeRD: a bundle (train/, validation/, articles.parquet) or one of its splits; images by
+    article id or by first image id.
 
     behaviors.parquet has what was in view and clicked, history.parquet the clicks before.
     """
@@ -389,8 +434,11 @@ def ebnerd(folder: Path) -> Source:
         )
         hit = pl.col("item").is_in(pl.col("hits")).fill_null(False).alias("clicked")
         shown.append(
-            when.flat(pages).explode("item").with_columns(text("item", "item_id"), hit).drop("item", "hits")
-        )  # fmt: skip
+            when.flat(pages)
+            .explode("item")
+            .with_columns(text("item", "item_id"), hit)
+            .drop("item", "hits")
+        )
         for before in find_any(path.parent, "history.parquet"):
             lists = need(
                 scan(before), before, "user_id", "article_id_fixed", "impression_time_fixed"

@@ -27,7 +27,8 @@ _IDS = 1_000_000
 
 
 def difference(ids: Sequence[str], names: Iterable[str]) -> tuple[str, str, str] | None:
-    """How some of `names` differ from some of `ids`: in what, such an id, such a name. None where nothing is alike."""
+    """How some of `names` differ from some of `ids`: in what, such an id, such a name. None where
+    nothing is alike."""
     names, ids = list(islice(names, MOST)), ids[:_IDS]
     for what, form in FORMS.items():
         known = {form(i): i for i in reversed(ids)}
@@ -43,13 +44,15 @@ def a_few(names: Iterable[str]) -> str:
 
 
 def items_note(ids: pl.Series, found: pl.Series, table: pl.LazyFrame) -> list[str]:
-    """A word where less than half of the items (`ids`) are among those of the table of items, of which `found` are; ValueError where none is."""
+    """A word where less than half of the items (`ids`) are among those of the table of items, of
+    which `found` are; ValueError where none is."""
     if 2 * len(found) >= len(ids):
         return []
     left = ids.filter(~ids.is_in(found.implode())).to_list()
     names = table.select("item_id").head(MOST).collect()["item_id"].drop_nulls().to_list()
     text = (
-        f"items: {len(found):,} of {len(ids):,} items of the interactions match a row of --items, which has categories and dates; "
+        f"items: {len(found):,} of {len(ids):,} items of the interactions match a row of --items, "
+        "which has categories and dates; "
         f"not {a_few(left)}; its rows are {a_few(names) or 'none'}"
     )
     if alike := difference(left, names):

@@ -1,4 +1,5 @@
-"""Batches with their images: planned, read, decoded and moved to the device ahead of the training step."""
+"""Batches with their images: planned, read, decoded and moved to the device ahead of the training
+step."""
 
 from __future__ import annotations
 
@@ -27,10 +28,12 @@ Array = npt.NDArray
 
 @dataclass(frozen=True)
 class Batch:
-    """What everything after the loader sees: the images of unique items, and pages as indices into them.
+    """What everything after the loader sees: the images of unique items, and pages as indices into
+    them.
 
-    `images` [n', ...] holds the images (or feature rows) of the `num_items` unique items; rows past them are padding, repeats of the first
-    rows, so that few shapes occur. Index tensors are int64 on the images' device.
+    `images` [n', ...] holds the images (or feature rows) of the `num_items` unique items; rows past
+    them are padding, repeats of the first rows, so that few shapes occur. Index tensors are int64
+    on the images' device.
     """
 
     images: Tensor  # [n', 3, S, S] or [n', F]
@@ -55,7 +58,8 @@ class Augmentation:
 
 
 class DamagedImages:
-    """Counts images that could not be decoded; logs each item once; raises above `limit` of all (after the first thousand)."""
+    """Counts images that could not be decoded; logs each item once; raises above `limit` of all
+    (after the first thousand)."""
 
     def __init__(self, item_ids: Sequence[object], limit: float) -> None:
         self.item_ids, self.limit = item_ids, limit
@@ -74,14 +78,17 @@ class DamagedImages:
                 )
         if self.damaged > self.limit * max(self.seen, 1000):
             raise RuntimeError(
-                f"{self.damaged} of {self.seen} images cannot be decoded, more than data.max_damaged = {self.limit:g} of them; "
-                f"{len(self._logged)} items, for example {', '.join(str(self.item_ids[i]) for i in sorted(self._logged)[:5])}"
+                f"{self.damaged} of {self.seen} images cannot be decoded, more than "
+                f"data.max_damaged = {self.limit:g} of them; "
+                f"{len(self._logged)} items, for example "
+                f"{', '.join(str(self.item_ids[i]) for i in sorted(self._logged)[:5])}"
             )
         return int(damaged.sum())
 
 
 class Images:
-    """The images of some items, decoded; augmented if an `Augmentation` is given, by numbers drawn from (seed, counter) alone."""
+    """The images of some items, decoded; augmented if an `Augmentation` is given, by numbers drawn
+    from (seed, counter) alone."""
 
     def __init__(
         self,
@@ -101,7 +108,8 @@ class Images:
             windows, flips = eval_windows(shapes), np.zeros(len(items), bool)
         else:
             epoch, step, rank = counter
-            # The seed is the key and where we are the counter: no state, so a resumed run draws the same.
+            # The seed is the key and where we are the counter: no state, so a resumed run draws the
+            # same.
             rng = np.random.Generator(
                 np.random.Philox(key=[self.seed, (1 << 32) + rank], counter=[0, 0, step, epoch])
             )
@@ -177,7 +185,8 @@ class Loader:
         return tensor
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from step `start` on. An error in the thread is raised here; leaving early ends the thread."""
+        """The batches of an epoch from step `start` on. An error in the thread is raised here;
+        leaving early ends the thread."""
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(self.ahead)
         stop = threading.Event()
 

@@ -1,8 +1,11 @@
-"""Which items are on offer at a moment: their number, and the k-th of them, without walking through time.
+"""Which items are on offer at a moment: their number, and the k-th of them, without walking through
+time.
 
-Items are on offer from first_seen to last_seen. In order of first_seen those that have come are a prefix; a wavelet matrix (Claude, Navarro and
-Ordonez, Information Systems 47, 2015) over the ranks of their last_seen counts those of it that have not gone, and selects the k-th, in one step for each bit of a rank.
-It holds a bit for each item and level, and a count for every 64: 100 million items take 0.5 GB for it, and 2.8 GB for their times and orders.
+Items are on offer from first_seen to last_seen. In order of first_seen those that have come are a
+prefix; a wavelet matrix (Claude, Navarro and Ordonez, Information Systems 47, 2015) over the ranks
+of their last_seen counts those of it that have not gone, and selects the k-th, in one step for each
+bit of a rank. It holds a bit for each item and level, and a count for every 64: 100 million items
+take 0.5 GB for it, and 2.8 GB for their times and orders.
 """
 
 from __future__ import annotations
@@ -20,18 +23,22 @@ class Offers(NamedTuple):
     """The items that are on offer, in groups; made by `offers_of`."""
 
     group: Array  # [I] int32, -1: in none
-    start: Array  # [G + 1] int64: a group's items are those of first_seen from start[g] to start[g + 1]
+    # [G + 1] int64: a group's items are those of first_seen from start[g] to start[g + 1]
+    start: Array
     items: Array  # [n] int32: those in a group, by group, then first_seen
     first_seen: Array  # [n] int64, of these
     last_seen: Array  # [n] int64 sorted
     last_of: Array  # [I] int64: last_seen of each item
     by_last: Array  # [n] int32: items in that order
-    bits: Array  # [levels, words] uint64: a bit of the ranks by last_seen, the highest first, in the order of that level
+    # [levels, words] uint64: a bit of the ranks by last_seen, the highest first, in the order of
+    # that level
+    bits: Array
     zeros: Array  # [levels, words + 1] int32: zeros before each word, and all of the level
 
 
 def offers_of(first_seen: Array, last_seen: Array, group: Array | None = None) -> Offers:
-    """`first_seen`, `last_seen` [I] int64 seconds, both included; `group` [I] int (-1: none; default: one group)."""
+    """`first_seen`, `last_seen` [I] int64 seconds, both included; `group` [I] int (-1: none;
+    default: one group)."""
     group = np.zeros(len(first_seen), np.int32) if group is None else group.astype(np.int32)
     order = np.lexsort((first_seen, group))
     order = order[np.searchsorted(group[order], 0) :]
@@ -53,9 +60,16 @@ def offers_of(first_seen: Array, last_seen: Array, group: Array | None = None) -
         zeros[level, -1] = np.count_nonzero(~one)
         values = np.concatenate([values[~one], values[one]])
     return Offers(
-        group, start.astype(np.int64), order.astype(np.int32), first_seen[order], last_seen[by_last], last_seen, by_last,
-        bits, zeros,
-    )  # fmt: skip
+        group,
+        start.astype(np.int64),
+        order.astype(np.int32),
+        first_seen[order],
+        last_seen[by_last],
+        last_seen,
+        by_last,
+        bits,
+        zeros,
+    )
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -83,7 +97,8 @@ def come_by(offers, group, time):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def on_offer(offers, group, time):  # type: ignore[no-untyped-def]
-    """(number of the group's items on offer, how many have gone, the end of those that have come), for `kth_on_offer`."""
+    """(number of the group's items on offer, how many have gone, the end of those that have come),
+    for `kth_on_offer`."""
     left, come = come_by(offers, group, time)
     gone_before = np.searchsorted(offers.last_seen, time, side="left")  # ranks below it have gone
     levels = offers.bits.shape[0]

@@ -15,21 +15,28 @@ class PrepareOptions:
     """What `prepare` does.
 
     Args:
-        page_size: items of a made page, the clicked one included; the most of a given page (all clicked ones stay).
-        keep_unclicked: given pages of which nothing was clicked stay, and those of which everything was.
-        negatives: for made pages: "uniform" over the items on offer at the time, "popularity" (an event drawn from all those before),
-            "category" (the clicked item's, filled up uniformly).
-        live_days: an item is on offer from so many days before its first event until so many after its last; where its first_seen and
-            last_seen are given, those hold.
+        page_size: items of a made page, the clicked one included; the most of a given page (all
+            clicked ones stay).
+        keep_unclicked: given pages of which nothing was clicked stay, and those of which everything
+            was.
+        negatives: for made pages: "uniform" over the items on offer at the time, "popularity" (an
+            event drawn from all those before), "category" (the clicked item's, filled up
+            uniformly).
+        live_days: an item is on offer from so many days before its first event until so many after
+            its last; where its first_seen and last_seen are given, those hold.
         min_history: earlier events that the user of a page needs.
         max_history: the most recent events that are a page's history.
         repeats: "drop" made pages whose clicked item the user had before, or "keep" them.
-        validation_share, test_share: shares of the pages, the last ones in time; the cut is never inside a timestamp.
-        validation_from, test_from: dates (ISO 8601 and the other forms of times.py; UTC) that cut instead.
-        shrink: images whose short side is longer are scaled down to this many pixels; 0: bytes stay as they are.
+        validation_share, test_share: shares of the pages, the last ones in time; the cut is never
+            inside a timestamp.
+        validation_from, test_from: dates (ISO 8601 and the other forms of times.py; UTC) that cut
+            instead.
+        shrink: images whose short side is longer are scaled down to this many pixels; 0: bytes stay
+            as they are.
         threads: threads that check images and sort; 0: one for each core.
         memory_gib: GiB that sorting may take; more is faster.
-        shard_rows, shard_bytes: rows of a shard of a table; bytes of images after which a shard is full.
+        shard_rows, shard_bytes: rows of a shard of a table; bytes of images after which a shard is
+            full.
     """
 
     page_size: int = 10
@@ -79,7 +86,8 @@ class PrepareOptions:
         shares = (self.validation_share, self.test_share)
         if not (min(shares) >= 0 and sum(shares) < 1):  # nan is neither
             raise ValueError(
-                f"validation_share, test_share: expected shares of 0 or more that leave something for train, got {shares}"
+                "validation_share, test_share: expected shares of 0 or more that leave something "
+                f"for train, got {shares}"
             )
         if (self.validation_from is None) != (self.test_from is None):
             raise ValueError("validation_from, test_from: expected both or neither")
@@ -100,7 +108,8 @@ def epoch(name: str, date: str) -> float:
 
 
 def microseconds(name: str, date: str) -> int:
-    """Since 1970, of a date in any form that a column may have (times.py), but for numbers since 1970. ValueError where it is none."""
+    """Since 1970, of a date in any form that a column may have (times.py), but for numbers since
+    1970. ValueError where it is none."""
     found = read_date(one(date))
     if found is None:
         raise ValueError(f"{name}: expected a date such as 2020-09-01, got {date!r}")

@@ -1,4 +1,5 @@
-"""Page ids that look as if they were used again: of sessions that are counted anew each day, or for each user.
+"""Page ids that look as if they were used again: of sessions that are counted anew each day, or for
+each user.
 
 What is looked at adds up over parts of the users in any cut, so both engines say the same.
 """
@@ -49,7 +50,11 @@ class PageIds:
         if self.pages is None:
             return None
         several = int(np.count_nonzero(self.pages[1:] == self.pages[:-1]))
-        return {"apart": self.apart, "looked_at": len(self.pages) - several, "of_several_users": several}  # fmt: skip
+        return {
+            "apart": self.apart,
+            "looked_at": len(self.pages) - several,
+            "of_several_users": several,
+        }
 
     def notes(self, user_of: Callable[[int], str], total: int) -> list[str]:
         """What there is to say; `total`: pages in all."""
@@ -58,7 +63,8 @@ class PageIds:
             user, *times = self.first
             since, until = (str(np.datetime64(t, "s")).replace("T", " ") for t in times)
             out.append(
-                f"--page-column: {self.apart:,} of {total:,} pages hold items shown more than a day apart (user {user_of(user)}: from {since} to {until}); "
+                f"--page-column: {self.apart:,} of {total:,} pages hold items shown more than a "
+                f"day apart (user {user_of(user)}: from {since} to {until}); "
                 "is an id used again on another day?"
             )
         if self.pages is None or self.users is None:
@@ -67,14 +73,16 @@ class PageIds:
         if len(twice):
             one, other = (user_of(int(self.users[twice[0] + i])) for i in (0, 1))
             out.append(
-                f"--page-column: {len(twice):,} of {len(self.pages) - len(twice):,} page ids looked at belong to several users ({one} and {other}, for example); each user's "
+                f"--page-column: {len(twice):,} of {len(self.pages) - len(twice):,} page ids "
+                f"looked at belong to several users ({one} and {other}, for example); each user's "
                 "rows are a page of their own"
             )
         return out
 
 
 def look(rows: Mapping[str, Array], bounds: Array, ticks: int = 1) -> PageIds:
-    """At rows shown by user and page, with times in ticks of a second; bounds [pages + 1]: where pages begin."""
+    """At rows shown by user and page, with times in ticks of a second; bounds [pages + 1]: where
+    pages begin."""
     starts = bounds[:-1]
     if not len(starts):
         return PageIds()

@@ -1,4 +1,5 @@
-"""What both engines of `prepare` do: events of some users in, pages out; then splits and the report."""
+"""What both engines of `prepare` do: events of some users in, pages out; then splits and the
+report."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ FATES = {
 }
 
 
-# ---- pages ----------------------------------------------------------------------------------------------------------
+# ---- pages ---------------------------------------------------------------------------------------
 
 
 class Pages(NamedTuple):
@@ -94,28 +95,60 @@ def market_of(
     kin = offers
     if options.negatives == "category":
         if table["category"].is_null().all():
-            raise ValueError(f"negatives: category expects items with a category, got none of {len(table):,} with one")  # fmt: skip
+            raise ValueError(
+                f"negatives: category expects items with a category, got none of {len(table):,} "
+                "with one"
+            )
         group = table["category"].rank("dense").cast(pl.Int64).fill_null(0).to_numpy() - 1
         kin = offers_of(first, last, group)
     return Market(np.stack([first, last], 1), offers, kin)
 
 
 def pages_around(
-    rows: Array, users: Array, base: int, before: Array, events: Events, market: Market, pool: Array, options: PrepareOptions
-) -> Pages:  # fmt: skip
+    rows: Array,
+    users: Array,
+    base: int,
+    before: Array,
+    events: Events,
+    market: Market,
+    pool: Array,
+    options: PrepareOptions,
+) -> Pages:
     """A page for each of some events; arguments as those of `make_pages`."""
     n, size = len(rows), options.page_size
     history = np.zeros((n, 2), np.int64)
     shown, clicked = np.zeros(n * size, np.int32), np.zeros(n * size, np.uint8)
     counts, fate = np.zeros((2, n), np.int32)
     written = make_pages(
-        rows, users, base, before, events, *market, pool, NEGATIVES.index(options.negatives), size, options.min_history,
-        options.max_history, options.repeats == "drop", options.seed, history, shown, clicked, counts, fate,
-    )  # fmt: skip
+        rows,
+        users,
+        base,
+        before,
+        events,
+        *market,
+        pool,
+        NEGATIVES.index(options.negatives),
+        size,
+        options.min_history,
+        options.max_history,
+        options.repeats == "drop",
+        options.seed,
+        history,
+        shown,
+        clicked,
+        counts,
+        fate,
+    )
     kept = ~np.isin(fate, list(FATES))
     return Pages(
-        kept, users[kept], events.time[rows[kept]], history[kept], counts[kept], [shown[:written], clicked[:written]], fate
-    )  # fmt: skip
+        kept,
+        users[kept],
+        events.time[rows[kept]],
+        history[kept],
+        counts[kept],
+        [shown[:written], clicked[:written]],
+        fate,
+    )
 
 
 def page_bounds(rows: Mapping[str, Array]) -> Array:
@@ -133,36 +166,58 @@ def pages_shown(
     options: PrepareOptions,
     ticks: int = 1,
 ) -> Pages:
-    """The pages of some rows shown (user, page, item, time, clicked, by user and page), by user and page."""
+    """The pages of some rows shown (user, page, item, time, clicked, by user and page), by user and
+    page."""
     bounds, total = page_bounds(rows), len(rows["user"])
     n = len(bounds) - 1
     user, time, history = np.zeros(n, np.int32), np.zeros(n, np.int64), np.zeros((n, 2), np.int64)
     shown = [np.zeros(total, kind) for kind in (np.int32, np.uint8, np.float32)]
     counts, fate = np.zeros((2, n), np.int32)
     written = given_pages(
-        bounds, *(rows[c] for c in ("user", "page", "item", "time", "clicked")), base, events, options.page_size,
-        options.min_history, options.max_history, options.keep_unclicked, options.seed, user, time, history, *shown, counts, fate,
-    )  # fmt: skip
+        bounds,
+        *(rows[c] for c in ("user", "page", "item", "time", "clicked")),
+        base,
+        events,
+        options.page_size,
+        options.min_history,
+        options.max_history,
+        options.keep_unclicked,
+        options.seed,
+        user,
+        time,
+        history,
+        *shown,
+        counts,
+        fate,
+    )
     kept = ~np.isin(fate, list(FATES))
     return Pages(
-        kept, user[kept], time[kept], history[kept], counts[kept], [column[:written] for column in shown], fate,
+        kept,
+        user[kept],
+        time[kept],
+        history[kept],
+        counts[kept],
+        [column[:written] for column in shown],
+        fate,
         look(rows, bounds, ticks),
-    )  # fmt: skip
+    )
 
 
 def by_item(user: Array, item: Array) -> Array:
-    """[n] each user's events by item, then time, counted from the user's first; for sorted events of whole users."""
+    """[n] each user's events by item, then time, counted from the user's first; for sorted events
+    of whole users."""
     key = user.astype(np.int64) << 32 | item
     return np.argsort(key, kind="stable") - np.searchsorted(user, user)
 
 
-# ---- splits and report ----------------------------------------------------------------------------------------------
+# ---- splits and report ---------------------------------------------------------------------------
 
 
 def split_bounds(
     times: Sequence[int] | Array, options: PrepareOptions, ticks: int = 1
 ) -> list[int]:
-    """The first page of validation, the first of test, and the number of pages; `times` is sorted. Never inside a timestamp."""
+    """The first page of validation, the first of test, and the number of pages; `times` is sorted.
+    Never inside a timestamp."""
     n = len(times)
     if options.validation_from and options.test_from:
         dates = (("validation_from", options.validation_from), ("test_from", options.test_from))
@@ -194,7 +249,8 @@ def splits_of(
     bounds = [0, *split_bounds(times, options, ticks)]
     if not bounds[1]:
         raise ValueError(
-            f"splits: expected pages to train on, got none before {_iso(times[0] // ticks)}: all {len(times)} pages are in validation or test"
+            f"splits: expected pages to train on, got none before {_iso(times[0] // ticks)}: all "
+            f"{len(times)} pages are in validation or test"
         )
     splits = {name: bounds[i : i + 2] for i, name in enumerate(SPLITS)}
     for name, (start, end) in splits.items():
@@ -230,43 +286,67 @@ class Outcome:
         pages = len(self.times)
         special = {"unclicked": self.fates[UNCLICKED], "all_clicked": self.fates[ALL_CLICKED]}
         return {
-            **{n: {**of, "kept": self.events} if n == "events" else of for n, of in counts_of(self.rows).items()},
+            **{
+                n: {**of, "kept": self.events} if n == "events" else of
+                for n, of in counts_of(self.rows).items()
+            },
             "users": self.users,
             "items": self.items,
             "images": self.images,
             "pages": {
-                "candidates": sum(self.fates.values()), "kept": pages, "dropped": dropped(self.fates), "items": self.page_items,
+                "candidates": sum(self.fates.values()),
+                "kept": pages,
+                "dropped": dropped(self.fates),
+                "items": self.page_items,
                 "median_history": int(np.searchsorted(np.cumsum(self.lengths), (pages + 1) // 2)),
-                **(special if options.keep_unclicked else {}), **({"cut": self.cut} if self.cut else {}),
+                **(special if options.keep_unclicked else {}),
+                **({"cut": self.cut} if self.cut else {}),
                 **({"page_ids": self.page_ids} if self.page_ids else {}),
             },
             "splits": {
-                name: {"pages": b - a, "from": _iso(self.times[a] // self.ticks), "to": _iso(self.times[b - 1] // self.ticks)} if b > a else {"pages": 0}
+                name: {
+                    "pages": b - a,
+                    "from": _iso(self.times[a] // self.ticks),
+                    "to": _iso(self.times[b - 1] // self.ticks),
+                }
+                if b > a
+                else {"pages": 0}
                 for name, (a, b) in self.splits.items()
             },
             "notes": list(self.notes),
-        }  # fmt: skip
+        }
 
 
 def write_about(
-    folder: Location, source: Source, images: Location | None, options: PrepareOptions, outcome: Outcome,
+    folder: Location,
+    source: Source,
+    images: Location | None,
+    options: PrepareOptions,
+    outcome: Outcome,
     shards: Mapping[str, list[dict[str, Any]]],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Writes report.json, manifest.json and dataset.json; the report."""
     report = outcome.report(options)
     if source.unreadable:
         report["items_times_unreadable"] = dict(source.unreadable)
     about = {
-        "source": {"layout": source.layout, "files": [str(f) for f in source.files], "images": str(images) if images else None},
+        "source": {
+            "layout": source.layout,
+            "files": [str(f) for f in source.files],
+            "images": str(images) if images else None,
+        },
         "pages": "made" if source.impressions is None else "given",
         "options": asdict(options),
         "splits": outcome.splits,
         "counts": {
-            "users": outcome.users, "items": outcome.items, "events": outcome.events, "pages": len(outcome.times),
+            "users": outcome.users,
+            "items": outcome.items,
+            "events": outcome.events,
+            "pages": len(outcome.times),
             "page_items": outcome.page_items,
         },
         "courier_fast": __version__,
-    }  # fmt: skip
+    }
     write_json(join(folder, "report.json"), report)
     write_manifest(folder, about, shards)
     return report

@@ -1,7 +1,8 @@
 """Pages from events: who had clicked what before, and what else was on offer.
 
-A page sees only what its time allows: its history is its user's events strictly before it, and a made page's negatives are items on offer at
-that time. It is a function of the seed, its user's events and the items, so that pages can be made in any order, anywhere.
+A page sees only what its time allows: its history is its user's events strictly before it, and a
+made page's negatives are items on offer at that time. It is a function of the seed, its user's
+events and the items, so that pages can be made in any order, anywhere.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def _take(page, count, item, events, user, time):  # type: ignore[no-untyped-def
 
 @njit(cache=True, nogil=True)
 def _swapped(swaps, count, place):  # type: ignore[no-untyped-def]
-    """What lies at a place of a list that began as 0, 1, 2, ..., of which `swaps` [count] holds the places that changed."""
+    """What lies at a place of a list that began as 0, 1, 2, ..., of which `swaps` [count] holds the
+    places that changed."""
     for i in range(count - 1, -1, -1):
         if swaps[i, 0] == place:
             return swaps[i, 1]
@@ -107,8 +109,10 @@ def _swapped(swaps, count, place):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _draw_live(page, count, size, offers, group, events, user, time, state):  # type: ignore[no-untyped-def]
-    """Fills the page from a group's items on offer, each equally likely, without replacement; the new count."""
-    # Most often some of those that have come are on offer still; each that is met is equally likely, so nothing changes if it is not.
+    """Fills the page from a group's items on offer, each equally likely, without replacement; the
+    new count."""
+    # Most often some of those that have come are on offer still; each that is met is equally
+    # likely, so nothing changes if it is not.
     left, come = come_by(offers, group, time)
     for _ in range(_GUESSES_PER_ITEM * size if come > left else 0):
         if count == size:
@@ -147,10 +151,29 @@ def _draw_popular(page, count, size, seen, past, events, user, time, state):  # 
 
 @njit(cache=True, nogil=True)
 def make_pages(  # type: ignore[no-untyped-def]
-    rows, users, base, before, events, seen, offers, kin, pool, kind, size, min_history, max_history, drop_repeats,
-    seed, history, items, clicked, counts, fate,
-):  # fmt: skip
-    """A page for each of some events: a function of the seed, the event, its user's events and the items on offer.
+    rows,
+    users,
+    base,
+    before,
+    events,
+    seen,
+    offers,
+    kin,
+    pool,
+    kind,
+    size,
+    min_history,
+    max_history,
+    drop_repeats,
+    seed,
+    history,
+    items,
+    clicked,
+    counts,
+    fate,
+):
+    """A page for each of some events: a function of the seed, the event, its user's events and the
+    items on offer.
 
     Args:
         rows, users: [n] the events, and their users, as rows of `events`.
@@ -211,20 +234,42 @@ def make_pages(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def given_pages(  # type: ignore[no-untyped-def]
-    bounds, user, key, item, time, click, base, events, size, min_history, max_history, keep_unclicked, seed,
-    page_user, page_time, history, items, clicked, weight, counts, fate,
-):  # fmt: skip
+    bounds,
+    user,
+    key,
+    item,
+    time,
+    click,
+    base,
+    events,
+    size,
+    min_history,
+    max_history,
+    keep_unclicked,
+    seed,
+    page_user,
+    page_time,
+    history,
+    items,
+    clicked,
+    weight,
+    counts,
+    fate,
+):
     """Pages that were shown, from rows of items that are grouped by page.
 
-    A page is cut to `size` items: all that were clicked and a sample of the others, at least one, in the order shown. An item shown
-    twice counts once, clicked if either was. The page's time is that of its earliest row.
+    A page is cut to `size` items: all that were clicked and a sample of the others, at least one,
+    in the order shown. An item shown twice counts once, clicked if either was. The page's time is
+    that of its earliest row.
 
     Args:
         bounds: [n + 1] the rows of each page.
-        user, key, item, time, click: [rows]; the user as one of `events`, `key` a uint64 of the page that seeds its sample.
+        user, key, item, time, click: [rows]; the user as one of `events`, `key` a uint64 of the
+            page that seeds its sample.
         base: the row that events.item[0] has among those of all users.
         keep_unclicked: pages of which nothing or everything was clicked stay.
-        weight: out, as `items`: of an item that was not clicked, how many such items of its page it stands for; 1 for the clicked.
+        weight: out, as `items`: of an item that was not clicked, how many such items of its page it
+            stands for; 1 for the clicked.
         page_user, page_time, history, items, clicked, counts, fate: out, as in `make_pages`.
 
     Returns:

@@ -1,7 +1,8 @@
-"""The steps of `prepare --engine ray`, as functions of tables: what one returns depends on its arguments alone, so any process can run it, again
-where one died.
+"""The steps of `prepare --engine ray`, as functions of tables: what one returns depends on its
+arguments alone, so any process can run it, again where one died.
 
-A table is a dict of columns, NumPy arrays or Arrow text. Rows of events carry codes of users and items; what the codes mean goes with each table.
+A table is a dict of columns, NumPy arrays or Arrow text. Rows of events carry codes of users and
+items; what the codes mean goes with each table.
 """
 
 from __future__ import annotations
@@ -40,11 +41,18 @@ Array = npt.NDArray
 Columns = dict[str, Any]
 
 _EVENT = ["user", "item", "time"]
-_SHOWN = {"user": pl.Int32, "item": pl.Int32, "time": pl.Int64, "page": pl.UInt64, "clicked": pl.UInt8, "place": pl.Int64}  # fmt: skip
+_SHOWN = {
+    "user": pl.Int32,
+    "item": pl.Int32,
+    "time": pl.Int64,
+    "page": pl.UInt64,
+    "clicked": pl.UInt8,
+    "place": pl.Int64,
+}
 _SAMPLE = 1024  # rows of a part from which the bounds of the next parts are taken
 
 
-# ---- ids ------------------------------------------------------------------------------------------------------------
+# ---- ids -----------------------------------------------------------------------------------------
 
 
 def search(ids: pa.Array, wanted: pa.Array) -> Array:
@@ -78,15 +86,17 @@ def union(*ids: pa.Array) -> pa.Array:
     return text(pl.concat([pl.Series("id", part, pl.String) for part in ids]).unique().sort())
 
 
-# ---- from rows of the source to events by user ----------------------------------------------------------------------
+# ---- from rows of the source to events by user ---------------------------------------------------
 
 
 def read(
     frame: pl.LazyFrame, table: str, source: Source, number: int, block: int, ticks: int = 1
-) -> Iterator[Any]:  # fmt: skip
-    """Three for each block of `block` rows: those that can be used; the ids of its items; counts, and a sample of its users.
+) -> Iterator[Any]:
+    """Three for each block of `block` rows: those that can be used; the ids of its items; counts,
+    and a sample of its users.
 
-    A block has the same rows whenever it is read: Ray takes those that were there from one run, and the others from the next.
+    A block has the same rows whenever it is read: Ray takes those that were there from one run, and
+    the others from the next.
     """
     held: list[pl.DataFrame] = []
     rows, place = 0, number << 40  # rows shown stay in the order of the source
@@ -122,10 +132,12 @@ def _sampled(column: Array) -> Array:
 
 def to_users(
     rows: Columns, items: pa.Array, ids: pa.Array, chosen: Array, bounds: pa.Array
-) -> list[Any]:  # fmt: skip
-    """The rows whose item stays, cut by ranges of users' ids; and how many there are, and their bytes.
+) -> list[Any]:
+    """The rows whose item stays, cut by ranges of users' ids; and how many there are, and their
+    bytes.
 
-    `ids`, `chosen`: [all items] sorted ids, and the row in the table of items, -1 where it does not stay. `bounds`: ids, sorted.
+    `ids`, `chosen`: [all items] sorted ids, and the row in the table of items, -1 where it does not
+    stay. `bounds`: ids, sorted.
     """
     item = chosen[search(ids, items)][rows["item"]]
     part = search(bounds, rows["users"])[rows["user"]]
@@ -138,7 +150,11 @@ def to_users(
     for b in range(parts):
         here = order[ends[b - 1] if b else 0 : ends[b]]
         used, user = np.unique(rows["user"][here], return_inverse=True)
-        piece = {"users": rows["users"].take(pa.array(used)), "user": user.astype(np.int32), "item": item[here]}  # fmt: skip
+        piece = {
+            "users": rows["users"].take(pa.array(used)),
+            "user": user.astype(np.int32),
+            "item": item[here],
+        }
         out.append(piece | {n: rows[n][here] for n in others})
     return [*out, {"rows": int(ends[-2]), "bytes": sum(map(nbytes, out))}]
 
@@ -146,8 +162,8 @@ def to_users(
 def by_user(
     given: bool, *pieces: Columns
 ) -> tuple[Columns, Columns, Columns | None, Columns, Columns]:
-    """The rows of some users: their ids, sorted; events by user, time and item, each once; rows shown by user and page; when items were seen;
-    and counts, with a sample of when pages are."""
+    """The rows of some users: their ids, sorted; events by user, time and item, each once; rows
+    shown by user and page; when items were seen; and counts, with a sample of when pages are."""
     users = union(*(p["users"] for p in pieces))
     frames: dict[bool, list[pl.DataFrame]] = {False: [], True: []}
     for piece in pieces:
@@ -193,7 +209,7 @@ def merge_spans(*spans: Columns) -> Columns:
     return columns_of(frame.group_by("item").agg(pl.min("first"), pl.max("last")).sort("item"))
 
 
-# ---- by time --------------------------------------------------------------------------------------------------------
+# ---- by time -------------------------------------------------------------------------------------
 
 
 def _cuts(time: Array, row: Array, bounds: tuple[Array, Array]) -> Array:
@@ -236,10 +252,18 @@ def join_moments(*parts: Columns) -> tuple[Array, Columns]:
 
 
 def make(
-    events: Columns, shown: Columns | None, bases: tuple[int, int, int], market: Market | None, pool: Array | None,
-    past: Columns | None, bounds: tuple[Array, Array], options: PrepareOptions, ticks: int = 1,
-) -> list[Any]:  # fmt: skip
-    """The pages of some users by time, cut at `bounds`; and what became of them. `bases`: users, events and candidates for pages before these."""
+    events: Columns,
+    shown: Columns | None,
+    bases: tuple[int, int, int],
+    market: Market | None,
+    pool: Array | None,
+    past: Columns | None,
+    bounds: tuple[Array, Array],
+    options: PrepareOptions,
+    ticks: int = 1,
+) -> list[Any]:
+    """The pages of some users by time, cut at `bounds`; and what became of them. `bases`: users,
+    events and candidates for pages before these."""
     of_user, of_event, of_page = bases
     first = events["first"]
     users = np.repeat(np.arange(len(first) - 1), np.diff(first))
@@ -260,7 +284,12 @@ def make(
 
 def _about(pages: Pages, of_user: int) -> dict[str, Any]:
     columns = (pages.time, pages.user.astype(np.int32), pages.history, pages.counts, *pages.shown)
-    return {"fates": count_fates(pages.fate), "cut": pages.cut, "ids": pages.ids.moved(of_user), "bytes": sum(c.nbytes for c in columns)}  # fmt: skip
+    return {
+        "fates": count_fates(pages.fate),
+        "cut": pages.cut,
+        "ids": pages.ids.moved(of_user),
+        "bytes": sum(c.nbytes for c in columns),
+    }
 
 
 def _pieces(
@@ -287,7 +316,8 @@ def _pieces(
 
 
 def by_time(options: PrepareOptions, *pieces: Columns) -> tuple[Columns, Columns, Columns]:
-    """Pages in order of time, whose items are counted from the first of these; their items; how many there are, and pages by length of history."""
+    """Pages in order of time, whose items are counted from the first of these; their items; how
+    many there are, and pages by length of history."""
     old = _together(pieces)
     order = np.argsort(old["time"], kind="stable")
     ends = np.cumsum(old["count"], dtype=np.int64)
@@ -321,15 +351,21 @@ def cell(columns: Columns, name: str, row: int) -> int:
     return int(columns[name][row])
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def write_rows(
-    folder: Location, table: str, names: Sequence[str], shards: Sequence[tuple[int, int, int]], starts: Sequence[int],
-    shifts: Sequence[int], *parts: Columns,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Writes some shards (number, first row, end), whose rows are in `parts`, of which each begins at a row of `starts`; columns pv_* are moved by
-    `shifts`. With microsecond among the names, time is in microseconds."""
+    folder: Location,
+    table: str,
+    names: Sequence[str],
+    shards: Sequence[tuple[int, int, int]],
+    starts: Sequence[int],
+    shifts: Sequence[int],
+    *parts: Columns,
+) -> list[dict[str, Any]]:
+    """Writes some shards (number, first row, end), whose rows are in `parts`, of which each begins
+    at a row of `starts`; columns pv_* are moved by `shifts`. With microsecond among the names, time
+    is in microseconds."""
     entries, stored = [], [n for n in names if n != "microsecond"]
     for number, first, end in shards:
         columns: Columns = {}
@@ -349,7 +385,8 @@ def write_rows(
 
 
 def check(paths: Sequence[Paths | None], options: PrepareOptions) -> tuple[pa.Array, Columns]:
-    """The usable images of some files; height, width and bytes (0 without one) of each, and the reason where there is none."""
+    """The usable images of some files; height, width and bytes (0 without one) of each, and the
+    reason where there is none."""
     found = list(check_images(paths, shrink=options.shrink, threads=1))
     images = pa.array([c.image for c in found if c.image is not None], pa.large_binary())
     return images, {
@@ -362,7 +399,7 @@ def check(paths: Sequence[Paths | None], options: PrepareOptions) -> tuple[pa.Ar
 
 def write_image_shard(
     folder: Location, number: int, ranges: Sequence[tuple[int, int]], *parts: pa.Array
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Writes a shard of some images of each part."""
     images = [
         image.as_py()

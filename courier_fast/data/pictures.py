@@ -1,6 +1,8 @@
-"""One encoded picture and a window of it to pixels: simplejpeg where it is installed, Pillow for everything else.
+"""One encoded picture and a window of it to pixels: simplejpeg where it is installed, Pillow for
+everything else.
 
-Training and serving decode by this module alone. It needs neither torch nor numba; with torch it resizes faster.
+Training and serving decode by this module alone. It needs neither torch nor numba; with torch it
+resizes faster.
 """
 
 from __future__ import annotations
@@ -40,11 +42,12 @@ MAX_PIXELS = 100_000_000  # more is taken for a decompression bomb
 MAX_FILE = 1 << 28  # bytes; a larger file is not read
 
 
-# ---- windows in pixels, and orientation -----------------------------------------------------------------------------
+# ---- windows in pixels, and orientation ----------------------------------------------------------
 
 
 def pixels(window: Array, height: int, width: int, scale: float = 1.0) -> tuple[slice, slice]:
-    """Rows and columns of a relative window in an image that was decoded at `scale`: whole pixels, at least one."""
+    """Rows and columns of a relative window in an image that was decoded at `scale`: whole pixels,
+    at least one."""
     top, left, h, w = (float(x) for x in window)
     slices = []
     for start, length, full in ((top, h, height), (left, w, width)):
@@ -55,7 +58,8 @@ def pixels(window: Array, height: int, width: int, scale: float = 1.0) -> tuple[
     return slices[0], slices[1]
 
 
-# EXIF orientations: what is seen is the stored picture, transposed, then mirrored left to right, then upside down.
+# EXIF orientations: what is seen is the stored picture, transposed, then mirrored left to right,
+# then upside down.
 _TRANSPOSED, _MIRRORED, _UPSIDE_DOWN = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
 
 
@@ -83,7 +87,7 @@ def turn(picture: Any, orientation: int) -> Any:
     return flip(0) if orientation in _UPSIDE_DOWN else picture
 
 
-# ---- JPEG headers ---------------------------------------------------------------------------------------------------
+# ---- JPEG headers --------------------------------------------------------------------------------
 
 
 class JpegHeader(NamedTuple):
@@ -97,12 +101,14 @@ class JpegHeader(NamedTuple):
 
     @property
     def has_body(self) -> bool:
-        """False where less than a bit is left for every 8 x 8 block: Huffman codes cannot be shorter."""
+        """False where less than a bit is left for every 8 x 8 block: Huffman codes cannot be
+        shorter."""
         return 8 * self.body >= (self.height // 8) * (self.width // 8)
 
 
 def jpeg_header(image: Array) -> JpegHeader | None:
-    """The header of a JPEG; None for other formats, a header that is cut off, and coding that a browser does not show either."""
+    """The header of a JPEG; None for other formats, a header that is cut off, and coding that a
+    browser does not show either."""
     data = memoryview(image)  # type: ignore[arg-type]
     if len(data) < 4 or data[0] != 0xFF or data[1] != 0xD8:
         return None
@@ -152,7 +158,8 @@ def exif_orientation(image: Array) -> int:
 
 
 def read_image(path: str) -> bytes:
-    """An image file's bytes. OSError where it cannot be read; ValueError where it is no file or one that is too large."""
+    """An image file's bytes. OSError where it cannot be read; ValueError where it is no file or one
+    that is too large."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
@@ -182,13 +189,14 @@ def seen_size_pillow(image: Image.Image) -> tuple[int, int]:
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-# ---- one image: bytes and window to size x size x 3 uint8 -----------------------------------------------------------
+# ---- one image: bytes and window to size x size x 3 uint8 ----------------------------------------
 
 Reader = Callable[[Array, Array, int], Array]
 
 
 def resize(picture: Array, size: int) -> Array:
-    """[H, W, C] uint8 to [size, size, C], bilinear with antialiasing: within 1 of Pillow's BILINEAR, off in half a percent of the bytes."""
+    """[H, W, C] uint8 to [size, size, C], bilinear with antialiasing: within 1 of Pillow's
+    BILINEAR, off in half a percent of the bytes."""
     if torch is None:
         planes = [Image.fromarray(picture[:, :, c]) for c in range(picture.shape[2])]
         bilinear = Image.Resampling.BILINEAR
@@ -200,13 +208,15 @@ def resize(picture: Array, size: int) -> Array:
 
 
 def check_size(height: int, width: int) -> None:
-    """ValueError for an image whose header says that it is larger than any photo: before memory is taken for it."""
+    """ValueError for an image whose header says that it is larger than any photo: before memory is
+    taken for it."""
     if height * width > MAX_PIXELS:
         raise ValueError(f"image: expected at most {MAX_PIXELS:,} pixels, got {width} x {height}")
 
 
 def read_pillow(image: Array, window: Array, size: int) -> Array:
-    """By Pillow alone: every format and colour space it knows, EXIF rotation, transparency over white."""
+    """By Pillow alone: every format and colour space it knows, EXIF rotation, transparency over
+    white."""
     header = jpeg_header(image)
     if header is not None and not header.has_body:
         raise ValueError("image: expected a JPEG, got its header")
@@ -226,8 +236,8 @@ def resize_pillow(image: Image.Image, window: Array, size: int) -> Array:
 def rgb(image: Image.Image) -> Image.Image:
     """Any image of Pillow's in 8-bit RGB, transparency over white.
 
-    16-bit grey is divided by 257, floats from 0 to 1 are multiplied by 255. ValueError for other floats and for integers of 32 bits whose range
-    nobody says.
+    16-bit grey is divided by 257, floats from 0 to 1 are multiplied by 255. ValueError for other
+    floats and for integers of 32 bits whose range nobody says.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_eight_bits(np.asarray(image), image.mode))
@@ -253,17 +263,20 @@ def _eight_bits(values: Array, mode: str) -> Array:
 
 
 def _not_black(values: Array, high: Any, what: str, white: str) -> Array:
-    """As uint8; ValueError where the brightest of them is next to black, though there is something: the range is another."""
+    """As uint8; ValueError where the brightest of them is next to black, though there is something:
+    the range is another."""
     if high > 0 and values.max() <= 1:
-        raise ValueError(f"{what} up to {high:.4g}, where white is {white}: all of it would be black")  # fmt: skip
+        raise ValueError(
+            f"{what} up to {high:.4g}, where white is {white}: all of it would be black"
+        )
     return values.astype(np.uint8)
 
 
 def decode_strictly(image: Array, colorspace: str = "RGB", **options: Any) -> Array:
     """A JPEG's pixels by simplejpeg; ValueError where data are missing or wrong.
 
-    Stray bytes between segments cost nothing and are let pass; behind a scan (before a restart or end marker) they are what is left
-    of a scan that broke off.
+    Stray bytes between segments cost nothing and are let pass; behind a scan (before a restart or
+    end marker) they are what is left of a scan that broke off.
     """
     options = {"fastdct": True, "fastupsample": True, **options}
     try:
@@ -274,7 +287,8 @@ def decode_strictly(image: Array, colorspace: str = "RGB", **options: Any) -> Ar
         return simplejpeg.decode_jpeg(image, colorspace, strict=False, **options)
 
 
-# Full-size pictures, one per thread: fresh memory costs a page fault every 4 KiB, together a quarter of the decoding.
+# Full-size pictures, one per thread: fresh memory costs a page fault every 4 KiB, together a
+# quarter of the decoding.
 _scratch = threading.local()
 _SCRATCH_BYTES = 1 << 25  # a larger picture gets memory of its own, and gives it back
 
@@ -289,7 +303,8 @@ def _buffer(size: int) -> Array:
 
 
 def read_fast(image: Array, window: Array, size: int) -> Array:
-    """JPEG by libjpeg-turbo, at the smallest fast DCT scale that leaves the window `size` pixels; the rest by Pillow."""
+    """JPEG by libjpeg-turbo, at the smallest fast DCT scale that leaves the window `size` pixels;
+    the rest by Pillow."""
     header = jpeg_header(image)
     if header is None or header.components not in (1, 3, 4):
         return read_pillow(image, window, size)

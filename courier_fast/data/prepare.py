@@ -1,7 +1,9 @@
-"""`courier-fast prepare`: interactions, item metadata and an image folder -> the dataset folder of dataset.py.
+"""`courier-fast prepare`: interactions, item metadata and an image folder -> the dataset folder of
+dataset.py.
 
-Nothing that grows with the number of events is held in memory. Rows are read in batches, ids become codes, and the codes go to the disk, where
-DuckDB sorts them, first by user, then by time. What stays in memory grows with users and items.
+Nothing that grows with the number of events is held in memory. Rows are read in batches, ids become
+codes, and the codes go to the disk, where DuckDB sorts them, first by user, then by time. What
+stays in memory grows with users and items.
 """
 
 from __future__ import annotations
@@ -49,11 +51,12 @@ from .tables import write_shards
 Array = npt.NDArray
 log = logging.getLogger(__name__)
 
-# Bytes that a click takes at most until its page is written, and each item of that; and an item shown (measured on 200,000 rows).
+# Bytes that a click takes at most until its page is written, and each item of that; and an item
+# shown (measured on 200,000 rows).
 _OF_CLICK, _OF_ITEM, _OF_SHOWN = 140, 10, 60
 
 
-# ---- pages ----------------------------------------------------------------------------------------------------------
+# ---- pages ---------------------------------------------------------------------------------------
 
 
 class PageSpools:
@@ -72,7 +75,8 @@ class PageSpools:
     def append(
         self, user: Array, time: Array, history: Array, counts: Array, shown: Sequence[Array]
     ) -> None:
-        """Adds pages; `shown` has items, whether they were clicked, and if some page may be cut weights of all, `counts` of each."""
+        """Adds pages; `shown` has items, whether they were clicked, and if some page may be cut
+        weights of all, `counts` of each."""
         ends = self._shown["item"].rows + np.cumsum(counts, dtype=np.int64)
         values = (user, time, history[:, 0], history[:, 1], ends - counts, ends)
         for spool, column in zip(self._columns.values(), values, strict=True):
@@ -142,7 +146,7 @@ def pages_of_impressions(
     return pages
 
 
-# ---- all of it ------------------------------------------------------------------------------------------------------
+# ---- all of it -----------------------------------------------------------------------------------
 
 
 def prepare(
@@ -156,33 +160,44 @@ def prepare(
 ) -> dict[str, Any]:
     """Writes the dataset folder `out` (see dataset.py) and gives its report.
 
-    A local folder appears when it is complete: until then there is `<out>.partial-...` beside it (in it, where it is a mounted volume), which is
-    removed again where something fails or a signal ends it. In an object store dataset.json is written last, and a folder without it is none. Items
-    that no event or page names are left out, and with `images` those without a usable one, before any page is made.
+    A local folder appears when it is complete: until then there is `<out>.partial-...` beside it
+    (in it, where it is a mounted volume), which is removed again where something fails or a signal
+    ends it. In an object store dataset.json is written last, and a folder without it is none. Items
+    that no event or page names are left out, and with `images` those without a usable one, before
+    any page is made.
 
     Args:
-        out: a folder, local or s3:// and so on, that is not there yet or empty; with `options.overwrite` also a dataset. See output.py.
+        out: a folder, local or s3:// and so on, that is not there yet or empty; with
+            `options.overwrite` also a dataset. See output.py.
         source: from an importer of layouts.py, or of one's own.
         images: a folder of image files called after the items; None: a dataset without images.
-        engine: "local", this process; or "ray", processes of this machine or a cluster. Both write the same bytes.
+        engine: "local", this process; or "ray", processes of this machine or a cluster. Both write
+            the same bytes.
         ray_address: of a running cluster; None: processes of this machine.
 
     Raises:
-        FileExistsError: `out` is there, or has come while this ran: then the message says where the finished dataset is.
+        FileExistsError: `out` is there, or has come while this ran: then the message says where the
+            finished dataset is.
         FileNotFoundError: a file or folder is not.
         DiskFullError: there is no room for it; the message says where.
-        ValueError: `out` is something else than a dataset, an input or in one; columns or values that are not what they should be; nothing left to train on.
+        ValueError: `out` is something else than a dataset, an input or in one; columns or values
+            that are not what they should be; nothing left to train on.
     """
     options = options or PrepareOptions()
     if options.keep_unclicked and source.impressions is None:
         raise ValueError(
-            f"keep_unclicked: expected a source with impressions (--page-column, or --layout ebnerd), got {source.layout} with clicks alone: its pages are "
+            "keep_unclicked: expected a source with impressions (--page-column, or --layout "
+            f"ebnerd), got {source.layout} with clicks alone: its pages are "
             "made around them"
         )
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {ENGINES}, got {engine!r}")
     out, images = location(out), None if images is None else location(images)
-    rule: dict[str, Any] = {"inputs": [images], "listed": source.files, "overwrite": options.overwrite}  # fmt: skip
+    rule: dict[str, Any] = {
+        "inputs": [images],
+        "listed": source.files,
+        "overwrite": options.overwrite,
+    }
     need = _Need(options)
 
     for text in source.notes:
@@ -267,19 +282,32 @@ def _write(
     events = sorted_.events
     tables: dict[str, dict[str, Any]] = {
         "users": {"user_id": id_array(sorted_.user_ids)},
-        "items": items.columns(_clicks(shown, train_end, len(items.table)), sorted_.first_seen, sorted_.last_seen),
+        "items": items.columns(
+            _clicks(shown, train_end, len(items.table)), sorted_.first_seen, sorted_.last_seen
+        ),
         "events": {"item": events.item, **time_columns(events.time, items.ticks)},
         "pages": columns | time_columns(columns["time"], items.ticks),
         "page_items": shown,
-    }  # fmt: skip
+    }
     shards = {n: write_shards(folder, n, of, options.shard_rows) for n, of in tables.items()}
     if images is not None:
         shards["images"] = items.shards
     outcome = Outcome(
-        raw.counts, len(sorted_.user_ids), len(items.table), None if images is None else items.images(), len(events.item),
-        columns["time"], len(shown["item"]), splits, _history_lengths(columns, options.max_history), pages.cut, pages.fates, items.ticks,
-        [*source.notes, *items.notes, *notes], pages.ids.counts(),
-    )  # fmt: skip
+        raw.counts,
+        len(sorted_.user_ids),
+        len(items.table),
+        None if images is None else items.images(),
+        len(events.item),
+        columns["time"],
+        len(shown["item"]),
+        splits,
+        _history_lengths(columns, options.max_history),
+        pages.cut,
+        pages.fates,
+        items.ticks,
+        [*source.notes, *items.notes, *notes],
+        pages.ids.counts(),
+    )
     return write_about(folder, source, images, options, outcome, shards)
 
 

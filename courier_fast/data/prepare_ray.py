@@ -1,12 +1,16 @@
-"""`prepare --engine ray`: the steps of partitions.py as tasks of Ray, on the cores of a machine or of a cluster.
+"""`prepare --engine ray`: the steps of partitions.py as tasks of Ray, on the cores of a machine or
+of a cluster.
 
-rows of the source -> by ranges of users' ids (their order is that of the parts) -> sorted, once each: events of some users -> their pages
--> by ranges of time -> sorted: pages in order -> shards, cut at fixed rows.
+rows of the source -> by ranges of users' ids (their order is that of the parts) -> sorted, once
+each: events of some users -> their pages -> by ranges of time -> sorted: pages in order -> shards,
+cut at fixed rows.
 
-Between the steps stand sums over all parts (which row of a table a part begins with, when an item was first seen), so they are tasks and not
-maps of Ray Data. Numbers of parts change nothing in the result: the rows of a part depend on its users or its times alone, and shards are cut by
-row, images by their bytes. A task whose process or machine dies runs again, as do those whose results went with it; a shard is there complete or not
-at all. The process that leads them holds ids of items, when they were on offer, and a few numbers for each part.
+Between the steps stand sums over all parts (which row of a table a part begins with, when an item
+was first seen), so they are tasks and not maps of Ray Data. Numbers of parts change nothing in the
+result: the rows of a part depend on its users or its times alone, and shards are cut by row, images
+by their bytes. A task whose process or machine dies runs again, as do those whose results went with
+it; a shard is there complete or not at all. The process that leads them holds ids of items, when
+they were on offer, and a few numbers for each part.
 """
 
 from __future__ import annotations
@@ -56,10 +60,15 @@ _FAN = 32  # parts that are summed up at once
 
 
 def write(
-    folder: Location, source: Source, images: Location | None, options: PrepareOptions, address: str | None = None,
+    folder: Location,
+    source: Source,
+    images: Location | None,
+    options: PrepareOptions,
+    address: str | None = None,
     begin: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:  # fmt: skip
-    """Writes the dataset folder and gives its report, as the local engine; `folder` and what is read are there for every process."""
+) -> dict[str, Any]:
+    """Writes the dataset folder and gives its report, as the local engine; `folder` and what is
+    read are there for every process."""
     with connected(address) as ray:
         try:
             return _Run(ray, folder, source, images, options, begin).run()
@@ -98,10 +107,21 @@ class _Run:
     """One run of it; every method is a step, which lets go of what came before."""
 
     def __init__(
-        self, ray: Any, folder: Location, source: Source, images: Location | None, options: PrepareOptions,
+        self,
+        ray: Any,
+        folder: Location,
+        source: Source,
+        images: Location | None,
+        options: PrepareOptions,
         begin: Callable[[], None],
-    ) -> None:  # fmt: skip
-        self.ray, self.folder, self.source, self.images, self.options = ray, folder, source, images, options  # fmt: skip
+    ) -> None:
+        self.ray, self.folder, self.source, self.images, self.options = (
+            ray,
+            folder,
+            source,
+            images,
+            options,
+        )
         self.begin = begin  # called before anything is written
         self.options_ref = ray.put(options)
         self.cores = int(ray.cluster_resources().get("CPU", 1))
@@ -139,7 +159,9 @@ class _Run:
         users, events, shown, found, about = self.by_user(pieces)
         del pieces
         first_seen, last_seen = spans(self.get(found), items.table)
-        self.counts.setdefault("events", Counter())["the same user, item and time again"] += sum(a["again"] for a in about)  # fmt: skip
+        self.counts.setdefault("events", Counter())["the same user, item and time again"] += sum(
+            a["again"] for a in about
+        )
         counts = {n: [a[n] for a in about] for n in ("users", "events", "pages")}
         if sum(counts["users"]) > MAX_CODES:
             raise ValueError(f"source: expected at most {MAX_CODES:,} users and items, got more")
@@ -156,31 +178,52 @@ class _Run:
         times = _Times(self, pages, starts)
         splits = splits_of(times, dropped(fates), self.options, items.ticks)  # type: ignore[arg-type]
         last = splits["train"][1] - 1
-        train_end = times.cell("pv_end", last) + int(first_items[np.searchsorted(starts, last, side="right") - 1])  # fmt: skip
+        train_end = times.cell("pv_end", last) + int(
+            first_items[np.searchsorted(starts, last, side="right") - 1]
+        )
         names = ["item", "clicked", "weight"] if cut else ["item", "clicked"]
         more = ["microsecond"] if items.ticks > 1 else []
         page_names = ["user", "time", "history_start", "history_end", "pv_start", "pv_end", *more]
         written = {
             "users": self.write("users", users, of_user, ["user_id"]),
             "items": write_shards(
-                self.folder, "items", items.columns(self.clicks(of_pages, first_items, train_end, len(items.table)), first_seen, last_seen),
+                self.folder,
+                "items",
+                items.columns(
+                    self.clicks(of_pages, first_items, train_end, len(items.table)),
+                    first_seen,
+                    last_seen,
+                ),
                 self.options.shard_rows,
             ),
-            "events": self.write("events", events, _starts(counts["events"]), ["item", "time", *more]),
+            "events": self.write(
+                "events", events, _starts(counts["events"]), ["item", "time", *more]
+            ),
             "pages": self.write("pages", pages, starts, page_names, first_items),
             "page_items": self.write("page_items", of_pages, first_items, names),
-        }  # fmt: skip
+        }
         shards = {n: of if n == "items" else [*chain(*self.get(of))] for n, of in written.items()}
         if self.images is not None:
             shards["images"] = items.shards
         lengths = np.sum([s["lengths"] for s in sums], axis=0)
         outcome = Outcome(
-            self.counts, sum(counts["users"]), len(items.table), None if self.images is None else items.images(),
-            sum(counts["events"]), times, int(first_items[-1]), splits, lengths, cut, fates, items.ticks,  # type: ignore[arg-type]
-            [*self.source.notes, *items.notes, *notes], ids.counts(),
-        )  # fmt: skip
+            self.counts,
+            sum(counts["users"]),
+            len(items.table),
+            None if self.images is None else items.images(),
+            sum(counts["events"]),
+            times,  # type: ignore[arg-type]
+            int(first_items[-1]),
+            splits,
+            lengths,
+            cut,
+            fates,
+            items.ticks,  # type: ignore[arg-type]
+            [*self.source.notes, *items.notes, *notes],
+            ids.counts(),
+        )
         report = write_about(self.folder, self.source, self.images, self.options, outcome, shards)
-        log.info("bytes between tasks: %s", ", ".join(f"{n} {b}" for n, b in self.shuffled.items()))  # fmt: skip
+        log.info("bytes between tasks: %s", ", ".join(f"{n} {b}" for n, b in self.shuffled.items()))
         return report
 
     def read(self) -> tuple[Items, list[list[Any]]]:
@@ -199,7 +242,9 @@ class _Run:
                 samples.append(pl.Series("id", about["users"], pl.String))
                 total += about["rows"]
         ids = self.tree(steps.union, names) if names else None
-        table = pl.DataFrame({"item_id": pl.Series("id", [] if ids is None else self.get(ids), pl.String)})  # fmt: skip
+        table = pl.DataFrame(
+            {"item_id": pl.Series("id", [] if ids is None else self.get(ids), pl.String)}
+        )
         if not len(table):
             raise ValueError(nothing_read(self.source.files, self.counts))
         if len(table) > MAX_CODES:
@@ -209,12 +254,12 @@ class _Run:
         items = self.choose(Candidates(table.with_row_index("code"), self.source, self.images))
         sample = pl.concat(samples).sort()
         count = self.parts(total)
-        bounds = text(sample[[len(sample) * b // count for b in range(1, count)]].unique().sort())  # fmt: skip
+        bounds = text(sample[[len(sample) * b // count for b in range(1, count)]].unique().sort())
         row = self.ray.put(items.row)
         cuts = [
             self.task(steps.to_users, len(bounds) + 2)(rows, items_of, ids, row, bounds)
             for _, _, rows, items_of in blocks
-        ]  # fmt: skip
+        ]
         sizes = [(name, rows) for name, rows, _, _ in blocks]
         del blocks
         for name in self.counts:
@@ -238,7 +283,8 @@ class _Run:
         return streams
 
     def choose(self, candidates: Candidates) -> Items:
-        """The items that stay. Parts of images are checked ahead of their shards, a bounded number at a time."""
+        """The items that stay. Parts of images are checked ahead of their shards, a bounded number
+        at a time."""
         if self.images is None:
             return candidates.chosen([])
         paths = candidates.paths
@@ -255,7 +301,9 @@ class _Run:
                 first, images, about = queue.pop(0)
                 found, at = self.get(about), 0
                 self.shuffled["images"] += sum(found["bytes"])
-                for i, (height, width, size, reason) in enumerate(zip(*found.values(), strict=True), first):  # fmt: skip
+                for i, (height, width, size, reason) in enumerate(
+                    zip(*found.values(), strict=True), first
+                ):
                     candidates.checked(i, height, width, reason)
                     if not size:
                         continue
@@ -273,18 +321,29 @@ class _Run:
 
     def write_images(self, number: int, held: list[tuple[Any, int, int]]) -> Any:
         ranges = [(a, b) for _, a, b in held]
-        return self.task(steps.write_image_shard)(self.folder, number, ranges, *(ref for ref, _, _ in held))  # fmt: skip
+        return self.task(steps.write_image_shard)(
+            self.folder, number, ranges, *(ref for ref, _, _ in held)
+        )
 
-    def by_user(self, pieces: list[list[Any]]) -> tuple[list[Any], list[Any], list[Any], Any, list[Any]]:  # fmt: skip
+    def by_user(
+        self, pieces: list[list[Any]]
+    ) -> tuple[list[Any], list[Any], list[Any], Any, list[Any]]:
         """By part: users' ids, events, rows shown, counts; and when items were seen."""
         done = [self.task(steps.by_user, 5)(self.given, *of) for of in pieces]
         users, events, shown, found, about = (list(of) for of in zip(*done, strict=True))
         return users, events, shown, self.tree(steps.merge_spans, found), self.get(about)
 
     def pages(
-        self, events: list[Any], shown: list[Any], about: list[Any], items: Items, first_seen: Array, last_seen: Array
-    ) -> tuple[list[list[Any]], Counter[int], int, PageIds]:  # fmt: skip
-        """Pages of each part of users, cut by time; what became of all; how many were cut; their ids."""
+        self,
+        events: list[Any],
+        shown: list[Any],
+        about: list[Any],
+        items: Items,
+        first_seen: Array,
+        last_seen: Array,
+    ) -> tuple[list[list[Any]], Counter[int], int, PageIds]:
+        """Pages of each part of users, cut by time; what became of all; how many were cut; their
+        ids."""
         bases = [_starts([a[n] for a in about]) for n in ("users", "events", "pages")]
         bounds = self.time_bounds(about, bases[2])
         market, pool, past = None, None, None
@@ -296,11 +355,18 @@ class _Run:
                 pool, past = self.moments(events, bases[1], bounds)
         made = [
             self.task(steps.make, len(bounds[0]) + 2)(
-                events[p], shown[p] if self.given else None, tuple(int(b[p]) for b in bases), market, pool, past, bounds,
-                self.options_ref, items.ticks,
+                events[p],
+                shown[p] if self.given else None,
+                tuple(int(b[p]) for b in bases),
+                market,
+                pool,
+                past,
+                bounds,
+                self.options_ref,
+                items.ticks,
             )
             for p in range(len(events))
-        ]  # fmt: skip
+        ]
         sums = self.get([of[-1] for of in made])
         fates: Counter[int] = sum((s["fates"] for s in sums), Counter())
         self.shuffled["pages by time"] += sum(s["bytes"] for s in sums)
@@ -315,13 +381,17 @@ class _Run:
     def time_bounds(self, about: list[Any], starts: Array) -> tuple[Array, Array]:
         """Times and rows that cut all pages into parts."""
         time = np.concatenate([a["time"] for a in about])
-        row = np.concatenate([a["row"] + start for a, start in zip(about, starts[:-1], strict=True)])  # fmt: skip
+        row = np.concatenate(
+            [a["row"] + start for a, start in zip(about, starts[:-1], strict=True)]
+        )
         order = np.lexsort((row, time))
         count = self.parts(int(starts[-1]))
         cuts = order[[len(order) * b // count for b in range(1, count)]]
         return time[cuts], row[cuts]
 
-    def moments(self, events: list[Any], starts: Array, bounds: tuple[Array, Array]) -> tuple[Any, Any]:  # fmt: skip
+    def moments(
+        self, events: list[Any], starts: Array, bounds: tuple[Array, Array]
+    ) -> tuple[Any, Any]:
         """Items of all events by time, and how many events each time has before it."""
         cuts = [
             self.task(steps.to_moments, len(bounds[0]) + 2)(of, int(start), bounds)
@@ -351,11 +421,22 @@ class _Run:
         out[found["item"]] = found["clicks"]
         return out
 
-    def write(self, table: str, parts: list[Any], starts: Array, names: list[str], shifts: Array | None = None) -> list[Any]:  # fmt: skip
-        """Entries of a table's shards; a part's task writes those that begin in it, with rows of the next ones."""
+    def write(
+        self,
+        table: str,
+        parts: list[Any],
+        starts: Array,
+        names: list[str],
+        shifts: Array | None = None,
+    ) -> list[Any]:
+        """Entries of a table's shards; a part's task writes those that begin in it, with rows of
+        the next ones."""
         rows, total = self.options.shard_rows, int(starts[-1])
         shifts = np.zeros(len(starts), np.int64) if shifts is None else shifts
-        shards = [(s, first, min(first + rows, total)) for s, first in enumerate(range(0, max(total, 1), rows))]  # fmt: skip
+        shards = [
+            (s, first, min(first + rows, total))
+            for s, first in enumerate(range(0, max(total, 1), rows))
+        ]
         begin = np.searchsorted(starts[1:], [first for _, first, _ in shards], side="right")
         refs = []
         for part, group in groupby(zip(begin.tolist(), shards, strict=True), lambda of: of[0]):
@@ -364,7 +445,13 @@ class _Run:
             stop = max(int(np.searchsorted(starts[:-1], mine[-1][2], side="left")), p + 1)
             refs.append(
                 self.task(steps.write_rows)(
-                    self.folder, table, names, mine, starts[p:stop].tolist(), shifts[p:stop].tolist(), *parts[p:stop]
+                    self.folder,
+                    table,
+                    names,
+                    mine,
+                    starts[p:stop].tolist(),
+                    shifts[p:stop].tolist(),
+                    *parts[p:stop],
                 )
-            )  # fmt: skip
+            )
         return refs

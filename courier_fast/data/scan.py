@@ -68,7 +68,7 @@ Read = Callable[[Sequence[str]], Iterator[pl.DataFrame]]
 Schema = dict[str, "pl.DataType | type[pl.DataType]"]
 
 
-# ---- what is wrong --------------------------------------------------------------------------------------------------
+# ---- what is wrong -------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def _meant(missing: Sequence[str], found: Sequence[str]) -> str:
     return ""
 
 
-# ---- a file ---------------------------------------------------------------------------------------------------------
+# ---- a file --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ def _plain(column: pa.Array) -> pa.Array:
     return column
 
 
-# ---- files and folders ----------------------------------------------------------------------------------------------
+# ---- files and folders ---------------------------------------------------------------------------
 
 
 def scan(path: Location) -> pl.LazyFrame:
@@ -410,7 +410,8 @@ def _files(folder: Location) -> list[tuple[Location, str]]:
         )
     if other:
         raise ValueError(
-            f"{folder}: {expected}, and no others, got {some(other)}; move what is no table away, or unpack it"
+            f"{folder}: {expected}, and no others, got {some(other)}; move what is no table away, "
+            "or unpack it"
         )
     if not kinds:
         raise ValueError(f"{folder}: {expected}, got none")
@@ -452,7 +453,7 @@ def _partitions(folder: str) -> dict[str, str | None]:
     return found
 
 
-# ---- files of published data ----------------------------------------------------------------------------------------
+# ---- files of published data ---------------------------------------------------------------------
 
 
 def find(folder: Path, *patterns: str) -> list[Path]:
@@ -473,7 +474,8 @@ def find_one(folder: Path, *patterns: str) -> Path:
     matches = find(folder, *patterns)
     if len(matches) > 1:
         raise ValueError(
-            f"{folder}: expected one of {' or '.join(patterns)}, got {', '.join(p.name for p in matches)}"
+            f"{folder}: expected one of {' or '.join(patterns)}, got "
+            f"{', '.join(p.name for p in matches)}"
         )
     return matches[0]
 

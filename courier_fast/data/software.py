@@ -35,18 +35,21 @@ def _normalise(picture, scale, shift, out):  # type: ignore[no-untyped-def]
 
 
 def normalise_batch(pictures: Tensor, damaged: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Pictures [n, H, W, 3] uint8 on a GPU times scale [3] plus shift [3]; zeros where damaged [n]."""
+    """Pictures [n, H, W, 3] uint8 on a GPU times scale [3] plus shift [3]; zeros where damaged
+    [n]."""
     return (pictures * scale + shift).masked_fill_(damaged[:, None, None, None], 0)
 
 
 class Recycler:
-    """Memory of batches that nobody holds any more, used again: touching fresh pages can cost more than decoding into them."""
+    """Memory of batches that nobody holds any more, used again: touching fresh pages can cost more
+    than decoding into them."""
 
     def __init__(self) -> None:
         self._free: list[Array] = []
 
     def take(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        """An array with anything in it. Its memory comes back when the last tensor or view of it is gone."""
+        """An array with anything in it. Its memory comes back when the last tensor or view of it is
+        gone."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         try:
             memory = self._free.pop()
@@ -60,7 +63,8 @@ class Recycler:
 
 
 class SoftwareDecoder:
-    """A reader in a pool of threads (the libraries release Python's lock). Normalised in the same threads, or on the GPU."""
+    """A reader in a pool of threads (the libraries release Python's lock). Normalised in the same
+    threads, or on the GPU."""
 
     def __init__(
         self,
@@ -74,7 +78,16 @@ class SoftwareDecoder:
         std: Sequence[float],
     ) -> None:
         # Another process makes its own threads and memory.
-        self._again = partial(SoftwareDecoder, read, size, device=device, dtype=dtype, threads=threads, mean=mean, std=std)  # fmt: skip
+        self._again = partial(
+            SoftwareDecoder,
+            read,
+            size,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            mean=mean,
+            std=std,
+        )
         self.read, self.size, self.device, self.dtype = read, size, device, dtype
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads, "courier-decode")

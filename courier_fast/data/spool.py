@@ -1,4 +1,5 @@
-"""What grows with the events is on the disk: columns that are then mapped, and tables that DuckDB sorts within a bound of memory."""
+"""What grows with the events is on the disk: columns that are then mapped, and tables that DuckDB
+sorts within a bound of memory."""
 
 from __future__ import annotations
 
@@ -53,10 +54,13 @@ class Sorter:
             self._elsewhere = TemporaryDirectory(prefix="courier-prepare-")
             folder = Path(self._elsewhere.name)
         config: dict[str, Any] = {
-            "memory_limit": f"{round(memory * 1024)}MiB", "threads": threads, "temp_directory": str(folder / "duckdb"),
+            "memory_limit": f"{round(memory * 1024)}MiB",
+            "threads": threads,
+            "temp_directory": str(folder / "duckdb"),
             # Nothing but the file and what it is given is read, and nothing comes from the network.
-            "autoinstall_known_extensions": False, "autoload_known_extensions": False,
-        }  # fmt: skip
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+        }
         self._database = duckdb.connect(str(folder / "sort.duckdb"), config=config)
 
     def run(self, statement: str) -> None:

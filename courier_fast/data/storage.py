@@ -1,6 +1,8 @@
-"""Folders that are local or in an object store: s3://, gs:// and hdfs:// by pyarrow, other URLs by fsspec where it knows them.
+"""Folders that are local or in an object store: s3://, gs:// and hdfs:// by pyarrow, other URLs by
+fsspec where it knows them.
 
-Files of a remote folder are fetched whole, checked, and kept in a local cache that all processes of a machine share:
+Files of a remote folder are fetched whole, checked, and kept in a local cache that all processes of
+a machine share:
 
 | variable | |
 | --- | --- |
@@ -34,7 +36,8 @@ from ..locations import location as location
 
 T = TypeVar("T")
 _BLOCK = 1 << 20
-_FETCHES = 8  # files that are fetched or uploaded at once: the latency of an object store is tens of milliseconds
+# Files that are fetched or uploaded at once: the latency of an object store is tens of milliseconds
+_FETCHES = 8
 
 
 def join(folder: Location, name: str) -> Location:
@@ -50,7 +53,10 @@ def _of_root(root: str) -> tuple[fs.FileSystem, str]:
     try:
         found, path = url_to_fs(root)
     except (ValueError, ImportError) as error:
-        raise ValueError(f"expected a local path, s3://, gs://, hdfs:// or another URL that fsspec opens, got {root}: {error}") from None  # fmt: skip
+        raise ValueError(
+            "expected a local path, s3://, gs://, hdfs:// or another URL that fsspec opens, got "
+            f"{root}: {error}"
+        ) from None
     return fs.PyFileSystem(fs.FSSpecHandler(found)), path
 
 
@@ -107,14 +113,16 @@ def is_folder(path: Location) -> bool:
 
 
 def list_files(folder: Location, *, everything: bool = False) -> list[Location]:
-    """All files under a folder or URL, sorted. Those that Hive and Spark hide (a name or folder that begins with "_" or ".") are left out, but for
-    `everything`."""
+    """All files under a folder or URL, sorted. Those that Hive and Spark hide (a name or folder
+    that begins with "_" or ".") are left out, but for `everything`."""
     if isinstance(folder, Path):
         inside = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
         return [folder / path for path in inside if everything or not hidden(path)]
     found, name = filesystem(folder)
     rows = found.get_file_info(fs.FileSelector(name, recursive=True, allow_not_found=True))
-    inside = sorted(row.path[len(name.rstrip("/")) + 1 :] for row in rows if row.type == fs.FileType.File)  # fmt: skip
+    inside = sorted(
+        row.path[len(name.rstrip("/")) + 1 :] for row in rows if row.type == fs.FileType.File
+    )
     return [f"{folder}/{path}" for path in inside if everything or not hidden(path)]
 
 
@@ -123,7 +131,8 @@ def hidden(path: str) -> bool:
 
 
 def write_file(path: Location, fill: Callable[[Path], object]) -> tuple[int, str]:
-    """`fill` writes a local file, which is then there as `path`, complete or not at all; its size and checksum."""
+    """`fill` writes a local file, which is then there as `path`, complete or not at all; its size
+    and checksum."""
     if isinstance(path, Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, fill)
@@ -148,7 +157,8 @@ def delete_file(path: Location) -> None:
 
 
 def local_copy(path: Location) -> Path:
-    """A file as a local one: itself, or a copy in the cache for as long as size and time of the original are the same."""
+    """A file as a local one: itself, or a copy in the cache for as long as size and time of the
+    original are the same."""
     if isinstance(path, Path):
         return path
     found, name = filesystem(path)
@@ -156,15 +166,18 @@ def local_copy(path: Location) -> Path:
     if about.type != fs.FileType.File:
         raise FileNotFoundError(f"{path} is not there")
     key = hashlib.sha256(f"{path} {about.size} {about.mtime_ns}".encode()).hexdigest()
-    return Cache().get(key, about.size, lambda to: fs.copy_files(name, str(to), found, fs.LocalFileSystem()))  # fmt: skip
+    return Cache().get(
+        key, about.size, lambda to: fs.copy_files(name, str(to), found, fs.LocalFileSystem())
+    )
 
 
-# ---- shards and the cache ---------------------------------------------------------------------------------------
+# ---- shards and the cache ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of a table, as the manifest lists it. Without a checksum it is that of a folder of format 1."""
+    """A file of a table, as the manifest lists it. Without a checksum it is that of a folder of
+    format 1."""
 
     name: str
     rows: int
@@ -173,10 +186,13 @@ class Shard:
 
 
 class Cache:
-    """Files by the checksum of their bytes. Other processes use the same folder: a file is complete or not there."""
+    """Files by the checksum of their bytes. Other processes use the same folder: a file is complete
+    or not there."""
 
     def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
-        self.folder = folder or local_path(os.environ.get("COURIER_FAST_CACHE") or Path.home() / ".cache" / "courier_fast")  # fmt: skip
+        self.folder = folder or local_path(
+            os.environ.get("COURIER_FAST_CACHE") or Path.home() / ".cache" / "courier_fast"
+        )
         size = os.environ.get("COURIER_FAST_CACHE_GIB", "64")
         try:
             self.limit = int(float(size) * 2**30) if limit is None else limit
@@ -192,7 +208,13 @@ class Cache:
                     self._make_room(size)
                     partial = path.with_name(f".{path.name}.{os.getpid()}")
                     try:
-                        with writing(self.folder, lambda: f"the cache needs {size_text(size)} there; COURIER_FAST_CACHE names another folder"):  # fmt: skip
+                        with writing(
+                            self.folder,
+                            lambda: (
+                                f"the cache needs {size_text(size)} there; COURIER_FAST_CACHE "
+                                "names another folder"
+                            ),
+                        ):
                             write(partial)
                         os.replace(partial, path)
                     finally:
@@ -216,7 +238,8 @@ class Cache:
             yield
 
     def _make_room(self, size: int) -> None:
-        """Removes what was used least recently until `size` bytes more are within the limit. A process that has a file mapped keeps its bytes."""
+        """Removes what was used least recently until `size` bytes more are within the limit. A
+        process that has a file mapped keeps its bytes."""
         with self._locked("room"):
             files = []
             for entry in os.scandir(self.folder):
@@ -255,7 +278,8 @@ class Folder:
             raise ValueError(f"{whole}: was altered, expected text in UTF-8") from None
 
     def local(self, shard: Shard, *, check: bool = True) -> Path:
-        """A shard as a local file. ValueError names one that is cut off or was altered; of a local one the checksum is looked at once, with `check`."""
+        """A shard as a local file. ValueError names one that is cut off or was altered; of a local
+        one the checksum is looked at once, with `check`."""
         if not isinstance(self.path, Path):
             assert shard.sha256 is not None
             return self.cache.get(shard.sha256, shard.bytes, lambda to: self._fetch(shard, to))
@@ -264,15 +288,22 @@ class Folder:
             try:
                 size = path.stat().st_size
             except FileNotFoundError:
-                raise FileNotFoundError(f"dataset: {path} is in the manifest, but is not there") from None  # fmt: skip
+                raise FileNotFoundError(
+                    f"dataset: {path} is in the manifest, but is not there"
+                ) from None
             if size != shard.bytes:
-                raise ValueError(f"dataset: {path} was cut off or altered: expected {shard.bytes:,} bytes, got {size:,}")  # fmt: skip
+                raise ValueError(
+                    f"dataset: {path} was cut off or altered: expected {shard.bytes:,} bytes, got "
+                    f"{size:,}"
+                )
             if check and shard.sha256 is not None:
                 self.verify(shard)
                 self._checked.add(shard.name)
         return path
 
-    def open(self, shards: Sequence[Shard], load: Callable[[Path], T], *, check: bool = True) -> list[T]:  # fmt: skip
+    def open(
+        self, shards: Sequence[Shard], load: Callable[[Path], T], *, check: bool = True
+    ) -> list[T]:
         """`load` of the local file of each shard; remote ones are fetched at the same time."""
         if isinstance(self.path, Path):
             return [load(self.local(shard, check=check)) for shard in shards]
@@ -304,7 +335,9 @@ class Folder:
             try:
                 source = found.open_input_stream(name)
             except FileNotFoundError:
-                raise FileNotFoundError(f"dataset: {whole} is in the manifest, but is not there") from None  # fmt: skip
+                raise FileNotFoundError(
+                    f"dataset: {whole} is in the manifest, but is not there"
+                ) from None
         with source, Path(to or os.devnull).open("wb") as file:
             while block := source.read(_BLOCK):
                 digest.update(block)
@@ -312,5 +345,6 @@ class Folder:
         got = f"sha256:{digest.hexdigest()}"
         if size != shard.bytes or got != shard.sha256:
             raise ValueError(
-                f"dataset: {whole} was cut off or altered: expected {shard.bytes:,} bytes with {shard.sha256}, got {size:,} with {got}"
+                f"dataset: {whole} was cut off or altered: expected {shard.bytes:,} bytes with "
+                f"{shard.sha256}, got {size:,} with {got}"
             )

@@ -1,7 +1,8 @@
 """Tables in numbered Arrow shards: written in order, read in place.
 
-A shard is one uncompressed record batch in a file of Arrow IPC; shard s of a table holds its rows from s * shard_rows on, and the shards of
-images are cut by bytes. Which process writes a shard does not matter to its bytes.
+A shard is one uncompressed record batch in a file of Arrow IPC; shard s of a table holds its rows
+from s * shard_rows on, and the shards of images are cut by bytes. Which process writes a shard does
+not matter to its bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SHARD_BYTES = 64 << 20  # of images
 _MAPS = 4096  # shards that are mapped at once: Linux allows a process some 65,000
 
 
-# ---- writing ------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def arrow_array(values: Any) -> pa.Array:
@@ -48,7 +49,8 @@ def arrow_array(values: Any) -> pa.Array:
 
 
 def write_table(path: str | os.PathLike[str], columns: Mapping[str, Any]) -> None:
-    """Writes columns (Arrow arrays, NumPy arrays or memory maps) as one uncompressed record batch."""
+    """Writes columns (Arrow arrays, NumPy arrays or memory maps) as one uncompressed record
+    batch."""
     batch = pa.record_batch({name: arrow_array(values) for name, values in columns.items()})
     with pa.OSFile(os.fspath(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -63,10 +65,14 @@ def shard_name(table: str, number: int) -> str:
     return f"{table}/{number:05}.arrow"
 
 
-def write_shard(folder: Location, table: str, number: int, columns: Mapping[str, Any]) -> dict[str, Any]:  # fmt: skip
-    """Writes one shard to a local or remote folder, complete or not there, and gives its entry of the manifest: name, rows, bytes, sha256."""
+def write_shard(
+    folder: Location, table: str, number: int, columns: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Writes one shard to a local or remote folder, complete or not there, and gives its entry of
+    the manifest: name, rows, bytes, sha256."""
     name = shard_name(table, number)
-    # A slice would bring bits and offsets of where it was cut from; its copy has the bytes of any other way to the same rows.
+    # A slice would bring bits and offsets of where it was cut from; its copy has the bytes of any
+    # other way to the same rows.
     whole = {n: c if isinstance(c, np.ndarray) else _own(c) for n, c in columns.items()}
     size, digest = write_file(join(folder, name), lambda path: write_table(path, whole))
     rows = len(next(iter(columns.values())))
@@ -74,7 +80,8 @@ def write_shard(folder: Location, table: str, number: int, columns: Mapping[str,
 
 
 def _own(values: Any) -> pa.Array:
-    """An Arrow array whose buffers hold its rows alone, and no bits of validity where no row is null."""
+    """An Arrow array whose buffers hold its rows alone, and no bits of validity where no row is
+    null."""
     array = arrow_array(values)
     array = pa.concat_arrays([array, array[:0]])
     if array.null_count:
@@ -85,19 +92,22 @@ def _own(values: Any) -> pa.Array:
 def write_shards(
     folder: Location, table: str, columns: Mapping[str, Any], shard_rows: int = SHARD_ROWS
 ) -> list[dict[str, Any]]:
-    """Writes a whole table, whose columns may be memory maps; the entries of its shards. An empty table has one shard."""
+    """Writes a whole table, whose columns may be memory maps; the entries of its shards. An empty
+    table has one shard."""
     rows = len(next(iter(columns.values())))
     return [
-        write_shard(folder, table, s, {n: c[start : start + shard_rows] for n, c in columns.items()})
+        write_shard(
+            folder, table, s, {n: c[start : start + shard_rows] for n, c in columns.items()}
+        )
         for s, start in enumerate(range(0, max(rows, 1), shard_rows))
-    ]  # fmt: skip
+    ]
 
 
 class ImageStoreWriter:
     """Writes images: one JPEG (PNG, WebP) per item row, in order, `None` where there is none.
 
-    Image i is in the shard with the number floor(bytes of the images before it / shard_bytes). Used as a context manager; a shard is held in
-    memory until it is full.
+    Image i is in the shard with the number floor(bytes of the images before it / shard_bytes). Used
+    as a context manager; a shard is held in memory until it is full.
 
     Attributes:
         shards: entries of the manifest, complete after the `with`.
@@ -136,7 +146,7 @@ def write_images(folder: Location, number: int, images: Sequence[bytes | None]) 
     return write_shard(folder, "images", number, {"jpeg": pa.array(images, pa.binary())})
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 class Maps:
@@ -147,7 +157,9 @@ class Maps:
         self._open: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self._bytes = 0
 
-    def get(self, shards: Sequence[Shard], load: Callable[[Path], T], *, check: bool = True) -> list[T]:  # fmt: skip
+    def get(
+        self, shards: Sequence[Shard], load: Callable[[Path], T], *, check: bool = True
+    ) -> list[T]:
         """`load` of the local file of each shard."""
         missing = [s for s in shards if s.name not in self._open]
         opened = self.folder.open(missing, load, check=check) if missing else []
@@ -240,13 +252,23 @@ class Column:
         return self.take(_rows(starts, ends))
 
     def joined(self) -> Array:
-        """All rows as one array: in place where there is one shard, else copied to an unnamed file in the cache's folder."""
+        """All rows as one array: in place where there is one shard, else copied to an unnamed file
+        in the cache's folder."""
         if self._whole is not None:
             return self._whole
         dtype = self._parts([0])[0].dtype
         cache = self.table.maps.folder.cache
         size = len(self) * dtype.itemsize
-        with writing(cache.folder, lambda: f"a column needs {size_text(size)} there; COURIER_FAST_CACHE names another folder"), cache.scratch() as file:  # fmt: skip
+        with (
+            writing(
+                cache.folder,
+                lambda: (
+                    f"a column needs {size_text(size)} there; COURIER_FAST_CACHE names another "
+                    "folder"
+                ),
+            ),
+            cache.scratch() as file,
+        ):
             for part in self.parts():
                 write_rows(file, part)
             file.flush()
@@ -282,7 +304,9 @@ class ImageShard:
             starts.append(where[:-1])
             ends.append(where[1:])
             if "height" in batch.schema.names:  # format 1
-                shapes.append(np.stack([batch.column(n).to_numpy() for n in ("height", "width")], 1))  # fmt: skip
+                shapes.append(
+                    np.stack([batch.column(n).to_numpy() for n in ("height", "width")], 1)
+                )
         empty = np.zeros(0, np.int64)
         self.starts, self.ends = (np.concatenate([empty, *of]) for of in (starts, ends))
         self.shapes = np.concatenate([np.zeros((0, 2), np.int32), *shapes])

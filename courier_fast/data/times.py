@@ -1,7 +1,9 @@
-"""Times as people's files hold them: one definition of what is read, told apart by form and by the span of a column.
+"""Times as people's files hold them: one definition of what is read, told apart by form and by the
+span of a column.
 
-What a column is (`TimeForm`) is decided once, by `look`, which goes over all its values; then each value is read on its own, anywhere. Nothing is
-decided by the size of a single value: a column of seconds with one value of milliseconds is an error, not two units. docs/data.md has the table.
+What a column is (`TimeForm`) is decided once, by `look`, which goes over all its values; then each
+value is read on its own, anywhere. Nothing is decided by the size of a single value: a column of
+seconds with one value of milliseconds is an error, not two units. docs/data.md has the table.
 """
 
 from __future__ import annotations
@@ -36,21 +38,28 @@ _UNKNOWN_DATES = tuple(
 )
 _NEVER = int(np.datetime64("9999-12-31", "us").astype(np.int64))
 
-UNITS: dict[str, float] = {"seconds": 1e6, "milliseconds": 1e3, "microseconds": 1, "nanoseconds": 1e-3}  # fmt: skip
+UNITS: dict[str, float] = {
+    "seconds": 1e6,
+    "milliseconds": 1e3,
+    "microseconds": 1,
+    "nanoseconds": 1e-3,
+}
 DAYS = {"days": _SPREADSHEET, "days-1904": _1904}
 FORMATS = (*UNITS, *DAYS, "order")
 _COMPACT = {"YYYYMMDD": 8, "YYYYMMDDhhmm": 12, "YYYYMMDDhhmmss": 14, "YYYYMMDDhhmmssfff": 17}
 _HINT = f"say what they are with --time-format: {', '.join(FORMATS)}, or a pattern such as %d/%m/%Y"
 
-# ---- text of dates ----------------------------------------------------------------------------------------------------
+# ---- text of dates -------------------------------------------------------------------------------
 
 _ZONE = r"(?:\s*(Z|z|UTC|utc|GMT|UT|(?:UTC|GMT)?[+-]\d{2}(?::?\d{2}(?::?\d{2})?)?|[ECMP][SD]T)(?:\s*[\[(][^\])]*[\])])?)?"
 _CLOCK = r"(\d{1,2})(?::(\d{2})(?::(\d{2})(?:[.,](\d{1,9}))?)?)?" + _ZONE
 _SHAPES = (
     r"^(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})(?:(?:[Tt_]|\s+)" + _CLOCK + ")?$",
-    r"^(\d{4})(\d{2})(\d{2})(?:[Tt_]|\s+)(\d{2}):?(\d{2})?:?(\d{2})?(?:[.,](\d{1,9}))?" + _ZONE + "$",
+    r"^(\d{4})(\d{2})(\d{2})(?:[Tt_]|\s+)(\d{2}):?(\d{2})?:?(\d{2})?(?:[.,](\d{1,9}))?"
+    + _ZONE
+    + "$",
     r"^(?:[A-Za-z]{3,9},?\s+)?(\d{1,2})[ -]([A-Za-z]{3})[a-z]*[ -](\d{4})(?:\s+" + _CLOCK + ")?$",
-)  # fmt: skip
+)
 _FIXED = r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d"
 _TAIL = r"^(?:[.,](\d{1,9}))?" + _ZONE + "$"
 _MONTHS = {
@@ -88,7 +97,10 @@ def _civil(y: Array, mo: Array, d: Array, clock_: tuple[Array, Array, Array]) ->
     """Microseconds of calendar dates and times of a day; null where there is no such date."""
     h, mi, s = clock_
     month = np.clip((y - 1970) * 12 + mo - 1, -24_000, 200_000)
-    first, after = (m.astype("datetime64[M]").astype("datetime64[D]").astype(np.int64) for m in (month, month + 1))  # fmt: skip
+    first, after = (
+        m.astype("datetime64[M]").astype("datetime64[D]").astype(np.int64)
+        for m in (month, month + 1)
+    )
     good = (y > 0) & (y < 10_000) & (mo >= 1) & (mo <= 12) & (d >= 1) & (d <= after - first)
     good &= (h < 24) & (mi < 60) & (s <= 60) | (h == 24) & (mi == 0) & (s == 0)
     found = (first + d - 1) * DAY + (h * 3600 + mi * 60 + s) * SECOND
@@ -100,7 +112,11 @@ def _by_shape(text: pl.Series, shape: str) -> pl.Series:
     read = parts.select(pl.col("1").is_not_null()).to_series()
     names = ["1", "2", "3"]
     if shape == _SHAPES[2]:
-        month = parts["2"].str.to_lowercase().replace_strict(_MONTHS, default=None, return_dtype=pl.Int64)  # fmt: skip
+        month = (
+            parts["2"]
+            .str.to_lowercase()
+            .replace_strict(_MONTHS, default=None, return_dtype=pl.Int64)
+        )
         parts = parts.with_columns(pl.Series("2", month))
         names = ["3", "2", "1"]
     y, mo, d = (parts[n].cast(pl.Int64).fill_null(0).to_numpy() for n in names)
@@ -110,7 +126,8 @@ def _by_shape(text: pl.Series, shape: str) -> pl.Series:
 
 
 def read_dates(text: pl.Series) -> pl.Series:
-    """Trimmed text of dates as int64 microseconds since 1970, UTC unless it has a zone; null where it is none of the forms."""
+    """Trimmed text of dates as int64 microseconds since 1970, UTC unless it has a zone; null where
+    it is none of the forms."""
     times = _nothing(text)
     first = text.drop_nulls().head(1).to_list()
     if not first:
@@ -135,8 +152,11 @@ def read_date(text: str) -> int | None:
 
 
 def _fixed(text: pl.Series, mark: str) -> pl.Series:
-    """The common forms, whose first 19 characters are alike; the others are null. About four times as fast as by shape."""
-    head = text.str.slice(0, 19).str.to_datetime(f"%Y-%m-%d{mark}%H:%M:%S", strict=False, time_unit="us")  # fmt: skip
+    """The common forms, whose first 19 characters are alike; the others are null. About four times
+    as fast as by shape."""
+    head = text.str.slice(0, 19).str.to_datetime(
+        f"%Y-%m-%d{mark}%H:%M:%S", strict=False, time_unit="us"
+    )
     times, tail = head.to_physical(), text.str.slice(19)
     more = (~tail.is_in(["", "Z"])).fill_null(False).arg_true()
     if not len(more):
@@ -147,7 +167,7 @@ def _fixed(text: pl.Series, mark: str) -> pl.Series:
     return times.scatter(more, parsed.set(~known, None))
 
 
-# ---- numbers ----------------------------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 def _nothing(values: pl.Series, kind: type[pl.DataType] = pl.Int64) -> pl.Series:
@@ -155,14 +175,15 @@ def _nothing(values: pl.Series, kind: type[pl.DataType] = pl.Int64) -> pl.Series
 
 
 def _numbers(text: pl.Series) -> tuple[pl.Series, pl.Series]:
-    """Values as int64, and as float64 those that are not whole or were written with a point or an exponent; null where they are neither."""
+    """Values as int64, and as float64 those that are not whole or were written with a point or an
+    exponent; null where they are neither."""
     if text.dtype == pl.String:
         whole = text.cast(pl.Int64, strict=False)
         if whole.null_count() == text.null_count():
             return whole, _nothing(text, pl.Float64)
         other = text.cast(pl.Float64, strict=False)
     elif text.dtype.is_integer():
-        return text.cast(pl.Int64, strict=False), _nothing(text, pl.Float64)  # fmt: skip
+        return text.cast(pl.Int64, strict=False), _nothing(text, pl.Float64)
     elif text.dtype.is_decimal():
         whole = text.cast(pl.Int64, strict=False)
         whole = whole.set((whole.cast(text.dtype, strict=False) != text).fill_null(True), None)
@@ -171,7 +192,10 @@ def _numbers(text: pl.Series) -> tuple[pl.Series, pl.Series]:
         other = text.cast(pl.Float64)
         whole = _nothing(text)
     exact = other.is_finite() & (other == other.floor()) & (other.abs() < 2.0**53)
-    whole = whole.zip_with(whole.is_not_null() | ~exact.fill_null(False), other.set((~exact).fill_null(True), None).cast(pl.Int64))  # fmt: skip
+    whole = whole.zip_with(
+        whole.is_not_null() | ~exact.fill_null(False),
+        other.set((~exact).fill_null(True), None).cast(pl.Int64),
+    )
     other = other.set((whole.is_not_null() | ~other.is_finite()).fill_null(True), None)
     return whole, other
 
@@ -196,7 +220,8 @@ def _scaled(whole: pl.Series, other: pl.Series, unit: str) -> pl.Series:
 
 
 def _days(whole: pl.Series, other: pl.Series, first: int) -> pl.Series:
-    """Days of a spreadsheet, to the millisecond: their fractions are rounded when they are written."""
+    """Days of a spreadsheet, to the millisecond: their fractions are rounded when they are
+    written."""
     days = whole.cast(pl.Float64).zip_with(whole.is_not_null(), other)
     milli = ((days - first) * 86_400_000).round()
     return milli.set((milli.abs() > 9e15).fill_null(False), None).cast(pl.Int64) * 1000
@@ -213,7 +238,12 @@ def _compact(whole: pl.Series, digits: int) -> pl.Series:
     elif digits == 8:
         x = x * 1_000_000
     date, time = x // 1_000_000, x % 1_000_000
-    found = _civil(date // 10_000, date // 100 % 100, date % 100, (time // 10_000, time // 100 % 100, time % 100))  # fmt: skip
+    found = _civil(
+        date // 10_000,
+        date // 100 % 100,
+        date % 100,
+        (time // 10_000, time // 100 % 100, time % 100),
+    )
     return (found + pl.Series(milli * 1000)).set(whole.is_null(), None)
 
 
@@ -223,15 +253,19 @@ def _as_digits(micro: int, digits: int) -> float:
 
 
 def _ranges(low: int, high: int, most: int) -> dict[str, tuple[float, float]]:
-    """From and to which number each form may go so that it reads as a time from `low` to `high`; 8 digits to `most`."""
-    found = {unit: (low / SECOND * (1e6 / scale), high / SECOND * (1e6 / scale)) for unit, scale in UNITS.items()}  # fmt: skip
+    """From and to which number each form may go so that it reads as a time from `low` to `high`; 8
+    digits to `most`."""
+    found = {
+        unit: (low / SECOND * (1e6 / scale), high / SECOND * (1e6 / scale))
+        for unit, scale in UNITS.items()
+    }
     found["days"] = (low / DAY + _SPREADSHEET, high / DAY + _SPREADSHEET)
     for name, digits in _COMPACT.items():
         found[name] = (_as_digits(low, digits), _as_digits(most if digits == 8 else high, digits))
     return found
 
 
-# ---- a column ---------------------------------------------------------------------------------------------------------
+# ---- a column ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -239,7 +273,8 @@ class TimeForm:
     """What the values of a column are, and how they become times.
 
     Args:
-        name: "dates" (text or temporal types, each value in its own form), one of FORMATS or of the compact forms, or a strptime pattern.
+        name: "dates" (text or temporal types, each value in its own form), one of FORMATS or of the
+            compact forms, or a strptime pattern.
         parts: some have parts of a second.
         unreadable: how many values are there but no time.
     """
@@ -258,7 +293,9 @@ class TimeForm:
 
     def _micro(self, values: pl.Series) -> pl.Series:
         if values.dtype.is_temporal():
-            return (values.cast(pl.Datetime("us")) if values.dtype == pl.Date else values).dt.epoch("us")  # fmt: skip
+            return (values.cast(pl.Datetime("us")) if values.dtype == pl.Date else values).dt.epoch(
+                "us"
+            )
         if values.dtype == pl.Null:
             return values.cast(pl.Int64)
         values = _plain(values)
@@ -296,7 +333,8 @@ class TimeForm:
         return pl.col(column).map_batches(self.split, kind, is_elementwise=True).alias("time")
 
     def flat(self, frame: pl.LazyFrame) -> pl.LazyFrame:
-        """A frame with `expression` as "time", and where some have parts of a second "microsecond"."""
+        """A frame with `expression` as "time", and where some have parts of a second
+        "microsecond"."""
         if self.parts:
             return frame.unnest("time")
         return frame.with_columns(pl.col("time").struct.field("time"))
@@ -349,11 +387,12 @@ def check_format(form: str | None) -> None:
     """ValueError unless it is a format that `look` takes."""
     if form is not None and form not in FORMATS and "%" not in form:
         raise ValueError(
-            f"time_format: expected {', '.join(FORMATS)}, or a pattern such as %d/%m/%Y, got {form!r}"
+            f"time_format: expected {', '.join(FORMATS)}, or a pattern such as %d/%m/%Y, got "
+            f"{form!r}"
         )
 
 
-# ---- the first look ---------------------------------------------------------------------------------------------------
+# ---- the first look ------------------------------------------------------------------------------
 
 
 @dataclass
@@ -377,14 +416,20 @@ class _Seen:
     def example(self, kind: str, values: pl.Series) -> None:
         held = self.first.setdefault(kind, [])
         if len(held) < 3 and len(values):
-            new = values.drop_nulls().head(1000).unique(maintain_order=True).cast(pl.String).to_list()  # fmt: skip
+            new = (
+                values.drop_nulls().head(1000).unique(maintain_order=True).cast(pl.String).to_list()
+            )
             held.extend(v for v in new if v not in held)
             del held[3:]
 
     def shown(self, *kinds: str) -> str:
         """Three values, one of each kind first."""
         lists = [self.first.get(k, []) for k in kinds]
-        order = [v for place in zip(*(o + [""] * (3 - len(o)) for o in lists), strict=True) for v in place]  # fmt: skip
+        order = [
+            v
+            for place in zip(*(o + [""] * (3 - len(o)) for o in lists), strict=True)
+            for v in place
+        ]
         return ", ".join([repr(v[:40]) for v in dict.fromkeys(order) if v][:3])
 
     def extremes(self) -> str:
@@ -417,7 +462,11 @@ class _Look:
         if self.form is not None and "%" in self.form:
             self._dates(values, _by_pattern(values, self.form))
             return
-        if self.form is None and values.dtype == pl.String and "-" in str(values.drop_nulls().first())[1:]:  # fmt: skip
+        if (
+            self.form is None
+            and values.dtype == pl.String
+            and "-" in str(values.drop_nulls().first())[1:]
+        ):
             times = read_dates(values)
             if (
                 times.null_count() == values.null_count()
@@ -436,7 +485,9 @@ class _Look:
         if count < len(values) - values.null_count():
             self._others(values, whole.is_not_null() | other.is_not_null())
 
-    def _count_numbers(self, values: pl.Series, whole: pl.Series, other: pl.Series, number: pl.Series) -> None:  # fmt: skip
+    def _count_numbers(
+        self, values: pl.Series, whole: pl.Series, other: pl.Series, number: pl.Series
+    ) -> None:
         seen = self.seen
         seen.numbers += int(number.sum())
         if len(seen.first.get("numbers", [])) < 3:
@@ -508,18 +559,27 @@ class _Look:
         seen = self.seen
         good = seen.numbers + seen.dates
         if seen.either_way and self.form is None:
-            raise self._error(f"{seen.shown('either_way', 'dates', 'numbers')}: day or month first is not guessed")  # fmt: skip
+            raise self._error(
+                f"{seen.shown('either_way', 'dates', 'numbers')}: day or month first is not guessed"
+            )
         if seen.numbers and seen.dates:
             raise self._error(f"{seen.shown('numbers', 'dates')}: numbers and dates in one column")
         if seen.total and good < seen.total / 2:
             named = seen.shown("bad", "unknown", "dates", "numbers")
-            raise self._error(f"{named}: {seen.bad + seen.unknown:,} of {seen.total:,} values cannot be read")  # fmt: skip
+            raise self._error(
+                f"{named}: {seen.bad + seen.unknown:,} of {seen.total:,} values cannot be read"
+            )
         missed = seen.bad + seen.unknown
         if seen.numbers:
             return TimeForm(self._unit(), seen.parts, missed, self.any_date)
         if seen.moments and not self.low <= seen.moments[0] <= seen.moments[1] <= self.high:
-            shown = list(dict.fromkeys(v for k in ("min", "max", "dates") for v in seen.first.get(k, [])))[:3]  # fmt: skip
-            raise self._error(f"{', '.join(map(repr, shown))}: from {_date(seen.moments[0])} to {_date(seen.moments[1])}")  # fmt: skip
+            shown = list(
+                dict.fromkeys(v for k in ("min", "max", "dates") for v in seen.first.get(k, []))
+            )[:3]
+            raise self._error(
+                f"{', '.join(map(repr, shown))}: from {_date(seen.moments[0])} to "
+                f"{_date(seen.moments[1])}"
+            )
         name = self.form if self.form and "%" in self.form else "dates"
         return TimeForm(name, seen.parts, missed, self.any_date)
 
@@ -532,12 +592,18 @@ class _Look:
             if len(forms := self._fitting(low, high)) == 1:
                 return forms[0]
             each = {n for x in (low, high) for n in self._fitting(x, x)}
-            why = f"{' and '.join(sorted(each))} in one column" if len(each) > 1 else f"as seconds since 1970 they are {_date(low * 1e6)} to {_date(high * 1e6)}"  # fmt: skip
+            why = (
+                f"{' and '.join(sorted(each))} in one column"
+                if len(each) > 1
+                else f"as seconds since 1970 they are {_date(low * 1e6)} to {_date(high * 1e6)}"
+            )
             raise self._error(f"{self.seen.extremes()}: {why}")
         ends = TimeForm(self.form).micro(pl.Series([low, high], dtype=pl.Float64, strict=False))
         if ends.null_count() or not (self.low <= ends[0] and ends[1] <= self.high):
             said = [_date(x) for x in ends]
-            raise self._error(f"{self.seen.extremes()}: as {self.form} they are {said[0]} to {said[1]}")  # fmt: skip
+            raise self._error(
+                f"{self.seen.extremes()}: as {self.form} they are {said[0]} to {said[1]}"
+            )
         return self.form
 
     def _error(self, what: str) -> ValueError:
@@ -561,18 +627,26 @@ def _date(micro: float | None) -> str:
 
 
 def look(
-    frame: pl.LazyFrame, column: str, path: Location | str = "", form: str | None = None, *, any_date: bool = False
-) -> TimeForm:  # fmt: skip
+    frame: pl.LazyFrame,
+    column: str,
+    path: Location | str = "",
+    form: str | None = None,
+    *,
+    any_date: bool = False,
+) -> TimeForm:
     """Goes over a column once, a batch at a time, and says what it is.
 
     Args:
         path: the file, for messages.
-        form: what the user says that it is: one of FORMATS or a strptime pattern; values of temporal types are what they are.
-        any_date: dates need not lie between 1990 and tomorrow (when an item is on offer); numbers must lie between 1990 and 2100.
+        form: what the user says that it is: one of FORMATS or a strptime pattern; values of
+            temporal types are what they are.
+        any_date: dates need not lie between 1990 and tomorrow (when an item is on offer); numbers
+            must lie between 1990 and 2100.
 
     Raises:
-        ValueError: it is of a type that holds no times; most values cannot be read; numbers that are no known unit, or several; days and months
-            in an order that nobody can know; times before 1990 or after tomorrow.
+        ValueError: it is of a type that holds no times; most values cannot be read; numbers that
+            are no known unit, or several; days and months in an order that nobody can know; times
+            before 1990 or after tomorrow.
     """
     where = f"{path}: {column}" if path else column
     kind = frame.collect_schema()[column]
@@ -582,6 +656,8 @@ def look(
         raise ValueError(f"{where}: expected dates, or numbers since 1970, got a column of {kind}")
     looked = _Look(where, form, any_date)
     with reading(path or "the source"):
-        for batch in frame.select(column).collect_batches(chunk_size=1 << 19, maintain_order=True, engine="streaming"):  # fmt: skip
+        for batch in frame.select(column).collect_batches(
+            chunk_size=1 << 19, maintain_order=True, engine="streaming"
+        ):
             looked.add(batch.to_series())
     return looked.verdict()

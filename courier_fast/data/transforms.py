@@ -1,6 +1,7 @@
 """Crop windows and flips: drawn for a whole batch from one generator, applied by whichever decoder.
 
-A window is (top, left, height, width) relative to the image as seen (after EXIF rotation), in [0, 1]; its picture is resized to a square.
+A window is (top, left, height, width) relative to the image as seen (after EXIF rotation), in [0,
+1]; its picture is resized to a square.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ def random_windows(
     scale: tuple[float, float] = (0.5, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Array:
-    """Random resized crops [n, 4] float32, the rule of Inception training (Szegedy et al., arXiv 1409.4842) for all images at once.
+    """Random resized crops [n, 4] float32, the rule of Inception training (Szegedy et al., arXiv
+    1409.4842) for all images at once.
 
-    The area is a uniform share in `scale`, the aspect ratio (width over height, in pixels) log-uniform in `ratio`; of ten draws the first that
-    fits the image is taken, and without one the largest central window of an allowed ratio.
+    The area is a uniform share in `scale`, the aspect ratio (width over height, in pixels)
+    log-uniform in `ratio`; of ten draws the first that fits the image is taken, and without one the
+    largest central window of an allowed ratio.
 
     Args:
         shapes: [n, 2] height and width in pixels as seen; (0, 0) (no image) gives the whole.
@@ -53,7 +56,8 @@ def random_windows(
 
 
 def eval_windows(shapes: Array, crop: float = 1.0) -> Array:
-    """The central squares [n, 4] float32 whose side is `crop` times the shorter side, in pixels; (0, 0) gives the whole."""
+    """The central squares [n, 4] float32 whose side is `crop` times the shorter side, in pixels;
+    (0, 0) gives the whole."""
     if not 0 < crop <= 1:
         raise ValueError(f"crop: expected a share in (0, 1], got {crop}")
     sides = np.maximum(shapes, 1).astype(np.float64)

@@ -19,7 +19,8 @@ def can_be_read(kind: pl.DataType) -> bool:
 
 
 def split(values: pl.Series) -> tuple[pl.Series, pl.Series]:
-    """Text or numbers as yes and no (null: missing), and the distinct words that are neither, with their number of rows.
+    """Text or numbers as yes and no (null: missing), and the distinct words that are neither, with
+    their number of rows.
 
     Case and blanks around a word do not matter, 1.0 is 1; of numbers only 0 and 1 say something.
     """
@@ -28,7 +29,10 @@ def split(values: pl.Series) -> tuple[pl.Series, pl.Series]:
     words = values.cast(pl.String).str.strip_chars()
     small = words.str.to_lowercase()
     number = small.cast(pl.Float64, strict=False)
-    yes, no = small.is_in(YES) | (number == 1).fill_null(False), small.is_in(NO) | (number == 0).fill_null(False)  # fmt: skip
+    yes, no = (
+        small.is_in(YES) | (number == 1).fill_null(False),
+        small.is_in(NO) | (number == 0).fill_null(False),
+    )
     found = pl.select(pl.when(yes).then(True).when(no).then(False)).to_series()
     strange = words.filter(~(yes | no | small.is_in(MISSING)).fill_null(True))
     counts = strange.rename("word").value_counts(sort=True, name="count")
@@ -43,7 +47,8 @@ def read(values: pl.Series, column: str = "--clicked-column") -> pl.Series:
         shown = ", ".join(f"{w['word']!r} in {w['count']:,}" for w in strange[:3].to_list())
         more = f" and {len(strange) - 3:,} more" if len(strange) > 3 else ""
         raise ValueError(
-            f"{column}: expected yes or no in each row ({', '.join(f'{y}/{n}' for y, n in zip(YES, NO, strict=True))}; an empty one is no), "
+            f"{column}: expected yes or no in each row "
+            f"({', '.join(f'{y}/{n}' for y, n in zip(YES, NO, strict=True))}; an empty one is no), "
             f"got {shown}{more} of {len(values):,} rows"
         )
     return found

@@ -1,4 +1,5 @@
-"""`courier-fast verify`: reads every shard of a dataset where it lies and compares it with the manifest."""
+"""`courier-fast verify`: reads every shard of a dataset where it lies and compares it with the
+manifest."""
 
 from __future__ import annotations
 
@@ -15,7 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     dataset = Dataset(args.dataset)
     if dataset.info["format"] == 1:
-        raise ValueError(f"dataset: expected format 2, which has checksums, got 1 in {args.dataset}; prepare it again")  # fmt: skip
+        raise ValueError(
+            f"dataset: expected format 2, which has checksums, got 1 in {args.dataset}; prepare it "
+            "again"
+        )
     size = dataset.verify()
     shards = sum(len(table.shards) for table in dataset.tables.values())
     print(f"{args.dataset}: {shards:,} shards, {size:,} bytes, as the manifest lists them")

@@ -34,7 +34,8 @@ BASELINES = ("random", "popularity", "pixels", "backbone")
 
 @dataclass(frozen=True)
 class Method:
-    """A way to score candidates: `embeddings` [items, D], compared with the history's, or `scores` [items], the same for everybody."""
+    """A way to score candidates: `embeddings` [items, D], compared with the history's, or `scores`
+    [items], the same for everybody."""
 
     name: str
     embeddings: Array | None = None
@@ -67,9 +68,11 @@ def pixels(dataset: Dataset, side: int = 8, decoder: Decoder | None = None) -> M
 
 
 def standardised(method: Method) -> Method:
-    """Embeddings with mean 0 and standard deviation 1 in each dimension over the items; a constant dimension becomes 0.
+    """Embeddings with mean 0 and standard deviation 1 in each dimension over the items; a constant
+    dimension becomes 0.
 
-    Frozen features have a large common part, which makes all cosines alike: without it they are a far stronger baseline.
+    Frozen features have a large common part, which makes all cosines alike: without it they are a
+    far stronger baseline.
     """
     if method.embeddings is None:
         raise ValueError(f"{method.name}: expected embeddings, got scores")
@@ -100,30 +103,36 @@ def compare(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Ranks each held-out click by every method; the first method is the main one, the others are compared with it.
+    """Ranks each held-out click by every method; the first method is the main one, the others are
+    compared with it.
 
-    Values are means over pages, intervals are 95 % percentile intervals of a bootstrap over users (see metrics.py). All methods rank the same
-    candidates and share the bootstrap's draws, so differences are paired by user.
+    Values are means over pages, intervals are 95 % percentile intervals of a bootstrap over users
+    (see metrics.py). All methods rank the same candidates and share the bootstrap's draws, so
+    differences are paired by user.
 
     Args:
-        candidates: "page": the page's items that were not clicked; "sampled": items the user had not clicked, drawn uniformly; "popular":
-            the same, drawn by popularity.
+        candidates: "page": the page's items that were not clicked; "sampled": items the user had
+            not clicked, drawn uniformly; "popular": the same, drawn by popularity.
         count: candidates in all of "sampled" and "popular".
         k: of HR@k.
         history: most recent events that candidates are compared with.
-        score: "mean", "max" or "reconstruction" of every method with embeddings, see `history_scores`.
-        reconstruction: settings of the score of that name, the same for every method; None: those that the loss has by default.
+        score: "mean", "max" or "reconstruction" of every method with embeddings, see
+            `history_scores`.
+        reconstruction: settings of the score of that name, the same for every method; None: those
+            that the loss has by default.
         bootstrap: samples of the bootstrap.
 
     Returns:
-        A dict fit for JSON: `settings`; `clicks` of the split, with and without a history; `missing` {name: items without an embedding}; and
-        by candidate set in `sets`: numbers of pages, clicks and users that were ranked and mean number of candidates; `methods` {name: {metric:
-        {"mean", "low", "high"}}}; `differences` {name: ...}, main minus other, in the same form; `unranked` {name: clicks without an
-        embedding of the item or of its history}, which come last or tie.
+        A dict fit for JSON: `settings`; `clicks` of the split, with and without a history;
+        `missing` {name: items without an embedding}; and by candidate set in `sets`: numbers of
+        pages, clicks and users that were ranked and mean number of candidates; `methods` {name:
+        {metric: {"mean", "low", "high"}}}; `differences` {name: ...}, main minus other, in the same
+        form; `unranked` {name: clicks without an embedding of the item or of its history}, which
+        come last or tie.
 
     Raises:
-        ValueError: methods of one name or of another number of items, an unknown split, candidate set or score, settings of another score,
-            nothing to rank.
+        ValueError: methods of one name or of another number of items, an unknown split, candidate
+            set or score, settings of another score, nothing to rank.
     """
     names = [method.name for method in methods]
     if not names or len(set(names)) != len(names):
@@ -133,7 +142,8 @@ def compare(
             check_embeddings(method.embeddings, dataset)
         elif method.scores is not None and method.scores.shape != (dataset.num_items,):
             raise ValueError(
-                f"{method.name}: expected scores [{dataset.num_items}] (one per item of the dataset), got {list(method.scores.shape)}"
+                f"{method.name}: expected scores [{dataset.num_items}] (one per item of the "
+                f"dataset), got {list(method.scores.shape)}"
             )
     unknown = sorted(set(candidates) - set(CANDIDATES))
     if unknown or not candidates:
@@ -153,15 +163,23 @@ def compare(
         )
     return {
         "settings": {
-            "dataset": str(dataset.path), "split": split, "main": names[0], "count": count, "k": sorted(set(k)),
-            "history": history, "score": score, "reconstruction": asdict(reconstruction) if reconstruction else None,
-            "bootstrap": bootstrap, "seed": seed,
-            "mean": "over pages", "interval": "95 %, percentile bootstrap over users",
+            "dataset": str(dataset.path),
+            "split": split,
+            "main": names[0],
+            "count": count,
+            "k": sorted(set(k)),
+            "history": history,
+            "score": score,
+            "reconstruction": asdict(reconstruction) if reconstruction else None,
+            "bootstrap": bootstrap,
+            "seed": seed,
+            "mean": "over pages",
+            "interval": "95 %, percentile bootstrap over users",
         },
         "clicks": clicks,
         "sets": sets,
         "missing": {m.name: _missing(m) for m in methods},
-    }  # fmt: skip
+    }
 
 
 def draw(dataset: Dataset, targets: Targets, name: str, count: int, seed: int) -> Candidates:
@@ -188,14 +206,20 @@ def page_table(
     reconstruction: Reconstruction | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[dict[str, Array], int]:
-    """Each metric's value by page with a target [pages], pages in order; and the clicks that could not be ranked."""
+    """Each metric's value by page with a target [pages], pages in order; and the clicks that could
+    not be ranked."""
     if method.embeddings is None:
         assert method.scores is not None
         scores = np.asarray(method.scores)[drawn.items]
     else:
         scores = history_scores(
-            dataset, drawn, method.embeddings, score=score, reconstruction=reconstruction, device=device
-        )  # fmt: skip
+            dataset,
+            drawn,
+            method.embeddings,
+            score=score,
+            reconstruction=reconstruction,
+            device=device,
+        )
     pages, page = np.unique(drawn.targets.page, return_inverse=True)
     values = page_values(count_ranks(scores, drawn.offsets), page, len(pages), k)
     return values, int(np.isnan(scores[drawn.offsets[:-1]]).sum())

@@ -1,4 +1,5 @@
-"""Predicted against observed clicks, and predictions mended on other impressions than those they are judged by."""
+"""Predicted against observed clicks, and predictions mended on other impressions than those they
+are judged by."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ Array = npt.NDArray
 
 @dataclass(frozen=True)
 class Bin:
-    """Impressions with predictions from `low` to `high`: how many (the sum of their weights), their mean prediction, their share of clicks."""
+    """Impressions with predictions from `low` to `high`: how many (the sum of their weights), their
+    mean prediction, their share of clicks."""
 
     low: float
     high: float
@@ -35,7 +37,8 @@ class Bin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """`pcoc`: predicted clicks over observed clicks; `ece`: mean over impressions of |predicted - observed| of their bin."""
+    """`pcoc`: predicted clicks over observed clicks; `ece`: mean over impressions of |predicted -
+    observed| of their bin."""
 
     pcoc: float
     ece: float
@@ -49,9 +52,11 @@ def calibration(
     bins: int = 15,
     weight: npt.ArrayLike | None = None,
 ) -> Calibration:
-    """PCOC = sum p / sum y, and ECE = sum_b n_b / n |mean p - mean y| over bins of (nearly) equal numbers of impressions.
+    """PCOC = sum p / sum y, and ECE = sum_b n_b / n |mean p - mean y| over bins of (nearly) equal
+    numbers of impressions.
 
-    Equal predictions are in one bin, that of the middle of their places; so there can be fewer than `bins`.
+    Equal predictions are in one bin, that of the middle of their places; so there can be fewer than
+    `bins`.
 
     Args:
         clicked: [n] bool or 0 and 1, some of them clicked.
@@ -95,12 +100,13 @@ def calibration_of(
     return Calibration(expected / clicks_of(clicked, weight), ece, tuple(found))
 
 
-# ---- recalibration ------------------------------------------------------------------------------------------------
+# ---- recalibration -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Isotonic:
-    """A function that does not fall, linear between the knots `x` and constant outside; called with predictions [n]."""
+    """A function that does not fall, linear between the knots `x` and constant outside; called with
+    predictions [n]."""
 
     x: Array  # [knots] ascending
     y: Array  # [knots]
@@ -127,10 +133,11 @@ class Platt:
 def fit_isotonic(
     clicked: npt.ArrayLike, predictions: npt.ArrayLike, *, weight: npt.ArrayLike | None = None
 ) -> Isotonic:
-    """The non-decreasing function of the prediction with the least squared error to the labels [n], by pooling adjacent violators.
+    """The non-decreasing function of the prediction with the least squared error to the labels [n],
+    by pooling adjacent violators.
 
-    Fit it on validation: `fit_isotonic(clicked_v, p_v)(p_test)`. It makes ties, and predictions of 0 and 1 at the ends. `weight` [n]: how
-    many impressions each stands for.
+    Fit it on validation: `fit_isotonic(clicked_v, p_v)(p_test)`. It makes ties, and predictions of
+    0 and 1 at the ends. `weight` [n]: how many impressions each stands for.
     """
     y = check_clicked(clicked, both=False)
     by_prediction = Sorted.of(check_predictions(predictions, len(y), probability=True))
@@ -176,10 +183,13 @@ def fit_platt(
     steps: int = 100,
     weight: npt.ArrayLike | None = None,
 ) -> Platt:
-    """The logistic regression of the labels [n] on logit(p), by Newton's method; p clipped to [1e-7, 1 - 1e-7].
+    """The logistic regression of the labels [n] on logit(p), by Newton's method; p clipped to
+    [1e-7, 1
+    - 1e-7].
 
-    As Platt has it the labels are (n1 + 1) / (n1 + 2) and 1 / (n0 + 2) of n1 clicked and n0 not, so that it ends on separable ones too.
-    `weight` [n]: how many impressions each stands for, in n1 and n0, too.
+    As Platt has it the labels are (n1 + 1) / (n1 + 2) and 1 / (n0 + 2) of n1 clicked and n0 not, so
+    that it ends on separable ones too. `weight` [n]: how many impressions each stands for, in n1
+    and n0, too.
     """
     y = check_clicked(clicked)
     x = _logit(check_predictions(predictions, len(y), probability=True))
@@ -195,7 +205,8 @@ def fit_platt(
         z = at[0] * x + at[1]
         return mean(np.logaddexp(0, z) - target * z)
 
-    # From the best constant on; where x is constant the hessian is singular, and lstsq takes the shortest step.
+    # From the best constant on; where x is constant the hessian is singular, and lstsq takes the
+    # shortest step.
     at = np.array([0.0, math.log(positives / negatives)])
     before = loss(at)
     for _ in range(steps):

@@ -42,24 +42,50 @@ TITLES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", type=location, required=True, help="folder written by `courier-fast prepare`")  # fmt: skip
+    parser.add_argument(
+        "--dataset", type=location, required=True, help="folder written by `courier-fast prepare`"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--run", type=local_path, help="folder of a training run: its encoder is evaluated"
     )
-    what.add_argument("--embeddings", type=local_path, help=".npy (rows as items of the dataset) or .parquet (item_id, embedding)")  # fmt: skip
+    what.add_argument(
+        "--embeddings",
+        type=local_path,
+        help=".npy (rows as items of the dataset) or .parquet (item_id, embedding)",
+    )
     parser.add_argument("--split", default="test")
-    parser.add_argument("--baselines", nargs="*", choices=BASELINES, help="default: all that the dataset allows")  # fmt: skip
-    parser.add_argument("--backbone", help="of that baseline, untrained or with --weights; default: as the run began, or small_conv")  # fmt: skip
+    parser.add_argument(
+        "--baselines", nargs="*", choices=BASELINES, help="default: all that the dataset allows"
+    )
+    parser.add_argument(
+        "--backbone",
+        help="of that baseline, untrained or with --weights; default: as the run began, or "
+        "small_conv",
+    )
     parser.add_argument("--weights", type=local_path, help="safetensors file for --backbone")
-    parser.add_argument("--pretrained", action="store_true", help="timm's weights for --backbone (downloads them)")  # fmt: skip
-    parser.add_argument("--size", type=int, default=96, help="of the images for --backbone, in pixels")  # fmt: skip
+    parser.add_argument(
+        "--pretrained", action="store_true", help="timm's weights for --backbone (downloads them)"
+    )
+    parser.add_argument(
+        "--size", type=int, default=96, help="of the images for --backbone, in pixels"
+    )
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=["page", "sampled"])
-    parser.add_argument("--count", type=int, default=100, help="sampled candidates, the clicked item included")  # fmt: skip
+    parser.add_argument(
+        "--count", type=int, default=100, help="sampled candidates, the clicked item included"
+    )
     parser.add_argument("--k", type=int, nargs="+", default=[1, 5, 10], help="of HR@k")
     parser.add_argument("--history", type=int, default=20, help="most recent history items used")
-    parser.add_argument("--score", choices=SCORES, default="mean", help="similarity to the history, of every method; reconstruction: what the loss trains, with the attention and unit of --run")  # fmt: skip
-    parser.add_argument("--bootstrap", type=int, default=1000, help="samples of the bootstrap over users")  # fmt: skip
+    parser.add_argument(
+        "--score",
+        choices=SCORES,
+        default="mean",
+        help="similarity to the history, of every method; reconstruction: what the loss trains, "
+        "with the attention and unit of --run",
+    )
+    parser.add_argument(
+        "--bootstrap", type=int, default=1000, help="samples of the bootstrap over users"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=local_path, help="also write the result there")
     add_device_arguments(parser)
@@ -75,12 +101,16 @@ def inputs_of(args: argparse.Namespace) -> list[Any]:
     """What is read."""
     inputs = [args.dataset, args.run, args.embeddings, args.weights]
     if args.run is not None:
-        inputs += [args.run / name for name in ("config.toml", "encoder.json", "encoder.safetensors", "metrics.jsonl")]  # fmt: skip
+        inputs += [
+            args.run / name
+            for name in ("config.toml", "encoder.json", "encoder.safetensors", "metrics.jsonl")
+        ]
     return inputs
 
 
 def evaluate(args: argparse.Namespace) -> tuple[Dataset, list[Method], dict[str, Any]]:
-    """The dataset, its methods, the main one first, and what `compare` gives of them, written to --json."""
+    """The dataset, its methods, the main one first, and what `compare` gives of them, written to
+    --json."""
     # What is wrong is an error before the work, not after.
     if args.json is not None:
         check_file(args.json, "json", inputs=inputs_of(args), begins="{")
@@ -144,7 +174,8 @@ def _baselines(args: argparse.Namespace, dataset: Dataset, wanted: list[str]) ->
 
 
 def _backbone(args: argparse.Namespace, dataset: Dataset) -> Method:
-    """Features of the backbone as it was before training: the run's own (same seed), or the one named on the command line."""
+    """Features of the backbone as it was before training: the run's own (same seed), or the one
+    named on the command line."""
     from ..train.config import Config
     from ..train.encoder import SMALL_CONV, build_encoder
 
@@ -165,7 +196,8 @@ def _backbone(args: argparse.Namespace, dataset: Dataset) -> Method:
 
 
 def print_result(result: dict[str, Any], console: Console | None = None) -> None:
-    """Prints what `compare` gave: for each candidate set a table of values and one of differences, with 95 % intervals."""
+    """Prints what `compare` gave: for each candidate set a table of values and one of differences,
+    with 95 % intervals."""
     if console is None:
         console = Console()
         if not console.is_terminal:
@@ -180,8 +212,10 @@ def print_result(result: dict[str, Any], console: Console | None = None) -> None
             log.warning("%s: %d items have no embedding; they come last", name, missing)
     for name, one in result["sets"].items():
         console.print(
-            f"\nHeld-out clicks {TITLES[name]} (split {settings['split']}): {one['clicks']:,} of {result['clicks']:,} clicks, on {one['pages']:,} pages of "
-            f"{one['users']:,} users, {one['mean_candidates']:.1f} candidates on average; by {score} over the last "
+            f"\nHeld-out clicks {TITLES[name]} (split {settings['split']}): {one['clicks']:,} of "
+            f"{result['clicks']:,} clicks, on {one['pages']:,} pages of "
+            f"{one['users']:,} users, {one['mean_candidates']:.1f} candidates on average; by "
+            f"{score} over the last "
             f"{settings['history']} events of the history",
             style="bold",
             highlight=False,
@@ -190,7 +224,8 @@ def print_result(result: dict[str, Any], console: Console | None = None) -> None
         if one["differences"]:
             console.print(_table(f"{main} minus", one["differences"], differences=True))
     console.print(
-        "Means over pages, 95 % intervals below them (users resampled); differences are paired, green or red where 0 is outside.",
+        "Means over pages, 95 % intervals below them (users resampled); differences are paired, "
+        "green or red where 0 is outside.",
         highlight=False,
     )
 

@@ -1,7 +1,9 @@
-"""Impressions, checked, sorted by prediction, and what one pass over them counts for each user or page.
+"""Impressions, checked, sorted by prediction, and what one pass over them counts for each user or
+page.
 
-n impressions, G groups (users or pages). Everything is O(n log n) time and O(n + G) memory; ties are exact, nothing is binned.
-An impression of weight w counts as w impressions. Without weights (None, for which the kernels are compiled apart) all counts are integers.
+n impressions, G groups (users or pages). Everything is O(n log n) time and O(n + G) memory; ties
+are exact, nothing is binned. An impression of weight w counts as w impressions. Without weights
+(None, for which the kernels are compiled apart) all counts are integers.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ BLOCK = 1 << 20  # rows at a time where numpy would make a copy of all
 SMALLEST = 1e-7  # probabilities are clipped to [SMALLEST, 1 - SMALLEST] in a logarithm
 
 
-# ---- arguments ----------------------------------------------------------------------------------------------------
+# ---- arguments -----------------------------------------------------------------------------------
 
 
 def check_clicked(clicked: npt.ArrayLike, *, both: bool = True) -> Array:
-    """[n] bool of labels that are bool, 0 or 1; ValueError for others, for none and, if `both`, for one label only."""
+    """[n] bool of labels that are bool, 0 or 1; ValueError for others, for none and, if `both`, for
+    one label only."""
     given = np.asarray(clicked)
     if given.ndim != 1 or not len(given):
         raise ValueError(
@@ -74,7 +77,8 @@ def check_weight(weight: npt.ArrayLike | None, n: int) -> Array | None:
     wrong = np.flatnonzero(~((w > 0) & (w < np.inf)))
     if len(wrong):
         raise ValueError(
-            f"weight: expected finite numbers above 0, got {w[wrong[0]]} at row {wrong[0]}; leave out what has no weight"
+            f"weight: expected finite numbers above 0, got {w[wrong[0]]} at row {wrong[0]}; leave "
+            "out what has no weight"
         )
     return w
 
@@ -96,7 +100,7 @@ def group_codes(group: npt.ArrayLike, n: int, name: str) -> tuple[Array, int]:
     return code.astype(kind), len(names)
 
 
-# ---- order --------------------------------------------------------------------------------------------------------
+# ---- order ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,8 @@ class Sorted:
 
 
 def _sort_float32(p: Array) -> tuple[Array, Array]:
-    """(order, sorted) by one sort of 64-bit numbers, prediction above row: several times as fast as argsort."""
+    """(order, sorted) by one sort of 64-bit numbers, prediction above row: several times as fast as
+    argsort."""
     keys = np.empty(len(p), np.uint64)
     _pack(p.view(np.uint32), keys)
     keys.sort()
@@ -162,7 +167,7 @@ def _unpack(keys, order, bits):  # type: ignore[no-untyped-def]
         bits[i] = b & ~_SIGN if b & _SIGN else ~b
 
 
-# ---- counts -------------------------------------------------------------------------------------------------------
+# ---- counts --------------------------------------------------------------------------------------
 
 
 def label_counts(clicked: Array, group: Array, groups: int, weight: Array | None = None) -> Array:
@@ -175,9 +180,11 @@ def label_counts(clicked: Array, group: Array, groups: int, weight: Array | None
 def pairs_over_all(
     first: Array, clicked: Array, group: Array, groups: int, weight: Array | None = None
 ) -> Array:
-    """[G, 2] of impressions in sorted order: twice the pairs (clicked, not clicked) in the right order, a tie counted one half.
+    """[G, 2] of impressions in sorted order: twice the pairs (clicked, not clicked) in the right
+    order, a tie counted one half.
 
-    Column 1: the clicked one is of the group and the other anybody's; column 0: the one not clicked is of the group.
+    Column 1: the clicked one is of the group and the other anybody's; column 0: the one not clicked
+    is of the group.
     """
     out = np.zeros((groups, 2), _kind(weight))
     _count_over_all(first, clicked, group, weight, clicks_of(clicked, weight), out)
@@ -187,16 +194,19 @@ def pairs_over_all(
 def pairs_within(
     first: Array, clicked: Array, group: Array, groups: int, weight: Array | None = None
 ) -> Array:
-    """[G] of impressions in sorted order: as `pairs_over_all`, of pairs whose impressions are both of the group."""
+    """[G] of impressions in sorted order: as `pairs_over_all`, of pairs whose impressions are both
+    of the group."""
     out = np.zeros(groups, _kind(weight))
     _count_within(first, clicked, group, weight, _state(groups, len(group), weight), out)
     return out
 
 
 def page_gains(first: Array, clicked: Array, page: Array, counts: Array, k: int) -> Array:
-    """[3, G] NDCG@k, 1 / rank of the first click, and whether a click is among the first k, for impressions in sorted order.
+    """[3, G] NDCG@k, 1 / rank of the first click, and whether a click is among the first k, for
+    impressions in sorted order.
 
-    Each is the mean over all orders of tied impressions; 0 for a page without a click. `counts` [G, 2] as of `label_counts`.
+    Each is the mean over all orders of tied impressions; 0 for a page without a click. `counts` [G,
+    2] as of `label_counts`.
     """
     longest = int(counts.sum(1).max(initial=0))
     k = min(k, longest)
@@ -265,7 +275,8 @@ def _count_over_all(first, clicked, group, weight, positives, out):  # type: ign
 
 @njit(cache=True, nogil=True)
 def _count_within(first, clicked, group, weight, state, out):  # type: ignore[no-untyped-def]
-    """`state` [G, 4]: not clicked below the run, in the run so far not clicked and clicked, the run."""
+    """`state` [G, 4]: not clicked below the run, in the run so far not clicked and clicked, the
+    run."""
     run = 0
     for i in range(len(group)):
         run += first[i]
@@ -285,7 +296,8 @@ def _count_within(first, clicked, group, weight, state, out):  # type: ignore[no
 
 @njit(cache=True, nogil=True)
 def _add_gains(first, clicked, page, discounts, state, out):  # type: ignore[no-untyped-def]
-    """`state` [G, 4]: impressions above the run, in the run so far, clicked of those, the run; from the largest prediction down."""
+    """`state` [G, 4]: impressions above the run, in the run so far, clicked of those, the run; from
+    the largest prediction down."""
     n, run = len(page), 0
     for i in range(n - 1, -1, -1):
         if i == n - 1 or first[i + 1]:

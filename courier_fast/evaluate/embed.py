@@ -1,4 +1,5 @@
-"""`courier-fast embed`: a trained encoder over a dataset or a folder of images, into one file of embeddings."""
+"""`courier-fast embed`: a trained encoder over a dataset or a folder of images, into one file of
+embeddings."""
 
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ Array = npt.NDArray
 class Source(Protocol):
     """The inputs of an encoder, by row.
 
-    `load(rows)` gives inputs [n, ...] and damaged [n] bool, whose inputs mean nothing; `digest` is that of a row's bytes; `fingerprint` changes
-    when the inputs may have.
+    `load(rows)` gives inputs [n, ...] and damaged [n] bool, whose inputs mean nothing; `digest` is
+    that of a row's bytes; `fingerprint` changes when the inputs may have.
     """
 
     ids: Sequence[Any]  # [rows] text
@@ -77,13 +78,16 @@ class DatasetImages:
 
 
 class FolderImages:
-    """The image files of a folder (local or remote) and its subfolders, centre crops; by id, sorted.
+    """The image files of a folder (local or remote) and its subfolders, centre crops; by id,
+    sorted.
 
-    Symbolic links out of the folder are not followed: they are named, and their ids have no image. Of several files for one id the first usable
-    one is taken; files of one name in different folders are an error, as their ids would be the same.
+    Symbolic links out of the folder are not followed: they are named, and their ids have no image.
+    Of several files for one id the first usable one is taken; files of one name in different
+    folders are an error, as their ids would be the same.
 
     Args:
-        id_from: what of a file is its id: its "name" without suffix, the name of its "folder", or its "path" in the folder without suffix.
+        id_from: what of a file is its id: its "name" without suffix, the name of its "folder", or
+            its "path" in the folder without suffix.
     """
 
     def __init__(
@@ -96,10 +100,17 @@ class FolderImages:
             name, paths = next(iter(several.items()))
             if id_from == "name" and len({os.path.dirname(path) for path in paths}) > 1:
                 raise ValueError(
-                    f"images: expected one folder for files of the same name, got {len(paths):,} called {name} ({paths[0]}, {paths[1]}): "
-                    "with --id-from folder their folders' names are the ids, with --id-from path both together"
+                    f"images: expected one folder for files of the same name, got {len(paths):,} "
+                    f"called {name} ({paths[0]}, {paths[1]}): "
+                    "with --id-from folder their folders' names are the ids, with --id-from path "
+                    "both together"
                 )
-            log.warning("images: %d ids have several files (first: %s before %s); one is taken %s", len(several), *paths[:2], ORDER)  # fmt: skip
+            log.warning(
+                "images: %d ids have several files (first: %s before %s); one is taken %s",
+                len(several),
+                *paths[:2],
+                ORDER,
+            )
         for text in files.unreadable:
             log.warning("images: a folder cannot be read: %s", text)
         self.not_followed = sorted([*files.outside.values(), *files.folders])
@@ -108,7 +119,10 @@ class FolderImages:
         if len(self.not_followed) > 5:
             log.warning("and %d more such links", len(self.not_followed) - 5)
         if not files.paths:
-            raise ValueError(f"images: expected a folder with images, got none in {folder}; {files.missing_note([])}")  # fmt: skip
+            raise ValueError(
+                f"images: expected a folder with images, got none in {folder}; "
+                f"{files.missing_note([])}"
+            )
         self.ids: Sequence[Any] = sorted(files.paths | files.outside)
         self.paths: list[Any] = [files.paths.get(i, "") for i in self.ids]
         self.decoder = decoder
@@ -161,12 +175,15 @@ def _size_and_time(path: str | tuple[str, ...]) -> Any:
 
 
 def _read(path: str | tuple[str, ...]) -> Array:
-    """A file's bytes; none where it is gone, unreadable or too large, which is a damaged image. Of several files the first usable one's."""
+    """A file's bytes; none where it is gone, unreadable or too large, which is a damaged image. Of
+    several files the first usable one's."""
     if isinstance(path, tuple):
         from ..data.image_check import check_image
 
         found = (_read(one) for one in path)
-        return next((x for x in found if check_image(x.tobytes()).image is not None), np.zeros(0, np.uint8))  # fmt: skip
+        return next(
+            (x for x in found if check_image(x.tobytes()).image is not None), np.zeros(0, np.uint8)
+        )
     try:
         return np.frombuffer(read_any(path), np.uint8)
     except (OSError, ValueError):
@@ -181,7 +198,7 @@ def _hash(about: Any, *arrays: Array) -> str:
     return digest.hexdigest()
 
 
-# ---- encoding -----------------------------------------------------------------------------------------------------
+# ---- encoding ------------------------------------------------------------------------------------
 
 
 def encode(
@@ -193,10 +210,11 @@ def encode(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[Array, Array, Array]]:
-    """Batches (rows [n], embeddings [n, D] float32 with NaN for damaged images, damaged [n]) of some rows of `source`, in their order.
+    """Batches (rows [n], embeddings [n, D] float32 with NaN for damaged images, damaged [n]) of
+    some rows of `source`, in their order.
 
-    The next batch is decoded while one is encoded. Batches are cut from the start of `rows`, so an interrupted pass that goes on at a multiple
-    of `batch` does the same arithmetic.
+    The next batch is decoded while one is encoded. Batches are cut from the start of `rows`, so an
+    interrupted pass that goes on at a multiple of `batch` does the same arithmetic.
 
     Args:
         dtype: autocast to it; None: as the model is.
@@ -221,7 +239,8 @@ def encode(
                 wrong = ~np.isfinite(found).all(1) & ~damaged
                 if wrong.any():
                     raise RuntimeError(
-                        f"encoder: expected finite embeddings, got NaN or infinity for {source.ids[int(part[wrong.argmax()])]}"
+                        "encoder: expected finite embeddings, got NaN or infinity for "
+                        f"{source.ids[int(part[wrong.argmax()])]}"
                     )
                 found[damaged] = np.nan
                 yield part, found, damaged
@@ -238,7 +257,8 @@ def encode_all(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Array:
-    """Embeddings [rows, D] float32 of everything in `source`, in memory; NaN where an image is missing or damaged. ValueError without any."""
+    """Embeddings [rows, D] float32 of everything in `source`, in memory; NaN where an image is
+    missing or damaged. ValueError without any."""
     table: Array | None = None
     rows = np.flatnonzero(source.present)
     for part, found, _ in encode(model, source, rows, batch=batch, device=device, dtype=dtype):
@@ -250,12 +270,13 @@ def encode_all(
     return table
 
 
-# ---- to a file ----------------------------------------------------------------------------------------------------
+# ---- to a file -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """What `embed_source` wrote; also in the JSON file beside the output (with `item_ids` for .npy)."""
+    """What `embed_source` wrote; also in the JSON file beside the output (with `item_ids` for
+    .npy)."""
 
     path: Path
     rows: int
@@ -279,11 +300,14 @@ def embed_source(
     space: str | None = None,
     encode: Callable[..., Iterator[tuple[Array, Array, Array]]] = encode,
 ) -> EmbedReport:
-    """Writes embeddings of every row of `source` to `out`, and a JSON file of the same name with ".json" added.
+    """Writes embeddings of every row of `source` to `out`, and a JSON file of the same name with
+    ".json" added.
 
-    `out` is .npy ([rows, D] float32 in the source's order) or .parquet (item_id string, embedding fixed_size_list<float32>[D]). Items
-    without an image or with a damaged one have NaN there. Until it is complete the rows lie in `out`.partial; a run that was killed goes on
-    from there, on a CPU to the same bits. If the encoder, the inputs or a setting is another, it says so and starts over.
+    `out` is .npy ([rows, D] float32 in the source's order) or .parquet (item_id string, embedding
+    fixed_size_list<float32>[D]). Items without an image or with a damaged one have NaN there. Until
+    it is complete the rows lie in `out`.partial; a run that was killed goes on from there, on a CPU
+    to the same bits. If the encoder, the inputs or a setting is another, it says so and starts
+    over.
 
     Args:
         encoder: a module with `dim`; with images also `size`, `mean` and `std`.
@@ -310,10 +334,15 @@ def embed_source(
         "encoder": _encoder_fingerprint(encoder),
         "input": source.fingerprint(),
         "settings": {
-            "rows": size, "dim": dim, "batch": batch, "device": torch.device(device).type, "dtype": str(dtype),
-            "decoder": type(getattr(source, "decoder", None)).__name__, "torch": torch.__version__,
+            "rows": size,
+            "dim": dim,
+            "batch": batch,
+            "device": torch.device(device).type,
+            "dtype": str(dtype),
+            "decoder": type(getattr(source, "decoder", None)).__name__,
+            "torch": torch.__version__,
         },
-    }  # fmt: skip
+    }
     work = _Partial(out, about, source, dim)
     encoder.to(device)
     rows, resumed = np.flatnonzero(source.present), work.done
@@ -334,9 +363,14 @@ def embed_source(
         work.save()
     names = source.ids
     report = EmbedReport(
-        out, size, dim, [str(names[i]) for i in np.flatnonzero(~source.present).tolist()],
-        [str(names[i]) for i in sorted(work.damaged)], resumed, time.monotonic() - began,
-    )  # fmt: skip
+        out,
+        size,
+        dim,
+        [str(names[i]) for i in np.flatnonzero(~source.present).tolist()],
+        [str(names[i]) for i in sorted(work.damaged)],
+        resumed,
+        time.monotonic() - began,
+    )
     beside = {"rows": size, "dim": dim, "missing": report.missing, "damaged": report.damaged}
     beside |= {"space": space, "trained_until": getattr(encoder, "about", {}).get("trained_until")}
     beside["not_followed"] = getattr(source, "not_followed", [])
@@ -351,17 +385,22 @@ def embed_source(
 
 
 def check_embeddings_out(out: Path, inputs: Iterable[object] = ()) -> None:
-    """ValueError or OSError where embeddings cannot be written to a file, or something else than earlier ones would be written over."""
+    """ValueError or OSError where embeddings cannot be written to a file, or something else than
+    earlier ones would be written over."""
     check_file(out, "out", inputs=inputs)
     beside = out.with_name(f"{out.name}.json")
     for left in (beside, *(out.with_name(f"{out.name}.{e}") for e in ("partial", "progress"))):
         check_file(left, "out", inputs=inputs)
     if out.is_file() and not beside.is_file():
-        raise ValueError(f"out: expected a new file or earlier embeddings, got {out}, which has no {beside.name} beside it: `embed` has not written it")  # fmt: skip
+        raise ValueError(
+            f"out: expected a new file or earlier embeddings, got {out}, which has no "
+            f"{beside.name} beside it: `embed` has not written it"
+        )
 
 
 class _Partial:
-    """The embeddings of an unfinished `out`, and which of them are there: from an earlier run, or none."""
+    """The embeddings of an unfinished `out`, and which of them are there: from an earlier run, or
+    none."""
 
     def __init__(self, out: Path, about: dict[str, Any], source: Source, dim: int) -> None:
         self.path, self.progress = (
@@ -417,7 +456,8 @@ def _encoder_fingerprint(encoder: nn.Module) -> str:
 
 
 def _resume(partial: Path, progress: Path, about: dict[str, Any]) -> tuple[int, set[int]]:
-    """Rows done by an earlier run with the same encoder, inputs and settings, and those of them that are damaged."""
+    """Rows done by an earlier run with the same encoder, inputs and settings, and those of them
+    that are damaged."""
     if not (partial.is_file() and progress.is_file()):
         return 0, set()
     try:
@@ -467,14 +507,19 @@ def _write_parquet(path: Path, ids: Sequence[Any], table: Array, rows: int = 1 <
             writer.write_table(pa.table(columns, schema=schema))
 
 
-# ---- the command --------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """How images are decoded and encoded: shared with `evaluate`."""
     parser.add_argument("--batch", type=int, default=256, help="images encoded at once")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 autocast on a GPU")  # fmt: skip
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="auto: bfloat16 autocast on a GPU",
+    )
     parser.add_argument("--decoder", choices=KINDS, default="auto")
     parser.add_argument("--threads", type=int, default=0, help="decoding threads; 0: all cores")
 
@@ -490,7 +535,8 @@ def device_of(args: argparse.Namespace) -> tuple[torch.device, torch.dtype | Non
 
 
 def run_source(encoder: Any, run: Path, dataset: Dataset, args: argparse.Namespace) -> Source:
-    """What the encoder of a run takes: the dataset's images, or the features that a projection was trained on."""
+    """What the encoder of a run takes: the dataset's images, or the features that a projection was
+    trained on."""
     device, _ = device_of(args)
     if encoder.about["backbone"] is not None:
         return DatasetImages(dataset, make_decoder_for(encoder, device, args))
@@ -506,21 +552,56 @@ def run_source(encoder: Any, run: Path, dataset: Dataset, args: argparse.Namespa
 def make_decoder_for(encoder: Any, device: torch.device, args: argparse.Namespace) -> Decoder:
     """The decoder that `args` ask for, with the encoder's size and normalisation."""
     return make_decoder(
-        args.decoder, encoder.size, device=device, threads=args.threads, mean=encoder.mean, std=encoder.std
-    )  # fmt: skip
+        args.decoder,
+        encoder.size,
+        device=device,
+        threads=args.threads,
+        mean=encoder.mean,
+        std=encoder.std,
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=local_path, required=True, help="folder of a training run")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--dataset", type=location, help="folder written by `courier-fast prepare`")
-    what.add_argument("--images", type=location, help="any folder of images; ids are the files' names without suffix")  # fmt: skip
-    parser.add_argument("--id-from", choices=("name", "folder", "path"), default="name", help="of --images: ids are names without suffix, names of the files' folders, or paths without suffix")  # fmt: skip
-    parser.add_argument("--out", type=local_path, required=True, help="embeddings.npy, embeddings.parquet, or a folder that can grow")  # fmt: skip
-    parser.add_argument("--only-new", action="store_true", help="into a folder that is there: items that it lacks, and those with another image")  # fmt: skip
-    parser.add_argument("--since", metavar="DATE", help="with --only-new: looks at items first seen since then only")  # fmt: skip
-    parser.add_argument("--remove-missing", action="store_true", help="with --only-new: items of the folder that have no image any more are marked as gone")  # fmt: skip
-    parser.add_argument("--compact", action="store_true", help="of a folder: afterwards all parts become one, without old rows and items that are gone")  # fmt: skip
+    what.add_argument(
+        "--images",
+        type=location,
+        help="any folder of images; ids are the files' names without suffix",
+    )
+    parser.add_argument(
+        "--id-from",
+        choices=("name", "folder", "path"),
+        default="name",
+        help="of --images: ids are names without suffix, names of the files' folders, or paths "
+        "without suffix",
+    )
+    parser.add_argument(
+        "--out",
+        type=local_path,
+        required=True,
+        help="embeddings.npy, embeddings.parquet, or a folder that can grow",
+    )
+    parser.add_argument(
+        "--only-new",
+        action="store_true",
+        help="into a folder that is there: items that it lacks, and those with another image",
+    )
+    parser.add_argument(
+        "--since", metavar="DATE", help="with --only-new: looks at items first seen since then only"
+    )
+    parser.add_argument(
+        "--remove-missing",
+        action="store_true",
+        help="with --only-new: items of the folder that have no image any more are marked as gone",
+    )
+    parser.add_argument(
+        "--compact",
+        action="store_true",
+        help="of a folder: afterwards all parts become one, without old rows and items that are "
+        "gone",
+    )
     add_engine_arguments(parser)
     add_device_arguments(parser)
 
@@ -546,7 +627,11 @@ def _run(args: argparse.Namespace, how: dict[str, Any]) -> int:
     from ..serve.contract import contract_of_run
     from ..train.encoder import load_encoder
 
-    inputs = [args.images, args.dataset, *(args.run / n for n in ("config.toml", "encoder.json", "encoder.safetensors"))]  # fmt: skip
+    inputs = [
+        args.images,
+        args.dataset,
+        *(args.run / n for n in ("config.toml", "encoder.json", "encoder.safetensors")),
+    ]
     if args.out.suffix and not args.out.is_dir():  # before the work
         check_embeddings_out(args.out, [*inputs, _features_of(args.run)])
     device, dtype = device_of(args)
@@ -555,7 +640,10 @@ def _run(args: argparse.Namespace, how: dict[str, Any]) -> int:
     source: Source
     of_features = encoder.about["backbone"] is None
     if of_features and (unused := {"decoder", "threads"} & set(getattr(args, "given", ()))):
-        raise ValueError(f"--{min(unused)}: has no effect with an encoder of features (--run {args.run}): no image is decoded")  # fmt: skip
+        raise ValueError(
+            f"--{min(unused)}: has no effect with an encoder of features (--run {args.run}): no "
+            "image is decoded"
+        )
     if args.dataset is not None:
         source = run_source(encoder, args.run, Dataset(args.dataset), args)
     elif of_features:
@@ -568,11 +656,16 @@ def _run(args: argparse.Namespace, how: dict[str, Any]) -> int:
     if not args.out.suffix or args.out.is_dir():
         return _run_folder(args, encoder, source, how | {"space": space})
     if args.only_new or args.since or args.compact or args.remove_missing:
-        raise ValueError(f"only_new, since, remove_missing, compact: expected a folder as --out with them, got {args.out}")  # fmt: skip
+        raise ValueError(
+            "only_new, since, remove_missing, compact: expected a folder as --out with them, got "
+            f"{args.out}"
+        )
     report = embed_source(encoder, source, args.out, space=space, **how)
     print(
-        f"{report.path}: {report.rows:,} embeddings of {report.dim} dimensions in {report.seconds:.1f} s"
-        f" ({report.resumed:,} from an interrupted run); {len(report.missing):,} items without an image and"
+        f"{report.path}: {report.rows:,} embeddings of {report.dim} dimensions in "
+        f"{report.seconds:.1f} s"
+        f" ({report.resumed:,} from an interrupted run); {len(report.missing):,} items without an "
+        "image and"
         f" {len(report.damaged):,} with a damaged one are NaN and listed in {report.path.name}.json"
     )
     return 0
@@ -583,10 +676,15 @@ def _run_folder(args: argparse.Namespace, encoder: Any, source: Source, how: dic
 
     rows = None
     if args.remove_missing and (args.since or not args.only_new):
-        raise ValueError("remove_missing: expected --only-new with it, and no --since: it looks at all items")  # fmt: skip
+        raise ValueError(
+            "remove_missing: expected --only-new with it, and no --since: it looks at all items"
+        )
     if args.since:
         if args.dataset is None or not args.only_new:
-            raise ValueError("since: expected --dataset, which knows when items were first seen, and --only-new with it")  # fmt: skip
+            raise ValueError(
+                "since: expected --dataset, which knows when items were first seen, and --only-new "
+                "with it"
+            )
         rows = rows_since(Dataset(args.dataset).item_first_seen, args.since)
     store, report = embed_new(
         encoder,
@@ -601,7 +699,12 @@ def _run_folder(args: argparse.Namespace, encoder: Any, source: Source, how: dic
     if args.compact:
         store = store.compact()
     new, name = (0, "nothing new") if report is None else (report.rows, last)
-    print(f"{args.out}: {new:,} embeddings of {store.dim} dimensions more ({name}), {store.rows:,} rows in all; space {store.space[:19]}")  # fmt: skip
+    print(
+        f"{args.out}: {new:,} embeddings of {store.dim} dimensions more ({name}), {store.rows:,} "
+        f"rows in all; space {store.space[:19]}"
+    )
     if report is not None and report.damaged:
-        print(f"{len(report.damaged):,} with a damaged image are NaN: {', '.join(report.damaged[:5])}")  # fmt: skip
+        print(
+            f"{len(report.damaged):,} with a damaged image are NaN: {', '.join(report.damaged[:5])}"
+        )
     return 0

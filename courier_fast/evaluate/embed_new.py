@@ -1,4 +1,5 @@
-"""`courier-fast embed` into a folder: what is not in it yet, or was made from another image, as one more part."""
+"""`courier-fast embed` into a folder: what is not in it yet, or was made from another image, as one
+more part."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def embed_new(
     remove_missing: bool = False,
     **how: Any,
 ) -> tuple[EmbeddingStore, EmbedReport | None]:
-    """Appends embeddings of the rows whose item is not in the folder, or has another image there; None where there are none.
+    """Appends embeddings of the rows whose item is not in the folder, or has another image there;
+    None where there are none.
 
     What is there stays as it is. A run that was killed goes on where it was.
 
@@ -56,7 +58,8 @@ def embed_new(
         space: identity of the encoder, that of the folder.
         rows: of the source that are looked at; None: all with an image.
         only_new: the folder may be there already.
-        remove_missing: items of the folder that the source lacks, or has no image of, are marked as gone.
+        remove_missing: items of the folder that the source lacks, or has no image of, are marked as
+            gone.
         how: further arguments of `embed_source`.
 
     Raises:
@@ -66,7 +69,10 @@ def embed_new(
     if (folder / NAME).is_file():
         store = EmbeddingStore.open(folder)
         if not only_new and store.parts:
-            raise ValueError(f"out: {folder} has {store.rows:,} embeddings already; --only-new appends what it lacks")  # fmt: skip
+            raise ValueError(
+                f"out: {folder} has {store.rows:,} embeddings already; --only-new appends what it "
+                "lacks"
+            )
         store.require(space)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"out: expected a folder of embeddings or none, got {folder}")

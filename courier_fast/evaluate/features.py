@@ -1,4 +1,5 @@
-"""Three forms in which a click-through-rate model can take a frozen embedding; pure functions, for this package's models or any other.
+"""Three forms in which a click-through-rate model can take a frozen embedding; pure functions, for
+this package's models or any other.
 
 | form | function | gives |
 | --- | --- | --- |
@@ -6,8 +7,8 @@
 | similarity | `similarity_features` | numbers per impression: the candidate against the history |
 | cluster | `cluster_features`, `same_cluster` | cluster numbers per item, for embeddings of their own; their agreement with the history per impression |
 
-A row of the table that is not finite is an item without an embedding: vector 0, cluster -1, left out of histories; as a candidate, all its
-similarities are 0, and so is the column "count".
+A row of the table that is not finite is an item without an embedding: vector 0, cluster -1, left
+out of histories; as a candidate, all its similarities are 0, and so is the column "count".
 """
 
 from __future__ import annotations
@@ -28,9 +29,14 @@ Array = npt.NDArray
 FORMS = ("none", "vector", "similarity", "cluster", "all")
 BINS = 20
 SIMILARITY = (
-    "max", "mean", "mean_top3", "mean_recent", "reconstruction", "count",
+    "max",
+    "mean",
+    "mean_top3",
+    "mean_recent",
+    "reconstruction",
+    "count",
     *(f"histogram_{i:02}" for i in range(BINS)),
-)  # fmt: skip
+)
 CLUSTERS = (256, 4096)
 DECAY = 0.8  # of a history item's weight in "mean_recent" against the next newer one's
 
@@ -41,9 +47,11 @@ def check_form(form: str) -> None:
 
 
 def vector_features(embeddings: Array, known: Array | None = None) -> Array:
-    """[items, D] float32: the embeddings minus their mean, divided by one number, so that an entry's mean square is 1.
+    """[items, D] float32: the embeddings minus their mean, divided by one number, so that an
+    entry's mean square is 1.
 
-    Directions and relative lengths stay; a linear layer of the usual initialisation gets inputs of the usual size.
+    Directions and relative lengths stay; a linear layer of the usual initialisation gets inputs of
+    the usual size.
 
     Args:
         embeddings: [items, D].
@@ -55,8 +63,11 @@ def vector_features(embeddings: Array, known: Array | None = None) -> Array:
     return (centred / (scale if scale > 0 else 1)).astype(np.float32)
 
 
-def similarity_features(embeddings: Array, impressions: Impressions, *, block: int = 1 << 23) -> Array:  # fmt: skip
-    """[n, 26] float32, in the columns `SIMILARITY`, from the cosines c_k of an impression's item E to its H history items C_k.
+def similarity_features(
+    embeddings: Array, impressions: Impressions, *, block: int = 1 << 23
+) -> Array:
+    """[n, 26] float32, in the columns `SIMILARITY`, from the cosines c_k of an impression's item E
+    to its H history items C_k.
 
         max, mean, mean_top3:  of c_k (of fewer than three: their mean)
         mean_recent:           weighted by 0.8^(history items that are newer)
@@ -92,7 +103,9 @@ def _known(embeddings: Array, known: Array | None) -> tuple[Array, Array]:
         raise ValueError(f"embeddings: expected [items, D], got {list(embeddings.shape)}")
     have = np.isfinite(embeddings).all(1)
     if known is not None and known.shape != have.shape:
-        raise ValueError(f"known: expected [{len(have)}] (a flag per item), got {list(known.shape)}")  # fmt: skip
+        raise ValueError(
+            f"known: expected [{len(have)}] (a flag per item), got {list(known.shape)}"
+        )
     rows = embeddings[have if known is None else have & known]
     if not len(rows):
         raise ValueError("embeddings: expected at least one finite row of a known item, got none")
@@ -102,7 +115,8 @@ def _known(embeddings: Array, known: Array | None) -> tuple[Array, Array]:
 def _blocks(
     impressions: Impressions, rows: int
 ) -> Iterator[tuple[slice, Array, Array, Array, Array]]:
-    """Blocks of pages as padded matrices: the block's impressions, which entries are items [b, P] and history [b, H], and those items."""
+    """Blocks of pages as padded matrices: the block's impressions, which entries are items [b, P]
+    and history [b, H], and those items."""
     d, x = impressions.dataset, impressions
     sizes = np.diff(x.offsets)
     step = max(1, rows // max(1, int(sizes.max()) + x.history))
@@ -116,13 +130,15 @@ def _blocks(
 
 
 def _padded(start: Array, end: Array) -> tuple[Array, Array]:
-    """Which entries of a matrix whose rows are the ranges [start, end) are real, and the entries; at least one column."""
+    """Which entries of a matrix whose rows are the ranges [start, end) are real, and the entries;
+    at least one column."""
     step = np.arange(max(1, int((end - start).max())))
     return step < (end - start)[:, None], start[:, None] + step
 
 
 def _similarities(cosine: Tensor, gram: Tensor, known: Tensor) -> Tensor:
-    """[b, P, 26] of cosines [b, P, H], those among the history [b, H, H], and which of it is known [b, H]."""
+    """[b, P, 26] of cosines [b, P, H], those among the history [b, H, H], and which of it is known
+    [b, H]."""
     mask = known[:, None].expand_as(cosine)
     count = known.sum(1)[:, None, None].float()
     least = count.clamp_min(1)
@@ -155,11 +171,13 @@ def cluster_features(
     clusters: Sequence[int] = CLUSTERS,
     seed: int = 0,
 ) -> Array:
-    """[items, len(clusters)] int32: the item's k-means cluster by cosine for each number of clusters, -1 without an embedding.
+    """[items, len(clusters)] int32: the item's k-means cluster by cosine for each number of
+    clusters, -1 without an embedding.
 
     Args:
         embeddings: [items, D].
-        known: [items] bool, the items whose embeddings are clustered; the others get the nearest centroid. None: all.
+        known: [items] bool, the items whose embeddings are clustered; the others get the nearest
+            centroid. None: all.
         clusters: numbers of clusters, each at most the number of known items (else that many).
         seed: of the centroids; same seed, same clusters.
     """
@@ -172,19 +190,26 @@ def cluster_features(
 
 
 def centroids_of(embeddings: Array, known: Array | None, clusters: int, seed: int = 0) -> Array:
-    """[clusters, D] float32: k-means centroids by cosine of the rows of `known` (None: all); fewer where there are fewer rows."""
+    """[clusters, D] float32: k-means centroids by cosine of the rows of `known` (None: all); fewer
+    where there are fewer rows."""
     import faiss
 
     rows = _unit(_known(embeddings, known)[1])
     means = faiss.Kmeans(
-        rows.shape[1], min(clusters, len(rows)), niter=20, spherical=True, seed=seed, min_points_per_centroid=1
-    )  # fmt: skip
+        rows.shape[1],
+        min(clusters, len(rows)),
+        niter=20,
+        spherical=True,
+        seed=seed,
+        min_points_per_centroid=1,
+    )
     means.train(rows)
     return np.asarray(means.centroids)
 
 
 def nearest_centroid(embeddings: Array, centroids: Array) -> Array:
-    """[items] int32: the number of the nearest of the centroids [k, D] by cosine, -1 without an embedding."""
+    """[items] int32: the number of the nearest of the centroids [k, D] by cosine, -1 without an
+    embedding."""
     import faiss
 
     have, _ = _known(embeddings, None)
@@ -201,7 +226,8 @@ def _unit(rows: Array) -> Array:
 
 
 def same_cluster(clusters: Array, impressions: Impressions) -> Array:
-    """[n, len(clusters)] float32: log(1 + history items in the item's cluster), for `cluster_features`' [items, len(clusters)]."""
+    """[n, len(clusters)] float32: log(1 + history items in the item's cluster), for
+    `cluster_features`' [items, len(clusters)]."""
     out = np.zeros((len(impressions), clusters.shape[1]), np.float32)
     for rows, shown, past, items, history in _blocks(impressions, 1 << 18):
         for column in range(clusters.shape[1]):

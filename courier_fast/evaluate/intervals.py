@@ -1,15 +1,18 @@
-"""Several predictions of the same clicks: metrics, differences to a base, and intervals that take users, not impressions, as independent.
+"""Several predictions of the same clicks: metrics, differences to a base, and intervals that take
+users, not impressions, as independent.
 
-A metric's influence h_u says how far user u alone moves it. Then var(metric) = U/(U-1) sum_u h_u^2 over U users, and
-var(metric of a - metric of b) = U/(U-1) sum_u (h_u^a - h_u^b)^2: what a bootstrap over users comes to, in closed form. For a mean over
-groups g with weights w_g, which GAUC, logloss and the metrics of pages are, h_u = sum_{g of u} w_g (value_g - mean) / sum_g w_g. For AUC
-(Obuchowski's DeLong for clusters), with n1 impressions clicked and n0 not, and V_i the share of the other label's impressions that i is
-on the right side of, ties one half,
+A metric's influence h_u says how far user u alone moves it. Then var(metric) = U/(U-1) sum_u h_u^2
+over U users, and var(metric of a - metric of b) = U/(U-1) sum_u (h_u^a - h_u^b)^2: what a bootstrap
+over users comes to, in closed form. For a mean over groups g with weights w_g, which GAUC, logloss
+and the metrics of pages are, h_u = sum_{g of u} w_g (value_g - mean) / sum_g w_g. For AUC
+(Obuchowski's DeLong for clusters), with n1 impressions clicked and n0 not, and V_i the share of the
+other label's impressions that i is on the right side of, ties one half,
 
     h_u = sum_{i of u, clicked} (V_i - AUC) / n1  +  sum_{j of u, not clicked} (V_j - AUC) / n0.
 
-An impression of weight w counts as w of them in every sum, share and number above. That other impressions were left out at random is in
-these variances, too, as long as that was done for each user apart.
+An impression of weight w counts as w of them in every sum, share and number above. That other
+impressions were left out at random is in these variances, too, as long as that was done for each
+user apart.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ WEIGHTINGS = ("impressions", "clicks", "users")
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric minus that of the base, paired by user. `p`: two-sided, by Student's t; `holm`: `p` adjusted for the other predictions (Holm 1979)."""
+    """A metric minus that of the base, paired by user. `p`: two-sided, by Student's t; `holm`: `p`
+    adjusted for the other predictions (Holm 1979)."""
 
     value: float
     low: float
@@ -51,7 +55,8 @@ class Difference:
 
     @property
     def detectable(self) -> float:
-        """The smallest true difference that these users show four times out of five, at the two-sided level of 5 %: 2.8 standard errors."""
+        """The smallest true difference that these users show four times out of five, at the
+        two-sided level of 5 %: 2.8 standard errors."""
         return 2.8 * self.se
 
 
@@ -59,8 +64,8 @@ class Difference:
 class Estimate:
     """A metric with its interval.
 
-    `kept` groups are in it, `dropped` have no value: users, pages or impressions, as `name` says. `users` are independent in the interval,
-    which is NaN for fewer than 2.
+    `kept` groups are in it, `dropped` have no value: users, pages or impressions, as `name` says.
+    `users` are independent in the interval, which is NaN for fewer than 2.
     """
 
     name: str
@@ -78,8 +83,9 @@ class Estimate:
 class Comparison:
     """What one of the predictions is worth.
 
-    `metrics` by name: "auc", "gauc[impressions]", "gauc[clicks]", "gauc[users]", "logloss"; with pages also "gauc[impressions, page]",
-    "ndcg@10", "mrr", "hr@10". `normalised_entropy`: logloss over that of the share of clicks as constant prediction. `rela_impr`: see
+    `metrics` by name: "auc", "gauc[impressions]", "gauc[clicks]", "gauc[users]", "logloss"; with
+    pages also "gauc[impressions, page]", "ndcg@10", "mrr", "hr@10". `normalised_entropy`: logloss
+    over that of the share of clicks as constant prediction. `rela_impr`: see
     `relative_improvement`; None for the base and without one.
     """
 
@@ -114,22 +120,26 @@ def compare(
     bins: int = 15,
     level: float = 0.95,
 ) -> dict[str, Comparison]:
-    """Every metric of every one of `predictions`, with intervals, and with the differences to the one named `base`.
+    """Every metric of every one of `predictions`, with intervals, and with the differences to the
+    one named `base`.
 
-    O(n log n) time for each; memory O(n + users + pages). The predictions that are not the base are one table for Holm, metric by metric.
+    O(n log n) time for each; memory O(n + users + pages). The predictions that are not the base are
+    one table for Holm, metric by metric.
 
     Args:
         clicked: [n] bool or 0 and 1, both of them.
         predictions: by name [n] probabilities; float32 is sorted several times as fast as float64.
         user: [n] integers or strings, at least 2 different ones.
         page: [n] integers or strings; a page is of one user.
-        weight: [n] how many impressions each stands for, finite and above 0; NDCG, MRR and HR take none.
+        weight: [n] how many impressions each stands for, finite and above 0; NDCG, MRR and HR take
+            none.
         k: of ndcg@k and hr@k.
         bins: of the calibration.
         level: of the intervals, between 0 and 1.
 
     Raises:
-        ValueError: for other lengths, labels or numbers than these, NaN, one label only, or a base that is not among the predictions.
+        ValueError: for other lengths, labels or numbers than these, NaN, one label only, or a base
+            that is not among the predictions.
     """
     if not predictions:
         raise ValueError("predictions: expected at least one, got none")
@@ -177,7 +187,8 @@ def holm(p: Array) -> Array:
 
 
 def group_auc(pairs: Array, counted: Array, weighting: str) -> tuple[Array, Array]:
-    """(AUC [G], weight [G]) from pairs in the right order, doubled, and labels [G, 2]; both 0 for a group with one label only."""
+    """(AUC [G], weight [G]) from pairs in the right order, doubled, and labels [G, 2]; both 0 for a
+    group with one label only."""
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     product = counted[:, 0] * counted[:, 1]
@@ -189,7 +200,7 @@ def group_auc(pairs: Array, counted: Array, weighting: str) -> tuple[Array, Arra
     return auc, np.where(both, weight, 0).astype(np.float64)
 
 
-# ---- statistics ---------------------------------------------------------------------------------------------------
+# ---- statistics ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -206,7 +217,8 @@ class _Statistic:
         return math.sqrt(self.users / (self.users - 1) * float(np.square(influence).sum()))
 
     def estimate(self, name: str, level: float, base: _Statistic | None) -> Estimate:
-        """With Student's t of one degree less than there are users: their variance is an estimate, too."""
+        """With Student's t of one degree less than there are users: their variance is an estimate,
+        too."""
         se, freedom = self.se(self.influence), max(self.users - 1, 1)
         z = float(stdtrit(freedom, (1 + level) / 2))
         low, high = self.value - z * se, self.value + z * se
@@ -219,7 +231,8 @@ class _Statistic:
 
 
 def _mean(value: Array, weight: Array, owner: Array | None = None, users: int = 0) -> _Statistic:
-    """The mean of `value` [G] by `weight` [G]; groups of weight 0 are dropped. `owner` [G]: the user of each; None: they are the users."""
+    """The mean of `value` [G] by `weight` [G]; groups of weight 0 are dropped. `owner` [G]: the
+    user of each; None: they are the users."""
     total = weight.sum()
     if not total:
         return _Statistic(math.nan, np.full(users or len(value), math.nan), 0, 0, len(value))
@@ -259,8 +272,13 @@ class _Design:
 
     @classmethod
     def of(
-        cls, clicked: npt.ArrayLike, user: npt.ArrayLike, page: npt.ArrayLike | None, weight: npt.ArrayLike | None, k: int
-    ) -> _Design:  # fmt: skip
+        cls,
+        clicked: npt.ArrayLike,
+        user: npt.ArrayLike,
+        page: npt.ArrayLike | None,
+        weight: npt.ArrayLike | None,
+        k: int,
+    ) -> _Design:
         check_k(k)
         y = check_clicked(clicked)
         n = len(y)

@@ -1,14 +1,18 @@
-"""Metrics of predicted clicks, and ranks of a clicked item among its candidates. Nothing depends on the order of ties.
+"""Metrics of predicted clicks, and ranks of a clicked item among its candidates. Nothing depends on
+the order of ties.
 
-Predictions of clicks, for impressions [n]: AUC, GAUC, logloss, calibration, and by page NDCG@k, MRR and HR@k; `compare` has all of
-them, with intervals. The metrics of pages are means over all orders of tied impressions.
+Predictions of clicks, for impressions [n]: AUC, GAUC, logloss, calibration, and by page NDCG@k, MRR
+and HR@k; `compare` has all of them, with intervals. The metrics of pages are means over all orders
+of tied impressions.
 
-Weights [n], finite and above 0, say how many impressions each stands for, as where pages were cut (`Dataset.pv_weight`): the metrics are
-then estimates of those of all. NDCG, MRR and HR take none: they are of the impressions that are there.
+Weights [n], finite and above 0, say how many impressions each stands for, as where pages were cut
+(`Dataset.pv_weight`): the metrics are then estimates of those of all. NDCG, MRR and HR take none:
+they are of the impressions that are there.
 
-Ranks. A target is one clicked item; its rank statistics are expectations over random orders of tied candidates, so a constant score gets
-exactly what chance gets. A page's value is the mean over its targets, a result is the mean over pages, and an interval comes from drawing
-users, with all their pages, with replacement: pages of one user are not independent.
+Ranks. A target is one clicked item; its rank statistics are expectations over random orders of tied
+candidates, so a constant score gets exactly what chance gets. A page's value is the mean over its
+targets, a result is the mean over pages, and an interval comes from drawing users, with all their
+pages, with replacement: pages of one user are not independent.
 """
 
 from __future__ import annotations
@@ -77,7 +81,7 @@ __all__ = [
 Array = npt.NDArray
 
 
-# ---- predictions of clicks ----------------------------------------------------------------------------------------
+# ---- predictions of clicks -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ class GroupMean:
 def auc(
     clicked: npt.ArrayLike, predictions: npt.ArrayLike, *, weight: npt.ArrayLike | None = None
 ) -> float:
-    """Probability that a clicked impression is predicted above one that was not, a tie counted one half.
+    """Probability that a clicked impression is predicted above one that was not, a tie counted one
+    half.
 
     Args:
         clicked: [n] bool or 0 and 1, both of them.
@@ -111,13 +116,15 @@ def gauc(
     *,
     weight: npt.ArrayLike | None = None,
 ) -> GroupMean:
-    """sum_g w_g AUC_g / sum_g w_g over the groups (users or pages) with both labels; ValueError if there is none.
+    """sum_g w_g AUC_g / sum_g w_g over the groups (users or pages) with both labels; ValueError if
+    there is none.
 
     Args:
         clicked: [n] bool or 0 and 1.
         predictions: [n] scores.
         group: [n] integers or strings, the user or the page of each.
-        weighting: w_g: "impressions" of the group (DIN's and FuxiCTR's), its "clicks", or "users": each group counts once.
+        weighting: w_g: "impressions" of the group (DIN's and FuxiCTR's), its "clicks", or "users":
+            each group counts once.
         weight: [n] how many impressions each stands for.
     """
     y = check_clicked(clicked)
@@ -133,7 +140,9 @@ def gauc(
 def logloss(
     clicked: npt.ArrayLike, predictions: npt.ArrayLike, *, weight: npt.ArrayLike | None = None
 ) -> float:
-    """Mean of -log of the probability of the label, natural, of probabilities [n] clipped to [1e-7, 1 - 1e-7], by `weight` [n]."""
+    """Mean of -log of the probability of the label, natural, of probabilities [n] clipped to [1e-7,
+    1
+    - 1e-7], by `weight` [n]."""
     y = check_clicked(clicked, both=False)
     p = check_predictions(predictions, len(y), probability=True)
     w = check_weight(weight, len(y))
@@ -148,7 +157,8 @@ def logloss(
 def normalised_entropy(
     clicked: npt.ArrayLike, predictions: npt.ArrayLike, *, weight: npt.ArrayLike | None = None
 ) -> float:
-    """Logloss over that of the share of clicks as constant prediction: comparable across sets, 1 for knowing the share alone; by `weight` [n]."""
+    """Logloss over that of the share of clicks as constant prediction: comparable across sets, 1
+    for knowing the share alone; by `weight` [n]."""
     y = check_clicked(clicked)
     w = check_weight(weight, len(y))
     share = clicks_of(y, w) / (len(y) if w is None else w.sum())
@@ -158,7 +168,8 @@ def normalised_entropy(
 def ndcg(
     clicked: npt.ArrayLike, predictions: npt.ArrayLike, page: npt.ArrayLike, k: int = 10
 ) -> GroupMean:
-    """Mean over pages with a click of DCG@k / ideal DCG@k, DCG@k = sum of 1 / log2(1 + rank) over clicked impressions among the first k.
+    """Mean over pages with a click of DCG@k / ideal DCG@k, DCG@k = sum of 1 / log2(1 + rank) over
+    clicked impressions among the first k.
 
     Args:
         clicked: [n] bool or 0 and 1.
@@ -169,7 +180,8 @@ def ndcg(
 
 
 def mrr(clicked: npt.ArrayLike, predictions: npt.ArrayLike, page: npt.ArrayLike) -> GroupMean:
-    """Mean over pages with a click of 1 / rank of the first clicked impression; arguments as of `ndcg`."""
+    """Mean over pages with a click of 1 / rank of the first clicked impression; arguments as of
+    `ndcg`."""
     return _page_mean(1, clicked, predictions, page, 1)
 
 
@@ -199,12 +211,13 @@ def _group_mean(value: Array, weight: Array, what: str) -> GroupMean:
     return GroupMean(float(np.average(value, weights=weight)), kept, len(value) - kept)
 
 
-# ---- ranks of a clicked item --------------------------------------------------------------------------------------
+# ---- ranks of a clicked item ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where each target stands among its `others`: how many score above it and how many tie with it; all [T] int64."""
+    """Where each target stands among its `others`: how many score above it and how many tie with
+    it; all [T] int64."""
 
     above: Array
     tied: Array
@@ -226,20 +239,24 @@ class Ranks:
         return total / (self.tied + 1)
 
     def auc(self) -> Array:
-        """[T] probability that the target scores above another candidate drawn at random, a tie counted one half; NaN without another."""
+        """[T] probability that the target scores above another candidate drawn at random, a tie
+        counted one half; NaN without another."""
         with np.errstate(invalid="ignore"):
             return (self.others - self.above - self.tied / 2) / self.others
 
 
 def count_ranks(scores: Array, offsets: Array) -> Ranks:
-    """Ranks from scores [C] (higher is better) in segments `offsets` [T + 1]; a segment's first score is its target's.
+    """Ranks from scores [C] (higher is better) in segments `offsets` [T + 1]; a segment's first
+    score is its target's.
 
-    NaN is below every number and ties with NaN: an item without an embedding comes last. ValueError for an empty segment.
+    NaN is below every number and ties with NaN: an item without an embedding comes last. ValueError
+    for an empty segment.
     """
     sizes = np.diff(offsets)
     if offsets[0] != 0 or offsets[-1] != len(scores) or (sizes < 1).any():
         raise ValueError(
-            f"offsets: expected segments of at least one score that cover all {len(scores)}, got {offsets}"
+            f"offsets: expected segments of at least one score that cover all {len(scores)}, got "
+            f"{offsets}"
         )
     if not len(sizes):
         return Ranks(*np.zeros((3, 0), np.int64))
@@ -251,7 +268,8 @@ def count_ranks(scores: Array, offsets: Array) -> Ranks:
 
 
 def group_mean(values: Array, group: Array, groups: int) -> Array:
-    """Means [groups, ...] of values [n, ...] by `group` [n] in [0, groups); NaN for a group without a value."""
+    """Means [groups, ...] of values [n, ...] by `group` [n] in [0, groups); NaN for a group without
+    a value."""
     with np.errstate(invalid="ignore"):
         return (_group_sum(values, group, groups).T / np.bincount(group, minlength=groups)).T
 
@@ -263,9 +281,11 @@ def _group_sum(values: Array, group: Array, groups: int) -> Array:
 
 
 def bootstrap_means(values: Array, user: Array, *, samples: int = 1000, seed: int = 0) -> Array:
-    """Means over pages [samples, M] of values [P, M], each of as many users as there are, drawn with replacement with all their pages.
+    """Means over pages [samples, M] of values [P, M], each of as many users as there are, drawn
+    with replacement with all their pages.
 
-    Columns share the draws: the difference of two columns is the bootstrap of their paired difference.
+    Columns share the draws: the difference of two columns is the bootstrap of their paired
+    difference.
 
     Args:
         user: [P] whose page it is; any integers.
@@ -273,7 +293,8 @@ def bootstrap_means(values: Array, user: Array, *, samples: int = 1000, seed: in
     """
     if values.ndim != 2 or user.shape != values.shape[:1] or not len(values):
         raise ValueError(
-            f"expected values [P, M] and user [P] with P at least 1, got {list(values.shape)} and {list(user.shape)}"
+            f"expected values [P, M] and user [P] with P at least 1, got {list(values.shape)} and "
+            f"{list(user.shape)}"
         )
     if samples < 1:
         raise ValueError(f"samples: expected at least 1, got {samples}")
@@ -297,7 +318,8 @@ def interval(samples: Array, level: float = 0.95) -> tuple[Array, Array]:
 
 
 def page_values(ranks: Ranks, page: Array, pages: int, k: Sequence[int]) -> dict[str, Array]:
-    """Each metric's value by page [pages]: "HR@k" for every k, "MRR" and "AUC"; `page` [T] is each target's page in [0, pages)."""
+    """Each metric's value by page [pages]: "HR@k" for every k, "MRR" and "AUC"; `page` [T] is each
+    target's page in [0, pages)."""
     by_target = {f"HR@{n}": ranks.hit(n) for n in k}
     by_target |= {"MRR": ranks.reciprocal(), "AUC": ranks.auc()}
     return {name: group_mean(value, page, pages) for name, value in by_target.items()}

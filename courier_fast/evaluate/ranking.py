@@ -1,4 +1,5 @@
-"""Held-out clicks, the items they compete with, and scores from the similarity of embeddings to the history."""
+"""Held-out clicks, the items they compete with, and scores from the similarity of embeddings to the
+history."""
 
 from __future__ import annotations
 
@@ -26,10 +27,11 @@ SCORES = ("mean", "max", "reconstruction")
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How the score "reconstruction" makes R_j: the settings of the loss, by its names, and the trainer's `unit`.
+    """How the score "reconstruction" makes R_j: the settings of the loss, by its names, and the
+    trainer's `unit`.
 
-    What attention "anchor" trained is ranked by "candidate": the clicked item asks the history itself in both, and a ranking does not know
-    which candidate that is.
+    What attention "anchor" trained is ranked by "candidate": the clicked item asks the history
+    itself in both, and a ranking does not know which candidate that is.
     """
 
     attention: str = "candidate"  # each candidate asks the history; "mean": nobody does
@@ -48,13 +50,15 @@ class Reconstruction:
 
     @classmethod
     def of_run(cls, run: Path) -> Reconstruction:
-        """What the loss of a training run trained, by its config.toml; FileNotFoundError without one, ValueError where it had projections."""
+        """What the loss of a training run trained, by its config.toml; FileNotFoundError without
+        one, ValueError where it had projections."""
         from ..train.config import Config
 
         loss = Config.load(run / "config.toml").loss
         if loss.projections != "none":
             raise ValueError(
-                f"score reconstruction: expected a run with loss.projections none, as they are not exported, got {loss.projections} in {run}"
+                "score reconstruction: expected a run with loss.projections none, as they are not "
+                f"exported, got {loss.projections} in {run}"
             )
         trained = loss.reconstruction
         if trained["attention"] == "anchor":  # the same where the clicked item is not known
@@ -73,7 +77,8 @@ class Reconstruction:
 
 
 def check_score(score: str, reconstruction: Reconstruction | None) -> Reconstruction | None:
-    """The settings of the score "reconstruction", None for another; raises ValueError or TypeError if they do not go together."""
+    """The settings of the score "reconstruction", None for another; raises ValueError or TypeError
+    if they do not go together."""
     if score not in SCORES:
         raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
     if reconstruction is None:
@@ -91,7 +96,8 @@ def check_score(score: str, reconstruction: Reconstruction | None) -> Reconstruc
 class Targets:
     """The clicked items of a split's pages that have a history: T targets, by page.
 
-    `history_start` to `history_end` are rows of the dataset's events: the most recent ones before the page.
+    `history_start` to `history_end` are rows of the dataset's events: the most recent ones before
+    the page.
     """
 
     item: Array  # [T]
@@ -110,7 +116,8 @@ class Targets:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The items that each target is ranked among: `items` [C] in segments `offsets` [T + 1], the target first."""
+    """The items that each target is ranked among: `items` [C] in segments `offsets` [T + 1], the
+    target first."""
 
     targets: Targets
     items: Array
@@ -120,7 +127,8 @@ class Candidates:
 def find_targets(dataset: Dataset, split: str = "test", history: int = 20) -> Targets:
     """The split's held-out clicks with the `history` most recent events before their page.
 
-    An item clicked twice on a page is one target. ValueError for an unknown split, one without pages, or one without a click after a history.
+    An item clicked twice on a page is one target. ValueError for an unknown split, one without
+    pages, or one without a click after a history.
     """
     if history < 1:
         raise ValueError(f"history: expected at least 1, got {history}")
@@ -169,13 +177,28 @@ def _page_items(item, page, pv_start, pv_end, pv_item, pv_clicked, seen, offsets
 
 @njit(cache=True, nogil=True)
 def _sampled_items(  # type: ignore[no-untyped-def]
-    rng, item, page, history_start, history_end, event_item, pv_start, pv_end, pv_item, pv_clicked,
-    weight, total, others, seen, offsets, out,
-):  # fmt: skip
+    rng,
+    item,
+    page,
+    history_start,
+    history_end,
+    event_item,
+    pv_start,
+    pv_end,
+    pv_item,
+    pv_clicked,
+    weight,
+    total,
+    others,
+    seen,
+    offsets,
+    out,
+):
     """`weight` [items] of each item in a draw and `total`, its running sum.
 
-    Draws are repeated until they are new, which is sampling without replacement one by one. Where nearly all of the weight is taken, the
-    rest comes from exponential keys (Efraimidis and Spirakis 2006), which have the same distribution.
+    Draws are repeated until they are new, which is sampling without replacement one by one. Where
+    nearly all of the weight is taken, the rest comes from exponential keys (Efraimidis and Spirakis
+    2006), which have the same distribution.
     """
     n = 0
     available = np.count_nonzero(weight)
@@ -223,14 +246,22 @@ def _candidates(targets: Targets, items: Array, offsets: Array) -> Candidates:
 
 
 def page_candidates(dataset: Dataset, targets: Targets) -> Candidates:
-    """Each target among the items of its page that were not clicked; targets on pages that show nothing else are left out."""
+    """Each target among the items of its page that were not clicked; targets on pages that show
+    nothing else are left out."""
     d = dataset
     most = int((d.pv_end - d.pv_start)[targets.page].sum())
     offsets, items = np.zeros(len(targets) + 1, np.int64), np.zeros(most, np.int32)
     _page_items(
-        targets.item, targets.page, d.pv_start, d.pv_end, d.pv_item, d.pv_clicked,
-        np.full(d.num_items, -1), offsets, items,
-    )  # fmt: skip
+        targets.item,
+        targets.page,
+        d.pv_start,
+        d.pv_end,
+        d.pv_item,
+        d.pv_clicked,
+        np.full(d.num_items, -1),
+        offsets,
+        items,
+    )
     return _candidates(targets, items, offsets)
 
 
@@ -242,14 +273,16 @@ def sampled_candidates(
     popular: bool = False,
     seed: int = 0,
 ) -> Candidates:
-    """Each target among `count - 1` distinct items that its user had not clicked before the page nor clicked on it, or as many as there are.
+    """Each target among `count - 1` distinct items that its user had not clicked before the page
+    nor clicked on it, or as many as there are.
 
-    The draw depends on the dataset, the targets and the seed alone, so every method ranks the same items. Where the dataset has images, only
-    items with one are drawn.
+    The draw depends on the dataset, the targets and the seed alone, so every method ranks the same
+    items. Where the dataset has images, only items with one are drawn.
 
     Args:
         count: candidates in all, at least 2.
-        popular: draws by clicks on pages of the train split, in place of uniformly; items without such a click are never drawn.
+        popular: draws by clicks on pages of the train split, in place of uniformly; items without
+            such a click are never drawn.
     """
     if count < 2:
         raise ValueError(f"count: expected at least 2 candidates, got {count}")
@@ -259,15 +292,29 @@ def sampled_candidates(
         weight = weight * d.images.present
     if not weight.any():
         raise ValueError(
-            f"candidates: expected items to sample{' with clicks in the train split' if popular else ''}, got none"
+            "candidates: expected items to "
+            f"sample{' with clicks in the train split' if popular else ''}, got none"
         )
     offsets = np.zeros(len(targets) + 1, np.int64)
     items = np.zeros(len(targets) * count, np.int32)
     _sampled_items(
-        np.random.default_rng(seed), targets.item, targets.page, d.history_start, d.history_end, d.event_item,
-        d.pv_start, d.pv_end, d.pv_item, d.pv_clicked, weight, np.cumsum(weight), count - 1,
-        np.full(d.num_items, -1), offsets, items,
-    )  # fmt: skip
+        np.random.default_rng(seed),
+        targets.item,
+        targets.page,
+        d.history_start,
+        d.history_end,
+        d.event_item,
+        d.pv_start,
+        d.pv_end,
+        d.pv_item,
+        d.pv_clicked,
+        weight,
+        np.cumsum(weight),
+        count - 1,
+        np.full(d.num_items, -1),
+        offsets,
+        items,
+    )
     return _candidates(targets, items, offsets)
 
 
@@ -281,21 +328,24 @@ def history_scores(
     device: torch.device | str = "cpu",
     chunk: int = 1 << 20,
 ) -> Array:
-    """Scores [C] float32 of all candidates: the similarity of E_j to the target's history items C_k, both rows of `embeddings`.
+    """Scores [C] float32 of all candidates: the similarity of E_j to the target's history items
+    C_k, both rows of `embeddings`.
 
         mean:            mean_k cos(E_j, C_k)
         max:             max_k cos(E_j, C_k)
         reconstruction:  cos(R_j, E_j),  R_j = sum_k softmax_k(logit_jk) C_k, as in the loss
 
-    logit_jk is attention_scale * E_j . C_k, or cos(E_j, C_k) / attention_temperature, or with attention "mean" 0; with `unit`, E and C have
-    length 1 in all of it.
+    logit_jk is attention_scale * E_j . C_k, or cos(E_j, C_k) / attention_temperature, or with
+    attention "mean" 0; with `unit`, E and C have length 1 in all of it.
 
     Computed in float64 and rounded, so that equal embeddings get equal scores.
 
     Args:
-        embeddings: [items, D]; a row that is not finite is an item without an embedding: left out of histories, and as a candidate NaN, as
-            are all candidates of a target without any embedding in its history.
-        reconstruction: settings of the score of that name; None: those that the loss has by default.
+        embeddings: [items, D]; a row that is not finite is an item without an embedding: left out
+            of histories, and as a candidate NaN, as are all candidates of a target without any
+            embedding in its history.
+        reconstruction: settings of the score of that name; None: those that the loss has by
+            default.
         chunk: numbers in the candidates' embeddings at once, which bounds the memory.
 
     Raises:
@@ -333,14 +383,16 @@ def history_scores(
 
 
 def _padded(start: Array, end: Array) -> tuple[Array, Array]:
-    """The ranges [start, end) as rows of one matrix, and which of its entries are real; the others repeat the first."""
+    """The ranges [start, end) as rows of one matrix, and which of its entries are real; the others
+    repeat the first."""
     step = np.arange((end - start).max())
     real = step < (end - start)[:, None]
     return np.where(real, start[:, None] + step, start[:, None]), real
 
 
 def _similarities(items: Tensor, history: Tensor, known: Tensor, score: str) -> Tensor:
-    """[B, P] of items [B, P, D] to history [B, H, D], where `known` [B, H]; of no meaning without any."""
+    """[B, P] of items [B, P, D] to history [B, H, D], where `known` [B, H]; of no meaning without
+    any."""
     rows, columns = (torch.linalg.vector_norm(x, dim=2).clamp_min(1e-12) for x in (items, history))
     similar = items @ history.mT / rows[:, :, None] / columns[:, None]
     if score == "max":

@@ -1,7 +1,8 @@
-"""`courier-fast sweep`: a grid of training settings, each trained, embedded and evaluated; one table with intervals, and plots.
+"""`courier-fast sweep`: a grid of training settings, each trained, embedded and evaluated; one
+table with intervals, and plots.
 
-A cell of the grid is a run in `runs/`, its items' `embeddings/` and what its evaluation gave for each page in `cells/`: what is there is not
-done again.
+A cell of the grid is a run in `runs/`, its items' `embeddings/` and what its evaluation gave for
+each page in `cells/`: what is there is not done again.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Readable, and another for other settings, also those that are not on an axis; seeds differ in its end alone."""
+        """Readable, and another for other settings, also those that are not on an axis; seeds
+        differ in its end alone."""
         settings = self.config.model_dump(mode="json", exclude={"run": {"out", "progress", "seed"}})
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         parts = [f"{axis.split('.')[1]}-{value}" for axis, value in self.values.items()]
@@ -79,13 +81,17 @@ def grid(path: Path | None, given: dict[str, Any], seeds: int, out: Path) -> lis
         seeds: cells of a combination, with seeds from run.seed on.
 
     Raises:
-        ValueError: a setting or combination that the trainer would refuse, before anything is trained.
+        ValueError: a setting or combination that the trainer would refuse, before anything is
+            trained.
     """
     if seeds < 1:
         raise ValueError(f"--seeds: expected at least 1, got {seeds}")
     for name in ("run.out", "run.seed"):
         if isinstance(given.get(name), list) and (name == "run.out" or len(given[name]) > 1):
-            raise ValueError(f"--{name}: expected {'--out' if name == 'run.out' else '--seeds'} in its place, got {given[name]}")  # fmt: skip
+            raise ValueError(
+                f"--{name}: expected {'--out' if name == 'run.out' else '--seeds'} in its place, "
+                f"got {given[name]}"
+            )
     if len(given.get("data.dataset", [])) > 1:
         raise ValueError(f"--data.dataset: expected one, got {given['data.dataset']}")
     tuples = {n for n in given if isinstance(_default(n), tuple)}
@@ -120,7 +126,8 @@ def _default(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Judge:
-    """How a cell's embeddings are evaluated, the same for all; see `courier_fast.evaluate.baselines.compare`."""
+    """How a cell's embeddings are evaluated, the same for all; see
+    `courier_fast.evaluate.baselines.compare`."""
 
     dataset: Dataset
     split: str
@@ -140,7 +147,15 @@ class Judge:
     @property
     def key(self) -> str:
         """Another for another evaluation."""
-        how = [str(self.dataset.path), self.split, self.count, list(self.k), self.history, self.score, self.seed]  # fmt: skip
+        how = [
+            str(self.dataset.path),
+            self.split,
+            self.count,
+            list(self.k),
+            self.history,
+            self.score,
+            self.seed,
+        ]
         return hashlib.sha256(json.dumps([*how, list(self.candidates)]).encode()).hexdigest()[:8]
 
     @cached_property
@@ -158,17 +173,24 @@ class Judge:
         found: dict[str, Array] = {}
         for name, drawn in self.drawn.items():
             table, _ = page_table(
-                self.dataset, Method("cell", embeddings), drawn, self.k, score=self.score, reconstruction=reconstruction,
-            )  # fmt: skip
+                self.dataset,
+                Method("cell", embeddings),
+                drawn,
+                self.k,
+                score=self.score,
+                reconstruction=reconstruction,
+            )
             found |= {f"{name}/{metric}": value for metric, value in table.items()}
             found[f"{name}/user"] = self.dataset.page_user[np.unique(drawn.targets.page)]
         return found
 
 
 def evaluate_cell(cell: Cell, judge: Judge, out: Path, args: argparse.Namespace) -> Path:
-    """Trains, embeds and evaluates a cell, what of it is not done; gives the file with its values by page.
+    """Trains, embeds and evaluates a cell, what of it is not done; gives the file with its values
+    by page.
 
-    Raises RuntimeError if the training diverges, KeyboardInterrupt if a signal stopped it (the run can go on).
+    Raises RuntimeError if the training diverges, KeyboardInterrupt if a signal stopped it (the run
+    can go on).
     """
     from ..train.encoder import load_encoder
     from ..train.trainer import Trainer
@@ -189,7 +211,11 @@ def evaluate_cell(cell: Cell, judge: Judge, out: Path, args: argparse.Namespace)
     embeddings = encode_all(encoder, source, batch=args.batch, device=device, dtype=dtype)
     values = judge.values(embeddings, run)
     table = out / "embeddings" / f"{cell.name}.npy"
-    about = {"rows": len(embeddings), "dim": embeddings.shape[1], "trained_until": encoder.about["trained_until"]}  # fmt: skip
+    about = {
+        "rows": len(embeddings),
+        "dim": embeddings.shape[1],
+        "trained_until": encoder.about["trained_until"],
+    }
     beside = table.with_name(f"{table.name}.json")
     write_atomically(beside, lambda p: p.write_text(json.dumps(about, indent=1)))
     write_atomically(table, lambda p: _save(p, np.save, embeddings))
@@ -202,9 +228,12 @@ def _save(path: Path, save: Any, what: Any) -> None:
         save(file, what)
 
 
-def summarise(combinations: list[tuple[dict[str, str], list[Path]]], bootstrap: int, seed: int) -> list[dict[str, Any]]:  # fmt: skip
-    """A row for each combination, set and metric: mean over pages and seeds, its 95 % interval over users, and the same of the paired
-    difference from the first combination; `deviation` over the seeds."""
+def summarise(
+    combinations: list[tuple[dict[str, str], list[Path]]], bootstrap: int, seed: int
+) -> list[dict[str, Any]]:
+    """A row for each combination, set and metric: mean over pages and seeds, its 95 % interval over
+    users, and the same of the paired difference from the first combination; `deviation` over the
+    seeds."""
     tables = []
     for _, files in combinations:
         loaded = [dict(np.load(file)) for file in files]
@@ -222,17 +251,25 @@ def summarise(combinations: list[tuple[dict[str, str], list[Path]]], bootstrap: 
         means = by_page.mean(0)
         for i, (values, files) in enumerate(combinations):
             per_seed = tables[i][name].mean(1)
-            rows.append(values | {
-                "seeds": len(files), "candidates": candidates, "metric": metric,
-                "mean": float(means[i]), "low": float(low[i]), "high": float(high[i]),
-                "deviation": float(per_seed.std(ddof=1)) if len(files) > 1 else None,
-                "difference": float(means[i] - means[0]), "difference_low": float(difference[0][i]),
-                "difference_high": float(difference[1][i]),
-            })  # fmt: skip
+            rows.append(
+                values
+                | {
+                    "seeds": len(files),
+                    "candidates": candidates,
+                    "metric": metric,
+                    "mean": float(means[i]),
+                    "low": float(low[i]),
+                    "high": float(high[i]),
+                    "deviation": float(per_seed.std(ddof=1)) if len(files) > 1 else None,
+                    "difference": float(means[i] - means[0]),
+                    "difference_low": float(difference[0][i]),
+                    "difference_high": float(difference[1][i]),
+                }
+            )
     return rows
 
 
-# ---- what is written ----------------------------------------------------------------------------------------------
+# ---- what is written -----------------------------------------------------------------------------
 
 
 def _shown(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -242,7 +279,8 @@ def _shown(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any
 
 
 def table_of(rows: list[dict[str, Any]], axes: list[str]) -> list[list[str]]:
-    """Header and lines: the axes' values, then for each metric its mean with the interval, and the difference from the first line."""
+    """Header and lines: the axes' values, then for each metric its mean with the interval, and the
+    difference from the first line."""
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     lines: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
@@ -256,7 +294,8 @@ def table_of(rows: list[dict[str, Any]], axes: list[str]) -> list[list[str]]:
 
 
 def write_plots(rows: list[dict[str, Any]], axes: list[str], out: Path) -> list[Path]:
-    """A picture for each axis: the metrics over its values with their intervals; the other axes at their first values."""
+    """A picture for each axis: the metrics over its values with their intervals; the other axes at
+    their first values."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -292,7 +331,9 @@ def write_plots(rows: list[dict[str, Any]], axes: list[str], out: Path) -> list[
 
 def write_results(rows: list[dict[str, Any]], axes: list[str], out: Path, console: Console) -> None:
     """results.parquet, results.md, a picture for each axis; and the table on the console."""
-    write_atomically(out / "results.parquet", lambda p: pq.write_table(pa.Table.from_pylist(rows), p))  # fmt: skip
+    write_atomically(
+        out / "results.parquet", lambda p: pq.write_table(pa.Table.from_pylist(rows), p)
+    )
     text = []
     for name, of_set in _shown(rows):
         head, *lines = table_of(of_set, axes)
@@ -309,20 +350,41 @@ def write_results(rows: list[dict[str, Any]], axes: list[str], out: Path, consol
     write_plots(rows, axes, out)
 
 
-# ---- the command --------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", type=local_path, help="TOML file of the settings that are the same for all")  # fmt: skip
-    parser.add_argument("--out", type=local_path, required=True, help="folder of the sweep; what is done in it is not done again")  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each combination, with seeds from run.seed on (default 1)")  # fmt: skip
-    parser.add_argument("--split", default="validation", help="that settings are chosen on (default validation)")  # fmt: skip
+    parser.add_argument(
+        "config",
+        nargs="?",
+        type=local_path,
+        help="TOML file of the settings that are the same for all",
+    )
+    parser.add_argument(
+        "--out",
+        type=local_path,
+        required=True,
+        help="folder of the sweep; what is done in it is not done again",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        help="runs of each combination, with seeds from run.seed on (default 1)",
+    )
+    parser.add_argument(
+        "--split", default="validation", help="that settings are chosen on (default validation)"
+    )
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=["page", "sampled"])
-    parser.add_argument("--count", type=int, default=100, help="sampled candidates, the clicked item included")  # fmt: skip
+    parser.add_argument(
+        "--count", type=int, default=100, help="sampled candidates, the clicked item included"
+    )
     parser.add_argument("--k", type=int, nargs="+", default=[10], help="of HR@k")
     parser.add_argument("--history", type=int, default=20, help="most recent history items used")
     parser.add_argument("--score", choices=SCORES, default="mean", help="similarity to the history")
-    parser.add_argument("--bootstrap", type=int, default=1000, help="samples of the bootstrap over users")  # fmt: skip
+    parser.add_argument(
+        "--bootstrap", type=int, default=1000, help="samples of the bootstrap over users"
+    )
     add_device_arguments(parser)
     training.add_arguments(parser, several=True)
 
@@ -332,15 +394,21 @@ def _is_sweep(folder: Path) -> bool:
 
 
 def _same_data(out: Path, dataset: Dataset, features: Sequence[Path | None]) -> None:
-    """ValueError where what is done in the folder was done with another dataset, or a file of features that has changed; else notes both."""
+    """ValueError where what is done in the folder was done with another dataset, or a file of
+    features that has changed; else notes both."""
     now = {"dataset": dataset.fingerprint}
-    now |= {f"features {path}": array_sha256(read_embeddings(path, dataset)) for path in {*features} if path is not None}  # fmt: skip
+    now |= {
+        f"features {path}": array_sha256(read_embeddings(path, dataset))
+        for path in {*features}
+        if path is not None
+    }
     path = out / ABOUT
     before = read_json(path, "another --out begins anew") if path.is_file() else {}
     for name in now.keys() & before.keys():
         if now[name] != before[name]:
             raise ValueError(
-                f"out: {out} has a sweep that was begun with another data.{name} (checksum {before[name][:19]}, now {now[name][:19]}); "
+                f"out: {out} has a sweep that was begun with another data.{name} (checksum "
+                f"{before[name][:19]}, now {now[name][:19]}); "
                 "another --out begins anew"
             )
     out.mkdir(parents=True, exist_ok=True)
@@ -351,13 +419,27 @@ def run(args: argparse.Namespace) -> int:
     combinations = grid(args.config, training.overrides_of(args), args.seeds, args.out)
     first = combinations[0][0].config
     check_growing(
-        args.out, ("runs", "cells", "embeddings", "results.parquet", "results.md", ABOUT), _is_sweep,
-        what="out: expected a new folder or a sweep's", inputs=(args.config, first.data.dataset, first.data.features, first.model.weights),
-    )  # fmt: skip
+        args.out,
+        ("runs", "cells", "embeddings", "results.parquet", "results.md", ABOUT),
+        _is_sweep,
+        what="out: expected a new folder or a sweep's",
+        inputs=(args.config, first.data.dataset, first.data.features, first.model.weights),
+    )
     judge = Judge(
-        Dataset(first.data.dataset), args.split, args.candidates, args.count, args.k, args.history, args.score, seed=0,
-    )  # fmt: skip
-    _same_data(args.out, judge.dataset, [cell.config.data.features for cells in combinations for cell in cells])  # fmt: skip
+        Dataset(first.data.dataset),
+        args.split,
+        args.candidates,
+        args.count,
+        args.k,
+        args.history,
+        args.score,
+        seed=0,
+    )
+    _same_data(
+        args.out,
+        judge.dataset,
+        [cell.config.data.features for cells in combinations for cell in cells],
+    )
     for name in ("cells", "embeddings"):
         (args.out / name).mkdir(parents=True, exist_ok=True)
     console = Console()

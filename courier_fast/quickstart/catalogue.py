@@ -1,7 +1,8 @@
 """Draws a catalogue: garments in patterns and palettes, photographed badly.
 
-What users care about (pattern, palette, cut) is apart from what fills the pixels: the garment's shape and place, its rotation, the background
-and the light. A palette is several hues and not one, so a picture's mean colour says little about it either.
+What users care about (pattern, palette, cut) is apart from what fills the pixels: the garment's
+shape and place, its rotation, the background and the light. A palette is several hues and not one,
+so a picture's mean colour says little about it either.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ CUTS = ("fitted", "loose")
 
 @dataclass(frozen=True)
 class Part:
-    """A closed outline in the garment's own frame: x to the right and y down, the garment in about [-1, 1]."""
+    """A closed outline in the garment's own frame: x to the right and y down, the garment in about
+    [-1, 1]."""
 
     outline: Points
     kind: str  # "fabric" takes the pattern, "trim" the accent colour, "line" is a dark seam
@@ -61,10 +63,16 @@ def _seam(*points: tuple[float, float], width: float = 0.012) -> Part:
 
 
 def _top(w: float, long: float, sleeve: float, reach: float) -> list[Part]:
-    """T-shirt, long-sleeve: `w` half the width of the body, `long` its hem, the sleeve to (`reach`, `sleeve`)."""
+    """T-shirt, long-sleeve: `w` half the width of the body, `long` its hem, the sleeve to (`reach`,
+    `sleeve`)."""
     body = _both(
-        (0.16, -0.66), (0.42, -0.62), (reach, sleeve), (reach - 0.24, sleeve + 0.14), (w, -0.16), (w * 1.04, long)
-    )  # fmt: skip
+        (0.16, -0.66),
+        (0.42, -0.62),
+        (reach, sleeve),
+        (reach - 0.24, sleeve + 0.14),
+        (w, -0.16),
+        (w * 1.04, long),
+    )
     neck = [(0.2 * np.cos(a), -0.68 + 0.15 * np.sin(a)) for a in np.linspace(0, np.pi, 9)]
     return [Part(body, "fabric"), Part(neck, "trim", 1)]
 
@@ -85,9 +93,13 @@ def jacket(w: float, rng: np.random.Generator) -> list[Part]:
     parts = _top(0.5 * w, long, low, 1.0)[:1]
     lapel = [(0.17, -0.67), (0.34, -0.3), (0.03, 0.05), (0.0, -0.3)]
     buttons = [
-        Part([(0.07 + 0.035 * np.cos(a), y + 0.035 * np.sin(a)) for a in np.linspace(0, 6, 8)], "trim", 1)
+        Part(
+            [(0.07 + 0.035 * np.cos(a), y + 0.035 * np.sin(a)) for a in np.linspace(0, 6, 8)],
+            "trim",
+            1,
+        )
         for y in (0.2, 0.4)
-    ]  # fmt: skip
+    ]
     lapels = [Part(lapel, "trim", 1), Part([(-x, y) for x, y in lapel], "trim", 1)]
     return [*parts, *lapels, *buttons, _seam((0, 0.0), (0, long))]
 
@@ -133,8 +145,14 @@ def dress(w: float, rng: np.random.Generator) -> list[Part]:
 def shoe(w: float, rng: np.random.Generator) -> list[Part]:
     rise = rng.uniform(0.3, 0.62)
     upper = [
-        (-0.86, -rise), (-0.4, -rise), (-0.24, -0.16), (0.3, 0.0), (0.86, 0.16 - 0.06 * w), (0.94, 0.4), (-0.9, 0.4),
-    ]  # fmt: skip
+        (-0.86, -rise),
+        (-0.4, -rise),
+        (-0.24, -0.16),
+        (0.3, 0.0),
+        (0.86, 0.16 - 0.06 * w),
+        (0.94, 0.4),
+        (-0.9, 0.4),
+    ]
     sole = [(-0.95, 0.36), (0.98, 0.36), (0.98, 0.4 + 0.12 * w), (-0.95, 0.4 + 0.12 * w)]
     laces = [
         _seam((x, -0.16 + 0.3 * x + 0.12), (x + 0.2, -0.06 + 0.3 * x)) for x in (-0.2, -0.04, 0.12)
@@ -175,9 +193,18 @@ def scarf(w: float, rng: np.random.Generator) -> list[Part]:
         for x, lean, d in ((-0.16, -0.16, 0.0), (0.06, 0.14, -0.14))
     ]
     ends = [
-        Part([(x + lean, low + d - 0.05), (x + wide + lean, low + d - 0.05), (x + wide + lean, low + d + 0.05), (x + lean, low + d + 0.05)], "trim", 0)
+        Part(
+            [
+                (x + lean, low + d - 0.05),
+                (x + wide + lean, low + d - 0.05),
+                (x + wide + lean, low + d + 0.05),
+                (x + lean, low + d + 0.05),
+            ],
+            "trim",
+            0,
+        )
         for x, lean, d in ((-0.16, -0.16, 0.0), (0.06, 0.14, -0.14))
-    ]  # fmt: skip
+    ]
     return [Part(ring, "fabric", 0), Part(hole, "hole", 0), *tails, *ends]
 
 
@@ -207,13 +234,15 @@ class Item:
 
 
 def make_item(index: int, seed: int) -> Item:
-    """The item of that index; others do not matter, so a longer catalogue begins with the shorter one."""
+    """The item of that index; others do not matter, so a longer catalogue begins with the shorter
+    one."""
     rng = np.random.default_rng([seed, index, 0])
     draw = [list(names)[rng.integers(len(names))] for names in (GARMENTS, PATTERNS, PALETTES, CUTS)]
     return Item(f"{index:05}", *draw)
 
 
-# ---- patterns: how much of a pixel the accent and the second accent cover, from coordinates u, v in the garment's frame
+# ---- patterns: how much of a pixel the accent and the second accent cover, from coordinates u, v
+# in the garment's frame
 
 
 PERIODS = {
@@ -270,7 +299,7 @@ def _pattern(
     return (petals & ~heart).astype(np.float32), heart.astype(np.float32)
 
 
-# ---- picture ------------------------------------------------------------------------------------------------------
+# ---- picture -------------------------------------------------------------------------------------
 
 
 def _cut_corners(points: Points, rounds: int) -> npt.NDArray[np.float64]:
@@ -283,7 +312,8 @@ def _cut_corners(points: Points, rounds: int) -> npt.NDArray[np.float64]:
 
 
 def _shrink(plane: npt.NDArray) -> npt.NDArray:
-    """Means of FINE x FINE pixels; sums of slices are several times faster than a mean over two axes."""
+    """Means of FINE x FINE pixels; sums of slices are several times faster than a mean over two
+    axes."""
     rows = np.add.reduce([plane[i::FINE] for i in range(FINE)])
     return np.add.reduce([rows[:, i::FINE] for i in range(FINE)]) / FINE**2
 

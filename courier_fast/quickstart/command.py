@@ -1,4 +1,5 @@
-"""`courier-fast quickstart`: everything once, on drawn products and simulated users: draw, prepare, train, embed, evaluate, report."""
+"""`courier-fast quickstart`: everything once, on drawn products and simulated users: draw, prepare,
+train, embed, evaluate, report."""
 
 from __future__ import annotations
 
@@ -34,9 +35,13 @@ Array = npt.NDArray
 LEAD = "The network saw pictures and clicks, and nothing else: no categories, no attributes, no pre-trained weights."
 MARK = "quickstart.json"  # says that a folder is a quickstart's, and may be written anew
 PRODUCT = Product(
-    "an earlier quickstart", MARK, ("items", "users", "seed"),
-    re.compile(r"(quickstart|results)\.json|(items|views)\.parquet|(truth|embeddings)\.npy|report\.html|images/[^/]+\.jpg|(dataset|run|trial|ctr)/.*"),
-)  # fmt: skip
+    "an earlier quickstart",
+    MARK,
+    ("items", "users", "seed"),
+    re.compile(
+        r"(quickstart|results)\.json|(items|views)\.parquet|(truth|embeddings)\.npy|report\.html|images/[^/]+\.jpg|(dataset|run|trial|ctr)/.*"
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class Quickstart:
 
     Attributes:
         items, users: sizes of the drawn catalogue and of the crowd.
-        steps: updates of the encoder; `minutes`, if above 0, sets them from the time that the first ones take.
+        steps: updates of the encoder; `minutes`, if above 0, sets them from the time that the first
+            ones take.
         pages, history, size, lr: of training, see `courier_fast.train.config`.
         behaviour: how users shop.
     """
@@ -87,8 +93,13 @@ def draw(out: Path, q: Quickstart, console: Console) -> None:
     import pyarrow.parquet as pq
 
     bar = Progress(
-        TextColumn("     "), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True
-    )  # fmt: skip
+        TextColumn("     "),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
     with bar:
         task = bar.add_task("", total=q.items)
         catalogue = draw_catalogue(out / "images", q.items, q.seed, lambda: bar.advance(task))
@@ -107,7 +118,13 @@ def prepare_dataset(out: Path, q: Quickstart) -> Dataset:
     from ..data.prepare import prepare
 
     source = generic([out / "views.parquet"], out / "items.parquet", Columns(page="page_id"))
-    options = PrepareOptions(page_size=q.behaviour.shown, min_history=1, validation_share=0.05, test_share=0.2, seed=q.seed)  # fmt: skip
+    options = PrepareOptions(
+        page_size=q.behaviour.shown,
+        min_history=1,
+        validation_share=0.05,
+        test_share=0.2,
+        seed=q.seed,
+    )
     prepare(out / "dataset", source=source, images=out / "images", options=options)
     return Dataset(out / "dataset")
 
@@ -127,7 +144,8 @@ def settings(out: Path, q: Quickstart, steps: int) -> Config:
             "model.dim": q.dim,
             "optim.steps": steps,
             "optim.lr": q.lr,
-            # Soft at first: a network that starts from scratch is overwhelmed by items that merely look alike.
+            # Soft at first: a network that starts from scratch is overwhelmed by items that merely
+            # look alike.
             "loss.sequence_temperature": 0.3,
             "run.out": str(out / "run"),
             "run.seed": q.seed,
@@ -210,13 +228,20 @@ def evaluate(out: Path, dataset: Dataset, embeddings: Array, q: Quickstart) -> d
         dataset,
         [
             baselines.Method("trained", embeddings),
-            backbone, baselines.standardised(backbone),
-            pixels, baselines.standardised(pixels),
-            baselines.popularity(dataset), baselines.random_order(dataset),
+            backbone,
+            baselines.standardised(backbone),
+            pixels,
+            baselines.standardised(pixels),
+            baselines.popularity(dataset),
+            baselines.random_order(dataset),
         ],
-        k=(1, 3, 10), history=q.history, seed=q.seed,
-    )  # fmt: skip
-    write_atomically(out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))  # fmt: skip
+        k=(1, 3, 10),
+        history=q.history,
+        seed=q.seed,
+    )
+    write_atomically(
+        out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1))
+    )
     return results
 
 
@@ -254,18 +279,26 @@ def quickstart(out: Path, q: Quickstart, console: Console | None = None) -> Path
     path = out / "report.html"
     settings = {
         "Catalogue": f"{q.items:,} items drawn, seed {q.seed}",
-        "Shoppers": f"{q.users:,}, {q.behaviour.pages} pages each, {q.behaviour.shown} items a page",
+        "Shoppers": f"{q.users:,}, {q.behaviour.pages} pages each, {q.behaviour.shown} items a "
+        "page",
         "Network": f"small_conv at {q.size} px, {q.dim} dimensions",
-        "Training": f"{steps:,} steps of {q.pages} pages, histories of {q.history}, AdamW at {q.lr:g}",
+        "Training": f"{steps:,} steps of {q.pages} pages, histories of {q.history}, AdamW at "
+        f"{q.lr:g}",
     }
     with stages("Report", "pictures, curves and numbers in one file"):
         about = About(
-            dataset, out / "run", embeddings, None if isinstance(ctr, str) else out / "ctr", seconds=stages.seconds, settings=settings, lead=LEAD,
-        )  # fmt: skip
+            dataset,
+            out / "run",
+            embeddings,
+            None if isinstance(ctr, str) else out / "ctr",
+            seconds=stages.seconds,
+            settings=settings,
+            lead=LEAD,
+        )
         write_report(path, about, results, history=q.history, seed=q.seed)
     console.print(f"\n[bold]{headline(results, 'page', 'HR@1')}[/bold]")
     for margin in margins(results, "page", "HR@1"):
-        console.print(f"  minus {margin['name'].lower()}: {margin['text']} points", highlight=False)  # fmt: skip
+        console.print(f"  minus {margin['name'].lower()}: {margin['text']} points", highlight=False)
     if not isinstance(ctr, str):
         console.print(ctr["summary"], highlight=False)
     console.print(f"\n{sum(stages.seconds.values()):.0f} s in all. Open {path}", soft_wrap=True)
@@ -274,18 +307,33 @@ def quickstart(out: Path, q: Quickstart, console: Console | None = None) -> Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     d = Quickstart()
-    parser.add_argument("--out", type=local_path, default=Path("courier-quickstart"), help="folder for everything (default ./courier-quickstart)")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=local_path,
+        default=Path("courier-quickstart"),
+        help="folder for everything (default ./courier-quickstart)",
+    )
     parser.add_argument("--items", type=int, help=f"products drawn (default {d.items})")
     parser.add_argument("--users", type=int, help=f"shoppers (default {d.users})")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help=f"training steps (default {d.steps})")
-    length.add_argument("--minutes", type=float, help="of training, in place of steps; then no two machines train alike")  # fmt: skip
-    parser.add_argument("--short", action="store_true", help="some seconds of everything, to see that it runs; learns nothing")  # fmt: skip
+    length.add_argument(
+        "--minutes",
+        type=float,
+        help="of training, in place of steps; then no two machines train alike",
+    )
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="some seconds of everything, to see that it runs; learns nothing",
+    )
     parser.add_argument("--seed", type=int, default=d.seed)
 
 
 def run(args: argparse.Namespace) -> int:
-    given = {n: v for n in ("items", "users", "steps", "minutes") if (v := getattr(args, n)) is not None}  # fmt: skip
+    given = {
+        n: v for n in ("items", "users", "steps", "minutes") if (v := getattr(args, n)) is not None
+    }
     for name, value in given.items():
         if value <= 0:
             raise ValueError(f"--{name}: expected more than 0, got {value}")

@@ -1,4 +1,5 @@
-"""What the embedding adds to a click model of the simulated shoppers, and how much there is to add: their true probabilities are known."""
+"""What the embedding adds to a click model of the simulated shoppers, and how much there is to add:
+their true probabilities are known."""
 
 from __future__ import annotations
 
@@ -23,15 +24,24 @@ Array = npt.NDArray
 def compare_ctr(
     out: Path, dataset: Dataset, embeddings: Array, history: int
 ) -> dict[str, Any] | str:
-    """The report of `courier-fast ctr` for DIN with the trained embedding and the random control, also in ctr/, with "attainable": the AUC
-    of the true probabilities, and "summary", a sentence. In place of it why it cannot be made, for too small a crowd."""
+    """The report of `courier-fast ctr` for DIN with the trained embedding and the random control,
+    also in ctr/, with "attainable": the AUC of the true probabilities, and "summary", a sentence.
+    In place of it why it cannot be made, for too small a crowd."""
     try:
         check_dataset(dataset)
         protocol = make_protocol(dataset, "shared")
     except ValueError as error:
         return str(error)
     tables = {"trained": [embeddings], RANDOM: [random_vectors(*embeddings.shape)]}
-    plan = Plan(dataset, tables, ["din"], [NONE, "vector", "similarity"], [protocol], seeds=1, history=history)  # fmt: skip
+    plan = Plan(
+        dataset,
+        tables,
+        ["din"],
+        [NONE, "vector", "similarity"],
+        [protocol],
+        seeds=1,
+        history=history,
+    )
     run_plan(plan, out / "ctr", threads=2)
     report = make_report(plan, out / "ctr")
     shown = Impressions(dataset, "test", history=history)
@@ -50,19 +60,24 @@ def truth_of(out: Path, shown: Impressions) -> Array:
     users, items = d.user_ids.to_pylist(), d.item_ids.to_pylist()
     found = [
         place[users[u], t, items[i]]
-        for u, t, i in zip(shown.user.tolist(), shown.time.tolist(), shown.item.tolist(), strict=True)
-    ]  # fmt: skip
+        for u, t, i in zip(
+            shown.user.tolist(), shown.time.tolist(), shown.item.tolist(), strict=True
+        )
+    ]
     return np.load(out / "truth.npy")[found]
 
 
 def sentence(report: dict[str, Any]) -> str:
-    """The table in a line: ids, the better form of the embedding, and how much of the way to the attainable AUC that is."""
+    """The table in a line: ids, the better form of the embedding, and how much of the way to the
+    attainable AUC that is."""
     rows = report["tables"][0]["rows"]
     base = next(r for r in rows if r["form"] == NONE)["auc"]["value"]
     best = max((r for r in rows if r["embedding"] == "trained"), key=lambda r: r["auc"]["value"])
     d, most = best["difference"]["auc"], report["attainable"]
     way = (best["auc"]["value"] - base) / (most - base) if most > base else float("nan")
     return (
-        f"A click model (DIN) on ids has an AUC of {base:.3f}; the embedding as {best['form']} adds {d['value']:+.3f} ({d['low']:+.3f} to "
-        f"{d['high']:+.3f}): {way:.0%} of the way to {most:.3f}, that of the shoppers' true probabilities."
+        f"A click model (DIN) on ids has an AUC of {base:.3f}; the embedding as {best['form']} "
+        f"adds {d['value']:+.3f} ({d['low']:+.3f} to "
+        f"{d['high']:+.3f}): {way:.0%} of the way to {most:.3f}, that of the shoppers' true "
+        "probabilities."
     )

@@ -1,4 +1,5 @@
-"""Simulates shoppers: each has a taste in pattern, palette and cut, whatever the garment, and clicks accordingly."""
+"""Simulates shoppers: each has a taste in pattern, palette and cut, whatever the garment, and
+clicks accordingly."""
 
 from __future__ import annotations
 
@@ -24,11 +25,15 @@ class Behaviour:
     """How users shop.
 
     Attributes:
-        pages: page views of a user; about `session` of them are minutes apart, sessions are spread over `days`.
+        pages: page views of a user; about `session` of them are minutes apart, sessions are spread
+            over `days`.
         shown: items on a page, none of them twice for the same user.
-        fitting: share of them that the shop shows because they fit a taste's pattern and palette; the others fit none.
-        tastes: of a user; an item is liked as much as the taste it fits best. More are harder to learn: histories are mixtures.
-        sharpness: of the choice, P(click i) = softmax_i(sharpness * liking); noise: share of clicks on anything.
+        fitting: share of them that the shop shows because they fit a taste's pattern and palette;
+            the others fit none.
+        tastes: of a user; an item is liked as much as the taste it fits best. More are harder to
+            learn: histories are mixtures.
+        sharpness: of the choice, P(click i) = softmax_i(sharpness * liking); noise: share of clicks
+            on anything.
         again: share of pages with a second click; none: share without a click.
     """
 
@@ -53,7 +58,8 @@ def item_codes(catalogue: pa.Table) -> Array:
 
 
 def user_tastes(count: int, tastes: int, seed: int) -> Array:
-    """[users, tastes, 3] int: the pattern, palette and cut that a taste is for; a user's tastes differ in pattern and palette."""
+    """[users, tastes, 3] int: the pattern, palette and cut that a taste is for; a user's tastes
+    differ in pattern and palette."""
     rng = np.random.default_rng([seed, 2])
     columns = [
         np.argsort(rng.random((count, len(names))), 1)[:, :tastes]
@@ -72,9 +78,11 @@ def liking(tastes: Array, items: Array) -> Array:
 
 
 def click_probability(like: Array, behaviour: Behaviour) -> Array:
-    """P(clicked) of each item of pages with liking [pages, shown], pages without a click left out: what a perfect model would say.
+    """P(clicked) of each item of pages with liking [pages, shown], pages without a click left out:
+    what a perfect model would say.
 
-    With p = softmax(sharpness * liking): one click, or with a second one, drawn from the others, p_i + sum_{j != i} p_j p_i / (1 - p_j).
+    With p = softmax(sharpness * liking): one click, or with a second one, drawn from the others,
+    p_i + sum_{j != i} p_j p_i / (1 - p_j).
     """
     b = behaviour
 
@@ -94,8 +102,9 @@ def simulate(
     """Page views of `users` shoppers in the catalogue of `draw_catalogue`.
 
     Returns:
-        A row per item shown, by time: page_id, user_id, item_id (text), timestamp (int64 seconds), clicked (bool); and beside it the
-        liking [rows] that the clicks were drawn from, which an oracle would know.
+        A row per item shown, by time: page_id, user_id, item_id (text), timestamp (int64 seconds),
+        clicked (bool); and beside it the liking [rows] that the clicks were drawn from, which an
+        oracle would know.
 
     Raises:
         ValueError: too few items for pages without repeats, or no user.
@@ -104,7 +113,8 @@ def simulate(
     least = 2 * b.pages * b.shown
     if users < 1 or catalogue.num_rows < least:
         raise ValueError(
-            f"expected at least 1 user and {least} items (twice what a user is shown), got {users} and {catalogue.num_rows}"
+            f"expected at least 1 user and {least} items (twice what a user is shown), got {users} "
+            f"and {catalogue.num_rows}"
         )
     rng = np.random.default_rng([seed, 3])
     pages = users * b.pages
@@ -128,7 +138,8 @@ def simulate(
         shown[user, ~place] = order[~fits][: (~place).sum()]
     shown = shown.reshape(pages, b.shown)
     like = liking(tastes[owner][:, None], codes[shown])
-    # Gumbel's trick: the largest is a draw from the softmax, the second largest the next without replacement.
+    # Gumbel's trick: the largest is a draw from the softmax, the second largest the next without
+    # replacement.
     careless = rng.random(pages) < b.noise
     score = np.where(careless[:, None], 0.0, b.sharpness * like) + rng.gumbel(size=like.shape)
     rank = np.argsort(np.argsort(-score, 1), 1)

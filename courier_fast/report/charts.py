@@ -25,7 +25,8 @@ def _ticks(low: float, high: float, count: int = 4) -> list[float]:
 def curve(
     title: str, note: str, series: Mapping[str, Sequence[tuple[float, float]]]
 ) -> dict[str, Any] | None:
-    """A small line chart as SVG, its colours those of the page; None where nothing is to be drawn."""
+    """A small line chart as SVG, its colours those of the page; None where nothing is to be
+    drawn."""
     series = {
         n: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
         for n, points in series.items()
@@ -87,7 +88,8 @@ def dots(
     start: float = 0.0,
     text: Callable[[float], str] = percent,
 ) -> dict[str, Any]:
-    """(name, value, low, high) as dots with their intervals on one axis from `start`, places in percent of its width."""
+    """(name, value, low, high) as dots with their intervals on one axis from `start`, places in
+    percent of its width."""
     ticks = _ticks(start, max([high for *_, high in rows], default=1.0))
     start, span = ticks[0], ticks[-1] - ticks[0]
 
@@ -97,13 +99,17 @@ def dots(
     return {
         "rows": [
             {
-                "name": name, "own": name == own, "text": text(value), "at": at(value), "from": at(low),
+                "name": name,
+                "own": name == own,
+                "text": text(value),
+                "at": at(value),
+                "from": at(low),
                 "width": round(at(high) - at(low), 2),
             }
             for name, value, low, high in rows
         ],
         "ticks": [{"text": f"{100 * t:g}", "at": at(t)} for t in ticks],
-    }  # fmt: skip
+    }
 
 
 def forest(results: Mapping[str, Any], candidates: str, metric: str) -> dict[str, Any]:

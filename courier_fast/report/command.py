@@ -13,10 +13,21 @@ from .sections import ctr_tables, sweep_pictures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=local_path, default=Path("report.html"), help="the page (default report.html)")  # fmt: skip
-    parser.add_argument("--ctr", type=local_path, help="folder of `courier-fast ctr`: its tables are shown")  # fmt: skip
-    parser.add_argument("--sweep", type=local_path, help="folder of `courier-fast sweep`: its plots are shown")  # fmt: skip
-    parser.add_argument("--headline", default="page", metavar="SET", help="the set of candidates that the headline is about (default page)")  # fmt: skip
+    parser.add_argument(
+        "--out", type=local_path, default=Path("report.html"), help="the page (default report.html)"
+    )
+    parser.add_argument(
+        "--ctr", type=local_path, help="folder of `courier-fast ctr`: its tables are shown"
+    )
+    parser.add_argument(
+        "--sweep", type=local_path, help="folder of `courier-fast sweep`: its plots are shown"
+    )
+    parser.add_argument(
+        "--headline",
+        default="page",
+        metavar="SET",
+        help="the set of candidates that the headline is about (default page)",
+    )
     evaluate.add_arguments(parser)
 
 
@@ -36,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     about = About(
         dataset, args.run or args.embeddings.parent, embeddings, ctr=args.ctr, sweep=args.sweep
     )
-    write_report(args.out, about, results, candidates=args.headline, history=args.history, seed=args.seed)  # fmt: skip
+    write_report(
+        args.out, about, results, candidates=args.headline, history=args.history, seed=args.seed
+    )
     print(f"{args.out}")
     return 0

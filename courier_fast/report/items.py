@@ -1,4 +1,5 @@
-"""What the embedding does with single items: pictures, the attention's weights, neighbours, a map of all."""
+"""What the embedding does with single items: pictures, the attention's weights, neighbours, a map
+of all."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ THUMBNAIL = 112  # pixels: twice the side they are shown at on most screens
 
 
 def data_uri(encoded: bytes, side: int = THUMBNAIL) -> str | None:
-    """A picture as a data URI: a small JPEG, its centre cut square. None where it cannot be read."""
+    """A picture as a data URI: a small JPEG, its centre cut square. None where it cannot be
+    read."""
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             small = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side))
@@ -61,7 +63,8 @@ def attention_examples(
     seed: int,
     how: Reconstruction | None = None,
 ) -> list[dict[str, Any]]:
-    """Clicked items of random test pages, each with the weights of its reconstruction over the page's history, largest first."""
+    """Clicked items of random test pages, each with the weights of its reconstruction over the
+    page's history, largest first."""
     how = how or Reconstruction()
     pages = np.array(dataset.split("test"), np.int64)
     length = np.minimum(dataset.history_end[pages] - dataset.history_start[pages], history)
@@ -85,15 +88,24 @@ def attention_examples(
             continue
         item = int(clicked[0])
         _, weights = reconstruct(
-            torch.tensor([[item]]), torch.from_numpy(past.astype(np.int64))[None],
-            embeddings=table, return_weights=True, impl="reference", **how.arguments,
-        )  # fmt: skip
+            torch.tensor([[item]]),
+            torch.from_numpy(past.astype(np.int64))[None],
+            embeddings=table,
+            return_weights=True,
+            impl="reference",
+            **how.arguments,
+        )
         w = weights.mean(-2).flatten().numpy()  # over the heads
         order = np.argsort(-w, kind="stable")
         rows = [
-            show(int(past[i]), weight=float(w[i]), text=percent(float(w[i])), bar=round(100 * float(w[i] / w[order[0]]), 1))
+            show(
+                int(past[i]),
+                weight=float(w[i]),
+                text=percent(float(w[i])),
+                bar=round(100 * float(w[i] / w[order[0]]), 1),
+            )
             for i in order.tolist()
-        ]  # fmt: skip
+        ]
         found.append({"clicked": show(item), "history": rows})
     return found
 
@@ -124,9 +136,9 @@ def neighbours(
 def map_of_items(
     dataset: Dataset, embeddings: Array, *, most: int = 2000, nearest: int = 10, seed: int = 0
 ) -> dict[str, Any] | None:
-    """t-SNE of at most `most` items as SVG, coloured by the largest categories; with the share of an item's `nearest` that are of its
-    category, and what chance would give: a picture alone proves nothing. None where fewer than 10 items have an embedding, or all
-    have the same."""
+    """t-SNE of at most `most` items as SVG, coloured by the largest categories; with the share of
+    an item's `nearest` that are of its category, and what chance would give: a picture alone proves
+    nothing. None where fewer than 10 items have an embedding, or all have the same."""
     from sklearn.manifold import TSNE
 
     x = np.asarray(embeddings, np.float32)
@@ -138,7 +150,9 @@ def map_of_items(
     if np.ptp(x, axis=0).max() < 1e-6:
         return None
     # Of unit vectors the squared distance is 2 - 2 cos: the same neighbours.
-    places = TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=seed).fit_transform(x)  # fmt: skip
+    places = TSNE(
+        perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=seed
+    ).fit_transform(x)
     names = [dataset.categories[int(i)].as_py() or "" for i in rows]
     category = np.unique(names, return_inverse=True)[1]
     counts = Counter(name for name in names if name)
@@ -161,9 +175,14 @@ def map_of_items(
         note += f" Of the {nearest} nearest items by cosine {percent(same)} are of the item's own category; by chance it would be {percent(chance)}."
     return {
         "note": note,
-        "legend": [*largest, *(["other"] if len(counts) > len(largest) or counts.total() < len(names) else [])] if largest else [],
+        "legend": [
+            *largest,
+            *(["other"] if len(counts) > len(largest) or counts.total() < len(names) else []),
+        ]
+        if largest
+        else [],
         "alt": f"Map of {len(rows)} items, coloured by category",
         "svg": Markup("".join(points)),  # our own numbers alone
         "width": 680,
         "height": 440,
-    }  # fmt: skip
+    }

@@ -1,6 +1,8 @@
-"""Writes report.html: one file with pictures, curves and numbers, which needs nothing else to be read.
+"""Writes report.html: one file with pictures, curves and numbers, which needs nothing else to be
+read.
 
-`results` is what `courier_fast.evaluate.baselines.compare` gives; its main method is the one that the report is about.
+`results` is what `courier_fast.evaluate.baselines.compare` gives; its main method is the one that
+the report is about.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class About:
         ctr: folder of `courier-fast ctr`, or None.
         sweep: folder of `courier-fast sweep`, or None.
         seconds: how long each stage took.
-        settings: what was run, name to value, shown as it is; None: the run's settings that are not the defaults.
+        settings: what was run, name to value, shown as it is; None: the run's settings that are not
+            the defaults.
         lead: a sentence below the headline.
     """
 
@@ -85,7 +88,8 @@ def write_report(
         examples: clicked items and neighbour queries that are shown.
 
     Raises:
-        ValueError: the embeddings have not a row per item, or `results` lacks the headline's number.
+        ValueError: the embeddings have not a row per item, or `results` lacks the headline's
+            number.
         FileNotFoundError: there is no sweep or CTR table in the folder given.
     """
     d, embeddings = about.dataset, about.embeddings
@@ -97,7 +101,8 @@ def write_report(
         results["sets"][candidates]["methods"][results["settings"]["main"]][metric]["mean"]
     except KeyError as missing:
         raise ValueError(
-            f"results: expected what `compare` gives, with {metric} in the set {candidates!r}, got none: {missing} is not there"
+            f"results: expected what `compare` gives, with {metric} in the set {candidates!r}, got "
+            f"none: {missing} is not there"
         ) from None
     journal = read_journal(about.run_dir)
     how, hidden = _attention_of(about.run_dir)
@@ -117,7 +122,9 @@ def write_report(
         ctr=None if about.ctr is None else ctr_tables(about.ctr),
         sweep=None if about.sweep is None else sweep_pictures(about.sweep),
         curves=curves(journal),
-        attention=[] if hidden else attention_examples(d, embeddings, history=history, count=examples, seed=seed, how=how),
+        attention=[]
+        if hidden
+        else attention_examples(d, embeddings, history=history, count=examples, seed=seed, how=how),
         attention_hidden=hidden,
         neighbours=neighbours(d, embeddings, count=examples + 1, seed=seed),
         map=map_of_items(d, embeddings, seed=seed),
@@ -129,15 +136,19 @@ def write_report(
         users=f"{len(d.user_ids):,}",
         stages=_stages(about.seconds),
         total=f"{number(sum(about.seconds.values()), 0)} s",
-        settings=settings_of(about.run_dir) if about.settings is None else [(n, str(v)) for n, v in about.settings.items()],
+        settings=settings_of(about.run_dir)
+        if about.settings is None
+        else [(n, str(v)) for n, v in about.settings.items()],
         versions=_versions(),
         written=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC").lstrip("0"),
-    )  # fmt: skip
+    )
     write_atomically(local_path(path), lambda partial: partial.write_text(page, encoding="utf-8"))
 
 
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.from_string(
         (files(__package__) / "report.html.jinja").read_text(encoding="utf-8")
     )

@@ -1,4 +1,5 @@
-"""What each section of the report shows, as the template takes it; None for one that has nothing to show."""
+"""What each section of the report shows, as the template takes it; None for one that has nothing to
+show."""
 
 from __future__ import annotations
 
@@ -31,7 +32,11 @@ POPULARITY = (
     ("5 to 19 clicks", 5, 19),
     ("20 clicks or more", 20, np.inf),
 )
-KINDS = {"unclicked": "without a click", "all_clicked": "with nothing but clicks", "cut": "cut to --page-size"}  # fmt: skip
+KINDS = {
+    "unclicked": "without a click",
+    "all_clicked": "with nothing but clicks",
+    "cut": "cut to --page-size",
+}
 SPLITS = {"train": "learn from", "validation": "choose by", "test": "test on"}
 
 
@@ -51,10 +56,23 @@ def curves(journal: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     charts = (
         ("Loss", "Lower is better.", {"reconstruction": "loss_rec", "click sequence": "loss_seq"}),
-        ("Top-1 of the batch", "Share of reconstructions nearest to their own item, among all items of the batch.", {"top-1": "top1"}),
-        ("Alignment and uniformity", "Alignment falls as reconstructions meet their items; uniformity falls as items spread out.", {"alignment": "alignment", "uniformity": "uniformity"}),
-        ("Effective rank", "Directions that a batch of embeddings uses; near 1 it has collapsed.", {"effective rank": "effective_rank"}),
-    )  # fmt: skip
+        (
+            "Top-1 of the batch",
+            "Share of reconstructions nearest to their own item, among all items of the batch.",
+            {"top-1": "top1"},
+        ),
+        (
+            "Alignment and uniformity",
+            "Alignment falls as reconstructions meet their items; uniformity falls as items spread "
+            "out.",
+            {"alignment": "alignment", "uniformity": "uniformity"},
+        ),
+        (
+            "Effective rank",
+            "Directions that a batch of embeddings uses; near 1 it has collapsed.",
+            {"effective rank": "effective_rank"},
+        ),
+    )
     drawn = (curve(t, note, {n: points(k) for n, k in keys.items()}) for t, note, keys in charts)
     return [chart for chart in drawn if chart is not None]
 
@@ -74,12 +92,25 @@ def health(
     return {
         "collapsed": collapsed,
         "facts": [
-            ("Effective rank", f"{number(rank, 1)} of {embeddings.shape[1]}", "directions that the catalogue's embeddings use"),
-            ("Uniformity", number(spread, 2), f"0 where all items are the same point, about {MINUS}4 where they are spread evenly"),
+            (
+                "Effective rank",
+                f"{number(rank, 1)} of {embeddings.shape[1]}",
+                "directions that the catalogue's embeddings use",
+            ),
+            (
+                "Uniformity",
+                number(spread, 2),
+                f"0 where all items are the same point, about {MINUS}4 where they are spread "
+                "evenly",
+            ),
             ("Damaged images", percent(damaged), "replaced by a neutral picture while training"),
-            ("Items with an image", f"{int(dataset.images.present.sum()):,} of {dataset.num_items:,}", "in the dataset"),
+            (
+                "Items with an image",
+                f"{int(dataset.images.present.sum()):,} of {dataset.num_items:,}",
+                "in the dataset",
+            ),
         ],
-    }  # fmt: skip
+    }
 
 
 def tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -95,12 +126,15 @@ def tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "name": name_of(method),
                 "own": method == results["settings"]["main"],
                 "cells": [
-                    (number(cells[m]["mean"]), f"{number(cells[m]['low'])} to {number(cells[m]['high'])}")
+                    (
+                        number(cells[m]["mean"]),
+                        f"{number(cells[m]['low'])} to {number(cells[m]['high'])}",
+                    )
                     for m in metrics
                 ],
             }
             for method, cells in rows_of.items()
-        ]  # fmt: skip
+        ]
         title = f"The clicked item against {TITLES.get(kind, kind)}"
         note = f"{found['pages']:,} pages of {found['users']:,} users, {number(found['mean_candidates'], 1)} candidates on average"
         tables.append({"title": title, "note": note, "metrics": metrics, "rows": rows})
@@ -110,8 +144,9 @@ def tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 def slices(
     dataset: Dataset, embeddings: Array, settings: Mapping[str, Any], *, history: int, seed: int
 ) -> list[dict[str, Any]]:
-    """AUC of held-out clicks among items drawn uniformly, by category and by training clicks of the clicked item, with intervals over
-    users. A click's AUC is the share of the other candidates that it scores above; `settings` are those of the results."""
+    """AUC of held-out clicks among items drawn uniformly, by category and by training clicks of the
+    clicked item, with intervals over users. A click's AUC is the share of the other candidates that
+    it scores above; `settings` are those of the results."""
     split, score = settings.get("split", "test"), settings.get("score", "mean")
     how = settings.get("reconstruction")
     reconstruction = Reconstruction(**how) if how else None
@@ -139,7 +174,9 @@ def slices(
             if kept.any():
                 means = bootstrap_means(auc[kept, None], user[kept], seed=seed)
                 low, high = interval(means[:, 0])
-                rows.append((f"{name} ({kept.sum():,})", float(auc[kept].mean()), float(low), float(high)))  # fmt: skip
+                rows.append(
+                    (f"{name} ({kept.sum():,})", float(auc[kept].mean()), float(low), float(high))
+                )
         if rows:
             if groups is by_category:
                 rows.sort(key=lambda row: -row[1])
@@ -159,11 +196,19 @@ def summary(dataset: Dataset) -> dict[str, Any]:
             # Events that given pages make are not among those read.
             facts.append((name.capitalize(), f"{kept:,}", f"of {read:,}" if read >= kept else ""))
             dropped += [(f"{name}: {why}", f"{n:,}") for why, n in found["dropped"].items()]
-            facts += [(f"{name.capitalize()} {what}", f"{found[n]:,}", "") for n, what in KINDS.items() if n in found]  # fmt: skip
+            facts += [
+                (f"{name.capitalize()} {what}", f"{found[n]:,}", "")
+                for n, what in KINDS.items()
+                if n in found
+            ]
     images = about.get("images")
     if images:
         missing, damaged = len(images["missing"]), len(images["undecodable"])
-        dropped += [(f"images: {why}", f"{n:,}") for why, n in (("missing", missing), ("undecodable", damaged)) if n]  # fmt: skip
+        dropped += [
+            (f"images: {why}", f"{n:,}")
+            for why, n in (("missing", missing), ("undecodable", damaged))
+            if n
+        ]
     for name, split in about.get("splits", {}).items():
         when = f"{split['from'][:10]} to {split['to'][:10]}" if split["pages"] else ""
         facts.append((f"Pages to {SPLITS.get(name, name)}", f"{split['pages']:,}", when))
@@ -173,16 +218,21 @@ def summary(dataset: Dataset) -> dict[str, Any]:
 def sweep_pictures(folder: Path) -> list[dict[str, str]]:
     """The plots of `courier-fast sweep` as data URIs; FileNotFoundError where there is no sweep."""
     if not (folder / "results.parquet").is_file():
-        raise FileNotFoundError(f"--sweep: expected the folder of a sweep, with results.parquet, got {folder}")  # fmt: skip
+        raise FileNotFoundError(
+            f"--sweep: expected the folder of a sweep, with results.parquet, got {folder}"
+        )
     return _pictures(folder)
 
 
 def _pictures(folder: Path) -> list[dict[str, str]]:
     """Its PNG files as data URIs."""
     return [
-        {"title": path.stem, "src": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()}
+        {
+            "title": path.stem,
+            "src": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
+        }
         for path in sorted(folder.glob("*.png"))
-    ]  # fmt: skip
+    ]
 
 
 def settings_of(run_dir: Path) -> list[tuple[str, str]]:
@@ -194,16 +244,23 @@ def settings_of(run_dir: Path) -> list[tuple[str, str]]:
     for section, values in config:
         for name, value in values:
             field = type(values).model_fields[name]
-            if value != field.default and (section, name) not in (("run", "out"), ("data", "dataset")):  # fmt: skip
+            if value != field.default and (section, name) not in (
+                ("run", "out"),
+                ("data", "dataset"),
+            ):
                 found.append((f"{section}.{name}", str(value)))
     return found
 
 
 def ctr_tables(folder: Path) -> dict[str, Any]:
-    """The tables of `courier-fast ctr`, with the slices and pictures; FileNotFoundError where there are none."""
+    """The tables of `courier-fast ctr`, with the slices and pictures; FileNotFoundError where there
+    are none."""
     path = folder / "ctr.json"
     if not path.is_file():
-        raise FileNotFoundError(f"--ctr: expected the folder of a finished `courier-fast ctr`, with ctr.json, got {folder}")  # fmt: skip
+        raise FileNotFoundError(
+            "--ctr: expected the folder of a finished `courier-fast ctr`, with ctr.json, got "
+            f"{folder}"
+        )
     from ..evaluate.ctr.report import HEAD, about_table, cells_of, notes_of, slice_cells
 
     report, tables = read_json(path), []

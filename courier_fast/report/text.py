@@ -35,7 +35,8 @@ def name_of(method: str) -> str:
 
 
 def headline(results: Mapping[str, Any], candidates: str, metric: str) -> str:
-    """The result in a sentence: the main method, raw pixels and the backbone before training, each at its better of raw and standardised."""
+    """The result in a sentence: the main method, raw pixels and the backbone before training, each
+    at its better of raw and standardised."""
     methods = results["sets"][candidates]["methods"]
 
     def value(method: str) -> float:

@@ -18,8 +18,8 @@ from .module import Serving
 
 OPSET = 20
 LARGEST = 2**31 - 2**20  # bytes: an ONNX file is one protobuf message
-# Numbers: smaller tensors stay float32. In an EfficientNet the first convolution, those by channel and the biases are 4 % of the weights; as
-# float16 they cost 0.0015 of cosine, all others 0.000003.
+# Numbers: smaller tensors stay float32. In an EfficientNet the first convolution, those by channel
+# and the biases are 4 % of the weights; as float16 they cost 0.0015 of cosine, all others 0.000003.
 SMALL = 1 << 14
 
 
@@ -54,7 +54,8 @@ def program_of(serving: Serving) -> torch.export.ExportedProgram:
 def write_torch(
     run: Path, folder: Path, program: torch.export.ExportedProgram
 ) -> dict[str, str | None]:
-    """The run's own files, which `courier_fast.load` reads, and the program, for servers that have torch alone; names and precisions."""
+    """The run's own files, which `courier_fast.load` reads, and the program, for servers that have
+    torch alone; names and precisions."""
     for name in (WEIGHTS, "encoder.json"):
         shutil.copyfile(run / name, folder / name)
     with _quiet():
@@ -63,16 +64,25 @@ def write_torch(
 
 
 def write_onnx(folder: Path, serving: Serving, program: torch.export.ExportedProgram) -> str:
-    """Writes encoder.onnx and returns its name; the batch size is called "batch". ValueError for an encoder too large."""
+    """Writes encoder.onnx and returns its name; the batch size is called "batch". ValueError for an
+    encoder too large."""
     size = sum(x.numel() * x.element_size() for x in serving.state_dict().values())
     if size > LARGEST:
         raise ValueError(f"format: an ONNX file holds 2 GiB, the encoder {size / 2**30:.1f} GiB")
     given = "pixels" if serving.takes_images else "features"
     with _quiet():
         torch.onnx.export(
-            program, (serving.example(),), folder / "encoder.onnx", dynamo=True, external_data=False, opset_version=OPSET,
-            input_names=[given], output_names=["embedding"], dynamic_shapes={"x": {0: "batch"}}, verbose=False,
-        )  # fmt: skip
+            program,
+            (serving.example(),),
+            folder / "encoder.onnx",
+            dynamo=True,
+            external_data=False,
+            opset_version=OPSET,
+            input_names=[given],
+            output_names=["embedding"],
+            dynamic_shapes={"x": {0: "batch"}},
+            verbose=False,
+        )
     return "encoder.onnx"
 
 
@@ -87,13 +97,18 @@ def write_precision(folder: Path, precision: str) -> str:
 
             # By channel: by tensor, a transformer loses 30 times as much.
             quantize_dynamic(
-                path, out, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"],
-            )  # fmt: skip
+                path,
+                out,
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                op_types_to_quantize=["MatMul", "Gemm"],
+            )
     return out.name
 
 
 def _halve(path: Path, out: Path) -> None:
-    """Weights stored as float16, cast to float32 in the graph (onnxruntime does that once, when it loads): half the size, no other arithmetic.
+    """Weights stored as float16, cast to float32 in the graph (onnxruntime does that once, when it
+    loads): half the size, no other arithmetic.
 
     A graph of float16 arithmetic is slower on CPUs, where every operator casts its operands.
     """

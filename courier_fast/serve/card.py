@@ -37,7 +37,8 @@ def _quoted(text: Any) -> str:
 
 
 def _hub_licence(licence: str) -> str:
-    """The licence where it looks like an identifier (apache-2.0), else "other", whose name is then given."""
+    """The licence where it looks like an identifier (apache-2.0), else "other", whose name is then
+    given."""
     return licence.lower() if re.fullmatch(r"[A-Za-z0-9.\-]+", licence) else "other"
 
 

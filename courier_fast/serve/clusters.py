@@ -1,4 +1,5 @@
-"""k-means clusters of embeddings as features of a CTR model, with the centroids, so that a number means the same tomorrow.
+"""k-means clusters of embeddings as features of a CTR model, with the centroids, so that a number
+means the same tomorrow.
 
 | file | |
 | --- | --- |
@@ -6,7 +7,8 @@
 | centroids_256.npy, ... | [k, D] float32, rows of length 1 |
 | clusters.json | format, space, clusters, until, items, sha256 of the centroids |
 
-Numbers of two spaces, or of two fits, mean nothing to each other: later items get those of the stored centroids.
+Numbers of two spaces, or of two fits, mean nothing to each other: later items get those of the
+stored centroids.
 """
 
 from __future__ import annotations
@@ -40,28 +42,46 @@ def fit_clusters(
     until: str | None = None,
     seed: int = 0,
 ) -> None:
-    """Clusters the vectors [n, D] of the `known` [n] items (None: all) and writes the folder, with the nearest cluster of every item.
+    """Clusters the vectors [n, D] of the `known` [n] items (None: all) and writes the folder, with
+    the nearest cluster of every item.
 
     ValueError for a number of clusters below 1, or no finite row of a known item.
     """
     if not clusters or min(clusters) < 1:
         raise ValueError(f"clusters: expected numbers of at least 1, got {list(clusters)}")
-    _write(ids, vectors, {k: centroids_of(vectors, known, k, seed) for k in clusters}, space, until, out)  # fmt: skip
+    _write(
+        ids,
+        vectors,
+        {k: centroids_of(vectors, known, k, seed) for k in clusters},
+        space,
+        until,
+        out,
+    )
 
 
-def assign_clusters(ids: pa.Array, vectors: Array, like: Path, out: Path, *, space: str | None = None) -> None:  # fmt: skip
+def assign_clusters(
+    ids: pa.Array, vectors: Array, like: Path, out: Path, *, space: str | None = None
+) -> None:
     """The clusters of an earlier folder for other items: the same centroids.
 
     ValueError for vectors of another space than that folder's, or centroids that were altered.
     """
     about_file = like / "clusters.json"
     if not about_file.is_file():
-        raise FileNotFoundError(f"like: expected a folder that `courier-fast index clusters` wrote (with clusters.json), got {like}")  # fmt: skip
+        raise FileNotFoundError(
+            "like: expected a folder that `courier-fast index clusters` wrote (with "
+            f"clusters.json), got {like}"
+        )
     about = read_json(about_file, "fit the clusters again")
     if about.get("format") != FORMAT:
-        raise ValueError(f"like: expected format {FORMAT}, got {about.get('format')} in {about_file}")  # fmt: skip
+        raise ValueError(
+            f"like: expected format {FORMAT}, got {about.get('format')} in {about_file}"
+        )
     if about["space"] != space:
-        raise ValueError(f"like: expected embeddings of the space {str(about['space'])[:19]} of {like}, got {str(space)[:19]}")  # fmt: skip
+        raise ValueError(
+            f"like: expected embeddings of the space {str(about['space'])[:19]} of {like}, got "
+            f"{str(space)[:19]}"
+        )
     centroids = {}
     for k in about["clusters"]:
         path = like / f"centroids_{k}.npy"
@@ -70,7 +90,14 @@ def assign_clusters(ids: pa.Array, vectors: Array, like: Path, out: Path, *, spa
     _write(ids, vectors, centroids, space, about["until"], out)
 
 
-def _write(ids: pa.Array, vectors: Array, centroids: dict[int, Array], space: str | None, until: str | None, out: Path) -> None:  # fmt: skip
+def _write(
+    ids: pa.Array,
+    vectors: Array,
+    centroids: dict[int, Array],
+    space: str | None,
+    until: str | None,
+    out: Path,
+) -> None:
     columns = {f"cluster_{k}": nearest_centroid(vectors, means) for k, means in centroids.items()}
 
     def write(folder: Path) -> None:
@@ -78,7 +105,14 @@ def _write(ids: pa.Array, vectors: Array, centroids: dict[int, Array], space: st
             np.save(folder / f"centroids_{k}.npy", means)
         files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
         pq.write_table(pa.table({"item_id": ids, **columns}), folder / "clusters.parquet")
-        about = {"format": FORMAT, "space": space, "clusters": list(centroids), "until": until, "items": len(ids), "files": files}  # fmt: skip
+        about = {
+            "format": FORMAT,
+            "space": space,
+            "clusters": list(centroids),
+            "until": until,
+            "items": len(ids),
+            "files": files,
+        }
         (folder / "clusters.json").write_text(json.dumps(about, indent=1), "utf-8")
 
     output.write_folder(out, output.CLUSTERS, write)

@@ -1,4 +1,5 @@
-"""contract.json: what an exported encoder takes and gives, where it came from, and the checksums of its files. Needs nothing but Python."""
+"""contract.json: what an exported encoder takes and gives, where it came from, and the checksums of
+its files. Needs nothing but Python."""
 
 from __future__ import annotations
 
@@ -13,19 +14,24 @@ from ..files import check_sha256, read_json, sha256
 SCHEMA = 1
 NAME = "contract.json"
 
-# The number is part of a space: it rises when the pixels that an encoder gets for a file change by more than rounding.
+# The number is part of a space: it rises when the pixels that an encoder gets for a file change by
+# more than rounding.
 PREPROCESSING = 1
 IMAGE_STEPS = (
-    "decode to 8 bits a channel; more are cut to their highest 8. JPEG: libjpeg-turbo with the fast DCT and fast upsampling, at the smallest of "
+    "decode to 8 bits a channel; more are cut to their highest 8. JPEG: libjpeg-turbo with the "
+    "fast DCT and fast upsampling, at the smallest of "
     "the scales 1/8, 1/4, 1/2 and 1 that leaves the square below at least `size` pixels",
     "turn and mirror as EXIF's orientation says",
-    "to RGB, transparency over white, CMYK as Adobe stores it (inverted); colour profiles are ignored",
+    "to RGB, transparency over white, CMYK as Adobe stores it (inverted); colour profiles are "
+    "ignored",
     "cut out the central square, its side the shorter side, its edges rounded to whole pixels",
-    "resize it to `size` x `size`, bilinear with antialiasing: Pillow's BILINEAR, or PyTorch's interpolate with antialias=True",
+    "resize it to `size` x `size`, bilinear with antialiasing: Pillow's BILINEAR, or PyTorch's "
+    "interpolate with antialias=True",
     "uint8 [batch, size, size, 3]; what follows (/ 255, mean, std) is in the graph",
 )
 FEATURE_STEPS = (
-    "the features that the run was trained on, float32 [batch, features]; standardisation is in the graph",
+    "the features that the run was trained on, float32 [batch, features]; standardisation is in "
+    "the graph",
 )
 
 
@@ -34,13 +40,15 @@ class Contract:
     """What contract.json holds; `read` and `write` are inverse.
 
     Attributes:
-        space: identity of the embeddings, "sha256:...": of the weights, the preprocessing and the dimension. Only vectors of one space can be
-            compared.
-        encoder: backbone, dim, normalised, weights (checksum of encoder.safetensors), about (encoder.json of the run).
+        space: identity of the embeddings, "sha256:...": of the weights, the preprocessing and the
+            dimension. Only vectors of one space can be compared.
+        encoder: backbone, dim, normalised, weights (checksum of encoder.safetensors), about
+            (encoder.json of the run).
         input: name, dtype, shape and, for images, size, layout, colour.
         output: name, dtype, shape.
         preprocessing: the steps before the input, in order.
-        trained: what the encoder came from: run, steps, settings and their checksum, dataset with its checksum and dates; null where unknown.
+        trained: what the encoder came from: run, steps, settings and their checksum, dataset with
+            its checksum and dates; null where unknown.
         files: name, sha256, precision, and what was measured of it.
         golden: pictures and expected vectors; limits of what a client may be off by.
         measured: photos, ranking and speed, or null.
@@ -69,16 +77,19 @@ class Contract:
 
     @classmethod
     def read(cls, folder: Path) -> Contract:
-        """The contract of a folder. FileNotFoundError without one, ValueError where it is of another schema or contradicts itself."""
+        """The contract of a folder. FileNotFoundError without one, ValueError where it is of
+        another schema or contradicts itself."""
         path = folder / NAME
         if not path.is_file():
             raise FileNotFoundError(
-                f"path: expected a folder that `courier-fast export` wrote (with {NAME}), got {folder}"
+                f"path: expected a folder that `courier-fast export` wrote (with {NAME}), got "
+                f"{folder}"
             )
         values = read_json(path, "export the run again")
         if values.get("schema") != SCHEMA:
             raise ValueError(
-                f"{path}: expected schema {SCHEMA}, got {values.get('schema')}; export the run again"
+                f"{path}: expected schema {SCHEMA}, got {values.get('schema')}; export the run "
+                "again"
             )
         wrong = sorted({f.name for f in fields(cls)} ^ set(values))
         if wrong:
@@ -89,7 +100,8 @@ class Contract:
         space = space_of(found.encoder["weights"], found.encoder["about"])
         if found.space != space:
             raise ValueError(
-                f"{path}: its weights, preprocessing and dimension are of space {space[:15]}, but it says {found.space[:15]}: it was changed"
+                f"{path}: its weights, preprocessing and dimension are of space {space[:15]}, but "
+                f"it says {found.space[:15]}: it was changed"
             )
         return found
 
@@ -99,11 +111,13 @@ class Contract:
             if entry["name"] == name:
                 return entry
         raise ValueError(
-            f"path: expected a file of the contract ({', '.join(e['name'] for e in self.files)}), got {name}"
+            f"path: expected a file of the contract ({', '.join(e['name'] for e in self.files)}), "
+            f"got {name}"
         )
 
     def checked(self, folder: Path, name: str) -> Path:
-        """The path of a file whose bytes are those that were exported; ValueError names it if they are not."""
+        """The path of a file whose bytes are those that were exported; ValueError names it if they
+        are not."""
         path, expected = folder / name, self.entry(name)["sha256"]
         if not path.is_file():
             raise FileNotFoundError(f"{path} is in {NAME}, but is not there")
@@ -112,14 +126,16 @@ class Contract:
 
 
 def space_of(weights: str, about: dict[str, Any]) -> str:
-    """The identity of an encoder's embeddings, from the checksum of its encoder.safetensors and its encoder.json."""
+    """The identity of an encoder's embeddings, from the checksum of its encoder.safetensors and its
+    encoder.json."""
     identity = [weights, about, PREPROCESSING, "unit length"]
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def contract_of_run(run: Path) -> Contract:
-    """The contract of a run's folder as it is: without files, golden pictures and licence. FileNotFoundError without an encoder."""
+    """The contract of a run's folder as it is: without files, golden pictures and licence.
+    FileNotFoundError without an encoder."""
     about_file, weights_file = run / "encoder.json", run / "encoder.safetensors"
     if not (about_file.is_file() and weights_file.is_file()):
         raise FileNotFoundError(
@@ -134,17 +150,29 @@ def contract_of_run(run: Path) -> Contract:
     else:
         size, steps = about["size"], IMAGE_STEPS
         taken = {
-            "name": "pixels", "dtype": "uint8", "shape": ["batch", size, size, 3],
-            "layout": "NHWC", "colour": "sRGB", "size": size,
-        }  # fmt: skip
+            "name": "pixels",
+            "dtype": "uint8",
+            "shape": ["batch", size, size, 3],
+            "layout": "NHWC",
+            "colour": "sRGB",
+            "size": size,
+        }
     return Contract(
         space=space_of(weights, about),
         encoder={
-            "backbone": about["backbone"], "dim": about["dim"], "normalised": True,
-            "weights": weights, "about": about,
+            "backbone": about["backbone"],
+            "dim": about["dim"],
+            "normalised": True,
+            "weights": weights,
+            "about": about,
         },
         input=taken,
         output={"name": "embedding", "dtype": "float32", "shape": ["batch", about["dim"]]},
         preprocessing=list(steps),
-        trained={}, files=[], golden=None, measured=None, licence=None, versions={},
-    )  # fmt: skip
+        trained={},
+        files=[],
+        golden=None,
+        measured=None,
+        licence=None,
+        versions={},
+    )

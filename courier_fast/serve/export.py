@@ -58,19 +58,23 @@ def export(
     photos: int = 256,
     threads: int = 1,
 ) -> Contract:
-    """Writes the folder `out`: encoder files, golden pictures, contract.json and MODEL_CARD.md. Complete or not there.
+    """Writes the folder `out`: encoder files, golden pictures, contract.json and MODEL_CARD.md.
+    Complete or not there.
 
     Args:
         licence: of the weights; they inherit the terms of the backbone's weights and of the photos.
         formats: "onnx", "torch" or both.
-        precisions: of the ONNX files; float32 is always among them. One that breaks its budget is left out, with a warning.
-        dataset: whose photos parity is measured on, and whose held-out clicks are ranked by every precision; None: neither.
+        precisions: of the ONNX files; float32 is always among them. One that breaks its budget is
+            left out, with a warning.
+        dataset: whose photos parity is measured on, and whose held-out clicks are ranked by every
+            precision; None: neither.
         photos: of the dataset, for parity.
         threads: of the speed measured.
 
     Raises:
         FileNotFoundError: no encoder in `run`.
-        ValueError: an argument that is not as above, `out` holds something else, or an encoder too large for ONNX.
+        ValueError: an argument that is not as above, `out` holds something else, or an encoder too
+            large for ONNX.
         RuntimeError: the exported float32 file breaks its budget.
     """
     _check(licence, formats, precisions)
@@ -81,7 +85,8 @@ def export(
     serving = Serving(load_encoder(run))
     if dataset is not None and not contract.takes_images:
         raise ValueError(
-            "dataset: expected none with an encoder of features, which is measured by `courier-fast evaluate`"
+            "dataset: expected none with an encoder of features, which is measured by "
+            "`courier-fast evaluate`"
         )
     data = None if dataset is None else Dataset(dataset)
     if data is not None:
@@ -139,7 +144,8 @@ def _check(licence: str, formats: Sequence[str], precisions: Sequence[str]) -> N
             )
     if set(precisions) - {"float32"} and "onnx" not in formats:
         raise ValueError(
-            f"precision: {', '.join(precisions)} are of ONNX files, expected format onnx, got {', '.join(formats)}"
+            f"precision: {', '.join(precisions)} are of ONNX files, expected format onnx, got "
+            f"{', '.join(formats)}"
         )
 
 
@@ -163,7 +169,8 @@ def _more(contract: Contract, data: Dataset | None, count: int) -> np.ndarray:
 
 
 def _keeps(path: Path, precision: str, numbers: dict[str, dict[str, Any]]) -> bool:
-    """Whether a file keeps its budget; if not it is removed, with the reason. RuntimeError for float32, without which there is no export."""
+    """Whether a file keeps its budget; if not it is removed, with the reason. RuntimeError for
+    float32, without which there is no export."""
     why = why_refused(precision, numbers[precision])
     if not why:
         return True
@@ -175,7 +182,7 @@ def _keeps(path: Path, precision: str, numbers: dict[str, dict[str, Any]]) -> bo
     return False
 
 
-# ---- what is said of it -------------------------------------------------------------------------------------------
+# ---- what is said of it --------------------------------------------------------------------------
 
 
 def _measure(
@@ -186,7 +193,8 @@ def _measure(
     inputs: np.ndarray,
     threads: int,
 ) -> dict[str, Any]:
-    """Ranks by every precision and times all of them; fills `numbers`. float32 is that of ONNX where there is one."""
+    """Ranks by every precision and times all of them; fills `numbers`. float32 is that of ONNX
+    where there is one."""
     base = "float32" if "float32" in runs else "PyTorch"
     ranked = {base: runs[base]} | {k: r for k, r in runs.items() if k not in (base, "PyTorch")}
     tables = tables_of(data, ranked, inputs.shape[1])
@@ -194,7 +202,10 @@ def _measure(
     other = "float32, decoded by Pillow"  # the best that a client without libjpeg-turbo can do
     tables |= tables_of(data, {other: runs[base]}, inputs.shape[1], read_pillow)
     cosines = (tables[other] * tables[base]).sum(1)
-    numbers[other] = {"cosine_min": float(np.nanmin(cosines)), "cosine_mean": float(np.nanmean(cosines))}  # fmt: skip
+    numbers[other] = {
+        "cosine_min": float(np.nanmin(cosines)),
+        "cosine_mean": float(np.nanmean(cosines)),
+    }
     for name, found in ranking(data, tables, split).items():
         numbers.setdefault(name, {}).update(found)
     before = torch.get_num_threads()
@@ -210,7 +221,13 @@ def _measure(
 
 def _origin(run: Path) -> dict[str, Any]:
     """What a run says of itself, and of its dataset if that is still where it was."""
-    found: dict[str, Any] = {"run": run.resolve().name, "steps": None, "settings": None, "settings_sha256": None, "dataset": None}  # fmt: skip
+    found: dict[str, Any] = {
+        "run": run.resolve().name,
+        "steps": None,
+        "settings": None,
+        "settings_sha256": None,
+        "dataset": None,
+    }
     journal, settings = run / "metrics.jsonl", run / "config.toml"
     if journal.is_file():
         found["steps"] = last_step(journal)
@@ -234,9 +251,13 @@ def _origin(run: Path) -> dict[str, Any]:
         return datetime.fromtimestamp(float(seconds), timezone.utc).isoformat()
 
     found["dataset"] = {
-        "name": data.name, "sha256": data.fingerprint, "pages": len(rows), "items": data.num_items,
-        "from": date(math.floor(times.min())), "until": date(math.ceil(times.max())),
-    }  # fmt: skip
+        "name": data.name,
+        "sha256": data.fingerprint,
+        "pages": len(rows),
+        "items": data.num_items,
+        "from": date(math.floor(times.min())),
+        "until": date(math.ceil(times.max())),
+    }
     return found
 
 

@@ -1,4 +1,5 @@
-"""Pictures that the package draws, what an encoder makes of them, and the judgement of anything that claims to do the same.
+"""Pictures that the package draws, what an encoder makes of them, and the judgement of anything
+that claims to do the same.
 
 Exporters err by 1e-7, clients by how they decode and resize: each picture is one way to go wrong.
 """
@@ -29,7 +30,8 @@ INT8_ALLOWANCE = 1e-3  # mean distance that int8 may add
 
 
 def scene(height: int, width: int, seed: int) -> Array:
-    """[height, width, 3] uint8: waves of all lengths, edges, stripes as fine as fabric, grain; no symmetry."""
+    """[height, width, 3] uint8: waves of all lengths, edges, stripes as fine as fabric, grain; no
+    symmetry."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width].astype(np.float64)
     span = max(height, width)
@@ -46,7 +48,8 @@ def scene(height: int, width: int, seed: int) -> Array:
 
 
 def golden_pictures(size: int) -> dict[str, bytes]:
-    """Files by name, for an encoder of pictures of `size` pixels: larger than that several times, but for the tiny one."""
+    """Files by name, for an encoder of pictures of `size` pixels: larger than that several times,
+    but for the tiny one."""
     long, short = 45 * size // 10, 33 * size // 10
 
     def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
@@ -75,7 +78,8 @@ def golden_pictures(size: int) -> dict[str, bytes]:
 
 
 def without_antialiasing(image: bytes, size: int) -> Array:
-    """What many clients do in place of `square`: bilinear, but of four pixels only, however many there are."""
+    """What many clients do in place of `square`: bilinear, but of four pixels only, however many
+    there are."""
     with Image.open(io.BytesIO(image)) as file:
         seen = rgb(ImageOps.exif_transpose(file))
     side = min(seen.size)
@@ -107,9 +111,11 @@ def levels(found: Array, expected: Array) -> float:
 def write_golden(
     folder: Path, contract: Contract, embed: Callable[[Array], Array]
 ) -> dict[str, Any]:
-    """Draws the pictures, writes them, their pixels and their vectors, and returns the contract's `golden`.
+    """Draws the pictures, writes them, their pixels and their vectors, and returns the contract's
+    `golden`.
 
-    Limits lie between what a careful client and one that resizes without antialiasing are off by: at the geometric mean of the two.
+    Limits lie between what a careful client and one that resizes without antialiasing are off by:
+    at the geometric mean of the two.
     """
     (folder / FOLDER).mkdir()
     if not contract.takes_images:
@@ -149,7 +155,7 @@ def _limit(careful: float, wrong: float) -> dict[str, float]:
     }
 
 
-# ---- judgement ----------------------------------------------------------------------------------------------------
+# ---- judgement -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -171,10 +177,12 @@ class Verdict:
 
 
 def verify(folder: Path, vectors: Path | None = None) -> list[Verdict]:
-    """Runs the golden pictures through every file of an export as it is served; or judges the vectors that another client made of them.
+    """Runs the golden pictures through every file of an export as it is served; or judges the
+    vectors that another client made of them.
 
     Args:
-        vectors: .npy [8, dim], in the order of the contract's pictures; None: the package's own client.
+        vectors: .npy [8, dim], in the order of the contract's pictures; None: the package's own
+            client.
 
     Raises:
         ValueError: a file was altered, or the vectors are of another shape.
@@ -191,7 +199,8 @@ def verify(folder: Path, vectors: Path | None = None) -> list[Verdict]:
         found = np.load(vectors, allow_pickle=False)
         if found.shape != expected.shape:
             raise ValueError(
-                f"vectors: expected {list(expected.shape)}, a row for each golden picture, got {list(found.shape)}"
+                f"vectors: expected {list(expected.shape)}, a row for each golden picture, got "
+                f"{list(found.shape)}"
             )
         return [Verdict(vectors.name, distance(found, expected), limit, unit)]
     verdicts, inputs = [], _inputs(folder, golden)

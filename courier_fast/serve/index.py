@@ -1,4 +1,5 @@
-"""Nearest neighbours by cosine among embeddings of one space: exact, IVF or HNSW, with the recall and speed that were measured.
+"""Nearest neighbours by cosine among embeddings of one space: exact, IVF or HNSW, with the recall
+and speed that were measured.
 
 | file | |
 | --- | --- |
@@ -55,16 +56,23 @@ class Index:
 
     @classmethod
     def open(cls, path: Path) -> Index:
-        """FileNotFoundError where a file is missing, ValueError where one was altered, or the format is another."""
+        """FileNotFoundError where a file is missing, ValueError where one was altered, or the
+        format is another."""
         about_file = path / "index.json"
         if not about_file.is_file():
-            raise FileNotFoundError(f"index: expected a folder that `courier-fast index build` wrote (with index.json), got {path}")  # fmt: skip
+            raise FileNotFoundError(
+                "index: expected a folder that `courier-fast index build` wrote (with "
+                f"index.json), got {path}"
+            )
         about = read_json(about_file, "build it again")
         if about.pop("format", None) != FORMAT:
             raise ValueError(f"index: expected format {FORMAT} in {about_file}; build it again")
         expected_names = {"space", "kind", "settings", "measured", "files", "rows", "dim"}
         if set(about) != expected_names or not isinstance(about["files"], dict):
-            raise ValueError(f"index: {about_file} was altered, expected {', '.join(sorted(expected_names))} in it; build it again")  # fmt: skip
+            raise ValueError(
+                f"index: {about_file} was altered, expected {', '.join(sorted(expected_names))} in "
+                "it; build it again"
+            )
         for name, expected in about["files"].items():
             if not (path / name).is_file():
                 raise FileNotFoundError(f"index: {path / name} is in index.json, but is not there")
@@ -82,17 +90,22 @@ class Index:
         """[D] the item's vector. ValueError for an id that is not there."""
         place = max(pc.index(self.ids, name).as_py() for name in (item_id, one(item_id)))
         if place < 0:
-            raise ValueError(f"item: expected one of the {len(self.ids):,} items of {self.path}, got {item_id!r}")  # fmt: skip
+            raise ValueError(
+                f"item: expected one of the {len(self.ids):,} items of {self.path}, got {item_id!r}"
+            )
         return self.vectors[place]
 
     def search(self, queries: Array, k: int = K) -> tuple[Array, Array]:
-        """Rows of `ids` and cosines, both [q, k], the nearest first; fewer than k where there are fewer items (IVF: -1 fills up).
+        """Rows of `ids` and cosines, both [q, k], the nearest first; fewer than k where there are
+        fewer items (IVF: -1 fills up).
 
         Args:
             queries: [q, D], finite and not 0.
         """
         if queries.ndim != 2 or queries.shape[1] != self.vectors.shape[1]:
-            raise ValueError(f"queries: expected [q, {self.vectors.shape[1]}], got {list(queries.shape)}")  # fmt: skip
+            raise ValueError(
+                f"queries: expected [q, {self.vectors.shape[1]}], got {list(queries.shape)}"
+            )
         if k < 1:
             raise ValueError(f"k: expected at least 1, got {k}")
         queries, k = _unit(queries), min(k, len(self.ids))
@@ -102,8 +115,11 @@ class Index:
         return rows, cosines
 
 
-def exact_search(vectors: Array, queries: Array, k: int, block: int = 1 << 18) -> tuple[Array, Array]:  # fmt: skip
-    """Rows and cosines [q, k] of the nearest of `vectors` [n, D], both of length 1; a block of them at a time."""
+def exact_search(
+    vectors: Array, queries: Array, k: int, block: int = 1 << 18
+) -> tuple[Array, Array]:
+    """Rows and cosines [q, k] of the nearest of `vectors` [n, D], both of length 1; a block of them
+    at a time."""
     import torch
 
     asked = torch.from_numpy(np.ascontiguousarray(queries, np.float32))
@@ -133,11 +149,14 @@ def build(
         ids: [n] text, each once.
         vectors: [n, D]; rows that are not finite, or 0, are left out.
         space: identity of the encoder, or None where nobody knows it.
-        kind: "exact"; "ivf", inverted lists of vectors in 8 bits a dimension; "hnsw", a graph; "auto": exact up to 100,000 rows, then ivf.
-        recall: share of the 10 nearest that ivf and hnsw must find; more lists or candidates are searched until they do.
+        kind: "exact"; "ivf", inverted lists of vectors in 8 bits a dimension; "hnsw", a graph;
+            "auto": exact up to 100,000 rows, then ivf.
+        recall: share of the 10 nearest that ivf and hnsw must find; more lists or candidates are
+            searched until they do.
 
     Raises:
-        ValueError: an unknown kind, a recall that is not above 0 and at most 1, no row that is left, or a recall that cannot be reached.
+        ValueError: an unknown kind, a recall that is not above 0 and at most 1, no row that is
+            left, or a recall that cannot be reached.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
@@ -164,7 +183,9 @@ def build(
     else:
         made = _make(kind, rows, seed)
         search = lambda q: made.search(q, count)[1]  # noqa: E731
-        settings, found = _tune(made, kind, lambda: _others(search(queries), asked), nearest, recall)  # fmt: skip
+        settings, found = _tune(
+            made, kind, lambda: _others(search(queries), asked), nearest, recall
+        )
     measured = {"recall@10": found, "queries_per_s": _speed(search, queries)}
 
     def write(folder: Path) -> None:
@@ -174,9 +195,15 @@ def build(
             _faiss().write_index(made, str(folder / "index.faiss"))
         files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
         about = {
-            "format": FORMAT, "space": space, "kind": kind, "settings": settings, "rows": len(rows), "dim": rows.shape[1],
-            "measured": measured, "files": files,
-        }  # fmt: skip
+            "format": FORMAT,
+            "space": space,
+            "kind": kind,
+            "settings": settings,
+            "rows": len(rows),
+            "dim": rows.shape[1],
+            "measured": measured,
+            "files": files,
+        }
         (folder / "index.json").write_text(json.dumps(about, indent=1), "utf-8")
 
     write_folder(out, INDEX, write)
@@ -215,7 +242,8 @@ def _set(made: Any, kind: str, settings: dict[str, int]) -> None:
 def _tune(
     made: Any, kind: str, search: Callable[[], list[Array]], nearest: list[Array], wanted: float
 ) -> tuple[dict[str, int], float]:
-    """The least effort, in doublings, that finds the share `wanted` of the nearest; and what it finds."""
+    """The least effort, in doublings, that finds the share `wanted` of the nearest; and what it
+    finds."""
     name, most = ("ef", made.ntotal) if kind == "hnsw" else ("nprobe", made.nlist)
     effort = 16 if kind == "hnsw" else 1
     while True:
@@ -225,7 +253,10 @@ def _tune(
         if found >= wanted:
             return {name: effort}, found
         if effort >= most:
-            raise ValueError(f"recall: expected {wanted}, but {kind} finds {found:.3f} of the nearest however long it searches; ask for less, or for --kind exact")  # fmt: skip
+            raise ValueError(
+                f"recall: expected {wanted}, but {kind} finds {found:.3f} of the nearest however "
+                "long it searches; ask for less, or for --kind exact"
+            )
         effort = min(2 * effort, most)
 
 
@@ -244,5 +275,7 @@ def _faiss() -> Any:
     try:
         import faiss
     except ModuleNotFoundError:
-        raise ModuleNotFoundError('ivf and hnsw need faiss: pip install "courier_fast[index]"') from None  # fmt: skip
+        raise ModuleNotFoundError(
+            'ivf and hnsw need faiss: pip install "courier_fast[index]"'
+        ) from None
     return faiss

@@ -21,18 +21,31 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="action")
 
-    one = actions.add_parser("build", help="embeddings -> an index, with its measured recall and speed")  # fmt: skip
+    one = actions.add_parser(
+        "build", help="embeddings -> an index, with its measured recall and speed"
+    )
     _add_embeddings(one)
     one.add_argument("--out", type=local_path, required=True, help="folder of the index")
-    one.add_argument("--kind", default="auto", help=f"one of {', '.join(KINDS)}; auto: exact up to 100,000 items, then ivf")  # fmt: skip
-    one.add_argument("--recall", type=float, default=0.95, help="share of the 10 nearest that ivf and hnsw must find")  # fmt: skip
+    one.add_argument(
+        "--kind",
+        default="auto",
+        help=f"one of {', '.join(KINDS)}; auto: exact up to 100,000 items, then ivf",
+    )
+    one.add_argument(
+        "--recall",
+        type=float,
+        default=0.95,
+        help="share of the 10 nearest that ivf and hnsw must find",
+    )
     one.add_argument("--seed", type=int, default=0)
 
     one = actions.add_parser("search", help="the nearest items of items or image files")
     one.add_argument("--index", type=local_path, required=True, help="folder of `index build`")
     one.add_argument("--item", nargs="+", default=[], help="ids")
     one.add_argument("--image", nargs="+", default=[], type=local_path, help="image files")
-    one.add_argument("--encoder", type=local_path, help="run or export, for --image: of the index's space")  # fmt: skip
+    one.add_argument(
+        "--encoder", type=local_path, help="run or export, for --image: of the index's space"
+    )
     one.add_argument("--k", type=int, default=10)
     one.add_argument("--dataset", type=location, help="whose pictures --html shows")
     one.add_argument("--html", type=local_path, help="a page of pictures")
@@ -45,13 +58,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--dataset", type=location, help="with --until: knows when items were first seen"
     )
-    one.add_argument("--until", metavar="DATE", help="only items first seen before are clustered; later ones get the nearest centroid")  # fmt: skip
-    one.add_argument("--like", type=local_path, help="folder of earlier clusters: their centroids are taken")  # fmt: skip
+    one.add_argument(
+        "--until",
+        metavar="DATE",
+        help="only items first seen before are clustered; later ones get the nearest centroid",
+    )
+    one.add_argument(
+        "--like", type=local_path, help="folder of earlier clusters: their centroids are taken"
+    )
     one.add_argument("--seed", type=int, default=0)
 
 
 def _add_embeddings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--embeddings", type=local_path, required=True, help="folder or file of `courier-fast embed`")  # fmt: skip
+    parser.add_argument(
+        "--embeddings",
+        type=local_path,
+        required=True,
+        help="folder or file of `courier-fast embed`",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,10 +87,13 @@ def _build(args: argparse.Namespace) -> int:
 
     check_output(args.out, INDEX, inputs=[args.embeddings], overwrite=True)
     ids, vectors, space = read_vectors(args.embeddings)
-    index = build(ids, vectors, args.out, space=space, kind=args.kind, recall=args.recall, seed=args.seed)  # fmt: skip
+    index = build(
+        ids, vectors, args.out, space=space, kind=args.kind, recall=args.recall, seed=args.seed
+    )
     settings = "".join(f", {name} {value}" for name, value in index.settings.items())
     print(
-        f"{args.out}: {len(index.ids):,} items, {index.kind}{settings}; recall@10 {index.measured['recall@10']:.3f}, "
+        f"{args.out}: {len(index.ids):,} items, {index.kind}{settings}; recall@10 "
+        f"{index.measured['recall@10']:.3f}, "
         f"{index.measured['queries_per_s']:,.0f} queries/s"
     )
     return 0
@@ -80,7 +107,10 @@ def _search(args: argparse.Namespace) -> int:
     if args.k < 1:
         raise ValueError(f"k: expected at least 1, got {args.k}")
     if args.image and args.encoder is None:
-        raise ValueError("encoder: expected the run or export whose embeddings the index holds, for --image; got none")  # fmt: skip
+        raise ValueError(
+            "encoder: expected the run or export whose embeddings the index holds, for --image; "
+            "got none"
+        )
     if args.html is not None and args.dataset is None:
         raise ValueError("dataset: expected the one whose pictures --html shows, got none")
     inputs = (args.index, args.encoder, args.dataset, *args.image)
@@ -96,7 +126,10 @@ def _search(args: argparse.Namespace) -> int:
     for one in found:
         print("\n".join(one.lines()))
     if args.json is not None:
-        said = [{"query": n.query, "near": [{"item_id": i, "cosine": c} for i, c in n.near]} for n in found]  # fmt: skip
+        said = [
+            {"query": n.query, "near": [{"item_id": i, "cosine": c} for i, c in n.near]}
+            for n in found
+        ]
         text = json.dumps(said, indent=1, ensure_ascii=False) + "\n"
         write_atomically(args.json, lambda path: path.write_text(text, "utf-8"))
     if args.html is not None:
@@ -119,21 +152,31 @@ def _clusters(args: argparse.Namespace) -> int:
     else:
         known = None if args.until is None else _seen_before(args, ids)
         fit_clusters(
-            ids, vectors, args.out, known=known, clusters=args.k, space=space, until=args.until, seed=args.seed
-        )  # fmt: skip
+            ids,
+            vectors,
+            args.out,
+            known=known,
+            clusters=args.k,
+            space=space,
+            until=args.until,
+            seed=args.seed,
+        )
     print(f"{args.out}: clusters of {len(ids):,} items, and their centroids")
     return 0
 
 
 def _seen_before(args: argparse.Namespace, ids: pa.Array) -> np.ndarray:
-    """[n] bool: the item was first seen before --until; false for items that the dataset has not."""
+    """[n] bool: the item was first seen before --until; false for items that the dataset has
+    not."""
     import pyarrow.compute as pc
 
     from ..data.dataset import Dataset
     from ..data.options import epoch
 
     if args.dataset is None:
-        raise ValueError("dataset: expected one with --until, which knows when items were first seen; got none")  # fmt: skip
+        raise ValueError(
+            "dataset: expected one with --until, which knows when items were first seen; got none"
+        )
     dataset = Dataset(args.dataset)
     place = pc.fill_null(pc.index_in(ids, dataset.item_ids), -1).to_numpy()
     return (place >= 0) & (dataset.item_first_seen[place] < epoch("until", args.until))

@@ -1,4 +1,5 @@
-"""Exported encoders, and those of runs, as one class: by onnxruntime, which needs no torch, or by torch."""
+"""Exported encoders, and those of runs, as one class: by onnxruntime, which needs no torch, or by
+torch."""
 
 from __future__ import annotations
 
@@ -37,13 +38,16 @@ def load(
 
     Args:
         path: folder of a training run, folder of `courier-fast export`, or an .onnx file in one.
-        runtime: "onnxruntime", "torch", or "auto": onnxruntime where the folder has an ONNX file and it is installed.
+        runtime: "onnxruntime", "torch", or "auto": onnxruntime where the folder has an ONNX file
+            and it is installed.
         precision: "float32" (the default), "float16" or "int8", of an export's ONNX files.
-        threads: that decode, and those of onnxruntime; 0: as many as there are CPUs for this process. torch has its own setting.
+        threads: that decode, and those of onnxruntime; 0: as many as there are CPUs for this
+            process. torch has its own setting.
 
     Raises:
         FileNotFoundError: nothing of that kind there.
-        ValueError: a file is not the one that was exported (which is named), or the export has no such precision or runtime.
+        ValueError: a file is not the one that was exported (which is named), or the export has no
+            such precision or runtime.
         ModuleNotFoundError: the runtime asked for is not installed.
     """
     if runtime not in RUNTIMES:
@@ -60,7 +64,8 @@ def load(
         contract = Contract.read(path.parent)
         if runtime == "torch" or precision not in (None, contract.entry(path.name)["precision"]):
             raise ValueError(
-                f"path: expected a folder with runtime {runtime!r} and precision {precision!r}, got the file {path.name}"
+                f"path: expected a folder with runtime {runtime!r} and precision {precision!r}, "
+                f"got the file {path.name}"
             )
         return ItemEncoder(
             contract, onnx_run(contract, contract.checked(path.parent, path.name), threads), threads
@@ -68,7 +73,8 @@ def load(
     if not (path / NAME).is_file() and (path / "encoder.json").is_file():
         if runtime == "onnxruntime" or precision not in (None, "float32"):
             raise ValueError(
-                f"path: {path} is a training run, which torch runs in float32; `courier-fast export` writes "
+                f"path: {path} is a training run, which torch runs in float32; `courier-fast "
+                "export` writes "
                 f"files for runtime {runtime!r} and precision {precision!r}"
             )
         return ItemEncoder(contract_of_run(path), _torch(path), threads)
@@ -85,8 +91,10 @@ def _choose(contract: Contract, runtime: str, precision: str | None) -> str:
     """The file of an export that does it."""
     wanted = precision or "float32"
     onnx = [
-        e["name"] for e in contract.files if e["name"].endswith(".onnx") and e["precision"] == wanted
-    ]  # fmt: skip
+        e["name"]
+        for e in contract.files
+        if e["name"].endswith(".onnx") and e["precision"] == wanted
+    ]
     has_torch = wanted == "float32" and any(e["name"] == WEIGHTS for e in contract.files)
     installed = importlib.util.find_spec("onnxruntime") is not None
     if onnx and (runtime == "onnxruntime" or (runtime == "auto" and (installed or not has_torch))):
@@ -95,7 +103,8 @@ def _choose(contract: Contract, runtime: str, precision: str | None) -> str:
         return WEIGHTS
     there = sorted({f"{e['name']} ({e['precision']})" for e in contract.files if e["precision"]})
     raise ValueError(
-        f"expected runtime {runtime!r} in precision {wanted!r}, but the export has {', '.join(there)}"
+        f"expected runtime {runtime!r} in precision {wanted!r}, but the export has "
+        f"{', '.join(there)}"
     )
 
 
@@ -118,7 +127,8 @@ def onnx_run(contract: Contract, path: Path, threads: int) -> Callable[[Array], 
 
 
 def _torch(folder: Path) -> Callable[[Array], Array]:
-    """The weights are safetensors: nothing is unpickled. (`torch.export.load`, which reads encoder.pt2, unpickles.)"""
+    """The weights are safetensors: nothing is unpickled. (`torch.export.load`, which reads
+    encoder.pt2, unpickles.)"""
     try:
         import torch
 
@@ -138,11 +148,12 @@ def _torch(folder: Path) -> Callable[[Array], Array]:
     return run
 
 
-# ---- pictures -----------------------------------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def square(image: bytes | Image.Image, size: int) -> Array:
-    """The preprocessing of the contract: the central square of an encoded or a Pillow image, [size, size, 3] uint8."""
+    """The preprocessing of the contract: the central square of an encoded or a Pillow image, [size,
+    size, 3] uint8."""
     if isinstance(image, Image.Image):
         window = eval_windows(np.array([pictures.seen_size_pillow(image)]))[0]
         return pictures.resize_pillow(image, window, size)
@@ -162,9 +173,7 @@ class ItemEncoder:
         contract: everything that is known of the encoder.
     """
 
-    def __init__(
-        self, contract: Contract, run: Callable[[Array], Array], threads: int
-    ) -> None:  # fmt: skip
+    def __init__(self, contract: Contract, run: Callable[[Array], Array], threads: int) -> None:
         self.contract, self.space, self.dim = contract, contract.space, int(contract.encoder["dim"])
         self._run, self._threads = run, threads
 
@@ -176,10 +185,12 @@ class ItemEncoder:
         """Embeddings [n, dim] float32, each of length 1.
 
         Args:
-            images: local paths (or file:// URLs, ~), encoded images (bytes) or images of Pillow's; of an encoder of features, an array [n, F].
+            images: local paths (or file:// URLs, ~), encoded images (bytes) or images of Pillow's;
+                of an encoder of features, an array [n, F].
             batch: encoded at once.
 
-        An image that cannot be read or decoded has a row of NaN, and a warning names it; so has a row of features that is not finite.
+        An image that cannot be read or decoded has a row of NaN, and a warning names it; so has a
+        row of features that is not finite.
 
         Raises:
             TypeError: not a list, or something in it that is none of these.
@@ -194,7 +205,8 @@ class ItemEncoder:
         for image in images:
             if not isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
                 raise TypeError(
-                    f"images: expected paths, bytes or images of Pillow's, got {type(image).__name__}"
+                    "images: expected paths, bytes or images of Pillow's, got "
+                    f"{type(image).__name__}"
                 )
         out = np.full((len(images), self.dim), np.nan, np.float32)
         with ThreadPoolExecutor(self._threads, "courier-serve") as pool:
@@ -227,7 +239,8 @@ class ItemEncoder:
         table, width = np.asarray(table, np.float32), self.contract.input["shape"][1]
         if table.ndim != 2 or table.shape[1] != width:
             raise ValueError(
-                f"images: this encoder was trained on features, expected [n, {width}], got {list(table.shape)}"
+                f"images: this encoder was trained on features, expected [n, {width}], got "
+                f"{list(table.shape)}"
             )
         out = np.full((len(table), self.dim), np.nan, np.float32)
         good = np.flatnonzero(np.isfinite(table).all(1))

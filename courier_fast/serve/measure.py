@@ -24,8 +24,8 @@ from .module import Serving
 Array = npt.NDArray
 Run = Callable[[Array], Array]
 
-# float32: |found - exact| <= 2 max(|eager - exact|, |rounded - exact|) + one rounding, in the l2 and in the max norm over all inputs; the
-# others by their cosines with the exact vectors.
+# float32: |found - exact| <= 2 max(|eager - exact|, |rounded - exact|) + one rounding, in the l2
+# and in the max norm over all inputs; the others by their cosines with the exact vectors.
 ROUNDING = 2.0**-24
 DRAWS = 2  # of rounded
 LEAST_COSINE = {"float16": 0.999, "int8": 0.995}
@@ -37,7 +37,8 @@ NEIGHBOURS = 2000
 def pixels_of(
     dataset: Dataset, rows: Array, size: int, read: Reader | None = None
 ) -> tuple[Array, Array]:
-    """Pictures [n, size, size, 3] uint8 of some items, as they are served or by `read`, and which of them [n] could be decoded."""
+    """Pictures [n, size, size, 3] uint8 of some items, as they are served or by `read`, and which
+    of them [n] could be decoded."""
     read, store = read or fastest_reader(), dataset.images
     out, good = np.zeros((len(rows), size, size, 3), np.uint8), np.zeros(len(rows), bool)
     windows = eval_windows(store.shapes[rows])
@@ -59,12 +60,13 @@ def some_photos(dataset: Dataset, count: int, size: int) -> Array:
     return pixels[good]
 
 
-# ---- parity -------------------------------------------------------------------------------------------------------
+# ---- parity --------------------------------------------------------------------------------------
 
 
 class Parity:
-    """Inputs [n, ...], and what the encoder makes of them: eagerly; exactly, in float64; and rounded: exactly, but with every weight and every
-    module's output off by one rounding of float32. Eager code is one draw of its errors, and on few inputs a lucky one."""
+    """Inputs [n, ...], and what the encoder makes of them: eagerly; exactly, in float64; and
+    rounded: exactly, but with every weight and every module's output off by one rounding of
+    float32. Eager code is one draw of its errors, and on few inputs a lucky one."""
 
     def __init__(self, serving: Serving, inputs: Array, batch: int = 32) -> None:
         self.inputs, self.batch = inputs, batch
@@ -91,9 +93,12 @@ class Parity:
             yardstick = max(norm(x) for x in (eager, *model))
             shares.append(norm(error) / (2 * yardstick + ROUNDING * norm(np.abs(self.exact))))
         return {
-            "cosine_min": float(cosines.min()), "cosine_mean": float(cosines.mean()),
-            "error": float(error.max()), "error_eager": float(eager.max()), "budget_share": max(shares),
-        }  # fmt: skip
+            "cosine_min": float(cosines.min()),
+            "cosine_mean": float(cosines.mean()),
+            "error": float(error.max()),
+            "error_eager": float(eager.max()),
+            "budget_share": max(shares),
+        }
 
 
 def _off_by_roundings(exact: Serving, seed: int) -> Serving:
@@ -139,7 +144,7 @@ def run_of(serving: nn.Module) -> Run:
     return run
 
 
-# ---- ranking ------------------------------------------------------------------------------------------------------
+# ---- ranking -------------------------------------------------------------------------------------
 
 
 def tables_of(
@@ -149,7 +154,8 @@ def tables_of(
     read: Reader | None = None,
     batch: int = 64,
 ) -> dict[str, Array]:
-    """Embeddings [items, dim] float32 of the whole catalogue by every run; NaN without a picture. Each picture is decoded once."""
+    """Embeddings [items, dim] float32 of the whole catalogue by every run; NaN without a picture.
+    Each picture is decoded once."""
     found: dict[str, Array] = {}
     rows = np.flatnonzero(dataset.images.present)
     for start in range(0, len(rows), batch):
@@ -167,7 +173,8 @@ def tables_of(
 
 
 def ranking(dataset: Dataset, tables: Mapping[str, Array], split: str) -> dict[str, dict[str, Any]]:
-    """HR@10 among 100 sampled items with its interval, its paired difference to the first table, and the overlap of neighbours with it."""
+    """HR@10 among 100 sampled items with its interval, its paired difference to the first table,
+    and the overlap of neighbours with it."""
     methods = [Method(name, table) for name, table in tables.items()]
     result = compare(dataset, methods, split=split, candidates=("sampled",), k=(10,))
     one = result["sets"]["sampled"]
@@ -179,8 +186,10 @@ def ranking(dataset: Dataset, tables: Mapping[str, Array], split: str) -> dict[s
         if method is not methods[0]:
             minus = one["differences"][method.name][metric]  # the first minus this one
             numbers["hr10_minus_float32"] = {
-                "mean": -minus["mean"], "low": -minus["high"], "high": -minus["low"],
-            }  # fmt: skip
+                "mean": -minus["mean"],
+                "low": -minus["high"],
+                "high": -minus["low"],
+            }
         assert base is not None and method.embeddings is not None
         numbers["overlap10"] = overlap(base, method.embeddings)
         found[method.name] = numbers
@@ -188,7 +197,8 @@ def ranking(dataset: Dataset, tables: Mapping[str, Array], split: str) -> dict[s
 
 
 def overlap(a: Array, b: Array, k: int = 10, most: int = NEIGHBOURS) -> float:
-    """Share of each item's k nearest by cosine that two tables [items, D] of unit rows have in common, over the first `most` with both."""
+    """Share of each item's k nearest by cosine that two tables [items, D] of unit rows have in
+    common, over the first `most` with both."""
     rows = np.flatnonzero(np.isfinite(a).all(1) & np.isfinite(b).all(1))[:most]
     k = min(k, len(rows) - 1)
     if k < 1:
@@ -203,13 +213,14 @@ def overlap(a: Array, b: Array, k: int = 10, most: int = NEIGHBOURS) -> float:
     return float(np.mean([len(np.intersect1d(x, y)) / k for x, y in zip(one, other, strict=True)]))
 
 
-# ---- speed --------------------------------------------------------------------------------------------------------
+# ---- speed ---------------------------------------------------------------------------------------
 
 
 def speed(
     runs: Mapping[str, Run], inputs: Array, rounds: int = 7, seconds: float = 0.5
 ) -> dict[str, float]:
-    """Inputs per second of each, the median of rounds in which all take turns; decoding is not in it."""
+    """Inputs per second of each, the median of rounds in which all take turns; decoding is not in
+    it."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run(inputs)

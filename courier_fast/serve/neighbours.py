@@ -21,7 +21,8 @@ SIDE = 160  # pixels of a picture
 
 @dataclass(frozen=True)
 class Neighbours:
-    """A query's name (an item's id or a file), whether it is a file, and the nearest (id, cosine)."""
+    """A query's name (an item's id or a file), whether it is a file, and the nearest (id,
+    cosine)."""
 
     query: str
     is_file: bool
@@ -58,7 +59,8 @@ def nearest_images(index: Index, encoder: Any, paths: Sequence[Path], k: int) ->
 
     if index.space is None or encoder.space != index.space:
         raise ValueError(
-            f"encoder: expected one of the space {(index.space or 'that nobody wrote down')[:22]} of {index.path}, got {encoder.space[:19]}: vectors of "
+            f"encoder: expected one of the space {(index.space or 'that nobody wrote down')[:22]} "
+            f"of {index.path}, got {encoder.space[:19]}: vectors of "
             "two encoders cannot be compared"
         )
     vectors = encoder.encode(list(paths))
@@ -73,11 +75,16 @@ def nearest_images(index: Index, encoder: Any, paths: Sequence[Path], k: int) ->
 
 
 def _named(index: Index, rows: Any, cosines: Any) -> list[tuple[str, float]]:
-    return [(index.ids[r].as_py(), c) for r, c in zip(rows.tolist(), cosines.tolist(), strict=True) if r >= 0]  # fmt: skip
+    return [
+        (index.ids[r].as_py(), c)
+        for r, c in zip(rows.tolist(), cosines.tolist(), strict=True)
+        if r >= 0
+    ]
 
 
 def write_page(found: Sequence[Neighbours], index: Index, dataset: Dataset, out: Path) -> None:
-    """One HTML file without scripts; pictures are small JPEGs within it, ids and categories escaped."""
+    """One HTML file without scripts; pictures are small JPEGs within it, ids and categories
+    escaped."""
     from jinja2 import Environment, StrictUndefined
 
     from ..report.items import Pictures
@@ -92,12 +99,16 @@ def write_page(found: Sequence[Neighbours], index: Index, dataset: Dataset, out:
 
     queries = [
         {
-            "query": {"id": n.query, "category": "", "src": _file(n.query), "text": ""} if n.is_file else item(one(n.query)),
+            "query": {"id": n.query, "category": "", "src": _file(n.query), "text": ""}
+            if n.is_file
+            else item(one(n.query)),
             "near": [item(name, f"{cosine:.2f}") for name, cosine in n.near],
         }
         for n in found
-    ]  # fmt: skip
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    ]
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     source = files("courier_fast.serve").joinpath("neighbours.html.jinja").read_text("utf-8")
     recall = index.measured["recall@10"]
     note = f"Cosines among {len(index.ids):,} items of {dataset.name}; index {index.kind}, which finds {recall:.1%} of the 10 nearest."

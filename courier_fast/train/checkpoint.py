@@ -1,7 +1,8 @@
 """Checkpoints: complete or not there, newest first, nothing pickled.
 
-A checkpoint is a folder `step-00001234` with tensors in safetensors (torch.distributed.checkpoint, HuggingFace storage: its default
-storage unpickles what it finds) and state.json. It is written under another name, flushed and renamed, while training goes on.
+A checkpoint is a folder `step-00001234` with tensors in safetensors (torch.distributed.checkpoint,
+HuggingFace storage: its default storage unpickles what it finds) and state.json. It is written
+under another name, flushed and renamed, while training goes on.
 """
 
 from __future__ import annotations
@@ -37,14 +38,16 @@ _NAME = re.compile(r"step-(\d+)")
 
 @contextmanager
 def _one_process() -> Iterator[None]:
-    """Each process writes and reads what is its own, without a word to the others; torch remarks on that."""
+    """Each process writes and reads what is its own, without a word to the others; torch remarks on
+    that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 class _OwnParts(DefaultSavePlanner):
-    """A plan of this process's parts alone, not held against the whole of each tensor: the others' are in their files."""
+    """A plan of this process's parts alone, not held against the whole of each tensor: the others'
+    are in their files."""
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         self.global_plan, self.metadata = create_default_global_save_plan(all_plans)
@@ -57,12 +60,14 @@ def _here(tensor: Tensor) -> bool:
 
 
 def _fits(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """A learned temperature, and what the optimizer knows of it, had the shape [] in earlier versions."""
+    """A learned temperature, and what the optimizer knows of it, had the shape [] in earlier
+    versions."""
     return stored == shape or (stored, shape) == ((), (1,))
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by the parameters' names; zeros where the optimizer has not stepped yet."""
+    """The optimizer's state by the parameters' names; zeros where the optimizer has not stepped
+    yet."""
     tensors: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
         state = optimizer.state[p]
@@ -80,7 +85,8 @@ class Checkpoints:
 
     Args:
         rank: this process's.
-        group: of a sharded run: all processes, for their writers alone; each writes its parts. None: rank 0 writes everything.
+        group: of a sharded run: all processes, for their writers alone; each writes its parts.
+            None: rank 0 writes everything.
         mesh: of a sharded run: all processes, their CPUs.
     """
 
@@ -113,11 +119,12 @@ class Checkpoints:
         state: dict[str, Any],
         then: Callable[[], None] = lambda: None,
     ) -> None:
-        """Begins the checkpoint of `step`, and returns when `tensors` are copied: a thread writes them, when the last ones are written, and then
-        removes what is older than the newest `keep` and what was left unfinished.
+        """Begins the checkpoint of `step`, and returns when `tensors` are copied: a thread writes
+        them, when the last ones are written, and then removes what is older than the newest `keep`
+        and what was left unfinished.
 
-        Every process calls it, with the names and sharded tensors of all; `then` is called by the first one's thread once the checkpoint is
-        there.
+        Every process calls it, with the names and sharded tensors of all; `then` is called by the
+        first one's thread once the checkpoint is there.
         """
         self.wait()
         if self.rank == 0 or self.group is not None:
@@ -141,13 +148,19 @@ class Checkpoints:
             written.result()
 
     def _copy(self, value: Tensor) -> Tensor:
-        """In memory of the host, in storage order, so that a channels-last parameter comes back as it was."""
+        """In memory of the host, in storage order, so that a channels-last parameter comes back as
+        it was."""
         if isinstance(value, DTensor):
             part = value.to_local().detach().to("cpu", copy=True)
             assert self.mesh is not None
             return DTensor.from_local(
-                part, self.mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
-            )  # fmt: skip
+                part,
+                self.mesh,
+                value.placements,
+                run_check=False,
+                shape=value.shape,
+                stride=value.stride(),
+            )
         return value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
 
     def _write(
@@ -175,7 +188,8 @@ class Checkpoints:
                 raise error
             if failed:
                 raise RuntimeError(
-                    f"{path}: {failed} other processes could not write their parts, and say why; nothing was kept"
+                    f"{path}: {failed} other processes could not write their parts, and say why; "
+                    "nothing was kept"
                 )
             if first:
                 with writing(path, lambda: "the checkpoints before it are whole"):
@@ -209,13 +223,19 @@ class Checkpoints:
     def state(self, path: Path) -> dict[str, Any]:
         """The state.json of a checkpoint. ValueError where it was cut off."""
         state = read_json(path / "state.json", f"remove {path} to go on from an earlier one")
-        lacking = [name for name in ("identity", "progress") if not isinstance(state.get(name), dict)]  # fmt: skip
+        lacking = [
+            name for name in ("identity", "progress") if not isinstance(state.get(name), dict)
+        ]
         if lacking:
-            raise ValueError(f"{path / 'state.json'}: was altered, expected {lacking[0]} in it; remove {path} to go on from an earlier one")  # fmt: skip
+            raise ValueError(
+                f"{path / 'state.json'}: was altered, expected {lacking[0]} in it; remove {path} "
+                "to go on from an earlier one"
+            )
         return state
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Fills `tensors` in place from a checkpoint and returns its state.json; in which parts each of the two is does not matter.
+        """Fills `tensors` in place from a checkpoint and returns its state.json; in which parts
+        each of the two is does not matter.
 
         Raises ValueError where names or shapes differ, or a part is lacking.
         """
@@ -225,9 +245,16 @@ class Checkpoints:
         except (
             Exception
         ) as error:  # safetensors, JSON and torch say each in their way that a file was cut off
-            raise ValueError(f"{path}: a file of this checkpoint was cut off or altered ({str(error).splitlines()[0] if str(error) else type(error).__name__}); remove it to go on from an earlier one") from None  # fmt: skip
+            raise ValueError(
+                f"{path}: a file of this checkpoint was cut off or altered "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); remove "
+                "it to go on from an earlier one"
+            ) from None
         if not stored:
-            raise ValueError(f"{path}: the files of this checkpoint with its tensors (part-00000.safetensors) are not there; remove it to go on from an earlier one")  # fmt: skip
+            raise ValueError(
+                f"{path}: the files of this checkpoint with its tensors (part-00000.safetensors) "
+                "are not there; remove it to go on from an earlier one"
+            )
         wrong = sorted(set(stored) ^ set(tensors)) + [
             n
             for n in sorted(set(stored) & set(tensors))
@@ -235,13 +262,16 @@ class Checkpoints:
         ]
         if wrong:
             raise ValueError(
-                f"{path}: this checkpoint is of a model with other parameters ({', '.join(wrong[:5])}); "
+                f"{path}: this checkpoint is of a model with other parameters "
+                f"({', '.join(wrong[:5])}); "
                 "expected the same [model] and [loss] settings, or another run.out"
             )
         for name, found in stored.items():
             there = sum(math.prod(chunk.sizes) for chunk in found.chunks)
             if there != math.prod(found.size):
-                raise ValueError(f"{path}: a file of this checkpoint is lacking, with a part of {name}")  # fmt: skip
+                raise ValueError(
+                    f"{path}: a file of this checkpoint is lacking, with a part of {name}"
+                )
         rows = {
             name: torch.empty_like(value, memory_format=torch.contiguous_format)
             for name, value in tensors.items()

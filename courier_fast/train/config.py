@@ -1,4 +1,5 @@
-"""The settings of a training run: one TOML file, checked by pydantic, every value overridable on the command line."""
+"""The settings of a training run: one TOML file, checked by pydantic, every value overridable on
+the command line."""
 
 from __future__ import annotations
 
@@ -52,14 +53,17 @@ def described(default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, **limits)
 
 
-def _pair(above: float, most: float, what: str) -> Callable[[tuple[float, float]], tuple[float, float]]:  # fmt: skip
+def _pair(
+    above: float, most: float, what: str
+) -> Callable[[tuple[float, float]], tuple[float, float]]:
     """A check of a least and a largest value."""
 
     def check(pair: tuple[float, float]) -> tuple[float, float]:
         least, largest = pair
         if not above < least <= largest <= most:
             raise ValueError(
-                f"expected {what} above {above} and at most {most}, the least one first, got {least:g} {largest:g}"
+                f"expected {what} above {above} and at most {most}, the least one first, got "
+                f"{least:g} {largest:g}"
             )
         return pair
 
@@ -68,7 +72,9 @@ def _pair(above: float, most: float, what: str) -> Callable[[tuple[float, float]
 
 def _positive(numbers: tuple[int, ...]) -> tuple[int, ...]:
     if numbers and not 1 <= min(numbers) <= max(numbers) < 1 << 31:
-        raise ValueError(f"expected numbers of at least 1 and below 2^31, got {' '.join(map(str, numbers))}")  # fmt: skip
+        raise ValueError(
+            f"expected numbers of at least 1 and below 2^31, got {' '.join(map(str, numbers))}"
+        )
     return numbers
 
 
@@ -90,7 +96,8 @@ class DataConfig(Section):
     images: int = described(0, "unique images per step and process, in place of data.pages", ge=0)
     share: float = described(
         1.0,
-        "of all pages, the first ones that are trained on; 1: the whole train split. 0.5 leaves what `courier-fast ctr` trains on unseen",
+        "of all pages, the first ones that are trained on; 1: the whole train split. 0.5 leaves "
+        "what `courier-fast ctr` trains on unseen",
         gt=0,
         le=1,
     )
@@ -108,7 +115,8 @@ class DataConfig(Section):
     ahead: int = described(2, "batches decoded in advance", ge=1)
     buckets: Annotated[tuple[int, ...], AfterValidator(_positive)] = described(
         (),
-        "numbers of images that batches are padded to; empty: chosen, on a GPU or with model.compile",
+        "numbers of images that batches are padded to; empty: chosen, on a GPU or with "
+        "model.compile",
     )
     max_damaged: float = described(
         0.01, "share of images that may be undecodable before the run stops", ge=0, le=1
@@ -126,7 +134,8 @@ class ModelConfig(Section):
     dim: int = described(256, "dimensions of the embedding", ge=1)
     batch_norm: bool | None = described(
         None,
-        "batch norm before the projection, against early collapse; default: for a backbone without pre-trained weights",
+        "batch norm before the projection, against early collapse; default: for a backbone without "
+        "pre-trained weights",
     )
     checkpointing: bool = described(
         False, "gradient checkpointing: less memory, a second forward pass"
@@ -137,7 +146,8 @@ class ModelConfig(Section):
     )
     shard: bool = described(
         False,
-        "each process keeps a part of the encoder (FSDP2), for one that a GPU cannot hold; nothing to do for one process",
+        "each process keeps a part of the encoder (FSDP2), for one that a GPU cannot hold; nothing "
+        "to do for one process",
     )
     ema: float = described(
         0.0,
@@ -150,7 +160,8 @@ class ModelConfig(Section):
 class LossConfig(Section):
     attention: Literal["candidate", "anchor", "mean"] | None = described(
         None,
-        "whose query reconstructs an item from a history: each candidate's (the default; in other directions anchor), "
+        "whose query reconstructs an item from a history: each candidate's (the default; in other "
+        "directions anchor), "
         "the clicked item's, or nobody's",
     )
     attention_scale: float | None = described(
@@ -162,7 +173,8 @@ class LossConfig(Section):
     heads: int = Field(1, ge=1, description="of the attention; a divisor of model.dim")
     projections: Literal["none", "query_key", "all"] = Field(
         "none",
-        description="learned matrices of the loss (not of the exported embedding), the identity at first: of query and key, or of query, key "
+        description="learned matrices of the loss (not of the exported embedding), the identity at "
+        "first: of query and key, or of query, key "
         "and value",
     )
     unit: bool = described(
@@ -173,7 +185,8 @@ class LossConfig(Section):
     min_temperature: float = Field(0.01, gt=0)
     weight_power: float = Field(
         0.0,
-        description="an anchor's weight in L_rec: the training clicks of its item to this power; -0.5: rarer items count for more",
+        description="an anchor's weight in L_rec: the training clicks of its item to this power; "
+        "-0.5: rarer items count for more",
     )
     negatives: Literal["batch", "page", "other_pages"] = "batch"
     direction: Literal["reconstruct", "identify", "both"] = "reconstruct"
@@ -186,7 +199,8 @@ class LossConfig(Section):
     )
     exchange: Literal["auto", "gather", "ring"] = described(
         "auto",
-        "how candidates of other processes arrive: gather: all at once; ring: one process's after another's, in less memory; "
+        "how candidates of other processes arrive: gather: all at once; ring: one process's after "
+        "another's, in less memory; "
         "auto: by their size",
     )
     memory: int = described(
@@ -223,7 +237,8 @@ class LossConfig(Section):
         most = 0 if chosen["attention"] == "mean" else 1
         if len(given) > most:
             raise ValueError(
-                f"expected {'none' if most == 0 else 'one'} of attention_scale and attention_temperature with attention "
+                f"expected {'none' if most == 0 else 'one'} of attention_scale and "
+                "attention_temperature with attention "
                 f"{chosen['attention']}, got {' and '.join(given)}"
             )
         if chosen["attention"] == "mean":
@@ -233,7 +248,8 @@ class LossConfig(Section):
             }.items():
                 if unused:
                     raise ValueError(
-                        f"expected no {name} with attention mean, which asks nothing, got {getattr(self, name)}"
+                        f"expected no {name} with attention mean, which asks nothing, got "
+                        f"{getattr(self, name)}"
                     )
         return self
 
@@ -252,7 +268,8 @@ class LossConfig(Section):
                 )
             if self.memory:
                 raise ValueError(
-                    f"memory: expected a reconstruction_weight above 0 with it, got 0 and {self.memory} rows"
+                    "memory: expected a reconstruction_weight above 0 with it, got 0 and "
+                    f"{self.memory} rows"
                 )
         return self
 
@@ -317,7 +334,8 @@ class RunConfig(Section):
 
 
 class Config(Section):
-    """Everything about a run. `Config.load` reads TOML and overrides; `save` writes what was resolved."""
+    """Everything about a run. `Config.load` reads TOML and overrides; `save` writes what was
+    resolved."""
 
     data: DataConfig
     model: ModelConfig = ModelConfig()
@@ -331,7 +349,8 @@ class Config(Section):
             self.data.pages = 0
         if bool(self.data.images) == bool(self.data.pages):
             raise ValueError(
-                f"data: expected one of pages and images above 0, got pages={self.data.pages}, images={self.data.images}"
+                f"data: expected one of pages and images above 0, got pages={self.data.pages}, "
+                f"images={self.data.images}"
             )
         return self
 
@@ -339,7 +358,8 @@ class Config(Section):
     def shardable(self) -> Config:
         if self.model.shard and self.data.features is not None:
             raise ValueError(
-                "model.shard: expected images with it, got data.features: their projection is no encoder to be sharded"
+                "model.shard: expected images with it, got data.features: their projection is no "
+                "encoder to be sharded"
             )
         if self.model.shard and self.model.compile:
             raise ValueError("model.shard: expected model.compile false with it, got true")
@@ -349,7 +369,8 @@ class Config(Section):
     def whole_heads(self) -> Config:
         if self.model.dim % self.loss.heads:
             raise ValueError(
-                f"loss.heads: expected a divisor of model.dim {self.model.dim}, got {self.loss.heads}"
+                f"loss.heads: expected a divisor of model.dim {self.model.dim}, got "
+                f"{self.loss.heads}"
             )
         return self
 
@@ -371,7 +392,10 @@ class Config(Section):
                 raise ValueError(f"{path}: expected TOML in UTF-8, got other bytes") from None
         wrong = [n for n, v in values.items() if not isinstance(v, dict)]
         if wrong:
-            raise ValueError(f"config {path}: expected tables such as [data], got the value {wrong[0]} outside of one")  # fmt: skip
+            raise ValueError(
+                f"config {path}: expected tables such as [data], got the value {wrong[0]} outside "
+                "of one"
+            )
         for name, value in (overrides or {}).items():
             section, _, key = name.partition(".")
             table = values.setdefault(section, {})
@@ -396,7 +420,8 @@ class Config(Section):
             raise ValueError("\n".join([f"config{f' {path}' if path else ''}:", *lines])) from None
 
     def unused(self, typed: Collection[str] = ()) -> dict[str, str]:
-        """Settings that have no effect beside the others, and why; `typed`: those that the command line gave, of which a default counts, too."""
+        """Settings that have no effect beside the others, and why; `typed`: those that the command
+        line gave, of which a default counts, too."""
         values, defaults = {}, {}
         for section, model in self:
             for name, setting in type(model).model_fields.items():
@@ -417,7 +442,8 @@ def _place(parts: tuple[int | str, ...]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """One option per setting, `--section.name`, with its description and default; with `several` it takes any number of values."""
+    """One option per setting, `--section.name`, with its description and default; with `several` it
+    takes any number of values."""
     for section, field in Config.model_fields.items():
         group = parser.add_argument_group(section)
         model = field.annotation

@@ -22,7 +22,8 @@ SMALL_CONV = "small_conv"
 
 
 class SmallConvNet(nn.Module):
-    """Four stages of convolution, batch norm and ReLU, each halving the picture: a backbone for CPUs (0.4 M parameters at width 32)."""
+    """Four stages of convolution, batch norm and ReLU, each halving the picture: a backbone for
+    CPUs (0.4 M parameters at width 32)."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -52,7 +53,8 @@ class SmallConvNet(nn.Module):
 
 
 class Standardise(nn.Module):
-    """Features [n, F] to mean 0 and standard deviation 1 in each dimension over the catalogue: the backbone of precomputed embeddings."""
+    """Features [n, F] to mean 0 and standard deviation 1 in each dimension over the catalogue: the
+    backbone of precomputed embeddings."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -61,7 +63,8 @@ class Standardise(nn.Module):
         self.register_buffer("scale", torch.ones(num_features))
 
     def fit(self, table: Tensor) -> Standardise:
-        """Takes mean and deviation from `table` [items, F]; rows with a NaN (no image) are left out."""
+        """Takes mean and deviation from `table` [items, F]; rows with a NaN (no image) are left
+        out."""
         rows = table[table.isfinite().all(1)].double()
         self.mean.copy_(rows.mean(0))
         self.scale.copy_(1 / rows.std(0, correction=0).clamp_min(1e-12))
@@ -72,15 +75,18 @@ class Standardise(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [n, 3, size, size], normalised by `mean` and `std`, or feature rows [n, F], to embeddings [n, dim].
+    """Images [n, 3, size, size], normalised by `mean` and `std`, or feature rows [n, F], to
+    embeddings [n, dim].
 
-    The head is a projection, after a batch norm without parameters where `about["batch_norm"]` says so: features of a network that starts from
-    scratch are nearly the same for all images, and the contrast would collapse before it has told them apart.
+    The head is a projection, after a batch norm without parameters where `about["batch_norm"]` says
+    so: features of a network that starts from scratch are nearly the same for all images, and the
+    contrast would collapse before it has told them apart.
 
     Attributes:
         backbone, head: the two halves; `head(backbone(x))` is `forward(x)`.
         features: F of the backbone's pooled output.
-        about: what `load_encoder` needs to build it again; after training also "trained_until", the time of the newest page it has seen.
+        about: what `load_encoder` needs to build it again; after training also "trained_until", the
+            time of the newest page it has seen.
     """
 
     def __init__(self, backbone: nn.Module, dim: int, about: dict[str, Any]) -> None:
@@ -126,7 +132,8 @@ def build_encoder(
     if backbone == SMALL_CONV:
         if pretrained:
             raise ValueError(
-                f"model.pretrained: expected false with {SMALL_CONV}, which has no pre-trained weights"
+                f"model.pretrained: expected false with {SMALL_CONV}, which has no pre-trained "
+                "weights"
             )
         model = SmallConvNet()
     else:
@@ -135,9 +142,11 @@ def build_encoder(
         if not timm.is_model(backbone.split(".")[0]):
             near = timm.list_models(f"*{backbone.split('_')[0]}*")[:5]
             raise ValueError(
-                f"model.backbone: expected {SMALL_CONV} or a model of timm{f' such as {near}' if near else ''}, got {backbone!r}"
+                f"model.backbone: expected {SMALL_CONV} or a model of "
+                f"timm{f' such as {near}' if near else ''}, got {backbone!r}"
             )
-        # Only transformers with fixed windows or positions take an image size; convolutional nets refuse the argument.
+        # Only transformers with fixed windows or positions take an image size; convolutional nets
+        # refuse the argument.
         try:
             model = timm.create_model(backbone, pretrained=pretrained, num_classes=0, img_size=size)
         except TypeError:
@@ -148,7 +157,8 @@ def build_encoder(
         unexpected = [n for n in unexpected if not n.startswith(("head", "fc", "classifier"))]
         if missing or unexpected:
             raise ValueError(
-                f"model.weights: expected the parameters of {backbone}, got a file without {missing[:5]} and with {unexpected[:5]}"
+                f"model.weights: expected the parameters of {backbone}, got a file without "
+                f"{missing[:5]} and with {unexpected[:5]}"
             )
     about = {
         "backbone": backbone,
@@ -161,7 +171,8 @@ def build_encoder(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. ValueError where it was cut off or is none, OSError where it cannot be read."""
+    """The tensors of a safetensors file. ValueError where it was cut off or is none, OSError where
+    it cannot be read."""
     with path.open("rb"):  # its reader names no file
         pass
     try:
@@ -173,7 +184,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def build_projection(features: int, dim: int, table: Tensor | None = None) -> Encoder:
-    """An encoder of precomputed embeddings: standardised over `table` [items, F], then projected to `dim`."""
+    """An encoder of precomputed embeddings: standardised over `table` [items, F], then projected to
+    `dim`."""
     standardise = Standardise(features)
     if table is not None:
         standardise.fit(table)
@@ -183,7 +195,8 @@ def build_projection(features: int, dim: int, table: Tensor | None = None) -> En
 def save_encoder(
     encoder: Encoder, folder: str | os.PathLike[str], state: dict[str, Tensor] | None = None
 ) -> None:
-    """Writes encoder.safetensors and encoder.json, each complete or not at all; `state`: its tensors, if they were taken earlier."""
+    """Writes encoder.safetensors and encoder.json, each complete or not at all; `state`: its
+    tensors, if they were taken earlier."""
     folder = local_path(folder)
     state = {
         name: value.detach().cpu().contiguous()

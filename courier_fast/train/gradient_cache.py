@@ -1,6 +1,8 @@
-"""Large batches in little memory: embeddings first without a graph, then the encoder slice by slice (GradCache, arXiv 2101.06983).
+"""Large batches in little memory: embeddings first without a graph, then the encoder slice by slice
+(GradCache, arXiv 2101.06983).
 
-Exact for encoders in which an image's embedding does not depend on the rest of the batch; batch norm in training mode is refused.
+Exact for encoders in which an image's embedding does not depend on the rest of the batch; batch
+norm in training mode is refused.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ def check_sliceable(encoder: nn.Module) -> None:
     for name, module in encoder.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
-                f"model.slice: expected an encoder without batch statistics, got one with {type(module).__name__} ({name}): "
-                "its output in slices is not that of the whole batch; use model.checkpointing or a backbone with layer or group norm"
+                "model.slice: expected an encoder without batch statistics, got one with "
+                f"{type(module).__name__} ({name}): "
+                "its output in slices is not that of the whole batch; use model.checkpointing or a "
+                "backbone with layer or group norm"
             )
 
 
@@ -30,15 +34,19 @@ def cached_backward(
     synchronised: Callable[[Callable[[], Tensor]], Tensor] = lambda compute: compute(),
     count: int = 0,
 ) -> Tensor:
-    """Adds the gradient of `loss_of(encode(images))` to every parameter and returns the loss, detached.
+    """Adds the gradient of `loss_of(encode(images))` to every parameter and returns the loss,
+    detached.
 
     Args:
         images: [n, ...]; only `size` of them are in a graph at a time.
         encode: the part that is too large for one graph, on a slice.
         loss_of: its output for all images to a scalar; parameters in it get their gradients too.
-        seed: random numbers (dropout, stochastic depth) are drawn from (seed, slice), the same in both passes.
-        synchronised: around the last slice, whose backward completes every gradient (`Processes.synchronised`).
-        count: slices at least, for processes that have to take as many steps as others; `encode` sees no image in those that are lacking.
+        seed: random numbers (dropout, stochastic depth) are drawn from (seed, slice), the same in
+            both passes.
+        synchronised: around the last slice, whose backward completes every gradient
+            (`Processes.synchronised`).
+        count: slices at least, for processes that have to take as many steps as others; `encode`
+            sees no image in those that are lacking.
     """
     slices = list(images.split(size)) if len(images) else []
     slices += [images[:0]] * (count - len(slices))

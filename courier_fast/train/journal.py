@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def measure(trainer: Trainer, result: StepResult, norm: Tensor, lr: float) -> dict[str, Any]:
-    """A line of the journal. Values of the loss are over all processes, those of the embeddings of this one.
+    """A line of the journal. Values of the loss are over all processes, those of the embeddings of
+    this one.
 
     Every process calls it. Raises RuntimeError where the loss or the gradient is no longer finite.
     """
@@ -31,11 +32,19 @@ def measure(trainer: Trainer, result: StepResult, norm: Tensor, lr: float) -> di
         [*losses, p.images, p.occurrences, p.damaged]
     )
     line: dict[str, Any] = {
-        "step": p.step, "epoch": p.epoch, "loss": loss, "loss_rec": rec, "loss_seq": seq, "lr": lr,
+        "step": p.step,
+        "epoch": p.epoch,
+        "loss": loss,
+        "loss_rec": rec,
+        "loss_seq": seq,
+        "lr": lr,
         "temperature": float(trainer.objective.rec.temperature),
-        "sequence_temperature": float(trainer.objective.seq.temperature), "grad_norm": norm.item(),
-        "images": int(images), "occurrences": int(occurrences), "damaged_share": damaged / max(images, 1),
-    }  # fmt: skip
+        "sequence_temperature": float(trainer.objective.seq.temperature),
+        "grad_norm": norm.item(),
+        "images": int(images),
+        "occurrences": int(occurrences),
+        "damaged_share": damaged / max(images, 1),
+    }
     if len(result.embeddings) > 1:
         line["uniformity"] = uniformity(result.embeddings).item()
         line["effective_rank"] = effective_rank(result.embeddings).item()
@@ -47,14 +56,17 @@ def measure(trainer: Trainer, result: StepResult, norm: Tensor, lr: float) -> di
         line["memory_age"] = trainer.objective.memory.age()
     if not math.isfinite(loss) or not math.isfinite(line["grad_norm"]):
         raise RuntimeError(
-            f"loss {loss:g}, gradient norm {line['grad_norm']:g} at step {p.step}: training has diverged. Lower optim.lr "
-            f"(now {lr:g}) or raise optim.warmup; the checkpoints in {trainer.checkpoints.folder} are untouched"
+            f"loss {loss:g}, gradient norm {line['grad_norm']:g} at step {p.step}: training has "
+            "diverged. Lower optim.lr "
+            f"(now {lr:g}) or raise optim.warmup; the checkpoints in {trainer.checkpoints.folder} "
+            "are untouched"
         )
     return line
 
 
 def parsed(line: str) -> dict[str, Any] | None:
-    """A line of the journal; None of what is none: a full disk or a machine that stopped has left a part of one."""
+    """A line of the journal; None of what is none: a full disk or a machine that stopped has left a
+    part of one."""
     try:
         found = json.loads(line)
     except ValueError:
@@ -117,7 +129,8 @@ class Journal:
             self.bar.start()
 
     def _forget_after(self, step: int) -> None:
-        """Drops lines of steps that were done after the checkpoint that is resumed: they are done again."""
+        """Drops lines of steps that were done after the checkpoint that is resumed: they are done
+        again."""
         if self.path.is_file():
             lines = self.path.read_text("utf-8", "replace").splitlines()
             text = "".join(f"{x}\n" for x in lines if _step_of(x) <= step)

@@ -8,9 +8,11 @@ from torch import Tensor
 
 @torch.no_grad()
 def uniformity(embeddings: Tensor, limit: int = 1024) -> Tensor:
-    """log mean exp(-2 |x_i - x_j|^2) over pairs of normalised rows of [n, D] (Wang and Isola, arXiv 2005.10242).
+    """log mean exp(-2 |x_i - x_j|^2) over pairs of normalised rows of [n, D] (Wang and Isola, arXiv
+    2005.10242).
 
-    0 where all are the same, about -4 + 8/D where they are spread evenly. The first `limit` rows are looked at.
+    0 where all are the same, about -4 + 8/D where they are spread evenly. The first `limit` rows
+    are looked at.
     """
     x = torch.nn.functional.normalize(embeddings[:limit].float(), dim=1)
     if len(x) < 2:
@@ -20,7 +22,8 @@ def uniformity(embeddings: Tensor, limit: int = 1024) -> Tensor:
 
 @torch.no_grad()
 def effective_rank(embeddings: Tensor, limit: int = 4096) -> Tensor:
-    """exp of the entropy of the singular values of the centred rows of [n, D] (Roy and Vetterli, 2007): 1 to min(n, D).
+    """exp of the entropy of the singular values of the centred rows of [n, D] (Roy and Vetterli,
+    2007): 1 to min(n, D).
 
     0 where all rows are the same.
     """

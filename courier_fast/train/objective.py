@@ -39,15 +39,18 @@ class _Projection(nn.Module):
 
 
 class Objective(nn.Module):
-    """The weighted sum of L_rec and L_seq of a batch, from its unique embeddings; a loss of weight 0 is not computed.
+    """The weighted sum of L_rec and L_seq of a batch, from its unique embeddings; a loss of weight
+    0 is not computed.
 
-    Each process sums its own anchors and divides by the anchors of all, so the sum of the processes' gradients is that of the mean over all
-    anchors, however unequal the shards. Candidates are the items of all processes, or with `candidates` "process" those of its batch, and
-    with a memory the candidates of earlier steps.
+    Each process sums its own anchors and divides by the anchors of all, so the sum of the
+    processes' gradients is that of the mean over all anchors, however unequal the shards.
+    Candidates are the items of all processes, or with `candidates` "process" those of its batch,
+    and with a memory the candidates of earlier steps.
 
     Args:
         dim: D of the embeddings.
-        log_q: log sampling probability of each item of the dataset as a candidate [items], or None: no correction.
+        log_q: log sampling probability of each item of the dataset as a candidate [items], or None:
+            no correction.
         weights: weight of each item of the dataset as an anchor [items], or None: all the same.
         group: all processes; None: there is one.
     """
@@ -72,12 +75,22 @@ class Objective(nn.Module):
         self.rec_weight, self.seq_weight = c.reconstruction_weight, c.sequence_weight
         self.unit, self.history_negatives = c.unit, c.history_negatives
         self.rec = ReconstructionLoss(
-            c.temperature, c.learnable_temperature, c.min_temperature, **c.reconstruction,
-            negatives=c.negatives, direction=c.direction, reduction=reduction, impl=c.impl,
-        )  # fmt: skip
+            c.temperature,
+            c.learnable_temperature,
+            c.min_temperature,
+            **c.reconstruction,
+            negatives=c.negatives,
+            direction=c.direction,
+            reduction=reduction,
+            impl=c.impl,
+        )
         self.seq = ClickSequenceLoss(
-            c.sequence_temperature, c.sequence_learnable_temperature, c.min_temperature, reduction=reduction, impl=c.impl,
-        )  # fmt: skip
+            c.sequence_temperature,
+            c.sequence_learnable_temperature,
+            c.min_temperature,
+            reduction=reduction,
+            impl=c.impl,
+        )
         # The mean asks nothing: it has no query and no key.
         names = [] if c.projections == "none" or c.attention == "mean" else ["query", "key"]
         if c.projections == "all":
@@ -91,14 +104,16 @@ class Objective(nn.Module):
         self.host_weights = None if weights is None else weights.cpu().double().numpy()
 
     def anchors(self, plan: PageBatch) -> float:
-        """The weights of a batch's anchors, what L_rec is divided by: their number without weights."""
+        """The weights of a batch's anchors, what L_rec is divided by: their number without
+        weights."""
         if self.host_weights is None:
             return plan.num_anchors
         return float(self.host_weights[plan.anchor_items].sum())
 
     def _candidates(self, batch: Batch) -> dict[str, Any]:
-        """Pages as the loss takes them; with `history_negatives` the items of all histories are shown on one page more,
-        which has no history and no click: candidates as popular as what is clicked."""
+        """Pages as the loss takes them; with `history_negatives` the items of all histories are
+        shown on one page more, which has no history and no click: candidates as popular as what is
+        clicked."""
         pv, clicked = batch.pv_index, batch.clicked
         pv_offsets, history_offsets = batch.pv_offsets, batch.history_offsets
         if self.history_negatives:
@@ -108,10 +123,13 @@ class Objective(nn.Module):
             history_offsets = torch.cat([history_offsets, history_offsets[-1:]])
         ids = None if self.log_q is None and self.weights is None else self._ids(batch)[pv]
         return {
-            "pv": pv, "clicked": clicked, "pv_offsets": pv_offsets, "history_offsets": history_offsets,
+            "pv": pv,
+            "clicked": clicked,
+            "pv_offsets": pv_offsets,
+            "history_offsets": history_offsets,
             "log_q": None if self.log_q is None else self.log_q[ids],
             "weights": None if self.weights is None else self.weights[ids],
-        }  # fmt: skip
+        }
 
     def _projected(self, table: Tensor, pv: Tensor, history: Tensor) -> dict[str, Tensor]:
         """Query, key and value of the attention, those that are projected."""
@@ -129,21 +147,26 @@ class Objective(nn.Module):
         return functional.normalize(table, dim=1) if self.unit else table
 
     def _share(self, loss: Tensor, anchors: float) -> Tensor:
-        """This process's share of the mean: it has the sum of its anchors, or as many times the share as there are processes."""
+        """This process's share of the mean: it has the sum of its anchors, or as many times the
+        share as there are processes."""
         return loss / ((anchors or 1) if self.group is None else dist.get_world_size(self.group))
 
     def _reach(
         self, batch: Batch, dtype: torch.dtype, recall: bool
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What both losses take for the candidates of other processes, and what L_rec takes for those of the memory."""
+        """What both losses take for the candidates of other processes, and what L_rec takes for
+        those of the memory."""
         shared, recalled = {}, {}
         if self.group is not None:
             shared = {"table_ids": self._ids(batch), "group": self.group, "exchange": self.exchange}
         if recall and self.memory is not None:
             rows, ids, log_q = self.memory.read()
             recalled = {
-                "table_ids": self._ids(batch), "memory": rows.to(dtype), "memory_ids": ids, "memory_log_q": log_q,
-            }  # fmt: skip
+                "table_ids": self._ids(batch),
+                "memory": rows.to(dtype),
+                "memory_ids": ids,
+                "memory_log_q": log_q,
+            }
         return shared, recalled
 
     def forward(
@@ -155,7 +178,8 @@ class Objective(nn.Module):
         stats: bool,
         recall: bool = False,
     ) -> StepResult:
-        """With `recall` the memory's rows are candidates, too. With other processes every one of them calls it, also without pages."""
+        """With `recall` the memory's rows are candidates, too. With other processes every one of
+        them calls it, also without pages."""
         table = self._table(embeddings, batch)
         shared, recalled = self._reach(batch, table.dtype, recall)
         found, rec, seq = None, table.new_zeros(()), table.new_zeros(())
@@ -184,7 +208,8 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def remember(self, embeddings: Tensor, batch: Batch) -> None:
-        """The candidates of a step, after its backward pass, into the memory, those of all processes; every process calls it."""
+        """The candidates of a step, after its backward pass, into the memory, those of all
+        processes; every process calls it."""
         if self.memory is None:
             return
         c = self._candidates(batch)

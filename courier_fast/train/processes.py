@@ -19,10 +19,12 @@ Compute = Callable[[], Tensor]
 
 
 def _store_of_this_start(rank: int, world: int) -> dist.Store:
-    """The store in which processes find each other, without what those before a restart have left in it.
+    """The store in which processes find each other, without what those before a restart have left
+    in it.
 
-    torchrun keeps one store over its restarts, and in it the addresses at which killed processes listened: new ones that come early call there
-    and fail (pytorch issue 167288). So the first process names this start; another asks by a name of its own, which nobody has had before.
+    torchrun keeps one store over its restarts, and in it the addresses at which killed processes
+    listened: new ones that come early call there and fail (pytorch issue 167288). So the first
+    process names this start; another asks by a name of its own, which nobody has had before.
     """
     store, _, _ = next(rendezvous("env://", rank, world))
     store = dist.PrefixStore("courier", store)
@@ -62,9 +64,11 @@ class _Attach(torch.autograd.Function):
 
 
 class _Replica(nn.Module):
-    """What DistributedDataParallel wraps: parameters alone, as it would broadcast buffers at every step.
+    """What DistributedDataParallel wraps: parameters alone, as it would broadcast buffers at every
+    step.
 
-    It waits for the gradient of each parameter, also of those that `compute` has not used, so all are attached to the result.
+    It waits for the gradient of each parameter, also of those that `compute` has not used, so all
+    are attached to the result.
     """
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
@@ -84,12 +88,15 @@ class Processes:
         if self.owned:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                store=_store_of_this_start(self.rank, self.world), rank=self.rank, world_size=self.world,
-            )  # fmt: skip
+                store=_store_of_this_start(self.rank, self.world),
+                rank=self.rank,
+                world_size=self.world,
+            )
         self.group = dist.group.WORLD if self.world > 1 else None
 
     def host_group(self) -> dist.ProcessGroup:
-        """All processes once more, for a thread of each: its messages never meet those of the training step. Every process calls it."""
+        """All processes once more, for a thread of each: its messages never meet those of the
+        training step. Every process calls it."""
         return dist.new_group(backend="gloo")
 
     def sum(self, values: list[float]) -> list[float]:
@@ -107,17 +114,20 @@ class Processes:
         return [int(v) for v in self.sum(values)]
 
     def synchronised(self, parameters: list[nn.Parameter]) -> Callable[[Compute], Tensor]:
-        """f with f(compute) = compute(), a tensor; its backward averages `.grad` over the processes, bucket by bucket as they are complete.
+        """f with f(compute) = compute(), a tensor; its backward averages `.grad` over the
+        processes, bucket by bucket as they are complete.
 
-        Every process calls it once a step. What earlier backward passes of the step left in `.grad` is averaged with the rest.
+        Every process calls it once a step. What earlier backward passes of the step left in `.grad`
+        is averaged with the rest.
         """
         if self.world == 1:
             return lambda compute: compute()
         replica = DistributedDataParallel(
             _Replica(parameters), gradient_as_bucket_view=True, init_sync=False
         )
-        # Buckets are laid out anew after the first backward, in its order, and the layout decides in which order numbers are added.
-        # Two passes here, last parameter first, fix it before the first step: a resumed run adds as one that never stopped.
+        # Buckets are laid out anew after the first backward, in its order, and the layout decides
+        # in which order numbers are added. Two passes here, last parameter first, fix it before the
+        # first step: a resumed run adds as one that never stopped.
         for _ in range(2):
             start = torch.zeros((), device=parameters[0].device)
             replica(lambda x=start: reduce(_Attach.apply, parameters, x)).backward()

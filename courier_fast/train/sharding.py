@@ -1,7 +1,9 @@
-"""An encoder over several processes, a part of each on every one (FSDP2): for encoders that one GPU cannot hold and train.
+"""An encoder over several processes, a part of each on every one (FSDP2): for encoders that one GPU
+cannot hold and train.
 
-The backbone's large matrices are sharded, with their gradients and the optimizer's state, and gathered block by block where they are used.
-All else is replicated: the head, the objective, and what is small in the backbone. The loss sees full embeddings.
+The backbone's large matrices are sharded, with their gradients and the optimizer's state, and
+gathered block by block where they are used. All else is replicated: the head, the objective, and
+what is small in the backbone. The loss sees full embeddings.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def _count(module: nn.Module) -> int:
 
 
 def _is_list(module: nn.Module) -> bool:
-    """Whether a module is a row of others that are more than single layers: by its class, or as all of its children have one class."""
+    """Whether a module is a row of others that are more than single layers: by its class, or as all
+    of its children have one class."""
     children = list(module.children())
     composed = [next(x.children(), None) is not None for x in children]
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
@@ -47,12 +50,14 @@ def _elements(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def blocks(backbone: nn.Module) -> list[nn.Module]:
-    """The modules that are gathered one at a time, inner ones first, in the end the backbone itself.
+    """The modules that are gathered one at a time, inner ones first, in the end the backbone
+    itself.
 
-    They are the elements of the backbone's outermost lists (`nn.Sequential`, `nn.ModuleList`, children of one class): a transformer's blocks,
-    a convolutional net's stages. One with more than a sixteenth of the parameters is taken apart in the same way, into a stage's blocks,
-    and itself holds only what lies beside them, such as a stage's downsampling. Lists of single layers (a convolution and its norm) are not
-    taken apart, and what has no list is gathered whole.
+    They are the elements of the backbone's outermost lists (`nn.Sequential`, `nn.ModuleList`,
+    children of one class): a transformer's blocks, a convolutional net's stages. One with more than
+    a sixteenth of the parameters is taken apart in the same way, into a stage's blocks, and itself
+    holds only what lies beside them, such as a stage's downsampling. Lists of single layers (a
+    convolution and its norm) are not taken apart, and what has no list is gathered whole.
     """
     largest = _LARGEST * _count(backbone)
 
@@ -69,21 +74,27 @@ def blocks(backbone: nn.Module) -> list[nn.Module]:
 
 
 def matrices(backbone: nn.Module) -> set[nn.Parameter]:
-    """The parameters that are sharded: weights of linear layers and convolutions, and other tables of more than a hundredth of all.
+    """The parameters that are sharded: weights of linear layers and convolutions, and other tables
+    of more than a hundredth of all.
 
-    The rest (norms, biases, scales, positions) is well below that share, and remains in float32 where the run's precision is bfloat16: autocast
-    rounds those weights for their products in any case, and nothing else.
+    The rest (norms, biases, scales, positions) is well below that share, and remains in float32
+    where the run's precision is bfloat16: autocast rounds those weights for their products in any
+    case, and nothing else.
     """
     layers = (nn.Linear, nn.modules.conv._ConvNd)
     found = {m.weight for m in backbone.modules() if isinstance(m, layers)}
     least = _count(backbone) / 100
-    return found | {p for p in backbone.parameters() if p.ndim > 1 and len(p) > 1 and p.numel() > least}  # fmt: skip
+    return found | {
+        p for p in backbone.parameters() if p.ndim > 1 and len(p) > 1 and p.numel() > least
+    }
 
 
 def shard(backbone: nn.Module, mesh: DeviceMesh, precision: str) -> None:
-    """Distributes the backbone's `matrices` over the processes of `mesh`, in place; moves them to its device, a block at a time.
+    """Distributes the backbone's `matrices` over the processes of `mesh`, in place; moves them to
+    its device, a block at a time.
 
-    Where `precision` is bfloat16 they travel in it, and gradients are added in float32. Activations are left to autocast.
+    Where `precision` is bfloat16 they travel in it, and gradients are added in float32. Activations
+    are left to autocast.
     """
     policy = MixedPrecisionPolicy()
     if precision == "bfloat16":
@@ -99,7 +110,8 @@ def shard(backbone: nn.Module, mesh: DeviceMesh, precision: str) -> None:
 
 
 def _without_views(module: nn.Module, inputs: Any, result: Any) -> Any:
-    """A result that is a view is copied: FSDP marks what a module returns, and a change of a view in place would remove the mark."""
+    """A result that is a view is copied: FSDP marks what a module returns, and a change of a view
+    in place would remove the mark."""
     return result.clone() if isinstance(result, Tensor) and result._is_view() else result
 
 
@@ -133,10 +145,13 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
-    """`nn.utils.clip_grad_norm_` by the norm of the whole gradient, sharded or not; gives that norm, 0-d. With `largest` 0 nothing is clipped."""
+    """`nn.utils.clip_grad_norm_` by the norm of the whole gradient, sharded or not; gives that
+    norm, 0-d. With `largest` 0 nothing is clipped."""
     kinds = [[p for p in parameters if is_sharded(p) is kind] for kind in (False, True)]
     kinds = [kind for kind in kinds if kind]
-    norms = [full(nn.utils.get_total_norm([p.grad for p in k if p.grad is not None])) for k in kinds]  # fmt: skip
+    norms = [
+        full(nn.utils.get_total_norm([p.grad for p in k if p.grad is not None])) for k in kinds
+    ]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     for kind in kinds:
         nn.utils.clip_grads_with_norm_(kind, largest or math.inf, norm)
@@ -144,7 +159,8 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor
 
 
 def averaging(decay: float) -> Callable[..., None]:
-    """`multi_avg_fn` of AveragedModel: the exponential average, of sharded tensors by their parts."""
+    """`multi_avg_fn` of AveragedModel: the exponential average, of sharded tensors by their
+    parts."""
     update = get_ema_multi_avg_fn(decay)
 
     def update_parts(average: Iterable[Tensor], now: Iterable[Tensor], count: Tensor | int) -> None:
@@ -154,7 +170,8 @@ def averaging(decay: float) -> Callable[..., None]:
 
 
 def gathered(module: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """Copies of a module's tensors in the host's memory, whole, where `keep` says so; every process calls it."""
+    """Copies of a module's tensors in the host's memory, whole, where `keep` says so; every process
+    calls it."""
     state = {}
     for name, value in module.state_dict().items():
         whole = full(value)

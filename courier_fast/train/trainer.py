@@ -62,19 +62,22 @@ class Progress:
     images: int = 0  # unique images, occurrences and damaged images so far
     occurrences: int = 0
     damaged: int = 0
-    # Where this epoch was last cut into batches anew, for another number of processes: its steps and pages before that.
+    # Where this epoch was last cut into batches anew, for another number of processes: its steps
+    # and pages before that.
     cut_step: int = 0
     cut_page: int = 0
 
 
 class Trainer:
-    """A training run in the folder `config.run.out`; one with checkpoints is resumed from the newest.
+    """A training run in the folder `config.run.out`; one with checkpoints is resumed from the
+    newest.
 
-    Random numbers come from (seed, step, rank) and batches from (seed, epoch, step, rank), so a run stopped at any moment and resumed is, on a
-    CPU, the same run bit for bit.
+    Random numbers come from (seed, step, rank) and batches from (seed, epoch, step, rank), so a run
+    stopped at any moment and resumed is, on a CPU, the same run bit for bit.
 
     Attributes:
-        encoder: the encoder being trained; `exported` is the one that is saved (the average of the weights with model.ema).
+        encoder: the encoder being trained; `exported` is the one that is saved (the average of the
+            weights with model.ema).
         progress: how far the run is.
 
     Raises:
@@ -105,20 +108,29 @@ class Trainer:
         self._build_loader()
         self.progress = Progress()
         self.checkpoints = Checkpoints(
-            self.out / "checkpoints", config.run.keep, self.processes.rank,
+            self.out / "checkpoints",
+            config.run.keep,
+            self.processes.rank,
             self.processes.host_group() if self.sharded else None,
             make_mesh(torch.device("cpu")) if self.sharded else None,
-        )  # fmt: skip
+        )
         self._stop = 0  # the number of the signal that asked for it
         self._resume()
 
     def _plan(self, pages: int, images: int, rank: int, world: int) -> BatchPlan:
         c = self.config
         return BatchPlan(
-            self.dataset, pages=pages, images=images, history=c.data.history, share=c.data.share, seed=c.run.seed, rank=rank, world=world
-        )  # fmt: skip
+            self.dataset,
+            pages=pages,
+            images=images,
+            history=c.data.history,
+            share=c.data.share,
+            seed=c.run.seed,
+            rank=rank,
+            world=world,
+        )
 
-    # ---- building -------------------------------------------------------------------------------------------------
+    # ---- building --------------------------------------------------------------------------------
 
     def _resolve(self, config: Config) -> Config:
         """Every "auto" replaced by what it means on this device."""
@@ -164,7 +176,8 @@ class Trainer:
             enable = getattr(self.encoder.backbone, "set_grad_checkpointing", None)
             if enable is None:
                 raise ValueError(
-                    f"model.checkpointing: the backbone {c.model.backbone} has no gradient checkpointing"
+                    f"model.checkpointing: the backbone {c.model.backbone} has no gradient "
+                    "checkpointing"
                 )
             enable()
         if c.model.slice:
@@ -209,13 +222,19 @@ class Trainer:
         # A group is of one kind: no kernel takes both.
         kinds = [self.replicated, [p for p in self.parameters if is_sharded(p)]]
         groups = [
-            {"params": [p for p in kind if (p.ndim > 1) is decays], "weight_decay": c.weight_decay * decays}
+            {
+                "params": [p for p in kind if (p.ndim > 1) is decays],
+                "weight_decay": c.weight_decay * decays,
+            }
             for kind in kinds
             for decays in (True, False)
-        ]  # fmt: skip
+        ]
         self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=c.lr, betas=c.betas, fused=self.device.type == "cuda"
-        )  # fmt: skip
+            [g for g in groups if g["params"]],
+            lr=c.lr,
+            betas=c.betas,
+            fused=self.device.type == "cuda",
+        )
 
     def _build_loader(self) -> None:
         c = self.config
@@ -226,9 +245,13 @@ class Trainer:
             from ..data.decode import make_decoder
 
             decoder = make_decoder(
-                c.data.decoder, c.data.size, device=self.device, threads=c.data.threads,
-                mean=self.encoder.mean, std=self.encoder.std,
-            )  # fmt: skip
+                c.data.decoder,
+                c.data.size,
+                device=self.device,
+                threads=c.data.threads,
+                mean=self.encoder.mean,
+                std=self.encoder.std,
+            )
             augmentation = Augmentation(c.data.scale, c.data.ratio, c.data.flip)
             source = Images(self.plan, decoder, augmentation, max_damaged=c.data.max_damaged)
         pad = self.device.type == "cuda" or c.model.compile or bool(c.data.buckets)
@@ -245,7 +268,7 @@ class Trainer:
     def exported(self) -> Encoder:
         return self.encoder if self.average is None else self.average.module
 
-    # ---- one step -------------------------------------------------------------------------------------------------
+    # ---- one step --------------------------------------------------------------------------------
 
     def learning_rate(self) -> float:
         """Linear warm-up, then a cosine to min_lr, by the share of the run that is done."""
@@ -286,7 +309,9 @@ class Trainer:
         """The backbone's output [n, F], in the run's precision."""
         n = len(images)
         if self.sharded:
-            if not n:  # to gather parameters takes all processes; some backbones fail on no image, batch norms on one
+            # To gather parameters takes all processes; some backbones fail on no image, batch norms
+            # on one
+            if not n:
                 images = images.new_zeros(2, *images.shape[1:])
             # What follows keeps the layout, which otherwise the weights have.
             images = images.contiguous(memory_format=torch.channels_last)
@@ -331,8 +356,14 @@ class Trainer:
             images = max(self.processes.each(images))
         if size and images > size:
             cached_backward(
-                self.features, batch.images, loss_of, size, seed, self.synchronised, -(-images // size)
-            )  # fmt: skip
+                self.features,
+                batch.images,
+                loss_of,
+                size,
+                seed,
+                self.synchronised,
+                -(-images // size),
+            )
         elif batch.num_items or self.sharded:
             self.synchronised(lambda: loss_of(self.features(batch.images))).backward()
         else:  # no page is left for this process: no row, and the others wait for its zeros
@@ -361,16 +392,18 @@ class Trainer:
         p.damaged += batch.damaged
         return result, norm
 
-    # ---- the run --------------------------------------------------------------------------------------------------
+    # ---- the run ---------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
-        """Trains to the end of the run; gives the last line of metrics.jsonl and whether a signal ended it early.
+        """Trains to the end of the run; gives the last line of metrics.jsonl and whether a signal
+        ended it early.
 
-        SIGTERM, SIGINT and SIGHUP save a checkpoint and return. Checkpoints are written while training goes on; however it ends, it waits for them.
+        SIGTERM, SIGINT and SIGHUP save a checkpoint and return. Checkpoints are written while
+        training goes on; however it ends, it waits for them.
 
         Raises:
-            RuntimeError: the loss is no longer finite (checkpoints stay), too many images are damaged, or another process could not write its
-                part of a checkpoint.
+            RuntimeError: the loss is no longer finite (checkpoints stay), too many images are
+                damaged, or another process could not write its part of a checkpoint.
             OSError: a checkpoint could not be written; raised at a later step.
         """
         try:
@@ -399,7 +432,8 @@ class Trainer:
                         and minutes >= c.run.save_minutes
                         and self.processes.rank == 0
                     )
-                    # One collective: any process may have been told to stop, the first one keeps the time.
+                    # One collective: any process may have been told to stop, the first one keeps
+                    # the time.
                     stop, due_now, failed = self.processes.sum(
                         [bool(self._stop), due, self.checkpoints.failed]
                     )
@@ -463,7 +497,8 @@ class Trainer:
 
     @property
     def status(self) -> int:
-        """What the shell is told of a run that a signal ended: 128 and its number; another process's was SIGTERM."""
+        """What the shell is told of a run that a signal ended: 128 and its number; another
+        process's was SIGTERM."""
         return 128 + (self._stop or signal.SIGTERM)
 
     def close(self) -> None:
@@ -472,7 +507,7 @@ class Trainer:
             self.loader.source.decoder.close()
         self.processes.close()
 
-    # ---- checkpoints ----------------------------------------------------------------------------------------------
+    # ---- checkpoints -----------------------------------------------------------------------------
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{n}": t for n, t in self.model.state_dict().items()}
@@ -487,10 +522,16 @@ class Trainer:
         """What has to be the same for batches and schedule to go on where they were."""
         c = self.config
         return {
-            "seed": c.run.seed, "world": self.processes.world, "pages": c.data.pages, "images": c.data.images,
-            "history": c.data.history, "dataset_pages": len(self.plan.rows), "items": self.dataset.num_items,
-            "dataset": self.dataset.fingerprint, "features": self._features,
-        }  # fmt: skip
+            "seed": c.run.seed,
+            "world": self.processes.world,
+            "pages": c.data.pages,
+            "images": c.data.images,
+            "history": c.data.history,
+            "dataset_pages": len(self.plan.rows),
+            "items": self.dataset.num_items,
+            "dataset": self.dataset.fingerprint,
+            "features": self._features,
+        }
 
     @cached_property
     def _features(self) -> str | None:
@@ -498,7 +539,8 @@ class Trainer:
         return None if self.table is None else array_sha256(self.table)
 
     def save(self) -> None:
-        """Begins a checkpoint of now, which is written while training goes on. Every process calls it."""
+        """Begins a checkpoint of now, which is written while training goes on. Every process calls
+        it."""
         p, tensors = self.progress, self._tensors()
         finite = all(
             local(t).isfinite().all()
@@ -540,7 +582,8 @@ class Trainer:
         self._same_data(differ)
         if differ:
             raise ValueError(
-                f"run.out: {self.out} has a run with other settings (there, here): {differ}; expected the same, or another folder"
+                f"run.out: {self.out} has a run with other settings (there, here): {differ}; "
+                "expected the same, or another folder"
             )
         self.checkpoints.load(path, self._tensors())
         self.progress = p = Progress(**state["progress"])
@@ -555,13 +598,15 @@ class Trainer:
         log.info("resumed from %s", path)
 
     def _same_data(self, differ: dict[str, tuple[Any, Any]]) -> None:
-        """ValueError that names the dataset or features, where the run in the folder was begun with others."""
+        """ValueError that names the dataset or features, where the run in the folder was begun with
+        others."""
         given = {"dataset": self.config.data.dataset, "features": self.config.data.features}
         for name, path in given.items():
             if name in differ:
                 there, here = (str(x)[:19] if x else "none" for x in differ[name])
                 raise ValueError(
-                    f"run.out: {self.out} has a run that was begun with another data.{name} (checksum {there}), got {path} (checksum {here}): it "
+                    f"run.out: {self.out} has a run that was begun with another data.{name} "
+                    f"(checksum {there}), got {path} (checksum {here}): it "
                     f"cannot go on with it; give that data.{name}, or another run.out to begin anew"
                 )
 
@@ -570,8 +615,8 @@ class Trainer:
         p.epoch, p.step_in_epoch, p.cut_step, p.cut_page = p.epoch + 1, 0, 0, 0
 
     def _move(self, there: dict[str, Any]) -> None:
-        """Goes on at the page where a run of other processes and batches was: with the same pages in a step at the same step, otherwise with
-        the rest of the epoch cut anew."""
+        """Goes on at the page where a run of other processes and batches was: with the same pages
+        in a step at the same step, otherwise with the rest of the epoch cut anew."""
         p = self.progress
         before = self._plan(there["pages"], there["images"], 0, there["world"])
         if p.cut_step:
@@ -587,7 +632,14 @@ class Trainer:
             self.plan.recut(p.epoch, p.cut_step, p.cut_page)
 
 
-_OWN = ("config.toml", "metrics.jsonl", "encoder.json", "encoder.safetensors", "checkpoints", "tensorboard")  # fmt: skip
+_OWN = (
+    "config.toml",
+    "metrics.jsonl",
+    "encoder.json",
+    "encoder.safetensors",
+    "checkpoints",
+    "tensorboard",
+)
 
 
 def _is_run(folder: Path) -> bool:
@@ -598,9 +650,16 @@ def _is_run(folder: Path) -> bool:
 
 
 def check_run(config: Config) -> None:
-    """ValueError or OSError where no run can be written into the folder, or something else would be written over."""
+    """ValueError or OSError where no run can be written into the folder, or something else would be
+    written over."""
     inputs = (config.data.dataset, config.data.features, config.model.weights)
-    check_growing(config.run.out, _OWN, _is_run, what="run.out: expected a new folder or a run's", inputs=inputs)  # fmt: skip
+    check_growing(
+        config.run.out,
+        _OWN,
+        _is_run,
+        what="run.out: expected a new folder or a run's",
+        inputs=inputs,
+    )
 
 
 def _mix(*values: int) -> int:
@@ -609,13 +668,15 @@ def _mix(*values: int) -> int:
 
 
 def read_features(path: str | os.PathLike[str], dataset: Dataset) -> np.ndarray:
-    """Precomputed embeddings [items, F] as `read_embeddings` gives them; ValueError also where an item that is used has none."""
+    """Precomputed embeddings [items, F] as `read_embeddings` gives them; ValueError also where an
+    item that is used has none."""
     table = read_embeddings(path, dataset)
     used = np.unique(np.concatenate([dataset.pv_item, dataset.event_item]))
     lacking = used[~np.isfinite(table[used]).all(1)]
     if len(lacking):
         ids = [str(dataset.item_ids[i]) for i in lacking[:5].tolist()]
         raise ValueError(
-            f"features: {len(lacking)} items on pages or in histories have no finite row in {path}, such as {', '.join(ids)}"
+            f"features: {len(lacking)} items on pages or in histories have no finite row in "
+            f"{path}, such as {', '.join(ids)}"
         )
     return table

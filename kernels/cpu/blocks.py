@@ -1,4 +1,5 @@
-"""impl="cpu": rows against a block of columns (courier_fast/blocks.py), through the chunks of driver.py."""
+"""impl="cpu": rows against a block of columns (courier_fast/blocks.py), through the chunks of
+driver.py."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def backward(y: Side, x: Side, lse: Tensor, g: Tensor, pairs: str, scoring: Scor
 
 
 class _Candidates(candidate.Tiles):
-    """Attention "candidate" over a block: what candidate.py does with a tile, with a contrast that knows no positive."""
+    """Attention "candidate" over a block: what candidate.py does with a tile, with a contrast that
+    knows no positive."""
 
     def __init__(
         self,

@@ -1,11 +1,14 @@
-"""impl="cpu", attention for each candidate: products of the columns with the history by torch.mm, a chunk of pages at a time.
+"""impl="cpu", attention for each candidate: products of the columns with the history by torch.mm, a
+chunk of pages at a time.
 
-For page b and candidate j everything comes from dot products, x_jk = E_j . v_k and the logits' q_j . k_k:
+For page b and candidate j everything comes from dot products, x_jk = E_j . v_k and the logits' q_j
+. k_k:
 
     s_bj = sum_k w_k x_jk / (tau |E_j| |sum_k w_k v_k|),   w_k = exp(logit_jk)
 
-One native pass over a tile of them gives the scores, a second one the contrast of each anchor and dL/ds, a third one puts
-dL/dx in the tile's place, whose products with v and E are the gradients. README.md has the mathematics.
+One native pass over a tile of them gives the scores, a second one the contrast of each anchor and
+dL/ds, a third one puts dL/dx in the tile's place, whose products with v and E are the gradients.
+README.md has the mathematics.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ if TYPE_CHECKING:
 
 # Of a tile of products.
 CHUNK_BYTES = 16 << 20
-# Longer histories, fewer dimensions and several heads are for direct.py: this way takes H^2 steps a candidate, and where values
-# of few dimensions cancel, it is not as exact as R itself.
+# Longer histories, fewer dimensions and several heads are for direct.py: this way takes H^2 steps a
+# candidate, and where values of few dimensions cancel, it is not as exact as R itself.
 LONGEST_HISTORY = 192
 LEAST_DIM = 16
 
@@ -54,7 +57,8 @@ def _inverse_norm(x: Tensor) -> Tensor:
 
 @dataclass
 class Operand:
-    """Rows that take part in products, where their gradient goes, and what is known of their length."""
+    """Rows that take part in products, where their gradient goes, and what is known of their
+    length."""
 
     rows: Tensor  # [n, D]
     inverse: Tensor | None  # [n] 1 / |row|
@@ -79,7 +83,8 @@ class Operand:
 
 @dataclass
 class Operands:
-    """e and v of the scores, q and k of the logits; q is e and k is v where they are the same rows."""
+    """e and v of the scores, q and k of the logits; q is e and k is v where they are the same
+    rows."""
 
     e: Operand
     q: Operand
@@ -110,7 +115,8 @@ class Pages:
 
 
 def pages_of(anchor_page: Tensor, history_start: Tensor) -> Pages:
-    """`anchor_page` [M] ascending; `history_start` [B + 1] the first real history row of each page."""
+    """`anchor_page` [M] ascending; `history_start` [B + 1] the first real history row of each
+    page."""
     page, counts = anchor_page.unique_consecutive(return_counts=True)
     first, last = history_start[page], history_start[page + 1]
     lengths = last - first
@@ -124,7 +130,8 @@ def pages_of(anchor_page: Tensor, history_start: Tensor) -> Pages:
 
 
 class Tiles:
-    """Columns against pages, a tile of whole pages at a time: the scores, and the gradients with them where `grads`."""
+    """Columns against pages, a tile of whole pages at a time: the scores, and the gradients with
+    them where `grads`."""
 
     def __init__(
         self,
@@ -153,13 +160,15 @@ class Tiles:
             direct.finish()
 
     def span(self, first: int, last: int) -> tuple[slice, Tensor | None]:
-        """The columns that these pages look at, and where each looks at its own alone, those of each among them."""
+        """The columns that these pages look at, and where each looks at its own alone, those of
+        each among them."""
         raise NotImplementedError
 
     def contrast(
         self, s: Tensor, first: int, last: int, columns: slice, ranges: Tensor | None
     ) -> None:
-        """Results of the anchors of these pages; dL/ds in the place of their scores s [pages, columns]."""
+        """Results of the anchors of these pages; dL/ds in the place of their scores s [pages,
+        columns]."""
         raise NotImplementedError
 
     def _chunks(self) -> Iterator[tuple[int, int, bool]]:
@@ -191,9 +200,18 @@ class Tiles:
         numbers = torch.arange(rows.stop - rows.start)
         starts = pages.start[first : last + 1] - rows.start
         about = (
-            *(x, y, starts, ranges, v, numbers, scale, part(self.k.inverse, rows) if by.cosine else None),
+            *(
+                x,
+                y,
+                starts,
+                ranges,
+                v,
+                numbers,
+                scale,
+                part(self.k.inverse, rows) if by.cosine else None,
+            ),
             *(part(self.e.inverse, columns), by.scale, self.inverse_tau, s),
-        )  # fmt: skip
+        )
         stage("candidate", *about, False, None, None, None, None)
         self.contrast(s, first, last, columns, ranges)
         if not self.grads:
@@ -347,7 +365,8 @@ def _add_product(total: Tensor | None, rows: slice, a: Tensor, b: Tensor) -> Non
 
 
 def run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | None) -> Result:
-    """Forward pass and, where `needs` says so, all gradients; `upstream` [N] for reduction "none"."""
+    """Forward pass and, where `needs` says so, all gradients; `upstream` [N] for reduction
+    "none"."""
     one = _Run(p, needs, want_rank, upstream)
     cosine = one.positive / one.inverse_tau
     return Result(one.loss, one.lse, one.above, cosine, one.a, one.gradients())

@@ -1,4 +1,5 @@
-"""impl="cpu": rows against columns, a chunk of rows at a time: tiles of scores, probabilities, and both gradients with them."""
+"""impl="cpu": rows against columns, a chunk of rows at a time: tiles of scores, probabilities, and
+both gradients with them."""
 
 from __future__ import annotations
 
@@ -14,12 +15,15 @@ from . import native
 from .native import VARIANT_VARIABLE, call, stage
 from .rows import Candidates, part
 
-# Rows of P held at a time: as many as fit here, but enough that the products stay efficient (README.md).
+# Rows of P held at a time: as many as fit here, but enough that the products stay efficient
+# (README.md).
 CHUNK_BYTES = 32 << 20
-# With products of our own nothing is packed anew for a chunk: fewer rows are as fast, and make room for the packed columns.
+# With products of our own nothing is packed anew for a chunk: fewer rows are as fast, and make room
+# for the packed columns.
 NATIVE_CHUNK_BYTES = 24 << 20
 LEAST_CHUNK_ROWS = 256
-# With negatives of the own page only, a chunk of rows meets the columns of its pages: fewer rows, narrower products.
+# With negatives of the own page only, a chunk of rows meets the columns of its pages: fewer rows,
+# narrower products.
 PAGE_CHUNK_ROWS = 64
 
 
@@ -67,12 +71,13 @@ def contrast(
     add_to: Tensor | None = None,
     given: Tensor | None = None,
 ) -> Scores:
-    """One direction, chunk by chunk: scores, probabilities, and with g (weights of the rows) both gradients.
+    """One direction, chunk by chunk: scores, probabilities, and with g (weights of the rows) both
+    gradients.
 
-    `positive` [M]: scores of the positives, biases included, in float64, and `own_unit` [M, D] their unit
-    vectors, whose terms stay apart in float32; None: the positives are among the other columns.
-    `add_to`: where d_y is to be added. `given` [M]: log-sum-exps that are known, over columns that are not all here; d_y
-    is wanted alone.
+    `positive` [M]: scores of the positives, biases included, in float64, and `own_unit` [M, D]
+    their unit vectors, whose terms stay apart in float32; None: the positives are among the other
+    columns. `add_to`: where d_y is to be added. `given` [M]: log-sum-exps that are known, over
+    columns that are not all here; d_y is wanted alone.
     """
     m, dim = x.shape
     # A few numbers a row in float64: the loss is a difference of scores of 1/tau.
@@ -103,7 +108,8 @@ def contrast(
             found = (lse[rows], loss[rows], factor[rows], own_pull)
             call("finish", *results[:2], part(positive, rows), part(g, rows), *found)
             if weighted is not None:
-                # One pass, not five small ones: where cores are shared, each start of all threads may wait for a slice of time.
+                # One pass, not five small ones: where cores are shared, each start of all threads
+                # may wait for a slice of time.
                 out = (into, weighted, part(d_own, rows))
                 stage("weigh", product, xs, own, factor[rows], own_pull, *out)
         if d_y is not None:
@@ -114,8 +120,8 @@ def contrast(
 def contrast_block(
     x: Tensor, y: Candidates, inverse_tau: float, lse: Tensor | None, g: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Rows against some of their candidates: (log-sum-exp [M], g_i sum_j p_ij y_j [M, D], None), or with the log-sum-exp over
-    all of them (.., None, sum_i g_i p_ij x_i [n, D])."""
+    """Rows against some of their candidates: (log-sum-exp [M], g_i sum_j p_ij y_j [M, D], None), or
+    with the log-sum-exp over all of them (.., None, sum_i g_i p_ij x_i [n, D])."""
     s = contrast(x, y, inverse_tau, None, None, g, False, want_y=lse is not None, given=lse)
     if s.d_x is not None:
         # Over no candidate at all, the sum is 0 and its inverse is not finite.
@@ -124,8 +130,8 @@ def contrast_block(
 
 
 class _LibraryProducts:
-    """The products of a chunk through torch.mm; P in one workspace for all chunks: a fresh one each time would cost more in
-    page faults than the pass over it."""
+    """The products of a chunk through torch.mm; P in one workspace for all chunks: a fresh one each
+    time would cost more in page faults than the pass over it."""
 
     def __init__(
         self,
@@ -137,7 +143,8 @@ class _LibraryProducts:
     ) -> None:
         self.y = y
         self.workspace = x.new_empty(max((_size(a) * _size(b) for a, b in chunks), default=0))
-        # Sums over chunks, and what becomes of a product, are float32: one of another type comes by way of these.
+        # Sums over chunks, and what becomes of a product, are float32: one of another type comes by
+        # way of these.
         self.part_x = self.part_y = None
         if x.dtype != torch.float32:
             longest = max((_size(rows) for rows, _ in chunks), default=0)
@@ -175,7 +182,8 @@ class _LibraryProducts:
 
 
 class _NativeProducts:
-    """The columns, packed once, and the three products of a chunk; what is in between never leaves the cache."""
+    """The columns, packed once, and the three products of a chunk; what is in between never leaves
+    the cache."""
 
     def __init__(self, y: Tensor, want_x: bool, want_y: bool) -> None:
         self.columns, self.dim = y.shape

@@ -1,4 +1,5 @@
-"""impl="cpu", attention for each candidate as it is defined (direct.inl.h): rows as columns of float32, and their gradients."""
+"""impl="cpu", attention for each candidate as it is defined (direct.inl.h): rows as columns of
+float32, and their gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ _LEAST_COLUMNS = 128
 
 
 class HeadUnits:
-    """Rows [n, D] whose heads are divided by their lengths; zeros, without a gradient, for a zero vector."""
+    """Rows [n, D] whose heads are divided by their lengths; zeros, without a gradient, for a zero
+    vector."""
 
     def __init__(self, rows: Tensor, heads: int) -> None:
         x = rows.float().view(len(rows), heads, -1)
@@ -37,7 +39,8 @@ class HeadUnits:
 
 
 class Direct:
-    """The columns of some tiles, turned; what they get is added to their operands' gradients by `finish`."""
+    """The columns of some tiles, turned; what they get is added to their operands' gradients by
+    `finish`."""
 
     def __init__(self, tiles: Tiles) -> None:
         self.tiles, self.attention = tiles, tiles.attention
@@ -65,9 +68,19 @@ class Direct:
         starts = t.pages.start[first : last + 1] - rows.start
         s = torch.zeros(last - first, count)
         about = (
-            *(self.q, self.e, columns.start, k, v, starts, ranges, t.e.inverse, self.attention.scale),
+            *(
+                self.q,
+                self.e,
+                columns.start,
+                k,
+                v,
+                starts,
+                ranges,
+                t.e.inverse,
+                self.attention.scale,
+            ),
             *(t.inverse_tau, self.attention.heads, s),
-        )  # fmt: skip
+        )
         worth = count * len(k) * dim // _WORTH_A_THREAD
         parts = max(1, min(torch.get_num_threads(), worth, count // _LEAST_COLUMNS))
         stage("direct", *about, False, parts, None, None, None, None, None)

@@ -1,8 +1,9 @@
-"""impl="cpu": tiles of the similarity through torch.mm, everything between two products in one native pass.
+"""impl="cpu": tiles of the similarity through torch.mm, everything between two products in one
+native pass.
 
-With reduction "mean" or "sum" the weights of the anchors are known in the forward pass, so each chunk of rows of
-P = exp(s - top) is computed once and serves both P e and P^T r while it is in cache; the backward only scales what was
-saved. README.md has the measurements.
+With reduction "mean" or "sum" the weights of the anchors are known in the forward pass, so each
+chunk of rows of P = exp(s - top) is computed once and serves both P e and P^T r while it is in
+cache; the backward only scales what was saved. README.md has the measurements.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
     reasons = []
     if native.library is None:
         reasons.append(
-            f"the native library courier_fast._native is missing or does not load: {native.error_text}"
+            "the native library courier_fast._native is missing or does not load: "
+            f"{native.error_text}"
         )
     else:
         variant = os.environ.get(VARIANT_VARIABLE)
@@ -83,7 +85,7 @@ def saved_spec(p: Problem, needs: Sequence[bool]) -> list[tuple[Any, torch.dtype
     return [] if p.reduction == "none" else gradient_shapes(p, _LOSS_INPUTS, needs)
 
 
-# ---- stages -------------------------------------------------------------------------------------------------------
+# ---- stages --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -101,7 +103,8 @@ class _Attention:
     def gradients(
         self, d_r: Tensor, want_q: bool, want_k: bool, want_v: bool, together: bool
     ) -> tuple[Any, Any, Any]:
-        """float32 (dq of the listed rows, dk, dv of the real history rows); `together`: dk is the sum of both."""
+        """float32 (dq of the listed rows, dk, dv of the real history rows); `together`: dk is the
+        sum of both."""
         d_q = torch.zeros(self.rows, self.dim) if want_q else None
         d_k = torch.zeros(self.history_rows, self.dim) if want_k else None
         d_v = d_k if together else torch.zeros(self.history_rows, self.dim) if want_v else None
@@ -145,11 +148,12 @@ def _attend(p: Problem, pv: Rows, history: Rows, rows: Tensor, raw: bool) -> _Re
     return _Reconstruction(unit, norm, positive, attention)
 
 
-# ---- reconstruction loss ------------------------------------------------------------------------------------------
+# ---- reconstruction loss -------------------------------------------------------------------------
 
 
 def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | None) -> Result:
-    """Forward pass and, where `needs` says so, all gradients; `upstream` [N] for reduction "none"."""
+    """Forward pass and, where `needs` says so, all gradients; `upstream` [N] for reduction
+    "none"."""
     if p.attention == "candidate":
         return candidate.run(p, needs, want_rank, upstream)
     one = _Run(p, needs, want_rank, upstream)
@@ -160,7 +164,8 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
 
 
 class _Run:
-    """One forward pass, and the gradients of both sides with it where there are weights g of the anchors."""
+    """One forward pass, and the gradients of both sides with it where there are weights g of the
+    anchors."""
 
     def __init__(
         self, p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | None
@@ -197,7 +202,8 @@ class _Run:
         return torch.zeros(len(self.listed), self.p.pv.shape[1])
 
     def _keep(self, s: Scores) -> None:
-        """Without its vectors, which are to be given back before the gradients through the attention."""
+        """Without its vectors, which are to be given back before the gradients through the
+        attention."""
         self.scores.append(Scores(s.lse, s.loss, s.above, None, None, None))
 
     def _reconstruct(self, columns: _ItemColumns, want_rank: bool) -> None:
@@ -303,7 +309,8 @@ class _ItemColumns:
 def _column_gradients(
     p: Problem, columns: _ItemColumns | None, d_columns: Tensor | None, inverse_tau: float
 ) -> Tensor:
-    """float32 gradient of pv (or of the table) as columns; in the memory of `d_columns` where that has its shape."""
+    """float32 gradient of pv (or of the table) as columns; in the memory of `d_columns` where that
+    has its shape."""
     if columns is None or d_columns is None:
         return torch.zeros(p.pv.shape, dtype=torch.float32)
     normalize_backward(d_columns, columns.candidates.unit, columns.norm, inverse_tau)
@@ -370,7 +377,7 @@ def loss_backward(
     return scaled(saved, needs, grad)
 
 
-# ---- reconstruct --------------------------------------------------------------------------------------------------
+# ---- reconstruct ---------------------------------------------------------------------------------
 
 
 def _reconstructed(p: Problem) -> tuple[Rows, Rows, Tensor, _Reconstruction]:

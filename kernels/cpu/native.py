@@ -24,7 +24,8 @@ VARIANT_VARIABLE = "COURIER_FAST_CPU_VARIANT"
 def stage(name: str, *arguments: Any) -> None:
     """Runs a native stage, on torch's threads and with the instruction set that is asked for.
 
-    Tensors go as capsules: through their own `__dlpack__` each would cost the host 5 us, more than a small batch's work.
+    Tensors go as capsules: through their own `__dlpack__` each would cost the host 5 us, more than
+    a small batch's work.
     """
     call(name, *arguments, torch.get_num_threads(), os.environ.get(VARIANT_VARIABLE))
 

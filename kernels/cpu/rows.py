@@ -1,4 +1,5 @@
-"""Rows of a batch as the CPU path sees them: without padding; which candidates a row has; the anchors and their weights."""
+"""Rows of a batch as the CPU path sees them: without padding; which candidates a row has; the
+anchors and their weights."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class Rows:
 
 
 def real_rows(p: Any, side: str) -> Rows:
-    """Of a side of either kind of problem, "pv" or "history". Raises ValueError for offsets, or indices of the table, that are out of range."""
+    """Of a side of either kind of problem, "pv" or "history". Raises ValueError for offsets, or
+    indices of the table, that are out of range."""
     offsets, mask, index = (getattr(p, f"{side}_{x}") for x in ("offsets", "mask", "index"))
     rows = p.num_history if side == "history" else p.num_pv
     table = rows if index is None else source_of(p).shape[0]
@@ -58,7 +60,8 @@ def source_of(p: Any) -> Tensor:
 
 @dataclass
 class Candidates:
-    """The columns of one direction, and which of them are no candidates of a row beside its own column."""
+    """The columns of one direction, and which of them are no candidates of a row beside its own
+    column."""
 
     unit: Tensor  # [n, D]
     own: Tensor  # [M] column of each row's positive, or of the row itself
@@ -95,8 +98,8 @@ def same_id(ids: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def on_other_pages(ids: Tensor, page: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions ordered by id, then by page [n], and for each row the two ranges among them of its id's occurrences on other
-    pages [n, 2, 2]; `page` [n] ascends."""
+    """Positions ordered by id, then by page [n], and for each row the two ranges among them of its
+    id's occurrences on other pages [n, 2, 2]; `page` [n] ascends."""
     order, same = same_id(ids, ids)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     pages = int(page[-1]) + 1 if len(page) else 1
@@ -117,8 +120,8 @@ def can_merge(p: Problem) -> bool:
 
 
 def merged(p: Problem, pv: Rows, anchor: Tensor) -> tuple[Candidates, Tensor]:
-    """Equal candidates as one column with the bias log m; the anchor's own item is the positive, whatever its m. Without
-    their vectors; and the table's rows that are columns [n]."""
+    """Equal candidates as one column with the bias log m; the anchor's own item is the positive,
+    whatever its m. Without their vectors; and the table's rows that are columns [n]."""
     counts = torch.bincount(pv.source, minlength=p.pv.shape[0])
     source = counts.nonzero().squeeze(1)
     count = counts[source].to(torch.float32)
@@ -150,7 +153,8 @@ def masked(
 
 @dataclass
 class Anchors:
-    """Real rows of both sides, and the clicked ones among those of PV that have a history and a weight."""
+    """Real rows of both sides, and the clicked ones among those of PV that have a history and a
+    weight."""
 
     pv: Rows
     history: Rows
@@ -175,7 +179,8 @@ def anchors_of(p: Problem) -> Anchors:
 
 
 def shares_of(p: Problem, anchors: Anchors, upstream: Tensor | None) -> Tensor:
-    """dL/d(loss of each anchor) [M] for an upstream gradient of 1, or for `upstream` [N] with reduction "none"."""
+    """dL/d(loss of each anchor) [M] for an upstream gradient of 1, or for `upstream` [N] with
+    reduction "none"."""
     weight, count = anchors.weight, len(anchors.row)
     if upstream is not None:
         return upstream[anchors.pv.keep[anchors.row]].to(torch.float32)
@@ -197,7 +202,8 @@ class Result:
 
 
 def placed(like: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """`values` at `rows` (ascending) of a tensor as `like`, zeros elsewhere; `values` itself if these are all rows."""
+    """`values` at `rows` (ascending) of a tensor as `like`, zeros elsewhere; `values` itself if
+    these are all rows."""
     if rows.shape[0] == like.shape[0]:
         return values.to(like.dtype)
     return torch.zeros_like(like).index_copy_(0, rows, values.to(like.dtype))
@@ -211,6 +217,7 @@ def gradient_shapes(
 
 
 def scaled(saved: Sequence[Tensor], needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
-    # Saved gradients are for an upstream gradient of 1; a new tensor each time, since backward may run again.
+    # Saved gradients are for an upstream gradient of 1; a new tensor each time, since backward may
+    # run again.
     remaining = iter(saved)
     return [next(remaining) * grad if need else None for need in needs]

@@ -45,7 +45,8 @@ def _run_sequence(
     every = torch.arange(count)
     ids = None if p.ids is None else p.ids[rows.keep]
 
-    # Positives of k: the page's rows without those of k's item; sums over a page and over an item on a page give both.
+    # Positives of k: the page's rows without those of k's item; sums over a page and over an item
+    # on a page give both.
     group = every
     if ids is not None:
         _, item = torch.unique(ids, return_inverse=True)

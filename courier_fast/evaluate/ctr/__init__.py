@@ -1,4 +1,5 @@
-"""What an embedding is worth to a click-through-rate model: impressions, models, one cell of the table, the report."""
+"""What an embedding is worth to a click-through-rate model: impressions, models, one cell of the
+table, the report."""
 
 from .impressions import Impressions, Protocol, make_protocol
 

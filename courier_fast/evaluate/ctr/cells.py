@@ -1,4 +1,5 @@
-"""The cells of the table: which there are, each one's predictions in a file, and the run that fills what is missing."""
+"""The cells of the table: which there are, each one's predictions in a file, and the run that fills
+what is missing."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ class Plan:
     """Everything that decides the table's numbers.
 
     Args:
-        embeddings: {name: tables [items, D]}, one for all seeds or one for each; the random control among them if there is to be one.
+        embeddings: {name: tables [items, D]}, one for all seeds or one for each; the random control
+            among them if there is to be one.
         protocols: what `make_protocol` gave.
         ranges: validation, or validation and test, are predicted.
     """
@@ -76,7 +78,8 @@ class Plan:
     ranges: tuple[str, ...] = ("validation", "test")
 
     def groups(self) -> list[tuple[Protocol, str, str]]:
-        """Protocol, form and embedding; without an embedding first, which the others are compared with."""
+        """Protocol, form and embedding; without an embedding first, which the others are compared
+        with."""
         made = [
             (protocol, form, name)
             for protocol in self.protocols
@@ -95,22 +98,41 @@ class Plan:
         return cell.seed if len(self.embeddings.get(cell.embedding, ())) > 1 else 0
 
     def fingerprints(self) -> Callable[[Cell], str]:
-        """What a cell's file must have been made from; changes with anything that its predictions come from."""
+        """What a cell's file must have been made from; changes with anything that its predictions
+        come from."""
         d = self.dataset
         arrays = [
-            d.page_user, d.page_moment, d.history_start, d.history_end, d.pv_start, d.pv_end, d.pv_item, d.pv_clicked, d.event_item, d.event_moment,
-        ]  # fmt: skip
+            d.page_user,
+            d.page_moment,
+            d.history_start,
+            d.history_end,
+            d.pv_start,
+            d.pv_end,
+            d.pv_item,
+            d.pv_clicked,
+            d.event_item,
+            d.event_moment,
+        ]
         if d.pv_weight is not None:
             arrays.append(d.pv_weight)
         data = _hash(*arrays, about=[d.info["splits"], d.categories.to_pylist()])
-        tables = {name: [_hash(x) for x in of] for name, of in self.embeddings.items()} | {NONE: [""]}  # fmt: skip
+        tables = {name: [_hash(x) for x in of] for name, of in self.embeddings.items()} | {
+            NONE: [""]
+        }
         bounds = {p.name: [p.bound, p.train.start] for p in self.protocols}
 
         def of(cell: Cell) -> str:
             about = {
-                "version": VERSION, "cell": asdict(cell), "data": data, "embedding": tables[cell.embedding][self.place(cell)], "bounds": bounds[cell.protocol],
-                "settings": asdict(self.settings), "history": self.history, "least": self.least, "ranges": self.ranges,
-            }  # fmt: skip
+                "version": VERSION,
+                "cell": asdict(cell),
+                "data": data,
+                "embedding": tables[cell.embedding][self.place(cell)],
+                "bounds": bounds[cell.protocol],
+                "settings": asdict(self.settings),
+                "history": self.history,
+                "least": self.least,
+                "ranges": self.ranges,
+            }
             return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
         return of
@@ -124,7 +146,9 @@ def _hash(*arrays: Array, about: Any = None) -> str:
     return digest.hexdigest()
 
 
-def write_cell(path: Path, cell: Cell, fingerprint: str, columns: dict[str, Any], losses: list[float]) -> None:  # fmt: skip
+def write_cell(
+    path: Path, cell: Cell, fingerprint: str, columns: dict[str, Any], losses: list[float]
+) -> None:
     about = {"cell": asdict(cell), "fingerprint": fingerprint, "validation_logloss": losses}
     table = pa.table(columns).replace_schema_metadata({"courier_fast": json.dumps(about)})
     with _WRITING:
@@ -132,7 +156,8 @@ def write_cell(path: Path, cell: Cell, fingerprint: str, columns: dict[str, Any]
 
 
 def is_done(path: Path, fingerprint: str) -> bool:
-    """Whether the cell's file is there, made from the same; one made from something else is named."""
+    """Whether the cell's file is there, made from the same; one made from something else is
+    named."""
     if not path.is_file():
         return False
     about = json.loads((pq.read_schema(path).metadata or {}).get(b"courier_fast", b"{}"))
@@ -154,8 +179,15 @@ def _columns(inputs: Inputs, predictions: dict[str, Array]) -> dict[str, Any]:
     for name, p in predictions.items():
         x = inputs.splits[name].shown
         parts.append(
-            {"range": np.full(len(x), name), "page": x.page, "item": x.item, "user": x.user, "clicked": x.clicked, "p": p}
-        )  # fmt: skip
+            {
+                "range": np.full(len(x), name),
+                "page": x.page,
+                "item": x.item,
+                "user": x.user,
+                "clicked": x.clicked,
+                "p": p,
+            }
+        )
     return {c: pa.array(np.concatenate([part[c] for part in parts])) for c in parts[0]}
 
 
@@ -165,7 +197,8 @@ class _StoppedError(Exception):
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """A cell is one thread's work: small batches gain nothing from more, and the bits do not depend on the number of cores."""
+    """A cell is one thread's work: small batches gain nothing from more, and the bits do not depend
+    on the number of cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -182,7 +215,8 @@ def run_plan(
     began: Callable[[Cell], Callable[[float], None]] = lambda _: lambda _: None,
     ended: Callable[[Cell], None] = lambda _: None,
 ) -> int:
-    """Trains the cells that `out`/cells lacks, `threads` at a time; gives how many were there already.
+    """Trains the cells that `out`/cells lacks, `threads` at a time; gives how many were there
+    already.
 
     Args:
         began: called as a cell begins; gives what is called with its progress, 0 to 1.
@@ -222,7 +256,8 @@ def run_plan(
                     mine = [cell for cell in missing if plan.place(cell) == place]
                     waiting.append([pool.submit(one, cell, inputs) for cell in mine])
                     del inputs
-                    # The next inputs are made while these cells are trained; no more, for the memory.
+                    # The next inputs are made while these cells are trained; no more, for the
+                    # memory.
                     _wait(waiting.popleft() if len(waiting) > 1 else ())
             for futures in waiting:
                 _wait(futures)
@@ -240,8 +275,12 @@ def _inputs(
     if protocol.name not in material:
         material.clear()
         material[protocol.name] = Material(
-            plan.dataset, protocol, history=plan.history, least=plan.least, ranges=("train", *plan.ranges)
-        )  # fmt: skip
+            plan.dataset,
+            protocol,
+            history=plan.history,
+            least=plan.least,
+            ranges=("train", *plan.ranges),
+        )
     table = plan.embeddings[name][place] if name in plan.embeddings else None
     return material[protocol.name].inputs(form, table)
 

@@ -45,24 +45,70 @@ Array = npt.NDArray
 
 DIMENSIONS = "embeddings.json"
 DESCRIPTION = (
-    "Trains click-through-rate models on the dataset's pages with and without each embedding, in several forms, and prints what it adds. "
+    "Trains click-through-rate models on the dataset's pages with and without each embedding, in "
+    "several forms, and prints what it adds. "
     "A run that was stopped goes on with the cells of the table that are missing."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
-    parser.add_argument("--dataset", type=location, required=True, help="folder written by `courier-fast prepare`")  # fmt: skip
-    parser.add_argument("--embeddings", nargs="+", required=True, metavar="[NAME=]PATH", help=".parquet (item_id, embedding) or .npy (rows as items of the dataset), by the file's name or NAME; {seed} in it stands for 0, 1, ...: encoders of several seeds, one for each of the model's")  # fmt: skip
-    parser.add_argument("--out", type=local_path, required=True, help="folder for cells, ctr.json, ctr.md and pictures")  # fmt: skip
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"some of {', '.join(MODELS)}")  # fmt: skip
-    parser.add_argument("--forms", nargs="+", default=list(FORMS[:4]), help=f"some of {', '.join(FORMS)}; none is always there")  # fmt: skip
-    parser.add_argument("--protocol", nargs="+", default=["disjoint"], help=f"some of {', '.join(PROTOCOLS)}: whether the embeddings were trained on other pages than the CTR model is")  # fmt: skip
-    parser.add_argument("--encoder-share", type=float, default=0.5, help="of all pages, the first ones, left to the embeddings by disjoint")  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=3, help="models of each cell; their probabilities are averaged")  # fmt: skip
-    parser.add_argument("--split", choices=("validation", "test"), default="test", help="what the table is of; validation leaves test unseen, for choosing settings")  # fmt: skip
+    parser.add_argument(
+        "--dataset", type=location, required=True, help="folder written by `courier-fast prepare`"
+    )
+    parser.add_argument(
+        "--embeddings",
+        nargs="+",
+        required=True,
+        metavar="[NAME=]PATH",
+        help=".parquet (item_id, embedding) or .npy (rows as items of the dataset), by the file's "
+        "name or NAME; {seed} in it stands for 0, 1, ...: encoders of several seeds, one for "
+        "each of the model's",
+    )
+    parser.add_argument(
+        "--out",
+        type=local_path,
+        required=True,
+        help="folder for cells, ctr.json, ctr.md and pictures",
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), help=f"some of {', '.join(MODELS)}"
+    )
+    parser.add_argument(
+        "--forms",
+        nargs="+",
+        default=list(FORMS[:4]),
+        help=f"some of {', '.join(FORMS)}; none is always there",
+    )
+    parser.add_argument(
+        "--protocol",
+        nargs="+",
+        default=["disjoint"],
+        help=f"some of {', '.join(PROTOCOLS)}: whether the embeddings were trained on other pages "
+        "than the CTR model is",
+    )
+    parser.add_argument(
+        "--encoder-share",
+        type=float,
+        default=0.5,
+        help="of all pages, the first ones, left to the embeddings by disjoint",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="models of each cell; their probabilities are averaged"
+    )
+    parser.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        default="test",
+        help="what the table is of; validation leaves test unseen, for choosing settings",
+    )
     parser.add_argument("--history", type=int, default=20, help="most recent history items used")
-    parser.add_argument("--min-count", type=int, default=2, help="impressions in training that an id needs for a row of its own")  # fmt: skip
+    parser.add_argument(
+        "--min-count",
+        type=int,
+        default=2,
+        help="impressions in training that an id needs for a row of its own",
+    )
     defaults = Settings()
     for name, text in {
         "batch": "impressions of a step",
@@ -72,17 +118,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     }.items():
         value = getattr(defaults, name)
         parser.add_argument(f"--{name}", type=type(value), default=value, help=text)
-    parser.add_argument("--no-control", action="store_true", help="without the random vectors that show what capacity alone is worth")  # fmt: skip
-    parser.add_argument("--allow-missing", action="store_true", help="items without an embedding get zeros in place of an error")  # fmt: skip
-    parser.add_argument("--threads", type=int, default=0, help="cells trained at once; 0: as many as cores")  # fmt: skip
-    parser.add_argument("--export", type=local_path, help="also write the impressions with every form as Parquet there, for a model of your own")  # fmt: skip
+    parser.add_argument(
+        "--no-control",
+        action="store_true",
+        help="without the random vectors that show what capacity alone is worth",
+    )
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="items without an embedding get zeros in place of an error",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, help="cells trained at once; 0: as many as cores"
+    )
+    parser.add_argument(
+        "--export",
+        type=local_path,
+        help="also write the impressions with every form as Parquet there, for a model of your own",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    inputs = [args.dataset, *(path for text in args.embeddings for path in _files(text, max(args.seeds, 1))[1])]  # fmt: skip
-    check_growing(args.out, ("cells", "ctr.json", "ctr.md", DIMENSIONS), _is_ctr, what="out: expected a new folder or one of `ctr`", inputs=inputs)  # fmt: skip
-    for folder in () if args.export is None else (args.export, *(args.export / p for p in args.protocol)):  # fmt: skip
-        check_growing(folder, EXPORTED, is_export, what="export: expected a new folder or an earlier one", inputs=inputs)  # fmt: skip
+    inputs = [
+        args.dataset,
+        *(path for text in args.embeddings for path in _files(text, max(args.seeds, 1))[1]),
+    ]
+    check_growing(
+        args.out,
+        ("cells", "ctr.json", "ctr.md", DIMENSIONS),
+        _is_ctr,
+        what="out: expected a new folder or one of `ctr`",
+        inputs=inputs,
+    )
+    for folder in (
+        () if args.export is None else (args.export, *(args.export / p for p in args.protocol))
+    ):
+        check_growing(
+            folder,
+            EXPORTED,
+            is_export,
+            what="export: expected a new folder or an earlier one",
+            inputs=inputs,
+        )
     dataset = Dataset(args.dataset)
     plan = _plan(args, dataset)  # what is wrong is an error before the work, not after
     for protocol in plan.protocols:
@@ -105,7 +182,13 @@ def run(args: argparse.Namespace) -> int:
     columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as bar:
         bars = _Bars(bar, total)
-        found = run_plan(plan, args.out, threads=args.threads or len(os.sched_getaffinity(0)), began=bars.began, ended=bars.ended)  # fmt: skip
+        found = run_plan(
+            plan,
+            args.out,
+            threads=args.threads or len(os.sched_getaffinity(0)),
+            began=bars.began,
+            ended=bars.ended,
+        )
     if found:
         log.info("%d of %d cells were there already", found, total)
     report = make_report(plan, args.out, args.split)
@@ -127,29 +210,49 @@ def _plan(args: argparse.Namespace, dataset: Dataset) -> Plan:
     _some("models", args.models, MODELS)
     _some("protocol", args.protocol, PROTOCOLS)
     if args.seeds < 1 or args.threads < 0 or args.min_count < 1:
-        raise ValueError(f"seeds, threads, min_count: expected at least 1, 0 and 1, got {args.seeds}, {args.threads} and {args.min_count}")  # fmt: skip
-    settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)})  # fmt: skip
+        raise ValueError(
+            f"seeds, threads, min_count: expected at least 1, 0 and 1, got {args.seeds}, "
+            f"{args.threads} and {args.min_count}"
+        )
+    settings = Settings(
+        **{f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    )
     check_dataset(dataset)
     Impressions(dataset, args.split, history=args.history)  # its own check
-    protocols = [make_protocol(dataset, p, args.encoder_share) for p in dict.fromkeys(args.protocol)]  # fmt: skip
+    protocols = [
+        make_protocol(dataset, p, args.encoder_share) for p in dict.fromkeys(args.protocol)
+    ]
     tables: dict[str, list[Array]] = {}
     for text in args.embeddings:
         name, paths = _files(text, args.seeds)
         if name in tables or name in (NONE, RANDOM):
-            raise ValueError(f"embeddings: expected different names, none of them {NONE} or {RANDOM}, got {text}")  # fmt: skip
+            raise ValueError(
+                f"embeddings: expected different names, none of them {NONE} or {RANDOM}, got {text}"
+            )
         tables[name] = [_read(path, dataset, args.allow_missing) for path in paths]
         for path, protocol in itertools.product(paths, protocols):
             _check_until(path, protocol)
         widths = {x.shape[1] for x in tables[name]}
         if len(widths) > 1:
-            raise ValueError(f"embeddings: expected the same dimensions of all seeds of {name!r}, got {sorted(widths)}")  # fmt: skip
+            raise ValueError(
+                f"embeddings: expected the same dimensions of all seeds of {name!r}, got "
+                f"{sorted(widths)}"
+            )
     if not args.no_control:
         widest = max(x[0].shape[1] for x in tables.values())
         tables[RANDOM] = [random_vectors(dataset.num_items, widest)]
     return Plan(
-        dataset, tables, list(dict.fromkeys(args.models)), list(dict.fromkeys([NONE, *args.forms])), protocols, args.seeds, settings, args.history,
-        args.min_count, ("validation",) if args.split == "validation" else ("validation", "test"),
-    )  # fmt: skip
+        dataset,
+        tables,
+        list(dict.fromkeys(args.models)),
+        list(dict.fromkeys([NONE, *args.forms])),
+        protocols,
+        args.seeds,
+        settings,
+        args.history,
+        args.min_count,
+        ("validation",) if args.split == "validation" else ("validation", "test"),
+    )
 
 
 def _some(name: str, got: list[str], known: tuple[str, ...]) -> None:
@@ -164,7 +267,9 @@ def _files(text: str, seeds: int) -> tuple[str, list[Path]]:
     if not equals or "/" in name:  # an "=" inside a path, as partitioned folders have it
         name, path = re.sub(r"[-_.]?(seed)?[-_.]?\{seed\}", "", Path(text).stem), text
     if not name:
-        raise ValueError(f"embeddings: expected NAME=PATH where the file's name is but the seed, got {text}")  # fmt: skip
+        raise ValueError(
+            f"embeddings: expected NAME=PATH where the file's name is but the seed, got {text}"
+        )
     several = range(seeds) if "{seed}" in path else [0]
     try:
         return name, [local_path(path.replace("{seed}", str(seed))) for seed in several]
@@ -177,7 +282,8 @@ def _read(path: Path, dataset: Dataset, allow_missing: bool) -> Array:
     missing, first = without_embedding(table, dataset)
     if missing and not allow_missing:
         raise ValueError(
-            f"embeddings: expected finite numbers for all {dataset.num_items:,} items, got none for {missing:,} in {path} (first: {first}); "
+            f"embeddings: expected finite numbers for all {dataset.num_items:,} items, got none "
+            f"for {missing:,} in {path} (first: {first}); "
             "--allow-missing gives them zeros"
         )
     if missing:
@@ -190,19 +296,23 @@ def _check_until(path: Path, protocol: Protocol) -> None:
     until = trained_until(path)
     if until is not None and until >= protocol.bound:
         raise ValueError(
-            f"embeddings: expected an encoder trained on pages before {as_date(protocol.bound)} for --protocol {protocol.name}, got one that has seen "
-            f"pages until {as_date(until)} in {path}; train one with --data.share (as --encoder-share here), or see --protocol"
+            f"embeddings: expected an encoder trained on pages before {as_date(protocol.bound)} "
+            f"for --protocol {protocol.name}, got one that has seen "
+            f"pages until {as_date(until)} in {path}; train one with --data.share (as "
+            "--encoder-share here), or see --protocol"
         )
 
 
 def _same_dimensions(path: Path, tables: Mapping[str, Sequence[Array]]) -> None:
-    """ValueError where the last run into the folder had embeddings of this name with other dimensions."""
+    """ValueError where the last run into the folder had embeddings of this name with other
+    dimensions."""
     now = {name: x[0].shape[1] for name, x in tables.items()}
     before: dict[str, int] = read_json(path) if path.is_file() else {}
     for name in now.keys() & before.keys() - {RANDOM}:
         if now[name] != before[name]:
             raise ValueError(
-                f"embeddings: expected {before[name]} dimensions of {name!r}, as in the last run into {path.parent}, got {now[name]}; "
+                f"embeddings: expected {before[name]} dimensions of {name!r}, as in the last run "
+                f"into {path.parent}, got {now[name]}; "
                 "another --out begins anew"
             )
     write_atomically(path, lambda partial: partial.write_text(json.dumps(before | now)))

@@ -1,4 +1,5 @@
-"""The impressions and every form of the embeddings as Parquet, with a data dictionary, for a model of one's own."""
+"""The impressions and every form of the embeddings as Parquet, with a data dictionary, for a model
+of one's own."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ IMPRESSIONS = {
     "page": "int64; number of the page view: its items are rows in a row",
     "time": "int64; seconds since 1970, UTC",
     "clicked": "bool; the label",
-    "history": "list of text; item ids of the user's newest events strictly before the page, oldest first",
+    "history": "list of text; item ids of the user's newest events strictly before the page, "
+    "oldest first",
     "hour": "int8; of the day, UTC",
     "weekday": "int8; 0 is Monday",
     "popularity": "float32; log(1 + clicks on the item strictly before the page)",
@@ -47,12 +49,15 @@ IMPRESSIONS = {
     "same_category": "float32; log(1 + history items of its category, if known)",
 }
 WEIGHT = {
-    "weight": "float32; how many impressions the row stands for, as some pages were cut: of the loss, and of metrics"
+    "weight": "float32; how many impressions the row stands for, as some pages were cut: of the "
+    "loss, and of metrics"
 }
 OF_EMBEDDING = {
     "{}_similarity_*": "float32; the item against the history: " + ", ".join(SIMILARITY),
-    "{}_cluster_*": "int32; the item's k-means cluster by number of clusters, -1 without an embedding",
-    "{}_same_cluster_*": "float32; log(1 + history items in the item's cluster), by number of clusters",
+    "{}_cluster_*": "int32; the item's k-means cluster by number of clusters, -1 without an "
+    "embedding",
+    "{}_same_cluster_*": "float32; log(1 + history items in the item's cluster), by number of "
+    "clusters",
 }
 ITEMS = {
     "item_id": "text",
@@ -66,7 +71,8 @@ EXPORTED = (*(f"{name}.parquet" for name in (*RANGES, "items")), "dataset_config
 
 
 def is_export(folder: Path) -> bool:
-    """Whether `export` has written the folder, or begun to: its description, YAML that is JSON, comes first."""
+    """Whether `export` has written the folder, or begun to: its description, YAML that is JSON,
+    comes first."""
     try:
         return "none" in read_json(folder / "dataset_config.yaml")
     except (OSError, ValueError):
@@ -82,10 +88,11 @@ def export(
     history: int = 20,
     rows: int = 1 << 20,
 ) -> None:
-    """Writes train, validation and test.parquet (a row per impression), items.parquet, for FuxiCTR dataset_config.yaml and each embedding's
-    vectors, and README.md into the folder.
+    """Writes train, validation and test.parquet (a row per impression), items.parquet, for FuxiCTR
+    dataset_config.yaml and each embedding's vectors, and README.md into the folder.
 
-    Numbers are those that the package's own models get, but for their standardisation. Clusters and scales come from the encoder's pages.
+    Numbers are those that the package's own models get, but for their standardisation. Clusters and
+    scales come from the encoder's pages.
 
     Args:
         rows: impressions written at once, about; bounds the memory.
@@ -98,8 +105,14 @@ def export(
     clusters = {name: cluster_features(x, known) for name, x in embeddings.items()}
     for name in RANGES:
         made = partial(
-            _write, dataset=dataset, pages=getattr(protocol, name), embeddings=embeddings, clusters=clusters, history=history, rows=rows
-        )  # fmt: skip
+            _write,
+            dataset=dataset,
+            pages=getattr(protocol, name),
+            embeddings=embeddings,
+            clusters=clusters,
+            history=history,
+            rows=rows,
+        )
         write_atomically(folder / f"{name}.parquet", made)
     table = pa.table(_item_columns(dataset, embeddings, clusters, known))
     write_atomically(folder / "items.parquet", lambda path: pq.write_table(table, path))
@@ -120,10 +133,18 @@ def _save_vectors(path: Path, key: Array, value: Array) -> None:
 
 
 def _write(
-    path: Path, dataset: Dataset, pages: range, embeddings: Mapping[str, Array], clusters: Mapping[str, Array], history: int, rows: int
-) -> None:  # fmt: skip
+    path: Path,
+    dataset: Dataset,
+    pages: range,
+    embeddings: Mapping[str, Array],
+    clusters: Mapping[str, Array],
+    history: int,
+    rows: int,
+) -> None:
     d = dataset
-    step = max(1, rows * len(pages) // max(1, int(d.pv_end[pages.stop - 1] - d.pv_start[pages.start])))  # fmt: skip
+    step = max(
+        1, rows * len(pages) // max(1, int(d.pv_end[pages.stop - 1] - d.pv_start[pages.start]))
+    )
     writer: pq.ParquetWriter | None = None
     try:
         for first in range(pages.start, pages.stop, step):
@@ -201,7 +222,9 @@ def _dictionary(
 ) -> str:
     def rows(columns: Mapping[str, str]) -> str:
         plain = [(n, text) for n, text in columns.items() if "{}" not in n]
-        named = [(n.format(e), text) for e in embeddings for n, text in columns.items() if "{}" in n]  # fmt: skip
+        named = [
+            (n.format(e), text) for e in embeddings for n, text in columns.items() if "{}" in n
+        ]
         return "\n".join(f"| {n} | {text} |" for n, text in [*plain, *named])
 
     return f"""# Impressions of {dataset.name}

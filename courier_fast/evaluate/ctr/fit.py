@@ -31,7 +31,8 @@ class Settings:
         lr: of Adam.
         l2: weight of the squares of user and item id rows.
         epochs: at most; validation is looked at `looks` times an epoch.
-        patience: looks without a better logloss before training ends. CTR models overfit from the second epoch on.
+        patience: looks without a better logloss before training ends. CTR models overfit from the
+            second epoch on.
     """
 
     batch: int = 256
@@ -51,7 +52,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Fitted:
-    """`predictions` {range: [n] float32 probabilities} of validation and, if it is among the inputs, test; `losses`: of validation at each look."""
+    """`predictions` {range: [n] float32 probabilities} of validation and, if it is among the
+    inputs, test; `losses`: of validation at each look."""
 
     predictions: dict[str, Array]
     losses: list[float]
@@ -65,7 +67,8 @@ def fit(
     seed: int = 0,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Fitted:
-    """Trains the model of that name; on a CPU the same bits for the same inputs, settings, seed and number of threads.
+    """Trains the model of that name; on a CPU the same bits for the same inputs, settings, seed and
+    number of threads.
 
     Args:
         progress: called with the share of the steps that are done.

@@ -1,4 +1,5 @@
-"""dataset_config.yaml for FuxiCTR 2.3, so that its models read the exported impressions as they are."""
+"""dataset_config.yaml for FuxiCTR 2.3, so that its models read the exported impressions as they
+are."""
 
 from __future__ import annotations
 
@@ -11,8 +12,11 @@ from ..features import CLUSTERS, SIMILARITY
 SEPARATOR = "^"  # by which FuxiCTR joins a list of ids
 
 
-def dataset_config(numbers: Sequence[str], embeddings: Iterable[tuple[str, int]], history: int) -> str:  # fmt: skip
-    """A dataset for each form and embedding, "none", "similarity_trained", ..., as JSON, which is YAML.
+def dataset_config(
+    numbers: Sequence[str], embeddings: Iterable[tuple[str, int]], history: int
+) -> str:
+    """A dataset for each form and embedding, "none", "similarity_trained", ..., as JSON, which is
+    YAML.
 
     Args:
         numbers: columns that every form has.
@@ -20,12 +24,26 @@ def dataset_config(numbers: Sequence[str], embeddings: Iterable[tuple[str, int]]
         history: the most items of one.
     """
     ids = [_categorical(name) for name in ("user_id", "item_id", "category", "hour", "weekday")]
-    past = {"name": "history", "active": True, "dtype": "str", "type": "sequence", "splitter": SEPARATOR, "max_len": history, "share_embedding": "item_id", "fill_na": None}  # fmt: skip
+    past = {
+        "name": "history",
+        "active": True,
+        "dtype": "str",
+        "type": "sequence",
+        "splitter": SEPARATOR,
+        "max_len": history,
+        "share_embedding": "item_id",
+        "fill_na": None,
+    }
     page = {"name": "page", "active": True, "dtype": "int", "type": "meta"}
     base = [*ids, past, *_numeric(numbers), page]
     found = {"none": _dataset(base)}
     for name, dim in embeddings:
-        vector = {"pretrained_emb": f"./{name}_vectors.npz", "pretrain_dim": dim, "pretrain_usage": "sum", "freeze_emb": True}  # fmt: skip
+        vector = {
+            "pretrained_emb": f"./{name}_vectors.npz",
+            "pretrain_dim": dim,
+            "pretrain_usage": "sum",
+            "freeze_emb": True,
+        }
         found[f"vector_{name}"] = _dataset(
             [c | vector if c["name"] == "item_id" else c for c in base]
         )

@@ -1,11 +1,13 @@
-"""A dataset's pages as impressions, the ranges of time that a comparison trains and is judged on, and what must not be there.
+"""A dataset's pages as impressions, the ranges of time that a comparison trains and is judged on,
+and what must not be there.
 
     time ->  [ encoder pages ][ CTR training pages ][ validation ][ test ]        protocol "disjoint"
              [ encoder pages = CTR training pages  ][ validation ][ test ]        protocol "shared"
 
-What is counted, fitted or clustered beside the CTR model comes from the encoder pages, the weights from the CTR training pages, the moment to
-stop from validation. With "shared" the embeddings were trained on the very clicks that the CTR model then learns from, so it trusts them more
-than they deserve later; in production it is always "disjoint".
+What is counted, fitted or clustered beside the CTR model comes from the encoder pages, the weights
+from the CTR training pages, the moment to stop from validation. With "shared" the embeddings were
+trained on the very clicks that the CTR model then learns from, so it trusts them more than they
+deserve later; in production it is always "disjoint".
 """
 
 from __future__ import annotations
@@ -28,15 +30,18 @@ RECENT = 30 * DAY
 
 
 class Impressions:
-    """The items shown on some pages: n impressions in the order of the pages, arrays of the dataset without a copy where possible.
+    """The items shown on some pages: n impressions in the order of the pages, arrays of the dataset
+    without a copy where possible.
 
     Args:
         pages: a split's name, or rows of the dataset's pages.
-        history: most recent events before a page that are its history; they may be of any range of time.
+        history: most recent events before a page that are its history; they may be of any range of
+            time.
 
     Attributes:
         item, clicked: [n] rows of the dataset's items; bool.
-        weight: [n] float32, how many impressions each stands for where pages were cut; None where none was.
+        weight: [n] float32, how many impressions each stands for where pages were cut; None where
+            none was.
         page, user: [n] rows of the dataset's pages and users.
         offsets: [P + 1] the impressions of each page.
         history_start, history_end: [P] rows of the dataset's events.
@@ -50,7 +55,9 @@ class Impressions:
         name = pages if isinstance(pages, str) else f"pages {pages.start} to {pages.stop}"
         self.pages = dataset.split(pages) if isinstance(pages, str) else pages
         if not len(self.pages) or self.pages.step != 1:
-            raise ValueError(f"pages: expected some, in a row, in {name} of {dataset.path}, got {self.pages}")  # fmt: skip
+            raise ValueError(
+                f"pages: expected some, in a row, in {name} of {dataset.path}, got {self.pages}"
+            )
         d, rows = dataset, slice(self.pages.start, self.pages.stop)
         self.dataset, self.history = dataset, history
         first, last = int(d.pv_start[self.pages.start]), int(d.pv_end[self.pages.stop - 1])
@@ -92,7 +99,8 @@ class Impressions:
         return (self.time // DAY + 3) % 7
 
     def popularity(self) -> Array:
-        """[n, 2] float32 log(1 + clicks on the item strictly before the page's second): all of them, and those of the last 30 days."""
+        """[n, 2] float32 log(1 + clicks on the item strictly before the page's second): all of
+        them, and those of the last 30 days."""
         d = self.dataset
         item, time = d.event_item.astype(np.int64), d.event_time
         # One sorted key answers "how many events of this item before this time".
@@ -108,7 +116,8 @@ class Impressions:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Which pages teach what; all are rows of the dataset's pages. `bound` (seconds) is where the encoder's pages end."""
+    """Which pages teach what; all are rows of the dataset's pages. `bound` (seconds) is where the
+    encoder's pages end."""
 
     name: str
     encoder: range
@@ -119,7 +128,12 @@ class Protocol:
 
     def describe(self, dataset: Dataset) -> str:
         """A line about the ranges, for people."""
-        parts = [("embeddings", self.encoder), ("CTR model", self.train), ("validation", self.validation), ("test", self.test)]  # fmt: skip
+        parts = [
+            ("embeddings", self.encoder),
+            ("CTR model", self.train),
+            ("validation", self.validation),
+            ("test", self.test),
+        ]
         said = ", ".join(
             f"{what} {len(pages):,} pages from {as_date(dataset.page_time[pages.start])}"
             for what, pages in parts
@@ -127,7 +141,8 @@ class Protocol:
         return f"{self.name}: {said}; embeddings must come from pages before {as_date(self.bound)}"
 
     def known_items(self, dataset: Dataset) -> Array:
-        """[items] bool: shown or clicked before `bound`; k-means and standardisation see no other."""
+        """[items] bool: shown or clicked before `bound`; k-means and standardisation see no
+        other."""
         known = np.zeros(dataset.num_items, bool)
         known[dataset.event_item[dataset.event_moment < self.bound]] = True
         known[Impressions(dataset, self.encoder).item] = True
@@ -135,7 +150,8 @@ class Protocol:
 
 
 def make_protocol(dataset: Dataset, name: str = "disjoint", encoder_share: float = 0.5) -> Protocol:
-    """The ranges of a dataset's pages. The bound between encoder and CTR training never divides a moment.
+    """The ranges of a dataset's pages. The bound between encoder and CTR training never divides a
+    moment.
 
     Args:
         encoder_share: of all pages, the first ones, for "disjoint".
@@ -153,7 +169,8 @@ def make_protocol(dataset: Dataset, name: str = "disjoint", encoder_share: float
         cut = dataset.first_pages(encoder_share).stop
         if cut == train.stop:
             raise ValueError(
-                f"encoder_share: expected a share of all {dataset.num_pages} pages that leaves some of the train split's {len(train)} to both encoder "
+                f"encoder_share: expected a share of all {dataset.num_pages} pages that leaves "
+                f"some of the train split's {len(train)} to both encoder "
                 f"and CTR model, got {encoder_share}"
             )
     encoder = range(train.start, cut)
@@ -167,11 +184,13 @@ def as_date(seconds: float) -> str:
 
 
 def check_dataset(dataset: Dataset) -> None:
-    """ValueError that names it unless a dataset can be used: labels, users, categories, histories, and no look into the future."""
+    """ValueError that names it unless a dataset can be used: labels, users, categories, histories,
+    and no look into the future."""
     d, path = dataset, dataset.path
     if d.categories.null_count == d.num_items:
         raise ValueError(
-            f"categories: expected some in {path}, got none; `courier-fast prepare --items` with --category-column reads them"
+            f"categories: expected some in {path}, got none; `courier-fast prepare --items` with "
+            "--category-column reads them"
         )
     for name in ("train", "validation", "test"):
         if not len(d.split(name)):
@@ -180,7 +199,8 @@ def check_dataset(dataset: Dataset) -> None:
         last, first = d.page_moment[d.split(earlier)].max(), d.page_moment[d.split(later)].min()
         if last >= first:
             raise ValueError(
-                f"split: expected {earlier!r} to end before {later!r} begins in {path}, got times {last} and {first}"
+                f"split: expected {earlier!r} to end before {later!r} begins in {path}, got times "
+                f"{last} and {first}"
             )
     empty = d.history_end <= d.history_start
     if empty.all():
@@ -188,7 +208,8 @@ def check_dataset(dataset: Dataset) -> None:
     future = ~empty & (d.event_moment[np.maximum(d.history_end, 1) - 1] >= d.page_moment)
     if future.any():
         raise ValueError(
-            f"history: expected events strictly before their page in {path}, got {future.sum()} pages that look into the future "
+            f"history: expected events strictly before their page in {path}, got {future.sum()} "
+            "pages that look into the future "
             f"(first: page {future.argmax()})"
         )
     for name in ("train", "validation", "test"):
@@ -200,7 +221,8 @@ def check_impressions(shown: Impressions, name: str) -> None:
     clicks, users = int(shown.clicked.sum()), len(np.unique(shown.user))
     if clicks in (0, len(shown)):
         raise ValueError(
-            f"labels: expected clicked and not clicked items in {name!r} of {shown.dataset.path}, got {clicks} clicks on {len(shown)} items"
+            f"labels: expected clicked and not clicked items in {name!r} of {shown.dataset.path}, "
+            f"got {clicks} clicks on {len(shown)} items"
         )
     if users < 2:
         raise ValueError(

@@ -30,7 +30,8 @@ RANGES = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Split:
-    """Impressions and their codes and numbers: user, hour, weekday [n] int64, dense [n, F] float32; weight [n] float32 with mean 1, or None."""
+    """Impressions and their codes and numbers: user, hour, weekday [n] int64, dense [n, F] float32;
+    weight [n] float32 with mean 1, or None."""
 
     shown: Impressions
     user: Tensor
@@ -40,7 +41,8 @@ class Split:
     weight: Tensor | None = None
 
     def batch(self, pages: Array) -> Batch:
-        """The impressions of some pages (counted from the range's first), with all their history."""
+        """The impressions of some pages (counted from the range's first), with all their
+        history."""
         x, d = self.shown, self.shown.dataset
         rows, page = _ragged(x.offsets[pages], x.offsets[pages + 1])
         start, end = x.history_start[pages], x.history_end[pages]
@@ -69,7 +71,8 @@ class Split:
 
 
 def _ragged(start: Array, end: Array) -> tuple[Array, Array]:
-    """The ranges [start, end) one after another, and the number of the range that each entry is of."""
+    """The ranges [start, end) one after another, and the number of the range that each entry is
+    of."""
     size = end - start
     group = np.repeat(np.arange(len(size)), size)
     return (start - np.cumsum(size) + size)[group] + np.arange(int(size.sum())), group
@@ -89,7 +92,8 @@ class Inputs:
 
 
 def base_numbers(shown: Impressions) -> Array:
-    """[n, 4] float32 of every form: `popularity`, and log(1 + times) that the item and that its category are in the history.
+    """[n, 4] float32 of every form: `popularity`, and log(1 + times) that the item and that its
+    category are in the history.
 
     The latter so that no form wins, nor a random vector, by telling that alone.
     """
@@ -110,10 +114,19 @@ class Material:
     """
 
     def __init__(
-        self, dataset: Dataset, protocol: Protocol, *, history: int = 20, least: int = 2, ranges: tuple[str, ...] = RANGES, seed: int = 0
-    ) -> None:  # fmt: skip
+        self,
+        dataset: Dataset,
+        protocol: Protocol,
+        *,
+        history: int = 20,
+        least: int = 2,
+        ranges: tuple[str, ...] = RANGES,
+        seed: int = 0,
+    ) -> None:
         self.dataset, self.protocol, self.least, self.seed = dataset, protocol, least, seed
-        self.shown = {r: Impressions(dataset, getattr(protocol, r), history=history) for r in ranges}  # fmt: skip
+        self.shown = {
+            r: Impressions(dataset, getattr(protocol, r), history=history) for r in ranges
+        }
         self.known = protocol.known_items(dataset)
 
     @cached_property
@@ -122,7 +135,8 @@ class Material:
 
     @cached_property
     def _codes(self) -> tuple[Array, Array, list[int]]:
-        """Codes of users, of items [items, (id, category)], and how many there are of each of the latter."""
+        """Codes of users, of items [items, (id, category)], and how many there are of each of the
+        latter."""
         train, d = self.shown["train"], self.dataset
         user = id_codes(train.user, len(d.user_ids), self.least)
         item = id_codes(train.item, d.num_items, self.least)
@@ -130,7 +144,8 @@ class Material:
         return user, np.stack([item, category], 1), [int(item.max()) + 1, len(names)]
 
     def inputs(self, form: str, embeddings: Array | None = None) -> Inputs:
-        """Raises ValueError for an unknown form, or one without the embeddings [items, D] that it needs."""
+        """Raises ValueError for an unknown form, or one without the embeddings [items, D] that it
+        needs."""
         check_form(form)
         if form != "none" and embeddings is None:
             raise ValueError(f"embeddings: expected some for the form {form!r}, got none")
@@ -150,19 +165,26 @@ class Material:
         columns = _standardised({name: np.concatenate(x, 1) for name, x in dense.items()})
         tables = ItemTables(torch.from_numpy(codes.astype(np.int64)), tuple(sizes), vectors)
         splits = {
-            name: Split(x, *map(torch.from_numpy, (user[x.user], x.hour, x.weekday, columns[name], *_weights(x))))
+            name: Split(
+                x,
+                *map(
+                    torch.from_numpy, (user[x.user], x.hour, x.weekday, columns[name], *_weights(x))
+                ),
+            )
             for name, x in self.shown.items()
-        }  # fmt: skip
+        }
         return Inputs(tables, int(user.max()) + 1, splits)
 
 
 def _weights(shown: Impressions) -> list[Array]:
-    """Those of the impressions, if they have some, with mean 1: the loss stays as large as without beside the squares of rows."""
+    """Those of the impressions, if they have some, with mean 1: the loss stays as large as without
+    beside the squares of rows."""
     return [] if shown.weight is None else [shown.weight / shown.weight.mean()]
 
 
 def _standardised(columns: dict[str, Array]) -> dict[str, Array]:
-    """Mean 0 and deviation 1 in the training range, outliers cut at 5; a column that is constant there becomes 0."""
+    """Mean 0 and deviation 1 in the training range, outliers cut at 5; a column that is constant
+    there becomes 0."""
     mean = columns["train"].mean(0, dtype=np.float64)
     deviation = columns["train"].std(0, dtype=np.float64)
     varies = deviation > 1e-6

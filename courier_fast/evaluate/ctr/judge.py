@@ -13,7 +13,13 @@ from ..metrics import Calibration, Estimate, compare
 Array = npt.NDArray
 
 # Names in the table of what `compare` calls otherwise.
-NAMES = {"auc": "auc", "gauc": "gauc[impressions]", "logloss": "logloss", "ndcg@10": "ndcg@10", "mrr": "mrr"}  # fmt: skip
+NAMES = {
+    "auc": "auc",
+    "gauc": "gauc[impressions]",
+    "logloss": "logloss",
+    "ndcg@10": "ndcg@10",
+    "mrr": "mrr",
+}
 
 
 def judge(
@@ -24,10 +30,12 @@ def judge(
     page: Array | None = None,
     weight: Array | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """By name of probabilities [n]: "auc", "gauc" and "logloss", with `page` also "ndcg@10" and "mrr", each {"value", "low", "high", "se"}; "normalised_entropy" and "calibration".
+    """By name of probabilities [n]: "auc", "gauc" and "logloss", with `page` also "ndcg@10" and
+    "mrr", each {"value", "low", "high", "se"}; "normalised_entropy" and "calibration".
 
-    For all names but `base` also "difference": the same metrics minus those of `base`, paired by user, with "p" after Holm's correction over the
-    names; "mde": the least difference of AUC that is found with power 80 %; "relaimpr": (AUC - 0.5) / (AUC of base - 0.5) - 1.
+    For all names but `base` also "difference": the same metrics minus those of `base`, paired by
+    user, with "p" after Holm's correction over the names; "mde": the least difference of AUC that
+    is found with power 80 %; "relaimpr": (AUC - 0.5) / (AUC of base - 0.5) - 1.
     """
     result: dict[str, dict[str, Any]] = {}
     for name, found in compare(clicked, p, user=user, base=base, page=page, weight=weight).items():

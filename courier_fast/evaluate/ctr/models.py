@@ -1,7 +1,9 @@
-"""DIN (Zhou et al. 2018) and DCNv2 (Wang et al. 2021) as published, with a place for a frozen embedding in each form.
+"""DIN (Zhou et al. 2018) and DCNv2 (Wang et al. 2021) as published, with a place for a frozen
+embedding in each form.
 
-Both see the same: user, candidate item, its history, hour and weekday, and dense numbers; they differ in how they combine them. An item is
-[id, category, clusters ..., the frozen vector through one linear layer], the same for candidate and history.
+Both see the same: user, candidate item, its history, hour and weekday, and dense numbers; they
+differ in how they combine them. An item is [id, category, clusters ..., the frozen vector through
+one linear layer], the same for candidate and history.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ ID, CODE = 16, 8  # dimensions of an id's and of a category's, cluster's or time
 
 @dataclass(frozen=True)
 class Batch:
-    """Some impressions. Each of the U items that occur stands once; a pair is an impression with one of its history items.
+    """Some impressions. Each of the U items that occur stands once; a pair is an impression with
+    one of its history items.
 
     Attributes:
         items: [U] rows of the item tables.
         item: [B] places in `items`; user, hour, weekday: [B] codes.
         dense: [B, F]; clicked: [B] float; weight: [B] of each in the loss, or None.
-        pair_impression, pair_item: [P] of every pair, by impression: its place in the batch, the history item's in `items`.
+        pair_impression, pair_item: [P] of every pair, by impression: its place in the batch, the
+            history item's in `items`.
         offsets: [B] an impression's first pair.
     """
 
@@ -44,7 +48,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class ItemTables:
-    """What is known of every item: codes [items, C], each of an embedding of `sizes[c]` rows (the first column is the id), and vectors [items, D] or None."""
+    """What is known of every item: codes [items, C], each of an embedding of `sizes[c]` rows (the
+    first column is the id), and vectors [items, D] or None."""
 
     codes: Tensor
     sizes: tuple[int, ...]
@@ -52,7 +57,8 @@ class ItemTables:
 
 
 class Dice(nn.Module):
-    """f(x) = p x + (1 - p) alpha x,  p = sigmoid((x - mean) / sqrt(var + eps)), over the batch in training, running means after it. x is [n, dim]."""
+    """f(x) = p x + (1 - p) alpha x,  p = sigmoid((x - mean) / sqrt(var + eps)), over the batch in
+    training, running means after it. x is [n, dim]."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -62,13 +68,20 @@ class Dice(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Of one row the batch's variance is nothing: the running one then.
         alone = self.training and len(x) < 2
-        normed = self.norm(x) if not alone else functional.batch_norm(x, self.norm.running_mean, self.norm.running_var, eps=self.norm.eps)  # fmt: skip
+        normed = (
+            self.norm(x)
+            if not alone
+            else functional.batch_norm(
+                x, self.norm.running_mean, self.norm.running_var, eps=self.norm.eps
+            )
+        )
         p = torch.sigmoid(normed)
         return x * (p + (1 - p) * self.alpha)
 
 
 class ItemEmbedding(nn.Module):
-    """Rows [U, dim] of items [U]: their codes' embeddings beside the frozen vector through one linear layer."""
+    """Rows [U, dim] of items [U]: their codes' embeddings beside the frozen vector through one
+    linear layer."""
 
     def __init__(self, tables: ItemTables) -> None:
         super().__init__()
@@ -104,7 +117,8 @@ class _Model(nn.Module):
 
 
 class DIN(_Model):
-    """The history's weighted sum beside the candidate; the weight of a history item h for a candidate t is
+    """The history's weighted sum beside the candidate; the weight of a history item h for a
+    candidate t is
 
         a(e_t, e_h) = MLP([e_t, e_h, e_t - e_h, e_t * e_h]),  not normalised,
 
@@ -112,8 +126,14 @@ class DIN(_Model):
     """
 
     def __init__(
-        self, tables: ItemTables, users: int, dense: int, *, attention: int = 64, hidden: Sequence[int] = (200, 80)
-    ) -> None:  # fmt: skip
+        self,
+        tables: ItemTables,
+        users: int,
+        dense: int,
+        *,
+        attention: int = 64,
+        hidden: Sequence[int] = (200, 80),
+    ) -> None:
         super().__init__(tables, users, dense)
         d = self.items.dim
         self.unit = nn.Linear(4 * d, attention)
@@ -125,7 +145,8 @@ class DIN(_Model):
         """[B, d] the weighted sum of the history."""
         if not len(batch.pair_item):
             return torch.zeros_like(target)
-        # The first layer falls apart into a part of the candidate, one of the history item and one of their product.
+        # The first layer falls apart into a part of the candidate, one of the history item and one
+        # of their product.
         of_target, of_item, of_difference, of_product = self.unit.weight.chunk(4, 1)
         t = functional.linear(target, of_target + of_difference, self.unit.bias)
         h = functional.linear(rows, of_item - of_difference)
@@ -143,11 +164,18 @@ class DIN(_Model):
 
 
 class DCNv2(_Model):
-    """x_{l+1} = x_0 * (W_l x_l + b_l) + x_l beside an MLP, both into one logit; the history is its mean (0 where there is none)."""
+    """x_{l+1} = x_0 * (W_l x_l + b_l) + x_l beside an MLP, both into one logit; the history is its
+    mean (0 where there is none)."""
 
     def __init__(
-        self, tables: ItemTables, users: int, dense: int, *, layers: int = 3, hidden: Sequence[int] = (256, 128)
-    ) -> None:  # fmt: skip
+        self,
+        tables: ItemTables,
+        users: int,
+        dense: int,
+        *,
+        layers: int = 3,
+        hidden: Sequence[int] = (256, 128),
+    ) -> None:
         super().__init__(tables, users, dense)
         width = self.context + 2 * self.items.dim
         self.cross = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
@@ -168,7 +196,8 @@ class DCNv2(_Model):
 
 
 def make_model(name: str, tables: ItemTables, users: int, dense: int) -> nn.Module:
-    """A model by its name; `users` rows of user ids, `dense` numbers an impression. ValueError for an unknown name."""
+    """A model by its name; `users` rows of user ids, `dense` numbers an impression. ValueError for
+    an unknown name."""
     if name not in MODELS:
         raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {name!r}")
     return (DIN if name == "din" else DCNv2)(tables, users, dense)
@@ -188,7 +217,8 @@ def _mlp(width: int, hidden: Sequence[int], activation: object) -> nn.Sequential
 
 
 def penalty(model: nn.Module, batch: Batch) -> Tensor:
-    """Squares of the rows of the batch's users and item ids, over its impressions: what `l2` weighs."""
+    """Squares of the rows of the batch's users and item ids, over its impressions: what `l2`
+    weighs."""
     assert isinstance(model, _Model)
     ids = model.items.codes[0](model.items.tables.codes[batch.items, 0])
     return (ids.square().sum() + model.user(batch.user).square().sum()) / len(batch.user)

@@ -1,4 +1,5 @@
-"""Pictures of the tables: what each row adds, the first embedding by category, and calibration; from ctr.json's numbers alone."""
+"""Pictures of the tables: what each row adds, the first embedding by category, and calibration;
+from ctr.json's numbers alone."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ CLICKS = 10  # that a category needs: the interval of fewer would set the scale
 
 
 def write_plots(report: Mapping[str, Any], out: Path) -> list[Path]:
-    """gains.png, categories.png and, where the pages were given, calibration.png; a panel for each table."""
+    """gains.png, categories.png and, where the pages were given, calibration.png; a panel for each
+    table."""
     from matplotlib.figure import Figure
 
     tables, paths = report["tables"], []
@@ -27,7 +29,9 @@ def write_plots(report: Mapping[str, Any], out: Path) -> list[Path]:
     for name, panel in draw.items():
         figure = Figure(layout="constrained")
         lines = []
-        for axis, table in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True):  # fmt: skip
+        for axis, table in zip(
+            figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True
+        ):
             axis.set_title(f"{table['model']}, {table['protocol']}")
             axis.grid(alpha=0.3)
             lines.append(panel(axis, table))
@@ -76,7 +80,11 @@ def _categories(axis: Any, table: Mapping[str, Any]) -> int:
     if best is None:
         return 0
     name = f"{best['form']} {best['embedding']}"
-    parts = [s for s in table["slices"] if s["kind"] == "category" and s["rows"] and s["clicks"] >= CLICKS]  # fmt: skip
+    parts = [
+        s
+        for s in table["slices"]
+        if s["kind"] == "category" and s["rows"] and s["clicks"] >= CLICKS
+    ]
     parts.sort(key=lambda s: -s["rows"][name]["difference"]["value"])
     if not parts:
         return 0
@@ -87,7 +95,9 @@ def _categories(axis: Any, table: Mapping[str, Any]) -> int:
 
 def _calibration(axis: Any, table: Mapping[str, Any]) -> int:
     rows = [row for row in table["rows"] if row["form"] == NONE]
-    rows += sorted((r for r in table["rows"] if r["form"] != NONE), key=lambda r: -r["auc"]["value"])  # fmt: skip
+    rows += sorted(
+        (r for r in table["rows"] if r["form"] != NONE), key=lambda r: -r["auc"]["value"]
+    )
     most = 0.0
     for row in rows[:CALIBRATED]:
         bins = row["calibration"]["bins"]

@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 Array = npt.NDArray
 
 WEIGHTED = (
-    "Some pages were cut: their impressions have weights, in training and in all numbers but counts, NDCG and MRR, which are of the rows that "
+    "Some pages were cut: their impressions have weights, in training and in all numbers but "
+    "counts, NDCG and MRR, which are of the rows that "
     "are there."
 )
 LEAK = 0.99  # an AUC above it: the model was told
@@ -40,7 +41,8 @@ LEAK = 0.99  # an AUC above it: the model was told
 def make_report(plan: Plan, out: Path, split: str = "test") -> dict[str, Any]:
     """What the cells in `out` say about a split, fit for JSON.
 
-    Probabilities are averaged over the seeds, impression by impression; intervals (95 %) and differences to the form "none" are of these, by users.
+    Probabilities are averaged over the seeds, impression by impression; intervals (95 %) and
+    differences to the form "none" are of these, by users.
     """
     shown = Impressions(plan.dataset, split, history=plan.history)
     first = next(iter(plan.embeddings.values()))[0]
@@ -57,23 +59,31 @@ def make_report(plan: Plan, out: Path, split: str = "test") -> dict[str, Any]:
         "pages": plan.dataset.info.get("pages", "given or made"),
         "weighted": shown.weight is not None,
         "protocols": {p.name: p.describe(plan.dataset) for p in plan.protocols},
-        "settings": asdict(plan.settings) | {"history": plan.history, "min_count": plan.least, "seeds": plan.seeds},
+        "settings": asdict(plan.settings)
+        | {"history": plan.history, "min_count": plan.least, "seeds": plan.seeds},
         "embeddings": {name: x[0].shape[1] for name, x in plan.embeddings.items()},
         "encoders": {name: len(x) for name, x in plan.embeddings.items()},
         "tables": tables,
         "alarms": [
-            f"{model} {row['form']} {row['embedding']} ({protocol}): AUC {row['auc']['value']:.4f} is above {LEAK}: an input knows the answer"
+            f"{model} {row['form']} {row['embedding']} ({protocol}): AUC {row['auc']['value']:.4f} "
+            f"is above {LEAK}: an input knows the answer"
             for table in tables
             for protocol, model in [(table["protocol"], table["model"])]
             for row in table["rows"]
             if row["auc"]["value"] > LEAK
         ],
-    }  # fmt: skip
+    }
 
 
 def _table(
-    plan: Plan, out: Path, shown: Impressions, split: str, protocol: str, model: str, parts: Sequence[Slice]
-) -> dict[str, Any]:  # fmt: skip
+    plan: Plan,
+    out: Path,
+    shown: Impressions,
+    split: str,
+    protocol: str,
+    model: str,
+    parts: Sequence[Slice],
+) -> dict[str, Any]:
     mine = [(form, name) for p, form, name in plan.groups() if p.name == protocol]
     seeds = {
         key: [
@@ -120,14 +130,23 @@ def _table(
 
 
 def _against(plan: Plan, shown: Impressions, p: dict[str, Array]) -> list[dict[str, Any]]:
-    """The first embedding minus each other one in the same form: what sets it apart, where "minus none" is what a form adds."""
+    """The first embedding minus each other one in the same form: what sets it apart, where "minus
+    none" is what a form adds."""
     first, *others = plan.embeddings
     found = []
     for form in (f for f in plan.forms if f != NONE):
         for other in others:
             names = [_name(form, first), _name(form, other)]
-            judged = judge(shown.clicked, {n: p[n] for n in names}, shown.user, base=names[1], weight=shown.weight)  # fmt: skip
-            found.append({"form": form, "embedding": first, "other": other, **judged[names[0]]["difference"]})  # fmt: skip
+            judged = judge(
+                shown.clicked,
+                {n: p[n] for n in names},
+                shown.user,
+                base=names[1],
+                weight=shown.weight,
+            )
+            found.append(
+                {"form": form, "embedding": first, "other": other, **judged[names[0]]["difference"]}
+            )
     return found
 
 
@@ -142,15 +161,30 @@ def _slices(
     user = shown.user
     for kind, name, mask in parts:
         clicks, users = int(shown.clicked[mask].sum()), len(np.unique(user[mask]))
-        found: dict[str, Any] = {"kind": kind, "name": name, "impressions": int(mask.sum()), "clicks": clicks, "users": users, "rows": None}  # fmt: skip
+        found: dict[str, Any] = {
+            "kind": kind,
+            "name": name,
+            "impressions": int(mask.sum()),
+            "clicks": clicks,
+            "users": users,
+            "rows": None,
+        }
         if 0 < clicks < mask.sum() and users > 1:
             weight = None if shown.weight is None else shown.weight[mask]
-            judged = judge(shown.clicked[mask], {n: x[mask] for n, x in p.items()}, user[mask], weight=weight)  # fmt: skip
-            found["rows"] = {n: {"auc": x["auc"], **({"difference": x["difference"]["auc"]} if n != NONE else {})} for n, x in judged.items()}  # fmt: skip
+            judged = judge(
+                shown.clicked[mask], {n: x[mask] for n, x in p.items()}, user[mask], weight=weight
+            )
+            found["rows"] = {
+                n: {
+                    "auc": x["auc"],
+                    **({"difference": x["difference"]["auc"]} if n != NONE else {}),
+                }
+                for n, x in judged.items()
+            }
         yield found
 
 
-# ---- as text ------------------------------------------------------------------------------------------------------
+# ---- as text -------------------------------------------------------------------------------------
 
 
 def write_report(report: dict[str, Any], out: Path) -> None:
@@ -161,25 +195,51 @@ def write_report(report: dict[str, Any], out: Path) -> None:
 
 
 HEAD = (
-    "form", "embedding", "AUC", "AUC of one seed", "minus none", "Holm p", "RelaImpr", "GAUC", "minus none", "logloss", "minus none", "normalised entropy", "NDCG@10", "MRR", "ECE",
-    "ECE, recalibrated", "clicks, predicted / observed",
-)  # fmt: skip
+    "form",
+    "embedding",
+    "AUC",
+    "AUC of one seed",
+    "minus none",
+    "Holm p",
+    "RelaImpr",
+    "GAUC",
+    "minus none",
+    "logloss",
+    "minus none",
+    "normalised entropy",
+    "NDCG@10",
+    "MRR",
+    "ECE",
+    "ECE, recalibrated",
+    "clicks, predicted / observed",
+)
 
 
 def markdown(report: dict[str, Any]) -> str:
     """All tables and slices."""
-    parts = [f"# What embeddings add to a CTR model: {Path(report['dataset']).name}, {report['split']}", *notes_of(report)]  # fmt: skip
+    parts = [
+        f"# What embeddings add to a CTR model: {Path(report['dataset']).name}, {report['split']}",
+        *notes_of(report),
+    ]
     for table in report["tables"]:
         parts.append(f"## {table['model']}, {table['protocol']}\n\n{about_table(table)}")
         parts.append(
             markdown_table(HEAD, [cells_of(row, table["made_pages"]) for row in table["rows"]])
         )
         if table["against"]:
-            first, others = table["against"][0]["embedding"], list(dict.fromkeys(a["other"] for a in table["against"]))  # fmt: skip
+            first, others = (
+                table["against"][0]["embedding"],
+                list(dict.fromkeys(a["other"] for a in table["against"])),
+            )
             forms = list(dict.fromkeys(a["form"] for a in table["against"]))
             of = {(a["form"], a["other"]): _range(a["auc"], "+") for a in table["against"]}
-            parts.append(f"### {table['model']}, {table['protocol']}: AUC of {first} minus others, form by form")  # fmt: skip
-            parts.append(markdown_table(["form", *others], [[f, *(of[f, o] for o in others)] for f in forms]))  # fmt: skip
+            parts.append(
+                f"### {table['model']}, {table['protocol']}: AUC of {first} minus others, form by "
+                "form"
+            )
+            parts.append(
+                markdown_table(["form", *others], [[f, *(of[f, o] for o in others)] for f in forms])
+            )
         for kind in dict.fromkeys(s["kind"] for s in table["slices"]):
             parts.append(f"### {table['model']}, {table['protocol']}: by {kind}")
             parts.append(
@@ -192,22 +252,28 @@ def markdown(report: dict[str, Any]) -> str:
 
 def notes_of(report: dict[str, Any]) -> list[str]:
     made = {
-        "made": "Pages are made: the other items were drawn, not seen, so AUC measures the draw, too. Compare forms here, never kinds of pages.",
+        "made": "Pages are made: the other items were drawn, not seen, so AUC measures the draw, "
+        "too. Compare forms here, never kinds of pages.",
         "given": "Pages are given: what was shown is known.",
     }
     seeds = report["settings"]["seeds"]
     notes = [
         *(f"**{alarm}**" for alarm in report["alarms"]),
-        made.get(report["pages"], "Whether pages are given or made is not recorded in this dataset."),
+        made.get(
+            report["pages"], "Whether pages are given or made is not recorded in this dataset."
+        ),
         *([WEIGHTED] if report.get("weighted") else []),
         *(f"Pages, {line}." for line in report["protocols"].values()),
-        f"Probabilities are means of {seeds} seeds; beside their AUC stands that of one seed, mean ± deviation. Intervals: 95 %, by users, paired for differences; p by Holm over "
-        "a table's rows. Slices are exploratory: their intervals are not corrected for their number; cosines in them are the first embedding's.",
-    ]  # fmt: skip
+        f"Probabilities are means of {seeds} seeds; beside their AUC stands that of one seed, mean "
+        "± deviation. Intervals: 95 %, by users, paired for differences; p by Holm over "
+        "a table's rows. Slices are exploratory: their intervals are not corrected for their "
+        "number; cosines in them are the first embedding's.",
+    ]
     several = [name for name, n in report["encoders"].items() if n > 1]
     if several:
         notes.append(
-            f"{', '.join(several)}: each seed of the model has an encoder of its own, so that ± is the deviation over both. Averaged, they are several "
+            f"{', '.join(several)}: each seed of the model has an encoder of its own, so that ± is "
+            "the deviation over both. Averaged, they are several "
             "encoders, where a row of one file is one: compare these by the AUC of one seed."
         )
     if RANDOM in report["embeddings"]:
@@ -217,12 +283,17 @@ def notes_of(report: dict[str, Any]) -> list[str]:
 
 def about_table(table: dict[str, Any]) -> str:
     shown = [r["mde"] for r in table["rows"] if r["form"] != NONE]
-    least = f" A difference of AUC below {max(shown):.4f} is more likely missed than found here (power 80 %)." if shown else ""  # fmt: skip
+    least = (
+        f" A difference of AUC below {max(shown):.4f} is more likely missed than found here (power "
+        "80 %)."
+        if shown
+        else ""
+    )
     return f"{table['impressions']:,} impressions with {table['clicks']:,} clicks of {table['users']:,} users.{least}"
 
 
 def _range(x: dict[str, float], sign: str = "", digits: int = 4) -> str:
-    return f"{x['value']:{sign}.{digits}f} ({x['low']:{sign}.{digits}f} to {x['high']:{sign}.{digits}f})"  # fmt: skip
+    return f"{x['value']:{sign}.{digits}f} ({x['low']:{sign}.{digits}f} to {x['high']:{sign}.{digits}f})"
 
 
 def of_one_seed(row: dict[str, Any]) -> str:
@@ -238,7 +309,13 @@ def cells_of(row: dict[str, Any], made: bool) -> list[str]:
         return [f"{row[name]['value']:.{digits}f}", _range(d[name], "+", digits) if d else ""]
 
     own, difference = metric("auc")
-    of_auc = [own, of_one_seed(row), difference, f"{d['auc']['p']:.3f}" if d else "", f"{100 * row['relaimpr']:+.1f} %" if d else ""]  # fmt: skip
+    of_auc = [
+        own,
+        of_one_seed(row),
+        difference,
+        f"{d['auc']['p']:.3f}" if d else "",
+        f"{100 * row['relaimpr']:+.1f} %" if d else "",
+    ]
     numbers = [
         row["normalised_entropy"],
         row["ndcg@10"]["value"],
@@ -247,7 +324,15 @@ def cells_of(row: dict[str, Any], made: bool) -> list[str]:
         row["recalibrated"]["ece"],
     ]
     rate = "n/a" if made else f"{row['calibration']['pcoc']:.3f}"
-    return [row["form"], row["embedding"] if d else "", *of_auc, *metric("gauc"), *metric("logloss", 5), *(f"{x:.4f}" for x in numbers), rate]  # fmt: skip
+    return [
+        row["form"],
+        row["embedding"] if d else "",
+        *of_auc,
+        *metric("gauc"),
+        *metric("logloss", 5),
+        *(f"{x:.4f}" for x in numbers),
+        rate,
+    ]
 
 
 def slice_cells(kind: str, found: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -257,7 +342,10 @@ def slice_cells(kind: str, found: Sequence[dict[str, Any]]) -> tuple[list[str], 
     for s in found:
         values = ["n/a"] * len(names)
         if s["rows"]:
-            values = [_range(r["difference"], "+", 3) if "difference" in r else f"{r['auc']['value']:.3f}" for r in s["rows"].values()]  # fmt: skip
+            values = [
+                _range(r["difference"], "+", 3) if "difference" in r else f"{r['auc']['value']:.3f}"
+                for r in s["rows"].values()
+            ]
         rows.append([s["name"], f"{s['impressions']:,}", f"{s['users']:,}", *values])
     head = [f"AUC, {n}" if n == NONE else f"{n} minus none" for n in names]
     return [kind, "impressions", "users", *head], rows
@@ -270,26 +358,59 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
         if not console.is_terminal:
             console.width = 120
     for note in notes_of(report):
-        console.print(note.strip("*"), highlight=False, style="bold red" if note.startswith("**") else "")  # fmt: skip
+        console.print(
+            note.strip("*"), highlight=False, style="bold red" if note.startswith("**") else ""
+        )
     for table in report["tables"]:
-        console.print(f"\n{table['model']}, {table['protocol']}: {about_table(table)}", style="bold", highlight=False)  # fmt: skip
+        console.print(
+            f"\n{table['model']}, {table['protocol']}: {about_table(table)}",
+            style="bold",
+            highlight=False,
+        )
         console.print(_rich(table))
     console.print("All columns and slices are in ctr.md, all numbers in ctr.json.", highlight=False)
 
 
 def _rich(table: dict[str, Any]) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("form", "embedding", "AUC", "one seed", "minus none", "Holm p", "GAUC minus none", "logloss minus none", "ECE"):  # fmt: skip
+    for name in (
+        "form",
+        "embedding",
+        "AUC",
+        "one seed",
+        "minus none",
+        "Holm p",
+        "GAUC minus none",
+        "logloss minus none",
+        "ECE",
+    ):
         grid.add_column(name)
     for row in table["rows"]:
         if row["form"] == NONE:
-            grid.add_row(NONE, "", _value(row["auc"]), of_one_seed(row), "", "", "", "", f"{row['calibration']['ece']:.4f}")  # fmt: skip
+            grid.add_row(
+                NONE,
+                "",
+                _value(row["auc"]),
+                of_one_seed(row),
+                "",
+                "",
+                "",
+                "",
+                f"{row['calibration']['ece']:.4f}",
+            )
             continue
         d = row["difference"]
         grid.add_row(
-            row["form"], Text(row["embedding"]), _value(row["auc"]), of_one_seed(row), _value(d["auc"], "+"), f"{d['auc']['p']:.3f}", _value(d["gauc"], "+"),
-            _value(d["logloss"], "+", better=-1), f"{row['calibration']['ece']:.4f}",
-        )  # fmt: skip
+            row["form"],
+            Text(row["embedding"]),
+            _value(row["auc"]),
+            of_one_seed(row),
+            _value(d["auc"], "+"),
+            f"{d['auc']['p']:.3f}",
+            _value(d["gauc"], "+"),
+            _value(d["logloss"], "+", better=-1),
+            f"{row['calibration']['ece']:.4f}",
+        )
     return grid
 
 
@@ -297,5 +418,6 @@ def _value(x: dict[str, float], sign: str = "", better: int = 1) -> Text:
     low, high = sorted((better * x["low"], better * x["high"]))
     colour = "green" if low > 0 else "red" if high < 0 else ""
     return Text.assemble(
-        (f"{x['value']:{sign}.4f}\n", colour if sign else "bold"), (f"{x['low']:.4f} {x['high']:.4f}", "dim")
-    )  # fmt: skip
+        (f"{x['value']:{sign}.4f}\n", colour if sign else "bold"),
+        (f"{x['low']:.4f} {x['high']:.4f}", "dim"),
+    )

@@ -19,8 +19,8 @@ CATEGORIES = 20  # the largest ones; the others together
 def slices(shown: Impressions, cosine: Array | None = None) -> Iterator[Slice]:
     """Each slice that has impressions.
 
-    Kinds: clicks of the item on pages of the train split; days since it was first seen; length of the history; `cosine` [n], if given, in
-    quartiles, NaN apart; category.
+    Kinds: clicks of the item on pages of the train split; days since it was first seen; length of
+    the history; `cosine` [n], if given, in quartiles, NaN apart; category.
     """
     clicks = shown.dataset.item_clicks[shown.item]
     age = (shown.time - shown.dataset.item_first_seen[shown.item]) // DAY
@@ -34,7 +34,13 @@ def slices(shown: Impressions, cosine: Array | None = None) -> Iterator[Slice]:
         for low, after in zip(bounds, [*bounds[1:], None], strict=True):
             mask = (values >= low) if after is None else (values >= low) & (values < after)
             if mask.any():
-                name = f"{low}+" if after is None else str(low) if after == low + 1 else f"{low}-{after - 1}"  # fmt: skip
+                name = (
+                    f"{low}+"
+                    if after is None
+                    else str(low)
+                    if after == low + 1
+                    else f"{low}-{after - 1}"
+                )
                 yield kind, name, mask
     if cosine is not None:
         yield from _quartiles("largest cosine to the history", cosine)
