@@ -144,7 +144,7 @@ def candidates(
                     batch_size=batch,
                     num_workers=threads,
                     persistent_workers=True,
-                    # A fork would inherit thread pools that do not run
+                    # A fork would inherit thread pools that do not run.
                     multiprocessing_context="spawn",
                 )
                 works[name] = partial(by_loader, loader)

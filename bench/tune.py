@@ -1,6 +1,7 @@
 """Finds the fastest tiles of the contrast's passes on this GPU.
 
-    python -m bench.tune [--dim 64 128 256] [--kind forward lse transposed] [--rows 32768] [--out tiles.json]
+    python -m bench.tune [--dim 64 128 256] [--kind forward lse transposed] [--rows 32768]
+                         [--out tiles.json]
     COURIER_FAST_TILES=tiles.json python train.py
 
 For each pass and D: compiles every candidate and drops what spills or does not fit, checks the loss

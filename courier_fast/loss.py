@@ -91,8 +91,8 @@ def _evaluate(
     p, reach = beside.reach(p, chosen)
     if reach is not None and graphs is not None:
         raise ValueError(
-            "cuda_graph: expected False with group or memory, whose sizes the host has to know, "
-            "got True"
+            "cuda_graph: expected False with group or memory, "
+            "whose sizes the host has to know, got True"
         )
     if graphs is not None:
         return graphs(p, chosen, stats)
@@ -151,7 +151,8 @@ def reconstruction_loss(
 ) -> Tensor | tuple[Tensor, ReconstructionStats]:
     """Contrastive user intention reconstruction, L_rec of COURIER (arXiv 2306.05001).
 
-        R_bj = sum_k softmax_k(c q_j . k_k) v_k over the history of page b,   s_ij = cos(R_bj, E_j) / temperature on i's page b
+        R_bj = sum_k softmax_k(c q_j . k_k) v_k over the history of page b
+        s_ij = cos(R_bj, E_j) / temperature on i's page b
         L = sum_{i in A} w_i [logsumexp_{j in cand(i)} s_ij - s_ii] / sum_{i in A} w_i
 
     That is attention "candidate": each candidate asks the history itself. With "anchor" only the
@@ -234,7 +235,8 @@ def reconstruction_loss(
         )
         if attention == "candidate" and direction != "reconstruct":
             raise ValueError(
-                f'direction: expected "reconstruct" with attention "candidate", got {shown(direction)}: "identify" and "both" compare '
+                'direction: expected "reconstruct" with attention "candidate", '
+                f'got {shown(direction)}: "identify" and "both" compare '
                 'reconstructions made for their own items (attention "anchor" or "mean")'
             )
         check_workspace(workspace)
@@ -377,7 +379,8 @@ def click_sequence_loss(
     """Click-sequence loss, L_seq of COURIER (arXiv 2306.05001): items of one history attract each
     other.
 
-        L_seq = mean over anchors k of -(1/|pos(k)|) sum_{p in pos(k)} [s_kp - logsumexp_{l in cand(k)} s_kl],
+        L_seq = mean over anchors k of
+                -(1/|pos(k)|) sum_{p in pos(k)} [s_kp - logsumexp_{l in cand(k)} s_kl],
         s_kl = cos(C_k, C_l) / temperature
 
     Anchors are the history items whose page has another, different item; positives are those;
@@ -488,7 +491,8 @@ class ReconstructionLoss(_Module):
     again. Under torch.compile, and inside somebody else's graph, the kernels are launched as usual.
     Raises RuntimeError where there is no CUDA device, and for implementations other than "triton".
 
-        loss = ReconstructionLoss(temperature=0.1)(pv, history, clicked, pv_mask=..., history_mask=...)
+        loss_fn = ReconstructionLoss(temperature=0.1)
+        loss = loss_fn(pv, history, clicked, pv_mask=..., history_mask=...)
     """
 
     def __init__(

@@ -143,8 +143,8 @@ def refuse_double_backward(ctx: Any, *_: Any) -> Any:
 
 def _refuse_vmap(*_: Any) -> Any:
     raise RuntimeError(
-        "torch.func.vmap over a fused courier_fast loss is not implemented: call it once for each "
-        "batch, "
+        "torch.func.vmap over a fused courier_fast loss is not implemented: "
+        "call it once for each batch, "
         'or use impl="reference"'
     )
 

@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 
 # What file managers and file systems leave in folders that people call empty.
 _LITTER = re.compile(
-    r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.directory|lost\+found|\.nfs[0-9a-f]+|\.Trash.*|\.snapshot|System Volume Information"
+    r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.directory|lost\+found|\.nfs[0-9a-f]+|\.Trash.*"
+    r"|\.snapshot|System Volume Information"
 )
 _LOCK = ".lock"  # of a folder that is being filled; whose holder has ended, it was killed
 _PARTIAL, _OLD = ".partial-", ".old-"
@@ -190,14 +191,14 @@ def _check_inputs(
         if within(source, out):
             what = "is" if _same(source, out) else "holds"
             raise ValueError(
-                f"out: expected a folder that is not read, got {path}, which {what} the input "
-                f"{source}"
+                f"out: expected a folder that is not read, got {path}, "
+                f"which {what} the input {source}"
             )
     for source in read_whole:
         if source.is_dir() and within(out, source):
             raise ValueError(
-                f"out: expected a folder outside of {source}, all of whose files are read, got "
-                f"{path}"
+                f"out: expected a folder outside of {source}, "
+                f"all of whose files are read, got {path}"
             )
 
 
@@ -294,14 +295,14 @@ def check_remote(
     for source in (*(str(x) for x in inputs if x is not None), *read_whole):
         if is_url(source) and f"{source.rstrip('/')}/".startswith(f"{url}/"):
             raise ValueError(
-                f"out: expected a folder that is not read, got {url}, which is or holds the input "
-                f"{source}"
+                f"out: expected a folder that is not read, got {url}, "
+                f"which is or holds the input {source}"
             )
     for source in read_whole:
         if is_url(source) and f"{url}/".startswith(f"{source.rstrip('/')}/"):
             raise ValueError(
-                f"out: expected a folder outside of {source}, all of whose files are read, got "
-                f"{url}"
+                f"out: expected a folder outside of {source}, "
+                f"all of whose files are read, got {url}"
             )
     if is_file(url):
         raise ValueError(
@@ -439,8 +440,8 @@ def _clear_leftovers(out: Path, inside: bool) -> None:
             log.info("%s is removed, which a run that was killed has left", entry)
         else:
             log.warning(
-                "%s is there, of a run that goes on or was killed; if none goes on, it can be "
-                "removed",
+                "%s is there, of a run that goes on or was killed; if none goes on, "
+                "it can be removed",
                 entry,
             )
 
@@ -586,8 +587,8 @@ def check_growing(
             source.is_file() and source.parent == out and source.name in [*names]
         ):
             raise ValueError(
-                f"{expected}, which {'is' if _same(source, out) else 'would be written over'} the "
-                f"input {source}"
+                f"{expected}, which "
+                f"{'is' if _same(source, out) else 'would be written over'} the input {source}"
             )
     if out.is_dir() and not proof(out):
         there = next((name for name in names if os.path.lexists(out / name)), None)

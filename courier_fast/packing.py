@@ -117,8 +117,8 @@ class Side:
             assert self.like is not None
             if not x.is_nested:
                 raise ValueError(
-                    f"{name}: expected a jagged NestedTensor, as {self.name} is one, got "
-                    f"{describe(x)}"
+                    f"{name}: expected a jagged NestedTensor, as {self.name} is one, "
+                    f"got {describe(x)}"
                 )
             values = jagged_values(name, x)
             for what in ("offsets", "lengths"):
@@ -213,8 +213,8 @@ def _nested(given: Given, features: int, device: torch.device) -> Side:
     name, x = given.name, given.x
     if given.mask is not None or given.offsets is not None:
         raise ValueError(
-            f"{name}: a NestedTensor brings its own offsets; expected no {name}_mask and no "
-            f"{name}_offsets"
+            f"{name}: a NestedTensor brings its own offsets; "
+            f"expected no {name}_mask and no {name}_offsets"
         )
     rows = jagged_values(name, x).shape[0]
     starts = x.offsets().to(device=device, dtype=torch.int64)
@@ -250,8 +250,8 @@ def _padded(given: Given, features: int, device: torch.device, validate: bool) -
     if x.dim() != 2 + features:
         what = f"[pages, length{', D' if features else ''}]"
         raise ValueError(
-            f"{name}: expected padded shape {what}, or packed rows with {name}_offsets, got "
-            f"{list(x.shape)}"
+            f"{name}: expected padded shape {what}, or packed rows with {name}_offsets, "
+            f"got {list(x.shape)}"
         )
     pages, length = x.shape[0], x.shape[1]
     if mask is not None:

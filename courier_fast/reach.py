@@ -142,8 +142,8 @@ class Beside:
             if peers is not None:
                 peers.agreed = True  # nothing can be sent from in there
             raise RuntimeError(
-                "group and memory: expected a call outside of torch.compile and torch.func, got "
-                "one inside; "
+                "group and memory: expected a call outside of torch.compile and torch.func, "
+                "got one inside; "
                 "wrap the loss in torch.compiler.disable"
             )
         return p, Reach(impl, peers, self.exchange, found, table_ids)
@@ -165,12 +165,13 @@ class Beside:
             )
         if p.direction != "reconstruct" or p.negatives == "page":
             raise ValueError(
-                'memory: expected direction "reconstruct" and negatives "batch" or "other_pages", got '
-                f"direction {p.direction!r} and negatives {p.negatives!r}"
+                'memory: expected direction "reconstruct" and negatives "batch" or "other_pages", '
+                f"got direction {p.direction!r} and negatives {p.negatives!r}"
             )
         if p.attention == "candidate" and p.query is not None:
             raise ValueError(
-                'memory: expected no query with attention "candidate", as its rows have none, got one'
+                'memory: expected no query with attention "candidate", as its rows have none, '
+                "got one"
             )
         if (ids is not None) != identified:
             what = "the ids of its rows [Q], as the items have ids" if identified else "None"

@@ -114,10 +114,10 @@ def _attention_rows(p: Problem, pv: _Rows, history: _Rows) -> tuple[Tensor, Tens
 
 
 def _attend(p: Problem, pv: _Rows, history: _Rows) -> tuple[Tensor, Tensor]:
-    """R [n_real, D] and the attention weights [n_real, heads, longest history], for every real PV
-    row.
+    """R [n_real, D] and the attention weights [n_real, heads, longest history] of real PV rows.
 
-    a_jk = softmax over k in H_b of (c q_j . k_k),  R_j = sum_k a_jk v_k;  zeros where the page has no history.
+    a_jk = softmax over k in H_b of (c q_j . k_k),  R_j = sum_k a_jk v_k;
+    zeros where the page has no history.
     """
     q, k, v = _attention_rows(p, pv, history)
     if not p.attention_scale:
@@ -242,8 +242,8 @@ def _allowed(
 
 
 def reconstruction_loss(p: Problem) -> LossOutput:
-    """L_rec = sum_{i in A} w_i [logsumexp_{j in cand(i)} s_ij - s_ii] / sum_{i in A} w_i,  s_ij =
-    cos(R_i, E_j) / tau.
+    """L_rec = sum_{i in A} w_i [logsumexp_{j in cand(i)} s_ij - s_ii] / sum_{i in A} w_i,
+    s_ij = cos(R_i, E_j) / tau.
 
     A = {i: clicked, page has history, w_i > 0}. Direction "identify" has s_ji in place of s_ij,
     over the items j with a history; "both" is the mean of the two, and its statistics are those of

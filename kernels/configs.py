@@ -281,7 +281,7 @@ def chunk_rows(columns: int, dtype: torch.dtype, workspace: int, tile: ProductTi
 
 
 def use_chunks(dtype: torch.dtype, dim: int) -> bool:
-    """Whether the contrast goes in chunks with P stored: the accumulator would spill (measured at D
-    = 512), or the products are exact float32, whose operands a thread would hold over all of D."""
+    """Whether the contrast goes in chunks with P stored: the accumulator would spill (measured at
+    D = 512), or products are exact float32, whose operands a thread would hold over all of D."""
     exact = dtype == torch.float32 and dot_precision(dtype) == "ieee"
     return dim > LARGEST_REGISTER_DIM or (exact and not interpreted())

@@ -415,9 +415,9 @@ def pv_gradient(
 ):
     """dL/dE_j of PV rows, dL/dq_j added, zeros for padding.
 
-    dL/de_j = 1/tau (sum_i g_i p_ij r_i - [j in A] g_j (1 - p_jj) r_j), and for "identify" g_j/tau
-    (sum_i p_ij r_i - (1 - p_jj) r_j). COLUMNS off: columns are unique items, the sum over i is
-    added there. IN_PLACE: the transposed pass left its rows where dL/dE goes.
+    dL/de_j = 1/tau (sum_i g_i p_ij r_i - [j in A] g_j (1 - p_jj) r_j), and for "identify"
+    g_j/tau (sum_i p_ij r_i - (1 - p_jj) r_j). COLUMNS off: columns are unique items, the sum over i
+    is added there. IN_PLACE: the transposed pass left its rows where dL/dE goes.
     """
     factor = transposed_factor_ptr if HAS_FACTOR else None
     up = Upstream(g_ptr, upstream_ptr, weight_sum_ptr, share, lower, factor)

@@ -501,8 +501,7 @@ def attend_dq(
     count_ptr,
     sums_ptr,  # [3, HEADS, capacity]
     dr_ptr,  # [capacity, STRIDE]
-    # [capacity, DQ_STRIDE]; may be dr_ptr: a program reads its own rows of dr, before it writes
-    # them
+    # [capacity, DQ_STRIDE]; may be dr_ptr: a program reads its own rows of dr before it writes them
     dq_ptr,
     capacity,
     history_rows,

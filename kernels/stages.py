@@ -358,8 +358,8 @@ def spread(
         (
             "anchor_count_ptr column_count_ptr reconstructed_count_ptr transposed_acc_ptr "
             "transposed_factor_ptr "
-            "identify_acc_ptr identify_top_ptr identify_lse_ptr forward_miss_ptr identify_miss_ptr "
-            "g_ptr "
+            "identify_acc_ptr identify_top_ptr identify_lse_ptr "
+            "forward_miss_ptr identify_miss_ptr g_ptr "
             "upstream_ptr weight_sum_ptr"
         ).split(),
         dummy,

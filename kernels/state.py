@@ -73,7 +73,7 @@ class Shape:
     merged: bool = False  # equal candidates are one column
     biased: bool = False  # log_q is given
     values: bool = True  # somebody wants gradients: the forward pass sums values too
-    # P is used at once for the gradient of the columns: the weights of the rows are known
+    # P is used at once for the gradient of the columns: the weights of the rows are known.
     early: bool = False
 
     unbiased = False  # what lists of anchors are

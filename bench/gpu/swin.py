@@ -73,7 +73,7 @@ def share_of_the_loss(setting: Setting) -> Result:
     line = (
         f"{name}, {items} images: a step {seconds['step'] * 1e3:.1f} ms "
         f"({items / seconds['step']:,.0f} images/s), "
-        f"without the loss {seconds['without the loss'] * 1e3:.1f} ms, the loss alone {share:.1%} "
-        "of it"
+        f"without the loss {seconds['without the loss'] * 1e3:.1f} ms, "
+        f"the loss alone {share:.1%} of it"
     )
     return Result(line, data={"seconds": seconds, "share": share, "images": items})

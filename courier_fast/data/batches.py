@@ -233,8 +233,8 @@ class BatchPlan:
     ) -> None:
         if (pages > 0) == (images > 0):
             raise ValueError(
-                f"expected exactly one of pages and images above 0, got pages={pages}, "
-                f"images={images}"
+                "expected exactly one of pages and images above 0, "
+                f"got pages={pages}, images={images}"
             )
         if history < 1:
             raise ValueError(f"history: expected at least 1, got {history}")

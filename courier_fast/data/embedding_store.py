@@ -1,10 +1,10 @@
 """A folder of embeddings that grows: numbered parts, never changed once they are there, and a
 manifest that says which there are.
 
-| file | |
-| --- | --- |
-| manifest.json | format, space, dim, trained_until, parts [{name, rows, sha256}] |
-| part-00000.parquet | item_id (string), embedding (fixed_size_list<float32>[D]; NaN without an image that can be read), source (string: sha256 of what was encoded), encoded_at (timestamp, UTC); of an item that is gone, embedding and source are null |
+- manifest.json: format, space, dim, trained_until, parts [{name, rows, sha256}]
+- part-00000.parquet: item_id (string), embedding (fixed_size_list<float32>[D]; NaN without an image
+  that can be read), source (string: sha256 of what was encoded), encoded_at (timestamp, UTC); of an
+  item that is gone, embedding and source are null
 
 Of an item in several parts the last one counts. `space` is the identity of the encoder: vectors of
 two encoders cannot be compared.
@@ -56,8 +56,8 @@ class EmbeddingStore:
         path = local_path(path)
         if not (path / NAME).is_file():
             raise FileNotFoundError(
-                f"embeddings: expected a folder that `courier-fast embed` wrote (with {NAME}), got "
-                f"{path}"
+                "embeddings: expected a folder that `courier-fast embed` wrote "
+                f"(with {NAME}), got {path}"
             )
         about = read_json(path / NAME, "embed into a new folder")
         if about.get("format") != FORMAT:

@@ -49,8 +49,8 @@ def read_embeddings(
         table = _in_order(*EmbeddingStore.open(path).read(), dataset, path, strict)
     elif not path.is_file():
         raise FileNotFoundError(
-            "embeddings: expected a .npy or .parquet file or a folder of `courier-fast embed`, "
-            f"got {path}"
+            "embeddings: expected a .npy or .parquet file or a folder of "
+            f"`courier-fast embed`, got {path}"
         )
     elif path.suffix == ".npy":
         table, ids = read_npy(path), _ids_beside(path)
@@ -210,8 +210,8 @@ def _in_order(ids: pa.Array, rows: Array, dataset: Dataset, path: Path, strict: 
     if len(ids) and (where < 0).all():
         found = no_match(ids.slice(0, 3).to_pylist(), dataset.item_ids.slice(0, 3).to_pylist())
         raise ValueError(
-            f"embeddings: expected item_id of items of {dataset.path}, got none that fits in "
-            f"{path}: {found}"
+            f"embeddings: expected item_id of items of {dataset.path}, "
+            f"got none that fits in {path}: {found}"
         )
     if strict and (where < 0).any():
         raise ValueError(

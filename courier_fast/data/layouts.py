@@ -156,8 +156,8 @@ def _flag_note(table: Table, columns: Columns) -> str | None:
             return (
                 f"{table.path}: the column {name} says no in {no:,} of the first {len(values):,} "
                 "rows, but every row is taken for a click: with "
-                f"--page-column ID --clicked-column {name} rows are items shown, else leave the "
-                "others out"
+                f"--page-column ID --clicked-column {name} rows are items shown, "
+                "else leave the others out"
             )
     return None
 

@@ -96,8 +96,8 @@ def market_of(
     if options.negatives == "category":
         if table["category"].is_null().all():
             raise ValueError(
-                f"negatives: category expects items with a category, got none of {len(table):,} "
-                "with one"
+                "negatives: category expects items with a category, "
+                f"got none of {len(table):,} with one"
             )
         group = table["category"].rank("dense").cast(pl.Int64).fill_null(0).to_numpy() - 1
         kin = offers_of(first, last, group)

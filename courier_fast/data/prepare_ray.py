@@ -49,9 +49,9 @@ from .tables import write_shards
 Array = npt.NDArray
 log = logging.getLogger(__name__)
 
-PART = (
-    1 << 22
-)  # rows of a part, about; more where there would be more than _PARTS, fewer where cores would have nothing to do
+# Rows of a part, about; more where there would be more than _PARTS, fewer where cores would have
+# nothing to do.
+PART = 1 << 22
 _SMALL = 1 << 18
 _PARTS = 1024  # a step sends each of its parts to each of the next
 IMAGES = 256  # of a part

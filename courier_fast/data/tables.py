@@ -263,8 +263,8 @@ class Column:
             writing(
                 cache.folder,
                 lambda: (
-                    f"a column needs {size_text(size)} there; COURIER_FAST_CACHE names another "
-                    "folder"
+                    f"a column needs {size_text(size)} there; "
+                    "COURIER_FAST_CACHE names another folder"
                 ),
             ),
             cache.scratch() as file,

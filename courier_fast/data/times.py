@@ -51,13 +51,15 @@ _HINT = f"say what they are with --time-format: {', '.join(FORMATS)}, or a patte
 
 # ---- text of dates -------------------------------------------------------------------------------
 
-_ZONE = r"(?:\s*(Z|z|UTC|utc|GMT|UT|(?:UTC|GMT)?[+-]\d{2}(?::?\d{2}(?::?\d{2})?)?|[ECMP][SD]T)(?:\s*[\[(][^\])]*[\])])?)?"
+_ZONE = (
+    r"(?:\s*(Z|z|UTC|utc|GMT|UT|(?:UTC|GMT)?[+-]\d{2}(?::?\d{2}(?::?\d{2})?)?|[ECMP][SD]T)"
+    r"(?:\s*[\[(][^\])]*[\])])?)?"
+)
 _CLOCK = r"(\d{1,2})(?::(\d{2})(?::(\d{2})(?:[.,](\d{1,9}))?)?)?" + _ZONE
 _SHAPES = (
     r"^(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})(?:(?:[Tt_]|\s+)" + _CLOCK + ")?$",
-    r"^(\d{4})(\d{2})(\d{2})(?:[Tt_]|\s+)(\d{2}):?(\d{2})?:?(\d{2})?(?:[.,](\d{1,9}))?"
-    + _ZONE
-    + "$",
+    r"^(\d{4})(\d{2})(\d{2})(?:[Tt_]|\s+)"
+    r"(\d{2}):?(\d{2})?:?(\d{2})?(?:[.,](\d{1,9}))?" + _ZONE + "$",
     r"^(?:[A-Za-z]{3,9},?\s+)?(\d{1,2})[ -]([A-Za-z]{3})[a-z]*[ -](\d{4})(?:\s+" + _CLOCK + ")?$",
 )
 _FIXED = r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d"
@@ -387,8 +389,8 @@ def check_format(form: str | None) -> None:
     """ValueError unless it is a format that `look` takes."""
     if form is not None and form not in FORMATS and "%" not in form:
         raise ValueError(
-            f"time_format: expected {', '.join(FORMATS)}, or a pattern such as %d/%m/%Y, got "
-            f"{form!r}"
+            f"time_format: expected {', '.join(FORMATS)}, or a pattern such as %d/%m/%Y, "
+            f"got {form!r}"
         )
 
 

@@ -17,8 +17,8 @@ def run(args: argparse.Namespace) -> int:
     dataset = Dataset(args.dataset)
     if dataset.info["format"] == 1:
         raise ValueError(
-            f"dataset: expected format 2, which has checksums, got 1 in {args.dataset}; prepare it "
-            "again"
+            f"dataset: expected format 2, which has checksums, got 1 in {args.dataset}; "
+            "prepare it again"
         )
     size = dataset.verify()
     shards = sum(len(table.shards) for table in dataset.tables.values())

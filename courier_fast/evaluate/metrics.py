@@ -255,8 +255,8 @@ def count_ranks(scores: Array, offsets: Array) -> Ranks:
     sizes = np.diff(offsets)
     if offsets[0] != 0 or offsets[-1] != len(scores) or (sizes < 1).any():
         raise ValueError(
-            f"offsets: expected segments of at least one score that cover all {len(scores)}, got "
-            f"{offsets}"
+            f"offsets: expected segments of at least one score that cover all {len(scores)}, "
+            f"got {offsets}"
         )
     if not len(sizes):
         return Ranks(*np.zeros((3, 0), np.int64))

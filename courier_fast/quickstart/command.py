@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray
 
-LEAD = "The network saw pictures and clicks, and nothing else: no categories, no attributes, no pre-trained weights."
+LEAD = (
+    "The network saw pictures and clicks, and nothing else: no categories, no attributes, "
+    "no pre-trained weights."
+)
 MARK = "quickstart.json"  # says that a folder is a quickstart's, and may be written anew
 PRODUCT = Product(
     "an earlier quickstart",

@@ -55,9 +55,8 @@ def curve(
         parts.append(
             f'<line class="grid" x1="{left}" x2="{width - right}" y1="{py:.1f}" y2="{py:.1f}"/>'
         )
-        parts.append(
-            f'<text x="{left - 8}" y="{py + 3.5:.1f}" text-anchor="end">{number(y, decimals)}</text>'
-        )
+        at = f'x="{left - 8}" y="{py + 3.5:.1f}"'
+        parts.append(f'<text {at} text-anchor="end">{number(y, decimals)}</text>')
     for x, anchor in ((x0, "start"), (x1, "end")):
         px, _ = place(x, y0)
         label = f"step {x:.0f}" if anchor == "end" else f"{x:.0f}"

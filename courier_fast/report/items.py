@@ -168,11 +168,15 @@ def map_of_items(
     np.fill_diagonal(cosine, -np.inf)
     near = np.argpartition(-cosine, nearest - 1, axis=1)[:, :nearest]
     known = np.array([bool(name) for name in names])
-    note = f"{len(rows):,} items{' drawn at random' if len(rows) == most else ''}, placed by t-SNE so that what is alike is close."
+    drawn = " drawn at random" if len(rows) == most else ""
+    note = f"{len(rows):,} items{drawn}, placed by t-SNE so that what is alike is close."
     if largest:
         same = float((category[near] == category[:, None])[known].mean())
         chance = float(np.bincount(category)[category[known]].mean() / len(rows))
-        note += f" Of the {nearest} nearest items by cosine {percent(same)} are of the item's own category; by chance it would be {percent(chance)}."
+        note += (
+            f" Of the {nearest} nearest items by cosine {percent(same)} are of the item's own "
+            f"category; by chance it would be {percent(chance)}."
+        )
     return {
         "note": note,
         "legend": [

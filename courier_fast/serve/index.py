@@ -1,12 +1,10 @@
 """Nearest neighbours by cosine among embeddings of one space: exact, IVF or HNSW, with the recall
 and speed that were measured.
 
-| file | |
-| --- | --- |
-| index.json | format, space, kind, settings, rows, dim, what was measured, sha256 of the other files |
-| vectors.npy | [n, D] float32, rows of length 1 |
-| ids.arrow | item_id (string) |
-| index.faiss | ivf and hnsw only |
+- index.json: format, space, kind, settings, rows, dim, what was measured, sha256 of the others
+- vectors.npy: [n, D] float32, rows of length 1
+- ids.arrow: item_id (string)
+- index.faiss: ivf and hnsw only
 """
 
 from __future__ import annotations

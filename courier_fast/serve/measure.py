@@ -121,7 +121,10 @@ def why_refused(precision: str, numbers: Mapping[str, float]) -> str:
     """How a file of that precision breaks its budget; "" if it keeps it."""
     if precision == "float32":
         if not numbers["budget_share"] <= 1:
-            return f"its error is {numbers['budget_share']:.2f} times the budget (2 x that of eager code or of the model of rounding + one rounding)"
+            return (
+                f"its error is {numbers['budget_share']:.2f} times the budget "
+                "(2 x that of eager code or of the model of rounding + one rounding)"
+            )
         return ""
     wanted = {"cosine_min": LEAST_COSINE[precision], "cosine_mean": MEAN_COSINE[precision]}
     if "overlap10" in numbers and precision == "int8":

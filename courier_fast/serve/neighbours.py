@@ -111,7 +111,10 @@ def write_page(found: Sequence[Neighbours], index: Index, dataset: Dataset, out:
     )
     source = files("courier_fast.serve").joinpath("neighbours.html.jinja").read_text("utf-8")
     recall = index.measured["recall@10"]
-    note = f"Cosines among {len(index.ids):,} items of {dataset.name}; index {index.kind}, which finds {recall:.1%} of the 10 nearest."
+    note = (
+        f"Cosines among {len(index.ids):,} items of {dataset.name}; index {index.kind}, "
+        f"which finds {recall:.1%} of the 10 nearest."
+    )
     text = environment.from_string(source).render(title="Nearest items", note=note, queries=queries)
     write_atomically(out, lambda path: path.write_text(text, "utf-8"))
 

@@ -188,8 +188,8 @@ class Checkpoints:
                 raise error
             if failed:
                 raise RuntimeError(
-                    f"{path}: {failed} other processes could not write their parts, and say why; "
-                    "nothing was kept"
+                    f"{path}: {failed} other processes could not write their parts, "
+                    "and say why; nothing was kept"
                 )
             if first:
                 with writing(path, lambda: "the checkpoints before it are whole"):

@@ -132,8 +132,8 @@ def build_encoder(
     if backbone == SMALL_CONV:
         if pretrained:
             raise ValueError(
-                f"model.pretrained: expected false with {SMALL_CONV}, which has no pre-trained "
-                "weights"
+                f"model.pretrained: expected false with {SMALL_CONV}, "
+                "which has no pre-trained weights"
             )
         model = SmallConvNet()
     else:

@@ -235,8 +235,8 @@ def _plan(args: argparse.Namespace, dataset: Dataset) -> Plan:
         widths = {x.shape[1] for x in tables[name]}
         if len(widths) > 1:
             raise ValueError(
-                f"embeddings: expected the same dimensions of all seeds of {name!r}, got "
-                f"{sorted(widths)}"
+                f"embeddings: expected the same dimensions of all seeds of {name!r}, "
+                f"got {sorted(widths)}"
             )
     if not args.no_control:
         widest = max(x[0].shape[1] for x in tables.values())

@@ -1,8 +1,8 @@
 """A dataset's pages as impressions, the ranges of time that a comparison trains and is judged on,
 and what must not be there.
 
-    time ->  [ encoder pages ][ CTR training pages ][ validation ][ test ]        protocol "disjoint"
-             [ encoder pages = CTR training pages  ][ validation ][ test ]        protocol "shared"
+    time ->  [ encoder pages ][ CTR training pages ][ validation ][ test ]  protocol "disjoint"
+             [ encoder pages = CTR training pages  ][ validation ][ test ]  protocol "shared"
 
 What is counted, fitted or clustered beside the CTR model comes from the encoder pages, the weights
 from the CTR training pages, the moment to stop from validation. With "shared" the embeddings were
