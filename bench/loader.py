@@ -1,5 +1,6 @@
-"""The loader alone, with each decoder, against the rate at which the backbone trains. `python -m
-bench.loader --dataset DIR`
+"""The loader alone, with each decoder, against the rate at which the backbone trains.
+
+    python -m bench.loader --dataset DIR
 
 Everything decodes the same batches in turns in one run: random crop, resize, flip, normalise.
 "plain" is a DataLoader with Pillow and torchvision's transforms that opens every occurrence of an
@@ -55,8 +56,7 @@ def plain_batches(loader: DataLoader) -> Iterator[tuple[int, int]]:
 def measure(
     config: Config, kinds: Sequence[str], *, turns: int, steps: int, workers: int
 ) -> dict[str, Any]:
-    """Rates of each decoder's loader, the plain loader, and the backbone; and why a decoder was
-    left out."""
+    """Rates of each decoder's loader, the plain one and the backbone; why one was left out."""
     from courier_fast.data.decode import make_decoder
 
     trainer = Trainer(config)

@@ -111,8 +111,7 @@ BYTES: dict[str, Formula] = {
 
 @dataclass(frozen=True)
 class Noted:
-    """A launch, with its grid and its tensors by argument; or an operator of PyTorch and what it
-    gives."""
+    """A launch, its grid and tensors by argument, or an operator of PyTorch and what it gives."""
 
     name: str
     grid: tuple[int, ...]

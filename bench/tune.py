@@ -67,8 +67,7 @@ def grid(args: argparse.Namespace) -> Iterator[Any]:
 
 
 def fitting(tile: Any, kind: str, dim: int, capability: int) -> Any | None:
-    """The tile with how many programs of it a multiprocessor holds; None if it spills or does not
-    fit."""
+    """The tile with its programs on a multiprocessor; None if it spills or does not fit."""
     from courier_fast.kernels import configs
     from courier_fast.kernels.launches import SHARED_MEMORY, compiled, launches_of
 

@@ -60,8 +60,7 @@ def check_workspace(workspace: Any) -> None:
 
 
 def attention_of(attention: str | None, direction: str) -> str:
-    """The default is what trained the best embeddings (docs/hm-fashion.md), where a direction has
-    it."""
+    """What trained the best embeddings (docs/hm-fashion.md), where a direction has it."""
     if attention is not None:
         return attention
     plain = isinstance(direction, str) and direction == "reconstruct"

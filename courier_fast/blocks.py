@@ -220,8 +220,7 @@ def _candidate_scores(
 
 
 def count_above(s: Tensor, y: Side, scoring: Scoring, bar: Tensor) -> Tensor:
-    """[M] int64: candidates whose score [M, n] is above `bar` [M]; ties but for rounding are
-    not."""
+    """[M] int64: candidates with a score [M, n] above `bar` [M]; ties but for rounding are not."""
     limit = bar.to(s.dtype) + 1e-6 * scoring.inverse_tau_on(bar.device).to(s.dtype)
     if not y.merged or y.bias is None:
         return (s > limit[:, None]).sum(1)

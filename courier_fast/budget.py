@@ -98,8 +98,7 @@ EXACT = frozenset(
 
 
 def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A unit in the last place of each number of x, stored in `dtype`; NaN and inf give
-    anything."""
+    """A unit in the last place of each number of x in `dtype`; NaN and inf give anything."""
     info = torch.finfo(dtype)
     # The power of two at or below |x|; numbers below the smallest normal one share its unit.
     power = (x.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)

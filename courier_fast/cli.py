@@ -106,8 +106,7 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[s
 
 
 def _reader_gone() -> bool:
-    """Whether nobody reads what is printed (| head); it then goes nowhere, also at the end of
-    Python."""
+    """Whether nobody reads what is printed (| head): it goes nowhere, also at Python's end."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):

@@ -58,8 +58,7 @@ class Call:
         )
 
     def merged(self, own: Side, partial: Callable[[Side, str], Partial]) -> Partial:
-        """What `partial` gives for this batch's columns, those of other processes and the
-        memory's."""
+        """What `partial` gives for this batch's columns, other processes' and the memory's."""
         blocks = self.others(own, self.columns)
         found = partial(own, self.pairs)
         for block, _ in blocks:

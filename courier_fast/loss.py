@@ -339,8 +339,7 @@ def reconstruct(
 
 
 def _by_position(weights: Tensor, pages: Pages) -> Tensor:
-    """Attention weights [N, heads, longest history], for padded pages over the positions of
-    `history`."""
+    """Attention weights [N, heads, longest history]; of padded pages, by position in `history`."""
     history = pages.sides["history"]
     if history.kind != "padded":
         return weights
@@ -551,8 +550,7 @@ class ReconstructionLoss(_Module):
 
 
 class ClickSequenceLoss(_Module):
-    """`click_sequence_loss` as a module; temperature and `cuda_graph` as in
-    `ReconstructionLoss`."""
+    """`click_sequence_loss` as a module; temperature, `cuda_graph` as in `ReconstructionLoss`."""
 
     def __init__(
         self,
@@ -580,8 +578,7 @@ class ClickSequenceLoss(_Module):
         super().__init__(fixed_or_learned, options, cuda_graph)
 
     def forward(self, history: Tensor, **inputs: Any) -> Tensor:
-        """`inputs`: the tensor arguments of `click_sequence_loss` (mask, offsets, embeddings,
-        item_ids)."""
+        """`inputs`: tensors of `click_sequence_loss` (mask, offsets, embeddings, item_ids)."""
         return click_sequence_loss(
             history, temperature=self.temperature, _graphs=self._graphs, **self._arguments(inputs)
         )

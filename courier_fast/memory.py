@@ -189,8 +189,7 @@ class EmbeddingMemory(nn.Module):
     # ---- states --------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> EmbeddingMemory:
-        """Moves and casts as any module, but for log_q, which half() and bfloat16() do not
-        round."""
+        """Moves and casts as any module; but half() and bfloat16() do not round log_q."""
         log_q = self.log_q
         super()._apply(fn, *args, **kwargs)
         if self.log_q.dtype.itemsize < log_q.dtype.itemsize:

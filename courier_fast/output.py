@@ -62,8 +62,7 @@ class Product:
         return isinstance(about, dict) and all(key in about for key in self.keys)
 
     def foreign(self, folder: Path) -> str | None:
-        """The path of something in a folder that is none of its files; None where there is nothing
-        else."""
+        """The path of something in a folder that is none of its files; None where there is none."""
         for where, folders, files in os.walk(folder):
             inner = Path(where).relative_to(folder)
             if where == os.fspath(folder):
@@ -482,8 +481,7 @@ def _aside(out: Path, product: Product) -> Path:
 
 
 def _kept(filled: Path, out: Path, name: Path, error: Exception) -> Exception:
-    """Puts what is finished where it is safe, at `name` or that with a number; the error that says
-    so."""
+    """Puts what is finished safely at `name`, or that with a number; the error that says so."""
     (filled / _LOCK).unlink(missing_ok=True)
     names = (f"{name.name}{n}" for n in ("", *(f"-{i}" for i in range(2, 1000))))
     finished = next(p for p in map(name.with_name, names) if not os.path.lexists(p))

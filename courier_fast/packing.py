@@ -1,5 +1,4 @@
-"""From what users hold (padded, packed, nested, a table of unique items) to rows, offsets and
-masks."""
+"""From what users hold (padded, packed, nested, a table of items) to rows, offsets and masks."""
 
 from __future__ import annotations
 
@@ -17,8 +16,7 @@ _SHOWN = 60
 
 
 def shown(x: Any) -> str:
-    """A value as a message shows it: never the data of a list, an array or a tensor, nor a long
-    text."""
+    """A value as a message shows it: no data of a list, an array or a tensor, no long text."""
     if isinstance(x, int) and not isinstance(x, bool) and x.bit_length() > 4 * _SHOWN:
         return f"an int of {x.bit_length()} bits"
     if x is None or isinstance(x, (bool, int, float, str, bytes)):
@@ -91,8 +89,7 @@ class Given:
 
 @dataclass
 class Side:
-    """The layout of one side of the problem, PV or history: how a tensor in that layout becomes
-    rows."""
+    """The layout of one side of the problem, PV or history: how a tensor in it becomes rows."""
 
     name: str  # "pv" or "history"
     kind: str  # "padded", "packed" or "nested"
@@ -111,8 +108,7 @@ class Side:
         return inside if self.mask is None else inside & self.mask
 
     def flatten(self, name: str, x: Tensor, per_row: tuple[int, ...]) -> Tensor:
-        """A tensor in this layout as [rows, *per_row]; raises ValueError where it is not in this
-        layout."""
+        """A tensor in this layout as [rows, *per_row]; ValueError where it is not in it."""
         if self.kind == "nested":
             assert self.like is not None
             if not x.is_nested:
@@ -198,8 +194,7 @@ def as_index(name: str, x: Tensor) -> Tensor:
 
 
 def side(given: Given, features: int, device: torch.device, validate: bool) -> Side:
-    """The layout of a side, whose tensor has `features` (0 or 1) dimensions beside those of the
-    layout."""
+    """The layout of a side, whose tensor has `features` (0 or 1) dimensions besides."""
     if given.x.is_nested:
         layout = _nested(given, features, device)
     else:

@@ -309,8 +309,7 @@ def reporting(peers: Peers | None) -> Iterator[None]:
 
 
 def rounds_of(exchange: str, size: int, rows: int, row_bytes: int, workspace: int) -> int:
-    """Into how many rounds `rows` of each of `size` processes are divided: two of them are held at
-    a time."""
+    """Rounds that `rows` of each of `size` processes are divided into; two are held at a time."""
     if exchange == "gather" or not rows:
         return 1
     needed = -(-2 * size * rows * row_bytes // workspace)

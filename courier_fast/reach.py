@@ -63,8 +63,7 @@ class Reach:
     def agree(
         self, p: Problem | SequenceProblem, stats: bool, sizes: Sequence[int]
     ) -> list[list[int]]:
-        """Each size on every process; ValueError, on every process, where this would not be one
-        loss."""
+        """Each size on every process; ValueError, on all of them, where this were not one loss."""
         if self.peers is None:
             return [[n] for n in sizes]
         source = p.pv if isinstance(p, Problem) else p.history

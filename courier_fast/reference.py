@@ -228,8 +228,7 @@ def _contrast(
 def _allowed(
     p: Problem, page: Tensor, ids: Tensor | None, anchor: Tensor, column: Tensor
 ) -> Tensor:
-    """cand(i) as a mask [M, n]; `anchor` [M] and `column` [n] are positions among the real PV
-    rows."""
+    """cand(i) as a mask [M, n]; `anchor` [M] and `column` [n]: positions among the real PV rows."""
     itself = anchor[:, None] == column
     other = torch.ones_like(itself)
     if p.negatives == "page":

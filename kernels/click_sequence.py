@@ -99,8 +99,7 @@ def sequence_losses(
     ITEMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Mean over the anchors k (rows with a positive) of logsumexp_l s_kl - mean_p s_kp, in one
-    program."""
+    """Mean over anchors k (rows with a positive) of logsumexp_l s_kl - mean_p s_kp; one program."""
     count = tl.load(count_ptr)
     inverse_tau = score_scale(tau, TAU_IS_TENSOR) * LN2
     losses = tl.zeros([BLOCK], tl.float32)

@@ -523,8 +523,7 @@ class AnchorResults(NamedTuple):
 
 @triton.jit
 def finish(row, valid, top, total, above, positive_ptr, list_ptr, log_q_ptr, scale, out):
-    """loss_i = logsumexp_{j in cand(i)} s_ij - s_ii from the sums over all candidates but the
-    positive."""
+    """loss_i = logsumexp_{j in cand(i)} s_ij - s_ii from the sums over all but the positive."""
     position = tl.load(list_ptr + row, mask=valid, other=0)
     cosine = tl.load(positive_ptr + row.to(tl.int64) * 2, mask=valid, other=0.0)
     positive = cosine * scale

@@ -127,8 +127,7 @@ def packed_scores(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(max, sum) of 2^t of a block's pages over a part of the candidates, the anchors' own
-    apart."""
+    """(max, sum) of 2^t of a block's pages over part of the candidates, the anchors' own apart."""
     block = tl.program_id(0)
     part = tl.program_id(1)
     if block >= tl.load(packed_count_ptr):

@@ -46,8 +46,7 @@ def larger(a: Any, b: Any) -> Any:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the launches of one problem have in common, and the sizes that its state is declared
-    with."""
+    """What the launches of a problem have in common, and the sizes of its state."""
 
     device: torch.device
     dtype: torch.dtype  # of the embeddings

@@ -22,8 +22,7 @@ from .worker import Setting
 def _steps(
     encode: Callable[[Tensor], Tensor], images: Tensor, batch: Batch, optimizer: Any, impl: str
 ) -> dict[str, Callable[[], object]]:
-    """The whole step, the encoder's without the loss, and the loss alone on embeddings that are
-    there."""
+    """The whole step, the encoder's without the loss, and the loss alone on given embeddings."""
 
     def loss_of(table: Tensor) -> Tensor:
         return call(batch, impl, embeddings=table)

@@ -34,8 +34,7 @@ class _Packed(NamedTuple):
 
 @dataclass(frozen=True)
 class PageBatch:
-    """Some pages in terms of their unique items; rows of the dataset's tables, all int64 but
-    `clicked`."""
+    """Some pages by their unique items; rows of the dataset's tables, all int64 but `clicked`."""
 
     pages: Array  # [B] pages
     items: Array  # [n] unique items in order of first use
@@ -67,8 +66,7 @@ class PageBatch:
 
     @property
     def num_sequence_anchors(self) -> int:
-        """History items whose page has another, different history item: what L_seq averages
-        over."""
+        """History items whose page has another, different one: what L_seq averages over."""
         return int(_sequence_anchors(self.history_index, self.history_offsets))
 
 
@@ -330,8 +328,7 @@ class BatchPlan:
         return -(-self._batches(epoch) // self.world)
 
     def pages(self, epoch: int, step: int) -> Array:
-        """[B] this rank's pages of a step; B = 0 where the last step has too few batches for all
-        ranks."""
+        """[B] this rank's pages of a step; B = 0 where the last step has too few for all ranks."""
         if not 0 <= step < self.steps(epoch):
             raise ValueError(f"step: expected 0 <= step < {self.steps(epoch)}, got {step}")
         batch, batches = step * self.world + self.rank, self._batches(epoch)
@@ -384,8 +381,7 @@ class BatchPlan:
 
     @property
     def until(self) -> float:
-        """Time of the newest page, in seconds since 1970; an int unless times have parts of a
-        second."""
+        """Time of the newest page in seconds since 1970, an int unless times have parts of one."""
         return self.dataset.moments[self.rows.stop - 1]
 
     def _shown_rows(self) -> tuple[int, int]:

@@ -198,8 +198,7 @@ class EmbeddingStore:
             ) from None
 
     def _newest(self, columns: list[str]) -> pa.Table:
-        """Some columns, item_id and source among them, of the newest row of each item that is not
-        gone."""
+        """Some columns, item_id and source among them, of the newest row of each item not gone."""
         empty = pa.schema([self._schema.field(c) for c in columns]).empty_table()
         table = pa.concat_tables(
             [empty, *(self._read(p["name"], empty.schema) for p in self.parts)]

@@ -342,8 +342,7 @@ class _Run:
         first_seen: Array,
         last_seen: Array,
     ) -> tuple[list[list[Any]], Counter[int], int, PageIds]:
-        """Pages of each part of users, cut by time; what became of all; how many were cut; their
-        ids."""
+        """Pages of each part of users, cut by time; what became of all; how many were cut; ids."""
         bases = [_starts([a[n] for a in about]) for n in ("users", "events", "pages")]
         bounds = self.time_bounds(about, bases[2])
         market, pool, past = None, None, None

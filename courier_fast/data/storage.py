@@ -175,8 +175,7 @@ def local_copy(path: Location) -> Path:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of a table, as the manifest lists it. Without a checksum it is that of a folder of
-    format 1."""
+    """A file of a table, as the manifest lists it; of a folder of format 1 without a checksum."""
 
     name: str
     rows: int

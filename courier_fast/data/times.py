@@ -222,8 +222,7 @@ def _scaled(whole: pl.Series, other: pl.Series, unit: str) -> pl.Series:
 
 
 def _days(whole: pl.Series, other: pl.Series, first: int) -> pl.Series:
-    """Days of a spreadsheet, to the millisecond: their fractions are rounded when they are
-    written."""
+    """Days of a spreadsheet, to the millisecond: their fractions are rounded when written."""
     days = whole.cast(pl.Float64).zip_with(whole.is_not_null(), other)
     milli = ((days - first) * 86_400_000).round()
     return milli.set((milli.abs() > 9e15).fill_null(False), None).cast(pl.Int64) * 1000
@@ -335,8 +334,7 @@ class TimeForm:
         return pl.col(column).map_batches(self.split, kind, is_elementwise=True).alias("time")
 
     def flat(self, frame: pl.LazyFrame) -> pl.LazyFrame:
-        """A frame with `expression` as "time", and where some have parts of a second
-        "microsecond"."""
+        """A frame with `expression` as "time", and with parts of a second "microsecond"."""
         if self.parts:
             return frame.unnest("time")
         return frame.with_columns(pl.col("time").struct.field("time"))

@@ -1,5 +1,4 @@
-"""`courier-fast verify`: reads every shard of a dataset where it lies and compares it with the
-manifest."""
+"""`courier-fast verify`: reads every shard of a dataset where it lies, against the manifest."""
 
 from __future__ import annotations
 

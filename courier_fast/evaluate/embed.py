@@ -275,8 +275,7 @@ def encode_all(
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """What `embed_source` wrote; also in the JSON file beside the output (with `item_ids` for
-    .npy)."""
+    """What `embed_source` wrote; also in the JSON beside the output (with `item_ids` for .npy)."""
 
     path: Path
     rows: int
@@ -399,8 +398,7 @@ def check_embeddings_out(out: Path, inputs: Iterable[object] = ()) -> None:
 
 
 class _Partial:
-    """The embeddings of an unfinished `out`, and which of them are there: from an earlier run, or
-    none."""
+    """Embeddings of an unfinished `out`, and which are there: of an earlier run, or none."""
 
     def __init__(self, out: Path, about: dict[str, Any], source: Source, dim: int) -> None:
         self.path, self.progress = (

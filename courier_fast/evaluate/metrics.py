@@ -180,8 +180,7 @@ def ndcg(
 
 
 def mrr(clicked: npt.ArrayLike, predictions: npt.ArrayLike, page: npt.ArrayLike) -> GroupMean:
-    """Mean over pages with a click of 1 / rank of the first clicked impression; arguments as of
-    `ndcg`."""
+    """Mean over pages with a click of 1 / rank of the first clicked one; arguments as of `ndcg`."""
     return _page_mean(1, clicked, predictions, page, 1)
 
 

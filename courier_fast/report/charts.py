@@ -25,8 +25,7 @@ def _ticks(low: float, high: float, count: int = 4) -> list[float]:
 def curve(
     title: str, note: str, series: Mapping[str, Sequence[tuple[float, float]]]
 ) -> dict[str, Any] | None:
-    """A small line chart as SVG, its colours those of the page; None where nothing is to be
-    drawn."""
+    """A small line chart as SVG in the page's colours; None where nothing is to be drawn."""
     series = {
         n: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
         for n, points in series.items()

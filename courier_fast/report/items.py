@@ -1,5 +1,4 @@
-"""What the embedding does with single items: pictures, the attention's weights, neighbours, a map
-of all."""
+"""What the embedding does with items: pictures, attention weights, neighbours, a map of all."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ THUMBNAIL = 112  # pixels: twice the side they are shown at on most screens
 
 
 def data_uri(encoded: bytes, side: int = THUMBNAIL) -> str | None:
-    """A picture as a data URI: a small JPEG, its centre cut square. None where it cannot be
-    read."""
+    """A picture as a data URI: a small JPEG, its centre cut square; None if it cannot be read."""
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             small = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side))

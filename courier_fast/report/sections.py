@@ -1,5 +1,4 @@
-"""What each section of the report shows, as the template takes it; None for one that has nothing to
-show."""
+"""What each section of the report shows, as the template takes it; None where it is nothing."""
 
 from __future__ import annotations
 

@@ -240,8 +240,7 @@ def _set(made: Any, kind: str, settings: dict[str, int]) -> None:
 def _tune(
     made: Any, kind: str, search: Callable[[], list[Array]], nearest: list[Array], wanted: float
 ) -> tuple[dict[str, int], float]:
-    """The least effort, in doublings, that finds the share `wanted` of the nearest; and what it
-    finds."""
+    """The least effort, in doublings, that finds the share `wanted` of the nearest; its share."""
     name, most = ("ef", made.ntotal) if kind == "hnsw" else ("nprobe", made.nlist)
     effort = 16 if kind == "hnsw" else 1
     while True:

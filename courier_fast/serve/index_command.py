@@ -166,8 +166,7 @@ def _clusters(args: argparse.Namespace) -> int:
 
 
 def _seen_before(args: argparse.Namespace, ids: pa.Array) -> np.ndarray:
-    """[n] bool: the item was first seen before --until; false for items that the dataset has
-    not."""
+    """[n] bool: the item was first seen before --until; false for those not in the dataset."""
     import pyarrow.compute as pc
 
     from ..data.dataset import Dataset

@@ -1,5 +1,4 @@
-"""Exported encoders, and those of runs, as one class: by onnxruntime, which needs no torch, or by
-torch."""
+"""Exported encoders and those of runs as one class, by onnxruntime, without torch, or by torch."""
 
 from __future__ import annotations
 

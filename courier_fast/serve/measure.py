@@ -222,8 +222,7 @@ def overlap(a: Array, b: Array, k: int = 10, most: int = NEIGHBOURS) -> float:
 def speed(
     runs: Mapping[str, Run], inputs: Array, rounds: int = 7, seconds: float = 0.5
 ) -> dict[str, float]:
-    """Inputs per second of each, the median of rounds in which all take turns; decoding is not in
-    it."""
+    """Inputs per second of each, the median of rounds with all in turn; without decoding."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run(inputs)

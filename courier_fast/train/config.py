@@ -334,8 +334,7 @@ class RunConfig(Section):
 
 
 class Config(Section):
-    """Everything about a run. `Config.load` reads TOML and overrides; `save` writes what was
-    resolved."""
+    """Everything about a run. `Config.load` reads TOML and overrides; `save` writes the result."""
 
     data: DataConfig
     model: ModelConfig = ModelConfig()

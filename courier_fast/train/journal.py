@@ -129,8 +129,7 @@ class Journal:
             self.bar.start()
 
     def _forget_after(self, step: int) -> None:
-        """Drops lines of steps that were done after the checkpoint that is resumed: they are done
-        again."""
+        """Drops lines of steps after the checkpoint that is resumed: they are done again."""
         if self.path.is_file():
             lines = self.path.read_text("utf-8", "replace").splitlines()
             text = "".join(f"{x}\n" for x in lines if _step_of(x) <= step)

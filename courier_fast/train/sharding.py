@@ -159,8 +159,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor
 
 
 def averaging(decay: float) -> Callable[..., None]:
-    """`multi_avg_fn` of AveragedModel: the exponential average, of sharded tensors by their
-    parts."""
+    """`multi_avg_fn` of AveragedModel: the exponential average, of sharded tensors by part."""
     update = get_ema_multi_avg_fn(decay)
 
     def update_parts(average: Iterable[Tensor], now: Iterable[Tensor], count: Tensor | int) -> None:

@@ -539,8 +539,7 @@ class Trainer:
         return None if self.table is None else array_sha256(self.table)
 
     def save(self) -> None:
-        """Begins a checkpoint of now, which is written while training goes on. Every process calls
-        it."""
+        """Begins a checkpoint of now, written while training goes on. Every process calls it."""
         p, tensors = self.progress, self._tensors()
         finite = all(
             local(t).isfinite().all()

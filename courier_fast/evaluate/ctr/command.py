@@ -304,8 +304,7 @@ def _check_until(path: Path, protocol: Protocol) -> None:
 
 
 def _same_dimensions(path: Path, tables: Mapping[str, Sequence[Array]]) -> None:
-    """ValueError where the last run into the folder had embeddings of this name with other
-    dimensions."""
+    """ValueError where the folder's last run had embeddings of this name with other dimensions."""
     now = {name: x[0].shape[1] for name, x in tables.items()}
     before: dict[str, int] = read_json(path) if path.is_file() else {}
     for name in now.keys() & before.keys() - {RANDOM}:

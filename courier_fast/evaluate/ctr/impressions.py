@@ -141,8 +141,7 @@ class Protocol:
         return f"{self.name}: {said}; embeddings must come from pages before {as_date(self.bound)}"
 
     def known_items(self, dataset: Dataset) -> Array:
-        """[items] bool: shown or clicked before `bound`; k-means and standardisation see no
-        other."""
+        """[items] bool: shown or clicked before `bound`: what k-means and standardisation see."""
         known = np.zeros(dataset.num_items, bool)
         known[dataset.event_item[dataset.event_moment < self.bound]] = True
         known[Impressions(dataset, self.encoder).item] = True
