@@ -303,9 +303,9 @@ def reconstruct(
 
     Arguments as for `reconstruction_loss`. Returns R in the layout of pv with D features (zeros for
     padding and for pages without history), in the input type. With `return_weights` also the
-    attention weights, computed by the reference and without gradient, for pictures: padded [B, P,
-    heads, H] over the positions of `history`; packed and nested [N, heads, longest history] over
-    the rows of the page's history in order, zeros past its end.
+    attention weights, computed by the reference and without gradient, for pictures: padded
+    [B, P, heads, H] over the positions of `history`; packed and nested [N, heads, longest history]
+    over the rows of the page's history in order, zeros past its end.
     """
     check_choices(impl=impl)
     require_flag("return_weights", return_weights)
@@ -475,9 +475,9 @@ class ReconstructionLoss(_Module):
     """`reconstruction_loss` as a module: options at construction, tensors at the call.
 
     With `learnable_temperature` the parameter `log_inverse_temperature` holds log(1/tau) ([1],
-    float32 whatever the default dtype; state dicts with shape [] load), and tau >=
-    `min_temperature`; at that limit only gradients that raise tau pass. `reset_parameters` gives it
-    its first value, for modules built on the device "meta". Other options as for
+    float32 whatever the default dtype; state dicts with shape [] load), and
+    tau >= `min_temperature`; at that limit only gradients that raise tau pass. `reset_parameters`
+    gives it its first value, for modules built on the device "meta". Other options as for
     `reconstruction_loss`. A `group` is shared by copies of the module and saved with it by its
     name: give "world" where the module is made before `init_process_group`, as
     `torch.distributed.group.WORLD` is None until then.

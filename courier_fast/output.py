@@ -352,9 +352,8 @@ def _is_mount(path: Path) -> bool:
     except OSError:
         return False
     places = (line.split(" ")[4] for line in lines)
-    return os.fspath(path) in {
-        re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), p) for p in places
-    }
+    octal = re.compile(r"\\([0-7]{3})")
+    return os.fspath(path) in {octal.sub(lambda m: chr(int(m[1], 8)), p) for p in places}
 
 
 @contextmanager
@@ -373,9 +372,8 @@ def new_folder(
     Something that has come to `path` meanwhile stays as it is: then the finished folder is
     `<path>.finished` (`<path>/finished` in a mounted volume), and FileExistsError says so.
     """
-    check = partial(
-        check_output, path, product, inputs=[*inputs], listed=[*listed], overwrite=overwrite
-    )
+    read = {"inputs": [*inputs], "listed": [*listed]}
+    check = partial(check_output, path, product, overwrite=overwrite, **read)
     out = check()
     inside = _in_place(out)
     _clear_leftovers(out, inside)

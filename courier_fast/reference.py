@@ -330,8 +330,8 @@ def reconstruction_loss(p: Problem) -> LossOutput:
 
 
 def click_sequence_loss(p: SequenceProblem) -> Tensor:
-    """L_seq = mean over anchors k of -(1/|pos(k)|) sum_{p in pos(k)} [s_kp - logsumexp_{l in
-    cand(k)} s_kl].
+    """L_seq = mean over anchors k of -(1/|pos(k)|) sum_{p in pos(k)}
+    [s_kp - logsumexp_{l in cand(k)} s_kl].
 
     pos(k): the other history items of k's page (not k's own item again); anchors are the items that
     have one; cand(k): every history item but k itself and its re-occurrences on other pages. 0-d,

@@ -30,8 +30,8 @@ def page_mean(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(1/|pos(k)|) sum_{p in pos(k)} c_p, |pos(k)|, and the product with c_k; TRANSPOSED: sum_{p in
-    pos(k)} f_p c_p."""
+    """(1/|pos(k)|) sum_{p in pos(k)} c_p, |pos(k)|, and the product with c_k;
+    TRANSPOSED: sum_{p in pos(k)} f_p c_p."""
     start = tl.program_id(0) * BLOCK_M
     count = tl.load(count_ptr)
     if start >= count:

@@ -161,9 +161,8 @@ class Order:
         self._pages = np.zeros(0, np.int64)
 
     def _numbers(self, epoch: int, stream: int) -> np.random.Generator:
-        return np.random.Generator(
-            np.random.Philox(key=[self.seed, epoch], counter=[0, 0, stream, 0])
-        )
+        bits = np.random.Philox(key=[self.seed, epoch], counter=[0, 0, stream, 0])
+        return np.random.Generator(bits)
 
     def _begin(self, epoch: int) -> None:
         pieces = self._pieces
@@ -394,9 +393,8 @@ class BatchPlan:
         clicks; items without a click as with one."""
         clicks = np.zeros(self.dataset.num_items)
         rows = self._shown_rows()
-        for items, clicked in zip(
-            self._shown.parts(*rows), self._clicked.parts(*rows), strict=True
-        ):
+        shown, clicks_of = self._shown.parts(*rows), self._clicked.parts(*rows)
+        for items, clicked in zip(shown, clicks_of, strict=True):
             clicks += np.bincount(items, clicked, len(clicks))
         weights = np.maximum(clicks, 1.0) ** power
         return (weights * (clicks.sum() / max(clicks @ weights, 1e-300))).astype(np.float32)

@@ -133,15 +133,9 @@ class EmbeddingStore:
 
     @property
     def _schema(self) -> pa.Schema:
-        kinds = (
-            pa.string(),
-            pa.list_(pa.float32(), self.dim),
-            pa.string(),
-            pa.timestamp("s", "UTC"),
-        )
-        return pa.schema(
-            list(zip(("item_id", "embedding", "source", "encoded_at"), kinds, strict=True))
-        )
+        columns = {"item_id": pa.string(), "embedding": pa.list_(pa.float32(), self.dim)}
+        columns |= {"source": pa.string(), "encoded_at": pa.timestamp("s", "UTC")}
+        return pa.schema(list(columns.items()))
 
     def _append(
         self, ids: Sequence[str], sources: Sequence[str | None], rows: pa.Array

@@ -119,9 +119,8 @@ def list_files(folder: Location, *, everything: bool = False) -> list[Location]:
         return [folder / path for path in inside if everything or not hidden(path)]
     found, name = filesystem(folder)
     rows = found.get_file_info(fs.FileSelector(name, recursive=True, allow_not_found=True))
-    inside = sorted(
-        row.path[len(name.rstrip("/")) + 1 :] for row in rows if row.type == fs.FileType.File
-    )
+    start = len(name.rstrip("/")) + 1
+    inside = sorted(row.path[start:] for row in rows if row.type == fs.FileType.File)
     return [f"{folder}/{path}" for path in inside if everything or not hidden(path)]
 
 

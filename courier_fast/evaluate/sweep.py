@@ -332,9 +332,8 @@ def write_plots(rows: list[dict[str, Any]], axes: list[str], out: Path) -> list[
 
 def write_results(rows: list[dict[str, Any]], axes: list[str], out: Path, console: Console) -> None:
     """results.parquet, results.md, a picture for each axis; and the table on the console."""
-    write_atomically(
-        out / "results.parquet", lambda p: pq.write_table(pa.Table.from_pylist(rows), p)
-    )
+    content = pa.Table.from_pylist(rows)
+    write_atomically(out / "results.parquet", lambda path: pq.write_table(content, path))
     text = []
     for name, of_set in _shown(rows):
         head, *lines = table_of(of_set, axes)

@@ -242,9 +242,8 @@ def evaluate(out: Path, dataset: Dataset, embeddings: Array, q: Quickstart) -> d
         history=q.history,
         seed=q.seed,
     )
-    write_atomically(
-        out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1))
-    )
+    text = json.dumps(results, indent=1)
+    write_atomically(out / "results.json", lambda path: path.write_text(text))
     return results
 
 

@@ -148,9 +148,8 @@ def map_of_items(
     if np.ptp(x, axis=0).max() < 1e-6:
         return None
     # Of unit vectors the squared distance is 2 - 2 cos: the same neighbours.
-    places = TSNE(
-        perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=seed
-    ).fit_transform(x)
+    tsne = TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=seed)
+    places = tsne.fit_transform(x)
     names = [dataset.categories[int(i)].as_py() or "" for i in rows]
     category = np.unique(names, return_inverse=True)[1]
     counts = Counter(name for name in names if name)

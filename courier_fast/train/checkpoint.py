@@ -219,9 +219,7 @@ class Checkpoints:
     def state(self, path: Path) -> dict[str, Any]:
         """The state.json of a checkpoint. ValueError where it was cut off."""
         state = read_json(path / "state.json", f"remove {path} to go on from an earlier one")
-        lacking = [
-            name for name in ("identity", "progress") if not isinstance(state.get(name), dict)
-        ]
+        lacking = [n for n in ("identity", "progress") if not isinstance(state.get(n), dict)]
         if lacking:
             raise ValueError(
                 f"{path / 'state.json'}: was altered, expected {lacking[0]} in it; remove {path} "

@@ -1,8 +1,8 @@
 """impl="cpu", attention for each candidate: products of the columns with the history by torch.mm, a
 chunk of pages at a time.
 
-For page b and candidate j everything comes from dot products, x_jk = E_j . v_k and the logits' q_j
-. k_k:
+For page b and candidate j everything comes from dot products, x_jk = E_j . v_k and the logits'
+q_j . k_k:
 
     s_bj = sum_k w_k x_jk / (tau |E_j| |sum_k w_k v_k|),   w_k = exp(logit_jk)
 

@@ -219,9 +219,8 @@ def _plan(args: argparse.Namespace, dataset: Dataset) -> Plan:
     )
     check_dataset(dataset)
     Impressions(dataset, args.split, history=args.history)  # its own check
-    protocols = [
-        make_protocol(dataset, p, args.encoder_share) for p in dict.fromkeys(args.protocol)
-    ]
+    names = dict.fromkeys(args.protocol)
+    protocols = [make_protocol(dataset, name, args.encoder_share) for name in names]
     tables: dict[str, list[Array]] = {}
     for text in args.embeddings:
         name, paths = _files(text, args.seeds)

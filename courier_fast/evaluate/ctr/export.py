@@ -142,9 +142,8 @@ def _write(
     rows: int,
 ) -> None:
     d = dataset
-    step = max(
-        1, rows * len(pages) // max(1, int(d.pv_end[pages.stop - 1] - d.pv_start[pages.start]))
-    )
+    shown = int(d.pv_end[pages.stop - 1] - d.pv_start[pages.start])
+    step = max(1, rows * len(pages) // max(1, shown))
     writer: pq.ParquetWriter | None = None
     try:
         for first in range(pages.start, pages.stop, step):

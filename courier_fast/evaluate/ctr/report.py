@@ -362,9 +362,8 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
         if not console.is_terminal:
             console.width = 120
     for note in notes_of(report):
-        console.print(
-            note.strip("*"), highlight=False, style="bold red" if note.startswith("**") else ""
-        )
+        style = "bold red" if note.startswith("**") else ""
+        console.print(note.strip("*"), highlight=False, style=style)
     for table in report["tables"]:
         console.print(
             f"\n{table['model']}, {table['protocol']}: {about_table(table)}",
