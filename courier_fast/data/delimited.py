@@ -187,8 +187,8 @@ class Delimited:
             closed, after, plain, end = found.groups()
             if closed is not None and self.quote:
                 if not closed:
-                    field = shown(piece[at : at + 300])
-                    return f"line {line:,}: a quote opens that is not closed: {field}"
+                    rest = shown(piece[at : at + 300])
+                    return f"line {line:,}: a quote opens that is not closed: {rest}"
                 if after.strip():
                     return (
                         f"line {line:,}: text after a closing quote "
