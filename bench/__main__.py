@@ -1,6 +1,7 @@
 """Measures every case with every candidate that can run here, and writes tables and plots.
 
-    python -m bench [--quick] [--case paper big20 ...] [--group options ...] [--impl triton cce ...] [--out DIR]
+    python -m bench [--quick] [--case paper big20 ...] [--group options ...]
+                    [--impl triton cce ...] [--out DIR]
     python -m bench --report DIR       tables and plots of what was measured before
 
 bench/results/<machine>/ gets results.json, written after each case, README.md and the plots. What

@@ -1,5 +1,4 @@
-"""What the commands share: their parser, the line about the machine, the JSON of what was
-measured."""
+"""What the commands share: parser, line about the machine, JSON of what was measured."""
 
 from __future__ import annotations
 

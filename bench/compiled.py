@@ -56,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments, [*COMMON, *SPECIAL])
     found = []
     print(
-        f"{'kernel':<24}{'regs':>5}{'spill':>6}{'KiB':>5}{'wgmma':>6}{'loop':>6}  warps, stages, "
-        "what for"
+        f"{'kernel':<24}{'regs':>5}{'spill':>6}{'KiB':>5}{'wgmma':>6}{'loop':>6}  warps, "
+        "stages, what for"
     )
     for problem in args.problem:
         print(f"{problem}, sm_{args.target}")
@@ -70,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 k.lower() for k, v in telling.items() if v is True
             ]
             print(
-                f"{launch.name:<24}{x.registers:>5}{x.spilled:>6}{x.shared / 1024:>5.0f}{x.wgmma:>6}"
-                f"{sum(x.loop.values()):>6}  {launch.num_warps}, {launch.num_stages}, "
+                f"{launch.name:<24}{x.registers:>5}{x.spilled:>6}{x.shared / 1024:>5.0f}"
+                f"{x.wgmma:>6}{sum(x.loop.values()):>6}  {launch.num_warps}, {launch.num_stages}, "
                 f"{', '.join(words)}",
                 flush=True,
             )

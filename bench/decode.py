@@ -1,5 +1,6 @@
-"""Decoding: encoded photos to random crops of 224 px, flipped and normalised; images/s of the
-decoders and of what users write.
+"""Decoding: encoded photos to random crops of 224 px, flipped and normalised.
+
+Images/s of the decoders and of what users write.
 
 python -m bench.decode [--images FOLDER] [--size 224] [--batch 128] [--threads 2]
 """
@@ -40,8 +41,7 @@ BASELINE = "dali-cpu"
 
 
 def photo(rng: np.random.Generator, side: int = 500) -> Array:
-    """A JPEG like a photo of that size (about 55 KB at 500): smooth colours, texture on some of it,
-    grain."""
+    """A JPEG like a photo of that size (about 55 KB at 500): smooth colours, a texture, grain."""
 
     def noise(cells: int) -> Array:
         field = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
@@ -144,7 +144,7 @@ def candidates(
                     batch_size=batch,
                     num_workers=threads,
                     persistent_workers=True,
-                    # A fork would inherit thread pools that do not run
+                    # A fork would inherit thread pools that do not run.
                     multiprocessing_context="spawn",
                 )
                 works[name] = partial(by_loader, loader)

@@ -1,5 +1,6 @@
-"""The loader alone, with each decoder, against the rate at which the backbone trains. `python -m
-bench.loader --dataset DIR`
+"""The loader alone, with each decoder, against the rate at which the backbone trains.
+
+    python -m bench.loader --dataset DIR
 
 Everything decodes the same batches in turns in one run: random crop, resize, flip, normalise.
 "plain" is a DataLoader with Pillow and torchvision's transforms that opens every occurrence of an
@@ -55,8 +56,7 @@ def plain_batches(loader: DataLoader) -> Iterator[tuple[int, int]]:
 def measure(
     config: Config, kinds: Sequence[str], *, turns: int, steps: int, workers: int
 ) -> dict[str, Any]:
-    """Rates of each decoder's loader, the plain loader, and the backbone; and why a decoder was
-    left out."""
+    """Rates of each decoder's loader, the plain one and the backbone; why one was left out."""
     from courier_fast.data.decode import make_decoder
 
     trainer = Trainer(config)
@@ -104,13 +104,11 @@ def report(result: dict[str, Any]) -> str:
     rates = result["rates"]
     base = rates["backbone training"]["images_per_s"]
     lines = [line_of(result["surroundings"]), ""]
-    lines.append(
-        f"{'':<20}{'images/s':>10}{'occurrences/s':>15}{'images/s over the backbone in training':>42}"
-    )
+    over = "images/s over the backbone in training"
+    lines.append(f"{'':<20}{'images/s':>10}{'occurrences/s':>15}{over:>42}")
     for name, r in rates.items():
-        lines.append(
-            f"{name:<20}{r['images_per_s']:>10,.0f}{r['occurrences_per_s']:>15,.0f}{r['images_per_s'] / base:>41.2f}x"
-        )
+        images, occurrences = r["images_per_s"], r["occurrences_per_s"]
+        lines.append(f"{name:<20}{images:>10,.0f}{occurrences:>15,.0f}{images / base:>41.2f}x")
     lines += [f"{kind}: left out: {reason}" for kind, reason in result["left_out"].items()]
     return "\n".join(lines)
 

@@ -2,13 +2,16 @@
 
     python -m bench.loss --shape paper [--device cpu] [--dtype bfloat16] [--impl cpu] [--json FILE]
 
-reference: this package's definition. eager: what a user writes, logits of the clicked rows and
-cross_entropy. eager_full, compile: N x N logits, without and with torch.compile; compile_rows: the
-clicked rows, compiled. With attention for each candidate, eager and compile take some pages after
-the other, forward and backward, and eager_full all pages at once. lce, lce_chunked: torch's
-linear_cross_entropy behind the eager attention. cce, liger, inf_cl, varlen, memeff, siglip,
-xformers_ce: other packages, see peers.py. cpu, triton, triton_graph (its CUDA graph), xformers:
-this package.
+- reference: this package's definition
+- eager: what a user writes, logits of the clicked rows and cross_entropy
+- eager_full, compile: N x N logits, without and with torch.compile
+- compile_rows: the clicked rows, compiled
+- lce, lce_chunked: torch's linear_cross_entropy behind the eager attention
+- cce, liger, inf_cl, varlen, memeff, siglip, xformers_ce: other packages, see peers.py
+- cpu, triton, triton_graph (its CUDA graph), xformers: this package
+
+With attention for each candidate, eager and compile take some pages after the other, forward and
+backward, and eager_full all pages at once.
 
 Times are taken in turns. On a GPU, p20, p50 and p80 are between two events around work that is
 queued already, so that the host does not count unless it has to wait for the GPU; wall is a call
@@ -298,15 +301,15 @@ def heading(about: dict[str, Any]) -> list[str]:
         each = "(K of pages with an anchor)"
     return [
         f"{case['name']} on {about['device']}: {case['dtype']}{', tf32' if case['tf32'] else ''}, "
-        f"N = {about['rows']:,} PV items, M = {about['anchors']:,} anchors, {about['columns']:,} "
-        "columns, "
+        f"N = {about['rows']:,} PV items, M = {about['anchors']:,} anchors, "
+        f"{about['columns']:,} columns, "
         f"K = {about['history']:,} history items, D = {about['dim']}"
         + "".join(f", {k} {v}" for k, v in options.items()),
         f"floor: {factor} {each} columns D flops in {about['floor_seconds'] * 1e3:.4g} ms, at the "
         f"{product['flops_per_second'] / 1e12:.4g} TFLOP/s of a product of size {product['size']}",
         f"errors: relative l2 against float64, on {scope}; "
-        "budget: twice the error of eager code, or of its model (courier_fast.budget), plus one "
-        "rounding",
+        "budget: twice the error of eager code, or of its model (courier_fast.budget), "
+        "plus one rounding",
     ]
 
 

@@ -176,8 +176,7 @@ def can_measure_memory(device: torch.device) -> bool:
 def peak_memory(
     name: str, loss: Loss, shape: Shape, batch: Batch, forward: bool = False
 ) -> tuple[int, int | None]:
-    """Bytes at the peak of one run over the inputs: with the gradients, and without them (on a
-    GPU)."""
+    """Bytes at the peak of one run over the inputs: with gradients, and without (on a GPU)."""
     device = batch.clicked.device
     if device.type == "cuda":
 

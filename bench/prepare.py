@@ -59,8 +59,7 @@ def draw(folder: Path, events: int) -> list[str]:
 
 
 def memory(root: int) -> dict[str, int]:
-    """Bytes of a process, of the processes of Ray's tasks under it, and of the object store, in use
-    now."""
+    """Bytes in use now: of a process, of Ray's tasks under it, and of the object store."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -200,8 +199,7 @@ def seconds_of_items(items: int) -> float:
 
 
 def cpu_of_image(side: int, count: int = 200) -> tuple[float, int]:
-    """Microseconds of one core to check a photograph-like JPEG of side x side pixels, and its
-    bytes."""
+    """Microseconds of a core to check a photograph-like JPEG of side x side pixels; its bytes."""
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 256, (side // 8, side // 8, 3), np.uint8))
     fine = rng.integers(-8, 9, (side, side, 3))

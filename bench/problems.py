@@ -123,8 +123,7 @@ def _zipf(count: int, size: int, generator: torch.Generator) -> Tensor:
 def make_batch(
     shape: Shape, options: Options, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> Batch:
-    """Random pages, always the same of a seed; rows of a page share a direction, so that pairs
-    match."""
+    """Random pages, the same of a seed; rows of a page share a direction, so that pairs match."""
     generator = torch.Generator().manual_seed(seed)
     rows = shape.pages * shape.items
     lengths = torch.randint(1, shape.longest_history + 1, (shape.pages,), generator=generator)

@@ -1,17 +1,20 @@
-"""A loss over several processes: what it moves, what that costs, how much of it is hidden. `python
--m bench.processes`
+"""A loss over several processes: what it moves, what that costs, how much of it is hidden.
+
+    python -m bench.processes
 
 Gloo on the CPU; NCCL where there is a GPU for each process. Each process has a batch of the shape;
 all step together.
 
 bytes: counted at the collectives, received by a process in one step, forward and backward, beside
-the formula. A padded all-gather moves the longest shard W - 1 times. step: forward and backward,
-the slowest process of each step. "waiting": the same step, but each transfer is waited for where it
-begins, so that none is under way while something is computed. "transfers": the step's collectives
-alone, with nothing in between. All three take turns in one run. hidden: median (p20 to p80) of
-(waiting - step) / transfers, turn by turn; whoever waits at each transfer also waits for slower
-processes, so it can be more than all, and on shared cores the spread says how much of it to
-believe.
+the formula. A padded all-gather moves the longest shard W - 1 times.
+
+step: forward and backward, the slowest process of each step. "waiting": the same step, but each
+transfer is waited for where it begins, so that none is under way while something is computed.
+"transfers": the step's collectives alone, with nothing in between. All three take turns in one run.
+
+hidden: median (p20 to p80) of (waiting - step) / transfers, turn by turn; whoever waits at each
+transfer also waits for slower processes, so it can be more than all, and on shared cores the spread
+says how much of it to believe.
 """
 
 from __future__ import annotations
@@ -286,7 +289,8 @@ def report(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"{'W':>2} {'attention':<10}{'exchange':<9}{'ids':<4}{'MB forward (formula)':>22}{'MB backward (formula)':>22}"
+        f"{'W':>2} {'attention':<10}{'exchange':<9}{'ids':<4}"
+        f"{'MB forward (formula)':>22}{'MB backward (formula)':>22}"
         f"{'step ms':>9}{'waiting':>9}{'transfers':>10}{'hidden':>21}",
     ]
     for row in result["rows"]:

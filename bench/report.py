@@ -148,8 +148,8 @@ def _variants(case: Record) -> list[str]:
         ratio = f"{middle / bare['times'][1]:.2f}" if right(row) and bare is not None else ""
         goal = f"{VARIANT_GOALS[row['name']]:.2f}" if row["name"] in VARIANT_GOALS else ""
         lines.append(
-            f"| {row['name']} | {_ms(middle)} ({_ms(low)} to {_ms(high)}) | {ratio} | {goal} | "
-            f"{_errors(row)} |"
+            f"| {row['name']} | {_ms(middle)} "
+            f"({_ms(low)} to {_ms(high)}) | {ratio} | {goal} | {_errors(row)} |"
         )
     return [*lines, ""]
 
@@ -197,8 +197,8 @@ def goals(results: Record) -> list[str]:
         measured = "" if value is None else f"{value:.4g} {unit}"
         then = "" if goal.then is None else f"{goal.then:g} {unit}"
         lines.append(
-            f"| {goal.case} | {goal.what} | {measured} | {goal.first:g} {unit} | {then} | "
-            f"{verdict} |"
+            f"| {goal.case} | {goal.what} | {measured} | {goal.first:g} "
+            f"{unit} | {then} | {verdict} |"
         )
     return [*lines, ""]
 

@@ -367,8 +367,8 @@ def report(result: dict[str, Any]) -> str:
         "ours over the backbone alone: "
         f"{rates['ours']['images_per_s'] / rates['backbone alone']['images_per_s']:.1%} of its "
         "images/s",
-        f"a step takes {result['step_seconds'] * 1e3:.0f} ms: {result['loss_share']:.1%} of it the "
-        "loss, "
+        f"a step takes {result['step_seconds'] * 1e3:.0f} ms: "
+        f"{result['loss_share']:.1%} of it the loss, "
         f"{result['waiting_for_images_share']:.1%} waiting for images",
     ]
     return "\n".join(lines)

@@ -67,7 +67,8 @@ class Sizes:
 
 Formula = Callable[[Sizes], float]
 
-# Bytes read and written, in the order of the tensors' first use; the bookkeeping's few bytes a block are left out.
+# Bytes read and written, in the order of the tensors' first use; the bookkeeping's few bytes of a
+# block are left out.
 # fmt: off
 BYTES: dict[str, Formula] = {
     # both offsets, clicked; page and four flags of a row, page of a history row
@@ -77,7 +78,8 @@ BYTES: dict[str, Formula] = {
     # list, E; e
     "normalize_rows": lambda s: 4 * s.rows + s.vectors(2 * s.rows),
     # lists, E of anchors, C with its pages; r, norm, positive's two cosines, log-sum-exp
-    "attend": lambda s: 8 * s.anchors + s.vectors(2 * s.anchors + s.history) + 4 * s.history + 16 * s.anchors,
+    "attend": lambda s: 8 * s.anchors + s.vectors(2 * s.anchors + s.history) + 4 * s.history
+    + 16 * s.anchors,
     # both sides with ids; the sums, their maximum and total, in parts
     "contrast forward": lambda s: s.vectors(s.anchors + s.rows) + 4 * (s.anchors + s.rows)
     + s.parts * (s.vectors(s.anchors) + 8 * s.anchors),
@@ -85,29 +87,31 @@ BYTES: dict[str, Formula] = {
     "finish_rows": lambda s: 8 * s.parts * s.anchors + 8 * s.anchors + 12 * s.anchors,
     "reduce_loss": lambda s: 8 * s.anchors,
     # both sides with ids, log-sum-exps; a row of dL/dE
-    "contrast transposed": lambda s: s.vectors(s.rows + s.anchors) + 4 * (s.rows + s.anchors) + 4 * s.anchors
-    + s.vectors(s.rows) + 4 * s.rows,
+    "contrast transposed": lambda s: s.vectors(s.rows + s.anchors) + 4 * (s.rows + s.anchors)
+    + 4 * s.anchors + s.vectors(s.rows) + 4 * s.rows,
     # list, flag, rank, parts with their maximum, lse, 1 - p, E, r, norm; dL/dR
-    "reconstruction_gradient": lambda s: 9 * s.anchors + s.parts * (s.vectors(s.anchors) + 4 * s.anchors)
-    + 12 * s.anchors + s.vectors(2 * s.anchors) + s.vectors(s.anchors),
+    "reconstruction_gradient": lambda s: 9 * s.anchors
+    + s.parts * (s.vectors(s.anchors) + 4 * s.anchors) + 12 * s.anchors
+    + s.vectors(2 * s.anchors) + s.vectors(s.anchors),
     # lists, E and dL/dR of anchors, C with its pages; largest product, 1 / sum and delta
-    "attend_sums": lambda s: 8 * s.anchors + s.vectors(2 * s.anchors + s.history) + 4 * s.history + 12 * s.anchors,
+    "attend_sums": lambda s: 8 * s.anchors + s.vectors(2 * s.anchors + s.history) + 4 * s.history
+    + 12 * s.anchors,
     # C with its pages, lists, those three, E and dL/dR of anchors; dL/dC
-    "attend_dkv": lambda s: s.vectors(s.history) + 4 * s.history + 20 * s.anchors + s.vectors(2 * s.anchors)
-    + s.vectors(s.history),
+    "attend_dkv": lambda s: s.vectors(s.history) + 4 * s.history + 20 * s.anchors
+    + s.vectors(2 * s.anchors) + s.vectors(s.history),
     # lists, those three, E and dL/dR of anchors, C with its pages; dq
-    "attend_dq": lambda s: 20 * s.anchors + s.vectors(2 * s.anchors + s.history) + 4 * s.history + s.vectors(s.anchors),
+    "attend_dq": lambda s: 20 * s.anchors + s.vectors(2 * s.anchors + s.history) + 4 * s.history
+    + s.vectors(s.anchors),
     # three flags and ranks, 1 - p, the row of the transposed pass, E, r and dq of anchors; dL/dE
-    "pv_gradient": lambda s: 15 * s.rows + 4 * s.anchors + s.vectors(2 * s.rows) + s.vectors(2 * s.anchors)
-    + s.vectors(s.rows),
+    "pv_gradient": lambda s: 15 * s.rows + 4 * s.anchors + s.vectors(2 * s.rows)
+    + s.vectors(2 * s.anchors) + s.vectors(s.rows),
 }
 # fmt: on
 
 
 @dataclass(frozen=True)
 class Noted:
-    """A launch, with its grid and its tensors by argument; or an operator of PyTorch and what it
-    gives."""
+    """A launch, its grid and tensors by argument, or an operator of PyTorch and what it gives."""
 
     name: str
     grid: tuple[int, ...]

@@ -1,6 +1,7 @@
 """Finds the fastest tiles of the contrast's passes on this GPU.
 
-    python -m bench.tune [--dim 64 128 256] [--kind forward lse transposed] [--rows 32768] [--out tiles.json]
+    python -m bench.tune [--dim 64 128 256] [--kind forward lse transposed] [--rows 32768]
+                         [--out tiles.json]
     COURIER_FAST_TILES=tiles.json python train.py
 
 For each pass and D: compiles every candidate and drops what spills or does not fit, checks the loss
@@ -66,8 +67,7 @@ def grid(args: argparse.Namespace) -> Iterator[Any]:
 
 
 def fitting(tile: Any, kind: str, dim: int, capability: int) -> Any | None:
-    """The tile with how many programs of it a multiprocessor holds; None if it spills or does not
-    fit."""
+    """The tile with its programs on a multiprocessor; None if it spills or does not fit."""
     from courier_fast.kernels import configs
     from courier_fast.kernels.launches import SHARED_MEMORY, compiled, launches_of
 

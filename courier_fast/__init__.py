@@ -1,5 +1,5 @@
-"""COURIER training losses: contrastive user intention reconstruction (arXiv 2306.05001), fused and
-exact."""
+"""COURIER training losses, fused and exact: contrastive user intention reconstruction,
+arXiv 2306.05001."""
 
 from __future__ import annotations
 

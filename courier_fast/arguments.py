@@ -60,8 +60,7 @@ def check_workspace(workspace: Any) -> None:
 
 
 def attention_of(attention: str | None, direction: str) -> str:
-    """The default is what trained the best embeddings (docs/hm-fashion.md), where a direction has
-    it."""
+    """What trained the best embeddings (docs/hm-fashion.md), where a direction has it."""
     if attention is not None:
         return attention
     plain = isinstance(direction, str) and direction == "reconstruct"
@@ -110,8 +109,8 @@ class Attention:
         heads = self.heads
         if dim % heads:
             raise ValueError(
-                f"num_heads: expected a divisor of the embedding dimension {dim}, got "
-                f"{shown(heads)}"
+                f"num_heads: expected a divisor of the embedding dimension {dim}, "
+                f"got {shown(heads)}"
             )
         scale = (dim // heads) ** -0.5 if self.scale is None else float(self.scale)
         if self.temperature is not None:
@@ -157,11 +156,11 @@ def _same_layout(pv: Given, history: Given) -> None:
         (pv.offsets is None) != (history.offsets is None)
     ):
         raise ValueError(
-            "pv and history: expected the same layout (both padded, both packed with offsets, or "
-            "both nested), "
+            "pv and history: expected the same layout (both padded, both packed with offsets, "
+            "or both nested), "
             f"got pv {describe(pv.x)} with{'' if pv.offsets is not None else 'out'} pv_offsets and "
-            f"history {describe(history.x)} with{'' if history.offsets is not None else 'out'} "
-            "history_offsets"
+            f"history {describe(history.x)} "
+            f"with{'' if history.offsets is not None else 'out'} history_offsets"
         )
 
 

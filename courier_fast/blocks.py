@@ -5,12 +5,13 @@ Candidates of other processes and of a memory come in blocks. Over each of them 
 log-sum-exp and a weighted sum; partial results merge, and the gradient of a column needs the rows'
 log-sum-exps alone. So a backend gives four functions:
 
-| function | gives |
-| --- | --- |
-| `forward(x, y, pairs, scoring, bar)` | `Partial`: over the candidates that rows x have in the block y |
-| `backward(y, x, lse, g, pairs, scoring)` | sum_i g_i exp(s_ij - lse_i) x_i of the columns j, [n, D] float32 |
-| `candidate_forward(pages, x, y, pairs, scoring, bar)` | `forward` of attention "candidate": of anchors x (without rows) on their pages, without `mean` |
-| `candidate_backward(pages, x, y, lse, g, pairs, scoring)` | `CandidateGradients` of sum_i g_i lse_i, lse over all blocks |
+- `forward(x, y, pairs, scoring, bar)`: `Partial` over the candidates that rows x have in block y
+- `backward(y, x, lse, g, pairs, scoring)`: sum_i g_i exp(s_ij - lse_i) x_i of the columns j,
+  [n, D] float32
+- `candidate_forward(pages, x, y, pairs, scoring, bar)`: `forward` of attention "candidate", of
+  anchors x (without rows) on their pages, without `mean`
+- `candidate_backward(pages, x, y, lse, g, pairs, scoring)`: `CandidateGradients` of
+  sum_i g_i lse_i, lse over all blocks
 
 This file holds them as dense PyTorch (impl="reference", any type and device); the others are in
 kernels/blocks.py and kernels/cpu/blocks.py.
@@ -219,8 +220,7 @@ def _candidate_scores(
 
 
 def count_above(s: Tensor, y: Side, scoring: Scoring, bar: Tensor) -> Tensor:
-    """[M] int64: candidates whose score [M, n] is above `bar` [M]; ties but for rounding are
-    not."""
+    """[M] int64: candidates with a score [M, n] above `bar` [M]; ties but for rounding are not."""
     limit = bar.to(s.dtype) + 1e-6 * scoring.inverse_tau_on(bar.device).to(s.dtype)
     if not y.merged or y.bias is None:
         return (s > limit[:, None]).sum(1)

@@ -98,8 +98,7 @@ EXACT = frozenset(
 
 
 def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A unit in the last place of each number of x, stored in `dtype`; NaN and inf give
-    anything."""
+    """A unit in the last place of each number of x in `dtype`; NaN and inf give anything."""
     info = torch.finfo(dtype)
     # The power of two at or below |x|; numbers below the smallest normal one share its unit.
     power = (x.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
@@ -117,15 +116,17 @@ class Rounding:
     It is off by 0.41 units in the last place in the root mean square, a rounding to nearest by
     0.29. And what the type holds stays what it is: a probability of 1 - 1e-12 is 1, in the model as
     in any code, and 1 less a sum of such is 0. (Half a unit up or down, as it was once, made of it
-    an error that long rows' gradients multiply by thousands: then anything passes.) `leaf(x)` is x
-    in a tensor that says it has x's type and holds float64. What is computed from it, its gradient
-    included, is computed in float64 and then rounded to the type in which plain code would store
-    it: R, unit rows and probabilities to the input's type, log-sum-exps and losses to float32, and
-    a score of size 1/tau to a unit that is as much coarser. In a float32 matrix product every
-    partial sum is rounded too: each library adds in an order of its own, and one after the other is
-    the order with most roundings. The many of one sum are drawn at once, from a normal distribution
-    with the variance of roundings to nearest. (Partial sums of shorter types are float32, which is
-    nothing beside the result's rounding.)
+    an error that long rows' gradients multiply by thousands: then anything passes.)
+
+    `leaf(x)` is x in a tensor that says it has x's type and holds float64. What is computed from
+    it, its gradient included, is computed in float64 and then rounded to the type in which plain
+    code would store it: R, unit rows and probabilities to the input's type, log-sum-exps and losses
+    to float32, and a score of size 1/tau to a unit that is as much coarser.
+
+    In a float32 matrix product every partial sum is rounded too: each library adds in an order of
+    its own, and one after the other is the order with most roundings. The many of one sum are drawn
+    at once, from a normal distribution with the variance of roundings to nearest. (Partial sums of
+    shorter types are float32, which is nothing beside the result's rounding.)
     """
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
@@ -325,7 +326,7 @@ class Budget:
     def check(self) -> None:
         over = [e for e in self.errors() if not e.passes]
         assert not over, "over the error budget: " + "; ".join(
-            f"{e.tensor} ({e.norm}): error {e.error:.3e} is {e.share:.3g} x its budget, size "
-            f"{e.size:.3e}"
+            f"{e.tensor} ({e.norm}): error {e.error:.3e} is {e.share:.3g} x its budget, "
+            f"size {e.size:.3e}"
             for e in over
         )

@@ -72,10 +72,8 @@ def main(argv: list[str] | None = None) -> int:
             except ModuleNotFoundError as error:
                 if error.name is None or error.name.startswith("courier_fast"):
                     raise
-                print(
-                    f'courier-fast {name} needs {error.name}: pip install "courier_fast[{EXTRAS.get(name, "train")}]"',
-                    file=sys.stderr,
-                )
+                install = f'pip install "courier_fast[{EXTRAS.get(name, "train")}]"'
+                print(f"courier-fast {name} needs {error.name}: {install}", file=sys.stderr)
                 return 2
             except ImportError as error:
                 print(f"courier-fast {name}: {line_of(error, name)}", file=sys.stderr)
@@ -108,8 +106,7 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[s
 
 
 def _reader_gone() -> bool:
-    """Whether nobody reads what is printed (| head); it then goes nowhere, also at the end of
-    Python."""
+    """Whether nobody reads what is printed (| head): it goes nowhere, also at Python's end."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):

@@ -1,5 +1,5 @@
-"""A loss as two CUDA graphs per signature, forward and backward: `ReconstructionLoss(...,
-cuda_graph=True)`.
+"""A loss as two CUDA graphs per signature, forward and backward:
+`ReconstructionLoss(..., cuda_graph=True)`.
 
 The upstream gradient is an input of the second, so gradients have the bits that they have without
 graphs. What a replay leaves in the graphs' own memory is copied out at once, and a backward whose

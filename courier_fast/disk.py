@@ -26,8 +26,7 @@ _WORDS = re.compile(
 
 
 class DiskFullError(OSError):
-    """A file could not be written, since the disk is full or a quota or limit of size is
-    reached."""
+    """A file could not be written: the disk is full, or a quota or limit of size is reached."""
 
 
 def is_full(error: BaseException | None) -> bool:

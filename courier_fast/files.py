@@ -122,8 +122,7 @@ def array_sha256(array: npt.NDArray) -> str:
 
 
 def check_sha256(path: Path, expected: str, advice: str = "") -> None:
-    """ValueError, with `advice` at its end, where the bytes of a file are not those that were
-    listed."""
+    """ValueError, with `advice` at its end, where a file's bytes are not those listed."""
     found = sha256(path)
     if found != expected:
         end = f"; {advice}" if advice else ""

@@ -1,5 +1,4 @@
-"""Signals that end a command as an error would: what is open is closed, what is half written is
-removed."""
+"""Signals end a command as an error would: what is open is closed, what is half written removed."""
 
 from __future__ import annotations
 
@@ -12,8 +11,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has come. Like KeyboardInterrupt, whose kind it is, it passes by `except
-    Exception`."""
+    """A signal has come. As a KeyboardInterrupt, which it is, it passes `except Exception`."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)

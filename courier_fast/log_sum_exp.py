@@ -58,8 +58,7 @@ class Call:
         )
 
     def merged(self, own: Side, partial: Callable[[Side, str], Partial]) -> Partial:
-        """What `partial` gives for this batch's columns, those of other processes and the
-        memory's."""
+        """What `partial` gives for this batch's columns, other processes' and the memory's."""
         blocks = self.others(own, self.columns)
         found = partial(own, self.pairs)
         for block, _ in blocks:
@@ -73,8 +72,9 @@ class LogSumExp(torch.autograd.Function):
     """lse_i = logsumexp_j x_i . y_j / tau + bias_j [M] float64, and how many score above the
     positive [M].
 
-    Columns are gathered in the forward pass, rows in the backward: dL/dy_j = sum_i g_i p_ij x_i /
-    tau is finished where y_j is, dL/dx_i = g_i sum_j p_ij y_j / tau where x_i is.
+    Columns are gathered in the forward pass, rows in the backward:
+    dL/dy_j = sum_i g_i p_ij x_i / tau is finished where y_j is,
+    dL/dx_i = g_i sum_j p_ij y_j / tau where x_i is.
     """
 
     @staticmethod

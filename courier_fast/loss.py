@@ -91,8 +91,8 @@ def _evaluate(
     p, reach = beside.reach(p, chosen)
     if reach is not None and graphs is not None:
         raise ValueError(
-            "cuda_graph: expected False with group or memory, whose sizes the host has to know, "
-            "got True"
+            "cuda_graph: expected False with group or memory, "
+            "whose sizes the host has to know, got True"
         )
     if graphs is not None:
         return graphs(p, chosen, stats)
@@ -151,7 +151,8 @@ def reconstruction_loss(
 ) -> Tensor | tuple[Tensor, ReconstructionStats]:
     """Contrastive user intention reconstruction, L_rec of COURIER (arXiv 2306.05001).
 
-        R_bj = sum_k softmax_k(c q_j . k_k) v_k over the history of page b,   s_ij = cos(R_bj, E_j) / temperature on i's page b
+        R_bj = sum_k softmax_k(c q_j . k_k) v_k over the history of page b
+        s_ij = cos(R_bj, E_j) / temperature on i's page b
         L = sum_{i in A} w_i [logsumexp_{j in cand(i)} s_ij - s_ii] / sum_{i in A} w_i
 
     That is attention "candidate": each candidate asks the history itself. With "anchor" only the
@@ -234,7 +235,8 @@ def reconstruction_loss(
         )
         if attention == "candidate" and direction != "reconstruct":
             raise ValueError(
-                f'direction: expected "reconstruct" with attention "candidate", got {shown(direction)}: "identify" and "both" compare '
+                'direction: expected "reconstruct" with attention "candidate", '
+                f'got {shown(direction)}: "identify" and "both" compare '
                 'reconstructions made for their own items (attention "anchor" or "mean")'
             )
         check_workspace(workspace)
@@ -301,9 +303,9 @@ def reconstruct(
 
     Arguments as for `reconstruction_loss`. Returns R in the layout of pv with D features (zeros for
     padding and for pages without history), in the input type. With `return_weights` also the
-    attention weights, computed by the reference and without gradient, for pictures: padded [B, P,
-    heads, H] over the positions of `history`; packed and nested [N, heads, longest history] over
-    the rows of the page's history in order, zeros past its end.
+    attention weights, computed by the reference and without gradient, for pictures: padded
+    [B, P, heads, H] over the positions of `history`; packed and nested [N, heads, longest history]
+    over the rows of the page's history in order, zeros past its end.
     """
     check_choices(impl=impl)
     require_flag("return_weights", return_weights)
@@ -337,8 +339,7 @@ def reconstruct(
 
 
 def _by_position(weights: Tensor, pages: Pages) -> Tensor:
-    """Attention weights [N, heads, longest history], for padded pages over the positions of
-    `history`."""
+    """Attention weights [N, heads, longest history]; of padded pages, by position in `history`."""
     history = pages.sides["history"]
     if history.kind != "padded":
         return weights
@@ -377,7 +378,8 @@ def click_sequence_loss(
     """Click-sequence loss, L_seq of COURIER (arXiv 2306.05001): items of one history attract each
     other.
 
-        L_seq = mean over anchors k of -(1/|pos(k)|) sum_{p in pos(k)} [s_kp - logsumexp_{l in cand(k)} s_kl],
+        L_seq = mean over anchors k of
+                -(1/|pos(k)|) sum_{p in pos(k)} [s_kp - logsumexp_{l in cand(k)} s_kl],
         s_kl = cos(C_k, C_l) / temperature
 
     Anchors are the history items whose page has another, different item; positives are those;
@@ -473,9 +475,9 @@ class ReconstructionLoss(_Module):
     """`reconstruction_loss` as a module: options at construction, tensors at the call.
 
     With `learnable_temperature` the parameter `log_inverse_temperature` holds log(1/tau) ([1],
-    float32 whatever the default dtype; state dicts with shape [] load), and tau >=
-    `min_temperature`; at that limit only gradients that raise tau pass. `reset_parameters` gives it
-    its first value, for modules built on the device "meta". Other options as for
+    float32 whatever the default dtype; state dicts with shape [] load), and
+    tau >= `min_temperature`; at that limit only gradients that raise tau pass. `reset_parameters`
+    gives it its first value, for modules built on the device "meta". Other options as for
     `reconstruction_loss`. A `group` is shared by copies of the module and saved with it by its
     name: give "world" where the module is made before `init_process_group`, as
     `torch.distributed.group.WORLD` is None until then.
@@ -488,7 +490,8 @@ class ReconstructionLoss(_Module):
     again. Under torch.compile, and inside somebody else's graph, the kernels are launched as usual.
     Raises RuntimeError where there is no CUDA device, and for implementations other than "triton".
 
-        loss = ReconstructionLoss(temperature=0.1)(pv, history, clicked, pv_mask=..., history_mask=...)
+        loss_fn = ReconstructionLoss(temperature=0.1)
+        loss = loss_fn(pv, history, clicked, pv_mask=..., history_mask=...)
     """
 
     def __init__(
@@ -547,8 +550,7 @@ class ReconstructionLoss(_Module):
 
 
 class ClickSequenceLoss(_Module):
-    """`click_sequence_loss` as a module; temperature and `cuda_graph` as in
-    `ReconstructionLoss`."""
+    """`click_sequence_loss` as a module; temperature, `cuda_graph` as in `ReconstructionLoss`."""
 
     def __init__(
         self,
@@ -576,8 +578,7 @@ class ClickSequenceLoss(_Module):
         super().__init__(fixed_or_learned, options, cuda_graph)
 
     def forward(self, history: Tensor, **inputs: Any) -> Tensor:
-        """`inputs`: the tensor arguments of `click_sequence_loss` (mask, offsets, embeddings,
-        item_ids)."""
+        """`inputs`: tensors of `click_sequence_loss` (mask, offsets, embeddings, item_ids)."""
         return click_sequence_loss(
             history, temperature=self.temperature, _graphs=self._graphs, **self._arguments(inputs)
         )

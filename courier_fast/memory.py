@@ -19,8 +19,9 @@ class EmbeddingMemory(nn.Module):
     state_dict.
 
         memory = EmbeddingMemory(65536, 256)
-        rows, ids, log_q = memory.read() loss = loss_fn(pv, history, clicked, item_ids=item_ids,
-        memory=rows, memory_ids=ids) memory.push(pv, item_ids)
+        rows, ids, log_q = memory.read()
+        loss = loss_fn(pv, history, clicked, item_ids=item_ids, memory=rows, memory_ids=ids)
+        memory.push(pv, item_ids)
 
     Push after the loss, so that a batch never meets itself. Rows are as old as the memory is deep:
     start with one once embeddings move slowly, and watch `age`. With DistributedDataParallel, push
@@ -188,8 +189,7 @@ class EmbeddingMemory(nn.Module):
     # ---- states --------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> EmbeddingMemory:
-        """Moves and casts as any module, but for log_q, which half() and bfloat16() do not
-        round."""
+        """Moves and casts as any module; but half() and bfloat16() do not round log_q."""
         log_q = self.log_q
         super()._apply(fn, *args, **kwargs)
         if self.log_q.dtype.itemsize < log_q.dtype.itemsize:
@@ -241,8 +241,8 @@ def _misfits(kept: dict[str, Tensor], found: dict[str, Any]) -> list[str]:
     at, filled, pushes, has_log_q = found["position"].tolist()
     if not (0 <= at < size and 0 <= filled <= size and pushes >= 0 and has_log_q in (0, 1)):
         wrong.append(
-            f"position: expected a place below {size}, at most {size} rows, a number of pushes and "
-            "0 or 1, "
+            f"position: expected a place below {size}, at most {size} rows, "
+            "a number of pushes and 0 or 1, "
             f"got {[at, filled, pushes, has_log_q]}"
         )
     return wrong

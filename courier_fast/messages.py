@@ -40,7 +40,10 @@ def line_of(error: BaseException, command: str = "") -> str:
             f"{_first(error, library)} ({library}: {type(error).__name__}; {debug} ... shows where)"
         )
     if is_bug(error):
-        return f"an error of its own, {type(error).__name__}: {_first(error)}; please report it with what {debug} ... shows"
+        return (
+            f"an error of its own, {type(error).__name__}: {_first(error)}; "
+            f"please report it with what {debug} ... shows"
+        )
     if isinstance(error, OSError) and error.errno and error.strerror:
         name = error.filename if error.filename is not None else ""
         return f"{name}: {error.strerror}" if name != "" else error.strerror

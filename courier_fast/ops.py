@@ -143,8 +143,8 @@ def refuse_double_backward(ctx: Any, *_: Any) -> Any:
 
 def _refuse_vmap(*_: Any) -> Any:
     raise RuntimeError(
-        "torch.func.vmap over a fused courier_fast loss is not implemented: call it once for each "
-        "batch, "
+        "torch.func.vmap over a fused courier_fast loss is not implemented: "
+        "call it once for each batch, "
         'or use impl="reference"'
     )
 
@@ -203,8 +203,8 @@ class Operator:
         saved_spec: Callable[[Any, Any, Sequence[bool]], Any],
     ) -> None:
         """`forward(module, p, needs, stats)`, `backward(module, p, needs, saved, grad)` and
-        `saved_spec(module, p, needs)` call a function of an implementation's module; `fake(p,
-        stats)` gives empty outputs."""
+        `saved_spec(module, p, needs)` call a function of an implementation's module;
+        `fake(p, stats)` gives empty outputs."""
         self.gradients, self.forward, self.backward = gradients, forward, backward
         self._problem, self._outputs = problem, outputs
         self.fake_outputs, self._saved_spec = fake, saved_spec
@@ -303,8 +303,7 @@ class Operator:
         ctx.set_materialize_grads(False)
 
     def _backward(self, ctx: Any, grad: Tensor | None, *_: Any, run: Any = None) -> Any:
-        """Gradients of the operator's inputs, by `run`: the backward operator, or what stands for
-        it."""
+        """Gradients of the operator's inputs by `run`, the backward operator or its stand-in."""
         names = [f.name for f in fields(self._problem)]
         if grad is None:
             return (None,) * (len(names) + 3)

@@ -62,8 +62,7 @@ def without(others: str, *options: str) -> Rule:
 
 
 def beside(other: str, *options: str, example: str = "") -> Rule:
-    """Options that another one, or a value of it, leaves without effect; `example` is a value of
-    it."""
+    """Options that another, or its value, leaves without effect; `example` is such a value."""
     words = tuple(f"{other} {example}".split())
     return Rule(options, lambda s: f"with {other}" if s.given(other) else None, words)
 

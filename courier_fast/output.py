@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 
 # What file managers and file systems leave in folders that people call empty.
 _LITTER = re.compile(
-    r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.directory|lost\+found|\.nfs[0-9a-f]+|\.Trash.*|\.snapshot|System Volume Information"
+    r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.directory|lost\+found|\.nfs[0-9a-f]+|\.Trash.*"
+    r"|\.snapshot|System Volume Information"
 )
 _LOCK = ".lock"  # of a folder that is being filled; whose holder has ended, it was killed
 _PARTIAL, _OLD = ".partial-", ".old-"
@@ -61,8 +62,7 @@ class Product:
         return isinstance(about, dict) and all(key in about for key in self.keys)
 
     def foreign(self, folder: Path) -> str | None:
-        """The path of something in a folder that is none of its files; None where there is nothing
-        else."""
+        """The path of something in a folder that is none of its files; None where there is none."""
         for where, folders, files in os.walk(folder):
             inner = Path(where).relative_to(folder)
             if where == os.fspath(folder):
@@ -190,14 +190,14 @@ def _check_inputs(
         if within(source, out):
             what = "is" if _same(source, out) else "holds"
             raise ValueError(
-                f"out: expected a folder that is not read, got {path}, which {what} the input "
-                f"{source}"
+                f"out: expected a folder that is not read, got {path}, "
+                f"which {what} the input {source}"
             )
     for source in read_whole:
         if source.is_dir() and within(out, source):
             raise ValueError(
-                f"out: expected a folder outside of {source}, all of whose files are read, got "
-                f"{path}"
+                f"out: expected a folder outside of {source}, "
+                f"all of whose files are read, got {path}"
             )
 
 
@@ -294,14 +294,14 @@ def check_remote(
     for source in (*(str(x) for x in inputs if x is not None), *read_whole):
         if is_url(source) and f"{source.rstrip('/')}/".startswith(f"{url}/"):
             raise ValueError(
-                f"out: expected a folder that is not read, got {url}, which is or holds the input "
-                f"{source}"
+                f"out: expected a folder that is not read, got {url}, "
+                f"which is or holds the input {source}"
             )
     for source in read_whole:
         if is_url(source) and f"{url}/".startswith(f"{source.rstrip('/')}/"):
             raise ValueError(
-                f"out: expected a folder outside of {source}, all of whose files are read, got "
-                f"{url}"
+                f"out: expected a folder outside of {source}, "
+                f"all of whose files are read, got {url}"
             )
     if is_file(url):
         raise ValueError(
@@ -352,9 +352,8 @@ def _is_mount(path: Path) -> bool:
     except OSError:
         return False
     places = (line.split(" ")[4] for line in lines)
-    return os.fspath(path) in {
-        re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), p) for p in places
-    }
+    octal = re.compile(r"\\([0-7]{3})")
+    return os.fspath(path) in {octal.sub(lambda m: chr(int(m[1], 8)), p) for p in places}
 
 
 @contextmanager
@@ -373,9 +372,8 @@ def new_folder(
     Something that has come to `path` meanwhile stays as it is: then the finished folder is
     `<path>.finished` (`<path>/finished` in a mounted volume), and FileExistsError says so.
     """
-    check = partial(
-        check_output, path, product, inputs=[*inputs], listed=[*listed], overwrite=overwrite
-    )
+    read = {"inputs": [*inputs], "listed": [*listed]}
+    check = partial(check_output, path, product, overwrite=overwrite, **read)
     out = check()
     inside = _in_place(out)
     _clear_leftovers(out, inside)
@@ -439,8 +437,8 @@ def _clear_leftovers(out: Path, inside: bool) -> None:
             log.info("%s is removed, which a run that was killed has left", entry)
         else:
             log.warning(
-                "%s is there, of a run that goes on or was killed; if none goes on, it can be "
-                "removed",
+                "%s is there, of a run that goes on or was killed; if none goes on, "
+                "it can be removed",
                 entry,
             )
 
@@ -481,8 +479,7 @@ def _aside(out: Path, product: Product) -> Path:
 
 
 def _kept(filled: Path, out: Path, name: Path, error: Exception) -> Exception:
-    """Puts what is finished where it is safe, at `name` or that with a number; the error that says
-    so."""
+    """Puts what is finished safely at `name`, or that with a number; the error that says so."""
     (filled / _LOCK).unlink(missing_ok=True)
     names = (f"{name.name}{n}" for n in ("", *(f"-{i}" for i in range(2, 1000))))
     finished = next(p for p in map(name.with_name, names) if not os.path.lexists(p))
@@ -586,8 +583,8 @@ def check_growing(
             source.is_file() and source.parent == out and source.name in [*names]
         ):
             raise ValueError(
-                f"{expected}, which {'is' if _same(source, out) else 'would be written over'} the "
-                f"input {source}"
+                f"{expected}, which "
+                f"{'is' if _same(source, out) else 'would be written over'} the input {source}"
             )
     if out.is_dir() and not proof(out):
         there = next((name for name in names if os.path.lexists(out / name)), None)

@@ -1,5 +1,4 @@
-"""From what users hold (padded, packed, nested, a table of unique items) to rows, offsets and
-masks."""
+"""From what users hold (padded, packed, nested, a table of items) to rows, offsets and masks."""
 
 from __future__ import annotations
 
@@ -17,8 +16,7 @@ _SHOWN = 60
 
 
 def shown(x: Any) -> str:
-    """A value as a message shows it: never the data of a list, an array or a tensor, nor a long
-    text."""
+    """A value as a message shows it: no data of a list, an array or a tensor, no long text."""
     if isinstance(x, int) and not isinstance(x, bool) and x.bit_length() > 4 * _SHOWN:
         return f"an int of {x.bit_length()} bits"
     if x is None or isinstance(x, (bool, int, float, str, bytes)):
@@ -91,8 +89,7 @@ class Given:
 
 @dataclass
 class Side:
-    """The layout of one side of the problem, PV or history: how a tensor in that layout becomes
-    rows."""
+    """The layout of one side of the problem, PV or history: how a tensor in it becomes rows."""
 
     name: str  # "pv" or "history"
     kind: str  # "padded", "packed" or "nested"
@@ -111,14 +108,13 @@ class Side:
         return inside if self.mask is None else inside & self.mask
 
     def flatten(self, name: str, x: Tensor, per_row: tuple[int, ...]) -> Tensor:
-        """A tensor in this layout as [rows, *per_row]; raises ValueError where it is not in this
-        layout."""
+        """A tensor in this layout as [rows, *per_row]; ValueError where it is not in it."""
         if self.kind == "nested":
             assert self.like is not None
             if not x.is_nested:
                 raise ValueError(
-                    f"{name}: expected a jagged NestedTensor, as {self.name} is one, got "
-                    f"{describe(x)}"
+                    f"{name}: expected a jagged NestedTensor, as {self.name} is one, "
+                    f"got {describe(x)}"
                 )
             values = jagged_values(name, x)
             for what in ("offsets", "lengths"):
@@ -198,8 +194,7 @@ def as_index(name: str, x: Tensor) -> Tensor:
 
 
 def side(given: Given, features: int, device: torch.device, validate: bool) -> Side:
-    """The layout of a side, whose tensor has `features` (0 or 1) dimensions beside those of the
-    layout."""
+    """The layout of a side, whose tensor has `features` (0 or 1) dimensions besides."""
     if given.x.is_nested:
         layout = _nested(given, features, device)
     else:
@@ -213,8 +208,8 @@ def _nested(given: Given, features: int, device: torch.device) -> Side:
     name, x = given.name, given.x
     if given.mask is not None or given.offsets is not None:
         raise ValueError(
-            f"{name}: a NestedTensor brings its own offsets; expected no {name}_mask and no "
-            f"{name}_offsets"
+            f"{name}: a NestedTensor brings its own offsets; "
+            f"expected no {name}_mask and no {name}_offsets"
         )
     rows = jagged_values(name, x).shape[0]
     starts = x.offsets().to(device=device, dtype=torch.int64)
@@ -250,8 +245,8 @@ def _padded(given: Given, features: int, device: torch.device, validate: bool) -
     if x.dim() != 2 + features:
         what = f"[pages, length{', D' if features else ''}]"
         raise ValueError(
-            f"{name}: expected padded shape {what}, or packed rows with {name}_offsets, got "
-            f"{list(x.shape)}"
+            f"{name}: expected padded shape {what}, or packed rows with {name}_offsets, "
+            f"got {list(x.shape)}"
         )
     pages, length = x.shape[0], x.shape[1]
     if mask is not None:

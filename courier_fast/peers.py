@@ -93,7 +93,8 @@ def check_group(group: Any) -> None:
         kinds += (dist.ProcessGroup,)
     if not (isinstance(group, kinds) or (isinstance(group, str) and group == WORLD)):
         raise TypeError(
-            f'group: expected a torch.distributed ProcessGroup this process is in, "world" or None, got {describe(group)}'
+            'group: expected a torch.distributed ProcessGroup this process is in, "world" or None, '
+            f"got {describe(group)}"
         )
 
 
@@ -103,8 +104,7 @@ def resolved(group: Any) -> Any:
     if isinstance(group, _Lost):
         raise ValueError(
             "group: expected a process group, got a copy from a file of one of ranks "
-            f"{group.ranks[:8]}, which is not in "
-            "this program: give group at the call"
+            f"{group.ranks[:8]}, which is not in this program: give group at the call"
         )
     if not isinstance(group, str):
         return group
@@ -112,8 +112,8 @@ def resolved(group: Any) -> Any:
         return dist.group.WORLD
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ValueError(
-            'group: expected torch.distributed.init_process_group before a call with "world", as WORLD_SIZE is '
-            f"{os.environ['WORLD_SIZE']}, got a call without it"
+            'group: expected torch.distributed.init_process_group before a call with "world", '
+            f"as WORLD_SIZE is {os.environ['WORLD_SIZE']}, got a call without it"
         )
     return None
 
@@ -201,8 +201,8 @@ class Peers:
             for name in first | here:
                 if first.get(name) != here.get(name):
                     raise ValueError(
-                        f"{name}: expected the same on every process, got {first.get(name)} on "
-                        "rank 0 and "
+                        f"{name}: expected the same on every process, "
+                        f"got {first.get(name)} on rank 0 and "
                         f"{here.get(name)} on rank {rank}"
                     )
 
@@ -309,8 +309,7 @@ def reporting(peers: Peers | None) -> Iterator[None]:
 
 
 def rounds_of(exchange: str, size: int, rows: int, row_bytes: int, workspace: int) -> int:
-    """Into how many rounds `rows` of each of `size` processes are divided: two of them are held at
-    a time."""
+    """Rounds that `rows` of each of `size` processes are divided into; two are held at a time."""
     if exchange == "gather" or not rows:
         return 1
     needed = -(-2 * size * rows * row_bytes // workspace)

@@ -63,8 +63,7 @@ class Reach:
     def agree(
         self, p: Problem | SequenceProblem, stats: bool, sizes: Sequence[int]
     ) -> list[list[int]]:
-        """Each size on every process; ValueError, on every process, where this would not be one
-        loss."""
+        """Each size on every process; ValueError, on all of them, where this were not one loss."""
         if self.peers is None:
             return [[n] for n in sizes]
         source = p.pv if isinstance(p, Problem) else p.history
@@ -142,8 +141,8 @@ class Beside:
             if peers is not None:
                 peers.agreed = True  # nothing can be sent from in there
             raise RuntimeError(
-                "group and memory: expected a call outside of torch.compile and torch.func, got "
-                "one inside; "
+                "group and memory: expected a call outside of torch.compile and torch.func, "
+                "got one inside; "
                 "wrap the loss in torch.compiler.disable"
             )
         return p, Reach(impl, peers, self.exchange, found, table_ids)
@@ -165,12 +164,13 @@ class Beside:
             )
         if p.direction != "reconstruct" or p.negatives == "page":
             raise ValueError(
-                'memory: expected direction "reconstruct" and negatives "batch" or "other_pages", got '
-                f"direction {p.direction!r} and negatives {p.negatives!r}"
+                'memory: expected direction "reconstruct" and negatives "batch" or "other_pages", '
+                f"got direction {p.direction!r} and negatives {p.negatives!r}"
             )
         if p.attention == "candidate" and p.query is not None:
             raise ValueError(
-                'memory: expected no query with attention "candidate", as its rows have none, got one'
+                'memory: expected no query with attention "candidate", as its rows have none, '
+                "got one"
             )
         if (ids is not None) != identified:
             what = "the ids of its rows [Q], as the items have ids" if identified else "None"

@@ -114,10 +114,10 @@ def _attention_rows(p: Problem, pv: _Rows, history: _Rows) -> tuple[Tensor, Tens
 
 
 def _attend(p: Problem, pv: _Rows, history: _Rows) -> tuple[Tensor, Tensor]:
-    """R [n_real, D] and the attention weights [n_real, heads, longest history], for every real PV
-    row.
+    """R [n_real, D] and the attention weights [n_real, heads, longest history] of real PV rows.
 
-    a_jk = softmax over k in H_b of (c q_j . k_k),  R_j = sum_k a_jk v_k;  zeros where the page has no history.
+    a_jk = softmax over k in H_b of (c q_j . k_k),  R_j = sum_k a_jk v_k;
+    zeros where the page has no history.
     """
     q, k, v = _attention_rows(p, pv, history)
     if not p.attention_scale:
@@ -228,8 +228,7 @@ def _contrast(
 def _allowed(
     p: Problem, page: Tensor, ids: Tensor | None, anchor: Tensor, column: Tensor
 ) -> Tensor:
-    """cand(i) as a mask [M, n]; `anchor` [M] and `column` [n] are positions among the real PV
-    rows."""
+    """cand(i) as a mask [M, n]; `anchor` [M] and `column` [n]: positions among the real PV rows."""
     itself = anchor[:, None] == column
     other = torch.ones_like(itself)
     if p.negatives == "page":
@@ -242,8 +241,8 @@ def _allowed(
 
 
 def reconstruction_loss(p: Problem) -> LossOutput:
-    """L_rec = sum_{i in A} w_i [logsumexp_{j in cand(i)} s_ij - s_ii] / sum_{i in A} w_i,  s_ij =
-    cos(R_i, E_j) / tau.
+    """L_rec = sum_{i in A} w_i [logsumexp_{j in cand(i)} s_ij - s_ii] / sum_{i in A} w_i,
+    s_ij = cos(R_i, E_j) / tau.
 
     A = {i: clicked, page has history, w_i > 0}. Direction "identify" has s_ji in place of s_ij,
     over the items j with a history; "both" is the mean of the two, and its statistics are those of
@@ -331,8 +330,8 @@ def reconstruction_loss(p: Problem) -> LossOutput:
 
 
 def click_sequence_loss(p: SequenceProblem) -> Tensor:
-    """L_seq = mean over anchors k of -(1/|pos(k)|) sum_{p in pos(k)} [s_kp - logsumexp_{l in
-    cand(k)} s_kl].
+    """L_seq = mean over anchors k of -(1/|pos(k)|) sum_{p in pos(k)}
+    [s_kp - logsumexp_{l in cand(k)} s_kl].
 
     pos(k): the other history items of k's page (not k's own item again); anchors are the items that
     have one; cand(k): every history item but k itself and its re-occurrences on other pages. 0-d,

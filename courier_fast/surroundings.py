@@ -72,8 +72,7 @@ def alone(like: Tensor) -> AbstractContextManager[Any]:
 
 
 def alone_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`alone` around the backward of an autograd function, which runs wherever the user calls
-    it."""
+    """`alone` around the backward of an autograd function, wherever the user calls it."""
 
     @wraps(backward)
     def wrapped(ctx: Any, upstream: Tensor, *others: Any) -> Any:
@@ -97,8 +96,7 @@ def cast(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether there are numbers behind a tensor: not in FakeTensorMode, nor on the device
-    "meta"."""
+    """Whether a tensor has numbers: not in FakeTensorMode, nor on the device "meta"."""
     return not isinstance(x, FakeTensor) and not x.is_meta
 
 

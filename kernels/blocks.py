@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 
 class _Pass:
-    """Rows x against columns y: shapes, both sides as the kernels take them, and what a launch is
-    told."""
+    """Rows x against columns y: shapes, both sides for the kernels, what a launch is told."""
 
     def __init__(self, x: Side, y: Side, pairs: str, scoring: Scoring) -> None:
         unit = x.rows
@@ -115,8 +114,7 @@ def forward(x: Side, y: Side, pairs: str, scoring: Scoring, bar: Tensor | None) 
 
 
 def _with_weight(x: Side, lse: Tensor, g: Tensor) -> tuple[Side, Tensor, Tensor]:
-    """The rows that have any weight, first and counted on the device: what others sent is
-    padded."""
+    """The rows with any weight, first and counted on the device: what others sent is padded."""
     if x.rows.device.type == "cpu":
         return x, lse, g
     order = torch.argsort((g == 0).to(torch.uint8), stable=True)

@@ -3,11 +3,13 @@ history is made in registers, compared with the candidate, and forgotten; the ba
 again.
 
 For page b and candidate j: R_bj = sum_k a_bjk v_k, a_bjk = softmax over k in H_b of (c q_j . k_k),
-s_bj = cos(R_bj, E_j) / tau. Scores in powers of two, t_bj = log2(e) s_bj + bias_j. With g_bj =
-dL/ds_bj and rows of unit length e, r:
+s_bj = cos(R_bj, E_j) / tau. Scores in powers of two, t_bj = log2(e) s_bj + bias_j. With
+g_bj = dL/ds_bj and rows of unit length e, r:
 
     dL/dR_bj = g/tau ( e_j - cos r_bj ) / |R_bj|,   dL/dE_j += g/tau ( r_bj - cos e_j ) / |E_j|,
-    dL/dlogit_k = a_k ( dL/da_k - sum_l a_l dL/da_l ),  dL/da_k = dL/dR . v_k,  and from there as in any attention
+    dL/dlogit_k = a_k ( dL/da_k - sum_l a_l dL/da_l ),  dL/da_k = dL/dR . v_k,
+
+and from there as in any attention.
 """
 
 from __future__ import annotations

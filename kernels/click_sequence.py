@@ -30,8 +30,8 @@ def page_mean(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(1/|pos(k)|) sum_{p in pos(k)} c_p, |pos(k)|, and the product with c_k; TRANSPOSED: sum_{p in
-    pos(k)} f_p c_p."""
+    """(1/|pos(k)|) sum_{p in pos(k)} c_p, |pos(k)|, and the product with c_k;
+    TRANSPOSED: sum_{p in pos(k)} f_p c_p."""
     start = tl.program_id(0) * BLOCK_M
     count = tl.load(count_ptr)
     if start >= count:
@@ -99,8 +99,7 @@ def sequence_losses(
     ITEMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Mean over the anchors k (rows with a positive) of logsumexp_l s_kl - mean_p s_kp, in one
-    program."""
+    """Mean over anchors k (rows with a positive) of logsumexp_l s_kl - mean_p s_kp; one program."""
     count = tl.load(count_ptr)
     inverse_tau = score_scale(tau, TAU_IS_TENSOR) * LN2
     losses = tl.zeros([BLOCK], tl.float32)

@@ -39,8 +39,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Choice:
-    """A tile of the contrast's passes for rows of up to `stride` elements, and where it comes
-    from."""
+    """A tile of the contrast's passes for rows of up to `stride` elements, and its origin."""
 
     kinds: tuple[str, ...]
     stride: int
@@ -98,8 +97,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def block_dim(dim: int) -> int:
-    """The embedding dimension in registers: a power of two, at least what a matrix instruction
-    takes."""
+    """The embedding dimension in registers: a power of two, at least a matrix instruction's."""
     return max(16, next_power_of_2(dim))
 
 
@@ -115,8 +113,7 @@ def _processors(device: torch.device) -> int:
 
 
 def programs(device: torch.device) -> int:
-    """How many programs fill the device once: few row tiles are split along their columns up to
-    that."""
+    """Programs that fill the device once: few row tiles are split along columns up to that."""
     return _processors(device) if device.type == "cuda" else 4
 
 
@@ -175,8 +172,7 @@ def capability(device: torch.device) -> int:
 def contrast_tile(
     dtype: torch.dtype, stride: int, device: torch.device, kind: str = "forward"
 ) -> Tile:
-    """The tile of a pass over rows of `stride` elements: the user's, or that of the tables
-    above."""
+    """The tile of a pass over rows of `stride` elements: the user's, or of the tables above."""
     width = "float32" if dtype == torch.float32 else "16-bit"
     own = (tuned() if OVERRIDE is None else OVERRIDE).get((width, kind, stride))
     if own is not None:
@@ -208,8 +204,7 @@ def attention_tile(dtype: torch.dtype, stride: int, heads: int, backward: bool) 
 
 
 def attention_part(block_d: int) -> int:
-    """Dimensions of a query-key product taken at a time: all of them while a row tile fits in
-    registers."""
+    """Dimensions of a query-key product at a time: all while a row tile fits in registers."""
     return block_d if block_d <= LARGEST_REGISTER_DIM else 64
 
 
@@ -260,8 +255,7 @@ class ProductTile(Tile):
 
 
 def product_tile(dtype: torch.dtype) -> ProductTile:
-    """The chunked path. Not yet measured: 128 x 128 is what wgmma fills, with room for three
-    stages."""
+    """The chunked path. Not yet measured: 128 x 128 fills wgmma, with room for three stages."""
     if interpreted():
         return ProductTile(32, 32, 4, 1, block_k=32)
     if dtype != torch.float32:
@@ -274,14 +268,13 @@ def product_tile(dtype: torch.dtype) -> ProductTile:
 
 
 def chunk_rows(columns: int, dtype: torch.dtype, workspace: int, tile: ProductTile) -> int:
-    """Rows of P, and of the sums of its column tiles, that fit into a workspace of so many
-    bytes."""
+    """Rows of P, and of the sums of its column tiles, that fit into so many bytes."""
     row = columns * dtype.itemsize + -(-columns // tile.block_n) * 12
     return max(workspace // row // tile.block_m, 1) * tile.block_m
 
 
 def use_chunks(dtype: torch.dtype, dim: int) -> bool:
-    """Whether the contrast goes in chunks with P stored: the accumulator would spill (measured at D
-    = 512), or the products are exact float32, whose operands a thread would hold over all of D."""
+    """Whether the contrast goes in chunks with P stored: the accumulator would spill (measured at
+    D = 512), or products are exact float32, whose operands a thread would hold over all of D."""
     exact = dtype == torch.float32 and dot_precision(dtype) == "ieee"
     return dim > LARGEST_REGISTER_DIM or (exact and not interpreted())

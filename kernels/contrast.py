@@ -415,9 +415,9 @@ def contrast(
     """sum_j 2^(t_ij - shift) and sum_j 2^(t_ij - shift) y_j, for one tile of rows and one part of
     the columns.
 
-    Forward: x = r, y = e, the sums give logsumexp_j s_ij and sum_j p_ij e_j. Transposed: x = e, y =
-    r, the offset of y is -lse_i and its scale g_i, and the sum is sum_i g_i p_ij r_i. ("identify"
-    swaps r and e.)
+    Forward: x = r, y = e, the sums give logsumexp_j s_ij and sum_j p_ij e_j.
+    Transposed: x = e, y = r, the offset of y is -lse_i and its scale g_i, and the sum is
+    sum_i g_i p_ij r_i. ("identify" swaps r and e.)
 
     EITHER: only the device knows the temperature. The kernel is launched with a fixed shift and
     with a running maximum, which costs half of its loop; the one that does not fit returns at once.
@@ -523,8 +523,7 @@ class AnchorResults(NamedTuple):
 
 @triton.jit
 def finish(row, valid, top, total, above, positive_ptr, list_ptr, log_q_ptr, scale, out):
-    """loss_i = logsumexp_{j in cand(i)} s_ij - s_ii from the sums over all candidates but the
-    positive."""
+    """loss_i = logsumexp_{j in cand(i)} s_ij - s_ii from the sums over all but the positive."""
     position = tl.load(list_ptr + row, mask=valid, other=0)
     cosine = tl.load(positive_ptr + row.to(tl.int64) * 2, mask=valid, other=0.0)
     positive = cosine * scale

@@ -25,8 +25,7 @@ def normalize_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """e_j = E_j / |E_j| of the listed rows, gathered into contiguous rows, zeros from D to
-    STRIDE."""
+    """e_j = E_j / |E_j| of the listed rows, made contiguous, with zeros from D to STRIDE."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < tl.load(count_ptr)
     position = tl.load(list_ptr + row, mask=valid, other=0)
@@ -53,8 +52,7 @@ def gather_anchors(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """r and the positives' cosines of the anchors, where more than the anchors were
-    reconstructed."""
+    """r and the positives' cosines of the anchors, where more than those were reconstructed."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < tl.load(count_ptr)
     position = tl.load(list_ptr + row, mask=valid, other=0)
@@ -315,8 +313,7 @@ def given_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """r = R / |R| of the listed rows and the positives' cosines, for an R that another library
-    computed."""
+    """r = R / |R| of the listed rows and the positives' cosines, for another library's R."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < tl.load(count_ptr)
     position = tl.load(list_ptr + row, mask=valid, other=0)
@@ -415,9 +412,9 @@ def pv_gradient(
 ):
     """dL/dE_j of PV rows, dL/dq_j added, zeros for padding.
 
-    dL/de_j = 1/tau (sum_i g_i p_ij r_i - [j in A] g_j (1 - p_jj) r_j), and for "identify" g_j/tau
-    (sum_i p_ij r_i - (1 - p_jj) r_j). COLUMNS off: columns are unique items, the sum over i is
-    added there. IN_PLACE: the transposed pass left its rows where dL/dE goes.
+    dL/de_j = 1/tau (sum_i g_i p_ij r_i - [j in A] g_j (1 - p_jj) r_j), and for "identify"
+    g_j/tau (sum_i p_ij r_i - (1 - p_jj) r_j). COLUMNS off: columns are unique items, the sum over i
+    is added there. IN_PLACE: the transposed pass left its rows where dL/dE goes.
     """
     factor = transposed_factor_ptr if HAS_FACTOR else None
     up = Upstream(g_ptr, upstream_ptr, weight_sum_ptr, share, lower, factor)
@@ -528,8 +525,7 @@ def table_gradient(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dL/dU_u: the sum over u's occurrences in a fixed order, and u's own share as a candidate
-    column."""
+    """dL/dU_u: the sum over u's occurrences in a fixed order, and u's share as a column."""
     factor = transposed_factor_ptr if HAS_FACTOR else None
     up = Upstream(None, upstream_ptr, weight_sum_ptr, share, lower, factor)
     back = Parts(

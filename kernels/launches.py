@@ -294,9 +294,9 @@ class Compiled:
     spilled: int  # bytes of a thread's stack
     shared: int  # bytes
     wgmma: int  # Hopper's matrix instructions, in the whole kernel
-    loop: dict[
-        str, int
-    ]  # instructions of the innermost loop with matrix instructions, by kind; {} without one, or not asked for
+    # Instructions of the innermost loop with matrix instructions, by kind; {} without one, or where
+    # nobody asked.
+    loop: dict[str, int]
 
 
 def source_of(launch: Any) -> ASTSource:

@@ -4,12 +4,13 @@ cosines, E and C themselves.
 With unit rows e_j, c_k, lengths |C_k| and attention temperature T, the softmax's denominator
 cancels:
 
-    x_k = e_j . c_k,   w_k = |C_k| exp((x_k - 1)/T),   G = c c^T,   u = sum_k w_k x_k,   n = w^T G w,   s = u / (tau sqrt n)
+    x_k = e_j . c_k,   w_k = |C_k| exp((x_k - 1)/T),   G = c c^T,
+    u = sum_k w_k x_k,   n = w^T G w,   s = u / (tau sqrt n)
 
 A block is UNITS units of SPAN history rows; pages whose histories need as many units, a power of
 two, share blocks. A tile of candidates times a block is two products (x and t = w G); sums over a
-page are sums over neighbouring columns. With g = dL/ds, A = g / (tau sqrt n), a = u / n and y_k =
-w_k (x_k - a t_k):
+page are sums over neighbouring columns. With g = dL/ds, A = g / (tau sqrt n), a = u / n and
+y_k = w_k (x_k - a t_k):
 
     dL/dx_k = A (w_k + y_k / T),   dL/de_j = sum_k dL/dx_k c_k,   dL/dlog|C_k| = sum_j A y_k,
     dL/dc_k = sum_j dL/dx_k e_j - sum_l M_kl c_l,   M_kl = sum_j A a w_k w_l
@@ -126,8 +127,7 @@ def packed_scores(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(max, sum) of 2^t of a block's pages over a part of the candidates, the anchors' own
-    apart."""
+    """(max, sum) of 2^t of a block's pages over part of the candidates, the anchors' own apart."""
     block = tl.program_id(0)
     part = tl.program_id(1)
     if block >= tl.load(packed_count_ptr):
@@ -324,8 +324,7 @@ def finish_columns(
     column_list_ptr,
     column_count_ptr,
     packed_count_ptr,
-    # [N or n, D], rows at their places; holds what the pages that did not fit gave, if there are
-    # any
+    # [N or n, D], rows at their places; holds what pages that did not fit gave, if there are any
     de_ptr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,

@@ -1,5 +1,4 @@
-"""Triton: pages packed into blocks (packed.py), and what goes from their anchors to the blocks and
-back."""
+"""Triton: pages packed into blocks (packed.py), and what goes between their anchors and blocks."""
 
 from __future__ import annotations
 
@@ -288,8 +287,7 @@ def merge_packed(
     MERGED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(max, sum) of an anchor of a packed page: of its page's parts, and of the page's other
-    anchors."""
+    """(max, sum) of an anchor of a packed page: of the page's parts and its other anchors."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = i < tl.load(count_ptr)
     page = tl.load(anchor_page_ptr + i, mask=valid, other=0)

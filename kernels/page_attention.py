@@ -30,8 +30,7 @@ class History(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """What is constant in it: the dimension, the heads, whether by cosines, whether q is E; and the
-    tiles."""
+    """What is constant in it: dimension, heads, whether by cosines, whether q is E; tiles."""
 
     D: Any
     HEADS: Any
@@ -189,8 +188,7 @@ def columns_of(page, pv_offsets_ptr, column_rank_ptr, count, MASK: tl.constexpr)
 
 @triton.jit
 def allowed_pairs(id, column_page, inside, own_id, page, slot_valid, MASK: tl.constexpr):
-    """Which columns are candidates of which anchors of a page, their positives apart [BLOCK_M,
-    SLOTS]."""
+    """Which columns are candidates of which anchors of a page, positives apart [BLOCK_M, SLOTS]."""
     other = inside[:, None] & slot_valid[None, :] & (id[:, None] != own_id[None, :])
     if MASK == MASK_OTHER_PAGES:
         other = other & (column_page != page)[:, None]
@@ -199,8 +197,7 @@ def allowed_pairs(id, column_page, inside, own_id, page, slot_valid, MASK: tl.co
 
 @triton.jit
 def load_columns(columns, column, inside, WITH_PAGE: tl.constexpr):
-    """Positions, ids and pages of some columns; without pages, the columns themselves in their
-    place."""
+    """Positions, ids and pages of some columns; without pages, the columns themselves."""
     position = tl.load(columns.list + column, mask=inside, other=0)
     id = tl.load(columns.id + column, mask=inside, other=0)
     page = column
@@ -290,8 +287,7 @@ def page_gradients(
 
 @triton.jit
 def head_of(tile, dr, top, share, history, past, until, page, head, how: tl.constexpr):
-    """q and dL/dR of one head, 1 / |q|, and the head's softmax, which is known where there is one
-    only."""
+    """q and dL/dR of one head, 1 / |q|, and the head's softmax, known where it is the only one."""
     q = of_head(tile.q, head, how.D, how.HEADS, how.BLOCK_D)
     dr = of_head(dr, head, how.D, how.HEADS, how.BLOCK_D)
     q_inverse = head_lengths(q, how.COSINE)

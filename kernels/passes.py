@@ -239,8 +239,7 @@ class _Chunks:
         }
 
     def scores(self, first: int, normalised: bool, sums: bool, keep: bool) -> None:
-        """P of the chunk if `keep`, and with `sums` its rows' largest score and sum in each
-        tile."""
+        """P of the chunk if `keep`; with `sums` its rows' largest score and sum in each tile."""
         x, y, lse = self.x, self.y, self.lse
         positive = None if self.results is None else self.results.positive
         log_q = None if self.results is None else self.results.log_q
@@ -351,8 +350,7 @@ class _Chunks:
 
 
 def lowered(g: Tensor) -> tuple[Tensor, Tensor]:
-    """g in units of its largest entry, and the factor that restores the products (float16
-    range)."""
+    """g in units of its largest entry, and the factor to restore the products (float16 range)."""
     largest = g.abs().amax()
     largest = torch.where(largest == 0, 1.0, largest)
     return g / largest, largest * 2.0**-HALF_LIFT

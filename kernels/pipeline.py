@@ -331,8 +331,7 @@ def _transposed_passes(
 
 
 def _transposed_pass(s: Shape, y: Rows, d_pv: Tensor | None, none: Tensor) -> Pass:
-    """Where such a pass goes: to dL/dE itself, if it is given and each tile is written whole and
-    once."""
+    """Where such a pass goes: to dL/dE itself, if given and each tile is written whole and once."""
     capacity = y.unit.shape[0]
     tiles = cdiv(capacity, s.transposed.block_m)
     # Chunks are summed in float32; one pass is rounded once.
@@ -425,8 +424,7 @@ def _contrast_inputs(
 
 
 def _early_row_gradients(p: Problem, s: Shape, t: LossState) -> tuple[Tensor, Tensor]:
-    """g_i for an upstream gradient of 1, before the losses are known, and the factor that belongs
-    to it."""
+    """g_i for an upstream gradient of 1, before the losses are known, and its factor."""
     one = torch.ones((), dtype=torch.float32, device=s.device)
     weight_sum = one
     if p.reduction == "mean":

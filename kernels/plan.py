@@ -30,8 +30,7 @@ def store_flag(
 
 @triton.jit
 def any_history(mask_ptr, first, last, live):
-    """Whether one of the history rows first <= k < last is real; most often the first of them
-    is."""
+    """Whether one of the history rows first <= k < last is real; most often the first is."""
     found = first < first
     k = first
     searching = live & (k < last)
@@ -323,8 +322,7 @@ def compact_items(
     items,
     BLOCK: tl.constexpr,
 ):
-    """Items that occur, and log2 of how often: equal candidates are one column with the bias
-    log m."""
+    """Items that occur, and log2 of how often: equal candidates are one column of bias log m."""
     block = tl.program_id(0)
     before = block * 0
     for start in range(0, block * BLOCK, 4 * BLOCK):

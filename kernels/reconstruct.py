@@ -282,8 +282,7 @@ def store_unit_rows(
 
 @triton.jit
 def list_tile(list_ptr, list_page_ptr, count, start, BLOCK_M: tl.constexpr):
-    """A tile of a compacted list: places, validity, PV rows, their pages (-2: none), first and last
-    page."""
+    """A tile of a compacted list: places, validity, PV rows, pages (-2: none), the page range."""
     place = start + tl.arange(0, BLOCK_M)
     valid = place < count
     position = tl.load(list_ptr + place, mask=valid, other=0)
@@ -377,8 +376,7 @@ def attend(
 
 @triton.jit
 def finite(x):
-    """x with NaN and inf replaced by 0: for operands whose rows of other pages meet a zero
-    factor."""
+    """x with 0 for NaN and inf: for operands whose rows of other pages meet a zero factor."""
     return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
 
 
@@ -501,8 +499,7 @@ def attend_dq(
     count_ptr,
     sums_ptr,  # [3, HEADS, capacity]
     dr_ptr,  # [capacity, STRIDE]
-    # [capacity, DQ_STRIDE]; may be dr_ptr: a program reads its own rows of dr, before it writes
-    # them
+    # [capacity, DQ_STRIDE]; may be dr_ptr: a program reads its own rows of dr before it writes them
     dq_ptr,
     capacity,
     history_rows,

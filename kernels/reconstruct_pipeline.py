@@ -1,5 +1,4 @@
-"""impl="triton": R of every item and its gradients, as a sequence of launches; the attention
-alone."""
+"""impl="triton": R of every item and its gradients, as launches; the attention alone."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Launches of what stands around the contrast: bookkeeping, attention, normalisation, gradients of
-rows."""
+"""Launches around the contrast: bookkeeping, attention, normalisation, gradients of rows."""
 
 from __future__ import annotations
 
@@ -203,8 +202,7 @@ def attend(
     positive: Tensor,
     raw: bool = False,
 ) -> None:
-    """Unit rows r of the list, their lengths and the positives' cosines; or with `raw` R [N, D]
-    alone."""
+    """Unit rows r of the list, lengths and the positives' cosines; with `raw` R [N, D] alone."""
     rows, pages, count = reconstructed(t)
     reconstruct.attend[(cdiv(s.rows, s.attention.block_m),)](
         **attention_inputs(p),
@@ -358,8 +356,8 @@ def spread(
         (
             "anchor_count_ptr column_count_ptr reconstructed_count_ptr transposed_acc_ptr "
             "transposed_factor_ptr "
-            "identify_acc_ptr identify_top_ptr identify_lse_ptr forward_miss_ptr identify_miss_ptr "
-            "g_ptr "
+            "identify_acc_ptr identify_top_ptr identify_lse_ptr "
+            "forward_miss_ptr identify_miss_ptr g_ptr "
             "upstream_ptr weight_sum_ptr"
         ).split(),
         dummy,
@@ -487,8 +485,7 @@ def _key_value_gradients(
 
 
 def occurrences(items: int, rows: Sequence[tuple[Any, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Row numbers sorted by item, and where each item's begin [items + 1]; padding (page < 0) comes
-    last."""
+    """Row numbers by item, and where each item's begin [items + 1]; padding (page < 0) is last."""
     kind = torch.int32 if items < 2**31 - 1 else torch.int64  # half the passes of a radix sort
     keys = torch.cat([torch.where(page >= 0, index.to(kind), items) for index, page in rows])
     ordered, order = torch.sort(keys, stable=True)

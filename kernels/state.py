@@ -46,8 +46,7 @@ def larger(a: Any, b: Any) -> Any:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the launches of one problem have in common, and the sizes that its state is declared
-    with."""
+    """What the launches of a problem have in common, and the sizes of its state."""
 
     device: torch.device
     dtype: torch.dtype  # of the embeddings
@@ -73,7 +72,7 @@ class Shape:
     merged: bool = False  # equal candidates are one column
     biased: bool = False  # log_q is given
     values: bool = True  # somebody wants gradients: the forward pass sums values too
-    # P is used at once for the gradient of the columns: the weights of the rows are known
+    # P is used at once for the gradient of the columns: the weights of the rows are known.
     early: bool = False
 
     unbiased = False  # what lists of anchors are

@@ -89,8 +89,7 @@ def rsqrt_flushed(x):
 
 @triton.jit
 def page_of(offsets_ptr, row, pages, steps):
-    """Page of each row: the last b with offsets[b] <= row; `pages` for a row at or past the last
-    offset."""
+    """Page of each row: the last b with offsets[b] <= row; `pages` at or past the last offset."""
     low = tl.zeros_like(row)
     high = low + pages + 1
     for _ in range(steps):

@@ -1,5 +1,4 @@
-"""Which implementations the tests run on, and memory that shows when it is read before it is
-written."""
+"""Which implementations the tests run on, and memory that shows when it is read before written."""
 
 from __future__ import annotations
 

@@ -210,8 +210,7 @@ _yardsticks: OrderedDict[Any, Yardstick] = OrderedDict()
 def shared(
     compute: Callable[[Any, int], Yardstick], impl: str, seed: int, p: Any, case: dict[str, Any]
 ) -> Yardstick:
-    """compute(p, seed), once for all implementations that are given p: the same seed, case and
-    device."""
+    """compute(p, seed), once for all implementations given p: the same seed, case and device."""
     key = (compute, DEVICES[impl], seed, frozenset(case.items()))
     if key not in _yardsticks:
         _yardsticks[key] = compute(p, seed)

@@ -1,5 +1,4 @@
-"""Triton's interpreter without what it does over and over: three quarters of its time in these
-kernels."""
+"""Triton's interpreter without what it does over and over: three quarters of its time here."""
 
 from __future__ import annotations
 

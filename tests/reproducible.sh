@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the wheel of the last commit twice, in two folders and at two times, and compares the bytes.
+# Builds the wheel of the last commit twice, in two folders and at two times; compares the bytes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

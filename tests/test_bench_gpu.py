@@ -133,8 +133,10 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         def missing():
             import nothing_of_that_name
         works = dict(
-            right=lambda: Result("fine", data={{"ms": 1}}), wrong=wrong, missing=missing, fault=fault,
-            crash=lambda: os._exit(9), after=lambda: Result("after"), hang=lambda: time.sleep(100),
+            right=lambda: Result("fine", data={{"ms": 1}}),
+            wrong=wrong, missing=missing, fault=fault,
+            crash=lambda: os._exit(9), after=lambda: Result("after"),
+            hang=lambda: time.sleep(100),
             last=lambda: Result("last"),
         )
         chosen = os.environ["CASES"].split()
@@ -365,7 +367,12 @@ def test_the_sanitizer_is_read(code: int, text: str, status: str, line: str) -> 
 
 NCU = """\
 ==PROF== Connected to process 12
-"ID","Kernel Name","launch__registers_per_thread","sm__inst_executed_pipe_tensor_op_hmma.avg.pct_of_peak_sustained_active","smsp__issue_active.avg.per_cycle_active","smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio","smsp__average_warps_issue_stalled_selected_per_issue_active.ratio","smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"
+"ID","Kernel Name","launch__registers_per_thread",\
+"sm__inst_executed_pipe_tensor_op_hmma.avg.pct_of_peak_sustained_active",\
+"smsp__issue_active.avg.per_cycle_active",\
+"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_selected_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"
 "","","register/thread","%","inst/cycle","inst","inst","inst"
 "0","contrast","246","71.5","0.43","1.25","1.00","0.75"
 "1","contrast","245","69.0","0.41","n/a","1.00","1,000.5"

@@ -195,8 +195,8 @@ class _NarrowDifference(torch.autograd.Function):
 
 
 def confident(dtype: torch.dtype) -> Problem:
-    """Eight pages of one item, half way to its history, and nothing like the others: p is 1 -
-    3e-4."""
+    """Eight pages of one item, half way to its history, and nothing like the others:
+    p is 1 - 3e-4."""
     g = torch.Generator().manual_seed(3)
     pv = torch.eye(8, 16) * 3 + 0.02 * torch.randn(8, 16, generator=g)
     history = pv + torch.eye(16)[8:] * 3 + 0.01 * torch.randn(8, 16, generator=g)

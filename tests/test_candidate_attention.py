@@ -486,8 +486,8 @@ def test_memory_on_the_cpu_does_not_grow_with_candidates_times_history() -> None
         (
             {"attention_temperature": 1.0, "attention_scale": 1.0},
             ValueError,
-            "expected at most one of the two, got attention_scale 1.0 and attention_temperature "
-            "1.0",
+            "expected at most one of the two, "
+            "got attention_scale 1.0 and attention_temperature 1.0",
         ),
         (
             {"attention": "mean", "attention_scale": 1.0},

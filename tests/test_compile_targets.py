@@ -54,8 +54,8 @@ HOT_LOOPS = {
     "bf16-128": ((275, 286), (326, 349), (285, 325)),
     "bf16-64": ((147, 156), (171, 190), (164, 180)),
 }
-# Of a tile of candidates and a block, or half of one, of packed pages: the same of packed.py, D =
-# 256.
+# Of a tile of candidates and a block, or half of one, of packed pages: the same of packed.py,
+# D = 256.
 PACKED_LOOPS = {
     "packed_scores": (792, 843),
     "packed_columns": (708, 696),
@@ -65,8 +65,7 @@ SLACK = 4  # of the compiler: it orders and merges differently from one release 
 
 
 LABELS = (*COMMON, *SPECIAL)
-# A process needs seconds to begin, and workers that share these tests should not compile all of
-# them each
+# A process needs seconds to begin; workers that share these tests should not each compile all.
 AT_ONCE = 5
 
 

@@ -54,7 +54,8 @@ def test_missing_native_library_is_the_reason() -> None:
         sys.modules["courier_fast._native"] = None
         import torch, courier_fast
         from courier_fast import ops
-        pv, clicked, offsets = torch.randn(4, 8), torch.ones(4, dtype=torch.bool), torch.tensor([0, 4])
+        pv, clicked = torch.randn(4, 8), torch.ones(4, dtype=torch.bool)
+        offsets = torch.tensor([0, 4])
         arguments = dict(pv_offsets=offsets, history_offsets=offsets)
         courier_fast.reconstruction_loss(pv, pv, clicked, **arguments)
         try:

@@ -147,7 +147,10 @@ def test_a_command_of_the_text_is_taken(command: str) -> None:
 def test_commands_are_found() -> None:
     assert len(commands(in_blocks)) > 30
     assert len(commands(in_text)) > 20
-    text = '```sh\npip install "." && courier-fast prepare "a b"  # why\nmake \\\n    x\n```\n`make y`\n'
+    text = (
+        '```sh\npip install "." && courier-fast prepare "a b"  # why\nmake \\\n    x\n```\n'
+        "`make y`\n"
+    )
     assert list(in_blocks(text)) == ["pip install .", "courier-fast prepare 'a b'", "make x"]
     assert in_text(text) == ["make y"]
 

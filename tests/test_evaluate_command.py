@@ -89,8 +89,8 @@ def test_command_without_images(tmp_path: Path, dataset: Dataset) -> None:
         (
             {"loss.attention": "candidate", "loss.attention_temperature": 0.3, "loss.unit": True},
             Reconstruction(attention_temperature=0.3, unit=True),
-            "reconstruction (attention candidate, attention_temperature 0.3, num_heads 1, unit "
-            "True)",
+            "reconstruction (attention candidate, attention_temperature 0.3, "
+            "num_heads 1, unit True)",
         ),
         (
             {"loss.attention": "anchor", "loss.attention_scale": 2.0, "loss.unit": False},

@@ -29,7 +29,8 @@ def test_import_is_light_and_quick() -> None:
         courier_fast.reconstruction_loss  # which imports what there is to import
         print(time.perf_counter() - start)
         new = {name.split(".")[0] for name in set(sys.modules) - before}
-        print(*sorted(new & {"triton", "xformers", "numba", "pandas", "polars", "nvidia", "torchvision"}))
+        heavy = {"triton", "xformers", "numba", "pandas", "polars", "nvidia", "torchvision"}
+        print(*sorted(new & heavy))
         print(*[name for name in sys.modules if name.startswith("courier_fast.kernels")])
         """
     ).splitlines()
@@ -45,7 +46,8 @@ def test_works_without(missing: str) -> None:
         sys.modules[{missing!r}] = None  # import fails
         import torch, courier_fast as cf
         from courier_fast import ops
-        pv, history, clicked = torch.randn(2, 3, 8), torch.randn(2, 4, 8), torch.ones(2, 3, dtype=torch.bool)
+        pv, history = torch.randn(2, 3, 8), torch.randn(2, 4, 8)
+        clicked = torch.ones(2, 3, dtype=torch.bool)
         print(bool(torch.isfinite(cf.reconstruction_loss(pv, history, clicked))))
         print(bool(torch.isfinite(cf.click_sequence_loss(history))))
         impl = "triton" if {missing!r} == "triton" else "cpu"

@@ -312,8 +312,8 @@ class _PanicError(Exception):
         (
             KeyError("x"),
             1,
-            "an error of its own, KeyError: 'x'; please report it with what courier-fast --debug "
-            "fake ... shows",
+            "an error of its own, KeyError: 'x'; "
+            "please report it with what courier-fast --debug fake ... shows",
         ),
         (AssertionError(), 1, "an error of its own, AssertionError: AssertionError"),
         (ZeroDivisionError("division by zero"), 1, "an error of its own"),
@@ -369,7 +369,12 @@ def test_groups_of_exceptions_say_the_first() -> None:
 
 def test_nobody_reads_what_is_printed(tmp_path: Path) -> None:
     """courier-fast ... | head: a traceback, or "Broken pipe"."""
-    script = "import sys\nfrom courier_fast import cli\nsys.modules['courier_fast.fake'] = type('F', (), {'add_arguments': lambda p: None, 'run': lambda a: [print('x' * 99) for _ in range(9999)] and 0})\ncli.COMMANDS['fake'] = ('courier_fast.fake', '')\nsys.exit(cli.main(['fake']))"
+    script = (
+        "import sys\nfrom courier_fast import cli\n"
+        "sys.modules['courier_fast.fake'] = type('F', (), {'add_arguments': lambda p: None, "
+        "'run': lambda a: [print('x' * 99) for _ in range(9999)] and 0})\n"
+        "cli.COMMANDS['fake'] = ('courier_fast.fake', '')\nsys.exit(cli.main(['fake']))"
+    )
     child = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

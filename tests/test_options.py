@@ -219,8 +219,8 @@ def test_options_that_go_together_are_taken() -> None:
         "evaluate --dataset ds --embeddings e.npy --backbone resnet18 --pretrained --size 64 "
         "--batch 8 --candidates popular --count 9",
         "evaluate --dataset ds --run r --baselines random --batch 8 --threads 2",
-        "ctr --dataset ds --embeddings e.npy --out o --protocol shared disjoint --encoder-share "
-        "0.4",
+        "ctr --dataset ds --embeddings e.npy --out o --protocol shared "
+        "disjoint --encoder-share 0.4",
         "export --run r --out o --licence x --dataset ds --photos 9 --verify --vectors v.npy",
         "index search --index i --image a.jpg --encoder r --dataset ds --html p.html",
         "index clusters --embeddings e --out o --dataset ds --until 2020-01-01 --k 9",

@@ -116,8 +116,8 @@ MISTAKES: dict[str, Mistake] = {
         nothing,
         lambda g: [g.pop(n) for n in ("pv", "clicked", "pv_offsets")] and None,
         ValueError,
-        "^loss: expected the same on every process, got 'reconstruction' on rank 0 and 'click "
-        "sequence'",
+        "^loss: expected the same on every process, "
+        "got 'reconstruction' on rank 0 and 'click sequence'",
     ),
     # Wrong on process 1.
     "weights": (

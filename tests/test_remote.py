@@ -198,8 +198,8 @@ def test_sources_that_cannot_be_read(
         ("s3://nowhere/events.parquet", "s3://nowhere/events.parquet is not there"),
         (
             "nonsense://a/b.csv",
-            "expected a local path, s3://, gs://, hdfs:// or another URL that fsspec opens, got "
-            "nonsense://a",
+            "expected a local path, s3://, gs://, hdfs:// or another URL that fsspec opens, "
+            "got nonsense://a",
         ),
     ):
         assert main(["prepare", str(tmp_path / "out"), "--interactions", events, *COLUMNS]) == 2

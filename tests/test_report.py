@@ -432,8 +432,10 @@ def test_a_browser_shows_it_without_scrolling_sideways(
     """With a script beside the page that writes what it finds: the report itself has none."""
     probe = """<script>addEventListener("load", () => {
         const broken = [...document.images].filter(x => !x.complete || !x.naturalWidth).length;
-        const empty = [...document.querySelectorAll("section")].filter(x => x.getBoundingClientRect().height < 60).length;
-        document.title = [document.documentElement.scrollWidth - innerWidth, broken, empty, document.images.length].join(" ");
+        const low = x => x.getBoundingClientRect().height < 60;
+        const empty = [...document.querySelectorAll("section")].filter(low).length;
+        const over = document.documentElement.scrollWidth - innerWidth;
+        document.title = [over, broken, empty, document.images.length].join(" ");
     });</script></body>"""
     copy = tmp_path / "report.html"
     copy.write_text(written.read_text().replace("</body>", probe))

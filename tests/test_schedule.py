@@ -160,7 +160,8 @@ from factories import make
 s = state.loss_shape(make(0, impl="triton", dim=32))
 def rows(count):
     number = torch.zeros(32, dtype=torch.int32)
-    return state.Rows(torch.ones(32, 32), torch.tensor([count], dtype=torch.int32), number, number, number, None, number)
+    count = torch.tensor([count], dtype=torch.int32)
+    return state.Rows(torch.ones(32, 32), count, number, number, number, None, number)
 left = [torch.full(size, 7.0) for size in ((32, 32), (32,), (32,))]
 out = state.Pass(*left, torch.empty(0, dtype=torch.int32), 62_500, s.tile)
 builder, real = interpreter.interpreter_builder, contrast.contrast
@@ -170,7 +171,8 @@ class One:
         assert grid == (62_500,)
         return real[(1,)]
 contrast.contrast = One()
-scores = state.Scores(0, 10.0, False, torch.zeros(2, dtype=torch.int64), 0, online=False, fixed_shift=True)
+seed = torch.zeros(2, dtype=torch.int64)
+scores = state.Scores(0, 10.0, False, seed, 0, online=False, fixed_shift=True)
 passes.run_contrast(s, rows(160), rows(2_000_000), scores, out)
 assert all((x == 7.0).all() for x in left), "wrote"
 print("nothing written")

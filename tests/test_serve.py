@@ -303,7 +303,8 @@ def test_serves_without_torch(exported: Path, tmp_path: Path, missing: list[str]
         from pathlib import Path
         import courier_fast, numpy as np
         encoder = courier_fast.load({str(exported)!r})
-        np.save({str(tmp_path / "found.npy")!r}, encoder.encode(sorted(Path({str(tmp_path)!r}).glob("*.jpg"))))
+        files = sorted(Path({str(tmp_path)!r}).glob("*.jpg"))
+        np.save({str(tmp_path / "found.npy")!r}, encoder.encode(files))
         try:
             courier_fast.load({str(exported)!r}, runtime="torch")
         except ModuleNotFoundError as error:
@@ -322,7 +323,8 @@ def test_serves_without_torch(exported: Path, tmp_path: Path, missing: list[str]
 
 
 def test_import_loads_neither_runtime_nor_pictures() -> None:
-    code = "import sys, courier_fast; print(sorted({'torch', 'PIL', 'onnxruntime', 'numpy'} & set(sys.modules)))"
+    heavy = {"torch", "PIL", "onnxruntime", "numpy"}
+    code = f"import sys, courier_fast; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 

@@ -46,14 +46,17 @@ for name, overrides, step in json.loads(sys.argv[1].replace("{rank}", rank)):
     trainer = Trainer(Config.load(None, overrides))
     state = {n: t.clone() for n, t in trainer.model.state_dict().items()}
     batch = trainer.loader.load(0, step)
-    found = [trainer.backward(batch) for _ in range(2)]  # gradients of a step do not stay for the next
+    # Twice: gradients of a step do not stay for the next.
+    found = [trainer.backward(batch) for _ in range(2)]
     gradients = [p.grad.clone() for p in trainer.parameters]
     trainer.step(batch)
-    torch.save({"gradients": gradients, "pages": len(batch.plan.pages), "loss": found[1].loss.detach(), "state": state,
-                "after": trainer.model.state_dict()}, f"{sys.argv[2]}/{name}-{rank}.pt")
+    results = {"gradients": gradients, "pages": len(batch.plan.pages), "state": state,
+               "loss": found[1].loss.detach(), "after": trainer.model.state_dict()}
+    torch.save(results, f"{sys.argv[2]}/{name}-{rank}.pt")
     trainer.close()
 torch.distributed.barrier()
-os._exit(0)  # taking the group down, PyTorch's threads of gloo may abort a process on a busy machine
+# Taking the group down, PyTorch's threads of gloo may abort a process on a busy machine.
+os._exit(0)
 """
 
 RESUMED = """

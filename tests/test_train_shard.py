@@ -48,12 +48,15 @@ rank, folder = int(os.environ["RANK"]), sys.argv[2]
 def gradients(name, overrides, step):
     trainer = Trainer(Config.load(None, overrides))
     batch = trainer.loader.load(0, step)
-    found = [trainer.backward(batch) for _ in range(2)]  # gradients of a step do not stay for the next
+    # Twice: gradients of a step do not stay for the next.
+    found = [trainer.backward(batch) for _ in range(2)]
     grads = [full(p.grad).clone() for p in trainer.parameters]
     _, norm = trainer.step(batch)
-    torch.save({"gradients": grads, "pages": len(batch.plan.pages), "loss": found[1].loss.detach(), "norm": norm,
-                "sharded": sum(p.to_local().numel() for p in trainer.parameters if is_sharded(p)),
-                "all": sum(p.numel() for p in trainer.parameters)}, f"{folder}/{name}-{rank}.pt")
+    results = {"gradients": grads, "pages": len(batch.plan.pages),
+               "loss": found[1].loss.detach(), "norm": norm,
+               "sharded": sum(p.to_local().numel() for p in trainer.parameters if is_sharded(p)),
+               "all": sum(p.numel() for p in trainer.parameters)}
+    torch.save(results, f"{folder}/{name}-{rank}.pt")
 
 def compare(name, overrides, step):
     found = {}
@@ -102,8 +105,9 @@ def fails(name, overrides, who):
     open(f"{folder}/{name}-{rank}.txt", "w").write(said)
     torch.distributed.barrier()
 
+kinds = {"gradients": gradients, "compare": compare, "run": run, "fails": fails}
 for kind, name, overrides, more in json.loads(sys.argv[1]):
-    {"gradients": gradients, "compare": compare, "run": run, "fails": fails}[kind](name, overrides, more)
+    kinds[kind](name, overrides, more)
 torch.distributed.barrier()
 os._exit(0)
 """

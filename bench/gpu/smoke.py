@@ -1,5 +1,6 @@
-"""Every kernel once, against float64: `python -m bench.gpu.smoke [--smallest] [--bare]
-[--rehearse]`
+"""Every kernel once, against float64.
+
+    python -m bench.gpu.smoke [--smallest] [--bare] [--rehearse]
 
 --smallest: a few cases of a few rows that launch every kernel. --bare: nothing is compared and
 memory is not filled with NaN, so that under compute-sanitizer little else than the kernels runs.

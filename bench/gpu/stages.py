@@ -1,5 +1,4 @@
-"""The stages, in their order: which cases each has. A case gives a line and what it measured, or
-raises."""
+"""The stages, in order, with their cases. A case gives a line and what it measured, or raises."""
 
 from __future__ import annotations
 

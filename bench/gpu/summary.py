@@ -99,11 +99,11 @@ def _stages(records: Mapping[str, Content]) -> list[str]:
 
 def _lines(name: str, content: Content) -> list[str]:
     """Every case; of long stages only what did not pass."""
-    shown = [
-        f"- {key}: {'' if case['status'] == PASSED else case['status'] + ': '}{case.get('line', '')}"
-        for key, case in content["cases"].items()
-        if name not in ("smoke",) or case["status"] not in (PASSED, SKIPPED)
-    ]
+    shown = []
+    for key, case in content["cases"].items():
+        status, line = case["status"], case.get("line", "")
+        if name not in ("smoke",) or status not in (PASSED, SKIPPED):
+            shown.append(f"- {key}: {'' if status == PASSED else status + ': '}{line}")
     return [f"## {name}", "", *shown, ""] if shown else []
 
 

@@ -22,8 +22,7 @@ from .worker import Setting
 def _steps(
     encode: Callable[[Tensor], Tensor], images: Tensor, batch: Batch, optimizer: Any, impl: str
 ) -> dict[str, Callable[[], object]]:
-    """The whole step, the encoder's without the loss, and the loss alone on embeddings that are
-    there."""
+    """The whole step, the encoder's without the loss, and the loss alone on given embeddings."""
 
     def loss_of(table: Tensor) -> Tensor:
         return call(batch, impl, embeddings=table)
@@ -73,7 +72,7 @@ def share_of_the_loss(setting: Setting) -> Result:
     line = (
         f"{name}, {items} images: a step {seconds['step'] * 1e3:.1f} ms "
         f"({items / seconds['step']:,.0f} images/s), "
-        f"without the loss {seconds['without the loss'] * 1e3:.1f} ms, the loss alone {share:.1%} "
-        "of it"
+        f"without the loss {seconds['without the loss'] * 1e3:.1f} ms, "
+        f"the loss alone {share:.1%} of it"
     )
     return Result(line, data={"seconds": seconds, "share": share, "images": items})

@@ -23,8 +23,8 @@ FROM_SOURCE = "BENCH_FROM_SOURCE"
 # `python -m` puts the working directory first, and with it the source tree, which lacks the native
 # library.
 BOOT = (
-    f"import os, runpy, sys; sys.path[:1] = [{str(ROOT)!r}] if os.environ.get({FROM_SOURCE!r}) "
-    "else []; "
+    f"import os, runpy, sys; sys.path[:1] = [{str(ROOT)!r}] if "
+    f"os.environ.get({FROM_SOURCE!r}) else []; "
     f"sys.path.append({str(ROOT)!r}); del sys.argv[0]; "
     "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
 )

@@ -34,8 +34,7 @@ class _Packed(NamedTuple):
 
 @dataclass(frozen=True)
 class PageBatch:
-    """Some pages in terms of their unique items; rows of the dataset's tables, all int64 but
-    `clicked`."""
+    """Some pages by their unique items; rows of the dataset's tables, all int64 but `clicked`."""
 
     pages: Array  # [B] pages
     items: Array  # [n] unique items in order of first use
@@ -67,8 +66,7 @@ class PageBatch:
 
     @property
     def num_sequence_anchors(self) -> int:
-        """History items whose page has another, different history item: what L_seq averages
-        over."""
+        """History items whose page has another, different one: what L_seq averages over."""
         return int(_sequence_anchors(self.history_index, self.history_offsets))
 
 
@@ -163,9 +161,8 @@ class Order:
         self._pages = np.zeros(0, np.int64)
 
     def _numbers(self, epoch: int, stream: int) -> np.random.Generator:
-        return np.random.Generator(
-            np.random.Philox(key=[self.seed, epoch], counter=[0, 0, stream, 0])
-        )
+        bits = np.random.Philox(key=[self.seed, epoch], counter=[0, 0, stream, 0])
+        return np.random.Generator(bits)
 
     def _begin(self, epoch: int) -> None:
         pieces = self._pieces
@@ -233,8 +230,8 @@ class BatchPlan:
     ) -> None:
         if (pages > 0) == (images > 0):
             raise ValueError(
-                f"expected exactly one of pages and images above 0, got pages={pages}, "
-                f"images={images}"
+                "expected exactly one of pages and images above 0, "
+                f"got pages={pages}, images={images}"
             )
         if history < 1:
             raise ValueError(f"history: expected at least 1, got {history}")
@@ -330,8 +327,7 @@ class BatchPlan:
         return -(-self._batches(epoch) // self.world)
 
     def pages(self, epoch: int, step: int) -> Array:
-        """[B] this rank's pages of a step; B = 0 where the last step has too few batches for all
-        ranks."""
+        """[B] this rank's pages of a step; B = 0 where the last step has too few for all ranks."""
         if not 0 <= step < self.steps(epoch):
             raise ValueError(f"step: expected 0 <= step < {self.steps(epoch)}, got {step}")
         batch, batches = step * self.world + self.rank, self._batches(epoch)
@@ -384,8 +380,7 @@ class BatchPlan:
 
     @property
     def until(self) -> float:
-        """Time of the newest page, in seconds since 1970; an int unless times have parts of a
-        second."""
+        """Time of the newest page in seconds since 1970, an int unless times have parts of one."""
         return self.dataset.moments[self.rows.stop - 1]
 
     def _shown_rows(self) -> tuple[int, int]:
@@ -398,9 +393,8 @@ class BatchPlan:
         clicks; items without a click as with one."""
         clicks = np.zeros(self.dataset.num_items)
         rows = self._shown_rows()
-        for items, clicked in zip(
-            self._shown.parts(*rows), self._clicked.parts(*rows), strict=True
-        ):
+        shown, clicks_of = self._shown.parts(*rows), self._clicked.parts(*rows)
+        for items, clicked in zip(shown, clicks_of, strict=True):
             clicks += np.bincount(items, clicked, len(clicks))
         weights = np.maximum(clicks, 1.0) ** power
         return (weights * (clicks.sum() / max(clicks @ weights, 1e-300))).astype(np.float32)

@@ -44,8 +44,8 @@ def print_report(report: dict[str, Any]) -> None:
         )
     if "cut" in pages:
         console.print(
-            f"{pages['cut']:,} pages cut to --page-size: weight says how many items shown a row "
-            "stands for"
+            f"{pages['cut']:,} pages cut to --page-size: "
+            "weight says how many items shown a row stands for"
         )
     for column, count in report.get("items_times_unreadable", {}).items():
         console.print(f"items: {count:,} values of {column} cannot be read as times")
@@ -58,8 +58,8 @@ def print_report(report: dict[str, Any]) -> None:
     if images:
         bad = images["undecodable"]
         console.print(
-            f"{images['usable']:,} images, {len(images['missing']):,} missing, {len(bad):,} "
-            "undecodable"
+            f"{images['usable']:,} images, {len(images['missing']):,} missing, "
+            f"{len(bad):,} undecodable"
             + "".join(f"\n  {item}: {why}" for item, why in list(bad.items())[:5])
             + ("\n  ... (report.json has all)" if len(bad) > 5 else ""),
             markup=False,

@@ -99,7 +99,7 @@ class DaliDecoder:
             batch_size=capacity,
             num_threads=self.threads,
             device_id=(self.device.index or 0) if self.on_gpu else None,
-            # The loader's thread runs ahead; DALI answers for the batch it was given
+            # The loader's thread runs ahead; DALI answers for the batch it was given.
             prefetch_queue_depth=1,
             exec_dynamic=False,  # keeps its output's memory
         )

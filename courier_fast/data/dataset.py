@@ -1,17 +1,21 @@
 """The dataset folder: what `courier-fast prepare` writes and everything else reads. It may be local
 or in an object store (storage.py).
 
-| file | rows | columns |
-| --- | --- | --- |
-| dataset.json | | format, source, pages ("given" or "made"), options, splits {name: [first page, end)}, counts, manifest (its checksum) |
-| manifest.json | | tables {name: [{name, rows, bytes, sha256} of each shard]} |
-| users/ | user | user_id (string) |
-| items/ | item | item_id (string), category (string), clicks (int64: clicks on pages of the train split), first_seen, last_seen (int64), height, width (int32: of the image in pixels; 0 without one) |
-| events/ | event | item (int32), time (int64): what users clicked or bought, by user, then time |
-| pages/ | page | user (int32), time (int64), history_start, history_end (int64: rows of events), pv_start, pv_end (int64: rows of page_items) |
-| page_items/ | PV item | item (int32), clicked (uint8: 1 where clicked), weight (float32; only where some page was cut) |
-| images/ | item | jpeg (binary; null without an image) |
-| report.json | | what was kept and dropped, and why |
+- dataset.json: format, source, pages ("given" or "made"), options,
+  splits {name: [first page, end)}, counts, manifest (its checksum)
+- manifest.json: tables {name: [{name, rows, bytes, sha256} of each shard]}
+- users/, a row per user: user_id (string)
+- items/, a row per item: item_id (string), category (string), clicks (int64: clicks on pages of the
+  train split), first_seen, last_seen (int64), height, width (int32: of the image in pixels; 0
+  without one)
+- events/, a row per event: item (int32), time (int64): what users clicked or bought, by user, then
+  time
+- pages/, a row per page: user (int32), time (int64), history_start, history_end (int64: rows of
+  events), pv_start, pv_end (int64: rows of page_items)
+- page_items/, a row per PV item: item (int32), clicked (uint8: 1 where clicked), weight (float32;
+  only where some page was cut)
+- images/, a row per item: jpeg (binary; null without an image)
+- report.json: what was kept and dropped, and why
 
 A page's history is a slice of its user's events, so nothing is stored twice: the last events
 strictly before the page's time are those up to `history_end`. Pages are ordered by time, so a split
@@ -204,8 +208,8 @@ class Dataset:
         if format_ != FORMAT:
             known = f"format {FORMAT}" + (", or 1 in a local folder" if format_ == 1 else "")
             raise ValueError(
-                f"dataset: expected {known}, got {format_} in {self.path}/dataset.json; prepare it "
-                "again"
+                f"dataset: expected {known}, got {format_} in {self.path}/dataset.json; "
+                "prepare it again"
             )
         manifest = self._folder.read_text("manifest.json")
         if manifest is None:
@@ -213,8 +217,8 @@ class Dataset:
         lacking = [name for name in ("manifest", "splits") if name not in self.info]
         if lacking:
             raise ValueError(
-                f"dataset: {self.path}/dataset.json was altered: expected {lacking[0]} in it; "
-                "prepare it again"
+                f"dataset: {self.path}/dataset.json was altered: "
+                f"expected {lacking[0]} in it; prepare it again"
             )
         got = "sha256:" + hashlib.sha256(manifest.encode()).hexdigest()
         if got != self.info["manifest"]:

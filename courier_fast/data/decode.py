@@ -89,7 +89,8 @@ def make_decoder(
     if kind.startswith("dali"):
         if kind == "dali" and device.type != "cuda":
             raise ValueError(
-                f'decoder: "dali" decodes on a GPU, expected device "cuda" (or decoder "dali-cpu"), got {device}'
+                'decoder: "dali" decodes on a GPU, expected device "cuda" (or decoder "dali-cpu"), '
+                f"got {device}"
             )
         from .dali import DaliDecoder
 

@@ -59,14 +59,17 @@ def first_bytes(path: Location) -> bytes:
             raise ValueError(f"{path}: expected text, got {what}")
     if start[:1024].count(b"\0") > 256:
         raise ValueError(
-            f"{path}: expected text in UTF-8, got zero bytes (is it UTF-16? convert it: iconv -f "
-            "UTF-16 -t UTF-8)"
+            f"{path}: expected text in UTF-8, got zero bytes (is it UTF-16? convert it: "
+            "iconv -f UTF-16 -t UTF-8)"
         )
     return start.removeprefix(codecs.BOM_UTF8)
 
 
 def not_utf8(line: int, byte: int) -> str:
-    return f"line {line:,} is not UTF-8 (byte 0x{byte:02X}); convert the file, from Latin-1 for example: iconv -f WINDOWS-1252 -t UTF-8"
+    return (
+        f"line {line:,} is not UTF-8 (byte 0x{byte:02X}); convert the file, from Latin-1 for "
+        "example: iconv -f WINDOWS-1252 -t UTF-8"
+    )
 
 
 def shown(data: bytes, most: int = 60) -> str:
@@ -174,21 +177,33 @@ class Delimited:
         quoted = rb'"[^"]*(?:""[^"]*)*("?)([^%b\n]*)|' % separator if self.quote else b"()()"
         field = re.compile(rb"(?:%b([^%b\n]*))(%b|\n|\Z)" % (quoted, separator, separator))
         at, fields, begin, odd = 0, 0, 0, None
+
+        def row() -> str:
+            return shown(piece[begin : begin + 300])
+
         while at < len(piece):
             found = field.match(piece, at)
             assert found is not None
             closed, after, plain, end = found.groups()
             if closed is not None and self.quote:
                 if not closed:
-                    return f"line {line:,}: a quote opens that is not closed: {shown(piece[at : at + 300])}"
+                    rest = shown(piece[at : at + 300])
+                    return f"line {line:,}: a quote opens that is not closed: {rest}"
                 if after.strip():
-                    return f'line {line:,}: text after a closing quote (within quotes a quote is written ""): {shown(piece[begin : begin + 300])}'
+                    return (
+                        f"line {line:,}: text after a closing quote "
+                        f'(within quotes a quote is written ""): {row()}'
+                    )
             elif odd is None and self.quote and (plain or b"").count(b'"') % 2:
-                odd = f'line {line:,}: a quote within a field (such a field is put in quotes, and the quote written ""): {shown(piece[begin : begin + 300])}'
+                odd = (
+                    f"line {line:,}: a quote within a field "
+                    f'(such a field is put in quotes, and the quote written ""): {row()}'
+                )
             fields += 1
             if fields > len(self.names):
                 total = piece[begin:].split(b"\n", 1)[0].count(self.separator.encode()) + 1
-                return f"line {line:,} has {max(total, fields)} fields, the header {len(self.names)}: {shown(piece[begin : begin + 300])}"
+                n = max(total, fields)
+                return f"line {line:,} has {n} fields, the header {len(self.names)}: {row()}"
             line, at = line + piece.count(b"\n", at, found.end()), found.end()
             if end == b"\n":
                 fields, begin = 0, at

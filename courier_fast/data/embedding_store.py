@@ -1,10 +1,10 @@
 """A folder of embeddings that grows: numbered parts, never changed once they are there, and a
 manifest that says which there are.
 
-| file | |
-| --- | --- |
-| manifest.json | format, space, dim, trained_until, parts [{name, rows, sha256}] |
-| part-00000.parquet | item_id (string), embedding (fixed_size_list<float32>[D]; NaN without an image that can be read), source (string: sha256 of what was encoded), encoded_at (timestamp, UTC); of an item that is gone, embedding and source are null |
+- manifest.json: format, space, dim, trained_until, parts [{name, rows, sha256}]
+- part-00000.parquet: item_id (string), embedding (fixed_size_list<float32>[D]; NaN without an image
+  that can be read), source (string: sha256 of what was encoded), encoded_at (timestamp, UTC); of an
+  item that is gone, embedding and source are null
 
 Of an item in several parts the last one counts. `space` is the identity of the encoder: vectors of
 two encoders cannot be compared.
@@ -56,8 +56,8 @@ class EmbeddingStore:
         path = local_path(path)
         if not (path / NAME).is_file():
             raise FileNotFoundError(
-                f"embeddings: expected a folder that `courier-fast embed` wrote (with {NAME}), got "
-                f"{path}"
+                "embeddings: expected a folder that `courier-fast embed` wrote "
+                f"(with {NAME}), got {path}"
             )
         about = read_json(path / NAME, "embed into a new folder")
         if about.get("format") != FORMAT:
@@ -133,15 +133,9 @@ class EmbeddingStore:
 
     @property
     def _schema(self) -> pa.Schema:
-        kinds = (
-            pa.string(),
-            pa.list_(pa.float32(), self.dim),
-            pa.string(),
-            pa.timestamp("s", "UTC"),
-        )
-        return pa.schema(
-            list(zip(("item_id", "embedding", "source", "encoded_at"), kinds, strict=True))
-        )
+        columns = {"item_id": pa.string(), "embedding": pa.list_(pa.float32(), self.dim)}
+        columns |= {"source": pa.string(), "encoded_at": pa.timestamp("s", "UTC")}
+        return pa.schema(list(columns.items()))
 
     def _append(
         self, ids: Sequence[str], sources: Sequence[str | None], rows: pa.Array
@@ -198,8 +192,7 @@ class EmbeddingStore:
             ) from None
 
     def _newest(self, columns: list[str]) -> pa.Table:
-        """Some columns, item_id and source among them, of the newest row of each item that is not
-        gone."""
+        """Some columns, item_id and source among them, of the newest row of each item not gone."""
         empty = pa.schema([self._schema.field(c) for c in columns]).empty_table()
         table = pa.concat_tables(
             [empty, *(self._read(p["name"], empty.schema) for p in self.parts)]

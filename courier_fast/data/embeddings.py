@@ -38,8 +38,8 @@ def read_embeddings(
     path: str | os.PathLike[str], dataset: Dataset, *, strict: bool = False
 ) -> Array:
     """Embeddings [items, D] float32 in the dataset's order, from .npy (rows in that order, or of
-    the ids in the JSON beside it), .parquet (item_id, embedding), or a folder that `courier-fast
-    embed` wrote.
+    the ids in the JSON beside it), .parquet (item_id, embedding), or a folder that
+    `courier-fast embed` wrote.
 
     Items without a row where there are ids are NaN, other items are left out; `strict` takes
     neither. ValueError where the shape is another or an id comes twice.
@@ -49,8 +49,8 @@ def read_embeddings(
         table = _in_order(*EmbeddingStore.open(path).read(), dataset, path, strict)
     elif not path.is_file():
         raise FileNotFoundError(
-            "embeddings: expected a .npy or .parquet file or a folder of `courier-fast embed`, "
-            f"got {path}"
+            "embeddings: expected a .npy or .parquet file or a folder of "
+            f"`courier-fast embed`, got {path}"
         )
     elif path.suffix == ".npy":
         table, ids = read_npy(path), _ids_beside(path)
@@ -152,8 +152,7 @@ def trained_until(path: str | os.PathLike[str]) -> float | None:
 
 
 def without_embedding(table: Array, dataset: Dataset) -> tuple[int, str]:
-    """How many items have no finite row, and the id of the first of them ("" where there is
-    none)."""
+    """How many items have no finite row, and the first one's id ("" where there is none)."""
     missing = ~np.isfinite(table).all(1)
     first = str(dataset.item_ids[int(missing.argmax())]) if missing.any() else ""
     return int(missing.sum()), first
@@ -210,8 +209,8 @@ def _in_order(ids: pa.Array, rows: Array, dataset: Dataset, path: Path, strict: 
     if len(ids) and (where < 0).all():
         found = no_match(ids.slice(0, 3).to_pylist(), dataset.item_ids.slice(0, 3).to_pylist())
         raise ValueError(
-            f"embeddings: expected item_id of items of {dataset.path}, got none that fits in "
-            f"{path}: {found}"
+            f"embeddings: expected item_id of items of {dataset.path}, "
+            f"got none that fits in {path}: {found}"
         )
     if strict and (where < 0).any():
         raise ValueError(

@@ -159,8 +159,8 @@ def json_lines(path: Location, kinds: Kinds, needed: Sequence[str] = ()) -> Json
     name = str(path).rsplit("/", 1)[-1]
     if start.startswith(b"["):
         raise ValueError(
-            f"{path}: expected JSON lines, got a JSON array; convert it: jq -c '.[]' {name} > "
-            "lines.jsonl"
+            f"{path}: expected JSON lines, got a JSON array; convert it: "
+            f"jq -c '.[]' {name} > lines.jsonl"
         )
     if start and not start.startswith(b"{"):
         raise ValueError(f"{path}: expected JSON lines, an object in each, got {shown(start)}")

@@ -74,8 +74,7 @@ class Source:
         return 1_000_000 if any("microsecond" in t.collect_schema() for t in tables) else 1
 
     def tables(self, name: str) -> list[pl.LazyFrame]:
-        """The rows of "events" or "impressions", in tables that can be read at the same time, in
-        order."""
+        """The rows of "events" or "impressions", in order, in tables to read at the same time."""
         frame = self.events if name == "events" else self.impressions
         if frame is None:
             return []
@@ -109,8 +108,7 @@ class Columns:
 
 
 def _id(frame: pl.LazyFrame, path: Location, column: str, name: str) -> pl.Expr:
-    """A column as ids; text that pandas wrote as floats is read as the whole numbers that it
-    was."""
+    """A column as ids; text that pandas wrote as floats is read as the whole numbers it was."""
     whole = written_as_floats(frame, column)
     if whole:
         log.warning("%s: %s: every value ends in .0, so it is read as whole numbers", path, column)
@@ -156,8 +154,8 @@ def _flag_note(table: Table, columns: Columns) -> str | None:
             return (
                 f"{table.path}: the column {name} says no in {no:,} of the first {len(values):,} "
                 "rows, but every row is taken for a click: with "
-                f"--page-column ID --clicked-column {name} rows are items shown, else leave the "
-                "others out"
+                f"--page-column ID --clicked-column {name} rows are items shown, "
+                "else leave the others out"
             )
     return None
 

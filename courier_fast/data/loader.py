@@ -1,5 +1,4 @@
-"""Batches with their images: planned, read, decoded and moved to the device ahead of the training
-step."""
+"""Batches with images: planned, read, decoded and moved to the device ahead of their step."""
 
 from __future__ import annotations
 

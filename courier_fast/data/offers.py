@@ -30,8 +30,7 @@ class Offers(NamedTuple):
     last_seen: Array  # [n] int64 sorted
     last_of: Array  # [I] int64: last_seen of each item
     by_last: Array  # [n] int32: items in that order
-    # [levels, words] uint64: a bit of the ranks by last_seen, the highest first, in the order of
-    # that level
+    # [levels, words] uint64: a bit of the ranks by last_seen, highest first, in its level's order
     bits: Array
     zeros: Array  # [levels, words + 1] int32: zeros before each word, and all of the level
 

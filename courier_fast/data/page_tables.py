@@ -1,5 +1,4 @@
-"""What both engines of `prepare` do: events of some users in, pages out; then splits and the
-report."""
+"""What both engines of `prepare` do: events of some users in, pages out; then splits and report."""
 
 from __future__ import annotations
 
@@ -96,8 +95,8 @@ def market_of(
     if options.negatives == "category":
         if table["category"].is_null().all():
             raise ValueError(
-                f"negatives: category expects items with a category, got none of {len(table):,} "
-                "with one"
+                "negatives: category expects items with a category, "
+                f"got none of {len(table):,} with one"
             )
         group = table["category"].rank("dense").cast(pl.Int64).fill_null(0).to_numpy() - 1
         kin = offers_of(first, last, group)
@@ -166,8 +165,7 @@ def pages_shown(
     options: PrepareOptions,
     ticks: int = 1,
 ) -> Pages:
-    """The pages of some rows shown (user, page, item, time, clicked, by user and page), by user and
-    page."""
+    """Pages, by user and page, of rows shown (user, page, item, time, clicked, so sorted)."""
     bounds, total = page_bounds(rows), len(rows["user"])
     n = len(bounds) - 1
     user, time, history = np.zeros(n, np.int32), np.zeros(n, np.int64), np.zeros((n, 2), np.int64)

@@ -101,8 +101,7 @@ class JpegHeader(NamedTuple):
 
     @property
     def has_body(self) -> bool:
-        """False where less than a bit is left for every 8 x 8 block: Huffman codes cannot be
-        shorter."""
+        """False where less than a bit is left for every 8 x 8 block: no Huffman code is shorter."""
         return 8 * self.body >= (self.height // 8) * (self.width // 8)
 
 
@@ -215,8 +214,7 @@ def check_size(height: int, width: int) -> None:
 
 
 def read_pillow(image: Array, window: Array, size: int) -> Array:
-    """By Pillow alone: every format and colour space it knows, EXIF rotation, transparency over
-    white."""
+    """By Pillow: every format and colour space it knows, EXIF rotation, transparency over white."""
     header = jpeg_header(image)
     if header is not None and not header.has_body:
         raise ValueError("image: expected a JPEG, got its header")

@@ -49,9 +49,9 @@ from .tables import write_shards
 Array = npt.NDArray
 log = logging.getLogger(__name__)
 
-PART = (
-    1 << 22
-)  # rows of a part, about; more where there would be more than _PARTS, fewer where cores would have nothing to do
+# Rows of a part, about; more where there would be more than _PARTS, fewer where cores would have
+# nothing to do.
+PART = 1 << 22
 _SMALL = 1 << 18
 _PARTS = 1024  # a step sends each of its parts to each of the next
 IMAGES = 256  # of a part
@@ -342,8 +342,7 @@ class _Run:
         first_seen: Array,
         last_seen: Array,
     ) -> tuple[list[list[Any]], Counter[int], int, PageIds]:
-        """Pages of each part of users, cut by time; what became of all; how many were cut; their
-        ids."""
+        """Pages of each part of users, cut by time; what became of all; how many were cut; ids."""
         bases = [_starts([a[n] for a in about]) for n in ("users", "events", "pages")]
         bounds = self.time_bounds(about, bases[2])
         market, pool, past = None, None, None

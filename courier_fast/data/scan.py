@@ -410,8 +410,8 @@ def _files(folder: Location) -> list[tuple[Location, str]]:
         )
     if other:
         raise ValueError(
-            f"{folder}: {expected}, and no others, got {some(other)}; move what is no table away, "
-            "or unpack it"
+            f"{folder}: {expected}, and no others, got {some(other)}; "
+            "move what is no table away, or unpack it"
         )
     if not kinds:
         raise ValueError(f"{folder}: {expected}, got none")

@@ -35,8 +35,7 @@ def _normalise(picture, scale, shift, out):  # type: ignore[no-untyped-def]
 
 
 def normalise_batch(pictures: Tensor, damaged: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Pictures [n, H, W, 3] uint8 on a GPU times scale [3] plus shift [3]; zeros where damaged
-    [n]."""
+    """Pictures [n, H, W, 3] uint8 on a GPU times scale [3], plus shift [3]; 0 where damaged [n]."""
     return (pictures * scale + shift).masked_fill_(damaged[:, None, None, None], 0)
 
 
@@ -48,8 +47,7 @@ class Recycler:
         self._free: list[Array] = []
 
     def take(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        """An array with anything in it. Its memory comes back when the last tensor or view of it is
-        gone."""
+        """An array with anything in it; its memory comes back with its last tensor or view."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         try:
             memory = self._free.pop()

@@ -2,13 +2,12 @@
 fsspec where it knows them.
 
 Files of a remote folder are fetched whole, checked, and kept in a local cache that all processes of
-a machine share:
+a machine share. Variables of the environment:
 
-| variable | |
-| --- | --- |
-| COURIER_FAST_CACHE | its folder; ~/.cache/courier_fast where it is not set |
-| COURIER_FAST_CACHE_GIB | its size, 64 where it is not set; the files used least recently go first |
-| AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ... | an S3 endpoint and its credentials, as for every AWS tool |
+- COURIER_FAST_CACHE: its folder; ~/.cache/courier_fast where it is not set
+- COURIER_FAST_CACHE_GIB: its size, 64 where it is not set; the files used least recently go first
+- AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...: an S3 endpoint and its credentials, as for every AWS
+  tool
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from ..locations import location as location
 
 T = TypeVar("T")
 _BLOCK = 1 << 20
-# Files that are fetched or uploaded at once: the latency of an object store is tens of milliseconds
+# Files fetched or uploaded at once: the latency of an object store is tens of milliseconds.
 _FETCHES = 8
 
 
@@ -54,8 +53,8 @@ def _of_root(root: str) -> tuple[fs.FileSystem, str]:
         found, path = url_to_fs(root)
     except (ValueError, ImportError) as error:
         raise ValueError(
-            "expected a local path, s3://, gs://, hdfs:// or another URL that fsspec opens, got "
-            f"{root}: {error}"
+            "expected a local path, s3://, gs://, hdfs:// or another URL that fsspec opens, "
+            f"got {root}: {error}"
         ) from None
     return fs.PyFileSystem(fs.FSSpecHandler(found)), path
 
@@ -120,9 +119,8 @@ def list_files(folder: Location, *, everything: bool = False) -> list[Location]:
         return [folder / path for path in inside if everything or not hidden(path)]
     found, name = filesystem(folder)
     rows = found.get_file_info(fs.FileSelector(name, recursive=True, allow_not_found=True))
-    inside = sorted(
-        row.path[len(name.rstrip("/")) + 1 :] for row in rows if row.type == fs.FileType.File
-    )
+    start = len(name.rstrip("/")) + 1
+    inside = sorted(row.path[start:] for row in rows if row.type == fs.FileType.File)
     return [f"{folder}/{path}" for path in inside if everything or not hidden(path)]
 
 
@@ -176,8 +174,7 @@ def local_copy(path: Location) -> Path:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of a table, as the manifest lists it. Without a checksum it is that of a folder of
-    format 1."""
+    """A file of a table, as the manifest lists it; of a folder of format 1 without a checksum."""
 
     name: str
     rows: int
@@ -293,8 +290,8 @@ class Folder:
                 ) from None
             if size != shard.bytes:
                 raise ValueError(
-                    f"dataset: {path} was cut off or altered: expected {shard.bytes:,} bytes, got "
-                    f"{size:,}"
+                    f"dataset: {path} was cut off or altered: expected {shard.bytes:,} bytes, "
+                    f"got {size:,}"
                 )
             if check and shard.sha256 is not None:
                 self.verify(shard)

@@ -49,8 +49,7 @@ def arrow_array(values: Any) -> pa.Array:
 
 
 def write_table(path: str | os.PathLike[str], columns: Mapping[str, Any]) -> None:
-    """Writes columns (Arrow arrays, NumPy arrays or memory maps) as one uncompressed record
-    batch."""
+    """Writes columns (arrays of Arrow or NumPy, memory maps) as one uncompressed record batch."""
     batch = pa.record_batch({name: arrow_array(values) for name, values in columns.items()})
     with pa.OSFile(os.fspath(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -80,8 +79,7 @@ def write_shard(
 
 
 def _own(values: Any) -> pa.Array:
-    """An Arrow array whose buffers hold its rows alone, and no bits of validity where no row is
-    null."""
+    """An Arrow array whose buffers hold its rows alone, without validity where no row is null."""
     array = arrow_array(values)
     array = pa.concat_arrays([array, array[:0]])
     if array.null_count:
@@ -263,8 +261,8 @@ class Column:
             writing(
                 cache.folder,
                 lambda: (
-                    f"a column needs {size_text(size)} there; COURIER_FAST_CACHE names another "
-                    "folder"
+                    f"a column needs {size_text(size)} there; "
+                    "COURIER_FAST_CACHE names another folder"
                 ),
             ),
             cache.scratch() as file,

@@ -51,13 +51,15 @@ _HINT = f"say what they are with --time-format: {', '.join(FORMATS)}, or a patte
 
 # ---- text of dates -------------------------------------------------------------------------------
 
-_ZONE = r"(?:\s*(Z|z|UTC|utc|GMT|UT|(?:UTC|GMT)?[+-]\d{2}(?::?\d{2}(?::?\d{2})?)?|[ECMP][SD]T)(?:\s*[\[(][^\])]*[\])])?)?"
+_ZONE = (
+    r"(?:\s*(Z|z|UTC|utc|GMT|UT|(?:UTC|GMT)?[+-]\d{2}(?::?\d{2}(?::?\d{2})?)?|[ECMP][SD]T)"
+    r"(?:\s*[\[(][^\])]*[\])])?)?"
+)
 _CLOCK = r"(\d{1,2})(?::(\d{2})(?::(\d{2})(?:[.,](\d{1,9}))?)?)?" + _ZONE
 _SHAPES = (
     r"^(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})(?:(?:[Tt_]|\s+)" + _CLOCK + ")?$",
-    r"^(\d{4})(\d{2})(\d{2})(?:[Tt_]|\s+)(\d{2}):?(\d{2})?:?(\d{2})?(?:[.,](\d{1,9}))?"
-    + _ZONE
-    + "$",
+    r"^(\d{4})(\d{2})(\d{2})(?:[Tt_]|\s+)"
+    r"(\d{2}):?(\d{2})?:?(\d{2})?(?:[.,](\d{1,9}))?" + _ZONE + "$",
     r"^(?:[A-Za-z]{3,9},?\s+)?(\d{1,2})[ -]([A-Za-z]{3})[a-z]*[ -](\d{4})(?:\s+" + _CLOCK + ")?$",
 )
 _FIXED = r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d"
@@ -220,8 +222,7 @@ def _scaled(whole: pl.Series, other: pl.Series, unit: str) -> pl.Series:
 
 
 def _days(whole: pl.Series, other: pl.Series, first: int) -> pl.Series:
-    """Days of a spreadsheet, to the millisecond: their fractions are rounded when they are
-    written."""
+    """Days of a spreadsheet, to the millisecond: their fractions are rounded when written."""
     days = whole.cast(pl.Float64).zip_with(whole.is_not_null(), other)
     milli = ((days - first) * 86_400_000).round()
     return milli.set((milli.abs() > 9e15).fill_null(False), None).cast(pl.Int64) * 1000
@@ -333,8 +334,7 @@ class TimeForm:
         return pl.col(column).map_batches(self.split, kind, is_elementwise=True).alias("time")
 
     def flat(self, frame: pl.LazyFrame) -> pl.LazyFrame:
-        """A frame with `expression` as "time", and where some have parts of a second
-        "microsecond"."""
+        """A frame with `expression` as "time", and with parts of a second "microsecond"."""
         if self.parts:
             return frame.unnest("time")
         return frame.with_columns(pl.col("time").struct.field("time"))
@@ -387,8 +387,8 @@ def check_format(form: str | None) -> None:
     """ValueError unless it is a format that `look` takes."""
     if form is not None and form not in FORMATS and "%" not in form:
         raise ValueError(
-            f"time_format: expected {', '.join(FORMATS)}, or a pattern such as %d/%m/%Y, got "
-            f"{form!r}"
+            f"time_format: expected {', '.join(FORMATS)}, or a pattern such as %d/%m/%Y, "
+            f"got {form!r}"
         )
 
 

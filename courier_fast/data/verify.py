@@ -1,5 +1,4 @@
-"""`courier-fast verify`: reads every shard of a dataset where it lies and compares it with the
-manifest."""
+"""`courier-fast verify`: reads every shard of a dataset where it lies, against the manifest."""
 
 from __future__ import annotations
 
@@ -17,8 +16,8 @@ def run(args: argparse.Namespace) -> int:
     dataset = Dataset(args.dataset)
     if dataset.info["format"] == 1:
         raise ValueError(
-            f"dataset: expected format 2, which has checksums, got 1 in {args.dataset}; prepare it "
-            "again"
+            f"dataset: expected format 2, which has checksums, got 1 in {args.dataset}; "
+            "prepare it again"
         )
     size = dataset.verify()
     shards = sum(len(table.shards) for table in dataset.tables.values())

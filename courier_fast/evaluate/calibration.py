@@ -37,8 +37,8 @@ class Bin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """`pcoc`: predicted clicks over observed clicks; `ece`: mean over impressions of |predicted -
-    observed| of their bin."""
+    """`pcoc`: predicted clicks over observed clicks; `ece`: mean over impressions of
+    |predicted - observed| of their bin."""
 
     pcoc: float
     ece: float

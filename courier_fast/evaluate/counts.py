@@ -275,8 +275,7 @@ def _count_over_all(first, clicked, group, weight, positives, out):  # type: ign
 
 @njit(cache=True, nogil=True)
 def _count_within(first, clicked, group, weight, state, out):  # type: ignore[no-untyped-def]
-    """`state` [G, 4]: not clicked below the run, in the run so far not clicked and clicked, the
-    run."""
+    """`state` [G, 4]: not clicked below the run; in the run not clicked and clicked; the run."""
     run = 0
     for i in range(len(group)):
         run += first[i]

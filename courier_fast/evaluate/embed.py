@@ -102,8 +102,8 @@ class FolderImages:
                 raise ValueError(
                     f"images: expected one folder for files of the same name, got {len(paths):,} "
                     f"called {name} ({paths[0]}, {paths[1]}): "
-                    "with --id-from folder their folders' names are the ids, with --id-from path "
-                    "both together"
+                    "with --id-from folder their folders' names are the ids, "
+                    "with --id-from path both together"
                 )
             log.warning(
                 "images: %d ids have several files (first: %s before %s); one is taken %s",
@@ -275,8 +275,7 @@ def encode_all(
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """What `embed_source` wrote; also in the JSON file beside the output (with `item_ids` for
-    .npy)."""
+    """What `embed_source` wrote; also in the JSON beside the output (with `item_ids` for .npy)."""
 
     path: Path
     rows: int
@@ -399,8 +398,7 @@ def check_embeddings_out(out: Path, inputs: Iterable[object] = ()) -> None:
 
 
 class _Partial:
-    """The embeddings of an unfinished `out`, and which of them are there: from an earlier run, or
-    none."""
+    """Embeddings of an unfinished `out`, and which are there: of an earlier run, or none."""
 
     def __init__(self, out: Path, about: dict[str, Any], source: Source, dim: int) -> None:
         self.path, self.progress = (
@@ -641,8 +639,8 @@ def _run(args: argparse.Namespace, how: dict[str, Any]) -> int:
     of_features = encoder.about["backbone"] is None
     if of_features and (unused := {"decoder", "threads"} & set(getattr(args, "given", ()))):
         raise ValueError(
-            f"--{min(unused)}: has no effect with an encoder of features (--run {args.run}): no "
-            "image is decoded"
+            f"--{min(unused)}: has no effect with an encoder of features (--run {args.run}): "
+            "no image is decoded"
         )
     if args.dataset is not None:
         source = run_source(encoder, args.run, Dataset(args.dataset), args)
@@ -657,15 +655,15 @@ def _run(args: argparse.Namespace, how: dict[str, Any]) -> int:
         return _run_folder(args, encoder, source, how | {"space": space})
     if args.only_new or args.since or args.compact or args.remove_missing:
         raise ValueError(
-            "only_new, since, remove_missing, compact: expected a folder as --out with them, got "
-            f"{args.out}"
+            "only_new, since, remove_missing, compact: expected a folder as --out with them, "
+            f"got {args.out}"
         )
     report = embed_source(encoder, source, args.out, space=space, **how)
     print(
         f"{report.path}: {report.rows:,} embeddings of {report.dim} dimensions in "
         f"{report.seconds:.1f} s"
-        f" ({report.resumed:,} from an interrupted run); {len(report.missing):,} items without an "
-        "image and"
+        f" ({report.resumed:,} from an interrupted run); "
+        f"{len(report.missing):,} items without an image and"
         f" {len(report.damaged):,} with a damaged one are NaN and listed in {report.path.name}.json"
     )
     return 0
@@ -682,8 +680,8 @@ def _run_folder(args: argparse.Namespace, encoder: Any, source: Source, how: dic
     if args.since:
         if args.dataset is None or not args.only_new:
             raise ValueError(
-                "since: expected --dataset, which knows when items were first seen, and --only-new "
-                "with it"
+                "since: expected --dataset, which knows when items were first seen, "
+                "and --only-new with it"
             )
         rows = rows_since(Dataset(args.dataset).item_first_seen, args.since)
     store, report = embed_new(

@@ -70,8 +70,8 @@ def embed_new(
         store = EmbeddingStore.open(folder)
         if not only_new and store.parts:
             raise ValueError(
-                f"out: {folder} has {store.rows:,} embeddings already; --only-new appends what it "
-                "lacks"
+                f"out: {folder} has {store.rows:,} embeddings already; "
+                "--only-new appends what it lacks"
             )
         store.require(space)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

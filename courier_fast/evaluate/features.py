@@ -1,11 +1,10 @@
 """Three forms in which a click-through-rate model can take a frozen embedding; pure functions, for
 this package's models or any other.
 
-| form | function | gives |
-| --- | --- | --- |
-| vector | `vector_features` | a row per item, for one linear layer beside the ids |
-| similarity | `similarity_features` | numbers per impression: the candidate against the history |
-| cluster | `cluster_features`, `same_cluster` | cluster numbers per item, for embeddings of their own; their agreement with the history per impression |
+- vector, `vector_features`: a row per item, for one linear layer beside the ids
+- similarity, `similarity_features`: numbers per impression, the candidate against the history
+- cluster, `cluster_features` and `same_cluster`: cluster numbers per item, for embeddings of their
+  own; their agreement with the history per impression
 
 A row of the table that is not finite is an item without an embedding: vector 0, cluster -1, left
 out of histories; as a candidate, all its similarities are 0, and so is the column "count".
@@ -71,7 +70,8 @@ def similarity_features(
 
         max, mean, mean_top3:  of c_k (of fewer than three: their mean)
         mean_recent:           weighted by 0.8^(history items that are newer)
-        reconstruction:        cos(R, E),  R = sum_k softmax_k(c_k) C_k / |C_k|, the training loss's default
+        reconstruction:        cos(R, E),  R = sum_k softmax_k(c_k) C_k / |C_k|: the training loss's
+                               default
         count:                 log(1 + H)
         histogram_00 to _19:   log(1 + number of c_k in each of 20 equal bins over [-1, 1])
 

@@ -217,8 +217,7 @@ class _Statistic:
         return math.sqrt(self.users / (self.users - 1) * float(np.square(influence).sum()))
 
     def estimate(self, name: str, level: float, base: _Statistic | None) -> Estimate:
-        """With Student's t of one degree less than there are users: their variance is an estimate,
-        too."""
+        """With Student's t, of a degree less than users: their variance is an estimate, too."""
         se, freedom = self.se(self.influence), max(self.users - 1, 1)
         z = float(stdtrit(freedom, (1 + level) / 2))
         low, high = self.value - z * se, self.value + z * se

@@ -180,8 +180,7 @@ def ndcg(
 
 
 def mrr(clicked: npt.ArrayLike, predictions: npt.ArrayLike, page: npt.ArrayLike) -> GroupMean:
-    """Mean over pages with a click of 1 / rank of the first clicked impression; arguments as of
-    `ndcg`."""
+    """Mean over pages with a click of 1 / rank of the first clicked one; arguments as of `ndcg`."""
     return _page_mean(1, clicked, predictions, page, 1)
 
 
@@ -255,8 +254,8 @@ def count_ranks(scores: Array, offsets: Array) -> Ranks:
     sizes = np.diff(offsets)
     if offsets[0] != 0 or offsets[-1] != len(scores) or (sizes < 1).any():
         raise ValueError(
-            f"offsets: expected segments of at least one score that cover all {len(scores)}, got "
-            f"{offsets}"
+            f"offsets: expected segments of at least one score that cover all {len(scores)}, "
+            f"got {offsets}"
         )
     if not len(sizes):
         return Ranks(*np.zeros((3, 0), np.int64))

@@ -89,8 +89,8 @@ def grid(path: Path | None, given: dict[str, Any], seeds: int, out: Path) -> lis
     for name in ("run.out", "run.seed"):
         if isinstance(given.get(name), list) and (name == "run.out" or len(given[name]) > 1):
             raise ValueError(
-                f"--{name}: expected {'--out' if name == 'run.out' else '--seeds'} in its place, "
-                f"got {given[name]}"
+                f"--{name}: expected {'--out' if name == 'run.out' else '--seeds'} in "
+                f"its place, got {given[name]}"
             )
     if len(given.get("data.dataset", [])) > 1:
         raise ValueError(f"--data.dataset: expected one, got {given['data.dataset']}")
@@ -287,7 +287,8 @@ def table_of(rows: list[dict[str, Any]], axes: list[str]) -> list[list[str]]:
         key = tuple(row[axis] for axis in axes)
         text = f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
         if lines and key != next(iter(lines)):
-            text += f"; {row['difference']:+.3f} ({row['difference_low']:+.3f} to {row['difference_high']:+.3f})"
+            low, high = row["difference_low"], row["difference_high"]
+            text += f"; {row['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
         lines.setdefault(key, []).append(text)
     head = [axis.split(".")[1] for axis in axes]
     return [[*head, *metrics], *([*key, *cells] for key, cells in lines.items())]
@@ -331,9 +332,8 @@ def write_plots(rows: list[dict[str, Any]], axes: list[str], out: Path) -> list[
 
 def write_results(rows: list[dict[str, Any]], axes: list[str], out: Path, console: Console) -> None:
     """results.parquet, results.md, a picture for each axis; and the table on the console."""
-    write_atomically(
-        out / "results.parquet", lambda p: pq.write_table(pa.Table.from_pylist(rows), p)
-    )
+    content = pa.Table.from_pylist(rows)
+    write_atomically(out / "results.parquet", lambda path: pq.write_table(content, path))
     text = []
     for name, of_set in _shown(rows):
         head, *lines = table_of(of_set, axes)
@@ -344,7 +344,10 @@ def write_results(rows: list[dict[str, Any]], axes: list[str], out: Path, consol
             table.add_row(*line)
         console.print(table)
         text += [f"Candidates: {name}", "", markdown_table(head, lines), ""]
-    note = "Means over pages and seeds; 95 % intervals over users; after the semicolon the paired difference from the first line."
+    note = (
+        "Means over pages and seeds; 95 % intervals over users; after the semicolon the paired "
+        "difference from the first line."
+    )
     console.print(note, highlight=False)
     write_atomically(out / "results.md", lambda p: p.write_text("\n".join([*text, note, ""])))
     write_plots(rows, axes, out)

@@ -234,8 +234,7 @@ class Item:
 
 
 def make_item(index: int, seed: int) -> Item:
-    """The item of that index; others do not matter, so a longer catalogue begins with the shorter
-    one."""
+    """The item of that index, whatever the others: a longer catalogue begins with the shorter."""
     rng = np.random.default_rng([seed, index, 0])
     draw = [list(names)[rng.integers(len(names))] for names in (GARMENTS, PATTERNS, PALETTES, CUTS)]
     return Item(f"{index:05}", *draw)
@@ -312,8 +311,7 @@ def _cut_corners(points: Points, rounds: int) -> npt.NDArray[np.float64]:
 
 
 def _shrink(plane: npt.NDArray) -> npt.NDArray:
-    """Means of FINE x FINE pixels; sums of slices are several times faster than a mean over two
-    axes."""
+    """Means of FINE x FINE pixels; sums of slices are far faster than a mean over two axes."""
     rows = np.add.reduce([plane[i::FINE] for i in range(FINE)])
     return np.add.reduce([rows[:, i::FINE] for i in range(FINE)]) / FINE**2
 

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray
 
-LEAD = "The network saw pictures and clicks, and nothing else: no categories, no attributes, no pre-trained weights."
+LEAD = (
+    "The network saw pictures and clicks, and nothing else: no categories, no attributes, "
+    "no pre-trained weights."
+)
 MARK = "quickstart.json"  # says that a folder is a quickstart's, and may be written anew
 PRODUCT = Product(
     "an earlier quickstart",
@@ -239,9 +242,8 @@ def evaluate(out: Path, dataset: Dataset, embeddings: Array, q: Quickstart) -> d
         history=q.history,
         seed=q.seed,
     )
-    write_atomically(
-        out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1))
-    )
+    text = json.dumps(results, indent=1)
+    write_atomically(out / "results.json", lambda path: path.write_text(text))
     return results
 
 

@@ -78,6 +78,6 @@ def sentence(report: dict[str, Any]) -> str:
     return (
         f"A click model (DIN) on ids has an AUC of {base:.3f}; the embedding as {best['form']} "
         f"adds {d['value']:+.3f} ({d['low']:+.3f} to "
-        f"{d['high']:+.3f}): {way:.0%} of the way to {most:.3f}, that of the shoppers' true "
-        "probabilities."
+        f"{d['high']:+.3f}): {way:.0%} of the way to {most:.3f}, "
+        "that of the shoppers' true probabilities."
     )

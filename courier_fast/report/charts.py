@@ -25,8 +25,7 @@ def _ticks(low: float, high: float, count: int = 4) -> list[float]:
 def curve(
     title: str, note: str, series: Mapping[str, Sequence[tuple[float, float]]]
 ) -> dict[str, Any] | None:
-    """A small line chart as SVG, its colours those of the page; None where nothing is to be
-    drawn."""
+    """A small line chart as SVG in the page's colours; None where nothing is to be drawn."""
     series = {
         n: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
         for n, points in series.items()
@@ -55,9 +54,8 @@ def curve(
         parts.append(
             f'<line class="grid" x1="{left}" x2="{width - right}" y1="{py:.1f}" y2="{py:.1f}"/>'
         )
-        parts.append(
-            f'<text x="{left - 8}" y="{py + 3.5:.1f}" text-anchor="end">{number(y, decimals)}</text>'
-        )
+        at = f'x="{left - 8}" y="{py + 3.5:.1f}"'
+        parts.append(f'<text {at} text-anchor="end">{number(y, decimals)}</text>')
     for x, anchor in ((x0, "start"), (x1, "end")):
         px, _ = place(x, y0)
         label = f"step {x:.0f}" if anchor == "end" else f"{x:.0f}"

@@ -1,5 +1,4 @@
-"""What the embedding does with single items: pictures, the attention's weights, neighbours, a map
-of all."""
+"""What the embedding does with items: pictures, attention weights, neighbours, a map of all."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ THUMBNAIL = 112  # pixels: twice the side they are shown at on most screens
 
 
 def data_uri(encoded: bytes, side: int = THUMBNAIL) -> str | None:
-    """A picture as a data URI: a small JPEG, its centre cut square. None where it cannot be
-    read."""
+    """A picture as a data URI: a small JPEG, its centre cut square; None if it cannot be read."""
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             small = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side))
@@ -150,9 +148,8 @@ def map_of_items(
     if np.ptp(x, axis=0).max() < 1e-6:
         return None
     # Of unit vectors the squared distance is 2 - 2 cos: the same neighbours.
-    places = TSNE(
-        perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=seed
-    ).fit_transform(x)
+    tsne = TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=seed)
+    places = tsne.fit_transform(x)
     names = [dataset.categories[int(i)].as_py() or "" for i in rows]
     category = np.unique(names, return_inverse=True)[1]
     counts = Counter(name for name in names if name)
@@ -168,11 +165,15 @@ def map_of_items(
     np.fill_diagonal(cosine, -np.inf)
     near = np.argpartition(-cosine, nearest - 1, axis=1)[:, :nearest]
     known = np.array([bool(name) for name in names])
-    note = f"{len(rows):,} items{' drawn at random' if len(rows) == most else ''}, placed by t-SNE so that what is alike is close."
+    drawn = " drawn at random" if len(rows) == most else ""
+    note = f"{len(rows):,} items{drawn}, placed by t-SNE so that what is alike is close."
     if largest:
         same = float((category[near] == category[:, None])[known].mean())
         chance = float(np.bincount(category)[category[known]].mean() / len(rows))
-        note += f" Of the {nearest} nearest items by cosine {percent(same)} are of the item's own category; by chance it would be {percent(chance)}."
+        note += (
+            f" Of the {nearest} nearest items by cosine {percent(same)} are of the item's own "
+            f"category; by chance it would be {percent(chance)}."
+        )
     return {
         "note": note,
         "legend": [

@@ -1,5 +1,4 @@
-"""What each section of the report shows, as the template takes it; None for one that has nothing to
-show."""
+"""What each section of the report shows, as the template takes it; None where it is nothing."""
 
 from __future__ import annotations
 
@@ -63,8 +62,8 @@ def curves(journal: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         ),
         (
             "Alignment and uniformity",
-            "Alignment falls as reconstructions meet their items; uniformity falls as items spread "
-            "out.",
+            "Alignment falls as reconstructions meet their items; "
+            "uniformity falls as items spread out.",
             {"alignment": "alignment", "uniformity": "uniformity"},
         ),
         (
@@ -100,8 +99,8 @@ def health(
             (
                 "Uniformity",
                 number(spread, 2),
-                f"0 where all items are the same point, about {MINUS}4 where they are spread "
-                "evenly",
+                "0 where all items are the same point, "
+                f"about {MINUS}4 where they are spread evenly",
             ),
             ("Damaged images", percent(damaged), "replaced by a neutral picture while training"),
             (
@@ -136,7 +135,11 @@ def tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             for method, cells in rows_of.items()
         ]
         title = f"The clicked item against {TITLES.get(kind, kind)}"
-        note = f"{found['pages']:,} pages of {found['users']:,} users, {number(found['mean_candidates'], 1)} candidates on average"
+        candidates = number(found["mean_candidates"], 1)
+        note = (
+            f"{found['pages']:,} pages of {found['users']:,} users, "
+            f"{candidates} candidates on average"
+        )
         tables.append({"title": title, "note": note, "metrics": metrics, "rows": rows})
     return tables
 
@@ -258,8 +261,8 @@ def ctr_tables(folder: Path) -> dict[str, Any]:
     path = folder / "ctr.json"
     if not path.is_file():
         raise FileNotFoundError(
-            "--ctr: expected the folder of a finished `courier-fast ctr`, with ctr.json, got "
-            f"{folder}"
+            "--ctr: expected the folder of a finished `courier-fast ctr`, with ctr.json, "
+            f"got {folder}"
         )
     from ..evaluate.ctr.report import HEAD, about_table, cells_of, notes_of, slice_cells
 

@@ -42,17 +42,19 @@ def headline(results: Mapping[str, Any], candidates: str, metric: str) -> str:
     def value(method: str) -> float:
         return methods[method][metric]["mean"]
 
+    main = results["settings"]["main"]
     best: dict[str, str] = {}
     for method in methods:
         kind = method.split()[0]
-        if method != results["settings"]["main"] and kind in ("pixels", "untrained", "pre-trained"):
+        if method != main and kind in ("pixels", "untrained", "pre-trained"):
             best[kind] = max(best.get(kind, method), method, key=value)
     texts = [
         f"{'raw pixels' if kind == 'pixels' else f'the {kind} network'} on {percent(value(method))}"
         for kind, method in best.items()
     ]
     rest = f", {' and '.join(texts)}" if texts else ""
-    return f"The trained embedding ranks the clicked item first on {percent(value(results['settings']['main']))} of held-out pages{rest}."
+    share = percent(value(main))
+    return f"The trained embedding ranks the clicked item first on {share} of held-out pages{rest}."
 
 
 def margins(results: Mapping[str, Any], candidates: str, metric: str) -> list[dict[str, str]]:

@@ -37,8 +37,7 @@ def _quoted(text: Any) -> str:
 
 
 def _hub_licence(licence: str) -> str:
-    """The licence where it looks like an identifier (apache-2.0), else "other", whose name is then
-    given."""
+    """The licence if it looks like an identifier (apache-2.0), else "other", with its name."""
     return licence.lower() if re.fullmatch(r"[A-Za-z0-9.\-]+", licence) else "other"
 
 

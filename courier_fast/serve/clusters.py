@@ -1,11 +1,10 @@
 """k-means clusters of embeddings as features of a CTR model, with the centroids, so that a number
 means the same tomorrow.
 
-| file | |
-| --- | --- |
-| clusters.parquet | item_id (string), cluster_256, cluster_4096, ... (int32; -1 without an embedding) |
-| centroids_256.npy, ... | [k, D] float32, rows of length 1 |
-| clusters.json | format, space, clusters, until, items, sha256 of the centroids |
+- clusters.parquet: item_id (string), cluster_256, cluster_4096, ... (int32; -1 without an
+  embedding)
+- centroids_256.npy, ...: [k, D] float32, rows of length 1
+- clusters.json: format, space, clusters, until, items, sha256 of the centroids
 
 Numbers of two spaces, or of two fits, mean nothing to each other: later items get those of the
 stored centroids.
@@ -79,8 +78,8 @@ def assign_clusters(
         )
     if about["space"] != space:
         raise ValueError(
-            f"like: expected embeddings of the space {str(about['space'])[:19]} of {like}, got "
-            f"{str(space)[:19]}"
+            f"like: expected embeddings of the space {str(about['space'])[:19]} of {like}, "
+            f"got {str(space)[:19]}"
         )
     centroids = {}
     for k in about["clusters"]:

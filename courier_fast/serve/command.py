@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     if args.run is not None:
         if not args.licence:
             raise ValueError(
-                "licence: expected that of the weights, for example --licence apache-2.0, got "
-                "none; "
+                "licence: expected that of the weights, "
+                "for example --licence apache-2.0, got none; "
                 "they inherit the terms of the backbone's weights and of the photos"
             )
         contract = export(

@@ -22,16 +22,16 @@ IMAGE_STEPS = (
     "fast DCT and fast upsampling, at the smallest of "
     "the scales 1/8, 1/4, 1/2 and 1 that leaves the square below at least `size` pixels",
     "turn and mirror as EXIF's orientation says",
-    "to RGB, transparency over white, CMYK as Adobe stores it (inverted); colour profiles are "
-    "ignored",
+    "to RGB, transparency over white, CMYK as Adobe stores it (inverted); "
+    "colour profiles are ignored",
     "cut out the central square, its side the shorter side, its edges rounded to whole pixels",
     "resize it to `size` x `size`, bilinear with antialiasing: Pillow's BILINEAR, or PyTorch's "
     "interpolate with antialias=True",
     "uint8 [batch, size, size, 3]; what follows (/ 255, mean, std) is in the graph",
 )
 FEATURE_STEPS = (
-    "the features that the run was trained on, float32 [batch, features]; standardisation is in "
-    "the graph",
+    "the features that the run was trained on, float32 [batch, features]; "
+    "standardisation is in the graph",
 )
 
 
@@ -82,14 +82,14 @@ class Contract:
         path = folder / NAME
         if not path.is_file():
             raise FileNotFoundError(
-                f"path: expected a folder that `courier-fast export` wrote (with {NAME}), got "
-                f"{folder}"
+                f"path: expected a folder that `courier-fast export` wrote (with {NAME}), "
+                f"got {folder}"
             )
         values = read_json(path, "export the run again")
         if values.get("schema") != SCHEMA:
             raise ValueError(
-                f"{path}: expected schema {SCHEMA}, got {values.get('schema')}; export the run "
-                "again"
+                f"{path}: expected schema {SCHEMA}, got {values.get('schema')}; "
+                "export the run again"
             )
         wrong = sorted({f.name for f in fields(cls)} ^ set(values))
         if wrong:
@@ -111,8 +111,8 @@ class Contract:
             if entry["name"] == name:
                 return entry
         raise ValueError(
-            f"path: expected a file of the contract ({', '.join(e['name'] for e in self.files)}), "
-            f"got {name}"
+            "path: expected a file of the contract "
+            f"({', '.join(e['name'] for e in self.files)}), got {name}"
         )
 
     def checked(self, folder: Path, name: str) -> Path:

@@ -202,10 +202,8 @@ def _measure(
     other = "float32, decoded by Pillow"  # the best that a client without libjpeg-turbo can do
     tables |= tables_of(data, {other: runs[base]}, inputs.shape[1], read_pillow)
     cosines = (tables[other] * tables[base]).sum(1)
-    numbers[other] = {
-        "cosine_min": float(np.nanmin(cosines)),
-        "cosine_mean": float(np.nanmean(cosines)),
-    }
+    least, mean = float(np.nanmin(cosines)), float(np.nanmean(cosines))
+    numbers[other] = {"cosine_min": least, "cosine_mean": mean}
     for name, found in ranking(data, tables, split).items():
         numbers.setdefault(name, {}).update(found)
     before = torch.get_num_threads()

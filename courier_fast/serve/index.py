@@ -1,12 +1,10 @@
 """Nearest neighbours by cosine among embeddings of one space: exact, IVF or HNSW, with the recall
 and speed that were measured.
 
-| file | |
-| --- | --- |
-| index.json | format, space, kind, settings, rows, dim, what was measured, sha256 of the other files |
-| vectors.npy | [n, D] float32, rows of length 1 |
-| ids.arrow | item_id (string) |
-| index.faiss | ivf and hnsw only |
+- index.json: format, space, kind, settings, rows, dim, what was measured, sha256 of the others
+- vectors.npy: [n, D] float32, rows of length 1
+- ids.arrow: item_id (string)
+- index.faiss: ivf and hnsw only
 """
 
 from __future__ import annotations
@@ -242,8 +240,7 @@ def _set(made: Any, kind: str, settings: dict[str, int]) -> None:
 def _tune(
     made: Any, kind: str, search: Callable[[], list[Array]], nearest: list[Array], wanted: float
 ) -> tuple[dict[str, int], float]:
-    """The least effort, in doublings, that finds the share `wanted` of the nearest; and what it
-    finds."""
+    """The least effort, in doublings, that finds the share `wanted` of the nearest; its share."""
     name, most = ("ef", made.ntotal) if kind == "hnsw" else ("nprobe", made.nlist)
     effort = 16 if kind == "hnsw" else 1
     while True:

@@ -108,8 +108,8 @@ def _search(args: argparse.Namespace) -> int:
         raise ValueError(f"k: expected at least 1, got {args.k}")
     if args.image and args.encoder is None:
         raise ValueError(
-            "encoder: expected the run or export whose embeddings the index holds, for --image; "
-            "got none"
+            "encoder: expected the run or export whose embeddings the index holds, "
+            "for --image; got none"
         )
     if args.html is not None and args.dataset is None:
         raise ValueError("dataset: expected the one whose pictures --html shows, got none")
@@ -166,8 +166,7 @@ def _clusters(args: argparse.Namespace) -> int:
 
 
 def _seen_before(args: argparse.Namespace, ids: pa.Array) -> np.ndarray:
-    """[n] bool: the item was first seen before --until; false for items that the dataset has
-    not."""
+    """[n] bool: the item was first seen before --until; false for those not in the dataset."""
     import pyarrow.compute as pc
 
     from ..data.dataset import Dataset

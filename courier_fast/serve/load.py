@@ -1,5 +1,4 @@
-"""Exported encoders, and those of runs, as one class: by onnxruntime, which needs no torch, or by
-torch."""
+"""Exported encoders and those of runs as one class, by onnxruntime, without torch, or by torch."""
 
 from __future__ import annotations
 
@@ -73,8 +72,8 @@ def load(
     if not (path / NAME).is_file() and (path / "encoder.json").is_file():
         if runtime == "onnxruntime" or precision not in (None, "float32"):
             raise ValueError(
-                f"path: {path} is a training run, which torch runs in float32; `courier-fast "
-                "export` writes "
+                f"path: {path} is a training run, which torch runs in float32; "
+                "`courier-fast export` writes "
                 f"files for runtime {runtime!r} and precision {precision!r}"
             )
         return ItemEncoder(contract_of_run(path), _torch(path), threads)
@@ -178,8 +177,8 @@ class ItemEncoder:
         self._run, self._threads = run, threads
 
     def __repr__(self) -> str:
-        about = self.contract.encoder
-        return f"ItemEncoder({about['backbone'] or 'features'}, dim={self.dim}, space={self.space[:15]})"
+        kind = self.contract.encoder["backbone"] or "features"
+        return f"ItemEncoder({kind}, dim={self.dim}, space={self.space[:15]})"
 
     def encode(self, images: Sequence[Any] | Array, batch: int = 32) -> Array:
         """Embeddings [n, dim] float32, each of length 1.

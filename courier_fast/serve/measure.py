@@ -121,7 +121,10 @@ def why_refused(precision: str, numbers: Mapping[str, float]) -> str:
     """How a file of that precision breaks its budget; "" if it keeps it."""
     if precision == "float32":
         if not numbers["budget_share"] <= 1:
-            return f"its error is {numbers['budget_share']:.2f} times the budget (2 x that of eager code or of the model of rounding + one rounding)"
+            return (
+                f"its error is {numbers['budget_share']:.2f} times the budget "
+                "(2 x that of eager code or of the model of rounding + one rounding)"
+            )
         return ""
     wanted = {"cosine_min": LEAST_COSINE[precision], "cosine_mean": MEAN_COSINE[precision]}
     if "overlap10" in numbers and precision == "int8":
@@ -219,8 +222,7 @@ def overlap(a: Array, b: Array, k: int = 10, most: int = NEIGHBOURS) -> float:
 def speed(
     runs: Mapping[str, Run], inputs: Array, rounds: int = 7, seconds: float = 0.5
 ) -> dict[str, float]:
-    """Inputs per second of each, the median of rounds in which all take turns; decoding is not in
-    it."""
+    """Inputs per second of each, the median of rounds with all in turn; without decoding."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run(inputs)

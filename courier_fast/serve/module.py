@@ -10,8 +10,8 @@ from ..train.encoder import Encoder
 
 
 class Serving(nn.Module):
-    """uint8 RGB [B, size, size, 3] to embeddings [B, dim] float32 of length 1: y / |y|, y =
-    encoder((x / 255 - mean) / std).
+    """uint8 RGB [B, size, size, 3] to embeddings [B, dim] float32 of length 1: y / |y|,
+    y = encoder((x / 255 - mean) / std).
 
     An encoder of features takes them as they are, float32 [B, F].
     """

@@ -21,8 +21,7 @@ SIDE = 160  # pixels of a picture
 
 @dataclass(frozen=True)
 class Neighbours:
-    """A query's name (an item's id or a file), whether it is a file, and the nearest (id,
-    cosine)."""
+    """A query's name (an item's id or a file), whether it is a file, the nearest (id, cosine)."""
 
     query: str
     is_file: bool
@@ -83,8 +82,7 @@ def _named(index: Index, rows: Any, cosines: Any) -> list[tuple[str, float]]:
 
 
 def write_page(found: Sequence[Neighbours], index: Index, dataset: Dataset, out: Path) -> None:
-    """One HTML file without scripts; pictures are small JPEGs within it, ids and categories
-    escaped."""
+    """One HTML file without scripts; pictures are small JPEGs in it, ids and categories escaped."""
     from jinja2 import Environment, StrictUndefined
 
     from ..report.items import Pictures
@@ -111,7 +109,10 @@ def write_page(found: Sequence[Neighbours], index: Index, dataset: Dataset, out:
     )
     source = files("courier_fast.serve").joinpath("neighbours.html.jinja").read_text("utf-8")
     recall = index.measured["recall@10"]
-    note = f"Cosines among {len(index.ids):,} items of {dataset.name}; index {index.kind}, which finds {recall:.1%} of the 10 nearest."
+    note = (
+        f"Cosines among {len(index.ids):,} items of {dataset.name}; index {index.kind}, "
+        f"which finds {recall:.1%} of the 10 nearest."
+    )
     text = environment.from_string(source).render(title="Nearest items", note=note, queries=queries)
     write_atomically(out, lambda path: path.write_text(text, "utf-8"))
 

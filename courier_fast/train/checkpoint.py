@@ -38,8 +38,7 @@ _NAME = re.compile(r"step-(\d+)")
 
 @contextmanager
 def _one_process() -> Iterator[None]:
-    """Each process writes and reads what is its own, without a word to the others; torch remarks on
-    that."""
+    """Each process writes and reads its own without a word to the others; torch remarks on that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -60,14 +59,12 @@ def _here(tensor: Tensor) -> bool:
 
 
 def _fits(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """A learned temperature, and what the optimizer knows of it, had the shape [] in earlier
-    versions."""
+    """A learned temperature and its optimizer's state had the shape [] in earlier versions."""
     return stored == shape or (stored, shape) == ((), (1,))
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by the parameters' names; zeros where the optimizer has not stepped
-    yet."""
+    """The optimizer's state by the parameters' names; zeros where it has not stepped yet."""
     tensors: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
         state = optimizer.state[p]
@@ -148,8 +145,7 @@ class Checkpoints:
             written.result()
 
     def _copy(self, value: Tensor) -> Tensor:
-        """In memory of the host, in storage order, so that a channels-last parameter comes back as
-        it was."""
+        """In the host's memory in storage order: a channels-last parameter comes back as it was."""
         if isinstance(value, DTensor):
             part = value.to_local().detach().to("cpu", copy=True)
             assert self.mesh is not None
@@ -188,8 +184,8 @@ class Checkpoints:
                 raise error
             if failed:
                 raise RuntimeError(
-                    f"{path}: {failed} other processes could not write their parts, and say why; "
-                    "nothing was kept"
+                    f"{path}: {failed} other processes could not write their parts, "
+                    "and say why; nothing was kept"
                 )
             if first:
                 with writing(path, lambda: "the checkpoints before it are whole"):
@@ -223,9 +219,7 @@ class Checkpoints:
     def state(self, path: Path) -> dict[str, Any]:
         """The state.json of a checkpoint. ValueError where it was cut off."""
         state = read_json(path / "state.json", f"remove {path} to go on from an earlier one")
-        lacking = [
-            name for name in ("identity", "progress") if not isinstance(state.get(name), dict)
-        ]
+        lacking = [n for n in ("identity", "progress") if not isinstance(state.get(n), dict)]
         if lacking:
             raise ValueError(
                 f"{path / 'state.json'}: was altered, expected {lacking[0]} in it; remove {path} "

@@ -115,8 +115,8 @@ class DataConfig(Section):
     ahead: int = described(2, "batches decoded in advance", ge=1)
     buckets: Annotated[tuple[int, ...], AfterValidator(_positive)] = described(
         (),
-        "numbers of images that batches are padded to; empty: chosen, on a GPU or with "
-        "model.compile",
+        "numbers of images that batches are padded to; empty: chosen, "
+        "on a GPU or with model.compile",
     )
     max_damaged: float = described(
         0.01, "share of images that may be undecodable before the run stops", ge=0, le=1
@@ -334,8 +334,7 @@ class RunConfig(Section):
 
 
 class Config(Section):
-    """Everything about a run. `Config.load` reads TOML and overrides; `save` writes what was
-    resolved."""
+    """Everything about a run. `Config.load` reads TOML and overrides; `save` writes the result."""
 
     data: DataConfig
     model: ModelConfig = ModelConfig()
@@ -369,8 +368,8 @@ class Config(Section):
     def whole_heads(self) -> Config:
         if self.model.dim % self.loss.heads:
             raise ValueError(
-                f"loss.heads: expected a divisor of model.dim {self.model.dim}, got "
-                f"{self.loss.heads}"
+                f"loss.heads: expected a divisor of model.dim {self.model.dim}, "
+                f"got {self.loss.heads}"
             )
         return self
 
@@ -393,8 +392,8 @@ class Config(Section):
         wrong = [n for n, v in values.items() if not isinstance(v, dict)]
         if wrong:
             raise ValueError(
-                f"config {path}: expected tables such as [data], got the value {wrong[0]} outside "
-                "of one"
+                f"config {path}: expected tables such as [data], "
+                f"got the value {wrong[0]} outside of one"
             )
         for name, value in (overrides or {}).items():
             section, _, key = name.partition(".")

@@ -63,8 +63,7 @@ class Standardise(nn.Module):
         self.register_buffer("scale", torch.ones(num_features))
 
     def fit(self, table: Tensor) -> Standardise:
-        """Takes mean and deviation from `table` [items, F]; rows with a NaN (no image) are left
-        out."""
+        """Takes mean and deviation from `table` [items, F], without rows with a NaN (no image)."""
         rows = table[table.isfinite().all(1)].double()
         self.mean.copy_(rows.mean(0))
         self.scale.copy_(1 / rows.std(0, correction=0).clamp_min(1e-12))
@@ -132,8 +131,8 @@ def build_encoder(
     if backbone == SMALL_CONV:
         if pretrained:
             raise ValueError(
-                f"model.pretrained: expected false with {SMALL_CONV}, which has no pre-trained "
-                "weights"
+                f"model.pretrained: expected false with {SMALL_CONV}, "
+                "which has no pre-trained weights"
             )
         model = SmallConvNet()
     else:
@@ -184,8 +183,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def build_projection(features: int, dim: int, table: Tensor | None = None) -> Encoder:
-    """An encoder of precomputed embeddings: standardised over `table` [items, F], then projected to
-    `dim`."""
+    """Precomputed embeddings: standardised over `table` [items, F], then projected to `dim`."""
     standardise = Standardise(features)
     if table is not None:
         standardise.fit(table)

@@ -58,8 +58,8 @@ def measure(trainer: Trainer, result: StepResult, norm: Tensor, lr: float) -> di
         raise RuntimeError(
             f"loss {loss:g}, gradient norm {line['grad_norm']:g} at step {p.step}: training has "
             "diverged. Lower optim.lr "
-            f"(now {lr:g}) or raise optim.warmup; the checkpoints in {trainer.checkpoints.folder} "
-            "are untouched"
+            f"(now {lr:g}) or raise optim.warmup; "
+            f"the checkpoints in {trainer.checkpoints.folder} are untouched"
         )
     return line
 
@@ -129,8 +129,7 @@ class Journal:
             self.bar.start()
 
     def _forget_after(self, step: int) -> None:
-        """Drops lines of steps that were done after the checkpoint that is resumed: they are done
-        again."""
+        """Drops lines of steps after the checkpoint that is resumed: they are done again."""
         if self.path.is_file():
             lines = self.path.read_text("utf-8", "replace").splitlines()
             text = "".join(f"{x}\n" for x in lines if _step_of(x) <= step)
@@ -152,7 +151,8 @@ class Journal:
                 if name not in ("step", "time"):
                     self.board.add_scalar(name, value, line["step"])
         if self.bar:
-            text = f"loss {line['loss']:.3f}  top-1 {line.get('top1', math.nan):.2f}  {line['images_per_s']:.0f} images/s"
+            top1, speed = line.get("top1", math.nan), line["images_per_s"]
+            text = f"loss {line['loss']:.3f}  top-1 {top1:.2f}  {speed:.0f} images/s"
             self.bar.update(self.task, text=text)
 
     def advance(self) -> None:

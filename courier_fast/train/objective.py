@@ -104,8 +104,7 @@ class Objective(nn.Module):
         self.host_weights = None if weights is None else weights.cpu().double().numpy()
 
     def anchors(self, plan: PageBatch) -> float:
-        """The weights of a batch's anchors, what L_rec is divided by: their number without
-        weights."""
+        """The weights of a batch's anchors, what L_rec is divided by; without, their number."""
         if self.host_weights is None:
             return plan.num_anchors
         return float(self.host_weights[plan.anchor_items].sum())

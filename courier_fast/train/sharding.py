@@ -84,9 +84,8 @@ def matrices(backbone: nn.Module) -> set[nn.Parameter]:
     layers = (nn.Linear, nn.modules.conv._ConvNd)
     found = {m.weight for m in backbone.modules() if isinstance(m, layers)}
     least = _count(backbone) / 100
-    return found | {
-        p for p in backbone.parameters() if p.ndim > 1 and len(p) > 1 and p.numel() > least
-    }
+    large = (p for p in backbone.parameters() if p.numel() > least)
+    return found | {p for p in large if p.ndim > 1 and len(p) > 1}
 
 
 def shard(backbone: nn.Module, mesh: DeviceMesh, precision: str) -> None:
@@ -149,9 +148,8 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor
     norm, 0-d. With `largest` 0 nothing is clipped."""
     kinds = [[p for p in parameters if is_sharded(p) is kind] for kind in (False, True)]
     kinds = [kind for kind in kinds if kind]
-    norms = [
-        full(nn.utils.get_total_norm([p.grad for p in k if p.grad is not None])) for k in kinds
-    ]
+    gradients = [[p.grad for p in kind if p.grad is not None] for kind in kinds]
+    norms = [full(nn.utils.get_total_norm(x)) for x in gradients]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     for kind in kinds:
         nn.utils.clip_grads_with_norm_(kind, largest or math.inf, norm)
@@ -159,8 +157,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor
 
 
 def averaging(decay: float) -> Callable[..., None]:
-    """`multi_avg_fn` of AveragedModel: the exponential average, of sharded tensors by their
-    parts."""
+    """`multi_avg_fn` of AveragedModel: the exponential average, of sharded tensors by part."""
     update = get_ema_multi_avg_fn(decay)
 
     def update_parts(average: Iterable[Tensor], now: Iterable[Tensor], count: Tensor | int) -> None:

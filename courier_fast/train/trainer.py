@@ -176,8 +176,8 @@ class Trainer:
             enable = getattr(self.encoder.backbone, "set_grad_checkpointing", None)
             if enable is None:
                 raise ValueError(
-                    f"model.checkpointing: the backbone {c.model.backbone} has no gradient "
-                    "checkpointing"
+                    "model.checkpointing: "
+                    f"the backbone {c.model.backbone} has no gradient checkpointing"
                 )
             enable()
         if c.model.slice:
@@ -310,7 +310,7 @@ class Trainer:
         n = len(images)
         if self.sharded:
             # To gather parameters takes all processes; some backbones fail on no image, batch norms
-            # on one
+            # on one.
             if not n:
                 images = images.new_zeros(2, *images.shape[1:])
             # What follows keeps the layout, which otherwise the weights have.
@@ -539,8 +539,7 @@ class Trainer:
         return None if self.table is None else array_sha256(self.table)
 
     def save(self) -> None:
-        """Begins a checkpoint of now, which is written while training goes on. Every process calls
-        it."""
+        """Begins a checkpoint of now, written while training goes on. Every process calls it."""
         p, tensors = self.progress, self._tensors()
         finite = all(
             local(t).isfinite().all()

@@ -1,5 +1,4 @@
-"""impl="cpu": rows against a block of columns (courier_fast/blocks.py), through the chunks of
-driver.py."""
+"""impl="cpu": rows against a block of columns (courier_fast/blocks.py), by driver.py's chunks."""
 
 from __future__ import annotations
 

@@ -1,12 +1,15 @@
-// Attention for each candidate (README.md): what happens between the products E v^T and those with its gradient, a page at
-// a time. Included by stages.inl.h, once per instruction set.
+// Attention for each candidate (README.md): what happens between the products E v^T and those with
+// its gradient, a page at a time. Included by stages.inl.h, once per instruction set.
 //
-// For one page with history k and one candidate j, x_k = E_j . v_k, logits l_k = scale (q_j . k_k), w_k = exp(l_k - max):
+// For one page with history k and one candidate j, x_k = E_j . v_k, logits l_k = scale (q_j . k_k),
+// w_k = exp(l_k - max):
 //
-//     u = sum_k w_k x_k,   |sum_k w_k v_k|^2 = |L^T w|^2 = n  with  v v^T = L L^T,   s = u / (tau |E_j| sqrt(n))
+//     u = sum_k w_k x_k,   |sum_k w_k v_k|^2 = |L^T w|^2 = n  with  v v^T = L L^T,
+//     s = u / (tau |E_j| sqrt(n))
 //
-// The softmax's denominator cancels. L (and not the Gram matrix itself) keeps n as exact as R itself would be. Where rows are
-// float32 what follows w is float64 (Real): dL/dlogit is a difference that vanishes where R points to E.
+// The softmax's denominator cancels. L (and not the Gram matrix itself) keeps n as exact as R
+// itself would be. Where rows are float32 what follows w is float64 (Real): dL/dlogit is a
+// difference that vanishes where R points to E.
 
 namespace {
 
@@ -20,7 +23,8 @@ inline double exact_dot(const T* a, const T* b, int64_t dim) {
     double part[kLanes] = {};
     int64_t d = 0;
     for (; d + kLanes <= dim; d += kLanes)
-        for (int64_t l = 0; l < kLanes; ++l) part[l] += double(widen(a[d + l])) * double(widen(b[d + l]));
+        for (int64_t l = 0; l < kLanes; ++l)
+            part[l] += double(widen(a[d + l])) * double(widen(b[d + l]));
     double sum = 0;
     for (int64_t l = 0; l < kLanes; ++l) sum += part[l];
     for (; d < dim; ++d) sum += double(widen(a[d])) * double(widen(b[d]));
@@ -66,8 +70,8 @@ inline V square_root(V x) {
     return y;
 }
 
-// out_a = sum over b of matrix[a, b] in_b, vectors of kBlock numbers; `matrix` [n, n] is zero above (lower) or below its
-// diagonal, n is a multiple of 4.
+// out_a = sum over b of matrix[a, b] in_b, vectors of kBlock numbers; `matrix` [n, n] is zero above
+// (lower) or below its diagonal, n is a multiple of 4.
 template <class Real, class In>
 inline void combine(const Real* matrix, int64_t n, bool lower, const In* in, Real* out) {
     using V = Lanes<Real>;
@@ -94,8 +98,8 @@ inline void combine(const Real* matrix, int64_t n, bool lower, const In* in, Rea
     }
 }
 
-// sums[k, l] += sum over the block of a_k b_l, k < n and l < m, multiples of 4; of a symmetric one (m = 0) for l <= k rounded up
-// to 4: a vector of lanes each.
+// sums[k, l] += sum over the block of a_k b_l, k < n and l < m, multiples of 4; of a symmetric one
+// (m = 0) for l <= k rounded up to 4: a vector of lanes each.
 inline void add_products(const float* a, const float* b, int64_t n, int64_t m, float* sums) {
     const int64_t stride = m ? m : n;
     for (int64_t k = 0; k < n; k += 4)
@@ -146,10 +150,12 @@ struct CandidatePage {
         factorise();
     }
 
-    const T* value(int64_t k) const { return static_cast<const T*>(a.v) + a.v_row[first + k] * a.dim; }
+    const T* value(int64_t k) const {
+        return static_cast<const T*>(a.v) + a.v_row[first + k] * a.dim;
+    }
 
-    // v v^T = L L^T in float64; a row that adds no dimension gets no column: as to its own length, the others may be
-    // millions of times as long.
+    // v v^T = L L^T in float64; a row that adds no dimension gets no column: as to its own length,
+    // the others may be millions of times as long.
     void factorise() {
         double* g = static_cast<double*>(std::malloc(sizeof(double) * rows * rows));
         if (!g) std::abort();
@@ -225,7 +231,8 @@ struct CandidatePage {
                 product += p * V::get(x + k * kBlock + i);
                 square += q * q;
             }
-            const vr least = sum * Real(kNormEps);  // a vector no longer than that, times the sum, counts as zero
+            // A vector no longer than that, times the sum, counts as zero.
+            const vr least = sum * Real(kNormEps);
             square = square <= least * least ? vr{} : square;
             V::put(u + i, product);
             V::put(n + i, square);
@@ -262,7 +269,8 @@ struct CandidatePage {
         T* to = static_cast<T*>(tile) + first * a.columns + j;
         for (int64_t k = 0; k < rows; ++k) {
             int64_t i = 0;
-            for (; i + W <= count; i += W) store(to + k * a.columns + i, load(from + k * kBlock + i));
+            for (; i + W <= count; i += W)
+                store(to + k * a.columns + i, load(from + k * kBlock + i));
             for (; i < count; ++i) narrow(from[k * kBlock + i], to + k * a.columns + i);
         }
     }
@@ -305,9 +313,10 @@ struct CandidatePage {
                 c = none ? vr{} : c;
                 along = none ? vr{} : along;
                 shrink = none ? vr{} : shrink;
-                const vr column = a.column_scale ? part(a.column_scale, j, i, count) : vr{} + a.scale;
-                // On paper 0; but where one weight is all there is, dL/dlogit has to be 0 itself: it is multiplied by rows as
-                // long as they are.
+                const vr column =
+                    a.column_scale ? part(a.column_scale, j, i, count) : vr{} + a.scale;
+                // On paper 0; but where one weight is all there is, dL/dlogit has to be 0 itself:
+                // it is multiplied by rows as long as they are.
                 vr sum = {}, mean = {};
                 for (int64_t k = 0; k < rows; ++k) {
                     const int64_t at = k * kBlock + i;
@@ -340,7 +349,8 @@ struct CandidatePage {
             store_block(x, a.x, j, count);
             if (a.y) store_block(logit, a.y, j, count);
             std::memcpy(g + j, block, sizeof(float) * count);
-            if (a.q_radial) std::memcpy(a.q_radial + page * a.columns + j, turns, sizeof(float) * count);
+            if (a.q_radial)
+                std::memcpy(a.q_radial + page * a.columns + j, turns, sizeof(float) * count);
         }
         clear(a.x, begin, end);
         if (a.y) clear(a.y, begin, end);
@@ -372,9 +382,9 @@ void candidate(const Candidate& a, bool backward, int64_t begin, int64_t end) {
                         : candidate_pages<bf16, float>(a, backward, begin, end);
 }
 
-// ---- the softmax over a page's candidates, for each of its anchors -------------------------------
+// ---- the softmax over a page's candidates, for each of its anchors ------------------------------
 
-// Scores of a page's candidates, as each of its anchors sees them: without those that it leaves out.
+// Scores of a page's candidates as each of its anchors sees them: without those it leaves out.
 struct AnchorScores {
     const Softmax& a;
     float* t;  // [columns]
@@ -395,11 +405,13 @@ struct AnchorScores {
 
 void softmax_page(const Softmax& a, int64_t page, Scratch& memory) {
     float* s = a.s + page * a.columns;
-    const int64_t begin = a.range ? a.range[2 * page] : 0, end = a.range ? a.range[2 * page + 1] : a.columns;
+    const int64_t begin = a.range ? a.range[2 * page] : 0,
+                  end = a.range ? a.range[2 * page + 1] : a.columns;
     const int64_t most = 2 * a.columns + 1;  // a column may be left out for more than one reason
     float* t = memory.get(2 * a.columns + 3 * most + 2);
     float* d = t + a.columns;
-    int64_t* place = reinterpret_cast<int64_t*>((reinterpret_cast<uintptr_t>(d + a.columns) + 7) / 8 * 8);
+    int64_t* place =
+        reinterpret_cast<int64_t*>((reinterpret_cast<uintptr_t>(d + a.columns) + 7) / 8 * 8);
     AnchorScores own{a, t, place, 0, reinterpret_cast<float*>(place + most)};
     for (int64_t j = begin; j < end; ++j) t[j] = a.bias ? s[j] + a.bias[j] : s[j];
     for (int64_t j = begin; j < end; ++j) d[j] = 0;
@@ -446,7 +458,8 @@ void softmax_page(const Softmax& a, int64_t page, Scratch& memory) {
         if (a.g && a.g[i] != 0) {
             const float share = float(a.g[i] * f.scale);
             if (total != 0)
-                for (j = begin; j + W <= end; j += W) store(d + j, load(d + j) + share * exp_vector(load(t + j) - top));
+                for (j = begin; j + W <= end; j += W)
+                    store(d + j, load(d + j) + share * exp_vector(load(t + j) - top));
             if (total != 0 && j < end) {
                 const vf p = share * exp_vector(rest - top);
                 for (int64_t l = 0; j + l < end; ++l) d[j + l] += p[l];

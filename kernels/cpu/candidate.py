@@ -1,8 +1,8 @@
 """impl="cpu", attention for each candidate: products of the columns with the history by torch.mm, a
 chunk of pages at a time.
 
-For page b and candidate j everything comes from dot products, x_jk = E_j . v_k and the logits' q_j
-. k_k:
+For page b and candidate j everything comes from dot products, x_jk = E_j . v_k and the logits'
+q_j . k_k:
 
     s_bj = sum_k w_k x_jk / (tau |E_j| |sum_k w_k v_k|),   w_k = exp(logit_jk)
 
@@ -57,8 +57,7 @@ def _inverse_norm(x: Tensor) -> Tensor:
 
 @dataclass
 class Operand:
-    """Rows that take part in products, where their gradient goes, and what is known of their
-    length."""
+    """Rows of products, where their gradient goes, and what is known of their length."""
 
     rows: Tensor  # [n, D]
     inverse: Tensor | None  # [n] 1 / |row|
@@ -83,8 +82,7 @@ class Operand:
 
 @dataclass
 class Operands:
-    """e and v of the scores, q and k of the logits; q is e and k is v where they are the same
-    rows."""
+    """e and v of the scores, q and k of the logits; q is e, k is v where the rows are the same."""
 
     e: Operand
     q: Operand
@@ -115,8 +113,7 @@ class Pages:
 
 
 def pages_of(anchor_page: Tensor, history_start: Tensor) -> Pages:
-    """`anchor_page` [M] ascending; `history_start` [B + 1] the first real history row of each
-    page."""
+    """`anchor_page` [M] ascending; `history_start` [B + 1] each page's first real history row."""
     page, counts = anchor_page.unique_consecutive(return_counts=True)
     first, last = history_start[page], history_start[page + 1]
     lengths = last - first
@@ -167,8 +164,7 @@ class Tiles:
     def contrast(
         self, s: Tensor, first: int, last: int, columns: slice, ranges: Tensor | None
     ) -> None:
-        """Results of the anchors of these pages; dL/ds in the place of their scores s [pages,
-        columns]."""
+        """Results of these pages' anchors; dL/ds in place of their scores s [pages, columns]."""
         raise NotImplementedError
 
     def _chunks(self) -> Iterator[tuple[int, int, bool]]:
@@ -365,8 +361,7 @@ def _add_product(total: Tensor | None, rows: slice, a: Tensor, b: Tensor) -> Non
 
 
 def run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | None) -> Result:
-    """Forward pass and, where `needs` says so, all gradients; `upstream` [N] for reduction
-    "none"."""
+    """Forward pass and, if `needs` says so, all gradients; `upstream` [N] for reduction "none"."""
     one = _Run(p, needs, want_rank, upstream)
     cosine = one.positive / one.inverse_tau
     return Result(one.loss, one.lse, one.above, cosine, one.a, one.gradients())

@@ -1,13 +1,16 @@
-// Attention for each candidate as it is defined, for several heads, few dimensions and long histories: R itself is made, of a
-// block of candidates side by side in vectors, compared with them, and forgotten. Included by stages.inl.h after
-// candidate.inl.h. Where candidate.inl.h takes H^2 steps a candidate, this takes H D, without a library's products.
+// Attention for each candidate as it is defined, for several heads, few dimensions and long
+// histories: R itself is made, of a block of candidates side by side in vectors, compared with
+// them, and forgotten. Included by stages.inl.h after candidate.inl.h. Where candidate.inl.h takes
+// H^2 steps a candidate, this takes H D, without a library's products.
 
 namespace {
 
 // out_a = sum over b of matrix[a, b] in_b, vectors of kBlock numbers; `rows` is a multiple of 4.
-inline void multiply_block(const float* matrix, int64_t rows, int64_t inner, int64_t stride, const float* in, float* out) {
+inline void multiply_block(const float* matrix, int64_t rows, int64_t inner, int64_t stride,
+                           const float* in, float* out) {
     for (int64_t a = 0; a < rows; a += 4) {
-        const float *m0 = matrix + a * stride, *m1 = m0 + stride, *m2 = m1 + stride, *m3 = m2 + stride;
+        const float *m0 = matrix + a * stride, *m1 = m0 + stride, *m2 = m1 + stride,
+                    *m3 = m2 + stride;
         for (int64_t j = 0; j < kBlock; j += 2 * W) {
             vf s00 = {}, s01 = {}, s10 = {}, s11 = {}, s20 = {}, s21 = {}, s30 = {}, s31 = {};
             for (int64_t b = 0; b < inner; ++b) {
@@ -42,7 +45,8 @@ struct DirectPage {
     float *k_sums, *v_sums;           // [heads, padded, wide, W]
     vf cosine[kBlockVectors], inverse[kBlockVectors];
 
-    explicit DirectPage(const Direct& a) : a(a), head_dim(a.dim / a.heads), wide(by_four(head_dim)) {}
+    explicit DirectPage(const Direct& a)
+        : a(a), head_dim(a.dim / a.heads), wide(by_four(head_dim)) {}
 
     void begin(int64_t which, bool backward) {
         page = which;
@@ -61,7 +65,8 @@ struct DirectPage {
         for (int64_t i = 0; i < rows; ++i)
             for (int64_t d = 0; d < a.dim; ++d) {
                 const int64_t head = d / head_dim, within = d % head_dim;
-                const int64_t at = (head * padded + i) * wide + within, turn = (head * wide + within) * padded + i;
+                const int64_t at = (head * padded + i) * wide + within,
+                              turn = (head * wide + within) * padded + i;
                 k[at] = k_turned[turn] = a.k[(first + i) * a.dim + d];
                 v[at] = v_turned[turn] = a.v[(first + i) * a.dim + d];
             }
@@ -91,7 +96,8 @@ struct DirectPage {
     // The softmax over the history, of the difference to the largest product: see reconstruct.py.
     void attend(int64_t head) {
         float* w = weights + head * padded * kBlock;
-        multiply_block(k + head * padded * wide, padded, head_dim, wide, q + head * wide * kBlock, w);
+        multiply_block(k + head * padded * wide, padded, head_dim, wide, q + head * wide * kBlock,
+                       w);
         const float sign = a.scale < 0 ? -1.0f : 1.0f, factor = sign * a.scale;
         for (int64_t i = 0; i < kBlock; i += W) {
             vf top = splat(-kInfinity), total = {};
@@ -110,7 +116,8 @@ struct DirectPage {
                 store(at, load(at) / total);
             }
         }
-        multiply_block(v_turned + head * wide * padded, wide, rows, padded, w, r + head * wide * kBlock);
+        multiply_block(v_turned + head * wide * padded, wide, rows, padded, w,
+                       r + head * wide * kBlock);
     }
 
     // R, its cosines with the columns and 1 / |R|, 0 for a zero vector; `out` gets s.
@@ -157,7 +164,8 @@ struct DirectPage {
             const vf up = part(g, i, count), e_inverse = part(a.e_inverse + a.low + j, i, count);
             const vf c = up * a.inverse_tau * inverse[n];
             for (int64_t d = 0; d < a.heads * wide; ++d) {
-                const vf unit_r = load(r + d * kBlock + i) * inverse[n], unit_e = load(e + d * kBlock + i) * e_inverse;
+                const vf unit_r = load(r + d * kBlock + i) * inverse[n],
+                         unit_e = load(e + d * kBlock + i) * e_inverse;
                 store(d_r + d * kBlock + i, c * (unit_e - cosine[n] * unit_r));
                 store(r + d * kBlock + i, up * a.inverse_tau * e_inverse * unit_r);
             }
@@ -174,14 +182,17 @@ struct DirectPage {
         multiply_block(v + head * padded * wide, padded, head_dim, wide, d, slopes);
         for (int64_t i = 0; i < kBlock; i += W) {
             vf mean = {};
-            for (int64_t h = 0; h < rows; ++h) mean += load(w + h * kBlock + i) * load(slopes + h * kBlock + i);
+            for (int64_t h = 0; h < rows; ++h)
+                mean += load(w + h * kBlock + i) * load(slopes + h * kBlock + i);
             for (int64_t h = 0; h < rows; ++h) {
                 float* at = slopes + h * kBlock + i;
                 store(at, a.scale * (load(w + h * kBlock + i) * (load(at) - mean)));
             }
         }
-        multiply_block(k_turned + head * wide * padded, wide, rows, padded, slopes, turned + head * wide * kBlock);
-        add_products(slopes, q + head * wide * kBlock, padded, wide, k_sums + head * padded * wide * W);
+        multiply_block(k_turned + head * wide * padded, wide, rows, padded, slopes,
+                       turned + head * wide * kBlock);
+        add_products(slopes, q + head * wide * kBlock, padded, wide,
+                     k_sums + head * padded * wide * W);
         add_products(w, d, padded, wide, v_sums + head * padded * wide * W);
     }
 

@@ -21,8 +21,7 @@ _LEAST_COLUMNS = 128
 
 
 class HeadUnits:
-    """Rows [n, D] whose heads are divided by their lengths; zeros, without a gradient, for a zero
-    vector."""
+    """Rows [n, D], heads divided by their lengths; zeros, without a gradient, for a zero vector."""
 
     def __init__(self, rows: Tensor, heads: int) -> None:
         x = rows.float().view(len(rows), heads, -1)
@@ -39,8 +38,7 @@ class HeadUnits:
 
 
 class Direct:
-    """The columns of some tiles, turned; what they get is added to their operands' gradients by
-    `finish`."""
+    """The columns of some tiles, turned; `finish` adds what they get to the operands' gradients."""
 
     def __init__(self, tiles: Tiles) -> None:
         self.tiles, self.attention = tiles, tiles.attention

@@ -152,8 +152,7 @@ def _attend(p: Problem, pv: Rows, history: Rows, rows: Tensor, raw: bool) -> _Re
 
 
 def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | None) -> Result:
-    """Forward pass and, where `needs` says so, all gradients; `upstream` [N] for reduction
-    "none"."""
+    """Forward pass and, if `needs` says so, all gradients; `upstream` [N] for reduction "none"."""
     if p.attention == "candidate":
         return candidate.run(p, needs, want_rank, upstream)
     one = _Run(p, needs, want_rank, upstream)
@@ -164,8 +163,7 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
 
 
 class _Run:
-    """One forward pass, and the gradients of both sides with it where there are weights g of the
-    anchors."""
+    """One forward pass, with the gradients of both sides where anchors have weights g."""
 
     def __init__(
         self, p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | None
@@ -202,8 +200,7 @@ class _Run:
         return torch.zeros(len(self.listed), self.p.pv.shape[1])
 
     def _keep(self, s: Scores) -> None:
-        """Without its vectors, which are to be given back before the gradients through the
-        attention."""
+        """Without its vectors, to be given back before the gradients through the attention."""
         self.scores.append(Scores(s.lse, s.loss, s.above, None, None, None))
 
     def _reconstruct(self, columns: _ItemColumns, want_rank: bool) -> None:

@@ -1,4 +1,5 @@
-// Python module courier_fast._native: the CPU stages on torch tensors, through DLPack. No torch headers: any torch will do.
+// Python module courier_fast._native: the CPU stages on torch tensors, through DLPack. No torch
+// headers: any torch will do.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -55,7 +56,7 @@ using Doubles = nb::ndarray<double, nb::device::cpu, nb::c_contig>;
 using Rows = nb::ndarray<int64_t, nb::device::cpu, nb::c_contig>;
 using Bools = nb::ndarray<bool, nb::device::cpu, nb::c_contig>;
 using Words = nb::ndarray<int32_t, nb::device::cpu, nb::c_contig>;
-using Variant = std::optional<std::string>;  // an instruction set; none: the best that this CPU runs
+using Variant = std::optional<std::string>;  // an instruction set; none: the best this CPU runs
 
 constexpr uint8_t kDlpackBfloat = 4;
 
@@ -132,14 +133,16 @@ struct Job {
     std::atomic<int> threads{0};
     void work() {
         const int thread = threads.fetch_add(1);
-        for (size_t i; (i = next.fetch_add(1)) < parts.size();) (*run)(parts[i].first, parts[i].second, thread);
+        for (size_t i; (i = next.fetch_add(1)) < parts.size();)
+            (*run)(parts[i].first, parts[i].second, thread);
     }
 };
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-// The OpenMP runtime that torch has loaded, if it is one. Its threads spin for a while after each product; threads of our
-// own would compete with them for the cores. Looked up by name: nothing is linked, and nothing is missing without it.
+// The OpenMP runtime that torch has loaded, if it is one. Its threads spin for a while after each
+// product; threads of our own would compete with them for the cores. Looked up by name: nothing is
+// linked, and nothing is missing without it.
 GompParallel openmp() {
 #ifdef __linux__
     static const auto found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
@@ -152,7 +155,7 @@ GompParallel openmp() {
 // Numbers to read or write (about 10 us) for which another thread is woken; that can take as long.
 constexpr int64_t kWorthAThread = 1 << 15;
 
-// [0, n) in contiguous parts, one a thread; `row`: numbers of one. `cuts`: only these places may divide it.
+// [0, n) in contiguous parts, one a thread; `row`: numbers of one. Cut at `cuts` alone, if given.
 void run_parts(Job& job, int threads);
 
 void parallel(int64_t n, int64_t row, int threads, const Range& run, const int64_t* cuts = nullptr,
@@ -193,8 +196,8 @@ void run_parts(Job& job, int threads) {
 
 // A stage over [0, n), as `parallel`.
 template <class A>
-void run(void (*Stages::*stage)(const A&, int64_t, int64_t), const A& a, int64_t n, int64_t row, int threads,
-         const Variant& variant, const int64_t* cuts = nullptr, int64_t n_cuts = 0) {
+void run(void (*Stages::*stage)(const A&, int64_t, int64_t), const A& a, int64_t n, int64_t row,
+         int threads, const Variant& variant, const int64_t* cuts = nullptr, int64_t n_cuts = 0) {
     const auto rows = stages_of(variant).*stage;
     nb::gil_scoped_release release;
     parallel(n, row, threads, [&](int64_t b, int64_t e, int) { rows(a, b, e); }, cuts, n_cuts);
@@ -205,21 +208,24 @@ auto* data_or_null(const std::optional<A>& x) {
     return x ? x->data() : nullptr;
 }
 
-// Rows that are no padding, in order: their places, their pages, their rows of the table, and where each page begins among
-// them. How many there are. Under torch.compile nobody else looks at what the user gives: offsets and indices out of range
-// are errors here, before anything is read through them.
-int64_t real_rows(const std::string& name, Rows offsets, std::optional<Bools> mask, std::optional<Rows> index, int64_t rows,
-                  int64_t table, Rows keep, Rows page, Rows source, Rows start) {
+// Rows that are no padding, in order: their places, their pages, their rows of the table, and where
+// each page begins among them. How many there are. Under torch.compile nobody else looks at what
+// the user gives: offsets and indices out of range are errors here, before anything is read through
+// them.
+int64_t real_rows(const std::string& name, Rows offsets, std::optional<Bools> mask,
+                  std::optional<Rows> index, int64_t rows, int64_t table, Rows keep, Rows page,
+                  Rows source, Rows start) {
     const int64_t pages = int64_t(offsets.shape(0)) - 1;
-    if (int64_t(keep.size()) < rows || int64_t(page.size()) < rows || int64_t(source.size()) < rows ||
-        int64_t(start.size()) < pages + 1 || (mask && int64_t(mask->size()) < rows) ||
-        (index && int64_t(index->size()) < rows))
+    if (int64_t(keep.size()) < rows || int64_t(page.size()) < rows ||
+        int64_t(source.size()) < rows || int64_t(start.size()) < pages + 1 ||
+        (mask && int64_t(mask->size()) < rows) || (index && int64_t(index->size()) < rows))
         throw std::invalid_argument(name + ": expected a mask and an index as long as its rows");
     const int64_t* at = offsets.data();
     const bool* real = data_or_null(mask);
     const int64_t* row = data_or_null(index);
     const auto wrong = [&](const std::string& of, const std::string& expected, int64_t came) {
-        return std::invalid_argument(of + ": expected " + expected + ", got " + std::to_string(came));
+        return std::invalid_argument(of + ": expected " + expected + ", got " +
+                                     std::to_string(came));
     };
     if (at[0] != 0) throw wrong(name + "_offsets", "to start at 0", at[0]);
     int64_t count = 0, i = 0;
@@ -227,12 +233,16 @@ int64_t real_rows(const std::string& name, Rows offsets, std::optional<Bools> ma
     for (int64_t b = 0; b < pages; ++b) {
         const int64_t end = at[b + 1];
         if (end < at[b])
-            throw wrong(name + "_offsets", "non-decreasing values after " + std::to_string(at[b]), end);
-        if (end > rows) throw wrong(name + "_offsets", "to end at " + std::to_string(rows) + " rows or before", end);
+            throw wrong(name + "_offsets", "non-decreasing values after " + std::to_string(at[b]),
+                        end);
+        if (end > rows)
+            throw wrong(name + "_offsets", "to end at " + std::to_string(rows) + " rows or before",
+                        end);
         for (; i < end; ++i) {
             if (real && !real[i]) continue;
             const int64_t from = row ? row[i] : i;
-            if (from < 0 || from >= table) throw wrong(name, "indices from 0 to " + std::to_string(table - 1), from);
+            if (from < 0 || from >= table)
+                throw wrong(name, "indices from 0 to " + std::to_string(table - 1), from);
             keep.data()[count] = i;
             source.data()[count] = from;
             page.data()[count++] = b;
@@ -242,10 +252,10 @@ int64_t real_rows(const std::string& name, Rows offsets, std::optional<Bools> ma
     return count;
 }
 
-// For each row the history of its page, and where its attention weights begin; where the rows of another page begin, so that
-// no two threads share a page. The number of weights, and that of pages.
-std::pair<int64_t, int64_t> spans(Rows page, Rows start, int64_t heads, Rows first, Rows last, Rows weights_at,
-                                  Rows page_starts) {
+// For each row the history of its page, and where its attention weights begin; where the rows of
+// another page begin, so that no two threads share a page. The numbers of weights and of pages.
+std::pair<int64_t, int64_t> spans(Rows page, Rows start, int64_t heads, Rows first, Rows last,
+                                  Rows weights_at, Rows page_starts) {
     const int64_t n = int64_t(page.size());
     int64_t weights = 0, pages = 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -259,9 +269,10 @@ std::pair<int64_t, int64_t> spans(Rows page, Rows start, int64_t heads, Rows fir
     return {weights, pages};
 }
 
-// What a row's maximum, sum and positive give: log-sum-exp and loss; with g, the factors of its part of both gradients.
-void finish(Floats top, Doubles total, std::optional<Doubles> positive, std::optional<Floats> g, Doubles lse, Doubles loss,
-            std::optional<Floats> factor, std::optional<Floats> pull) {
+// What a row's maximum, sum and positive give: log-sum-exp and loss; with g, the factors of its
+// part of both gradients.
+void finish(Floats top, Doubles total, std::optional<Doubles> positive, std::optional<Floats> g,
+            Doubles lse, Doubles loss, std::optional<Floats> factor, std::optional<Floats> pull) {
     const int64_t n = int64_t(top.size());
     for (int64_t i = 0; i < n; ++i) {
         const double others = total.data()[i];
@@ -269,7 +280,8 @@ void finish(Floats top, Doubles total, std::optional<Doubles> positive, std::opt
         if (!positive) {
             lse.data()[i] = top.data()[i] + std::log(others);
         } else {
-            const courier::Finished f = courier::finished(top.data()[i], others, positive->data()[i]);
+            const courier::Finished f =
+                courier::finished(top.data()[i], others, positive->data()[i]);
             lse.data()[i] = f.lse;
             loss.data()[i] = f.loss;
             scale = f.scale;
@@ -294,9 +306,10 @@ void normalize(Array source, Rows row, Array unit, Floats norm, int threads, Var
     run(&Stages::normalize, a, int64_t(row.shape(0)), a.dim, threads, variant);
 }
 
-courier::Attend attention(const Array& q, const Rows& q_row, const Array& k, const Rows& k_row, const Array& v,
-                          const Rows& v_row, const Rows& first, const Rows& last, const Rows& weights_at,
-                          const Floats& weights, double scale, int64_t heads) {
+courier::Attend attention(const Array& q, const Rows& q_row, const Array& k, const Rows& k_row,
+                          const Array& v, const Rows& v_row, const Rows& first, const Rows& last,
+                          const Rows& weights_at, const Floats& weights, double scale,
+                          int64_t heads) {
     courier::Attend a{};
     a.type = type_of(q, "q");
     a.q = q.data();
@@ -315,10 +328,11 @@ courier::Attend attention(const Array& q, const Rows& q_row, const Array& k, con
     return a;
 }
 
-void attend(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_row, Rows first, Rows last, Rows weights_at,
-            Floats weights, Array e, Rows e_row, Array out, Floats norm, Doubles positive, double scale, int64_t heads,
-            bool raw, int threads, Variant variant) {
-    courier::Attend a = attention(q, q_row, k, k_row, v, v_row, first, last, weights_at, weights, scale, heads);
+void attend(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_row, Rows first, Rows last,
+            Rows weights_at, Floats weights, Array e, Rows e_row, Array out, Floats norm,
+            Doubles positive, double scale, int64_t heads, bool raw, int threads, Variant variant) {
+    courier::Attend a =
+        attention(q, q_row, k, k_row, v, v_row, first, last, weights_at, weights, scale, heads);
     a.e = e.data();
     a.e_row = e_row.data();
     a.out = out.data();
@@ -328,22 +342,25 @@ void attend(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_row, Rows 
     run(&Stages::attend, a, int64_t(q_row.shape(0)), 8 * a.dim, threads, variant);
 }
 
-void attend_backward(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_row, Rows first, Rows last,
-                     Rows weights_at, Floats weights, Floats d_r, std::optional<Floats> d_q, std::optional<Floats> d_k,
-                     std::optional<Floats> d_v, Rows page_starts, double scale, int64_t heads, int threads,
-                     Variant variant) {
-    courier::Attend a = attention(q, q_row, k, k_row, v, v_row, first, last, weights_at, weights, scale, heads);
+void attend_backward(Array q, Rows q_row, Array k, Rows k_row, Array v, Rows v_row, Rows first,
+                     Rows last, Rows weights_at, Floats weights, Floats d_r,
+                     std::optional<Floats> d_q, std::optional<Floats> d_k,
+                     std::optional<Floats> d_v, Rows page_starts, double scale, int64_t heads,
+                     int threads, Variant variant) {
+    courier::Attend a =
+        attention(q, q_row, k, k_row, v, v_row, first, last, weights_at, weights, scale, heads);
     a.d_r = d_r.data();
     a.d_q = data_or_null(d_q);
     a.d_k = data_or_null(d_k);
     a.d_v = data_or_null(d_v);
-    run(&Stages::attend_backward, a, int64_t(q_row.shape(0)), 16 * a.dim, threads, variant, page_starts.data(),
-        int64_t(page_starts.shape(0)));
+    run(&Stages::attend_backward, a, int64_t(q_row.shape(0)), 16 * a.dim, threads, variant,
+        page_starts.data(), int64_t(page_starts.shape(0)));
 }
 
 void set_candidates(courier::Candidates& a, int64_t low, const std::optional<Floats>& bias,
-                    const std::optional<Floats>& rank_bias, const std::optional<Floats>& count, const Rows& own,
-                    const std::optional<Rows>& order, const std::optional<Rows>& same, const std::optional<Rows>& page,
+                    const std::optional<Floats>& rank_bias, const std::optional<Floats>& count,
+                    const Rows& own, const std::optional<Rows>& order,
+                    const std::optional<Rows>& same, const std::optional<Rows>& page,
                     const std::optional<Rows>& above) {
     a.low = low;
     a.bias = data_or_null(bias);
@@ -358,9 +375,10 @@ void set_candidates(courier::Candidates& a, int64_t low, const std::optional<Flo
 }
 
 void contrast(Strided scores, int64_t low, double inverse_tau, std::optional<Floats> bias,
-              std::optional<Floats> rank_bias, std::optional<Floats> count, Rows own, std::optional<Rows> order,
-              std::optional<Rows> same, std::optional<Rows> page, bool page_only, Floats top,
-              Doubles total, std::optional<Rows> above, int threads, Variant variant) {
+              std::optional<Floats> rank_bias, std::optional<Floats> count, Rows own,
+              std::optional<Rows> order, std::optional<Rows> same, std::optional<Rows> page,
+              bool page_only, Floats top, Doubles total, std::optional<Rows> above, int threads,
+              Variant variant) {
     if (scores.ndim() != 2 || scores.stride(1) != 1)
         throw std::invalid_argument("scores: expected rows of consecutive numbers");
     courier::Contrast a{};
@@ -376,21 +394,24 @@ void contrast(Strided scores, int64_t low, double inverse_tau, std::optional<Flo
     run(&Stages::contrast, a, int64_t(scores.shape(0)), a.columns, threads, variant);
 }
 
-// The sizes of what `pack` and `tile` fill, so that only C++ knows the layouts: 0 where this variant has no products.
+// The sizes of what `pack` and `tile` fill, so that only C++ knows the layouts: 0 where this
+// variant has no products.
 int64_t panel_columns(Variant variant) {
     return stages_of(variant).tile ? courier::kPanelColumns : 0;
 }
 
 int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Numbers (of 4 bytes) in Pack::across, in Pack::along, in Tile::kept, and of a thread in Tile::scratch.
+// Numbers (of 4 bytes) in Pack::across, Pack::along, Tile::kept, and of a thread in Tile::scratch.
 std::vector<int64_t> packed_sizes(int64_t rows, int64_t columns, int64_t dim) {
-    return {parts_of(columns, courier::kPanelColumns) * courier::kPanelColumns * dim / 2, parts_of(columns, 2) * dim,
+    return {parts_of(columns, courier::kPanelColumns) * courier::kPanelColumns * dim / 2,
+            parts_of(columns, 2) * dim,
             parts_of(columns, courier::kBlockColumns) * courier::kBlockColumns * parts_of(rows, 2),
             courier::kGroupRows * courier::scores_stride(columns) / 2};
 }
 
-// The most rows at a time with which all threads end at about the same time; a group has a cost of its own, as of 3 rows.
+// The most rows at a time with which all threads end at about the same time; a group has a cost of
+// its own, as of 3 rows.
 int64_t group_rows(int64_t rows, int threads) {
     int64_t best = courier::kGroupRows, least = INT64_MAX;
     for (int64_t group = courier::kGroupRows; group >= 12; group -= 6) {
@@ -421,10 +442,10 @@ void pack(Array rows, std::optional<Words> across, std::optional<Words> along, i
 }
 
 void tile(Array x, Words across, std::optional<Words> along, int64_t columns, double inverse_tau,
-          std::optional<Floats> bias, std::optional<Floats> rank_bias, std::optional<Floats> count, Rows own,
-          std::optional<Rows> order, std::optional<Rows> same, std::optional<Rows> page, Floats top, Doubles total,
-          std::optional<Rows> above, std::optional<Floats> product, std::optional<Words> kept, Words scratch,
-          int threads, Variant variant) {
+          std::optional<Floats> bias, std::optional<Floats> rank_bias, std::optional<Floats> count,
+          Rows own, std::optional<Rows> order, std::optional<Rows> same, std::optional<Rows> page,
+          Floats top, Doubles total, std::optional<Rows> above, std::optional<Floats> product,
+          std::optional<Words> kept, Words scratch, int threads, Variant variant) {
     courier::Tile a{};
     a.rows = int64_t(x.shape(0));
     a.dim = int64_t(x.shape(1));
@@ -455,15 +476,17 @@ void transposed(Words kept, Words weighted, int64_t rows, Floats d_y, int thread
                 Variant variant) {
     const int64_t columns = int64_t(d_y.shape(0)), dim = int64_t(d_y.shape(1));
     courier::Transposed a{words(kept, packed_sizes(rows, columns, dim)[2]),
-                          words(weighted, packed_sizes(0, rows, dim)[1]), parts_of(rows, 2), columns, dim, d_y.data()};
+                          words(weighted, packed_sizes(0, rows, dim)[1]), parts_of(rows, 2),
+                          columns, dim, d_y.data()};
     const Stages& s = stages_of(variant);
     nb::gil_scoped_release release;
     parallel_each(parts_of(columns, courier::kBlockColumns), threads,
                   [&](int64_t b, int64_t e, int) { s.transposed(a, b, e); });
 }
 
-void weigh(Array product, Array x, std::optional<Array> own, Floats factor, std::optional<Floats> pull, Floats d_x,
-           Array weighted, std::optional<Floats> d_own, int threads, Variant variant) {
+void weigh(Array product, Array x, std::optional<Array> own, Floats factor,
+           std::optional<Floats> pull, Floats d_x, Array weighted, std::optional<Floats> d_own,
+           int threads, Variant variant) {
     courier::Weigh a{};
     a.type = type_of(x, "x");
     a.product_type = type_of(product, "product");
@@ -479,8 +502,8 @@ void weigh(Array product, Array x, std::optional<Array> own, Floats factor, std:
     run(&Stages::weigh, a, int64_t(x.shape(0)), 3 * a.dim, threads, variant);
 }
 
-void normalize_backward(Floats d_unit, Array unit, Floats norm, Array out, double scale, int threads,
-                        Variant variant) {
+void normalize_backward(Floats d_unit, Array unit, Floats norm, Array out, double scale,
+                        int threads, Variant variant) {
     courier::NormalizeBackward a{};
     a.type = type_of(unit, "unit");
     a.out_type = type_of(out, "out");
@@ -493,10 +516,12 @@ void normalize_backward(Floats d_unit, Array unit, Floats norm, Array out, doubl
     run(&Stages::normalize_backward, a, int64_t(unit.shape(0)), 2 * a.dim, threads, variant);
 }
 
-void candidate(Array x, std::optional<Array> y, Rows start, std::optional<Rows> range, Array v, Rows v_row,
-               std::optional<Floats> column_scale, std::optional<Floats> row_scale, Floats e_inverse, double scale,
-               double inverse_tau, Floats s, bool backward, std::optional<Floats> q_radial, std::optional<Floats> k_radial,
-               std::optional<Floats> d_v, std::optional<Doubles> slope, int threads, Variant variant) {
+void candidate(Array x, std::optional<Array> y, Rows start, std::optional<Rows> range, Array v,
+               Rows v_row, std::optional<Floats> column_scale, std::optional<Floats> row_scale,
+               Floats e_inverse, double scale, double inverse_tau, Floats s, bool backward,
+               std::optional<Floats> q_radial, std::optional<Floats> k_radial,
+               std::optional<Floats> d_v, std::optional<Doubles> slope, int threads,
+               Variant variant) {
     courier::Candidate a{};
     a.type = type_of(x, "x");
     a.x = x.data();
@@ -521,13 +546,15 @@ void candidate(Array x, std::optional<Array> y, Rows start, std::optional<Rows> 
     const Stages& stages = stages_of(variant);
     const int64_t pages = int64_t(start.size()) - 1;
     nb::gil_scoped_release release;
-    parallel_each(pages, threads, [&](int64_t b, int64_t e, int) { stages.candidate(a, backward, b, e); });
+    parallel_each(pages, threads,
+                  [&](int64_t b, int64_t e, int) { stages.candidate(a, backward, b, e); });
 }
 
 // The columns are divided into `parts`, each with sums of its own.
-void direct(Floats q, Floats e, int64_t low, Floats k, Floats v, Rows start, std::optional<Rows> range, Floats e_inverse,
-            double scale, double inverse_tau, int64_t heads, Floats s, bool backward, int64_t parts,
-            std::optional<Floats> d_q, std::optional<Floats> d_e, std::optional<Floats> d_k, std::optional<Floats> d_v,
+void direct(Floats q, Floats e, int64_t low, Floats k, Floats v, Rows start,
+            std::optional<Rows> range, Floats e_inverse, double scale, double inverse_tau,
+            int64_t heads, Floats s, bool backward, int64_t parts, std::optional<Floats> d_q,
+            std::optional<Floats> d_e, std::optional<Floats> d_k, std::optional<Floats> d_v,
             std::optional<Doubles> slope, int threads, Variant variant) {
     courier::Direct a{};
     a.q = q.data();
@@ -551,20 +578,25 @@ void direct(Floats q, Floats e, int64_t low, Floats k, Floats v, Rows start, std
     a.d_k = data_or_null(d_k);
     a.d_v = data_or_null(d_v);
     a.slope = data_or_null(slope);
-    if (backward && !(d_k && d_v && slope)) throw std::invalid_argument("d_k, d_v, slope: expected with backward");
+    if (backward && !(d_k && d_v && slope))
+        throw std::invalid_argument("d_k, d_v, slope: expected with backward");
     const Stages& stages = stages_of(variant);
     nb::gil_scoped_release release;
     parallel_each(parts, threads, [&](int64_t part, int64_t, int) {
         // At whole blocks, but for the last.
-        const auto cut = [&](int64_t p) { return p == parts ? a.columns : a.columns * p / parts / 128 * 128; };
+        const auto cut = [&](int64_t p) {
+            return p == parts ? a.columns : a.columns * p / parts / 128 * 128;
+        };
         stages.direct(a, backward, part, cut(part), cut(part + 1));
     });
 }
 
-void softmax(Floats s, int64_t low, Rows anchors, std::optional<Rows> range, std::optional<Floats> bias,
-             std::optional<Floats> rank_bias, std::optional<Floats> count, Rows own, std::optional<Rows> order,
-             std::optional<Rows> same, std::optional<Rows> page, std::optional<Floats> g, Doubles lse, Doubles loss,
-             Doubles positive, std::optional<Rows> above, int threads, Variant variant) {
+void softmax(Floats s, int64_t low, Rows anchors, std::optional<Rows> range,
+             std::optional<Floats> bias, std::optional<Floats> rank_bias,
+             std::optional<Floats> count, Rows own, std::optional<Rows> order,
+             std::optional<Rows> same, std::optional<Rows> page, std::optional<Floats> g,
+             Doubles lse, Doubles loss, Doubles positive, std::optional<Rows> above, int threads,
+             Variant variant) {
     courier::Softmax a{};
     set_candidates(a, low, bias, rank_bias, count, own, order, same, page, above);
     a.s = s.data();
@@ -579,13 +611,14 @@ void softmax(Floats s, int64_t low, Rows anchors, std::optional<Rows> range, std
 }
 
 void add(Floats sum, Array part, int threads, Variant variant) {
-    if (sum.size() != part.size()) throw std::invalid_argument("part: expected as many numbers as in sum");
+    if (sum.size() != part.size())
+        throw std::invalid_argument("part: expected as many numbers as in sum");
     courier::Add a{sum.data(), part.data(), type_of(part, "part")};
     run(&Stages::add, a, int64_t(sum.size()), 1, threads, variant);
 }
 
-// Arguments go by their place. Arrays are written in place: a silent copy of one of another type or order would lose the
-// result, hence noconvert.
+// Arguments go by their place. Arrays are written in place: a silent copy of one of another type or
+// order would lose the result, hence noconvert.
 template <class T>
 struct Argument {
     static auto make() { return nb::arg(); }
@@ -609,7 +642,8 @@ void define(nb::module_& m, const char* name, Result (*function)(A...)) {
 NB_MODULE(_native, m) {
     m.def("variants", &variants, "Instruction sets this CPU runs, the best first.");
     m.def("panel_columns", &panel_columns, nb::arg().none(),
-          "What the dimension has to be a multiple of for `pack`, `tile` and `transposed`; 0: the variant has none.");
+          "What the dimension has to be a multiple of for `pack`, `tile` and `transposed`; 0: the "
+          "variant has none.");
     define(m, "real_rows", &real_rows);
     define(m, "spans", &spans);
     define(m, "finish", &finish);

@@ -60,8 +60,7 @@ def source_of(p: Any) -> Tensor:
 
 @dataclass
 class Candidates:
-    """The columns of one direction, and which of them are no candidates of a row beside its own
-    column."""
+    """The columns of a direction, and which are no candidates of a row beside its own column."""
 
     unit: Tensor  # [n, D]
     own: Tensor  # [M] column of each row's positive, or of the row itself
@@ -153,8 +152,7 @@ def masked(
 
 @dataclass
 class Anchors:
-    """Real rows of both sides, and the clicked ones among those of PV that have a history and a
-    weight."""
+    """Real rows of both sides, and the clicked ones of PV that have a history and a weight."""
 
     pv: Rows
     history: Rows

@@ -1,8 +1,9 @@
-// Body of every variant: included once per instruction set, compiled with that set's flags. Vectors are the
-// compiler's own, COURIER_LANES floats wide, so one text serves AVX-512, AVX2, SSE2, NEON and anything else. Wider than a
-// register they become scalar code: as slow as no vectors at all.
+// Body of every variant: included once per instruction set, compiled with that set's flags. Vectors
+// are the compiler's own, COURIER_LANES floats wide, so one text serves AVX-512, AVX2, SSE2, NEON
+// and anything else. Wider than a register they become scalar code: as slow as no vectors at all.
 //
-// No templates of the standard library here: the linker keeps one copy of each, and it might be the AVX-512 one.
+// No templates of the standard library here: the linker keeps one copy of each, and it might be the
+// AVX-512 one.
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -118,9 +119,11 @@ inline vf exp_polynomial(vf f) {
 // exp to about one ulp: 2^n * polynomial(f), x = n ln2 + f. Below -87.3 it is 0; NaN stays NaN.
 inline vf exp_vector(vf x) {
 #ifdef __AVX512F__
-    // The same with instructions that round to an integer and scale by 2^n: no clamping, half the instructions.
+    // The same with instructions that round to an integer and scale by 2^n: no clamping,
+    // half the instructions.
     const __mmask16 whole = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
-    const vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT);
+    const vf n =
+        (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT);
     vf f = x - n * 0.693359375f;
     f = f - n * -2.12194440e-4f;
     vf p = exp_polynomial(f);
@@ -183,8 +186,9 @@ inline void divided(Y* y, float c, const X* x, int64_t dim) {
     for (; d < dim; ++d) narrow(widen(x[d]) / c, y + d);
 }
 
-// What a vector is divided by to be a unit vector: its norm, or infinity for a zero vector; NaN stays NaN. (A product with
-// the reciprocal would round twice, and the gradient across the vector is a difference in which that shows.)
+// What a vector is divided by to be a unit vector: its norm, or infinity for a zero vector; NaN
+// stays NaN. (A product with the reciprocal would round twice, and the gradient across the vector
+// is a difference in which that shows.)
 template <class X>
 inline X divisor(X norm) {
     return norm <= X(kNormEps) ? X(kInfinity) : norm;
@@ -279,8 +283,8 @@ void attend_backward_rows(const Attend& a, int64_t begin, int64_t end) {
     }
 }
 
-// One row: the largest score, then the probabilities and their sum. BIAS and RANK are compile-time, so that the plain loop
-// is one multiply-add and one exp a number.
+// One row: the largest score, then the probabilities and their sum. BIAS and RANK are compile-time,
+// so that the plain loop is one multiply-add and one exp a number.
 template <class T, bool BIAS>
 float row_maximum(const Contrast& a, const T* s) {
     vf top = splat(-kInfinity);
@@ -291,7 +295,8 @@ float row_maximum(const Contrast& a, const T* s) {
         if (BIAS) t += load(a.bias + j);
         top = t > top ? t : top;
     }
-    for (; j < a.columns; ++j) rest = larger(rest, widen(s[j]) * a.inverse_tau + (BIAS ? a.bias[j] : 0.0f));
+    for (; j < a.columns; ++j)
+        rest = larger(rest, widen(s[j]) * a.inverse_tau + (BIAS ? a.bias[j] : 0.0f));
     for (int l = 0; l < W; ++l) rest = larger(rest, top[l]);
     return rest;
 }
@@ -315,7 +320,8 @@ double row_probabilities(const Contrast& a, T* s, float top) {
     }
     if (j < a.columns) {
         vf t = splat(-kInfinity);
-        for (int64_t l = 0; j + l < a.columns; ++l) t[l] = widen(s[j + l]) * a.inverse_tau + (BIAS ? a.bias[j + l] : 0.0f);
+        for (int64_t l = 0; j + l < a.columns; ++l)
+            t[l] = widen(s[j + l]) * a.inverse_tau + (BIAS ? a.bias[j + l] : 0.0f);
         vf p = exp_vector(t - top);
         for (int64_t l = 0; j + l < a.columns; ++l) {
             narrow(p[l], s + j + l);
@@ -328,7 +334,8 @@ double row_probabilities(const Contrast& a, T* s, float top) {
 template <class T, bool BIAS, bool COUNT>
 int64_t row_rank(const Contrast& a, const T* s, float positive) {
     // Compared as the product gave them, scores of equal items are equal and not above each other.
-    constexpr int64_t kBlock = 1024 * W;  // counts of a block are exact in float32 up to 2^24 a lane
+    // Counts of a block are exact in float32 up to 2^24 a lane.
+    constexpr int64_t kBlock = 1024 * W;
     double above = 0;
     int64_t j = 0;
     while (j + W <= a.columns) {
@@ -351,8 +358,10 @@ int64_t row_rank(const Contrast& a, const T* s, float positive) {
 template <class T>
 int64_t rank_of(const Contrast& a, const T* s, float positive) {
     if (a.rank_bias)
-        return a.count ? row_rank<T, true, true>(a, s, positive) : row_rank<T, true, false>(a, s, positive);
-    return a.count ? row_rank<T, false, true>(a, s, positive) : row_rank<T, false, false>(a, s, positive);
+        return a.count ? row_rank<T, true, true>(a, s, positive)
+                       : row_rank<T, true, false>(a, s, positive);
+    return a.count ? row_rank<T, false, true>(a, s, positive)
+                   : row_rank<T, false, false>(a, s, positive);
 }
 
 template <class T>
@@ -367,7 +376,8 @@ void contrast_rows(const Contrast& a, int64_t begin, int64_t end) {
         T* s = static_cast<T*>(a.scores) + i * a.stride;
         const int64_t own = a.own[i] - a.low;
         const float own_score =
-            a.above ? widen(s[own]) * a.inverse_tau + (a.rank_bias ? a.rank_bias[own] : 0.0f) : 0.0f;
+            a.above ? widen(s[own]) * a.inverse_tau + (a.rank_bias ? a.rank_bias[own] : 0.0f)
+                    : 0.0f;
         leave_out(s, own, own + 1, a.columns);
         for (int64_t r = 0; r < a.same_ranges; ++r) {
             const int64_t* range = a.same + (i * a.same_ranges + r) * 2;
@@ -384,11 +394,13 @@ void contrast_rows(const Contrast& a, int64_t begin, int64_t end) {
             }
         }
         if (a.above) a.above[i] = rank_of(a, s, own_score);
-        // The largest score, not the 1/tau that bounds all: rounding of s - top then is least where P is largest.
+        // The largest score, not the 1/tau that bounds all: rounding of s - top then is least where
+        // P is largest.
         float top = a.bias ? row_maximum<T, true>(a, s) : row_maximum<T, false>(a, s);
         if (top == -kInfinity) top = 0;  // no candidate: the sum is 0
         a.top[i] = top;
-        a.total[i] = a.bias ? row_probabilities<T, true>(a, s, top) : row_probabilities<T, false>(a, s, top);
+        a.total[i] =
+            a.bias ? row_probabilities<T, true>(a, s, top) : row_probabilities<T, false>(a, s, top);
     }
 }
 
@@ -419,20 +431,23 @@ void normalize_backward_rows(const NormalizeBackward& a, int64_t begin, int64_t 
 }
 
 void normalize(const Normalize& a, int64_t begin, int64_t end) {
-    a.type == Type::f32 ? normalize_rows<float>(a, begin, end) : normalize_rows<bf16>(a, begin, end);
+    a.type == Type::f32 ? normalize_rows<float>(a, begin, end)
+                        : normalize_rows<bf16>(a, begin, end);
 }
 void attend(const Attend& a, int64_t begin, int64_t end) {
     a.type == Type::f32 ? attend_rows<float>(a, begin, end) : attend_rows<bf16>(a, begin, end);
 }
 void attend_backward(const Attend& a, int64_t begin, int64_t end) {
-    a.type == Type::f32 ? attend_backward_rows<float>(a, begin, end) : attend_backward_rows<bf16>(a, begin, end);
+    a.type == Type::f32 ? attend_backward_rows<float>(a, begin, end)
+                        : attend_backward_rows<bf16>(a, begin, end);
 }
 void contrast(const Contrast& a, int64_t begin, int64_t end) {
     a.type == Type::f32 ? contrast_rows<float>(a, begin, end) : contrast_rows<bf16>(a, begin, end);
 }
 void weigh(const Weigh& a, int64_t begin, int64_t end) {
     if (a.type == Type::f32) return weigh_rows<float, float>(a, begin, end);
-    a.product_type == Type::f32 ? weigh_rows<bf16, float>(a, begin, end) : weigh_rows<bf16, bf16>(a, begin, end);
+    a.product_type == Type::f32 ? weigh_rows<bf16, float>(a, begin, end)
+                                : weigh_rows<bf16, bf16>(a, begin, end);
 }
 void normalize_backward(const NormalizeBackward& a, int64_t begin, int64_t end) {
     if (a.type == Type::f32) return normalize_backward_rows<float, float>(a, begin, end);

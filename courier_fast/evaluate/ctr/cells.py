@@ -78,8 +78,7 @@ class Plan:
     ranges: tuple[str, ...] = ("validation", "test")
 
     def groups(self) -> list[tuple[Protocol, str, str]]:
-        """Protocol, form and embedding; without an embedding first, which the others are compared
-        with."""
+        """Protocol, form, embedding; first without one, which the others are compared with."""
         made = [
             (protocol, form, name)
             for protocol in self.protocols
@@ -156,8 +155,7 @@ def write_cell(
 
 
 def is_done(path: Path, fingerprint: str) -> bool:
-    """Whether the cell's file is there, made from the same; one made from something else is
-    named."""
+    """Whether the cell's file is there, made from the same; one of something else is named."""
     if not path.is_file():
         return False
     about = json.loads((pq.read_schema(path).metadata or {}).get(b"courier_fast", b"{}"))

@@ -219,9 +219,8 @@ def _plan(args: argparse.Namespace, dataset: Dataset) -> Plan:
     )
     check_dataset(dataset)
     Impressions(dataset, args.split, history=args.history)  # its own check
-    protocols = [
-        make_protocol(dataset, p, args.encoder_share) for p in dict.fromkeys(args.protocol)
-    ]
+    names = dict.fromkeys(args.protocol)
+    protocols = [make_protocol(dataset, name, args.encoder_share) for name in names]
     tables: dict[str, list[Array]] = {}
     for text in args.embeddings:
         name, paths = _files(text, args.seeds)
@@ -235,8 +234,8 @@ def _plan(args: argparse.Namespace, dataset: Dataset) -> Plan:
         widths = {x.shape[1] for x in tables[name]}
         if len(widths) > 1:
             raise ValueError(
-                f"embeddings: expected the same dimensions of all seeds of {name!r}, got "
-                f"{sorted(widths)}"
+                f"embeddings: expected the same dimensions of all seeds of {name!r}, "
+                f"got {sorted(widths)}"
             )
     if not args.no_control:
         widest = max(x[0].shape[1] for x in tables.values())
@@ -304,8 +303,7 @@ def _check_until(path: Path, protocol: Protocol) -> None:
 
 
 def _same_dimensions(path: Path, tables: Mapping[str, Sequence[Array]]) -> None:
-    """ValueError where the last run into the folder had embeddings of this name with other
-    dimensions."""
+    """ValueError where the folder's last run had embeddings of this name with other dimensions."""
     now = {name: x[0].shape[1] for name, x in tables.items()}
     before: dict[str, int] = read_json(path) if path.is_file() else {}
     for name in now.keys() & before.keys() - {RANDOM}:

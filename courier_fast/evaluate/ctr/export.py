@@ -142,9 +142,8 @@ def _write(
     rows: int,
 ) -> None:
     d = dataset
-    step = max(
-        1, rows * len(pages) // max(1, int(d.pv_end[pages.stop - 1] - d.pv_start[pages.start]))
-    )
+    shown = int(d.pv_end[pages.stop - 1] - d.pv_start[pages.start])
+    step = max(1, rows * len(pages) // max(1, shown))
     writer: pq.ParquetWriter | None = None
     try:
         for first in range(pages.start, pages.stop, step):
@@ -227,12 +226,19 @@ def _dictionary(
         ]
         return "\n".join(f"| {n} | {text} |" for n, text in [*plain, *named])
 
+    pages = dataset.info.get("pages", "given or made")
+    drawn = "drawn, so the rate of clicks and calibration mean nothing"
+    about = (
+        f"{protocol.describe(dataset)}. Histories hold at most {history} items. Clusters, centres "
+        "and scales of the embeddings come from items seen\nbefore that bound. "
+        f"Pages are {pages}: what was shown is {'known' if pages == 'given' else drawn}.\n"
+        "Train on train.parquet, stop and choose by validation.parquet, look at test.parquet once. "
+        "dataset_config.yaml describes all this to\nFuxiCTR (2.3), with the vectors in "
+        "*_vectors.npz: a dataset for each form and embedding."
+    )
     return f"""# Impressions of {dataset.name}
 
-{protocol.describe(dataset)}. Histories hold at most {history} items. Clusters, centres and scales of the embeddings come from items seen
-before that bound. Pages are {dataset.info.get("pages", "given or made")}: what was shown is {"known" if dataset.info.get("pages") == "given" else "drawn, so the rate of clicks and calibration mean nothing"}.
-Train on train.parquet, stop and choose by validation.parquet, look at test.parquet once. dataset_config.yaml describes all this to
-FuxiCTR (2.3), with the vectors in *_vectors.npz: a dataset for each form and embedding.
+{about}
 
 ## train.parquet, validation.parquet, test.parquet: a row per impression
 

@@ -1,5 +1,4 @@
-"""dataset_config.yaml for FuxiCTR 2.3, so that its models read the exported impressions as they
-are."""
+"""dataset_config.yaml for FuxiCTR 2.3: its models read the exported impressions as they are."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A dataset's pages as impressions, the ranges of time that a comparison trains and is judged on,
 and what must not be there.
 
-    time ->  [ encoder pages ][ CTR training pages ][ validation ][ test ]        protocol "disjoint"
-             [ encoder pages = CTR training pages  ][ validation ][ test ]        protocol "shared"
+    time ->  [ encoder pages ][ CTR training pages ][ validation ][ test ]  protocol "disjoint"
+             [ encoder pages = CTR training pages  ][ validation ][ test ]  protocol "shared"
 
 What is counted, fitted or clustered beside the CTR model comes from the encoder pages, the weights
 from the CTR training pages, the moment to stop from validation. With "shared" the embeddings were
@@ -141,8 +141,7 @@ class Protocol:
         return f"{self.name}: {said}; embeddings must come from pages before {as_date(self.bound)}"
 
     def known_items(self, dataset: Dataset) -> Array:
-        """[items] bool: shown or clicked before `bound`; k-means and standardisation see no
-        other."""
+        """[items] bool: shown or clicked before `bound`: what k-means and standardisation see."""
         known = np.zeros(dataset.num_items, bool)
         known[dataset.event_item[dataset.event_moment < self.bound]] = True
         known[Impressions(dataset, self.encoder).item] = True

@@ -41,8 +41,7 @@ class Split:
     weight: Tensor | None = None
 
     def batch(self, pages: Array) -> Batch:
-        """The impressions of some pages (counted from the range's first), with all their
-        history."""
+        """Impressions of some pages (counted from the range's first), with all their history."""
         x, d = self.shown, self.shown.dataset
         rows, page = _ragged(x.offsets[pages], x.offsets[pages + 1])
         start, end = x.history_start[pages], x.history_end[pages]
@@ -71,8 +70,7 @@ class Split:
 
 
 def _ragged(start: Array, end: Array) -> tuple[Array, Array]:
-    """The ranges [start, end) one after another, and the number of the range that each entry is
-    of."""
+    """The ranges [start, end) one after another, and the number of each entry's range."""
     size = end - start
     group = np.repeat(np.arange(len(size)), size)
     return (start - np.cumsum(size) + size)[group] + np.arange(int(size.sum())), group
@@ -135,8 +133,7 @@ class Material:
 
     @cached_property
     def _codes(self) -> tuple[Array, Array, list[int]]:
-        """Codes of users, of items [items, (id, category)], and how many there are of each of the
-        latter."""
+        """Codes of users, of items [items, (id, category)], and the numbers of both of these."""
         train, d = self.shown["train"], self.dataset
         user = id_codes(train.user, len(d.user_ids), self.least)
         item = id_codes(train.item, d.num_items, self.least)
@@ -144,8 +141,7 @@ class Material:
         return user, np.stack([item, category], 1), [int(item.max()) + 1, len(names)]
 
     def inputs(self, form: str, embeddings: Array | None = None) -> Inputs:
-        """Raises ValueError for an unknown form, or one without the embeddings [items, D] that it
-        needs."""
+        """ValueError for an unknown form, or one without the embeddings [items, D] it needs."""
         check_form(form)
         if form != "none" and embeddings is None:
             raise ValueError(f"embeddings: expected some for the form {form!r}, got none")

@@ -217,8 +217,7 @@ def _mlp(width: int, hidden: Sequence[int], activation: object) -> nn.Sequential
 
 
 def penalty(model: nn.Module, batch: Batch) -> Tensor:
-    """Squares of the rows of the batch's users and item ids, over its impressions: what `l2`
-    weighs."""
+    """Squares of the batch's rows of users and item ids, over its impressions: what `l2` weighs."""
     assert isinstance(model, _Model)
     ids = model.items.codes[0](model.items.tables.codes[batch.items, 0])
     return (ids.square().sum() + model.user(batch.user).square().sum()) / len(batch.user)

@@ -234,8 +234,8 @@ def markdown(report: dict[str, Any]) -> str:
             forms = list(dict.fromkeys(a["form"] for a in table["against"]))
             of = {(a["form"], a["other"]): _range(a["auc"], "+") for a in table["against"]}
             parts.append(
-                f"### {table['model']}, {table['protocol']}: AUC of {first} minus others, form by "
-                "form"
+                f"### {table['model']}, {table['protocol']}: AUC of {first} minus others, "
+                "form by form"
             )
             parts.append(
                 markdown_table(["form", *others], [[f, *(of[f, o] for o in others)] for f in forms])
@@ -283,17 +283,21 @@ def notes_of(report: dict[str, Any]) -> list[str]:
 
 def about_table(table: dict[str, Any]) -> str:
     shown = [r["mde"] for r in table["rows"] if r["form"] != NONE]
-    least = (
-        f" A difference of AUC below {max(shown):.4f} is more likely missed than found here (power "
-        "80 %)."
-        if shown
-        else ""
+    text = (
+        f"{table['impressions']:,} impressions with {table['clicks']:,} clicks of "
+        f"{table['users']:,} users."
     )
-    return f"{table['impressions']:,} impressions with {table['clicks']:,} clicks of {table['users']:,} users.{least}"
+    if shown:
+        text += (
+            f" A difference of AUC below {max(shown):.4f} is more likely missed than found here "
+            "(power 80 %)."
+        )
+    return text
 
 
 def _range(x: dict[str, float], sign: str = "", digits: int = 4) -> str:
-    return f"{x['value']:{sign}.{digits}f} ({x['low']:{sign}.{digits}f} to {x['high']:{sign}.{digits}f})"
+    value, low, high = (f"{x[k]:{sign}.{digits}f}" for k in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
 
 
 def of_one_seed(row: dict[str, Any]) -> str:
@@ -358,9 +362,8 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
         if not console.is_terminal:
             console.width = 120
     for note in notes_of(report):
-        console.print(
-            note.strip("*"), highlight=False, style="bold red" if note.startswith("**") else ""
-        )
+        style = "bold red" if note.startswith("**") else ""
+        console.print(note.strip("*"), highlight=False, style=style)
     for table in report["tables"]:
         console.print(
             f"\n{table['model']}, {table['protocol']}: {about_table(table)}",
