@@ -80,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
                 return 2
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # Where it has no cache yet, it says so: "generated new fontManager".
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)
     with interrupt.stopping():
         return _run(parser, args, argv)
 

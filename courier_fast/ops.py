@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .packing import check_offsets, check_range
-from .problem import Problem, SequenceProblem
+from .problem import LARGEST_DIM, Problem, SequenceProblem
 from .surroundings import alone
 
 IMPLEMENTATIONS = {
@@ -29,9 +29,6 @@ IMPLEMENTATIONS = {
     "cpu": "courier_fast.kernels.cpu.driver",
     "xformers": "courier_fast.kernels.xformers_attention",
 }
-
-# Embeddings an implementation takes at most; none: any.
-LARGEST_DIM = {"triton": 1024, "xformers": 1024}
 
 
 def _module(impl: str) -> ModuleType:
@@ -53,9 +50,8 @@ def unavailable_reasons(impl: str, p: Problem | SequenceProblem) -> list[str]:
         getattr(p, "num_heads", 1),
         getattr(p, "attention", "anchor"),
     )
-    limit = LARGEST_DIM.get(impl)
-    if limit is not None and source.shape[1] > limit:
-        reasons = [*reasons, f"the embedding dimension is above {limit}"]
+    if impl != "cpu" and source.shape[1] > LARGEST_DIM:
+        reasons = [*reasons, f"the embedding dimension is above {LARGEST_DIM}"]
     return reasons
 
 

@@ -79,7 +79,7 @@ DATASET = Product(
     "a dataset",
     "dataset.json",
     ("format", "splits"),
-    re.compile(rf"(dataset|manifest|report)\.json|({_TABLES})(/\d{{5,}})?\.arrow"),
+    re.compile(rf"(dataset|manifest|report)\.json|({_TABLES})/\d{{5,}}\.arrow"),
 )
 EXPORT = Product(
     "an earlier export",

@@ -19,6 +19,7 @@ WORKSPACE = 1 << 30  # bytes
 
 # Vectors no longer than this count as zero: their cosine is 0 and so is its gradient.
 NORM_EPS = 1e-12
+LARGEST_DIM = 1024  # of embeddings, in Triton's kernels
 
 
 @dataclass

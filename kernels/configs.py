@@ -84,7 +84,6 @@ MOST_REGISTERS = 255
 # Rows per program of the bookkeeping kernels, and of the memory-bound ones.
 BLOCK_PLAN = 1024
 LARGEST_REGISTER_DIM = 256  # above it the accumulator spills: the chunked path takes over
-LARGEST_DIM = 1024
 
 
 def interpreted() -> bool:

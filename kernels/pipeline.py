@@ -16,6 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
+from courier_fast.problem import LARGEST_DIM
+
 from . import candidate_pipeline, configs, epilogue
 from .passes import forward_pass, lowered, run_chunks, run_contrast
 from .reconstruct_pipeline import reconstruct_backward, reconstruct_forward
@@ -101,9 +103,9 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
         reasons.append("the GPU is older than compute capability 8.0")
     if source.dtype not in _DTYPES:
         reasons.append(f"dtype is {source.dtype}; float32, float16 or bfloat16 is needed")
-    if not 1 <= source.shape[1] <= configs.LARGEST_DIM:
+    if not 1 <= source.shape[1] <= LARGEST_DIM:
         reasons.append(
-            f"the embedding dimension is {source.shape[1]}; 1 to {configs.LARGEST_DIM} is supported"
+            f"the embedding dimension is {source.shape[1]}; 1 to {LARGEST_DIM} is supported"
         )
     return reasons
 

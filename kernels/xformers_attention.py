@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import configs
+from courier_fast.problem import LARGEST_DIM
 
 if TYPE_CHECKING:
     from courier_fast.problem import Problem, SequenceProblem
@@ -98,10 +98,9 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
         reasons.append(f"Triton, which the contrast needs, cannot be imported: {error}")
         if source.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             reasons.append(f"dtype is {source.dtype}; float32, float16 or bfloat16 is needed")
-        if not 1 <= source.shape[1] <= configs.LARGEST_DIM:
+        if not 1 <= source.shape[1] <= LARGEST_DIM:
             reasons.append(
-                f"the embedding dimension is {source.shape[1]}; "
-                f"1 to {configs.LARGEST_DIM} is supported"
+                f"the embedding dimension is {source.shape[1]}; 1 to {LARGEST_DIM} is supported"
             )
         return reasons
     return reasons + [f"contrast: {reason}" for reason in pipeline.unavailable_reasons(p)]

@@ -186,9 +186,11 @@ def test_padding_to_given_sizes() -> None:
 def test_a_missing_folder_or_another_format(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="courier-fast prepare"):
         Dataset(tmp_path)
-    (tmp_path / "dataset.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="expected format 2, got 99"):
-        Dataset(tmp_path)
+    for other in (1, 99):
+        (tmp_path / "dataset.json").write_text(f'{{"format": {other}, "splits": {{}}}}')
+        message = f"^dataset: expected format 2, got {other} in {tmp_path}/.*; prepare it again$"
+        with pytest.raises(ValueError, match=message):
+            Dataset(tmp_path)
     with pytest.raises(FileNotFoundError, match="without --images"):
         _ = dataset.images
 

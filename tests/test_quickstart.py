@@ -6,6 +6,9 @@ import argparse
 import html
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +227,17 @@ def test_click_probability_is_what_shoppers_do() -> None:
     clicks = np.where(rng.random(len(like)) < 0.3 / 0.75, 2, 1)
     clicked = np.argsort(np.argsort(-score, 1), 1) < clicks[:, None]
     np.testing.assert_allclose(clicked.mean(0), p, atol=4 * 0.5 / len(like) ** 0.5)
+
+
+def test_the_first_plot_does_not_announce_its_fonts(tmp_path: Path) -> None:
+    code = "from courier_fast import cli; cli.main(['verify', '.']); import matplotlib.font_manager"
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "MPLCONFIGDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert any(tmp_path.glob("fontlist-*.json"))  # made anew
+    assert "verify" in shown.stderr and "fontManager" not in shown.stderr

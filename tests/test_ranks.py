@@ -12,7 +12,6 @@ from courier_fast.evaluate.metrics import (
     Ranks,
     bootstrap_means,
     count_ranks,
-    group_mean,
     interval,
     page_values,
 )
@@ -80,7 +79,7 @@ def test_a_page_is_the_mean_of_its_clicks() -> None:
     assert values["HR@1"].tolist() == [0.5, 1.0]
     assert values["AUC"].tolist() == [(1 + 0.25) / 2, 1.0]
     assert values["MRR"][0] == pytest.approx((1 + (1 / 2 + 1 / 3) / 2) / 2)
-    assert np.isnan(group_mean(np.ones(1), np.array([1]), 2)[0])
+    assert np.isnan(page_values(ranks_of([1, 0]), np.array([1]), 2, (1,))["MRR"][0])
 
 
 # ---- bootstrap -----------------------------------------------------------------------------------

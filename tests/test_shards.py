@@ -3,7 +3,6 @@ off or altered is named."""
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -36,38 +35,11 @@ def cut(whole: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Data
     return rewrite(whole, tmp_path / "cut", shard_rows=17, shard_bytes=5000)
 
 
-def old_format(dataset: Dataset, folder: Path) -> Path:
-    """The folder as versions before the shards wrote it."""
-    folder.mkdir()
-    for name in TABLES:
-        columns = columns_of(dataset, name)
-        if name == "items":
-            del columns["height"], columns["width"]
-        tables.write_table(folder / f"{name}.arrow", columns)
-    kinds = (pa.binary(), pa.int32(), pa.int32())
-    schema = pa.schema(list(zip(("jpeg", "height", "width"), kinds, strict=True)))
-    rows = images_of(dataset)
-    with (
-        pa.OSFile(str(folder / "images.arrow"), "wb") as sink,
-        pa.ipc.new_file(sink, schema) as writer,
-    ):
-        for start in range(0, len(rows), 25):
-            columns = [
-                pa.array(c, k)
-                for c, k in zip(zip(*rows[start : start + 25], strict=True), kinds, strict=True)
-            ]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-    about = {n: v for n, v in dataset.info.items() if n != "manifest"} | {"format": 1}
-    (folder / "dataset.json").write_text(json.dumps(about))
-    return folder
-
-
 def assert_same(found: Dataset, expected: Dataset) -> None:
     for name in TABLES:
         columns = columns_of(found, name)
         for column, values in columns_of(expected, name).items():
-            if column not in ("height", "width"):  # format 1 has them elsewhere
-                assert columns[column].tolist() == values.tolist(), (name, column)
+            assert columns[column].tolist() == values.tolist(), (name, column)
     assert images_of(found) == images_of(expected)
     assert found.images.present.tolist() == expected.images.present.tolist()
     for attribute in ("page_user", "page_time", "pv_clicked", "event_item", "item_clicks"):
@@ -95,14 +67,6 @@ def test_many_shards_are_as_one(whole: Dataset, cut: Dataset) -> None:
     assert len(cut.tables["images"].shards) > 5
     assert_same(cut, whole)
     assert_same(pickle.loads(pickle.dumps(cut)), whole)
-
-
-def test_format_1_opens(whole: Dataset, tmp_path: Path) -> None:
-    old = Dataset(old_format(whole, tmp_path / "old"))
-    assert old.info["format"] == 1
-    assert_same(old, whole)
-    assert old.fingerprint != whole.fingerprint
-    assert old.verify() == 0
 
 
 def test_prepare_cuts_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

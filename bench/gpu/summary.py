@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import report
 from ..cases import VARIANT_GOALS
-from .record import DONE, FAILED, PASSED, SKIPPED, finished
+from .record import DONE, FAILED, PASSED, SKIPPED
 
 Content = Mapping[str, Any]  # of a record
 
@@ -128,7 +128,3 @@ def markdown(records: Mapping[str, Content], command: str, rehearsed: bool, sour
 def broken(records: Mapping[str, Content]) -> list[str]:
     """Stages with a failure."""
     return [n for n, c in records.items() if first_failure(c) is not None]
-
-
-def unfinished(records: Mapping[str, Content]) -> list[str]:
-    return [n for n, c in records.items() if not finished(c)]

@@ -27,9 +27,6 @@ events and pages have a column microsecond (int32) beside time: both together ar
 A page that was shown can be cut: all clicked items and a sample of the others stay. `weight` is how
 many items of the uncut page a row stands for, the inverse of its chance to stay: 1 where it was
 clicked or the page is whole, else others shown / others kept.
-
-Format 1, which still opens from a local folder, has one file <table>.arrow for each table and no
-manifest; heights and widths are in images.arrow.
 """
 
 from __future__ import annotations
@@ -38,18 +35,17 @@ import hashlib
 import json
 import os
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..files import parse_json, sha256
+from ..files import parse_json
 from .storage import Folder, Location, Shard, join, write_file
-from .tables import ImageShard, Maps, Table, read_table
+from .tables import ImageShard, Maps, Table
 
 Array = npt.NDArray
 
@@ -85,14 +81,9 @@ class ImageStore:
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
         self.table = dataset.tables["images"]
-        if dataset.info["format"] == 1:
-            shard = self._open([0])[0]
-            self.shapes: Array = shard.shapes
-            self.present: Array = shard.ends > shard.starts
-        else:
-            columns = [dataset.items.arrow(n).to_numpy() for n in ("height", "width")]
-            self.shapes = np.stack(columns, 1)
-            self.present = self.shapes[:, 0] > 0
+        columns = [dataset.items.arrow(n).to_numpy() for n in ("height", "width")]
+        self.shapes: Array = np.stack(columns, 1)
+        self.present: Array = self.shapes[:, 0] > 0
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -120,9 +111,6 @@ class ImageStore:
 
     def fingerprint(self) -> list[Any]:
         """What changes when the images may have."""
-        if isinstance(self._dataset.path, Path) and self._dataset.info["format"] == 1:
-            about = os.stat(self._dataset.path / "images.arrow")
-            return [about.st_size, about.st_mtime_ns]
         return [shard.sha256 for shard in self.table.shards]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -131,24 +119,6 @@ class ImageStore:
 
 def _whole(table: str, name: str) -> cached_property[Array]:
     return cached_property(lambda dataset: dataset.tables[table].column(name).joined())
-
-
-def _old_tables(path: Path) -> Iterator[tuple[str, list[Shard]]]:
-    """The tables of format 1, a file each."""
-    for name in (*TABLES, "images"):
-        file = path / f"{name}.arrow"
-        if name == "images" and not file.is_file():
-            continue
-        if name == "images":
-            rows = sum(b.num_rows for b in _batches(file))
-        else:
-            rows = read_table(file).num_rows
-        yield name, [Shard(file.name, rows, file.stat().st_size, None)]
-
-
-def _batches(file: Path) -> Iterator[pa.RecordBatch]:
-    reader = pa.ipc.open_file(pa.memory_map(os.fspath(file)))
-    return (reader.get_batch(i) for i in range(reader.num_record_batches))
 
 
 class _Moments(Sequence[float]):
@@ -203,12 +173,9 @@ class Dataset:
 
     def _shards(self) -> dict[str, list[Shard]]:
         format_ = self.info.get("format")
-        if format_ == 1 and isinstance(self.path, Path):
-            return dict(_old_tables(self.path))
         if format_ != FORMAT:
-            known = f"format {FORMAT}" + (", or 1 in a local folder" if format_ == 1 else "")
             raise ValueError(
-                f"dataset: expected {known}, got {format_} in {self.path}/dataset.json; "
+                f"dataset: expected format {FORMAT}, got {format_} in {self.path}/dataset.json; "
                 "prepare it again"
             )
         manifest = self._folder.read_text("manifest.json")
@@ -236,9 +203,8 @@ class Dataset:
         total = 0
         for table in self.tables.values():
             for shard in table.shards:
-                if shard.sha256 is not None:
-                    self._folder.verify(shard)
-                    total += shard.bytes
+                self._folder.verify(shard)
+                total += shard.bytes
         return total
 
     # Whole columns, for what looks at all of a dataset; batches are taken from the shards
@@ -299,11 +265,9 @@ class Dataset:
             else self.path.resolve().name
         )
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """ "sha256:..." of all tables: that of the manifest, which has theirs."""
-        if self.info["format"] == 1 and isinstance(self.path, Path):
-            return sha256(*sorted(p for p in self.path.iterdir() if p.suffix == ".arrow"))
         return str(self.info["manifest"])
 
     @cached_property

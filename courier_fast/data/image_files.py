@@ -12,7 +12,7 @@ from pyarrow import fs
 
 from ..output import is_partial
 from .ids import one
-from .likeness import MOST, a_few, difference
+from .likeness import MOST, difference
 from .storage import Location, filesystem
 
 LEADS_OUT = "a symbolic link out of the folder of images, not followed"
@@ -85,7 +85,7 @@ class ImageFiles:
             f"{n:,} {suffix or 'without suffix'}" for suffix, n in self.suffixes.most_common(4)
         )
         text = f"beside them there are {kinds}" if self.paths else f"there are {kinds}"
-        text += f" ({a_few(sorted(self.other_images or self.others))})"
+        text += f" ({', '.join(sorted(self.other_images or self.others)[:3])})"
         return "; ".join([text, *self.hints(missing)])
 
     def hints(self, missing: list[str]) -> list[str]:

@@ -38,11 +38,6 @@ def difference(ids: Sequence[str], names: Iterable[str]) -> tuple[str, str, str]
     return None
 
 
-def a_few(names: Iterable[str]) -> str:
-    """A few, for a message."""
-    return ", ".join(islice(names, 3))
-
-
 def items_note(ids: pl.Series, found: pl.Series, table: pl.LazyFrame) -> list[str]:
     """A word where less than half of the items (`ids`) are among those of the table of items, of
     which `found` are; ValueError where none is."""
@@ -53,7 +48,7 @@ def items_note(ids: pl.Series, found: pl.Series, table: pl.LazyFrame) -> list[st
     text = (
         f"items: {len(found):,} of {len(ids):,} items of the interactions match a row of --items, "
         "which has categories and dates; "
-        f"not {a_few(left)}; its rows are {a_few(names) or 'none'}"
+        f"not {', '.join(left[:3])}; its rows are {', '.join(names[:3]) or 'none'}"
     )
     if alike := difference(left, names):
         text += f"; do they differ {alike[0]} ({alike[1]} and {alike[2]})?"

@@ -153,7 +153,7 @@ class Table:
     schema: Schema
     read: Read
     partitions: dict[str, str | None] = field(default_factory=dict)
-    names: Sequence[str] = ()  # of the columns in it; some may be there twice
+    names: Sequence[str] = ()
     any_column: bool = False
 
     def known(self, columns: Sequence[str]) -> set[str]:

@@ -174,12 +174,12 @@ def local_copy(path: Location) -> Path:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of a table, as the manifest lists it; of a folder of format 1 without a checksum."""
+    """A file of a table, as the manifest lists it."""
 
     name: str
     rows: int
     bytes: int
-    sha256: str | None
+    sha256: str
 
 
 class Cache:
@@ -278,7 +278,6 @@ class Folder:
         """A shard as a local file. ValueError names one that is cut off or was altered; of a local
         one the checksum is looked at once, with `check`."""
         if not isinstance(self.path, Path):
-            assert shard.sha256 is not None
             return self.cache.get(shard.sha256, shard.bytes, lambda to: self._fetch(shard, to))
         path = self.path / shard.name
         if shard.name not in self._checked:
@@ -293,7 +292,7 @@ class Folder:
                     f"dataset: {path} was cut off or altered: expected {shard.bytes:,} bytes, "
                     f"got {size:,}"
                 )
-            if check and shard.sha256 is not None:
+            if check:
                 self.verify(shard)
                 self._checked.add(shard.name)
         return path

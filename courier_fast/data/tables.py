@@ -290,24 +290,11 @@ class ImageShard:
     def __init__(self, path: Path) -> None:
         self._map = np.memmap(path, np.uint8, "r")
         base = self._map.ctypes.data
-        # Every batch's buffers lie in the map: their addresses give each image's place in the file.
-        reader = pa.ipc.open_file(pa.py_buffer(self._map))
-        starts, ends, shapes = [], [], []
-        for index in range(reader.num_record_batches):
-            batch = reader.get_batch(index)
-            column = batch.column("jpeg")
-            _, offsets, data = column.buffers()
-            where = np.frombuffer(offsets, np.int32)[: len(column) + 1].astype(np.int64)
-            where += 0 if data is None else data.address - base
-            starts.append(where[:-1])
-            ends.append(where[1:])
-            if "height" in batch.schema.names:  # format 1
-                shapes.append(
-                    np.stack([batch.column(n).to_numpy() for n in ("height", "width")], 1)
-                )
-        empty = np.zeros(0, np.int64)
-        self.starts, self.ends = (np.concatenate([empty, *of]) for of in (starts, ends))
-        self.shapes = np.concatenate([np.zeros((0, 2), np.int32), *shapes])
+        column = pa.ipc.open_file(pa.py_buffer(self._map)).get_batch(0).column("jpeg")
+        # The buffers lie in the map: their addresses give each image's place in the file.
+        _, offsets, data = column.buffers()
+        self._bounds = np.frombuffer(offsets, np.int32)[: len(column) + 1].astype(np.int64)
+        self._bounds += 0 if data is None else data.address - base
 
     def __getitem__(self, row: int) -> npt.NDArray[np.uint8]:
-        return self._map[self.starts[row] : self.ends[row]].view(np.ndarray)
+        return self._map[self._bounds[row] : self._bounds[row + 1]].view(np.ndarray)

@@ -6,7 +6,8 @@ import polars as pl
 
 YES = ("true", "t", "yes", "y", "on", "1")
 NO = ("false", "f", "no", "n", "off", "0")
-MISSING = ("", "null", "none", "nan", "\\n")  # taken for no, and counted
+# Taken for no, and counted. Fewer words than those of ids.py, and in any case: "n/a" is an error.
+MISSING = ("", "null", "none", "nan", "\\n")
 UNKNOWN = "not said whether clicked"
 # Names of columns that say whether a row was clicked.
 FLAGS = ("clicked", "is_clicked", "was_clicked", "click", "is_click", "label", "click_label")

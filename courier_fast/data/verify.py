@@ -14,11 +14,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     dataset = Dataset(args.dataset)
-    if dataset.info["format"] == 1:
-        raise ValueError(
-            f"dataset: expected format 2, which has checksums, got 1 in {args.dataset}; "
-            "prepare it again"
-        )
     size = dataset.verify()
     shards = sum(len(table.shards) for table in dataset.tables.values())
     print(f"{args.dataset}: {shards:,} shards, {size:,} bytes, as the manifest lists them")

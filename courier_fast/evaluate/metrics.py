@@ -66,7 +66,6 @@ __all__ = [
     "fit_isotonic",
     "fit_platt",
     "gauc",
-    "group_mean",
     "hit_rate",
     "holm",
     "interval",
@@ -266,7 +265,7 @@ def count_ranks(scores: Array, offsets: Array) -> Ranks:
     return Ranks(above, tied, sizes - 1)
 
 
-def group_mean(values: Array, group: Array, groups: int) -> Array:
+def _mean_by_group(values: Array, group: Array, groups: int) -> Array:
     """Means [groups, ...] of values [n, ...] by `group` [n] in [0, groups); NaN for a group without
     a value."""
     with np.errstate(invalid="ignore"):
@@ -321,4 +320,4 @@ def page_values(ranks: Ranks, page: Array, pages: int, k: Sequence[int]) -> dict
     target's page in [0, pages)."""
     by_target = {f"HR@{n}": ranks.hit(n) for n in k}
     by_target |= {"MRR": ranks.reciprocal(), "AUC": ranks.auc()}
-    return {name: group_mean(value, page, pages) for name, value in by_target.items()}
+    return {name: _mean_by_group(value, page, pages) for name, value in by_target.items()}
