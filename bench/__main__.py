@@ -24,14 +24,13 @@ from typing import Any
 
 import torch
 
+from bench import measure
+from bench.candidates import NAMES, OURS
+from bench.cases import GROUPS, VARIANTS, options_shape, selected
+from bench.command import parser_of
+from bench.loss import as_json, measured, measured_variants, report
+from bench.report import write_report
 from courier_fast.files import write_atomically
-
-from . import measure
-from .candidates import NAMES, OURS
-from .cases import GROUPS, VARIANTS, options_shape, selected
-from .command import parser_of
-from .loss import as_json, measured, measured_variants, report
-from .report import write_report
 
 RESULTS = Path(__file__).parent / "results"
 

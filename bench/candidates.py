@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import courier_fast
-
-from . import peers
-from .problems import Batch, Options
+from bench import peers
+from bench.problems import Batch, Options
 
 OURS = ("cpu", "triton", "triton_graph", "xformers")
 NAMES = (

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .candidates import OURS
-from .loss import Case
-from .problems import SHAPES, Options, Shape
+from bench.candidates import OURS
+from bench.loss import Case
+from bench.problems import SHAPES, Options, Shape
 
 GROUPS = ("shapes", "dims", "rows", "types", "candidate", "options")
 _NO_COMPILE = ("reference", "eager", "lce", *OURS)

@@ -3,7 +3,7 @@ instructions, the inner loop.
 
     python -m bench.compiled [PROBLEM ...] [--target 90] [--kernel contrast ...] [--json FILE]
 
-A problem is one of those of kernels/launches.py: `bf16-256` (the default), `bf16-768`, `items`,
+A problem is one of those of bench/launches.py: `bf16-256` (the default), `bf16-768`, `items`,
 `page`, `candidate-256`, ... The loop is the innermost one with matrix instructions, for candidates
 that over their page's history.
 """
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from .command import parser_of, write_json
+from bench.command import parser_of, write_json
 
 # Arguments that tell launches of one kernel apart.
 _TELLING = (
@@ -51,7 +51,7 @@ def parse(arguments: Sequence[str] | None, problems: Sequence[str]) -> argparse.
 def main(arguments: Sequence[str] | None = None) -> int:
     # With it, @triton.jit gives something that cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
-    from courier_fast.kernels.launches import COMMON, SPECIAL, compiled, launches_of
+    from bench.launches import COMMON, SPECIAL, compiled, launches_of
 
     args = parse(arguments, [*COMMON, *SPECIAL])
     found = []

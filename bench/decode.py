@@ -22,17 +22,16 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from courier_fast.data.decode import Decoder, make_decoder
-from courier_fast.data.pictures import pixels, read_pillow
-from courier_fast.data.transforms import (
+from bench.command import line_of
+from bench.measure import surroundings
+from courier_fast.data.images.decode import Decoder, make_decoder
+from courier_fast.data.images.pictures import pixels, read_pillow
+from courier_fast.data.images.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     random_flips,
     random_windows,
 )
-
-from .command import line_of
-from .measure import surroundings
 
 Array = npt.NDArray
 Work = Callable[[], object]

@@ -1,4 +1,4 @@
-"""Errors against float64, and the yardstick of `courier_fast.budget` for them."""
+"""Errors against float64, and the yardstick of `courier_fast.testing.budget` for them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from courier_fast.budget import DRAWS, Budget, Error, Rounding, Yardstick, held
-
-from .candidates import Loss, call
-from .problems import Batch
+from bench.candidates import Loss, call
+from bench.problems import Batch
+from courier_fast.testing.budget import DRAWS, Budget, Error, Rounding, Yardstick, held
 
 # Similarities that the float64 loss holds at a time.
 CHUNK_ELEMENTS = 2**24

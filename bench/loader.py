@@ -17,13 +17,12 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from bench.command import line_of
+from bench.datasets import QUICKSTART
+from bench.step import Pages, Rate, add_arguments, bare, collate, run, turn
 from courier_fast.data.loader import Augmentation, Batch, Images, Loader
 from courier_fast.train.config import Config
 from courier_fast.train.trainer import Trainer
-
-from .command import line_of
-from .datasets import QUICKSTART
-from .step import Pages, Rate, add_arguments, bare, collate, run, turn
 
 KINDS = ("dali", "software", "dali-cpu", "pillow")
 
@@ -57,7 +56,7 @@ def measure(
     config: Config, kinds: Sequence[str], *, turns: int, steps: int, workers: int
 ) -> dict[str, Any]:
     """Rates of each decoder's loader, the plain one and the backbone; why one was left out."""
-    from courier_fast.data.decode import make_decoder
+    from courier_fast.data.images.decode import make_decoder
 
     trainer = Trainer(config)
     c, encoder = trainer.config.data, trainer.encoder

@@ -18,7 +18,8 @@ queued already, so that the host does not count unless it has to wait for the GP
 and a synchronisation. Memory is the peak over the inputs, gradients included: of torch's allocator
 on a GPU, of the resident pages of a fresh process on the CPU. A speed-up (over eager; over the
 reference where eager cannot do what is asked) is printed only for results within the error budget:
-that of `courier_fast.budget`. Exit code 1 if an implementation of this package is not within it.
+that of `courier_fast.testing.budget`. Exit code 1 if an implementation of this package is not
+within it.
 """
 
 from __future__ import annotations
@@ -33,13 +34,12 @@ from typing import Any
 
 import torch
 
-from courier_fast.budget import Error
-
-from . import measure
-from .candidates import NAMES, OURS, Candidate, call, make
-from .command import line_of, parser_of, write_json
-from .errors import errors, loss_and_gradients, yardstick
-from .problems import SHAPES, Batch, Options, Shape, make_batch
+from bench import measure
+from bench.candidates import NAMES, OURS, Candidate, call, make
+from bench.command import line_of, parser_of, write_json
+from bench.errors import errors, loss_and_gradients, yardstick
+from bench.problems import SHAPES, Batch, Options, Shape, make_batch
+from courier_fast.testing.budget import Error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -308,7 +308,7 @@ def heading(about: dict[str, Any]) -> list[str]:
         f"floor: {factor} {each} columns D flops in {about['floor_seconds'] * 1e3:.4g} ms, at the "
         f"{product['flops_per_second'] / 1e12:.4g} TFLOP/s of a product of size {product['size']}",
         f"errors: relative l2 against float64, on {scope}; "
-        "budget: twice the error of eager code, or of its model (courier_fast.budget), "
+        "budget: twice the error of eager code, or of its model (courier_fast.testing.budget), "
         "plus one rounding",
     ]
 

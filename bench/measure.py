@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from .candidates import Loss, make
-from .errors import loss_and_gradients
-from .problems import Batch, Options, Shape, make_batch
+from bench.candidates import Loss, make
+from bench.errors import loss_and_gradients
+from bench.problems import Batch, Options, Shape, make_batch
 
 MIB = 2**20
 

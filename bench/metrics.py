@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from courier_fast.evaluate import metrics
+from courier_fast import metrics
 
 BLOCK = 1 << 20
 

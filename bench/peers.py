@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from .problems import Batch
+    from bench.problems import Batch
 
 NAMES = ("cce", "liger", "inf_cl", "varlen", "memeff", "siglip", "xformers_ce")
 PACKAGES = {

@@ -25,11 +25,11 @@ import numpy as np
 import polars as pl
 from PIL import Image
 
-from courier_fast.data import partitions as steps
-from courier_fast.data.events import Candidates, text
-from courier_fast.data.layouts import Source, generic
-from courier_fast.data.options import PrepareOptions
-from courier_fast.data.page_tables import market_of
+from courier_fast.data.prepare import steps
+from courier_fast.data.prepare.events import Candidates, text
+from courier_fast.data.prepare.layouts import Source, generic
+from courier_fast.data.prepare.options import PrepareOptions
+from courier_fast.data.prepare.outcome import market_of
 
 PARTS = 64  # that a step's rows are cut into, where they are timed
 NAMES = ["user", "time", "history_start", "history_end", "pv_start", "pv_end"]

@@ -34,12 +34,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from courier_fast import peers
-
-from .candidates import call
-from .command import line_of, parser_of, write_json
-from .measure import surroundings
-from .problems import Batch, Options, Shape, make_batch
+from bench.candidates import call
+from bench.command import line_of, parser_of, write_json
+from bench.measure import surroundings
+from bench.problems import Batch, Options, Shape, make_batch
+from courier_fast.loss.union import exchange
 
 # What every call sends around first (peers.Peers.compare), bytes of a process.
 HEADER = 8 * 8
@@ -119,7 +118,7 @@ class Transfers:
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        gather, scatter = peers._all_gather, peers._reduce_scatter
+        gather, scatter = exchange._all_gather, exchange._reduce_scatter
 
         def all_gather(out: Tensor, mine: Tensor, group: Any, async_op: bool = False) -> Any:
             self.seen.append(("gather", mine, out))
@@ -136,26 +135,26 @@ class Transfers:
         """All of it, and nothing else."""
         for name, mine, every in self.seen:
             if name == "scatter":
-                peers._reduce_scatter(mine, every, group)
+                exchange._reduce_scatter(mine, every, group)
             else:
-                own = group if mine.device.type == "cuda" else peers._cpu_group(group)
-                peers._all_gather(every, mine, own)
+                own = group if mine.device.type == "cuda" else exchange._cpu_group(group)
+                exchange._all_gather(every, mine, own)
 
 
 @contextmanager
 def _replaced(gather: Any, scatter: Any) -> Iterator[None]:
-    before = peers._all_gather, peers._reduce_scatter
-    peers._all_gather, peers._reduce_scatter = gather, scatter
+    before = exchange._all_gather, exchange._reduce_scatter
+    exchange._all_gather, exchange._reduce_scatter = gather, scatter
     try:
         yield
     finally:
-        peers._all_gather, peers._reduce_scatter = before
+        exchange._all_gather, exchange._reduce_scatter = before
 
 
 @contextmanager
 def waiting() -> Iterator[None]:
     """Transfers are waited for where they begin."""
-    gather = peers._all_gather
+    gather = exchange._all_gather
 
     def at_once(out: Tensor, mine: Tensor, group: Any, async_op: bool = False) -> Any:
         gather(out, mine, group)
@@ -163,7 +162,7 @@ def waiting() -> Iterator[None]:
             torch.cuda.synchronize()
         return _Done()
 
-    with _replaced(at_once, peers._reduce_scatter):
+    with _replaced(at_once, exchange._reduce_scatter):
         yield
 
 

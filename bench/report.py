@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .candidates import OURS
-from .cases import GOALS, MEASURES, OVER_OTHERS, VARIANT_GOALS
+from bench.candidates import OURS
+from bench.cases import GOALS, MEASURES, OVER_OTHERS, VARIANT_GOALS
 
 MIB = 2**20
 TITLES = {
@@ -219,7 +219,7 @@ def markdown(results: Record) -> str:
         + ". Share of the floor: of the time that the products alone take at the rate of a large "
         "one, measured in the same run. "
         "Errors are against float64; the budget is twice the error of eager code in the same type, "
-        "or of a model of its rounding (courier_fast.budget), plus one rounding. "
+        "or of a model of its rounding (courier_fast.testing.budget), plus one rounding. "
         "What is over it gets no ratio. Names: `python -m bench.loss --help`.",
         "",
     ]

@@ -27,16 +27,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from bench.command import line_of, write_json
+from bench.datasets import QUICKSTART, quickstart_dataset
+from bench.measure import surroundings
 from courier_fast import click_sequence_loss, reconstruction_loss
 from courier_fast.data.batches import BatchPlan
 from courier_fast.data.dataset import Dataset
 from courier_fast.data.loader import Batch
 from courier_fast.train.config import Config
 from courier_fast.train.trainer import Trainer
-
-from .command import line_of, write_json
-from .datasets import QUICKSTART, quickstart_dataset
-from .measure import surroundings
 
 
 class Pages(TorchDataset):

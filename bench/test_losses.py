@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from . import measure
-from .candidates import NAMES, Candidate, make
-from .cases import cases
-from .errors import errors, loss_and_gradients, yardstick
-from .loss import DTYPES, Case
-from .problems import Batch, make_batch
+from bench import measure
+from bench.candidates import NAMES, Candidate, make
+from bench.cases import cases
+from bench.errors import errors, loss_and_gradients, yardstick
+from bench.loss import DTYPES, Case
+from bench.problems import Batch, make_batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = cases(DEVICE, quick=os.environ.get("COURIER_FAST_BENCH") != "full")

@@ -26,8 +26,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .command import parser_of, write_json
-from .problems import SHAPES, Shape
+from bench.command import parser_of, write_json
+from bench.problems import SHAPES, Shape
 
 # One H100 80GB: a copy's bytes a second, a large bfloat16 product's flops a second,
 # multiprocessors.
@@ -173,22 +173,24 @@ def noting(modules: Sequence[ModuleType], noted: list[Noted]) -> Iterator[None]:
 def walk(s: Sizes) -> list[Noted]:
     """A step of bfloat16 training: loss and gradients, packed, without options. Not under
     TRITON_INTERPRET=1."""
-    from courier_fast.kernels import (
+    from courier_fast.kernels.triton import (
+        attention,
         chunked,
         click_sequence,
-        configs,
         contrast,
         epilogue,
-        pipeline,
         plan,
-        reconstruct,
+        tiles,
     )
-    from courier_fast.problem import Problem
+    from courier_fast.kernels.triton import (
+        loss as triton_loss,
+    )
+    from courier_fast.loss.problem import Problem
 
-    modules = (plan, reconstruct, contrast, chunked, epilogue, click_sequence)
+    modules = (plan, attention, contrast, chunked, epilogue, click_sequence)
     noted: list[Noted] = []
-    before = configs.programs
-    configs.programs = lambda device: PROCESSORS
+    before = tiles.programs
+    tiles.programs = lambda device: PROCESSORS
     try:
         with FakeTensorMode():
 
@@ -210,10 +212,10 @@ def walk(s: Sizes) -> list[Noted]:
             )
             needs = [True, True, False, False, False, False]
             with noting(modules, noted):
-                loss, *_, saved = pipeline.loss_forward(p, needs, False)
-                pipeline.loss_backward(p, needs, saved, loss)
+                loss, *_, saved = triton_loss.loss_forward(p, needs, False)
+                triton_loss.loss_backward(p, needs, saved, loss)
     finally:
-        configs.programs = before
+        tiles.programs = before
     return noted
 
 
@@ -224,7 +226,7 @@ def sizes(shape: Shape) -> Sizes:
 
 
 def parts(s: Sizes, launch: Noted) -> float:
-    """Parts of a row tile in the forward pass, on average: `schedule` of kernels/tl_common.py."""
+    """Parts of a row tile in the forward pass, on average (`schedule` of triton/common.py)."""
     values = launch.arguments
     tiles = math.ceil(s.anchors / values["BLOCK_M"])
     blocks = math.ceil(s.rows / values["BLOCK_N"])

@@ -27,13 +27,12 @@ from typing import Any
 
 import torch
 
+from bench import measure
+from bench.candidates import call
+from bench.command import parser_of
+from bench.errors import errors, loss_and_gradients, yardstick
+from bench.problems import Batch, Options, Shape, make_batch
 from courier_fast.files import write_atomically
-
-from . import measure
-from .candidates import call
-from .command import parser_of
-from .errors import errors, loss_and_gradients, yardstick
-from .problems import Batch, Options, Shape, make_batch
 
 KINDS = ("forward", "lse", "transposed")
 
@@ -60,7 +59,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def grid(args: argparse.Namespace) -> Iterator[Any]:
-    from courier_fast.kernels.configs import Tile
+    from courier_fast.kernels.triton.tiles import Tile
 
     for sizes in itertools.product(args.block_m, args.block_n, args.warps, args.stages):
         yield Tile(*sizes)
@@ -68,10 +67,10 @@ def grid(args: argparse.Namespace) -> Iterator[Any]:
 
 def fitting(tile: Any, kind: str, dim: int, capability: int) -> Any | None:
     """The tile with its programs on a multiprocessor; None if it spills or does not fit."""
-    from courier_fast.kernels import configs
-    from courier_fast.kernels.launches import SHARED_MEMORY, compiled, launches_of
+    from bench.launches import SHARED_MEMORY, compiled, launches_of
+    from courier_fast.kernels.triton import tiles
 
-    configs.OVERRIDE = {("16-bit", k, dim): tile for k in KINDS}
+    tiles.OVERRIDE = {("16-bit", k, dim): tile for k in KINDS}
     label = f"bf16-{dim}"
     for launch in launches_of(label, capability):
         constants = launch.constexprs
@@ -94,13 +93,13 @@ def fitting(tile: Any, kind: str, dim: int, capability: int) -> Any | None:
     return None
 
 
-def fitted(tiles: list[Any], kind: str, dim: int, capability: int, jobs: int) -> list[Any]:
+def fitted(candidates: list[Any], kind: str, dim: int, capability: int, jobs: int) -> list[Any]:
     """`fitting` of each, compiled in several processes: it takes seconds for one."""
     one = functools.partial(fitting, kind=kind, dim=dim, capability=capability)
     if jobs == 1:
-        return [one(tile) for tile in tiles]
+        return [one(tile) for tile in candidates]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(one, tiles))
+        return list(pool.map(one, candidates))
 
 
 def step(batch: Batch, kind: str) -> Callable[[], object]:
@@ -119,7 +118,7 @@ def _name(tile: Any) -> str:
 
 def tune(args: argparse.Namespace, kind: str, dim: int, device: torch.device) -> dict[str, Any]:
     """The entry of the fastest tile, as tiles.json has it."""
-    from courier_fast.kernels import configs
+    from courier_fast.kernels.triton import tiles
 
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[
         args.dtype
@@ -132,18 +131,18 @@ def tune(args: argparse.Namespace, kind: str, dim: int, device: torch.device) ->
     judged = yardstick(small)
 
     def using(tile: Any, work: Callable[[], object]) -> object:
-        configs.OVERRIDE = {(width, kind, dim): tile}
+        tiles.OVERRIDE = {(width, kind, dim): tile}
         return work()
 
-    before = configs.contrast_tile(dtype, dim, device, kind)
+    before = tiles.contrast_tile(dtype, dim, device, kind)
     work: dict[str, Callable[[], object]] = {}
-    tiles: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     same = functools.partial(dataclasses.replace, per_processor=before.per_processor)
     candidates = [before, *(t for t in grid(args) if same(t) != before)]
     known_of: list[Any] = candidates
     # The interpreter compiles nothing; only 16-bit launches are recorded for every D.
-    if not configs.interpreted() and width == "16-bit":
-        known_of = fitted(candidates, kind, dim, configs.capability(device), args.jobs)
+    if not tiles.interpreted() and width == "16-bit":
+        known_of = fitted(candidates, kind, dim, tiles.capability(device), args.jobs)
     for tile, known in zip(candidates, known_of, strict=True):
         name = _name(tile)
         if known is None:
@@ -155,10 +154,10 @@ def tune(args: argparse.Namespace, kind: str, dim: int, device: torch.device) ->
         if over:
             print(f"  {name}: over the error budget: {over[0]}")
             continue
-        tiles[name] = known
+        measured[name] = known
         work[name] = functools.partial(using, known, step(batch, kind))
         work[name]()
-    if not tiles:
+    if not measured:
         raise RuntimeError(f"no tile fits: {kind}, D = {dim}")
     times = measure.interleaved_times(work, device, args.repeats, args.seconds)
     clock = "gpu" if device.type == "cuda" else "wall"
@@ -170,7 +169,7 @@ def tune(args: argparse.Namespace, kind: str, dim: int, device: torch.device) ->
         "type": width,
         "kind": kind,
         "stride": dim,
-        "tile": dataclasses.asdict(tiles[best]),
+        "tile": dataclasses.asdict(measured[best]),
         "milliseconds": times[best][clock][1] * 1e3,
         "milliseconds_before": None if present is None else present[clock][1] * 1e3,
         "measured_on": str(measure.surroundings(device)["gpu"]),
@@ -184,26 +183,26 @@ def _write(entries: list[dict[str, Any]], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    from courier_fast.kernels import configs
+    from courier_fast.kernels.triton import tiles
 
-    if not torch.cuda.is_available() and not configs.interpreted():
+    if not torch.cuda.is_available() and not tiles.interpreted():
         print("bench.tune: expected a CUDA device, found none", file=sys.stderr)
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     entries = json.loads(args.out.read_text()) if args.out.exists() else []
     done = {(x["type"], x["kind"], x["stride"]) for x in entries}
-    before = configs.OVERRIDE
+    before = tiles.OVERRIDE
     try:
         for dim, kind in itertools.product(args.dim, args.kind):
             width = "float32" if args.dtype == "float32" else "16-bit"
             if (width, kind, dim) in done:
                 continue
             print(f"{kind}, D = {dim}")
-            configs.OVERRIDE = None
+            tiles.OVERRIDE = None
             entries.append(tune(args, kind, dim, device))
             write_atomically(args.out, functools.partial(_write, entries))
     finally:
-        configs.OVERRIDE = before
+        tiles.OVERRIDE = before
     return 0
 
 

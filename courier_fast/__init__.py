@@ -3,19 +3,19 @@ arXiv 2306.05001."""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy import find_moved, lazy
 
 if TYPE_CHECKING:
-    from .loss import (
-        ClickSequenceLoss,
-        ReconstructionLoss,
+    from .loss.functional import (
         ReconstructionStats,
         click_sequence_loss,
         reconstruct,
         reconstruction_loss,
     )
-    from .memory import EmbeddingMemory
+    from .loss.memory import EmbeddingMemory
+    from .loss.modules import ClickSequenceLoss, ReconstructionLoss
     from .serve.load import load
 
 __version__ = "0.1.0"
@@ -33,16 +33,10 @@ __all__ = [
 
 # Imported when they are asked for: embeddings are served without torch, and training needs nothing
 # of serving.
-_MODULES = dict.fromkeys(__all__, "loss") | {"EmbeddingMemory": "memory", "load": "serve.load"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(
+    __name__,
+    dict.fromkeys(__all__, "loss.functional")
+    | dict.fromkeys(["ClickSequenceLoss", "ReconstructionLoss"], "loss.modules")
+    | {"EmbeddingMemory": "loss.memory", "load": "serve.load"},
+)
+find_moved()

@@ -21,10 +21,10 @@ COMMANDS = {
         "courier_fast.quickstart.command",
         "draw a catalogue, train on it, evaluate, and write a report: no data, no GPU",
     ),
-    "prepare": ("courier_fast.data.command", "interactions and images -> a dataset folder"),
+    "prepare": ("courier_fast.data.prepare.command", "interactions and images -> a dataset folder"),
     "verify": ("courier_fast.data.verify", "checks a dataset folder against its checksums"),
     "train": ("courier_fast.train.command", "a dataset folder -> an encoder"),
-    "embed": ("courier_fast.evaluate.embed", "an encoder and images -> embeddings"),
+    "embed": ("courier_fast.embed.command", "an encoder and images -> embeddings"),
     "export": (
         "courier_fast.serve.command",
         "an encoder -> ONNX and torch files for servers, with a contract and a model card",
@@ -34,15 +34,15 @@ COMMANDS = {
         "embeddings against the held-out clicks, beside baselines",
     ),
     "ctr": (
-        "courier_fast.evaluate.ctr.command",
+        "courier_fast.ctr.command",
         "what embeddings are worth to a click-through-rate model",
     ),
     "sweep": (
-        "courier_fast.evaluate.sweep",
+        "courier_fast.sweep",
         "a grid of training settings: train, embed and evaluate each; one table, plots",
     ),
     "index": (
-        "courier_fast.serve.index_command",
+        "courier_fast.index.command",
         "nearest neighbours of items and images; clusters",
     ),
     "report": (

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from courier_fast.kernels.launches import compiled, launches_of
+from bench.launches import compiled, launches_of
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def product(x_ptr, y_ptr, out_ptr, steps, BLOCK: tl.constexpr, WIDE: tl.constexp
 
 @dataclass
 class Case:
-    """The same attributes as the launches of kernels/launches.py."""
+    """The same attributes as the launches of bench/launches.py."""
 
     name: str
     fn: Any

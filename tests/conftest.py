@@ -82,7 +82,7 @@ def pytest_report_header() -> list[str]:
 @pytest.fixture(scope="module")
 def ray(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Ray on this machine, for a module of tests, which its workers cannot import."""
-    from courier_fast.cluster import connected
+    from courier_fast.engines import connected
 
     with connected() as module:
         module.cloudpickle.register_pickle_by_value(request.module)

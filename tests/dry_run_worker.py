@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from courier_fast.kernels.launches import SHARED_MEMORY, Launch, launches, lowered
+from bench.launches import SHARED_MEMORY, Launch, launches, lowered
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = (0, 1, 2, 15, 16, 17)
@@ -34,8 +34,8 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"attention": "candidate", "tensor_tau": True, "log_q": True, "stats": True, "masks": True},
     {"attention": "candidate", "table": True, "cosine": True, "reduction": "none"},
 )
-# What chooses path and tile in kernels/configs.py: compute capability, embedding dimension, type,
-# options.
+# What chooses path and tile in kernels/triton/tiles.py: compute capability, embedding dimension,
+# type, options.
 PATHS: tuple[tuple[int, int, torch.dtype, dict[str, Any]], ...] = (
     (80, 1, BF16, {}),
     (80, 256, BF16, {"table": True, "everything": False}),

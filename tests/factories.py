@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from courier_fast import ops, reference
-from courier_fast.budget import DRAWS, Budget, Rounding, Yardstick
-from courier_fast.problem import Problem, SequenceProblem
+from courier_fast.loss import operators, reference
+from courier_fast.loss.problem import Problem, SequenceProblem
+from courier_fast.testing.budget import DRAWS, Budget, Rounding, Yardstick
 
 GPU = torch.cuda.is_available()
 DEVICES = {"cpu": "cpu"} | dict.fromkeys(("triton", "xformers"), "cuda" if GPU else "cpu")
@@ -32,7 +32,7 @@ def poison(x: Tensor) -> Tensor:
 
 def skip_unless_available(impl: str, p: Problem | SequenceProblem) -> None:
     """Skip with the reasons; `p` decides on type and device."""
-    if impl != "reference" and (reasons := ops.unavailable_reasons(impl, p)):
+    if impl != "reference" and (reasons := operators.unavailable_reasons(impl, p)):
         pytest.skip(f"{impl}: {'; '.join(reasons)}")
 
 
@@ -233,7 +233,7 @@ def check_problems(
     skip_unless_available(impl, problems[0])
     budget = Budget(problems[0].pv.dtype)
     for seed, p in enumerate(problems):
-        found = results(lambda q: ops.loss(q, impl, False)[0], p, LOSS_INPUTS)
+        found = results(lambda q: operators.loss(q, impl, False)[0], p, LOSS_INPUTS)
         budget.add(judged(p, seed), found)
     budget.check()
 
@@ -252,7 +252,7 @@ def check_reconstruct(impl: str, draws: int = 3, **case: Any) -> None:
     skip_unless_available(impl, problems[0])
     budget = Budget(problems[0].pv.dtype)
     for seed, p in enumerate(problems):
-        found = results(lambda q: ops.reconstruct(q, impl), p, inputs)
+        found = results(lambda q: operators.reconstruct(q, impl), p, inputs)
         budget.add(shared(reconstruct_yardstick, impl, seed, p, case), found)
     budget.check()
 
@@ -262,6 +262,6 @@ def check_sequence(impl: str, draws: int = 4, **case: Any) -> None:
     skip_unless_available(impl, problems[0])
     budget = Budget(problems[0].history.dtype)
     for seed, p in enumerate(problems):
-        found = results(lambda q: ops.loss(q, impl)[0], p, SEQUENCE_INPUTS)
+        found = results(lambda q: operators.loss(q, impl)[0], p, SEQUENCE_INPUTS)
         budget.add(shared(sequence_yardstick, impl, seed, p, case), found)
     budget.check()

@@ -16,9 +16,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from courier_fast.kernels import configs, pipeline
-from courier_fast.kernels.launches import recorded
-from courier_fast.problem import Problem
+from bench.launches import recorded
+from courier_fast.kernels.triton import loss as triton_loss
+from courier_fast.kernels.triton import tiles
+from courier_fast.loss.problem import Problem
 
 
 class Memory(TorchDispatchMode):
@@ -78,10 +79,10 @@ def walk(
         )
         needs = [gradients, gradients, False, False, False, False]
         with recorded() as launches, Memory() as memory:
-            loss, *_, saved = pipeline.loss_forward(p, needs, False)
+            loss, *_, saved = triton_loss.loss_forward(p, needs, False)
             forward, size = memory.peak, 0
             if gradients:
-                found = pipeline.loss_backward(p, needs, saved, loss)
+                found = triton_loss.loss_backward(p, needs, saved, loss)
                 size = sum(x.untyped_storage().nbytes() for x in found if x is not None)
     # The gradients are not yet there in the forward pass.
     extra = max(forward, memory.peak - size)
@@ -89,5 +90,5 @@ def walk(
 
 
 if __name__ == "__main__":
-    configs.programs = lambda _device: 132
+    tiles.programs = lambda _device: 132
     print(json.dumps([walk(*case) for case in json.loads(sys.argv[1])]))

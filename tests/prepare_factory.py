@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from courier_fast.data.dataset import Dataset
-from courier_fast.data.layouts import Source
+from courier_fast.data.prepare.layouts import Source
 
 Event = tuple[str, str, int]
 

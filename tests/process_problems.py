@@ -22,8 +22,9 @@ from factories import (
 from torch import Tensor
 
 import courier_fast as cf
-from courier_fast import composed, reference
-from courier_fast.problem import Problem, SequenceProblem
+from courier_fast.loss import reference
+from courier_fast.loss.problem import Problem, SequenceProblem
+from courier_fast.loss.union import losses
 
 # What a process may have; the first one is always among them.
 KINDS: tuple[dict[str, Any], ...] = (
@@ -253,9 +254,9 @@ def run_shard(
             "memory_ids": memory.ids if identified else None,
             "memory_log_q": None if given.get("log_q") is None else memory.log_q,
         }
-    waits = composed._waits
+    waits = losses._waits
     if case.static:
-        composed._waits = lambda device: False
+        losses._waits = lambda device: False
     try:
         loss, stats = _call(case, given)
         own = masks["history" if case.sequence else "pv"]
@@ -266,7 +267,7 @@ def run_shard(
             zip(names, torch.autograd.grad(output, list(leaves.values()), upstream), strict=True)
         )
     finally:
-        composed._waits = waits
+        losses._waits = waits
     found = {"output": output.detach()}
     for name, x in grads.items():
         assert x.dtype == leaves[name].dtype

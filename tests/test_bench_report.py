@@ -278,23 +278,23 @@ def _script(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_tuning_writes_tiles_that_are_taken(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     from bench import tune
-    from courier_fast.kernels import configs
+    from courier_fast.kernels.triton import tiles
 
     out = tmp_path / "tiles.json"
     arguments = ["--dim", "64", "--rows", "160", "--repeats", "1", "--out", str(out)]
     arguments += ["--block-m", "16", "--block-n", "16", "--warps", "4", "--stages", "2"]
     assert tune.main([*arguments, "--kind", "forward", "--dtype", "float32"]) == 0
-    assert configs.OVERRIDE is None
+    assert tiles.OVERRIDE is None
     (entry,) = json.loads(out.read_text())
     assert (entry["type"], entry["kind"], entry["stride"]) == ("float32", "forward", 64)
-    tiles = configs.read_tiles(out)
-    tile = configs.Tile(**entry["tile"])
-    assert tiles == {("float32", "forward", 64): tile}
+    found = tiles.read_tiles(out)
+    tile = tiles.Tile(**entry["tile"])
+    assert found == {("float32", "forward", 64): tile}
     assert tune.main([*arguments, "--kind", "forward", "--dtype", "float32"]) == 0
     assert len(json.loads(out.read_text())) == 1, "what is there is not tuned again"
     code = (
-        "import torch; from courier_fast.kernels import configs;"
-        "print(configs.contrast_tile(torch.float32, 64, torch.device('cpu')))"
+        "import torch; from courier_fast.kernels.triton import tiles;"
+        "print(tiles.contrast_tile(torch.float32, 64, torch.device('cpu')))"
     )
     run = _script(code, COURIER_FAST_TILES=str(out))
     assert run.stdout.strip() == repr(tile), run.stderr
@@ -318,11 +318,11 @@ def test_tuning_writes_tiles_that_are_taken(tmp_path: Path) -> None:
     ],
 )
 def test_tiles_that_are_none(tmp_path: Path, text: str, message: str) -> None:
-    from courier_fast.kernels import configs
+    from courier_fast.kernels.triton import tiles
 
     (tmp_path / "tiles.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        configs.read_tiles(tmp_path / "tiles.json")
+        tiles.read_tiles(tmp_path / "tiles.json")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

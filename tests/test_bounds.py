@@ -11,7 +11,7 @@ from factories import make, make_sequence, skip_unless_available
 from torch import Tensor
 
 import courier_fast as cf
-from courier_fast import ops, packing
+from courier_fast.loss import layouts, operators
 
 TABLE = 10
 INDICES = [TABLE, -1, 10**12, -(10**12)]
@@ -147,20 +147,20 @@ def test_the_operators_themselves(side: str) -> None:
     for bad in (12, *INDICES[1:]):  # both tables hold 12
         getattr(p, f"{side}_index")[0] = bad
         q.history_index[0] = bad
-        for run in (ops.loss, ops.reconstruct):
+        for run in (operators.loss, operators.reconstruct):
             with pytest.raises(ValueError, match=f"{side}: expected indices .* got {bad}"):
                 run(p, "cpu")
         with pytest.raises(ValueError, match=f"history: expected indices .* got {bad}"):
-            ops.loss(q, "cpu")
+            operators.loss(q, "cpu")
 
 
 def test_on_a_gpu_what_nobody_looks_at_is_clamped() -> None:
     """Where the values are not read, as on "meta" and a GPU, the program has a clamp in the place
     of the check."""
     index = torch.tensor([-5, 0, 99], device="meta")
-    assert packing.check_index("pv", index, None, 10, False).device.type == "meta"
+    assert layouts.check_index("pv", index, None, 10, False).device.type == "meta"
     with pytest.raises(ValueError, match="embeddings: expected a row for the indices in pv"):
-        packing.check_index("pv", index, None, 0, False)
+        layouts.check_index("pv", index, None, 0, False)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

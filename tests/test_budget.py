@@ -19,9 +19,9 @@ from factories import (
 )
 from torch import Tensor
 
-from courier_fast import ops, reference
-from courier_fast.budget import Rounding, Yardstick, held
-from courier_fast.problem import Problem
+from courier_fast.loss import operators, reference
+from courier_fast.loss.problem import Problem
+from courier_fast.testing.budget import Rounding, Yardstick, held
 
 Run = Callable[[Problem], dict[str, Tensor]]
 
@@ -31,7 +31,7 @@ def eager(p: Problem) -> dict[str, Tensor]:
 
 
 def fused(impl: str) -> Run:
-    return lambda p: results(lambda q: ops.loss(q, impl, False)[0], p, LOSS_INPUTS)
+    return lambda p: results(lambda q: operators.loss(q, impl, False)[0], p, LOSS_INPUTS)
 
 
 def judge(problems: list[Problem], yardsticks: list[Yardstick], run: Run) -> Budget:
@@ -94,7 +94,7 @@ def test_a_dropped_history_item(impl: str) -> None:
 
 def planted_after(monkeypatch: pytest.MonkeyPatch, stage: str, change: Callable[..., None]) -> None:
     """Lets a stage of the Triton pipeline run, and then spoils what it wrote."""
-    pipeline = pytest.importorskip("courier_fast.kernels.pipeline")
+    pipeline = pytest.importorskip("courier_fast.kernels.triton.loss")
     original = getattr(pipeline, stage)
 
     def spoiled(*args: Any, **options: Any) -> Any:
@@ -143,7 +143,7 @@ def test_no_running_maximum(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
         if impl == "cpu":  # an imitation in eager code: the native library has no such switch
             monkeypatch.setattr(Tensor, "logsumexp", fixed_shift)
         else:
-            pipeline = pytest.importorskip("courier_fast.kernels.pipeline")
+            pipeline = pytest.importorskip("courier_fast.kernels.triton.loss")
             right = pipeline._scores
             without = lambda *a: replace(right(*a), online=False, fixed_shift=True)  # noqa: E731
             monkeypatch.setattr(pipeline, "_scores", without)

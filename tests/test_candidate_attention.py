@@ -35,9 +35,9 @@ from test_reference import SMALL, naive_loss, reduced
 from torch import Tensor
 
 import courier_fast as cf
-from courier_fast import ops, reference
 from courier_fast.kernels.cpu import candidate
-from courier_fast.problem import NEGATIVES
+from courier_fast.loss import operators, reference
+from courier_fast.loss.problem import NEGATIVES
 
 IMPLS = ("cpu", "triton")
 CANDIDATE: dict[str, Any] = {"attention": "candidate"}
@@ -107,7 +107,7 @@ def problem(seed: int = 0, **case: Any) -> Any:
 
 def loss_results(impl: str, p: Any) -> dict[str, Tensor]:
     skip_unless_available(impl, p)
-    return results(lambda q: ops.loss(q, impl, False)[0], p, LOSS_INPUTS)
+    return results(lambda q: operators.loss(q, impl, False)[0], p, LOSS_INPUTS)
 
 
 # ---- the definition ------------------------------------------------------------------------------
@@ -202,13 +202,14 @@ def test_which_pages_are_packed() -> None:
     p = build("triton", normal(rows, 8), normal(past, 8), pages, clicked, attention="candidate")
     p = replace(p, cosine=True, attention_scale=5.0)
     skip_unless_available("triton", p)
-    from courier_fast.kernels import packed_pipeline, pipeline
+    from courier_fast.kernels.triton import loss as triton_loss
+    from courier_fast.kernels.triton.candidate import packed_state
 
     if GPU and p.pv.dtype != torch.bfloat16:
         p = mapped(p, lambda _, x: x.bfloat16() if x.is_floating_point() else x)
-    saved = pipeline.loss_forward(p, [True] * 6, False)[-1]
-    shape = packed_pipeline.candidate_shape(p)
-    packing = packed_pipeline.CandidateState.restored(shape, saved).packing
+    saved = triton_loss.loss_forward(p, [True] * 6, False)[-1]
+    shape = packed_state.candidate_shape(p)
+    packing = packed_state.CandidateState.restored(shape, saved).packing
     assert packing is not None
     # Of one unit: pages 0 and 6; of two: page 2; of sixteen: 1 and 5. Page 4 is too long, page 7
     # has five anchors.
@@ -515,7 +516,7 @@ def test_bad_input(options: dict[str, Any], error: type[Exception], message: str
 
 def test_xformers_says_why_not() -> None:
     p = problem(0)
-    assert any("candidate" in reason for reason in ops.unavailable_reasons("xformers", p))
+    assert any("candidate" in reason for reason in operators.unavailable_reasons("xformers", p))
 
 
 # ---- why -----------------------------------------------------------------------------------------

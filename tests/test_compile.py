@@ -12,7 +12,7 @@ from factories import DEVICES, LOSS_INPUTS, make, make_sequence, skip_unless_ava
 from torch import Tensor
 
 import courier_fast as cf
-from courier_fast import ops
+from courier_fast.loss import operators
 
 IMPLS = ("cpu", "triton")
 
@@ -122,13 +122,13 @@ def test_opcheck(impl: str, options: dict[str, Any]) -> None:
     q = make_sequence(
         1, impl=impl, table=bool(options.get("table")), tensor_tau=bool(options.get("tensor_tau"))
     )
-    operators = torch.ops.courier_fast
+    torch_ops = torch.ops.courier_fast
     for operator, *arguments in (
-        (operators.reconstruction_loss, *ops.flat(p), needs, True, impl),
-        (operators.reconstruct, *ops.flat(p), needs[:5], False, impl),
+        (torch_ops.reconstruction_loss, *operators.flat(p), needs, True, impl),
+        (torch_ops.reconstruct, *operators.flat(p), needs[:5], False, impl),
         (
-            operators.click_sequence_loss,
-            *ops.flat(q),
+            torch_ops.click_sequence_loss,
+            *operators.flat(q),
             [True, q.temperature is not None],
             False,
             impl,
@@ -240,9 +240,9 @@ def test_double_backward_is_refused_clearly(impl: str) -> None:
     skip_unless_available(impl, p)
     q = make_sequence(1, impl=impl)
     for out, x in (
-        (ops.loss(p, impl, False)[0], p.pv),
-        (ops.reconstruct(p, impl).sum(), p.pv),
-        (ops.loss(q, impl)[0], q.history),
+        (operators.loss(p, impl, False)[0], p.pv),
+        (operators.reconstruct(p, impl).sum(), p.pv),
+        (operators.loss(q, impl)[0], q.history),
     ):
         (grad,) = torch.autograd.grad(out, x, create_graph=True)
         with pytest.raises(RuntimeError, match='double backward .*impl="reference"'):
@@ -270,7 +270,7 @@ def test_no_graph_without_gradients(impl: str) -> None:
     p = make(1, impl=impl)
     skip_unless_available(impl, p)
     with torch.no_grad():
-        loss = ops.loss(p, impl, False)[0]
+        loss = operators.loss(p, impl, False)[0]
     assert not loss.requires_grad
-    with_grad = ops.loss(p, impl, False)[0]
+    with_grad = operators.loss(p, impl, False)[0]
     torch.testing.assert_close(loss, with_grad.detach())

@@ -20,7 +20,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 if not sys.platform.startswith("linux"):
     pytest.skip("Triton compiles on Linux only", allow_module_level=True)
 
-from courier_fast.kernels.launches import COMMON, SHARED_MEMORY, SPECIAL  # noqa: E402
+from bench.launches import COMMON, SHARED_MEMORY, SPECIAL  # noqa: E402
 
 # Bytes of a thread that may spill, outside of loops: two registers from tile to tile with Triton
 # 3.9; in attention for each candidate what is kept over the sum of long histories; and with several

@@ -28,16 +28,17 @@ from factories import (
 )
 from torch import Tensor
 
-from courier_fast import ops
-from courier_fast.kernels.cpu import contrast, driver, native
-from courier_fast.problem import Problem
+from courier_fast.kernels.cpu import contrast, native
+from courier_fast.kernels.cpu import loss as cpu_loss
+from courier_fast.loss import operators
+from courier_fast.loss.problem import Problem
 
 needs_native = pytest.mark.skipif(native.library is None, reason="the native library is not built")
 VARIANTS = () if native.library is None else tuple(native.library.variants())
 
 
 def loss_results(p: Problem) -> dict[str, Tensor]:
-    return results(lambda q: ops.loss(q, "cpu", False)[0], p, LOSS_INPUTS)
+    return results(lambda q: operators.loss(q, "cpu", False)[0], p, LOSS_INPUTS)
 
 
 def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -53,7 +54,7 @@ def test_missing_native_library_is_the_reason() -> None:
         import sys
         sys.modules["courier_fast._native"] = None
         import torch, courier_fast
-        from courier_fast import ops
+        from courier_fast.loss import operators
         pv, clicked = torch.randn(4, 8), torch.ones(4, dtype=torch.bool)
         offsets = torch.tensor([0, 4])
         arguments = dict(pv_offsets=offsets, history_offsets=offsets)
@@ -72,7 +73,7 @@ def test_missing_native_library_is_the_reason() -> None:
 def test_every_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(native.VARIANT_VARIABLE, "mmx")
     p = replace(make(), pv=torch.zeros(3, 4, dtype=torch.float16, device="meta"))
-    reasons = " ".join(driver.unavailable_reasons(p))
+    reasons = " ".join(cpu_loss.unavailable_reasons(p))
     for part in ("'mmx'", *native.library.variants(), "'meta'", "torch.float16"):
         assert part in reasons
 
@@ -130,11 +131,11 @@ def test_variant_of_the_other_operators(variant: str, dtype: torch.dtype) -> Non
 
 
 def test_ranks_of_a_variant(variant: str) -> None:
-    from courier_fast import reference
+    from courier_fast.loss import reference
 
     for case in ({}, {"log_q": True}, {"table": True}, {"ids": True, "negatives": "other_pages"}):
         p = make(3, pages=60, **case)
-        rank = ops.loss(p, "cpu", True)[4]
+        rank = operators.loss(p, "cpu", True)[4]
         assert torch.equal(rank, reference.reconstruction_loss(p).rank)
 
 
@@ -205,11 +206,11 @@ def test_products_at_every_edge(dim: int, columns: int) -> None:
 def test_auto_takes_the_kernels_for_small_batches() -> None:
     """They cost the host less than the reference at every size that was measured
     (kernels/cpu/README.md)."""
-    from courier_fast import loss
+    from courier_fast.loss import functional
 
     p = make(pages=2)
     skip_unless_available("cpu", p)
-    assert loss._choose("auto", p) == "cpu"
+    assert functional._choose("auto", p) == "cpu"
 
 
 # ---- chunks, threads, workspace ------------------------------------------------------------------
@@ -236,13 +237,13 @@ def test_two_runs_and_any_threads(options: dict[str, Any]) -> None:
     problems = [make(seed, pages=60, dim=64, **options) for seed in range(3)]
     p = problems[0]
     torch.set_num_threads(1)
-    alone = ops.reconstruct(p, "cpu")
+    alone = operators.reconstruct(p, "cpu")
     assert_same_bits(loss_results(p), loss_results(p))
     yardsticks = [loss_yardstick(p, seed) for seed, p in enumerate(problems)]
     check_problems("cpu", problems, lambda _, seed: yardsticks[seed])
     for count in (2, 3):
         torch.set_num_threads(count)
-        assert torch.equal(ops.reconstruct(p, "cpu"), alone)
+        assert torch.equal(operators.reconstruct(p, "cpu"), alone)
         assert_same_bits(loss_results(p), loss_results(p))
         check_problems("cpu", problems, lambda _, seed: yardsticks[seed])
 
@@ -253,14 +254,14 @@ PEAK = """
     import torch
     sys.path.insert(0, {tests!r})
     from factories import LOSS_INPUTS, make, results
-    from courier_fast import ops
+    from courier_fast.loss import operators
 
     def status(field):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(x.split()[1]) << 10 for x in lines if x.startswith(field + ":"))
 
     def run(p):
-        return results(lambda q: ops.loss(q, "cpu", False)[0], p, LOSS_INPUTS)
+        return results(lambda q: operators.loss(q, "cpu", False)[0], p, LOSS_INPUTS)
 
     torch.set_num_threads(2)
     options = dict(longest_pv=10, longest_history=10, dim=64, clicked={clicked}, ids={ids})
@@ -324,7 +325,7 @@ def test_frozen_inputs() -> None:
         alone = {n: getattr(p, n).detach() for n in LOSS_INPUTS if getattr(p, n) is not None}
         alone[name] = x.detach().requires_grad_()
         q = replace(p, **alone)
-        loss = ops.loss(q, "cpu", False)[0]
+        loss = operators.loss(q, "cpu", False)[0]
         g = torch.Generator().manual_seed(7)
         upstream = torch.randn(loss.shape, generator=g)
         (grad,) = torch.autograd.grad(loss, [alone[name]], upstream)
@@ -335,8 +336,8 @@ def test_frozen_inputs() -> None:
 def test_click_sequence_none_equals_mean() -> None:
     p = make_sequence(2, ids=True, pages=20)
     skip_unless_available("cpu", p)
-    mean = results(lambda q: ops.loss(q, "cpu")[0], p, SEQUENCE_INPUTS)["output"]
-    each = ops.loss(replace(p, reduction="none"), "cpu")[0].detach()
+    mean = results(lambda q: operators.loss(q, "cpu")[0], p, SEQUENCE_INPUTS)["output"]
+    each = operators.loss(replace(p, reduction="none"), "cpu")[0].detach()
     torch.testing.assert_close(each.sum() / (each != 0).sum(), mean)
 
 

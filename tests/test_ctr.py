@@ -16,14 +16,13 @@ from dataset_factory import columns_of, make_dataset, rewrite
 from torch import nn
 from torch.nn import functional
 
+from courier_fast.ctr import Impressions, features, make_protocol
+from courier_fast.ctr.fit import Settings, fit, predict
+from courier_fast.ctr.impressions import check_dataset, id_codes
+from courier_fast.ctr.inputs import Inputs, Material, Split
+from courier_fast.ctr.models import DIN, Batch, DCNv2, Dice, ItemTables, make_model
 from courier_fast.data.dataset import Dataset
-from courier_fast.evaluate import features
-from courier_fast.evaluate.ctr import Impressions, make_protocol
-from courier_fast.evaluate.ctr.fit import Settings, fit, predict
-from courier_fast.evaluate.ctr.impressions import check_dataset, id_codes
-from courier_fast.evaluate.ctr.inputs import Inputs, Material, Split
-from courier_fast.evaluate.ctr.models import DIN, Batch, DCNv2, Dice, ItemTables, make_model
-from courier_fast.evaluate.metrics import auc
+from courier_fast.metrics.clicks import auc
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,13 @@ import pytest
 from ctr_factory import make_world
 
 from courier_fast.cli import main
+from courier_fast.ctr import Impressions, cells, features, make_protocol
+from courier_fast.ctr.cells import Plan, read_predictions, run_plan
+from courier_fast.ctr.command import _files
+from courier_fast.ctr.export import export
+from courier_fast.ctr.fit import Settings
+from courier_fast.ctr.slices import slices
 from courier_fast.data.dataset import Dataset
-from courier_fast.evaluate import features
-from courier_fast.evaluate.ctr import Impressions, cells, make_protocol
-from courier_fast.evaluate.ctr.cells import Plan, read_predictions, run_plan
-from courier_fast.evaluate.ctr.command import _files
-from courier_fast.evaluate.ctr.export import export
-from courier_fast.evaluate.ctr.fit import Settings
-from courier_fast.evaluate.ctr.slices import slices
 
 QUICK = Settings(batch=256, epochs=1, lr=3e-3)
 

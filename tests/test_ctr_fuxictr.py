@@ -13,11 +13,10 @@ import torch
 from ctr_factory import make_world
 from torch import nn
 
+from courier_fast.ctr import Impressions, features, make_protocol
+from courier_fast.ctr.export import export
+from courier_fast.ctr.models import DIN, Batch, DCNv2, Dice, ItemTables, make_model
 from courier_fast.data.dataset import Dataset
-from courier_fast.evaluate import features
-from courier_fast.evaluate.ctr import Impressions, make_protocol
-from courier_fast.evaluate.ctr.export import export
-from courier_fast.evaluate.ctr.models import DIN, Batch, DCNv2, Dice, ItemTables, make_model
 
 pytest.importorskip("fuxictr")
 from fuxictr.features import FeatureMap

@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 
-from courier_fast.evaluate.ctr.judge import judge
-from courier_fast.evaluate.metrics import compare
+from courier_fast.ctr.judge import judge
+from courier_fast.metrics.intervals import compare
 
 
 def test_a_table_has_the_numbers_of_compare() -> None:

@@ -15,17 +15,17 @@ import torch
 from ctr_factory import make_world, write_world
 from dataset_factory import columns_of, rewrite
 
+from courier_fast import metrics
 from courier_fast.cli import main
+from courier_fast.ctr import Impressions, make_protocol
+from courier_fast.ctr.cells import Cell, Plan, read_predictions
+from courier_fast.ctr.fit import Settings, fit
+from courier_fast.ctr.inputs import Material
+from courier_fast.ctr.slices import slices
 from courier_fast.data.dataset import Dataset
-from courier_fast.data.layouts import Source
-from courier_fast.data.options import PrepareOptions
-from courier_fast.data.prepare import prepare
-from courier_fast.evaluate import metrics
-from courier_fast.evaluate.ctr import Impressions, make_protocol
-from courier_fast.evaluate.ctr.cells import Cell, Plan, read_predictions
-from courier_fast.evaluate.ctr.fit import Settings, fit
-from courier_fast.evaluate.ctr.inputs import Material
-from courier_fast.evaluate.ctr.slices import slices
+from courier_fast.data.prepare.layouts import Source
+from courier_fast.data.prepare.options import PrepareOptions
+from courier_fast.data.prepare.run import prepare
 
 Array = np.ndarray
 QUICK = Settings(batch=256, epochs=1, lr=3e-3)

@@ -20,7 +20,8 @@ import torch
 from factories import GPU
 from torch import Tensor
 
-from courier_fast import ClickSequenceLoss, ReconstructionLoss, cuda_graph
+from courier_fast import ClickSequenceLoss, ReconstructionLoss
+from courier_fast.loss import cuda_graph
 
 IMPL = "triton" if GPU else "cpu"
 DEVICE = "cuda" if GPU else "cpu"

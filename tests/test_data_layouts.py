@@ -10,8 +10,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from courier_fast.data import layouts, truth
-from courier_fast.data.layouts import Columns, Source
+from courier_fast.data.prepare import layouts
+from courier_fast.data.prepare.layouts import Columns, Source
+from courier_fast.data.read import truth
 
 NOON = 1_600_000_000  # 2020-09-13 12:26:40 UTC
 

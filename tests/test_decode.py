@@ -17,11 +17,17 @@ import pytest
 import torch
 from PIL import Image
 
-from courier_fast.data import pictures as pictures_module
-from courier_fast.data.decode import Decoder, make_decoder
-from courier_fast.data.pictures import exif_orientation, jpeg_header, pixels, stored_window, turn
-from courier_fast.data.software import Recycler, normalise_batch
-from courier_fast.data.transforms import eval_windows, random_flips, random_windows
+from courier_fast.data.images import pictures as pictures_module
+from courier_fast.data.images.decode import Decoder, make_decoder
+from courier_fast.data.images.pictures import (
+    exif_orientation,
+    jpeg_header,
+    pixels,
+    stored_window,
+    turn,
+)
+from courier_fast.data.images.software import Recycler, normalise_batch
+from courier_fast.data.images.transforms import eval_windows, random_flips, random_windows
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 SIZE = 48
@@ -439,7 +445,7 @@ def test_normalising_on_the_device_is_the_same() -> None:
 def test_dali_finds_the_image_that_it_cannot_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the look at the headers lets pass costs its own picture, whatever DALI says, and no
     other."""
-    dali = pytest.importorskip("courier_fast.data.dali", reason="DALI is not installed")
+    dali = pytest.importorskip("courier_fast.data.images.dali", reason="DALI is not installed")
     decoder = make_decoder("dali-cpu", SIZE, threads=1)
     good = [encoded(scene(90, 120, seed)) for seed in range(7)]
     alone, _ = decoder.decode(good, *whole(7))

@@ -25,9 +25,9 @@ from factories import (
 from torch import Tensor
 
 import courier_fast as cf
-from courier_fast import ops, reference
-from courier_fast.kernels import configs
-from courier_fast.problem import Problem
+from courier_fast.kernels.triton import tiles
+from courier_fast.loss import operators, reference
+from courier_fast.loss.problem import Problem
 
 IMPLS = ("reference", "cpu", "triton")
 
@@ -36,7 +36,7 @@ def loss_of(impl: str, p: Problem) -> Tensor:
     if impl == "reference":
         return reference.reconstruction_loss(p).loss
     skip_unless_available(impl, p)
-    return ops.loss(p, impl, False)[0]
+    return operators.loss(p, impl, False)[0]
 
 
 def run(impl: str, p: Problem) -> dict[str, Tensor]:
@@ -170,7 +170,7 @@ def test_page_without_history_has_candidates_but_no_anchors(impl: str) -> None:
     assert loss_of(impl, both) > loss_of(impl, alone)  # two more negatives
     assert run(impl, both)["pv"][3:].any()
     if impl != "reference":
-        out = ops.loss(both, impl, True)
+        out = operators.loss(both, impl, True)
         assert (int(out[5].sum()), int(out[6])) == (1, 2)
 
 
@@ -330,7 +330,7 @@ def test_narrow_products_are_found() -> None:
 def test_row_offsets_are_64_bit(kernel: str) -> None:
     """No kernel multiplies a 32-bit row number by a stride (flash-linear-attention #1080, FBGEMM
     #5755)."""
-    assert not narrow_products((Path(configs.__file__).parent / f"{kernel}.py").read_text())
+    assert not narrow_products((Path(tiles.__file__).parent / f"{kernel}.py").read_text())
 
 
 def test_more_than_2_31_similarities() -> None:
@@ -356,7 +356,7 @@ def test_more_than_2_31_similarities() -> None:
     )
     skip_unless_available("cpu", p)
     with torch.no_grad():
-        found = ops.loss(p, "cpu", False)[0]
+        found = operators.loss(p, "cpu", False)[0]
     s = kinds @ kinds.T / 0.5  # a single history item is its own reconstruction
     lse = (s + torch.bincount(kind, minlength=16).log()).logsumexp(1)
     before = kind.roll(1)

@@ -24,10 +24,14 @@ from dataset_factory import draw, images_of, make_dataset, rewrite
 from torch import Tensor, nn
 
 from courier_fast.data.dataset import Dataset
-from courier_fast.data.decode import make_decoder
 from courier_fast.data.embeddings import read_embeddings, trained_until
-from courier_fast.evaluate import embed
-from courier_fast.evaluate.embed import DatasetImages, EmbedReport, FolderImages, embed_source
+from courier_fast.data.images.decode import make_decoder
+from courier_fast.data.images.pictures import seen_size
+from courier_fast.data.images.transforms import eval_windows
+from courier_fast.embed import command as embed_command
+from courier_fast.embed import encode, sources, write
+from courier_fast.embed.sources import DatasetImages, FolderImages
+from courier_fast.embed.write import EmbedReport, embed_source
 
 SIZE = 16
 
@@ -93,7 +97,7 @@ def test_rows_are_what_the_encoder_gives(dataset: Dataset, tmp_path: Path) -> No
     for item in (0, 17, 49):
         image, _ = decoder.decode(
             [dataset.images[item]],
-            embed.eval_windows(dataset.images.shapes[[item]]),
+            eval_windows(dataset.images.shapes[[item]]),
             np.zeros(1, bool),
         )
         with torch.no_grad():
@@ -203,7 +207,7 @@ def test_a_change_starts_over_and_says_so(
     out = tmp_path / "e.npy"
     with pytest.raises(KeyboardInterrupt):
         embed_dataset(Tiny(fail_at=3), dataset, out, batch=8)
-    with caplog.at_level(logging.WARNING, logger=embed.__name__):
+    with caplog.at_level(logging.WARNING, logger=write.__name__):
         assert change(dataset, out) == 0
     assert f"another {what}: starting over" in caplog.text
     embed_dataset(Tiny(seed=change is other_encoder), dataset, tmp_path / "new.npy", batch=8)
@@ -226,7 +230,7 @@ def test_progress_of_another_partial_file_is_gone_first(
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(embed, "_allocate", killed)
+        patch.setattr(write, "_allocate", killed)
         with pytest.raises(OSError, match="no space left"):
             embed_dataset(Tiny(seed=1), dataset, out, batch=8)
     assert embed_dataset(Tiny(), dataset, out, batch=8).resumed == 0
@@ -287,7 +291,7 @@ def test_exif_rotation_counts_in_the_crop(tmp_path: Path) -> None:
     for suffix in ("jpg", "png"):
         Image.fromarray(picture).save(tmp_path / f"a.{suffix}", exif=exif)
         data = np.frombuffer((tmp_path / f"a.{suffix}").read_bytes(), np.uint8)
-        assert embed.seen_size(data) == (80, 40)
+        assert seen_size(data) == (80, 40)
 
 
 def test_an_encoder_that_gives_nan_is_an_error(dataset: Dataset, tmp_path: Path) -> None:
@@ -353,7 +357,9 @@ def test_commands_with_a_run(dataset: Dataset, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "e.npy"
     make_run(run, dataset.path)
     assert (
-        command(embed, "--run", run, "--dataset", dataset.path, "--out", out, "--device", "cpu")
+        command(
+            embed_command, "--run", run, "--dataset", dataset.path, "--out", out, "--device", "cpu"
+        )
         == 0
     )
     assert np.load(out).shape == (50, 8)
@@ -395,8 +401,8 @@ def test_commands_with_a_run(dataset: Dataset, tmp_path: Path) -> None:
     )
     method = evaluate._backbone(args, dataset)
     decoder = make_decoder("auto", 32, mean=fresh.mean, std=fresh.std)
-    expected = embed.encode_all(
-        fresh.backbone.eval(), embed.DatasetImages(dataset, decoder), batch=64
+    expected = encode.encode_all(
+        fresh.backbone.eval(), sources.DatasetImages(dataset, decoder), batch=64
     )
     assert method.name == "untrained backbone" and method.embeddings is not None
     np.testing.assert_allclose(method.embeddings, expected, atol=1e-5, equal_nan=True)
@@ -410,7 +416,9 @@ def test_commands_with_a_run_on_features(tmp_path: Path) -> None:
     np.save(features, np.random.default_rng(0).normal(size=(50, 12)).astype(np.float32))
     make_run(tmp_path / "run", data.path, features=features)
     out = tmp_path / "e.parquet"
-    assert command(embed, "--run", tmp_path / "run", "--dataset", data.path, "--out", out) == 0
+    assert (
+        command(embed_command, "--run", tmp_path / "run", "--dataset", data.path, "--out", out) == 0
+    )
     assert read_embeddings(out, data).shape == (50, 8)
     assert trained_until(out) == 1_700_000_000
     found = tmp_path / "r.json"
@@ -436,4 +444,4 @@ def test_commands_with_a_run_on_features(tmp_path: Path) -> None:
         "features, standardised",
     ]
     with pytest.raises(ValueError, match="expected an encoder of images with --images"):
-        command(embed, "--run", tmp_path / "run", "--images", tmp_path, "--out", out)
+        command(embed_command, "--run", tmp_path / "run", "--images", tmp_path, "--out", out)

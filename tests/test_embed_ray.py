@@ -24,8 +24,9 @@ from train_factory import settings
 from courier_fast.cli import main
 from courier_fast.data.dataset import Dataset
 from courier_fast.data.embedding_store import EmbeddingStore
-from courier_fast.evaluate import embed_ray
-from courier_fast.evaluate.embed import FeatureRows, embed_source
+from courier_fast.embed import on_ray
+from courier_fast.embed.sources import FeatureRows
+from courier_fast.embed.write import embed_source
 from courier_fast.train.trainer import Trainer
 
 
@@ -135,7 +136,7 @@ def test_a_killed_worker_loses_nothing(ray: Any, tmp_path: Path) -> None:
     model = Slow(tmp_path / "who")
     thread = threading.Thread(target=kill)
     thread.start()
-    how = {"batch": 2, "encode": embed_ray.encode_on(ray)}
+    how = {"batch": 2, "encode": on_ray.encode_on(ray)}
     report = embed_source(model, rows(), tmp_path / "ray.npy", **how)  # type: ignore[arg-type]
     thread.join()
     assert killed
@@ -147,7 +148,7 @@ def test_a_killed_worker_loses_nothing(ray: Any, tmp_path: Path) -> None:
 
 def test_a_stopped_driver_goes_on_where_it_was(ray: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, plain = Slow(tmp_path / "nowhere"), embed_ray.encode_on(ray)
+    model, plain = Slow(tmp_path / "nowhere"), on_ray.encode_on(ray)
 
     def stopped(*args: Any, **how: Any) -> Iterator[Any]:
         for i, part in enumerate(plain(*args, **how)):
@@ -159,7 +160,7 @@ def test_a_stopped_driver_goes_on_where_it_was(ray: Any, tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         embed_source(model, rows(), tmp_path / "e.npy", encode=stopped, **how)
     report = embed_source(model, rows(), tmp_path / "e.npy", encode=plain, **how)
-    assert report.resumed == 2 * 4 * embed_ray.BATCHES
+    assert report.resumed == 2 * 4 * on_ray.BATCHES
     embed_source(model, rows(), tmp_path / "local.npy", batch=4)
     assert (tmp_path / "e.npy").read_bytes() == (tmp_path / "local.npy").read_bytes()
 
@@ -167,7 +168,7 @@ def test_a_stopped_driver_goes_on_where_it_was(ray: Any, tmp_path: Path) -> None
 def test_errors_are_those_of_the_local_engine(
     ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for encode in ({}, {"encode": embed_ray.encode_on(ray)}):
+    for encode in ({}, {"encode": on_ray.encode_on(ray)}):
         with pytest.raises(
             RuntimeError, match="expected finite embeddings, got NaN or infinity for i0"
         ):

@@ -23,9 +23,9 @@ from courier_fast.data.embeddings import (
     read_vectors,
     trained_until,
 )
-from courier_fast.evaluate import embed
-from courier_fast.evaluate.embed import FeatureRows
-from courier_fast.evaluate.embed_new import embed_new, rows_since
+from courier_fast.embed import command as embed_command
+from courier_fast.embed.grow import embed_new, rows_since
+from courier_fast.embed.sources import FeatureRows
 
 SPACE = "sha256:" + "a" * 64
 
@@ -215,12 +215,14 @@ def test_the_command_grows_a_folder_that_others_read(
     make_run(tmp_path / "run", data.path, features=features)
     common = ("--run", tmp_path / "run", "--dataset", data.path, "--device", "cpu")
     folder = tmp_path / "e"
-    assert command(embed, *common, "--out", folder, "--since", "1970-01-01", "--only-new") == 0
+    assert (
+        command(embed_command, *common, "--out", folder, "--since", "1970-01-01", "--only-new") == 0
+    )
     assert "50 embeddings of 8 dimensions more (part-00000.parquet)" in capsys.readouterr().out
-    assert command(embed, *common, "--out", folder, "--only-new") == 0
+    assert command(embed_command, *common, "--out", folder, "--only-new") == 0
     assert "0 embeddings of 8 dimensions more (nothing new)" in capsys.readouterr().out
-    assert command(embed, *common, "--out", tmp_path / "e.npy") == 0
-    assert command(embed, *common, "--out", tmp_path / "e.parquet") == 0
+    assert command(embed_command, *common, "--out", tmp_path / "e.npy") == 0
+    assert command(embed_command, *common, "--out", tmp_path / "e.parquet") == 0
     table = read_embeddings(folder, Dataset(data.path), strict=True)
     np.testing.assert_array_equal(table, np.load(tmp_path / "e.npy"))
     space = contract_of_run(tmp_path / "run").space
@@ -229,7 +231,10 @@ def test_the_command_grows_a_folder_that_others_read(
         assert ids.to_pylist() == data.item_ids.to_pylist() and said == space
         np.testing.assert_array_equal(rows, table)
     assert (
-        command(embed, *common, "--out", folder, "--only-new", "--remove-missing", "--compact") == 0
+        command(
+            embed_command, *common, "--out", folder, "--only-new", "--remove-missing", "--compact"
+        )
+        == 0
     )
     assert "(nothing new), 50 rows in all" in capsys.readouterr().out
     for wrong in (
@@ -241,7 +246,7 @@ def test_the_command_grows_a_folder_that_others_read(
         with pytest.raises(
             ValueError, match="compact: expected a folder|since: expected|remove_missing: expected"
         ):
-            command(embed, *common, *wrong)
+            command(embed_command, *common, *wrong)
 
 
 def test_embeddings_that_cannot_be_read_are_named(tmp_path: Path) -> None:

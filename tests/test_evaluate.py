@@ -19,15 +19,11 @@ from dataset_factory import make_dataset, rewrite
 from courier_fast import reconstruction_loss
 from courier_fast.data.dataset import Dataset
 from courier_fast.data.embeddings import read_embeddings
-from courier_fast.evaluate import baselines
-from courier_fast.evaluate.baselines import Method, compare
-from courier_fast.evaluate.ranking import (
-    Reconstruction,
-    find_targets,
-    history_scores,
-    page_candidates,
-    sampled_candidates,
-)
+from courier_fast.evaluate import methods
+from courier_fast.evaluate.comparison import compare
+from courier_fast.evaluate.methods import Method
+from courier_fast.evaluate.scores import Reconstruction, history_scores
+from courier_fast.evaluate.targets import find_targets, page_candidates, sampled_candidates
 
 
 @pytest.fixture(scope="module")
@@ -323,11 +319,11 @@ def test_settings_of_a_reconstruction_are_checked(
 
 
 def test_settings_of_another_score_are_refused(dataset: Dataset) -> None:
-    methods = [baselines.random_order(dataset)]
+    rivals = [methods.random_order(dataset)]
     with pytest.raises(ValueError, match="reconstruction: expected none with score 'max'"):
-        compare(dataset, methods, score="max", reconstruction=Reconstruction())
+        compare(dataset, rivals, score="max", reconstruction=Reconstruction())
     with pytest.raises(TypeError, match=r"reconstruction: expected a Reconstruction, got \{\}"):
-        compare(dataset, methods, score="reconstruction", reconstruction={})  # type: ignore[arg-type]
+        compare(dataset, rivals, score="reconstruction", reconstruction={})  # type: ignore[arg-type]
 
 
 def test_equal_embeddings_tie(dataset: Dataset) -> None:
@@ -455,7 +451,7 @@ def test_random_embeddings_hit_by_chance(tmp_path: Path) -> None:
     table = np.random.default_rng(0).normal(size=(3000, 64)).astype(np.float32)
     result = compare(
         data,
-        [Method("noise", table), baselines.random_order(data)],
+        [Method("noise", table), methods.random_order(data)],
         split="train",
         candidates=["sampled"],
         count=50,
@@ -492,7 +488,7 @@ def test_result_is_json_with_paired_differences(dataset: Dataset) -> None:
 
 def test_comparison_is_the_mean_over_pages(dataset: Dataset) -> None:
     """Every number of "popularity" on the page, by a loop."""
-    one = compare(dataset, [baselines.popularity(dataset)], candidates=["page"], bootstrap=2)
+    one = compare(dataset, [methods.popularity(dataset)], candidates=["page"], bootstrap=2)
     one = one["sets"]["page"]
     by_page = []
     for page in dataset.split("test"):
@@ -513,7 +509,7 @@ def test_popularity_knows_the_train_split_alone(dataset: Dataset) -> None:
     clicks = np.bincount(
         dataset.pv_item[rows][dataset.pv_clicked[rows]], minlength=dataset.num_items
     )
-    scores = baselines.popularity(dataset).scores
+    scores = methods.popularity(dataset).scores
     assert scores is not None and (scores == clicks).all()
     assert clicks.sum() < dataset.pv_clicked.sum()
 
@@ -537,18 +533,18 @@ def test_standardised_columns() -> None:
     rng = np.random.default_rng(0)
     table = rng.normal(5, [1, 20, 0.01, 0], (50, 4)).astype(np.float32)
     table[7] = np.nan
-    found = baselines.standardised(Method("m", table)).embeddings
+    found = methods.standardised(Method("m", table)).embeddings
     assert found is not None and np.isnan(found[7]).all()
     rest = np.delete(found, 7, 0)
     np.testing.assert_allclose(rest.mean(0), 0, atol=1e-5)
     np.testing.assert_allclose(rest.std(0), [1, 1, 1, 0], atol=1e-3)
     with pytest.raises(ValueError, match="expected embeddings, got scores"):
-        baselines.standardised(Method("p", scores=np.zeros(3)))
+        methods.standardised(Method("p", scores=np.zeros(3)))
 
 
 def test_pixels_are_the_small_picture(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "d", items=12, pages=30)
-    method = baselines.pixels(data)
+    method = methods.pixels(data)
     assert method.embeddings is not None and method.embeddings.shape == (12, 192)
     assert method.embeddings.min() >= 0 and method.embeddings.max() <= 1
     assert np.ptp(method.embeddings, 0).max() > 0.1
@@ -569,12 +565,12 @@ def test_pixels_are_the_small_picture(tmp_path: Path) -> None:
 )
 def test_comparison_refuses(dataset: Dataset, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        compare(dataset, [baselines.random_order(dataset)], **options)
+        compare(dataset, [methods.random_order(dataset)], **options)
 
 
 def test_methods_must_differ_and_be_one_thing(dataset: Dataset) -> None:
     with pytest.raises(ValueError, match="different names"):
-        compare(dataset, [baselines.random_order(dataset)] * 2)
+        compare(dataset, [methods.random_order(dataset)] * 2)
     with pytest.raises(ValueError, match=r"expected scores \[60\].*got \[5\]"):
         compare(dataset, [Method("m", scores=np.zeros(5))])
     with pytest.raises(ValueError, match="either embeddings or scores"):

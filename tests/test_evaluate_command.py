@@ -11,11 +11,10 @@ import pytest
 from dataset_factory import make_dataset
 
 from courier_fast.data.dataset import Dataset
-from courier_fast.evaluate import baselines, command
-from courier_fast.evaluate.baselines import Method, compare
-from courier_fast.evaluate.ranking import (
-    Reconstruction,
-)
+from courier_fast.evaluate import command, methods
+from courier_fast.evaluate.comparison import compare
+from courier_fast.evaluate.methods import Method
+from courier_fast.evaluate.scores import Reconstruction
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +111,8 @@ def test_a_run_is_evaluated_by_the_score_that_it_trained(
     expected: Reconstruction,
     printed: str,
 ) -> None:
-    from courier_fast.evaluate.embed import FeatureRows, encode_all
+    from courier_fast.embed.encode import encode_all
+    from courier_fast.embed.sources import FeatureRows
     from courier_fast.train.config import Config
     from courier_fast.train.encoder import load_encoder
     from courier_fast.train.trainer import Trainer
@@ -149,16 +149,16 @@ def test_a_run_is_evaluated_by_the_score_that_it_trained(
     assert run(*command_line, "--score", "reconstruction", "--json", out) == 0
     assert printed in " ".join(capsys.readouterr().out.split())
     encoder = load_encoder(tmp_path / "run")
-    methods = [
+    rivals = [
         Method("trained", encode_all(encoder, FeatureRows(features, dataset.item_ids))),
         Method("features", features),
-        baselines.standardised(Method("features", features)),
+        methods.standardised(Method("features", features)),
     ]
     options = {"score": "reconstruction", "reconstruction": expected, "bootstrap": 5}
     result = json.loads(out.read_text())
-    assert result == compare(dataset, methods, **options)
+    assert result == compare(dataset, rivals, **options)
     # Not what another score gives.
-    other = compare(dataset, methods, score="max", bootstrap=5)
+    other = compare(dataset, rivals, score="max", bootstrap=5)
     assert other["settings"]["reconstruction"] is None
     assert result["sets"] != other["sets"]
 

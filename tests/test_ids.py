@@ -18,11 +18,11 @@ from PIL import Image
 
 from courier_fast.data.dataset import Dataset
 from courier_fast.data.embeddings import read_embeddings, read_parquet
-from courier_fast.data.events import clean
-from courier_fast.data.ids import MISSING, array, as_text, one, text, written_as_floats
-from courier_fast.data.layouts import generic
-from courier_fast.data.options import PrepareOptions
-from courier_fast.data.prepare import prepare
+from courier_fast.data.prepare.events import clean
+from courier_fast.data.prepare.layouts import generic
+from courier_fast.data.prepare.options import PrepareOptions
+from courier_fast.data.prepare.run import prepare
+from courier_fast.data.read.ids import MISSING, array, as_text, one, text, written_as_floats
 
 UUID = uuid.UUID("12345678-1234-4678-9234-567812345678")
 NOON = 1_600_000_000

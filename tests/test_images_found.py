@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 from prepare_factory import source_of
 
-from courier_fast.data.image_check import check_image, check_images
-from courier_fast.data.image_files import ImageFiles, index_images
-from courier_fast.data.options import PrepareOptions
-from courier_fast.data.pictures import read_pillow
-from courier_fast.data.prepare import prepare
-from courier_fast.evaluate.embed import FolderImages
+from courier_fast.data.images.files import ImageFiles, index_images
+from courier_fast.data.images.pictures import read_pillow
+from courier_fast.data.prepare.images import check_image, check_images
+from courier_fast.data.prepare.options import PrepareOptions
+from courier_fast.data.prepare.run import prepare
+from courier_fast.embed.sources import FolderImages
 
 IDS = [f"{i:06}" for i in range(100, 110)]
 WHOLE = np.array([0, 0, 1, 1], np.float32)
@@ -239,7 +239,7 @@ def test_a_folder_for_each_item_became_one_embedding_for_each_name(tmp_path: Pat
 def test_embed_takes_the_next_file_where_one_is_broken(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from courier_fast.data.decode import make_decoder
+    from courier_fast.data.images.decode import make_decoder
 
     put(tmp_path, "a.png")
     put(tmp_path, "b.jpg")

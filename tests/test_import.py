@@ -45,7 +45,7 @@ def test_works_without(missing: str) -> None:
         import sys
         sys.modules[{missing!r}] = None  # import fails
         import torch, courier_fast as cf
-        from courier_fast import ops
+        from courier_fast.loss import operators
         pv, history = torch.randn(2, 3, 8), torch.randn(2, 4, 8)
         clicked = torch.ones(2, 3, dtype=torch.bool)
         print(bool(torch.isfinite(cf.reconstruction_loss(pv, history, clicked))))

@@ -15,10 +15,10 @@ import pytest
 from dataset_factory import make_dataset
 
 from courier_fast.cli import main
-from courier_fast.evaluate.features import cluster_features
-from courier_fast.serve.clusters import assign_clusters, fit_clusters
-from courier_fast.serve.index import Index, build, exact_search
-from courier_fast.serve.neighbours import nearest_images, nearest_items, write_page
+from courier_fast.ctr.features import cluster_features
+from courier_fast.index.clusters import assign_clusters, fit_clusters
+from courier_fast.index.index import Index, build, exact_search
+from courier_fast.index.neighbours import nearest_images, nearest_items, write_page
 
 N, D, SPACE = 3000, 16, "sha256:" + "a" * 64
 

@@ -22,9 +22,9 @@ import pytest
 from prepare_factory import random_events, source_of
 
 from courier_fast import cli, disk, interrupt
-from courier_fast.data import prepare as module
-from courier_fast.data.options import PrepareOptions
-from courier_fast.data.prepare import prepare
+from courier_fast.data.prepare import run as module
+from courier_fast.data.prepare.options import PrepareOptions
+from courier_fast.data.prepare.run import prepare
 from courier_fast.disk import DiskFullError, new_map, writing
 from courier_fast.files import parse_json, write_atomically
 from courier_fast.messages import line_of
@@ -131,7 +131,7 @@ def test_sigterm_left_the_partial_folder(tmp_path: Path) -> None:
     script = """
 import sys, time
 from courier_fast import cli
-from courier_fast.data import prepare as module
+from courier_fast.data.prepare import run as module
 def wait(*_):
     print("writing", flush=True)
     time.sleep(60)
@@ -223,16 +223,16 @@ def test_prepare_on_a_full_disk_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     from courier_fast import output
-    from courier_fast.data import spool
+    from courier_fast.data.prepare import on_disk
 
     def full(*_: Any, **__: Any) -> None:
         raise duckdb.IOException("No space left on device") if where == "duckdb" else FULL
 
     owner, name = {
-        "write_rows": (spool, "write_rows"),
+        "write_rows": (on_disk, "write_rows"),
         "new_map": (module, "new_map"),
         "write_shards": (module, "write_shards"),
-        "duckdb": (spool.Sorter, "append"),
+        "duckdb": (on_disk.Sorter, "append"),
         "sync_all": (output, "sync_all"),
     }[where]
     monkeypatch.setattr(owner, name, full)
@@ -270,7 +270,7 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
         from safetensors.torch import save_file
         from torch import zeros
 
-        from courier_fast.evaluate.embed import _allocate
+        from courier_fast.embed.write import _allocate
 
         for write in (
             lambda path: path.write_bytes(bytes(1 << 20)),
@@ -432,8 +432,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_else_was_cut_off(tmp_path: Path) -> None:
     from courier_fast.data.embedding_store import EmbeddingStore
+    from courier_fast.index.index import Index
     from courier_fast.serve.contract import Contract
-    from courier_fast.serve.index import Index
     from courier_fast.train.checkpoint import Checkpoints
     from courier_fast.train.encoder import load_encoder, read_tensors
     from courier_fast.train.journal import last_step

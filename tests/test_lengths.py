@@ -23,10 +23,10 @@ from factories import (
 from test_budget import assert_caught, fused
 from torch import Tensor
 
-from courier_fast import loss as public
-from courier_fast import ops, reference
-from courier_fast.budget import Yardstick
-from courier_fast.problem import Problem
+from courier_fast.loss import functional as public
+from courier_fast.loss import operators, reference
+from courier_fast.loss.problem import Problem
+from courier_fast.testing.budget import Yardstick
 
 CANDIDATE: dict[str, Any] = {"attention": "candidate"}
 COSINE: dict[str, Any] = CANDIDATE | {"cosine": True, "attention_scale": 5.0}
@@ -134,7 +134,7 @@ def test_lengths_from_one_row_to_the_next(impl: str, case: str) -> None:
 
 
 def held_all(found: Any) -> dict[str, Tensor]:
-    from courier_fast.budget import held
+    from courier_fast.testing.budget import held
 
     return {name: held(x) for name, x in found.items()}
 
@@ -145,7 +145,7 @@ def test_reconstruct_of_long_rows(impl: str) -> None:
     skip_unless_available(impl, problems[0])
     budget = Budget(torch.float32)
     for seed, p in enumerate(problems):
-        found = results(lambda q: ops.reconstruct(q, impl), p, LOSS_INPUTS[:5])
+        found = results(lambda q: operators.reconstruct(q, impl), p, LOSS_INPUTS[:5])
         budget.add(reconstruct_yardstick(p, seed), found)
     budget.check()
 

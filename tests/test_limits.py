@@ -19,13 +19,14 @@ import pytest
 from PIL import Image
 from test_embed import Tiny, embed_folder
 
-from courier_fast.data import events, image_check, pictures
-from courier_fast.data.command import print_report
-from courier_fast.data.image_check import check_image
-from courier_fast.data.image_files import LEADS_OUT
-from courier_fast.data.layouts import Columns, generic
-from courier_fast.data.options import PrepareOptions
-from courier_fast.data.prepare import prepare
+from courier_fast.data.images import pictures
+from courier_fast.data.images.files import LEADS_OUT
+from courier_fast.data.prepare import events, images
+from courier_fast.data.prepare.command import print_report
+from courier_fast.data.prepare.images import check_image
+from courier_fast.data.prepare.layouts import Columns, generic
+from courier_fast.data.prepare.options import PrepareOptions
+from courier_fast.data.prepare.run import prepare
 
 
 def jpeg(seed: int) -> bytes:
@@ -130,7 +131,7 @@ def test_a_file_that_is_too_large_is_not_read(
     small.write_bytes(jpeg(0))
     large.write_bytes(jpeg(1) + bytes(5000))
     monkeypatch.setattr(pictures, "MAX_FILE", large.stat().st_size - 1)
-    checked = list(image_check.check_images([str(small), str(large)]))
+    checked = list(images.check_images([str(small), str(large)]))
     assert checked[0].image == jpeg(0)
     assert "bytes are over" in checked[1].reason and checked[1].image is None
     assert embed_folder(Tiny(), tmp_path, tmp_path / "e.npy").damaged == ["1"]
@@ -175,9 +176,9 @@ import io, sys
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from courier_fast.data import pictures
-from courier_fast.data.image_check import check_image
-from courier_fast.data.pictures import seen_size
+from courier_fast.data.images import pictures
+from courier_fast.data.prepare.images import check_image
+from courier_fast.data.images.pictures import seen_size
 from courier_fast.serve.load import square
 
 def peak():

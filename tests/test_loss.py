@@ -24,8 +24,8 @@ from factories import (
 )
 from torch import Tensor
 
-from courier_fast import ops
-from courier_fast.budget import Yardstick, held
+from courier_fast.loss import operators
+from courier_fast.testing.budget import Yardstick, held
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -95,7 +95,7 @@ def test_rows_of_one_number(impl: str) -> None:
         assert p.history is not None
         p = replace(p, pv=away_from_zero(p.pv), history=away_from_zero(p.history))
         judged = loss_yardstick(p, seed)
-        found = results(lambda q: ops.loss(q, impl, False)[0], p, LOSS_INPUTS)
+        found = results(lambda q: operators.loss(q, impl, False)[0], p, LOSS_INPUTS)
         losses = [{"output": of["output"]} for of in (judged.exact, judged.eager, *judged.rounded)]
         budget.add(Yardstick(losses[0], losses[1], losses[2:]), found)
         for name in ("pv", "history"):
@@ -149,7 +149,7 @@ def test_triton_in_several_chunks(
     monkeypatch: pytest.MonkeyPatch, case: str, dtype: torch.dtype
 ) -> None:
     """The three-product path, which is otherwise for D > 256, with a workspace of one row tile."""
-    configs = pytest.importorskip("courier_fast.kernels.configs")
+    configs = pytest.importorskip("courier_fast.kernels.triton.tiles")
     monkeypatch.setattr(configs, "LARGEST_REGISTER_DIM", 8)
     check_loss("triton", dtype=dtype, workspace=1, draws=3, **({"pages": 20} | CASES[case]))
 
@@ -207,7 +207,7 @@ def test_click_sequence_half(impl: str, dtype: torch.dtype) -> None:
 def test_two_runs_give_the_same_bits(impl: str, options: dict[str, Any]) -> None:
     p = make(3, impl=impl, pages=30, **options)
     skip_unless_available(impl, p)
-    runs = [results(lambda q: ops.loss(q, impl, False)[0], p, LOSS_INPUTS) for _ in range(2)]
+    runs = [results(lambda q: operators.loss(q, impl, False)[0], p, LOSS_INPUTS) for _ in range(2)]
     for name, x in runs[0].items():
         assert torch.equal(x, runs[1][name]), name
 
@@ -229,8 +229,8 @@ def test_merged_columns_equal_expanded_rows() -> None:
             history_index=None,
             item_ids=p.pv_index,
         )
-        merged = results(lambda q: ops.loss(q, impl, False)[0], p, LOSS_INPUTS)  # noqa: B023
-        rows = results(lambda q: ops.loss(q, impl, False)[0], expanded, LOSS_INPUTS)  # noqa: B023
+        merged = results(lambda q: operators.loss(q, impl, False)[0], p, LOSS_INPUTS)  # noqa: B023
+        rows = results(lambda q: operators.loss(q, impl, False)[0], expanded, LOSS_INPUTS)  # noqa: B023
         table = (
             torch.zeros_like(p.pv)
             .index_add_(0, p.pv_index, rows["pv"])
@@ -246,7 +246,7 @@ def test_merged_columns_equal_expanded_rows() -> None:
 def test_tf32_setting_is_followed() -> None:
     """float32 products follow torch's matmul precision; on a GPU the result must then be that of
     tf32 rows."""
-    configs = pytest.importorskip("courier_fast.kernels.configs")
+    configs = pytest.importorskip("courier_fast.kernels.triton.tiles")
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")

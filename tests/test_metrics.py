@@ -26,9 +26,10 @@ from torchmetrics.functional.retrieval import (
     retrieval_reciprocal_rank,
 )
 
-from courier_fast.evaluate import metrics
-from courier_fast.evaluate.counts import Sorted
-from courier_fast.evaluate.metrics import compare
+from courier_fast import metrics
+from courier_fast.metrics import clicks
+from courier_fast.metrics.counts import Sorted
+from courier_fast.metrics.intervals import compare
 
 Array = np.ndarray
 
@@ -115,7 +116,7 @@ def test_logloss_of_the_impossible_is_finite() -> None:
 def test_logloss_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     clicked, p, _ = impressions()
     whole = metrics.logloss(clicked, p)
-    monkeypatch.setattr(metrics, "BLOCK", 7)
+    monkeypatch.setattr(clicks, "BLOCK", 7)
     assert metrics.logloss(clicked, p) == pytest.approx(whole, rel=1e-13)
 
 

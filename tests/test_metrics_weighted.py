@@ -13,8 +13,9 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from test_metrics import DESIGNS, Array, bootstrap, impressions
 
-from courier_fast.evaluate import metrics
-from courier_fast.evaluate.metrics import Comparison, compare
+from courier_fast import metrics
+from courier_fast.metrics import clicks
+from courier_fast.metrics.intervals import Comparison, compare
 
 
 @pytest.fixture(params=[(None, "f8"), (7, "f4")], ids=["random", "tied float32"])
@@ -41,7 +42,7 @@ def test_auc_and_logloss(data: tuple) -> None:
 def test_logloss_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     clicked, p, _ = impressions()
     whole = metrics.logloss(clicked, p, weight=1 + p)
-    monkeypatch.setattr(metrics, "BLOCK", 7)
+    monkeypatch.setattr(clicks, "BLOCK", 7)
     assert metrics.logloss(clicked, p, weight=1 + p) == pytest.approx(whole, rel=1e-13)
 
 

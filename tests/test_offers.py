@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from courier_fast.data.offers import kth_on_offer, offers_of, on_offer
-from courier_fast.data.pages import Events, _draw_live
+from courier_fast.data.prepare.offers import kth_on_offer, offers_of, on_offer
+from courier_fast.data.prepare.pages import Events, _draw_live
 
 
 @pytest.mark.parametrize("items", [1, 2, 3, 63, 64, 65, 128, 200, 1024])

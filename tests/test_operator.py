@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import courier_fast as cf
-from courier_fast import ops
+from courier_fast.loss import operators
 
 
 class Watch(TorchDispatchMode):
@@ -32,12 +32,12 @@ def run(kind: str, impl: str, reduction: str) -> list[Tensor]:
         p: Any = make(impl=impl, reduction=reduction, tensor_tau=True)
         inputs = [p.pv, p.history, p.temperature]
         skip_unless_available(impl, p)
-        outputs = list(ops.loss(p, impl, True))
+        outputs = list(operators.loss(p, impl, True))
     else:
         p = make_sequence(impl=impl, reduction=reduction, tensor_tau=True)
         inputs = [p.history, p.temperature]
         skip_unless_available(impl, p)
-        outputs = [ops.loss(p, impl)[0]]
+        outputs = [operators.loss(p, impl)[0]]
     assert all(not x.requires_grad for x in outputs[1:])
     gradients = torch.autograd.grad(outputs[0].sum(), inputs)
     return [x.detach() for x in outputs] + list(gradients)
@@ -66,9 +66,9 @@ def test_tensor_subclasses_reach_the_operator(impl: str) -> None:
     p = make(impl=impl)
     skip_unless_available(impl, p)
     with torch.no_grad():
-        plain = ops.loss(p, impl, False)[0]
+        plain = operators.loss(p, impl, False)[0]
         p.pv = p.pv.detach().as_subclass(Named)
-        assert torch.equal(ops.loss(p, impl, False)[0].as_subclass(Tensor), plain)
+        assert torch.equal(operators.loss(p, impl, False)[0].as_subclass(Tensor), plain)
 
 
 # ---- torch.func ----------------------------------------------------------------------------------

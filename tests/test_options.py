@@ -14,15 +14,15 @@ import pytest
 from prepare_factory import source_of
 
 from courier_fast.cli import COMMANDS, main
-from courier_fast.data import truth
-from courier_fast.data.layouts import Columns, generic
-from courier_fast.data.likeness import items_note
-from courier_fast.data.options import PrepareOptions
-from courier_fast.data.page_ids import PageIds, look
-from courier_fast.data.page_tables import page_bounds
-from courier_fast.data.prepare import prepare
-from courier_fast.evaluate.sweep import grid
+from courier_fast.data.prepare.layouts import Columns, generic
+from courier_fast.data.prepare.options import PrepareOptions
+from courier_fast.data.prepare.outcome import page_bounds
+from courier_fast.data.prepare.page_ids import PageIds, look
+from courier_fast.data.prepare.run import prepare
+from courier_fast.data.read import truth
+from courier_fast.data.read.likeness import items_note
 from courier_fast.option_rules import RULES, SETTINGS, check, given
+from courier_fast.sweep import grid
 from courier_fast.train.config import Config
 
 # What a command cannot do without, as the words of a command line.

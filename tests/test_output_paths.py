@@ -18,8 +18,8 @@ from prepare_factory import random_events, source_of
 from courier_fast import output
 from courier_fast.cli import main
 from courier_fast.data.dataset import Dataset
-from courier_fast.data.options import PrepareOptions
-from courier_fast.data.prepare import prepare
+from courier_fast.data.prepare.options import PrepareOptions
+from courier_fast.data.prepare.run import prepare
 from courier_fast.locations import local_path, location
 from courier_fast.output import CLUSTERS, DATASET, EXPORT, INDEX, check_file, check_output
 
@@ -462,7 +462,7 @@ def test_folders_that_grow(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: Path
 ) -> None:
     """`train` wrote its settings over a config.toml of the user's, and into the dataset."""
-    from courier_fast.evaluate.ctr.command import _is_ctr
+    from courier_fast.ctr.command import _is_ctr
     from courier_fast.train.config import Config
     from courier_fast.train.trainer import _is_run, check_run
 
@@ -490,7 +490,7 @@ def test_folders_that_grow(
 
 
 def test_embeddings_are_not_written_over_something_else(tmp_path: Path) -> None:
-    from courier_fast.evaluate.embed import check_embeddings_out
+    from courier_fast.embed.write import check_embeddings_out
 
     np.save(tmp_path / "features.npy", np.zeros((2, 2)))
     with pytest.raises(ValueError, match=r"no features\.npy\.json beside it"):

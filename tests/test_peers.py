@@ -21,15 +21,15 @@ from factories import (
 from torch import Tensor
 
 import courier_fast as cf
-from courier_fast import ops, reference
-from courier_fast.problem import Problem
+from courier_fast.loss import operators, reference
+from courier_fast.loss.problem import Problem
 
 IMPLS = ("cpu", "triton")
 
 
 def run(impl: str, p: Problem) -> dict[str, Tensor]:
     skip_unless_available(impl, p)
-    return results(lambda q: ops.loss(q, impl, False)[0], p, LOSS_INPUTS)
+    return results(lambda q: operators.loss(q, impl, False)[0], p, LOSS_INPUTS)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -64,7 +64,7 @@ def test_gradients_of_many_chunks_are_summed_in_float32(
     """siglip-kernel and ml-cross-entropy #14, #18: gradients accumulated across chunks in the input
     type."""
     if impl == "triton":
-        configs = pytest.importorskip("courier_fast.kernels.configs")
+        configs = pytest.importorskip("courier_fast.kernels.triton.tiles")
         monkeypatch.setattr(configs, "LARGEST_REGISTER_DIM", 8)
     check_loss(
         impl, dtype=dtype, pages=40, longest_history=3, dim=16, workspace=1, clicked=0.9, draws=2
@@ -122,7 +122,7 @@ def test_masks_do_not_make_the_temperatures_gradient_nan(impl: str) -> None:
     loss = (
         reference.reconstruction_loss(p).loss
         if impl == "reference"
-        else ops.loss(p, impl, False)[0]
+        else operators.loss(p, impl, False)[0]
     )
     (grad,) = torch.autograd.grad(loss, [p.temperature])
     assert grad.isfinite()
@@ -305,7 +305,7 @@ def test_second_backward_gives_the_same(impl: str, options: dict[str, Any]) -> N
     """Backward passes that change what was saved: the second one, with retain_graph, was wrong."""
     p = make(1, impl=impl, **options)
     skip_unless_available(impl, p)
-    loss = ops.loss(p, impl, False)[0]
+    loss = operators.loss(p, impl, False)[0]
     upstream = torch.rand_like(loss)
     first = torch.autograd.grad(loss, p.pv, upstream, retain_graph=True)[0].clone()
     second = torch.autograd.grad(loss, p.pv, 2 * upstream, retain_graph=True)[0]

@@ -17,14 +17,14 @@ import polars as pl
 import pytest
 from prepare_factory import Event, digest, page_rows, random_events, source_of
 
-from courier_fast.data import command, spool
-from courier_fast.data import prepare as module
 from courier_fast.data.dataset import Dataset
-from courier_fast.data.events import hash_ids
-from courier_fast.data.layouts import Columns, Source, generic
-from courier_fast.data.options import PrepareOptions
-from courier_fast.data.prepare import prepare
-from courier_fast.evaluate.ranking import find_targets
+from courier_fast.data.prepare import command, on_disk
+from courier_fast.data.prepare import run as module
+from courier_fast.data.prepare.events import hash_ids
+from courier_fast.data.prepare.layouts import Columns, Source, generic
+from courier_fast.data.prepare.options import PrepareOptions
+from courier_fast.data.prepare.run import prepare
+from courier_fast.evaluate.targets import find_targets
 
 HM = Path(__file__).parents[2] / "shared/data/hm-fashion"
 
@@ -179,7 +179,7 @@ def test_same_bytes_for_any_order_of_rows_and_any_size_of_batches(
     first = made("first", events)
     assert made("again", events) == first
     assert made("backwards", events[::-1]) == first
-    monkeypatch.setattr(spool, "BATCH", 17)
+    monkeypatch.setattr(on_disk, "BATCH", 17)
     assert made("batches", events) == first
     other = made("seed", events, seed=1)
     assert other["page_items/00000.arrow"] != first["page_items/00000.arrow"]
@@ -215,7 +215,7 @@ def test_splits_by_date_and_by_share(tmp_path: Path) -> None:
 def test_given_pages_are_those_of_brute_force(
     tmp_path: Path, seed: int, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool, "BATCH", 50)
+    monkeypatch.setattr(on_disk, "BATCH", 50)
     rng = np.random.default_rng(seed)
     rows, before = [], random_events(seed, users=6, n=30)
     for page in range(80):
@@ -419,9 +419,9 @@ def test_a_killed_run_leaves_no_dataset(tmp_path: Path) -> None:
 import sys, time
 from pathlib import Path
 import polars as pl
-from courier_fast.data import prepare as module
-from courier_fast.data.layouts import Source
-from courier_fast.data.options import PrepareOptions
+from courier_fast.data.prepare import run as module
+from courier_fast.data.prepare.layouts import Source
+from courier_fast.data.prepare.options import PrepareOptions
 def wait(*_):
     print("writing", flush=True)
     time.sleep(60)
@@ -514,8 +514,8 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
     script = """
 import resource, sys
 from pathlib import Path
-from courier_fast.data.layouts import generic
-from courier_fast.data.prepare import prepare
+from courier_fast.data.prepare.layouts import generic
+from courier_fast.data.prepare.run import prepare
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 before = peak()
 prepare(Path(sys.argv[2]), source=generic([Path(sys.argv[1])]))

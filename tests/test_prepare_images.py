@@ -14,9 +14,9 @@ from PIL import Image
 from prepare_factory import source_of
 
 from courier_fast.data.dataset import TABLES, Dataset
-from courier_fast.data.image_check import check_image
-from courier_fast.data.options import PrepareOptions
-from courier_fast.data.prepare import prepare
+from courier_fast.data.prepare.images import check_image
+from courier_fast.data.prepare.options import PrepareOptions
+from courier_fast.data.prepare.run import prepare
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -114,8 +114,8 @@ def test_items_without_a_usable_image_are_nowhere(tmp_path: Path) -> None:
 
 
 def test_every_kept_image_decodes_in_training(tmp_path: Path) -> None:
-    from courier_fast.data.decode import make_decoder
-    from courier_fast.data.transforms import eval_windows
+    from courier_fast.data.images.decode import make_decoder
+    from courier_fast.data.images.transforms import eval_windows
 
     good, _ = pictures()
     checked = [check_image(data) for data, _ in good.values()]

@@ -19,11 +19,11 @@ from PIL import Image
 from prepare_factory import digest, random_events, source_of
 
 from courier_fast.cli import main
-from courier_fast.data import partitions, prepare_ray, spool
 from courier_fast.data.dataset import Dataset
-from courier_fast.data.layouts import Columns, Source, generic
-from courier_fast.data.options import PrepareOptions
-from courier_fast.data.prepare import prepare
+from courier_fast.data.prepare import on_disk, on_ray, steps
+from courier_fast.data.prepare.layouts import Columns, Source, generic
+from courier_fast.data.prepare.options import PrepareOptions
+from courier_fast.data.prepare.run import prepare
 
 SMALL = PrepareOptions(shard_rows=37, shard_bytes=2000, min_history=1, max_history=5, page_size=4)
 
@@ -46,14 +46,14 @@ class Graves:
 @pytest.fixture
 def graves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Graves:
     """Parts are of a few rows; no step dies unless it is told to."""
-    monkeypatch.setattr(prepare_ray, "PART", 90)
-    monkeypatch.setattr(prepare_ray, "IMAGES", 4)
-    task, graves = prepare_ray._Run.task, Graves(tmp_path / "graves")
+    monkeypatch.setattr(on_ray, "PART", 90)
+    monkeypatch.setattr(on_ray, "IMAGES", 4)
+    task, graves = on_ray._Run.task, Graves(tmp_path / "graves")
 
     def small(run: Any, step: Callable[..., Any], returns: int | str = 1) -> Callable[..., Any]:
         return task(run, mortal(step, graves.folder / step.__name__), returns)
 
-    monkeypatch.setattr(prepare_ray._Run, "task", small)
+    monkeypatch.setattr(on_ray._Run, "task", small)
     return graves
 
 
@@ -70,7 +70,7 @@ def mortal(step: Callable[..., Any], grave: Path) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def stream(*args: Any) -> Iterator[Any]:
-        spool.BATCH = 40
+        on_disk.BATCH = 40
         for n, value in enumerate(step(*args)):
             yield value
             if n == 2:
@@ -82,7 +82,7 @@ def mortal(step: Callable[..., Any], grave: Path) -> Callable[..., Any]:
         die()
         return result
 
-    return stream if step is partitions.read else run
+    return stream if step is steps.read else run
 
 
 def drawn_images(folder: Path, items: list[str]) -> Path:
@@ -217,8 +217,8 @@ def test_blocks_are_the_same_however_rows_come(monkeypatch: pytest.MonkeyPatch) 
     rows = len(frame.collect())
     found = []
     for size in (7, 64, 10_000):
-        monkeypatch.setattr(spool, "BATCH", size)
-        parts = list(partitions.read(frame, "shown", source, 3, 50))
+        monkeypatch.setattr(on_disk, "BATCH", size)
+        parts = list(steps.read(frame, "shown", source, 3, 50))
         found.append(
             [
                 {
@@ -270,14 +270,14 @@ def test_ids_are_found_by_their_bytes() -> None:
     rng = np.random.default_rng(0)
     letters = ["", "a", "b", "ab", "ä", "z", "日"]
     ids = ["".join(rng.choice(letters, 3)) for _ in range(200)]
-    known = partitions.union(partitions.text(pl.Series(ids)))
+    known = steps.union(steps.text(pl.Series(ids)))
     assert known.to_pylist() == sorted(set(ids), key=str.encode)
     wanted = [*ids, "", "zzzz", "zz", "aä"]
-    found = partitions.search(known, partitions.text(pl.Series(wanted)))
+    found = steps.search(known, steps.text(pl.Series(wanted)))
     expected = [sum(k.encode() < w.encode() for k in known.to_pylist()) for w in wanted]
     assert found.tolist() == expected
-    assert partitions.search(known[5:9], known[3:4]).tolist() == [0]
-    assert partitions.search(known[:0], known[:2]).tolist() == [0, 0]
+    assert steps.search(known[5:9], known[3:4]).tolist() == [0]
+    assert steps.search(known[:0], known[:2]).tolist() == [0, 0]
 
 
 def test_both_engines_take_the_same_of_several_files(tmp_path: Path, ray: Any) -> None:

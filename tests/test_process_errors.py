@@ -19,7 +19,7 @@ from spawn import GROUP_TIMEOUT, spawn
 from torch import Tensor
 
 import courier_fast as cf
-from courier_fast import composed
+from courier_fast.loss.union import losses
 
 Given = dict[str, Any]
 SECONDS = 5.0
@@ -310,9 +310,9 @@ def others() -> dict[str, tuple[str, str, float]]:
         def fails(*args: Any) -> Any:
             raise RuntimeError("no memory left")
 
-        composed._listed, listed = fails, composed._listed
+        losses._listed, listed = fails, losses._listed
         found["inside"] = caught(partial(call, good()))
-        composed._listed = listed
+        losses._listed = listed
     else:
         found["inside"] = caught(partial(call, good()))
     call(good())

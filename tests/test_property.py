@@ -21,8 +21,8 @@ from factories import (
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from courier_fast import ops
-from courier_fast.problem import DIRECTIONS, NEGATIVES, REDUCTIONS
+from courier_fast.loss import operators
+from courier_fast.loss.problem import DIRECTIONS, NEGATIVES, REDUCTIONS
 
 PAGES = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=0, max_size=8)
 
@@ -78,7 +78,7 @@ def test_ragged_batches(impl: str, examples: int) -> None:
                 tau=tau,
             )
             p = with_gradients(to_device(p, DEVICES[impl]), LOSS_INPUTS)
-            found = results(lambda q: ops.loss(q, impl, False)[0], p, LOSS_INPUTS)
+            found = results(lambda q: operators.loss(q, impl, False)[0], p, LOSS_INPUTS)
             bad = [name for name, x in found.items() if not x.isfinite().all()]
             assert not bad, bad
             budget.add(loss_yardstick(p, draw), found)

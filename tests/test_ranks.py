@@ -8,13 +8,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from courier_fast.evaluate.metrics import (
-    Ranks,
-    bootstrap_means,
-    count_ranks,
-    interval,
-    page_values,
-)
+from courier_fast.metrics.ranks import Ranks, bootstrap_means, count_ranks, interval, page_values
 
 # ---- metrics -------------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ from factories import LOSS_INPUTS, SEQUENCE_INPUTS, in_float64, make, make_seque
 from test_loss import CASES
 from torch import Tensor
 
-from courier_fast import reference
-from courier_fast.problem import Problem, SequenceProblem
+from courier_fast.loss import reference
+from courier_fast.loss.problem import Problem, SequenceProblem
 
 Vector = list[float]
 

@@ -385,8 +385,8 @@ def test_embedding_a_remote_folder_of_images(server: str, tmp_path: Path) -> Non
     shop(folder)
     (folder / "images" / "broken.jpg").write_bytes(b"no image")
     copy(folder / "images", "s3://shop/photos")
-    from courier_fast.data.decode import make_decoder
-    from courier_fast.evaluate.embed import FolderImages
+    from courier_fast.data.images.decode import make_decoder
+    from courier_fast.embed.sources import FolderImages
 
     decoder = make_decoder("pillow", 16)
     here, there = (FolderImages(f, decoder) for f in (folder / "images", "s3://shop/photos"))
@@ -415,8 +415,8 @@ def test_a_prefix_with_something_else_is_left(server: str, tmp_path: Path) -> No
     had read a row."""
     from prepare_factory import source_of
 
-    from courier_fast.data.options import PrepareOptions
-    from courier_fast.data.prepare import prepare
+    from courier_fast.data.prepare.options import PrepareOptions
+    from courier_fast.data.prepare.run import prepare
     from courier_fast.output import DATASET, check_remote
 
     put("s3://shop/mine/photo.jpg")

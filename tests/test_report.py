@@ -17,8 +17,10 @@ from dataset_factory import columns_of, images_of, make_dataset, rewrite
 
 from courier_fast.cli import main
 from courier_fast.data.dataset import Dataset
-from courier_fast.evaluate.metrics import count_ranks
-from courier_fast.evaluate.ranking import find_targets, history_scores, sampled_candidates
+from courier_fast.data.images import thumbnails
+from courier_fast.evaluate.scores import history_scores
+from courier_fast.evaluate.targets import find_targets, sampled_candidates
+from courier_fast.metrics.ranks import count_ranks
 from courier_fast.report import items, sections, text
 from courier_fast.report.page import About, write_report
 from courier_fast.train.config import Config
@@ -181,10 +183,10 @@ def test_ids_are_escaped(tmp_path: Path, tiny: Dataset) -> None:
 
 
 def test_an_item_without_a_picture_is_shown_as_such(tmp_path: Path, tiny: Dataset) -> None:
-    assert items.data_uri(tiny.images[0].tobytes()) is not None
+    assert thumbnails.data_uri(tiny.images[0].tobytes()) is not None
     images = [(bytes(len(tiny.images[0])), 8, 8), *images_of(tiny)[1:]]
     broken = rewrite(tiny, tmp_path / "d", images=images)
-    assert items.data_uri(broken.images[0].tobytes()) is None
+    assert thumbnails.data_uri(broken.images[0].tobytes()) is None
     assert 'class="none"' in write(tmp_path, broken)
 
 

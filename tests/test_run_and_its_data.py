@@ -12,9 +12,9 @@ from prepare_factory import random_events, source_of
 from train_factory import make_features, settings
 
 from courier_fast.data.dataset import Dataset
-from courier_fast.data.options import PrepareOptions
-from courier_fast.data.prepare import prepare
-from courier_fast.evaluate.sweep import ABOUT, _same_data
+from courier_fast.data.prepare.options import PrepareOptions
+from courier_fast.data.prepare.run import prepare
+from courier_fast.sweep import ABOUT, _same_data
 from courier_fast.train.config import Config
 from courier_fast.train.trainer import Trainer
 

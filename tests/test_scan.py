@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from courier_fast.data import delimited, json_lines, layouts, scan
-from courier_fast.data.events import batches
-from courier_fast.data.layouts import Columns, generic
+from courier_fast.data.prepare import layouts
+from courier_fast.data.prepare.events import batches
+from courier_fast.data.prepare.layouts import Columns, generic
+from courier_fast.data.read import delimited, json_lines, scan
 
 NOON = 1_600_000_000
 HEADER = "user_id,item_id,timestamp\n"

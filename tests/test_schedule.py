@@ -25,9 +25,10 @@ from factories import (
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from courier_fast import ops, reference  # noqa: E402
-from courier_fast.kernels import configs, pipeline, stages  # noqa: E402
-from courier_fast.kernels.tl_common import parts_of, schedule  # noqa: E402
+from courier_fast.kernels.triton import loss as triton_loss  # noqa: E402
+from courier_fast.kernels.triton import stages, tiles  # noqa: E402
+from courier_fast.kernels.triton.common import parts_of, schedule  # noqa: E402
+from courier_fast.loss import operators, reference  # noqa: E402
 
 DEVICE = DEVICES["triton"]
 TILE = 32
@@ -131,7 +132,7 @@ def test_a_tile_divided_between_programs(
 ) -> None:
     """Four programs on some three tiles of anchors and six or more of candidates; D = 32 is the
     length of a row in memory, so that the transposed pass writes where the gradient goes."""
-    monkeypatch.setattr(configs, "programs", lambda _device: 4)
+    monkeypatch.setattr(tiles, "programs", lambda _device: 4)
     problems = [
         make(seed, impl="triton", pages=90, clicked=0.3, dim=32, dtype=dtype, **CASES[case])
         for seed in range(2)
@@ -153,8 +154,8 @@ def test_a_tile_divided_between_programs_in_a_sequence(ids: bool) -> None:
 # rows are in memory: its share would begin at 3.1e9 of 312,500 blocks, past what 32 bits hold.
 PAST_THE_WORK = """
 import torch, triton.runtime.interpreter as interpreter
-from courier_fast.kernels import contrast, passes, state
-from courier_fast.problem import Problem
+from courier_fast.kernels.triton import contrast, passes, state
+from courier_fast.loss.problem import Problem
 from factories import make
 
 s = state.loss_shape(make(0, impl="triton", dim=32))
@@ -201,7 +202,7 @@ def test_gradients_in_place_without_an_anchor() -> None:
     p = make(0, impl="triton", pages=60, dim=32, clicked=0.0)
     skip_unless_available("triton", p)
     assert p.num_pv > 4 * TILE
-    found = results(lambda q: ops.loss(q, "triton", False)[0], p, LOSS_INPUTS)
+    found = results(lambda q: operators.loss(q, "triton", False)[0], p, LOSS_INPUTS)
     assert all(not x.any() for x in found.values())
 
 
@@ -234,11 +235,11 @@ def test_a_language_patched_once_gives_the_same_bits(monkeypatch: pytest.MonkeyP
     for options in ({"direction": "both", "table": True}, {"attention": "candidate"}):
         p = make(1, impl="triton", pages=4, **options)
         skip_unless_available("triton", p)
-        found = results(lambda q: ops.loss(q, "triton", False)[0], p, LOSS_INPUTS)
+        found = results(lambda q: operators.loss(q, "triton", False)[0], p, LOSS_INPUTS)
         with monkeypatch.context() as m:
             original = getattr(interpreter._patch_lang, "original", interpreter._patch_lang)
             m.setattr(interpreter, "_patch_lang", original)
-            again = results(lambda q: ops.loss(q, "triton", False)[0], p, LOSS_INPUTS)
+            again = results(lambda q: operators.loss(q, "triton", False)[0], p, LOSS_INPUTS)
         for name, x in found.items():
             assert torch.equal(x, again[name]), name
 
@@ -249,7 +250,7 @@ def test_an_interpreter_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPat
         ("3.6.0", "2.3.5"): True,
         ("3.7.0", "2.10.0"): True,
     }.items():
-        assert pipeline.interpreter_works(*versions) == works
-    monkeypatch.setattr(pipeline, "interpreter_works", lambda *_: False)
-    reasons = ops.unavailable_reasons("triton", make(0))
+        assert triton_loss.interpreter_works(*versions) == works
+    monkeypatch.setattr(triton_loss, "interpreter_works", lambda *_: False)
+    reasons = operators.unavailable_reasons("triton", make(0))
     assert any("needs NumPy below 2.4" in x for x in reasons)

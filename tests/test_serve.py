@@ -22,9 +22,10 @@ from train_factory import make_features, settings
 
 import courier_fast
 from courier_fast.cli import main
-from courier_fast.data.decode import make_decoder
-from courier_fast.data.transforms import eval_windows
-from courier_fast.serve.contract import Contract, contract_of_run, sha256
+from courier_fast.data.images.decode import make_decoder
+from courier_fast.data.images.transforms import eval_windows
+from courier_fast.files import sha256
+from courier_fast.serve.contract import Contract, contract_of_run
 from courier_fast.serve.export import export
 from courier_fast.serve.golden import decoded_in_full, distance, verify, without_antialiasing
 from courier_fast.serve.load import square

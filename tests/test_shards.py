@@ -16,8 +16,8 @@ from prepare_factory import digest, random_events, source_of
 from courier_fast.data import batches, tables
 from courier_fast.data.batches import BatchPlan, Order
 from courier_fast.data.dataset import TABLES, Dataset
-from courier_fast.data.options import PrepareOptions
-from courier_fast.data.prepare import prepare
+from courier_fast.data.prepare.options import PrepareOptions
+from courier_fast.data.prepare.run import prepare
 from courier_fast.data.storage import Folder, Shard
 from courier_fast.data.tables import Maps, Table, write_images, write_shard
 

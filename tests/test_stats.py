@@ -10,7 +10,7 @@ import torch
 from factories import Budget, in_float64, make, skip_unless_available, yardstick_of
 
 import courier_fast as cf
-from courier_fast import ops, reference
+from courier_fast.loss import operators, reference
 
 IMPLS = ("cpu", "triton")
 
@@ -40,7 +40,7 @@ def test_per_row_statistics(impl: str, options: dict[str, Any]) -> None:
         p = make(seed, impl=impl, pages=14, **options)
         skip_unless_available(impl, p)
         with torch.no_grad():
-            _, item, lse, positive, rank, is_anchor, skipped = ops.loss(p, impl, True)
+            _, item, lse, positive, rank, is_anchor, skipped = operators.loss(p, impl, True)
         expected = reference.reconstruction_loss(in_float64(p, ()))
         assert torch.equal(is_anchor, expected.is_anchor)
         assert int(is_anchor.sum()) > 3
@@ -69,7 +69,7 @@ def test_rank_up_to_ties(impl: str) -> None:
     if impl == "reference":
         rank = reference.reconstruction_loss(p).rank
     else:
-        rank = ops.loss(p, impl, True)[4]
+        rank = operators.loss(p, impl, True)[4]
     page = reference.page_of_rows(p.pv_offsets, None, p.num_pv)
     e = torch.nn.functional.normalize(p.pv.detach().double())
     has_history = p.history_offsets.diff() > 0

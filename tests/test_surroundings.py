@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
 
 import courier_fast as cf
-from courier_fast import peers
-from courier_fast.packing import describe, shown
+from courier_fast.loss.layouts import describe, shown
+from courier_fast.loss.union import exchange
 
 DIM = 16
 
@@ -466,11 +466,11 @@ def test_a_group_of_another_time_is_not_taken(monkeypatch: pytest.MonkeyPatch) -
     class Gpu:
         group_name, _device_types = "0", ("cuda",)
 
-    monkeypatch.setattr(peers, "_cpu_groups", {})
-    monkeypatch.setattr(peers.dist, "get_process_group_ranks", lambda group: [0])
-    monkeypatch.setattr(peers.dist, "new_group", lambda *a, **k: made.append(1) or len(made))
+    monkeypatch.setattr(exchange, "_cpu_groups", {})
+    monkeypatch.setattr(exchange.dist, "get_process_group_ranks", lambda group: [0])
+    monkeypatch.setattr(exchange.dist, "new_group", lambda *a, **k: made.append(1) or len(made))
     first, second = Gpu(), Gpu()
-    assert [peers._cpu_group(g) for g in (first, first, second)] == [1, 1, 2]
+    assert [exchange._cpu_group(g) for g in (first, first, second)] == [1, 1, 2]
 
 
 # ---- nested results ------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from train_factory import make_features
 from courier_fast.cli import main
 from courier_fast.data.dataset import Dataset
 from courier_fast.data.embeddings import trained_until
-from courier_fast.evaluate.baselines import Method, compare
-from courier_fast.evaluate.sweep import grid
-from courier_fast.evaluate.tables import markdown_table
+from courier_fast.evaluate.comparison import compare
+from courier_fast.evaluate.methods import Method
+from courier_fast.markdown import markdown_table
+from courier_fast.sweep import grid
 from courier_fast.train.trainer import Trainer
 
 

@@ -13,14 +13,14 @@ import polars as pl
 import pytest
 from prepare_factory import page_rows
 
-from courier_fast.data import partitions
 from courier_fast.data.dataset import Dataset
-from courier_fast.data.events import time_columns
-from courier_fast.data.layouts import Columns, Source, generic
-from courier_fast.data.options import PrepareOptions, microseconds
-from courier_fast.data.prepare import prepare
+from courier_fast.data.prepare import steps
+from courier_fast.data.prepare.events import time_columns
+from courier_fast.data.prepare.layouts import Columns, Source, generic
+from courier_fast.data.prepare.options import PrepareOptions, microseconds
+from courier_fast.data.prepare.run import prepare
+from courier_fast.data.read.times import look, read_dates
 from courier_fast.data.tables import write_shards
-from courier_fast.data.times import look, read_dates
 
 EPOCH = datetime(1970, 1, 1)
 NOON = 1_600_000_000  # 2020-09-13 12:26:40
@@ -319,13 +319,13 @@ def test_both_engines_write_the_same_times(tmp_path: Path) -> None:
     )
     source = Source("test", events=frame)
     assert source.ticks == M
-    rows, _, about = partitions.read(frame, "events", source, 0, 10, source.ticks)
+    rows, _, about = steps.read(frame, "events", source, 0, 10, source.ticks)
     ticks = rows["time"]
     assert ticks.tolist() == [NOON * M + 400_000, (NOON - 1) * M]
     assert about["counts"]["time missing or unreadable"] == 1
     columns = {"item": rows["item"], "time": ticks}
     names = ["item", "time", "microsecond"]
-    ours = partitions.write_rows(tmp_path / "a", "events", names, [(0, 0, 2)], [0], [0], columns)
+    ours = steps.write_rows(tmp_path / "a", "events", names, [(0, 0, 2)], [0], [0], columns)
     assert ours == write_shards(
         tmp_path / "b", "events", {"item": rows["item"], **time_columns(ticks, M)}
     )

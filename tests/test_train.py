@@ -596,8 +596,8 @@ def test_uniformity_and_rank_tell_collapse() -> None:
 def test_real_purchases_and_photos(tmp_path: Path) -> None:
     """A few hundred pages of real photos, small: the loss of the click sequences falls, and the
     embeddings do not collapse."""
-    from courier_fast.data.layouts import generic
-    from courier_fast.data.prepare import prepare
+    from courier_fast.data.prepare.layouts import generic
+    from courier_fast.data.prepare.run import prepare
 
     lines = (PURCHASES / "interactions.csv").read_text().splitlines()
     users = sorted({x.split(",")[0] for x in lines[1:]})[:40]

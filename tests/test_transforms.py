@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from courier_fast.data.transforms import eval_windows, random_flips, random_windows
+from courier_fast.data.images.transforms import eval_windows, random_flips, random_windows
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import courier_fast as cf
-from courier_fast import ops, surroundings
-from courier_fast.temperature import check_temperature
+from courier_fast import surroundings
+from courier_fast.loss import operators
+from courier_fast.loss.arguments import check_temperature
 
 PADDED = {
     "pv": torch.randn(3, 4, 8),
@@ -475,8 +476,8 @@ def test_gpu_inputs_are_not_read_back(monkeypatch: pytest.MonkeyPatch, layout: s
         rows = [torch.zeros(p.num_pv, device="cuda") for _ in range(5)]
         return torch.zeros((), device="cuda"), *rows, torch.zeros((), device="cuda")
 
-    monkeypatch.setattr(ops, "unavailable_reasons", lambda impl, p: [])
-    monkeypatch.setattr(ops, "loss", operator)
+    monkeypatch.setattr(operators, "unavailable_reasons", lambda impl, p: [])
+    monkeypatch.setattr(operators, "loss", operator)
     good = {"padded": PADDED, "packed": PACKED, "items": ITEMS}[layout]
     shape = good["clicked"].shape
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -11,9 +11,9 @@ import torch
 from factories import Budget, results, upstream_for, with_gradients, yardstick
 from torch import Tensor
 
-from courier_fast import ops, reference
-from courier_fast.kernels import xformers_attention
-from courier_fast.problem import Problem
+from courier_fast.kernels import xformers
+from courier_fast.loss import operators, reference
+from courier_fast.loss.problem import Problem
 
 
 def block_mask(bias: Any) -> Tensor:
@@ -153,8 +153,8 @@ def test_reconstruct_and_its_gradients(stand_in: None, case: str) -> None:
     needs = [getattr(p, name) is not None for name in INPUTS]
     judged = yardstick(lambda q: reference.reconstruct(q)[0], p, INPUTS)
     with torch.no_grad():
-        r = xformers_attention.reconstruct_forward(p)
-        grads = xformers_attention.reconstruct_backward(p, needs, upstream_for(r))
+        r = xformers.reconstruct_forward(p)
+        grads = xformers.reconstruct_backward(p, needs, upstream_for(r))
     fused = dict(zip(INPUTS, grads, strict=True)) | {"output": r}
     assert {name for name, x in fused.items() if x is not None} == set(judged.exact)
     budget = Budget(torch.float32)
@@ -166,8 +166,8 @@ def test_no_page_with_both_gives_zeros(stand_in: None) -> None:
     p = make_problem("plain")
     p.pv_offsets = torch.tensor([0, 3, 3])
     p.history_offsets = torch.tensor([0, 0, 4])
-    assert not xformers_attention.reconstruct_forward(p).any()
-    grads = xformers_attention.reconstruct_backward(
+    assert not xformers.reconstruct_forward(p).any()
+    grads = xformers.reconstruct_backward(
         p, [True, True, False, False, False], torch.ones_like(p.pv)
     )
     for grad in grads[:2]:
@@ -178,25 +178,25 @@ def test_no_page_with_both_gives_zeros(stand_in: None) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_its_gradients(stand_in: None, case: str) -> None:
     pytest.importorskip("triton")
-    from courier_fast.kernels import configs
+    from courier_fast.kernels.triton import tiles
 
-    if not configs.interpreted():
+    if not tiles.interpreted():
         pytest.skip("the Triton kernels run on the CPU in the interpreter only: TRITON_INTERPRET=1")
     p = make_problem(case, dim=16 if case != "heads" else 18)
     p = with_gradients(p, INPUTS)
     budget = Budget(torch.float32)
-    fused = results(lambda q: ops.loss(q, "xformers", False)[0], p, INPUTS)
+    fused = results(lambda q: operators.loss(q, "xformers", False)[0], p, INPUTS)
     budget.add(yardstick(lambda q: reference.reconstruction_loss(q).loss, p, INPUTS), fused)
     budget.check()
 
 
 def test_every_reason_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("xformers", "xformers.ops", "triton", "courier_fast.kernels.pipeline"):
+    for name in ("xformers", "xformers.ops", "triton", "courier_fast.kernels.triton.loss"):
         monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
-    monkeypatch.delattr("courier_fast.kernels.pipeline", raising=False)
+    monkeypatch.delattr("courier_fast.kernels.triton.loss", raising=False)
     p = make_problem("plain", torch.float64, dim=2048)
-    reasons = "\n".join(ops.unavailable_reasons("xformers", p))
+    reasons = "\n".join(operators.unavailable_reasons("xformers", p))
     for part in ("no CUDA device", "xformers is not installed", "Triton", "float64", "2048"):
         assert part in reasons, reasons
 
@@ -206,5 +206,5 @@ def test_a_wheel_for_another_torch_is_named(
 ) -> None:
     library = SimpleNamespace(_cpp_library_load_exception=OSError("built for PyTorch 2.0"))
     monkeypatch.setitem(sys.modules, "xformers._cpp_lib", library)  # type: ignore[arg-type]
-    reasons = "\n".join(ops.unavailable_reasons("xformers", make_problem("plain")))
+    reasons = "\n".join(operators.unavailable_reasons("xformers", make_problem("plain")))
     assert "built for PyTorch 2.0" in reasons

@@ -29,14 +29,13 @@ from typing import Any
 
 import torch
 
+from bench import report
+from bench.command import parser_of, write_json
+from bench.gpu import summary, tools
+from bench.gpu.record import Record, finished
+from bench.gpu.stages import STAGES, Stage
+from bench.gpu.worker import FAULT
 from courier_fast.files import write_atomically
-
-from .. import report
-from ..command import parser_of, write_json
-from . import summary, tools
-from .record import Record, finished
-from .stages import STAGES, Stage
-from .worker import FAULT
 
 # Seconds that a process has to end after its time.
 GRACE = 5.0

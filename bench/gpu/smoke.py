@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 import courier_fast
-from courier_fast.budget import DRAWS, Budget, Rounding, Yardstick, held
-
-from ..candidates import call, graphed
-from ..cases import VARIANTS
-from ..problems import Batch, Options, Shape, make_batch
-from .record import FAILED, SKIPPED, Result
-from .worker import attempt
+from bench.candidates import call, graphed
+from bench.cases import VARIANTS
+from bench.gpu.record import FAILED, SKIPPED, Result
+from bench.gpu.setting import attempt
+from bench.problems import Batch, Options, Shape, make_batch
+from courier_fast.testing.budget import DRAWS, Budget, Rounding, Yardstick, held
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What another library's attention would feed: launched by impl="xformers" alone.

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from .record import FAILED, Result
-from .worker import Cases, Setting
+from bench.gpu.record import FAILED, Result
+from bench.gpu.setting import Cases, Setting
 
 # Seconds of rounds that a timed case may take, once it is compiled and checked.
 ROUNDS = 4.0
@@ -27,7 +27,7 @@ class Stage:
 
 
 def smoke(setting: Setting) -> Cases:
-    from .smoke import check, every
+    from bench.gpu.smoke import check, every
 
     return {x.key: partial(check, x, setting.device) for x in every(setting.rehearse)}
 
@@ -50,7 +50,7 @@ TESTS = {
 
 
 def tests(setting: Setting) -> Cases:
-    from . import tools
+    from bench.gpu import tools
 
     if setting.rehearse:
         every = [f"tests/{name}.py" for name in TESTS]
@@ -66,7 +66,7 @@ def tests(setting: Setting) -> Cases:
 
 
 def sanitizer(setting: Setting) -> Cases:
-    from . import tools
+    from bench.gpu import tools
 
     return {tool: partial(tools.sanitize, tool, setting) for tool in tools.SANITIZERS}
 
@@ -75,15 +75,15 @@ def sanitizer(setting: Setting) -> Cases:
 
 
 def _tiny() -> Any:
-    from ..loss import Case
-    from ..problems import Shape
+    from bench.loss import Case
+    from bench.problems import Shape
 
     shape = Shape(8, 4, 5, 32, 0.4)
     return Case("tiny", shape, dtype="float32", names=("reference", "eager", "triton"))
 
 
 def _tiny_candidate() -> Any:
-    from ..problems import Options, Shape
+    from bench.problems import Options, Shape
 
     options = Options(attention="candidate")
     return replace(_tiny(), name="tiny candidate", shape=Shape(4, 3, 4, 32, 0.4), options=options)
@@ -93,8 +93,8 @@ def _measured(case: Any, setting: Setting, memory: bool) -> tuple[Result, dict[s
     """A line of ours beside the fastest other, and the rows by name."""
     import torch
 
-    from ..candidates import OURS
-    from ..loss import as_json, measured
+    from bench.candidates import OURS
+    from bench.loss import as_json, measured
 
     repeats, device = (1 if setting.rehearse else 50), torch.device(setting.device)
     rows, about = measured(case, device, repeats, memory, limit=ROUNDS)
@@ -120,10 +120,10 @@ def _measured(case: Any, setting: Setting, memory: bool) -> tuple[Result, dict[s
 def bench(setting: Setting) -> Cases:
     import torch
 
-    from .. import measure
-    from ..candidates import OURS
-    from ..cases import cases
-    from ..peers import NAMES as PEERS
+    from bench import measure
+    from bench.candidates import OURS
+    from bench.cases import cases
+    from bench.peers import NAMES as PEERS
 
     def copy() -> Result:
         rate = measure.copy_rate(torch.device(setting.device))
@@ -153,8 +153,8 @@ def bench(setting: Setting) -> Cases:
 
 
 def graph(setting: Setting) -> Cases:
-    from ..loss import Case
-    from ..problems import SHAPES
+    from bench.loss import Case
+    from bench.problems import SHAPES
 
     def one(case: Any) -> Result:
         result, found = _measured(case, setting, False)
@@ -175,8 +175,8 @@ def graph(setting: Setting) -> Cases:
 def options(setting: Setting) -> Cases:
     import torch
 
-    from ..cases import VARIANT_GOALS, VARIANTS, options_shape
-    from ..loss import as_json, measured_variants
+    from bench.cases import VARIANT_GOALS, VARIANTS, options_shape
+    from bench.loss import as_json, measured_variants
 
     device = torch.device(setting.device)
     dtype = "float32" if setting.rehearse else "bfloat16"
@@ -203,7 +203,7 @@ def options(setting: Setting) -> Cases:
 
 
 def tune(setting: Setting) -> Cases:
-    from .. import tune as module
+    from bench import tune as module
 
     path = setting.out / "tiles.json"
 
@@ -239,19 +239,19 @@ def tune(setting: Setting) -> Cases:
 
 
 def profile(setting: Setting) -> Cases:
-    from . import tools
+    from bench.gpu import tools
 
     return {shape: partial(tools.profile, shape, setting) for shape in ("paper", "big20")}
 
 
 def step(setting: Setting) -> Cases:
-    from .swin import share_of_the_loss
+    from bench.gpu.swin import share_of_the_loss
 
     return {"share of the loss": lambda: share_of_the_loss(setting)}
 
 
 def dali(setting: Setting) -> Cases:
-    from . import tools
+    from bench.gpu import tools
 
     def decode() -> Result:
         importlib.import_module("nvidia.dali")

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .. import report
-from ..cases import VARIANT_GOALS
-from .record import DONE, FAILED, PASSED, SKIPPED
+from bench import report
+from bench.cases import VARIANT_GOALS
+from bench.gpu.record import DONE, FAILED, PASSED, SKIPPED
 
 Content = Mapping[str, Any]  # of a record
 

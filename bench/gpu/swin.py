@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import measure
-from ..candidates import call
-from ..problems import Batch, Options, Shape, make_batch
-from .record import Result
-from .worker import Setting
+from bench import measure
+from bench.candidates import call
+from bench.gpu.record import Result
+from bench.gpu.setting import Setting
+from bench.problems import Batch, Options, Shape, make_batch
 
 
 def _steps(

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .record import FAILED, SKIPPED, Result
-from .worker import Setting
+from bench.gpu.record import FAILED, SKIPPED, Result
+from bench.gpu.setting import Setting
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Set where the checkout could not be installed: its sources run as they are.

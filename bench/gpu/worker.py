@@ -6,61 +6,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from .record import FAILED, SKIPPED, Record, Result
+from bench.gpu.record import Record
+from bench.gpu.setting import Cases, Setting, attempt
 
 FAULT = 3  # the exit code after a CUDA fault
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a stage runs under; a rehearsal is tiny, on the CPU, in Triton's interpreter."""
-
-    out: Path
-    rehearse: bool
-    deadline: float  # of time.time()
-
-    @property
-    def left(self) -> float:
-        return self.deadline - time.time()
-
-    @property
-    def device(self) -> str:
-        return "cpu" if self.rehearse else "cuda"
-
-
-Cases = dict[str, Callable[[], Result]]
-
-
-def is_fault(error: BaseException) -> bool:
-    """Whether the CUDA context is lost."""
-    text = str(error)
-    return "CUDA error" in text or "Triton Error [CUDA]" in text
-
-
-def attempt(work: Callable[[], Result]) -> tuple[Result, bool]:
-    """What became of it, and whether this process can go on."""
-    try:
-        return work(), True
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("bench", "courier_fast"):
-            raise  # not a package that may be missing
-        return Result(str(error), SKIPPED), True
-    except Exception as error:  # the other cases are still worth running
-        traceback.print_exc()
-        line = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-        return Result(line, FAILED), not is_fault(error)
 
 
 def surroundings(setting: Setting) -> dict[str, str | int | None]:
     import torch
 
-    from .. import measure
+    from bench import measure
 
     return measure.surroundings(torch.device(setting.device))
 
@@ -86,7 +43,7 @@ def main() -> int:
     parser.add_argument("--deadline", type=float, required=True)
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()
-    from .stages import STAGES
+    from bench.gpu.stages import STAGES
 
     setting = Setting(args.out, args.rehearse, args.deadline)
     if args.rehearse:

@@ -44,7 +44,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ..files import parse_json
-from .storage import Folder, Location, Shard, join, write_file
+from ..locations import Location
+from .storage import Folder, Shard, join, write_file
 from .tables import ImageShard, Maps, Table
 
 Array = npt.NDArray

@@ -17,7 +17,7 @@ from ..files import read_json
 from ..locations import local_path
 from .dataset import Dataset
 from .embedding_store import EmbeddingStore
-from .ids import MISSING, array, no_match, one
+from .read.ids import MISSING, array, no_match, one
 
 Array = npt.NDArray
 log = logging.getLogger(__name__)

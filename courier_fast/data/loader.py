@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .batches import BatchPlan, PageBatch, padded_size
-from .transforms import eval_windows, random_flips, random_windows
+from .images.transforms import eval_windows, random_flips, random_windows
 
 if TYPE_CHECKING:
-    from .decode import Decoder
+    from .images.decode import Decoder
 
 log = logging.getLogger(__name__)
 

@@ -79,7 +79,7 @@ def read_bytes(path: Location, most: int | None = None) -> bytes:
 
 def read_any(path: str) -> bytes:
     """The bytes of an image file or URL, as `read_image`."""
-    from .pictures import MAX_FILE, read_image
+    from .images.pictures import MAX_FILE, read_image
 
     if not is_url(path):
         return read_image(path)

@@ -20,12 +20,24 @@ import pyarrow as pa
 from numba import njit
 
 from ..disk import size_text, write_rows, writing
-from .pages import copy_items
-from .storage import Folder, Location, Shard, join, write_file
+from ..locations import Location
+from .storage import Folder, Shard, join, write_file
+
+
+@njit(cache=True, nogil=True)
+def copy_items(starts, counts, column):  # type: ignore[no-untyped-def]
+    """The rows of a column that are of some pages, one page after another."""
+    out = np.empty(counts.sum(), column.dtype)
+    at = 0
+    for i in range(len(starts)):
+        for k in range(starts[i], starts[i] + counts[i]):
+            out[at] = column[k]
+            at += 1
+    return out
+
 
 Array = npt.NDArray
 T = TypeVar("T")
-
 SHARD_ROWS = 1 << 22  # of a table
 SHARD_BYTES = 64 << 20  # of images
 _MAPS = 4096  # shards that are mapped at once: Linux allows a process some 65,000

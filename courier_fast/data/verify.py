@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ..locations import location
 from .dataset import Dataset
-from .storage import location
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

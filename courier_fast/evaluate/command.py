@@ -15,22 +15,17 @@ from rich.text import Text
 
 from ..data.dataset import Dataset
 from ..data.embeddings import read_embeddings
-from ..data.storage import location
+from ..embed.device import add_device_arguments, device_of
+from ..embed.encode import encode_all
+from ..embed.sources import DatasetImages, Source, make_decoder_for, run_source
 from ..files import write_atomically
-from ..locations import local_path
+from ..locations import local_path, location
 from ..output import check_file
-from . import baselines
-from .baselines import BASELINES, Method, compare
-from .embed import (
-    DatasetImages,
-    Source,
-    add_device_arguments,
-    device_of,
-    encode_all,
-    make_decoder_for,
-    run_source,
-)
-from .ranking import CANDIDATES, SCORES, Reconstruction
+from . import methods
+from .comparison import compare
+from .methods import BASELINES, Method
+from .scores import SCORES, Reconstruction
+from .targets import CANDIDATES
 
 log = logging.getLogger(__name__)
 
@@ -161,16 +156,16 @@ def _main_method(args: argparse.Namespace, dataset: Dataset) -> Method:
 
 
 def _baselines(args: argparse.Namespace, dataset: Dataset, wanted: list[str]) -> list[Method]:
-    methods = []
+    found = []
     for name in wanted:
         if name == "random":
-            methods.append(baselines.random_order(dataset))
+            found.append(methods.random_order(dataset))
         elif name == "popularity":
-            methods.append(baselines.popularity(dataset))
+            found.append(methods.popularity(dataset))
         elif name in ("pixels", "backbone"):
-            method = baselines.pixels(dataset) if name == "pixels" else _backbone(args, dataset)
-            methods += [method, baselines.standardised(method)]
-    return methods
+            method = methods.pixels(dataset) if name == "pixels" else _backbone(args, dataset)
+            found += [method, methods.standardised(method)]
+    return found
 
 
 def _backbone(args: argparse.Namespace, dataset: Dataset) -> Method:

@@ -116,9 +116,9 @@ def draw(out: Path, q: Quickstart, console: Console) -> None:
 def prepare_dataset(out: Path, q: Quickstart) -> Dataset:
     """The dataset folder, a fifth of the pages held out: few pages would make wide intervals."""
     from ..data.dataset import Dataset
-    from ..data.layouts import Columns, generic
-    from ..data.options import PrepareOptions
-    from ..data.prepare import prepare
+    from ..data.prepare.layouts import Columns, generic
+    from ..data.prepare.options import PrepareOptions
+    from ..data.prepare.run import prepare
 
     source = generic([out / "views.parquet"], out / "items.parquet", Columns(page="page_id"))
     options = PrepareOptions(
@@ -195,8 +195,9 @@ def _steps_for(out: Path, q: Quickstart, trial: int = 5) -> int:
 
 def encode(dataset: Dataset, model: Any, encoder: Any) -> Array:
     """[items, D] embeddings by `model` of the pictures as `encoder` takes them."""
-    from ..data.decode import make_decoder
-    from ..evaluate.embed import DatasetImages, encode_all
+    from ..data.images.decode import make_decoder
+    from ..embed.encode import encode_all
+    from ..embed.sources import DatasetImages
 
     device = next(encoder.parameters()).device
     decoder = make_decoder("auto", encoder.size, device=device, mean=encoder.mean, std=encoder.std)
@@ -220,23 +221,23 @@ def evaluate(out: Path, dataset: Dataset, embeddings: Array, q: Quickstart) -> d
     """The trained embedding beside what needs no training, also in results.json."""
     import torch
 
-    from ..evaluate import baselines
+    from ..evaluate import comparison, methods
     from ..train.encoder import build_encoder
 
     torch.manual_seed(q.seed)  # as the run began
     before = build_encoder("small_conv", q.dim, q.size).eval()
-    backbone = baselines.Method("untrained backbone", encode(dataset, before.backbone, before))
-    pixels = baselines.pixels(dataset)
-    results = baselines.compare(
+    backbone = methods.Method("untrained backbone", encode(dataset, before.backbone, before))
+    pixels = methods.pixels(dataset)
+    results = comparison.compare(
         dataset,
         [
-            baselines.Method("trained", embeddings),
+            methods.Method("trained", embeddings),
             backbone,
-            baselines.standardised(backbone),
+            methods.standardised(backbone),
             pixels,
-            baselines.standardised(pixels),
-            baselines.popularity(dataset),
-            baselines.random_order(dataset),
+            methods.standardised(pixels),
+            methods.popularity(dataset),
+            methods.random_order(dataset),
         ],
         k=(1, 3, 10),
         history=q.history,

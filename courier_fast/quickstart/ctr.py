@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
+from ..ctr.cells import NONE, RANDOM, Plan, run_plan
+from ..ctr.features import random_vectors
+from ..ctr.impressions import Impressions, check_dataset, make_protocol
+from ..ctr.plots import write_plots
+from ..ctr.report import make_report, write_report
 from ..data.dataset import Dataset
-from ..evaluate.ctr.cells import NONE, RANDOM, Plan, run_plan
-from ..evaluate.ctr.impressions import Impressions, check_dataset, make_protocol
-from ..evaluate.ctr.plots import write_plots
-from ..evaluate.ctr.report import make_report, write_report
-from ..evaluate.features import random_vectors
-from ..evaluate.metrics import auc
+from ..metrics.clicks import auc
 
 Array = npt.NDArray
 

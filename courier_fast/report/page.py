@@ -1,7 +1,7 @@
 """Writes report.html: one file with pictures, curves and numbers, which needs nothing else to be
 read.
 
-`results` is what `courier_fast.evaluate.baselines.compare` gives; its main method is the one that
+`results` is what `courier_fast.evaluate.comparison.compare` gives; its main method is the one that
 the report is about.
 """
 
@@ -22,7 +22,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from .. import __version__
 from ..data.dataset import Dataset
-from ..evaluate.ranking import Reconstruction
+from ..evaluate.scores import Reconstruction
 from ..files import write_atomically
 from ..locations import local_path
 from .charts import forest

@@ -13,9 +13,10 @@ import numpy.typing as npt
 import torch
 
 from ..data.dataset import Dataset
-from ..evaluate.metrics import bootstrap_means, count_ranks, interval
-from ..evaluate.ranking import Reconstruction, find_targets, history_scores, sampled_candidates
+from ..evaluate.scores import Reconstruction, history_scores
+from ..evaluate.targets import find_targets, sampled_candidates
 from ..files import read_json
+from ..metrics.ranks import bootstrap_means, count_ranks, interval
 from ..train.config import Config
 from ..train.journal import parsed
 from ..train.monitor import effective_rank, uniformity
@@ -264,7 +265,7 @@ def ctr_tables(folder: Path) -> dict[str, Any]:
             "--ctr: expected the folder of a finished `courier-fast ctr`, with ctr.json, "
             f"got {folder}"
         )
-    from ..evaluate.ctr.report import HEAD, about_table, cells_of, notes_of, slice_cells
+    from ..ctr.report import HEAD, about_table, cells_of, notes_of, slice_cells
 
     report, tables = read_json(path), []
     for table in report["tables"]:

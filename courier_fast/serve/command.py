@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..data.storage import location
-from ..locations import local_path
+from ..locations import local_path, location
 from .export import FORMATS, export
 from .golden import verify
 from .load import PRECISIONS

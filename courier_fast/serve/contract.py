@@ -3,20 +3,17 @@ its files. Needs nothing but Python."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..files import check_sha256, read_json, sha256
+from ..space import space_of
 
 SCHEMA = 1
 NAME = "contract.json"
 
-# The number is part of a space: it rises when the pixels that an encoder gets for a file change by
-# more than rounding.
-PREPROCESSING = 1
 IMAGE_STEPS = (
     "decode to 8 bits a channel; more are cut to their highest 8. JPEG: libjpeg-turbo with the "
     "fast DCT and fast upsampling, at the smallest of "
@@ -29,6 +26,7 @@ IMAGE_STEPS = (
     "interpolate with antialias=True",
     "uint8 [batch, size, size, 3]; what follows (/ 255, mean, std) is in the graph",
 )
+
 FEATURE_STEPS = (
     "the features that the run was trained on, float32 [batch, features]; "
     "standardisation is in the graph",
@@ -123,14 +121,6 @@ class Contract:
             raise FileNotFoundError(f"{path} is in {NAME}, but is not there")
         check_sha256(path, expected, "export it again")
         return path
-
-
-def space_of(weights: str, about: dict[str, Any]) -> str:
-    """The identity of an encoder's embeddings, from the checksum of its encoder.safetensors and its
-    encoder.json."""
-    identity = [weights, about, PREPROCESSING, "unit length"]
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def contract_of_run(run: Path) -> Contract:

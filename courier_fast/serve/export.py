@@ -16,7 +16,7 @@ import torch
 
 from .. import __version__
 from ..data.dataset import Dataset
-from ..data.pictures import read_pillow
+from ..data.images.pictures import read_pillow
 from ..files import sha256
 from ..output import EXPORT, check_output, write_folder
 from ..train.config import Config

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from ..data.pictures import rgb
+from ..data.images.pictures import rgb
 from .contract import Contract
 from .load import load, square
 

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..data import pictures
-from ..data.transforms import eval_windows
+from ..data.images import pictures
+from ..data.images.transforms import eval_windows
 from ..locations import local_path
 from .contract import NAME, Contract, contract_of_run
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data.dataset import Dataset
-from ..data.pictures import Reader, fastest_reader
-from ..data.transforms import eval_windows
-from ..evaluate.baselines import Method, compare
+from ..data.images.pictures import Reader, fastest_reader
+from ..data.images.transforms import eval_windows
+from ..evaluate.comparison import compare
+from ..evaluate.methods import Method
 from .module import Serving
 
 Array = npt.NDArray

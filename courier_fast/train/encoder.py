@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from ..data.images.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ..files import read_json, write_atomically
 from ..locations import local_path
 

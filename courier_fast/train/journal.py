@@ -6,21 +6,35 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..files import write_atomically
+from .checkpoint import Checkpoints
+from .config import Config
 from .monitor import effective_rank, uniformity
-from .objective import StepResult
+from .objective import Objective, StepResult
+from .processes import Processes
+from .progress import Progress
 
-if TYPE_CHECKING:
-    from .trainer import Trainer
+
+class Run(Protocol):
+    """What a journal tells of: the trainer."""
+
+    config: Config
+    out: Path
+    progress: Progress
+    processes: Processes
+    objective: Objective
+    checkpoints: Checkpoints
+
+    def steps_estimate(self) -> int | None: ...
 
 
 @torch.no_grad()
-def measure(trainer: Trainer, result: StepResult, norm: Tensor, lr: float) -> dict[str, Any]:
+def measure(trainer: Run, result: StepResult, norm: Tensor, lr: float) -> dict[str, Any]:
     """A line of the journal. Values of the loss are over all processes, those of the embeddings of
     this one.
 
@@ -90,7 +104,7 @@ def last_step(path: Path) -> int | None:
 class Journal:
     """metrics.jsonl, TensorBoard and the progress bar of a run."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Run) -> None:
         self.trainer, config = trainer, trainer.config
         trainer.out.mkdir(parents=True, exist_ok=True)
         config.save(trainer.out / "config.toml")
@@ -108,15 +122,15 @@ class Journal:
             )
         self.bar: Any = None
         if config.run.progress:
+            from rich import progress
             from rich.progress import (
                 BarColumn,
                 MofNCompleteColumn,
-                Progress,
                 TextColumn,
                 TimeRemainingColumn,
             )
 
-            self.bar = Progress(
+            self.bar = progress.Progress(
                 TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -124,7 +138,7 @@ class Journal:
                 TextColumn("{task.fields[text]}"),
             )
             self.task = self.bar.add_task(
-                "", total=trainer._steps_estimate(), completed=trainer.progress.step, text=""
+                "", total=trainer.steps_estimate(), completed=trainer.progress.step, text=""
             )
             self.bar.start()
 

@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from .gradient_cache import cached_backward, check_sliceable
 from .journal import Journal, measure
 from .objective import Objective, StepResult
 from .processes import Processes
+from .progress import Progress
 from .sharding import (
     average_gradients,
     averaging,
@@ -50,22 +51,6 @@ from .sharding import (
 )
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Progress:
-    """Where the run is: with the settings, all that is needed to go on beside the tensors."""
-
-    step: int = 0  # updates done
-    epoch: int = 0
-    step_in_epoch: int = 0  # updates done in this epoch
-    images: int = 0  # unique images, occurrences and damaged images so far
-    occurrences: int = 0
-    damaged: int = 0
-    # Where this epoch was last cut into batches anew, for another number of processes: its steps
-    # and pages before that.
-    cut_step: int = 0
-    cut_page: int = 0
 
 
 class Trainer:
@@ -242,7 +227,7 @@ class Trainer:
         if self.table is not None:
             source = Features(self.table, self.device)
         else:
-            from ..data.decode import make_decoder
+            from ..data.images.decode import make_decoder
 
             decoder = make_decoder(
                 c.data.decoder,
@@ -275,7 +260,7 @@ class Trainer:
         c, done = self.config.optim, self._done()
         if done < c.warmup:
             # Half a step ahead, so that the first update is not lost to a rate of 0.
-            return c.lr * min(1.0, (done + 0.5 / max(self._steps_estimate(), 1)) / c.warmup)
+            return c.lr * min(1.0, (done + 0.5 / max(self.steps_estimate(), 1)) / c.warmup)
         share = 0.5 * (1 + math.cos(math.pi * min(1.0, (done - c.warmup) / (1 - c.warmup))))
         return c.lr * (c.min_lr + (1 - c.min_lr) * share)
 
@@ -297,7 +282,7 @@ class Trainer:
             return self._done() >= self.config.optim.warmup
         return self.progress.step >= after
 
-    def _steps_estimate(self) -> int:
+    def steps_estimate(self) -> int:
         c = self.config.optim
         return c.steps or c.epochs * self.plan.steps(self.progress.epoch)
 

@@ -1,4 +1,5 @@
-"""impl="cpu": rows against a block of columns (courier_fast/blocks.py), by driver.py's chunks."""
+"""impl="cpu": rows against a block of columns (courier_fast/loss/union/blocks.py), by the chunks of
+loss.py."""
 
 from __future__ import annotations
 
@@ -8,15 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from courier_fast import blocks
-
-from . import candidate
+from ...loss.union import blocks
+from . import candidate, operands
 from .contrast import contrast_block
 from .rows import Candidates, on_other_pages, same_id
 
 if TYPE_CHECKING:
-    from courier_fast.blocks import CandidateGradients, Partial, Scoring, Side
-    from courier_fast.problem import Pages
+    from ...loss.problem import Pages
+    from ...loss.union.blocks import CandidateGradients, Partial, Scoring, Side
 
 
 def _candidates(x: Side, y: Side, pairs: str) -> Candidates:
@@ -81,11 +81,11 @@ class _Candidates(candidate.Tiles):
         counts = torch.bincount(pages.page[self.keep], minlength=len(pages.offsets) - 1)
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         assert x.page is not None
-        of = candidate.pages_of(x.page, starts)
+        of = operands.pages_of(x.page, starts)
         grads = given is not None
 
-        def side(rows: Tensor, unit: bool) -> candidate.Operand:
-            return candidate.Operand.of(rows, unit, grads)
+        def side(rows: Tensor, unit: bool) -> operands.Operand:
+            return operands.Operand.of(rows, unit, grads)
 
         listed = self.keep[of.rows]
         e = side(y.rows, True)
@@ -93,13 +93,13 @@ class _Candidates(candidate.Tiles):
         k = side(pages.key[listed], pages.cosine)
         v = k if same else side(pages.value[listed], False)
         q = e if same else replace(e) if y.query is None else side(y.query, pages.cosine)
-        attention = candidate.Attention(pages.scale, pages.cosine, pages.heads)
+        attention = operands.Attention(pages.scale, pages.cosine, pages.heads)
         super().__init__(
-            of, candidate.Operands(e, q, k, v), attention, float(scoring.inverse_tau), grads
+            of, operands.Operands(e, q, k, v), attention, float(scoring.inverse_tau), grads
         )
 
     def gradients(self, pages: Pages) -> CandidateGradients:
-        def placed(x: candidate.Operand) -> Tensor:
+        def placed(x: operands.Operand) -> Tensor:
             gradient = x.finished()
             assert gradient is not None
             whole = torch.zeros(pages.key.shape)

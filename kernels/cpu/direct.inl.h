@@ -93,7 +93,7 @@ struct DirectPage {
         return x;
     }
 
-    // The softmax over the history, of the difference to the largest product: see reconstruct.py.
+    // The softmax over the history, of the difference to the largest product: see triton/attention.py.
     void attend(int64_t head) {
         float* w = weights + head * padded * kBlock;
         multiply_block(k + head * padded * wide, padded, head_dim, wide, q + head * wide * kBlock,

@@ -3,17 +3,14 @@ float32, and their gradients."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from courier_fast.problem import NORM_EPS
-
+from ...loss.problem import NORM_EPS
 from .native import stage
-
-if TYPE_CHECKING:
-    from .candidate import Attention, Operand, Tiles
+from .operands import Attention, Operand, Pages
 
 # Numbers of work for which another thread is started, and columns that it is given at least.
 _WORTH_A_THREAD = 1 << 17
@@ -35,6 +32,26 @@ class HeadUnits:
         d = d_unit.reshape(self.unit.shape)
         along = (d * self.unit).sum(2, keepdim=True)
         return ((d - along * self.unit) * self.inverse).view(self.rows.shape)
+
+
+class Tiles(Protocol):
+    """What is asked of the tiles of candidate.py."""
+
+    pages: Pages
+    attention: Attention
+    inverse_tau: float
+    grads: bool
+    slope: float
+    e: Operand
+    q: Operand
+    k: Operand
+    v: Operand
+
+    def span(self, first: int, last: int) -> tuple[slice, Tensor | None]: ...
+
+    def contrast(
+        self, s: Tensor, first: int, last: int, columns: slice, ranges: Tensor | None
+    ) -> None: ...
 
 
 class Direct:

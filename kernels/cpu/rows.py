@@ -13,7 +13,7 @@ from torch import Tensor
 from .native import call, stage
 
 if TYPE_CHECKING:
-    from courier_fast.problem import Problem, SequenceProblem
+    from ...loss.problem import Problem, SequenceProblem
 
 
 def normalize(source: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:

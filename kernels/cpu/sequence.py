@@ -22,7 +22,7 @@ from .rows import (
 )
 
 if TYPE_CHECKING:
-    from courier_fast.problem import SequenceProblem
+    from ...loss.problem import SequenceProblem
 
 
 def sequence_saved_spec(p: SequenceProblem, needs: Sequence[bool]) -> list[tuple[Any, torch.dtype]]:

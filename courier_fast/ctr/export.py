@@ -1,0 +1,254 @@
+"""The impressions and every form of the embeddings as Parquet, with a data dictionary, for a model
+of one's own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..data.dataset import Dataset
+from ..files import read_json, write_atomically
+from .features import (
+    CLUSTERS,
+    SIMILARITY,
+    cluster_features,
+    same_cluster,
+    similarity_features,
+    vector_features,
+)
+from .fuxictr import SEPARATOR, dataset_config
+from .impressions import Impressions, Protocol
+from .inputs import RANGES, base_numbers
+
+log = logging.getLogger(__name__)
+
+Array = npt.NDArray
+
+IMPRESSIONS = {
+    "user_id": "text; who saw the page",
+    "item_id": "text; the item that was shown",
+    "category": "text, null where unknown; of the item",
+    "page": "int64; number of the page view: its items are rows in a row",
+    "time": "int64; seconds since 1970, UTC",
+    "clicked": "bool; the label",
+    "history": "list of text; item ids of the user's newest events strictly before the page, "
+    "oldest first",
+    "hour": "int8; of the day, UTC",
+    "weekday": "int8; 0 is Monday",
+    "popularity": "float32; log(1 + clicks on the item strictly before the page)",
+    "popularity_30_days": "float32; the same, of the 30 days before",
+    "same_item": "float32; log(1 + times the item is in the history)",
+    "same_category": "float32; log(1 + history items of its category, if known)",
+}
+WEIGHT = {
+    "weight": "float32; how many impressions the row stands for, as some pages were cut: of the "
+    "loss, and of metrics"
+}
+OF_EMBEDDING = {
+    "{}_similarity_*": "float32; the item against the history: " + ", ".join(SIMILARITY),
+    "{}_cluster_*": "int32; the item's k-means cluster by number of clusters, -1 without an "
+    "embedding",
+    "{}_same_cluster_*": "float32; log(1 + history items in the item's cluster), by number of "
+    "clusters",
+}
+ITEMS = {
+    "item_id": "text",
+    "category": "text, null where unknown",
+    "{}_vector": "list of float32; centred and scaled to mean square 1, 0 without an embedding",
+    "{}_cluster_*": "int32; k-means cluster by number of clusters, -1 without an embedding",
+}
+
+
+EXPORTED = (*(f"{name}.parquet" for name in (*RANGES, "items")), "dataset_config.yaml", "README.md")
+
+
+def is_export(folder: Path) -> bool:
+    """Whether `export` has written the folder, or begun to: its description, YAML that is JSON,
+    comes first."""
+    try:
+        return "none" in read_json(folder / "dataset_config.yaml")
+    except (OSError, ValueError):
+        return False
+
+
+def export(
+    dataset: Dataset,
+    protocol: Protocol,
+    embeddings: Mapping[str, Array],
+    folder: Path,
+    *,
+    history: int = 20,
+    rows: int = 1 << 20,
+) -> None:
+    """Writes train, validation and test.parquet (a row per impression), items.parquet, for FuxiCTR
+    dataset_config.yaml and each embedding's vectors, and README.md into the folder.
+
+    Numbers are those that the package's own models get, but for their standardisation. Clusters and
+    scales come from the encoder's pages.
+
+    Args:
+        rows: impressions written at once, about; bounds the memory.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = [n for n in IMPRESSIONS if n.startswith(("popularity", "same_"))]
+    config = dataset_config(numbers, ((n, x.shape[1]) for n, x in embeddings.items()), history)
+    write_atomically(folder / "dataset_config.yaml", lambda path: path.write_text(config))
+    known = protocol.known_items(dataset)
+    clusters = {name: cluster_features(x, known) for name, x in embeddings.items()}
+    for name in RANGES:
+        made = partial(
+            _write,
+            dataset=dataset,
+            pages=getattr(protocol, name),
+            embeddings=embeddings,
+            clusters=clusters,
+            history=history,
+            rows=rows,
+        )
+        write_atomically(folder / f"{name}.parquet", made)
+    table = pa.table(_item_columns(dataset, embeddings, clusters, known))
+    write_atomically(folder / "items.parquet", lambda path: pq.write_table(table, path))
+    ids = np.array(dataset.item_ids.to_pylist())
+    for name in embeddings:
+        vectors = np.stack(table[f"{name}_vector"].to_numpy())
+        made = partial(_save_vectors, key=ids, value=vectors)
+        write_atomically(folder / f"{name}_vectors.npz", made)
+    if pc.any(pc.match_substring(dataset.item_ids, SEPARATOR)).as_py():
+        log.warning("item ids with %r: FuxiCTR would cut the histories' ids there", SEPARATOR)
+    text = _dictionary(dataset, protocol, embeddings, history)
+    write_atomically(folder / "README.md", lambda path: path.write_text(text))
+
+
+def _save_vectors(path: Path, key: Array, value: Array) -> None:
+    with path.open("wb") as file:  # NumPy would append a suffix to a name
+        np.savez(file, key=key, value=value)
+
+
+def _write(
+    path: Path,
+    dataset: Dataset,
+    pages: range,
+    embeddings: Mapping[str, Array],
+    clusters: Mapping[str, Array],
+    history: int,
+    rows: int,
+) -> None:
+    d = dataset
+    shown = int(d.pv_end[pages.stop - 1] - d.pv_start[pages.start])
+    step = max(1, rows * len(pages) // max(1, shown))
+    writer: pq.ParquetWriter | None = None
+    try:
+        for first in range(pages.start, pages.stop, step):
+            some = range(first, min(first + step, pages.stop))
+            columns = _columns(Impressions(d, some, history=history))
+            for name, x in embeddings.items():
+                columns |= _embedding_columns(name, x, clusters[name], d, some, history)
+            table = pa.table(columns)
+            writer = writer or pq.ParquetWriter(path, table.schema)
+            writer.write_table(table)
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _columns(x: Impressions) -> dict[str, pa.Array]:
+    d = x.dataset
+    rows = x.page - x.pages.start
+    size = x.history_length
+    offsets = np.append(0, np.cumsum(size))
+    group = np.repeat(np.arange(len(x)), size)
+    events = np.arange(offsets[-1]) - offsets[group] + x.history_start[rows][group]
+    numbers = base_numbers(x)
+    columns = [
+        d.user_ids.take(pa.array(x.user)),
+        d.item_ids.take(pa.array(x.item)),
+        d.categories.take(pa.array(x.item)),
+        pa.array(x.page.astype(np.int64)),
+        pa.array(x.time),
+        pa.array(x.clicked),
+        pa.ListArray.from_arrays(
+            pa.array(offsets.astype(np.int32)), d.item_ids.take(pa.array(d.event_item[events]))
+        ),
+        pa.array(x.hour.astype(np.int8)),
+        pa.array(x.weekday.astype(np.int8)),
+        *(pa.array(np.ascontiguousarray(column)) for column in numbers.T),
+    ]
+    found = dict(zip(IMPRESSIONS, columns, strict=True))
+    return found if x.weight is None else found | {"weight": pa.array(x.weight)}
+
+
+def _embedding_columns(
+    name: str, table: Array, clusters: Array, dataset: Dataset, pages: range, history: int
+) -> dict[str, pa.Array]:
+    x = Impressions(dataset, pages, history=history)
+    similar, same = similarity_features(table, x), same_cluster(clusters, x)
+    columns = {f"{name}_similarity_{c}": similar[:, i] for i, c in enumerate(SIMILARITY)}
+    for i, k in enumerate(CLUSTERS):
+        columns |= {
+            f"{name}_cluster_{k}": clusters[x.item, i],
+            f"{name}_same_cluster_{k}": same[:, i],
+        }
+    return {n: pa.array(np.ascontiguousarray(c)) for n, c in columns.items()}
+
+
+def _item_columns(
+    dataset: Dataset, embeddings: Mapping[str, Array], clusters: Mapping[str, Array], known: Array
+) -> dict[str, pa.Array]:
+    columns = {
+        "item_id": dataset.item_ids,
+        "category": dataset.categories,
+    }
+    for name, x in embeddings.items():
+        vectors = vector_features(x, known)
+        columns[f"{name}_vector"] = pa.FixedSizeListArray.from_arrays(
+            pa.array(vectors.ravel()), vectors.shape[1]
+        )
+        for i, k in enumerate(CLUSTERS):
+            columns[f"{name}_cluster_{k}"] = pa.array(np.ascontiguousarray(clusters[name][:, i]))
+    return columns
+
+
+def _dictionary(
+    dataset: Dataset, protocol: Protocol, embeddings: Mapping[str, Array], history: int
+) -> str:
+    def rows(columns: Mapping[str, str]) -> str:
+        plain = [(n, text) for n, text in columns.items() if "{}" not in n]
+        named = [
+            (n.format(e), text) for e in embeddings for n, text in columns.items() if "{}" in n
+        ]
+        return "\n".join(f"| {n} | {text} |" for n, text in [*plain, *named])
+
+    pages = dataset.info.get("pages", "given or made")
+    drawn = "drawn, so the rate of clicks and calibration mean nothing"
+    about = (
+        f"{protocol.describe(dataset)}. Histories hold at most {history} items. Clusters, centres "
+        "and scales of the embeddings come from items seen\nbefore that bound. "
+        f"Pages are {pages}: what was shown is {'known' if pages == 'given' else drawn}.\n"
+        "Train on train.parquet, stop and choose by validation.parquet, look at test.parquet once. "
+        "dataset_config.yaml describes all this to\nFuxiCTR (2.3), with the vectors in "
+        "*_vectors.npz: a dataset for each form and embedding."
+    )
+    return f"""# Impressions of {dataset.name}
+
+{about}
+
+## train.parquet, validation.parquet, test.parquet: a row per impression
+
+| column | |
+| --- | --- |
+{rows(IMPRESSIONS | ({} if dataset.pv_weight is None else WEIGHT) | OF_EMBEDDING)}
+
+## items.parquet: a row per item
+
+| column | |
+| --- | --- |
+{rows(ITEMS)}
+"""

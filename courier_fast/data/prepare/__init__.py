@@ -1,0 +1,27 @@
+"""`courier-fast prepare`: interactions and images in, a dataset out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...lazy import lazy
+
+if TYPE_CHECKING:
+    from .layouts import Source
+    from .options import PrepareOptions
+    from .run import prepare
+
+__all__ = [
+    "PrepareOptions",
+    "Source",
+    "prepare",
+]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "Source": "layouts",
+        "PrepareOptions": "options",
+        "prepare": "run",
+    },
+)

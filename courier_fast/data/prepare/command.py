@@ -1,0 +1,209 @@
+"""The command line of `courier-fast prepare`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ...engines import add_engine_arguments
+from ...locations import local_path, location
+from ..read.times import FORMATS
+from ..tables import SHARD_BYTES, SHARD_ROWS
+from .layouts import LAYOUTS, Columns, Source, generic
+from .options import PrepareOptions
+from .pages import NEGATIVES
+from .run import prepare
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report of `prepare` for people."""
+    table = Table("", "read", "kept", "dropped, and why", show_edge=False)
+
+    def reasons(dropped: dict[str, int]) -> str:
+        return "\n".join(f"{n:,} {why}" for why, n in dropped.items())
+
+    for name in ("events", "impressions"):
+        if name in report:
+            counts = report[name]
+            kept = counts.get("kept", counts["read"] - sum(counts["dropped"].values()))
+            table.add_row(name, f"{counts['read']:,}", f"{kept:,}", reasons(counts["dropped"]))
+    pages = report["pages"]
+    table.add_row(
+        "pages", f"{pages['candidates']:,}", f"{pages['kept']:,}", reasons(pages["dropped"])
+    )
+    console = Console()
+    console.print(table)
+    if "unclicked" in pages:
+        console.print(
+            f"kept: {pages['unclicked']:,} pages without a click, {pages['all_clicked']:,} with "
+            "nothing but clicks"
+        )
+    if "cut" in pages:
+        console.print(
+            f"{pages['cut']:,} pages cut to --page-size: "
+            "weight says how many items shown a row stands for"
+        )
+    for column, count in report.get("items_times_unreadable", {}).items():
+        console.print(f"items: {count:,} values of {column} cannot be read as times")
+    images = report["images"]
+    console.print(
+        f"{report['users']:,} users, {report['items']:,} items, "
+        f"{pages['items'] / pages['kept']:.1f} items a page, median history "
+        f"{pages['median_history']}"
+    )
+    if images:
+        bad = images["undecodable"]
+        console.print(
+            f"{images['usable']:,} images, {len(images['missing']):,} missing, "
+            f"{len(bad):,} undecodable"
+            + "".join(f"\n  {item}: {why}" for item, why in list(bad.items())[:5])
+            + ("\n  ... (report.json has all)" if len(bad) > 5 else ""),
+            markup=False,
+        )
+        for link in images["folders_not_followed"]:
+            console.print(f"{link}: a link out of the folder of images, not followed", markup=False)
+    for name, split in report["splits"].items():
+        when = f", {split['from']} to {split['to']}" if split["pages"] else ""
+        console.print(f"{name}: {split['pages']:,} pages{when}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    columns, options = Columns(), PrepareOptions()
+    add = parser.add_argument
+    add(
+        "out",
+        type=location,
+        help="the dataset folder to write; also s3://, gs://, hdfs://, as are the others",
+    )
+    add("--layout", default="generic", choices=["generic", *LAYOUTS])
+    add("--source", type=local_path, help="folder of the published files (not for generic)")
+    add("--images", type=location, help="folder of image files called after the items")
+    add(
+        "--min-rating",
+        type=float,
+        help="least rating that is a click (movielens, amazon-reviews-2023)",
+    )
+    add(
+        "--shrink",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="scale longer short sides down to this",
+    )
+    add("--threads", type=int, default=0, help="threads that check images and sort")
+    add(
+        "--memory-gib",
+        type=float,
+        default=options.memory_gib,
+        help="GiB that sorting may take; more is faster",
+    )
+    add("--shard-rows", type=int, default=SHARD_ROWS, help="rows of a shard of a table")
+    add(
+        "--shard-bytes",
+        type=int,
+        default=SHARD_BYTES,
+        help="bytes of images after which a shard is full",
+    )
+    add("--overwrite", action="store_true")
+    add_engine_arguments(parser)
+
+    add = parser.add_argument_group("generic").add_argument
+    add(
+        "--interactions",
+        type=location,
+        nargs="+",
+        default=[],
+        help=".csv, .tsv, .parquet or .jsonl, or folders of them",
+    )
+    add("--items", type=location, help="a row per item, with its category")
+    add("--user-column", default=columns.user)
+    add("--item-column", default=columns.item)
+    add("--time-column", default=columns.time, help="dates, or numbers since 1970")
+    add(
+        "--time-format",
+        metavar="FORMAT",
+        help=f"what times are where that is not clear: {', '.join(FORMATS)}, or a pattern such as "
+        "%%d/%%m/%%Y",
+    )
+    add("--category-column", default=columns.category)
+    add("--page-column", help="page or impression id: a row is then an item shown on that page")
+    add("--clicked-column", default=columns.clicked, help="whether it was clicked")
+
+    add = parser.add_argument_group("pages").add_argument
+    add("--page-size", type=int, default=options.page_size, help="items of a page")
+    add(
+        "--keep-unclicked",
+        action="store_true",
+        help="given pages without a click stay, as impressions and as candidates",
+    )
+    add("--negatives", choices=NEGATIVES, default=options.negatives)
+    add(
+        "--live-days",
+        type=float,
+        default=options.live_days,
+        help="an item is on offer so long before its first and after its last event",
+    )
+    add(
+        "--min-history",
+        type=int,
+        default=options.min_history,
+        help="earlier events that a page needs",
+    )
+    add(
+        "--max-history",
+        type=int,
+        default=options.max_history,
+        help="most recent events that are kept",
+    )
+    add(
+        "--repeats",
+        choices=("drop", "keep"),
+        default=options.repeats,
+        help="made pages whose item the user had before",
+    )
+    add("--validation-share", type=float, default=options.validation_share)
+    add("--test-share", type=float, default=options.test_share)
+    add("--validation-from", metavar="DATE")
+    add("--test-from", metavar="DATE")
+    add("--seed", type=int, default=options.seed)
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """The source that the command line names."""
+    if args.layout == "generic":
+        names = ("user", "item", "time", "category", "page", "clicked")
+        columns = Columns(
+            **{n: getattr(args, f"{n}_column") for n in names}, time_format=args.time_format
+        )
+        of_row = (columns.user, columns.item, columns.time)
+        if len({*of_row}) < 3:
+            raise ValueError(
+                "--user-column, --item-column, --time-column: expected three, got "
+                f"{', '.join(of_row)}"
+            )
+        return generic(args.interactions, args.items, columns)
+    if args.source is None:
+        raise ValueError(
+            f"source: expected --source with the folder of the {args.layout} files, got none"
+        )
+    if args.min_rating is None:
+        return LAYOUTS[args.layout](args.source)
+    return LAYOUTS[args.layout](args.source, min_rating=args.min_rating)
+
+
+def run(args: argparse.Namespace) -> int:
+    options = PrepareOptions(**{n: getattr(args, n) for n in PrepareOptions.__dataclass_fields__})
+    report = prepare(
+        args.out,
+        source=source_of(args),
+        images=args.images,
+        options=options,
+        engine=args.engine,
+        ray_address=args.ray_address,
+    )
+    print_report(report)
+    print(f"written to {args.out}")
+    return 0

@@ -1,0 +1,401 @@
+"""The steps of `prepare --engine ray`, as functions of tables: what one returns depends on its
+arguments alone, so any process can run it, again where one died.
+
+A table is a dict of columns, NumPy arrays or Arrow text. Rows of events carry codes of users and
+items; what the codes mean goes with each table.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+from numba import njit
+
+from ...locations import Location
+from ..images.files import Paths
+from ..read.times import SECOND
+from ..tables import copy_items, write_images, write_shard
+from .events import Ids, batches, buffers, clean, text, time_columns
+from .images import check_images
+from .layouts import Source
+from .options import PrepareOptions
+from .outcome import Market, Pages, by_item, count_fates, page_bounds, pages_around, pages_shown
+from .pages import Events
+
+Array = npt.NDArray
+Columns = dict[str, Any]
+
+_EVENT = ["user", "item", "time"]
+_SHOWN = {
+    "user": pl.Int32,
+    "item": pl.Int32,
+    "time": pl.Int64,
+    "page": pl.UInt64,
+    "clicked": pl.UInt8,
+    "place": pl.Int64,
+}
+_SAMPLE = 1024  # rows of a part from which the bounds of the next parts are taken
+
+
+# ---- ids -----------------------------------------------------------------------------------------
+
+
+def search(ids: pa.Array, wanted: pa.Array) -> Array:
+    """[wanted] how many of the sorted `ids` are less than each."""
+    found: Array = _search(*buffers(ids), *buffers(wanted))
+    return found
+
+
+@njit(cache=True, nogil=True)
+def _search(offsets, data, wanted_offsets, wanted):  # type: ignore[no-untyped-def]
+    out = np.empty(len(wanted_offsets) - 1, np.int64)
+    for i in range(len(out)):
+        start, end = wanted_offsets[i], wanted_offsets[i + 1]
+        low, high = 0, len(offsets) - 1
+        while low < high:
+            middle = (low + high) // 2
+            a, b = offsets[middle], start
+            while a < offsets[middle + 1] and b < end and data[a] == wanted[b]:
+                a += 1
+                b += 1
+            if b < end and (a == offsets[middle + 1] or data[a] < wanted[b]):
+                low = middle + 1
+            else:
+                high = middle
+        out[i] = low
+    return out
+
+
+def union(*ids: pa.Array) -> pa.Array:
+    """All ids, sorted."""
+    return text(pl.concat([pl.Series("id", part, pl.String) for part in ids]).unique().sort())
+
+
+# ---- from rows of the source to events by user ---------------------------------------------------
+
+
+def read(
+    frame: pl.LazyFrame, table: str, source: Source, number: int, block: int, ticks: int = 1
+) -> Iterator[Any]:
+    """Three for each block of `block` rows: those that can be used; the ids of its items; counts,
+    and a sample of its users.
+
+    A block has the same rows whenever it is read: Ray takes those that were there from one run, and
+    the others from the next.
+    """
+    held: list[pl.DataFrame] = []
+    rows, place = 0, number << 40  # rows shown stay in the order of the source
+    for batch in batches(frame, table, source):
+        held.append(batch)
+        rows += len(batch)
+        while rows >= block:
+            whole = pl.concat(held)
+            yield from _block(whole[:block], place, ticks)
+            held, rows, place = [whole[block:]], rows - block, place + block
+    if rows:
+        yield from _block(pl.concat(held), place, ticks)
+
+
+def _block(batch: pl.DataFrame, place: int, ticks: int) -> Iterator[Any]:
+    counts: Counter[str] = Counter()
+    known = clean(batch, counts, ticks)
+    users, items = Ids(), Ids()
+    user, item = users.codes(known["user_id"]), items.codes(known["item_id"])
+    rows = {"user": user, "item": item, "time": known["time"].to_numpy()}
+    if "page" in known.columns:
+        rows |= {n: known[n].to_numpy() for n in ("page", "clicked")}
+        rows["place"] = np.arange(place, place + len(known))
+    names = users.all()
+    yield {"users": text(names), **rows}
+    yield text(items.all())
+    yield {"counts": counts, "rows": len(known), "users": text(names[_sampled(user)])}
+
+
+def _sampled(column: Array) -> Array:
+    return column[:: max(1, len(column) // _SAMPLE)]
+
+
+def to_users(
+    rows: Columns, items: pa.Array, ids: pa.Array, chosen: Array, bounds: pa.Array
+) -> list[Any]:
+    """The rows whose item stays, cut by ranges of users' ids; and how many there are, and their
+    bytes.
+
+    `ids`, `chosen`: [all items] sorted ids, and the row in the table of items, -1 where it does not
+    stay. `bounds`: ids, sorted.
+    """
+    item = chosen[search(ids, items)][rows["item"]]
+    part = search(bounds, rows["users"])[rows["user"]]
+    parts = len(bounds) + 1
+    part[item < 0] = parts
+    order = np.argsort(part.astype(np.uint16) if parts < 1 << 16 else part, kind="stable")
+    ends = np.cumsum(np.bincount(part, minlength=parts + 1))
+    others = [n for n in rows if n not in ("users", "user", "item")]
+    out: list[Any] = []
+    for b in range(parts):
+        here = order[ends[b - 1] if b else 0 : ends[b]]
+        used, user = np.unique(rows["user"][here], return_inverse=True)
+        piece = {
+            "users": rows["users"].take(pa.array(used)),
+            "user": user.astype(np.int32),
+            "item": item[here],
+        }
+        out.append(piece | {n: rows[n][here] for n in others})
+    return [*out, {"rows": int(ends[-2]), "bytes": sum(map(nbytes, out))}]
+
+
+def by_user(
+    given: bool, *pieces: Columns
+) -> tuple[Columns, Columns, Columns | None, Columns, Columns]:
+    """The rows of some users: their ids, sorted; events by user, time and item, each once; rows
+    shown by user and page; when items were seen; and counts, with a sample of when pages are."""
+    users = union(*(p["users"] for p in pieces))
+    frames: dict[bool, list[pl.DataFrame]] = {False: [], True: []}
+    for piece in pieces:
+        user = search(users, piece["users"])[piece["user"]].astype(np.int32)
+        columns = {n: c for n, c in piece.items() if n != "users"}
+        frames["page" in piece].append(pl.DataFrame({**columns, "user": user}))
+    none = pl.DataFrame(schema=_SHOWN)
+    shown = pl.concat([none, *frames[True]])
+    rows = pl.concat([none.select(_EVENT), *frames[False]])
+    clicks = pl.concat([rows, shown.filter(clicked=1).select(_EVENT)])
+    events = clicks.unique().sort("user", "time", "item")
+    seen = pl.concat([rows, shown.select(_EVENT)])
+    span = seen.group_by("item").agg(first=pl.min("time"), last=pl.max("time"))
+    sizes = np.bincount(events["user"].to_numpy(), minlength=len(users))
+    about: Columns = {
+        "users": len(users),
+        "events": len(events),
+        "again": len(clicks) - len(events),
+    }
+    time = events["time"].to_numpy()
+    pages: Columns | None = None
+    if given:
+        pages = columns_of(shown.sort("user", "page", "place").drop("place"))
+        first = page_bounds(pages)[:-1]
+        time = np.minimum.reduceat(pages["time"], first) if len(first) else time[:0]
+    places = _sampled(np.arange(len(time)))
+    about |= {"pages": len(time), "time": time[places], "row": places}
+    of_users = {**columns_of(events.drop("user")), "first": np.concatenate([[0], np.cumsum(sizes)])}
+    return {"user_id": users}, of_users, pages, columns_of(span), about
+
+
+def columns_of(frame: pl.DataFrame) -> Columns:
+    return {n: frame[n].to_numpy() for n in frame.columns}
+
+
+def nbytes(columns: Columns) -> int:
+    return sum(c.nbytes for c in columns.values())
+
+
+def merge_spans(*spans: Columns) -> Columns:
+    """When items were first and last seen."""
+    frame = pl.concat([pl.DataFrame(s) for s in spans])
+    return columns_of(frame.group_by("item").agg(pl.min("first"), pl.max("last")).sort("item"))
+
+
+# ---- by time -------------------------------------------------------------------------------------
+
+
+def _cuts(time: Array, row: Array, bounds: tuple[Array, Array]) -> Array:
+    """Where rows in order of time, then row, are cut at some (time, row)."""
+    cuts = [0]
+    for moment, place in zip(*bounds, strict=True):
+        low, high = np.searchsorted(time, moment, "left"), np.searchsorted(time, moment, "right")
+        cuts.append(low + int(np.searchsorted(row[low:high], place)))
+    return np.array([*cuts, len(time)])
+
+
+def _together(pieces: Sequence[Mapping[str, Array]]) -> Columns:
+    return {n: np.concatenate([p[n] for p in pieces]) for n in pieces[0]}
+
+
+def to_moments(events: Columns, base: int, bounds: tuple[Array, Array]) -> list[Any]:
+    """Times and items of events, by time, cut at `bounds`; and their bytes."""
+    order = np.argsort(events["time"], kind="stable")
+    columns = {n: events[n][order] for n in ("time", "item")}
+    cuts = _cuts(columns["time"], order + base, bounds)
+    out = [{n: c[a:b] for n, c in columns.items()} for a, b in pairwise(cuts)]
+    return [*out, nbytes(columns)]
+
+
+def moments(*pieces: Columns) -> Columns:
+    """Items in order of time, then row; the times there are, and events at each."""
+    events = _together(pieces)
+    order = np.argsort(events["time"], kind="stable")
+    times, counts = np.unique(events["time"], return_counts=True)
+    return {"item": events["item"][order], "time": times, "count": counts}
+
+
+def join_moments(*parts: Columns) -> tuple[Array, Columns]:
+    """[E] items of all events by time; the times there are, and the events before each."""
+    together = _together(parts)
+    counts = together["count"]
+    # A moment can be cut in two: then its first part is met.
+    times, first = np.unique(together["time"], return_index=True)
+    return together["item"], {"time": times, "before": (np.cumsum(counts) - counts)[first]}
+
+
+def make(
+    events: Columns,
+    shown: Columns | None,
+    bases: tuple[int, int, int],
+    market: Market | None,
+    pool: Array | None,
+    past: Columns | None,
+    bounds: tuple[Array, Array],
+    options: PrepareOptions,
+    ticks: int = 1,
+) -> list[Any]:
+    """The pages of some users by time, cut at `bounds`; and what became of them. `bases`: users,
+    events and candidates for pages before these."""
+    of_user, of_event, of_page = bases
+    first = events["first"]
+    users = np.repeat(np.arange(len(first) - 1), np.diff(first))
+    order = by_item(users, events["item"]).astype(np.int32)
+    of_users = Events(events["item"], events["time"], order, first)
+    if shown is not None:
+        pages = pages_shown(shown, of_event, of_users, options, ticks)
+    else:
+        assert market is not None
+        before = np.zeros(0, np.int64)
+        if past is not None:
+            before = past["before"][np.searchsorted(past["time"], events["time"])]
+        items = np.zeros(0, np.int32) if pool is None else pool
+        rows = np.arange(len(users))
+        pages = pages_around(rows, users, of_event, before, of_users, market, items, options)
+    return [*_pieces(pages, of_user, of_page, bounds), _about(pages, of_user)]
+
+
+def _about(pages: Pages, of_user: int) -> dict[str, Any]:
+    columns = (pages.time, pages.user.astype(np.int32), pages.history, pages.counts, *pages.shown)
+    return {
+        "fates": count_fates(pages.fate),
+        "cut": pages.cut,
+        "ids": pages.ids.moved(of_user),
+        "bytes": sum(c.nbytes for c in columns),
+    }
+
+
+def _pieces(
+    pages: Pages, of_user: int, of_page: int, bounds: tuple[Array, Array]
+) -> Iterator[Columns]:
+    order = np.argsort(pages.time, kind="stable")
+    counts = pages.counts[order]
+    starts = (np.cumsum(pages.counts, dtype=np.int64) - pages.counts)[order]
+    columns = {
+        "user": (pages.user[order] + of_user).astype(np.int32),
+        "time": pages.time[order],
+        "history_start": pages.history[order, 0],
+        "history_end": pages.history[order, 1],
+        "count": counts,
+    }
+    row = np.flatnonzero(pages.kept)[order] + of_page
+    cuts = _cuts(columns["time"], row, bounds)
+    names = ("item", "clicked", "weight")
+    for a, b in pairwise(cuts):
+        piece = {n: c[a:b] for n, c in columns.items()}
+        for n, column in zip(names, pages.shown, strict=False):
+            piece[n] = copy_items(starts[a:b], counts[a:b], column)
+        yield piece
+
+
+def by_time(options: PrepareOptions, *pieces: Columns) -> tuple[Columns, Columns, Columns]:
+    """Pages in order of time, whose items are counted from the first of these; their items; how
+    many there are, and pages by length of history."""
+    old = _together(pieces)
+    order = np.argsort(old["time"], kind="stable")
+    ends = np.cumsum(old["count"], dtype=np.int64)
+    counts = old["count"][order]
+    items: Columns = {
+        n: copy_items((ends - old["count"])[order], counts, old[n])
+        for n in ("item", "clicked", "weight")
+        if n in old
+    }
+    pages = {n: old[n][order] for n in ("user", "time", "history_start", "history_end")}
+    pages["pv_end"] = np.cumsum(counts, dtype=np.int64)
+    pages["pv_start"] = pages["pv_end"] - counts
+    length = pages["history_end"] - pages["history_start"]
+    lengths = np.bincount(length, minlength=options.max_history + 1)
+    return pages, items, {"pages": len(order), "items": len(items["item"]), "lengths": lengths}
+
+
+def clicked(items: Columns, end: int) -> Columns:
+    """Items clicked among the first `end` rows, and how often."""
+    rows = items["item"][:end][items["clicked"][:end] == 1]
+    found, clicks = np.unique(rows, return_counts=True)
+    return {"item": found, "clicks": clicks}
+
+
+def add_clicks(*counts: Columns) -> Columns:
+    frame = pl.concat([pl.DataFrame(c) for c in counts])
+    return columns_of(frame.group_by("item").agg(pl.sum("clicks")).sort("item"))
+
+
+def cell(columns: Columns, name: str, row: int) -> int:
+    return int(columns[name][row])
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def write_rows(
+    folder: Location,
+    table: str,
+    names: Sequence[str],
+    shards: Sequence[tuple[int, int, int]],
+    starts: Sequence[int],
+    shifts: Sequence[int],
+    *parts: Columns,
+) -> list[dict[str, Any]]:
+    """Writes some shards (number, first row, end), whose rows are in `parts`, of which each begins
+    at a row of `starts`; columns pv_* are moved by `shifts`. With microsecond among the names, time
+    is in microseconds."""
+    entries, stored = [], [n for n in names if n != "microsecond"]
+    for number, first, end in shards:
+        columns: Columns = {}
+        for name in stored:
+            pieces = []
+            for part, start, shift in zip(parts, starts, shifts, strict=True):
+                rows = part[name][max(first - start, 0) : max(end - start, 0)]
+                pieces.append(rows + shift if name.startswith("pv_") else rows)
+            if isinstance(pieces[0], np.ndarray):
+                columns[name] = np.concatenate(pieces)
+            else:
+                columns[name] = pa.concat_arrays(pieces).cast(pa.string())
+        if len(stored) < len(names):
+            columns |= {n: c[:] for n, c in time_columns(columns["time"], SECOND).items()}
+        entries.append(write_shard(folder, table, number, columns))
+    return entries
+
+
+def check(paths: Sequence[Paths | None], options: PrepareOptions) -> tuple[pa.Array, Columns]:
+    """The usable images of some files; height, width and bytes (0 without one) of each, and the
+    reason where there is none."""
+    found = list(check_images(paths, shrink=options.shrink, threads=1))
+    images = pa.array([c.image for c in found if c.image is not None], pa.large_binary())
+    return images, {
+        "height": [c.height for c in found],
+        "width": [c.width for c in found],
+        "bytes": [len(c.image or b"") for c in found],
+        "reason": [c.reason for c in found],
+    }
+
+
+def write_image_shard(
+    folder: Location, number: int, ranges: Sequence[tuple[int, int]], *parts: pa.Array
+) -> dict[str, Any]:
+    """Writes a shard of some images of each part."""
+    images = [
+        image.as_py()
+        for (a, b), part in zip(ranges, parts, strict=True)
+        for image in part.slice(a, b - a)
+    ]
+    return write_images(folder, number, images)

@@ -1,0 +1,1 @@
+"""Users' files as they are: tables, ids, times and words for yes and no."""

@@ -1,0 +1,1 @@
+"""`courier-fast index`: nearest neighbours of items."""

@@ -1,0 +1,1 @@
+"""Candidates in more than one place: other processes and a memory."""

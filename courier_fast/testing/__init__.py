@@ -1,0 +1,1 @@
+"""What tests, bench and compiled checks share: the error budget."""

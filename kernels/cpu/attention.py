@@ -1,0 +1,124 @@
+"""impl="cpu": the attention to a page's history, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .native import call, stage
+from .rows import (
+    Rows,
+    placed,
+)
+
+if TYPE_CHECKING:
+    from ...loss.problem import Problem
+
+
+# ---- stages --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Attention:
+    """Attention of listed rows: arguments of the native stage, and what the forward pass leaves."""
+
+    arguments: tuple[Any, ...]
+    scale: float
+    heads: int
+    page_starts: Tensor
+    dim: int
+    rows: int
+    history_rows: int
+
+    def gradients(
+        self, d_r: Tensor, want_q: bool, want_k: bool, want_v: bool, together: bool
+    ) -> tuple[Any, Any, Any]:
+        """float32 (dq of the listed rows, dk, dv of the real history rows); `together`: dk is the
+        sum of both."""
+        d_q = torch.zeros(self.rows, self.dim) if want_q else None
+        d_k = torch.zeros(self.history_rows, self.dim) if want_k else None
+        d_v = d_k if together else torch.zeros(self.history_rows, self.dim) if want_v else None
+        given = (*self.arguments, d_r, d_q, d_k, d_v, self.page_starts, self.scale, self.heads)
+        stage("attend_backward", *given)
+        return d_q, d_k, d_v
+
+
+@dataclass
+class Reconstruction:
+    unit: Tensor  # [M, D] r, or R itself
+    norm: Tensor  # [M]
+    positive: Tensor  # [M] cos(R, E) in float64
+    attention: Attention
+
+
+def attend(p: Problem, pv: Rows, history: Rows, rows: Tensor, raw: bool) -> Reconstruction:
+    """Reconstructions of `rows` (among the real PV rows, all of pages with a history)."""
+    c_source = p.pv if p.history is None else p.history
+    count, dim = rows.shape[0], p.pv.shape[1]
+    first, last, weights_at, page_starts = torch.empty(4, count, dtype=torch.int64)
+    spans = (pv.page[rows], history.start, p.num_heads, first, last, weights_at, page_starts)
+    sizes, pages = call("spans", *spans)
+    weights = torch.empty(sizes, dtype=torch.float32)
+    e_row = pv.source[rows]
+    q = (p.pv, e_row) if p.query is None else (p.query, pv.keep[rows])
+    k = (c_source, history.source) if p.key is None else (p.key, history.keep)
+    if not p.attention_scale:
+        # Nobody asks: what q and k hold may be infinite, and 0 times that is not 0.
+        nothing = torch.zeros(1, dim, dtype=p.pv.dtype)
+        q, k = ((nothing, torch.zeros_like(index)) for _, index in (q, k))
+    v = (c_source, history.source) if p.value is None else (p.value, history.keep)
+    arguments = (*q, *k, *v, first, last, weights_at, weights)
+    unit = torch.empty(count, dim, dtype=p.pv.dtype)
+    norm = torch.empty(count, dtype=torch.float32)
+    positive = torch.empty(count, dtype=torch.float64)
+    how = (p.attention_scale, p.num_heads)
+    stage("attend", *arguments, p.pv, e_row, unit, norm, positive, *how, raw)
+    sizes = (dim, count, history.keep.shape[0])
+    attention = Attention(arguments, *how, page_starts[:pages], *sizes)
+    return Reconstruction(unit, norm, positive, attention)
+
+
+def reconstruction_gradients(
+    p: Problem,
+    needs: Sequence[bool],
+    gradients: list[Tensor | None],
+    total: Tensor | None,  # float32, what pv (or the table) has got so far
+    pv: Rows,
+    history: Rows,
+    listed: Tensor,
+    attention: Attention,
+    d_r: Tensor,  # [listed, D] gradient of R
+) -> None:
+    """Through the attention: fills in the gradients of all inputs but the temperature."""
+    table = p.history is None
+    own_history = needs[0] if table else needs[1]
+    asks = p.attention_scale != 0
+    want_q = asks and (needs[2] if p.query is not None else needs[0])
+    want_k = asks and (needs[3] if p.key is not None else own_history)
+    want_v = needs[4] if p.value is not None else own_history
+    together = p.key is None and p.value is None and want_k
+    d_q, d_k, d_v = attention.gradients(d_r, want_q, want_k, want_v, together)
+    if needs[2]:
+        gradients[2] = placed(p.query, pv.keep[listed], d_q) if asks else torch.zeros_like(p.query)
+    if needs[3]:
+        gradients[3] = placed(p.key, history.keep, d_k) if asks else torch.zeros_like(p.key)
+    if needs[4]:
+        gradients[4] = placed(p.value, history.keep, d_v)
+    d_history = d_k if p.key is None and asks else d_v if p.value is None else None
+    if not table and needs[1]:
+        gradients[1] = (
+            torch.zeros_like(p.history)
+            if d_history is None
+            else placed(p.history, history.keep, d_history)
+        )
+    if total is None:
+        return
+    if p.query is None and asks:
+        total.index_add_(0, pv.source[listed], d_q)
+    if table and d_history is not None:
+        total.index_add_(0, history.source, d_history)
+    gradients[0] = total.to(p.pv.dtype)

@@ -1,0 +1,283 @@
+"""impl="triton": rows against a block of columns (courier_fast/loss/union/blocks.py), by the passes
+of contrast.py and chunked.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ...loss.union import blocks
+from . import contrast, tiles
+from .candidate import kernels
+from .candidate.loss import SLOTS, parts_of, tiles_of
+from .collect import collect_rows
+from .common import LOG2E
+from .passes import forward_pass, lowered, run_chunks, run_contrast
+from .state import MASKS, Pass, Results, Rows, Transposed, block_shape, cdiv, scores, temperature
+
+if TYPE_CHECKING:
+    from ...loss.problem import Pages
+    from ...loss.union.blocks import CandidateGradients, Partial, Scoring, Side
+
+
+class _Pass:
+    """Rows x against columns y: shapes, both sides for the kernels, what a launch is told."""
+
+    def __init__(self, x: Side, y: Side, pairs: str, scoring: Scoring) -> None:
+        unit = x.rows
+        self.device, self.dim = unit.device, unit.shape[1]
+        self.shape = block_shape(unit, pairs == "sequence")
+        self.x, self.y = self._rows(x), self._rows(y)
+        if x.ids is None or y.ids is None:
+            # Nothing is left out: ids of which no two are equal.
+            self.x.ids, self.y.ids = torch.ones_like(self.x.list), torch.zeros_like(self.y.list)
+        known = {"ids": MASKS["batch"], "other_pages": MASKS["other_pages"]}
+        mask = known.get(pairs, contrast.MASK_SEQUENCE_IDS.value)
+        offsets = torch.zeros(1, dtype=torch.int64, device=self.device)
+        # log m is no more than a few times 1/tau; where rows are counted on the device, some
+        # columns are none.
+        biased = y.count is not None or (y.bias is not None and not y.merged)
+        self.scores = scores(scoring, mask, offsets, unit.dtype, biased)
+
+    def _rows(self, side: Side) -> Rows:
+        unit = side.rows
+        if self.shape.stride != self.dim:
+            unit = torch.nn.functional.pad(unit, (0, self.shape.stride - self.dim))
+        n = len(side)
+        count = side.count
+        if count is None:
+            count = torch.full((1,), n, dtype=torch.int32, device=self.device)
+        every = torch.arange(n, dtype=torch.int32, device=self.device)
+        page = every if side.page is None else side.page.to(torch.int32)
+        bias = None if side.bias is None else (side.bias * LOG2E.value).to(torch.float32)
+        ids = every if side.ids is None else side.ids
+        return Rows(unit.contiguous(), count, every, page, ids, bias, every)
+
+    def empty(self, tile: tiles.Tile, rows: int, parts: bool) -> Pass:
+        s, new = self.shape, torch.empty
+        flat = s.flat(rows, tile)
+        one = new(flat if parts else 1, dtype=torch.float32, device=self.device)
+        acc = new(flat, s.stride, dtype=s.sums, device=self.device)
+        return Pass(acc, one, torch.empty_like(one), one, s.slots(rows, tile), tile)
+
+    def collect(self, out: Pass, x: Rows, y: Rows, lse: Tensor | None) -> Tensor:
+        s, n = self.shape, x.unit.shape[0]
+        found = torch.zeros(n, self.dim, dtype=torch.float32, device=self.device)
+        collect_rows[(cdiv(n, s.small.block_m),)](
+            out.acc,
+            out.top,
+            lse if lse is not None else out.top,
+            x.count,
+            y.count,
+            found,
+            out.slots,
+            s.programs(out.tile),
+            D=self.dim,
+            STRIDE=s.stride,
+            SUM=lse is None,
+            STREAM=s.stream,
+            TILE_M=out.tile.block_m,
+            TILE_N=out.tile.block_n,
+            BLOCK_M=s.small.block_m,
+            BLOCK_D=s.block_d,
+            num_warps=s.small.num_warps,
+        )
+        return found
+
+
+def forward(x: Side, y: Side, pairs: str, scoring: Scoring, bar: Tensor | None) -> Partial:
+    """As blocks.forward."""
+    if not len(y) or not len(x):
+        return blocks.no_columns(x, bar)
+    run = _Pass(x, y, pairs, scoring)
+    out = run.empty(run.shape.tile, len(x), True)
+    lse = torch.full((len(x),), -torch.inf, dtype=torch.float32, device=run.device)
+    forward_pass(run.shape, run.x, run.y, run.scores, out, Results(lse, lse, lse))
+    mean = torch.where(lse[:, None] == -torch.inf, 0.0, run.collect(out, run.x, run.y, lse))
+    ranks = None if bar is None else blocks.above(x, y, pairs, scoring, bar)
+    return blocks.Partial(lse.double() * math.log(2.0), mean, ranks)
+
+
+def _with_weight(x: Side, lse: Tensor, g: Tensor) -> tuple[Side, Tensor, Tensor]:
+    """The rows with any weight, first and counted on the device: what others sent is padded."""
+    if x.rows.device.type == "cpu":
+        return x, lse, g
+    order = torch.argsort((g == 0).to(torch.uint8), stable=True)
+    ids = None if x.ids is None else x.ids[order]
+    count = (g != 0).sum(dtype=torch.int32).view(1)
+    return blocks.Side(x.rows[order], ids, count=count), lse[order], g[order]
+
+
+def backward(y: Side, x: Side, lse: Tensor, g: Tensor, pairs: str, scoring: Scoring) -> Tensor:
+    """As blocks.backward."""
+    if not len(y) or not len(x):
+        return torch.zeros(y.rows.shape, dtype=torch.float32, device=y.rows.device)
+    if pairs == "ids":
+        x, lse, g = _with_weight(x, lse, g)
+    run = _Pass(x, y, pairs, scoring)
+    s = run.shape
+    g, factor = lowered(g) if s.dtype == torch.float16 else (g.to(torch.float32), None)
+    offset = (lse * LOG2E.value).to(torch.float32)
+    if s.chunked:
+        acc = torch.zeros(len(y), s.stride, dtype=torch.float32, device=run.device)
+        run_chunks(s, run.x, run.y, run.scores, offset, Transposed(g, acc))
+        found = acc[:, : run.dim]
+    else:
+        out = run.empty(s.transposed, len(y), False)
+        about: dict[str, Any] = {"x_offset": run.y.bias, "y_scale": g, "need_sum": False}
+        run_contrast(
+            s, run.y, run.x, run.scores, out, y_offset=offset, y_offset_is_lse=True, **about
+        )
+        found = run.collect(out, run.y, run.x, None)
+    return found if factor is None else found * factor
+
+
+# ---- attention "candidate" -----------------------------------------------------------------------
+
+
+class _CandidatePass:
+    """What the kernels of attention "candidate" are told: anchors as the only rows of their
+    pages, a block's rows as columns."""
+
+    def __init__(self, pages: Pages, x: Side, y: Side, pairs: str, scoring: Scoring) -> None:
+        e = y.rows.contiguous()
+        self.device, self.dim, self.n, self.m = e.device, e.shape[1], len(y), len(x)
+        assert x.page is not None
+        int32 = {"dtype": torch.int32, "device": self.device}
+        rows, columns = torch.arange(self.m + 1, **int32), torch.arange(self.n, **int32)
+        tiles = tiles_of(block_shape(e))
+        self.block_m = tiles["BLOCK_M"]
+        # First anchor of each page; where they are padded, the last ones are of no page.
+        anchors = torch.searchsorted(x.page, torch.arange(len(pages.offsets), device=self.device))
+        identified = x.ids is not None and y.ids is not None
+        query = None if y.query is None else y.query.contiguous()
+        key, value = pages.key.contiguous(), pages.value.contiguous()
+        nothing = rows
+        self.shared: dict[str, Any] = {
+            "q_ptr": e if query is None else query,
+            "k_ptr": key,
+            "v_ptr": value,
+            "e_ptr": e,
+            "pv_offsets_ptr": anchors,
+            "history_offsets_ptr": pages.offsets,
+            "history_page_ptr": pages.page.to(torch.int32),
+            "anchor_id_ptr": x.ids if identified else torch.ones_like(rows),
+            "anchor_rank_ptr": rows[1:],
+            "column_list_ptr": columns,
+            "column_page_ptr": nothing if y.page is None else y.page.to(torch.int32),
+            "column_id_ptr": y.ids if identified else torch.zeros_like(columns),
+            "column_bias_ptr": nothing if y.bias is None else (y.bias * LOG2E.value).float(),
+            "column_count_ptr": self._count(y),
+            **temperature(scoring),
+            "scale": pages.scale,
+            "D": self.dim,
+            "HEADS": pages.heads,
+            "COSINE": pages.cosine,
+            "SAME_Q": query is None,
+            "MASK": MASKS["other_pages" if pairs == "other_pages" else "batch"],
+            "HAS_BIAS": y.bias is not None,
+            "PACKED": False,
+            "SLOTS": SLOTS,
+            **tiles,
+        }
+        for name in "qkve":
+            self.shared |= {f"{name}_index_ptr": nothing, f"HAS_{name.upper()}_INDEX": False}
+        self.anchor_page = x.page.to(torch.int32)
+        self.anchor_count = self._count(x)
+        self.every = rows
+
+    def _count(self, side: Side) -> Tensor:
+        if side.count is not None:
+            return side.count
+        return torch.full((1,), len(side), dtype=torch.int32, device=self.device)
+
+
+def candidate_forward(
+    pages: Pages, x: Side, y: Side, pairs: str, scoring: Scoring, bar: Tensor | None
+) -> Partial:
+    """As blocks.candidate_forward."""
+    if not len(x) or not len(y):
+        return replace(blocks.no_columns(x, bar), mean=None)
+    run = _CandidatePass(pages, x, y, pairs, scoring)
+    parts = parts_of(run.device, len(pages.offsets) - 1)
+    new = torch.zeros
+    top = torch.full((parts, run.m), -torch.inf, dtype=torch.float32, device=run.device)
+    total, positive = torch.zeros_like(top), new(run.m, 2, dtype=torch.float32, device=run.device)
+    above = new(parts, run.m, dtype=torch.int32, device=run.device)
+    if bar is not None:
+        # Ties but for rounding are not above: see blocks.count_above.
+        positive[:, 1] = bar / torch.as_tensor(scoring.inverse_tau, device=run.device) + 1e-6
+    kernels.candidate_scores[(run.m, parts)](
+        **run.shared,
+        anchor_page_ptr=run.anchor_page,
+        anchor_count_ptr=run.anchor_count,
+        y_rank_ptr=run.every,
+        positive_ptr=positive,
+        list_ptr=run.every,
+        log_q_ptr=positive,
+        page_place_ptr=run.every,
+        top_ptr=top,
+        total_ptr=total,
+        above_ptr=above,
+        capacity=run.m,
+        parts=parts,
+        BIAS_IS_COUNT=y.merged,
+        HAS_LOG_Q=False,
+        NEED_RANK=bar is not None,
+    )
+    # Sums of nothing are 0, whose logarithm is right.
+    lse = torch.logsumexp((top.double() + total.double().log2()) * math.log(2.0), 0)
+    return blocks.Partial(lse, None, None if bar is None else above.sum(0))
+
+
+def candidate_backward(
+    pages: Pages, x: Side, y: Side, lse: Tensor, g: Tensor, pairs: str, scoring: Scoring
+) -> CandidateGradients:
+    """As blocks.candidate_backward."""
+    found = blocks.no_gradients(pages, y)
+    if not len(x) or not len(y):
+        return found
+    run = _CandidatePass(pages, x, y, pairs, scoring)
+    programs = cdiv(run.n, run.block_m)
+    slope = torch.empty(programs, dtype=torch.float32, device=run.device)
+    given = run.shared | {
+        "anchor_list_ptr": run.every,
+        "lse_ptr": (lse * LOG2E.value).float(),
+        "miss_ptr": torch.zeros(
+            run.m, dtype=torch.float32, device=run.device
+        ),  # positives are elsewhere
+        "g_ptr": g.to(torch.float32),
+        "MERGED": False,
+        # float16 has too little range for gradients of a mean over many anchors: their products run
+        # in tf32.
+        "DOT_TYPE": tl.bfloat16 if y.rows.dtype == torch.bfloat16 else tl.float32,
+    }
+    kernels.candidate_columns[(programs,)](
+        **given,
+        anchor_page_ptr=run.anchor_page,
+        anchor_count_ptr=run.anchor_count,
+        long_ptr=run.every,
+        packed_count_ptr=run.every,
+        de_ptr=found.rows,
+        dq_ptr=found.rows if found.query is None else found.query,
+        tau_part_ptr=slope,
+        WANT_E=True,
+        WANT_Q=True,
+    )
+    kernels.candidate_history[(len(pages.offsets) - 1,)](
+        **given,
+        y_rank_ptr=run.every,
+        page_place_ptr=run.every,
+        dk_ptr=found.key,
+        dv_ptr=found.key if found.value is None else found.value,
+        WANT_DK=True,
+        WANT_DV=True,
+        SUM_KV=found.value is None,
+    )
+    found.inverse_tau = slope.sum(dtype=torch.float64)
+    return found

@@ -1,0 +1,407 @@
+"""Triton: pages packed into blocks (packed.py), and what goes between their anchors and blocks."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..attention import load_rows
+from ..common import LOG2E, NORM_EPS, kernel, rank_before, score_scale, unit_scale
+from ..contrast import MASK_OTHER_PAGES, add_in
+
+SPAN = tl.constexpr(4)
+UNITS = tl.constexpr(16)
+SLOTS = tl.constexpr(64)
+# Rows of candidates that a tile may go past the last one.
+PADDING = tl.constexpr(128)
+# Pages take 1, 2, 4, 8 or 16 units.
+LARGEST = tl.constexpr(5)
+# Anchors of a page whose columns are told apart side by side.
+SIDE = tl.constexpr(4)
+
+
+@kernel
+def pack_pages(
+    pv_offsets_ptr,
+    history_offsets_ptr,
+    anchor_rank_ptr,
+    unit_page_ptr,  # [blocks * UNITS], -1 before
+    page_place_ptr,  # [pages] its first unit, -1 where it has none
+    long_ptr,  # [pages] first anchors of the pages that do not fit
+    packed_count_ptr,  # [3] blocks, pages that do not fit, blocks of more than one page
+    pages,
+    CHUNK: tl.constexpr,
+):
+    """Pages with an anchor in blocks, those of as many units side by side; one program, in order of
+    the pages."""
+    sizes = tl.arange(0, 8)  # powers of two
+    counts = tl.zeros([8], tl.int32)
+    for start in range(0, pages, CHUNK):
+        page = start + tl.arange(0, CHUNK)
+        size, _first = size_of(pv_offsets_ptr, history_offsets_ptr, anchor_rank_ptr, page, pages)
+        counts += tl.sum((size[:, None] == sizes[None, :]).to(tl.int32), axis=0)
+    blocks = tl.where(sizes < LARGEST, tl.cdiv(counts << sizes, UNITS), 0)
+    base = tl.cumsum(blocks, axis=0) - blocks
+    seen = tl.zeros([8], tl.int32)
+    long = pages * 0
+    for start in range(0, pages, CHUNK):
+        page = start + tl.arange(0, CHUNK)
+        size, first = size_of(pv_offsets_ptr, history_offsets_ptr, anchor_rank_ptr, page, pages)
+        is_size = (size[:, None] == sizes[None, :]).to(tl.int32)
+        rank = tl.cumsum(is_size, axis=0) - is_size + seen[None, :]
+        place = (base * UNITS)[None, :] + (rank << sizes[None, :])
+        place = tl.sum(place * is_size, axis=1)
+        seen += tl.sum(is_size, axis=0)
+        fits = (size >= 0) & (size < LARGEST)
+        tl.store(page_place_ptr + page, tl.where(fits, place, -1), mask=page < pages)
+        for unit in tl.static_range(UNITS):
+            tl.store(unit_page_ptr + place + unit, page, mask=fits & ((unit >> size) == 0))
+        is_long = (size == LARGEST).to(tl.int32)
+        before = tl.cumsum(is_long, axis=0) - is_long + long
+        tl.store(long_ptr + before, first, mask=is_long > 0)
+        long += tl.sum(is_long, axis=0)
+    tl.store(packed_count_ptr, tl.sum(blocks, axis=0))
+    tl.store(packed_count_ptr + 1, long)
+    tl.store(packed_count_ptr + 2, tl.sum(tl.where(sizes < LARGEST - 1, blocks, 0), axis=0))
+
+
+@triton.jit
+def exponent_of(length):
+    """log2 of the units that so many history rows take."""
+    exponent = (length > SPAN).to(tl.int32)
+    for more in tl.static_range(1, LARGEST):
+        exponent += (length > (SPAN << more)).to(tl.int32)
+    return exponent
+
+
+@triton.jit
+def size_of(pv_offsets_ptr, history_offsets_ptr, anchor_rank_ptr, page, pages):
+    """log2 of the units that pages need, LARGEST where they do not fit, -1 without an anchor; and
+    their first anchors."""
+    inside = page < pages
+    first, last = anchors_of(pv_offsets_ptr, anchor_rank_ptr, page, inside)
+    begin = tl.load(history_offsets_ptr + page, mask=inside, other=0)
+    end = tl.load(history_offsets_ptr + page + 1, mask=inside, other=0)
+    size = tl.where(last - first <= SIDE, exponent_of(end - begin), LARGEST)
+    return tl.where(inside & (last > first), size, -1), first
+
+
+@triton.jit
+def anchors_of(pv_offsets_ptr, anchor_rank_ptr, page, mask):
+    """The range of anchors of pages [BLOCK]."""
+    first_row = tl.load(pv_offsets_ptr + page, mask=mask, other=0)
+    last_row = tl.load(pv_offsets_ptr + page + 1, mask=mask, other=0)
+    return rank_before(anchor_rank_ptr, first_row), rank_before(anchor_rank_ptr, last_row)
+
+
+@kernel
+def pack_blocks(
+    source_ptr,
+    index_ptr,
+    pv_offsets_ptr,
+    history_offsets_ptr,
+    history_page_ptr,
+    anchor_list_ptr,
+    anchor_rank_ptr,
+    pv_index_ptr,
+    column_rank_ptr,
+    unit_page_ptr,
+    page_place_ptr,
+    packed_count_ptr,
+    c_ptr,  # [blocks * SLOTS, BLOCK_D] unit rows
+    gram_ptr,  # [blocks, SLOTS, SLOTS] within pages
+    # [blocks * SLOTS] log2 |C|, the page's largest subtracted; 0 of zero rows, -inf in empty slots
+    slot_log_ptr,
+    # [blocks * SLOTS] |C|; of a zero row minus the page's largest, 0 where all are zero
+    slot_length_ptr,
+    slot_row_ptr,  # [blocks * SLOTS] history rows, -1 in empty slots
+    unit_poison_ptr,  # [blocks * UNITS] NaN where the page's history is not finite, else 0
+    unit_column_ptr,  # [SIDE, blocks * UNITS] columns of the page's anchors, -1 for none
+    block_group_ptr,  # [blocks] units of each of its pages
+    block_most_ptr,  # [blocks] anchors of a page, at most
+    units,
+    D: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    MERGED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Unit rows of a block's history side by side, the products of each page's with each other, and
+    its anchors' columns."""
+    block = tl.program_id(0)
+    if block >= tl.load(packed_count_ptr):
+        return
+    slot = block * SLOTS + tl.arange(0, SLOTS)
+    page = tl.load(unit_page_ptr + slot // SPAN)
+    there = page >= 0
+    place = tl.load(page_place_ptr + page, mask=there, other=0)
+    row = tl.load(history_offsets_ptr + page, mask=there, other=0) + slot - place * SPAN
+    real = there & (row < tl.load(history_offsets_ptr + page + 1, mask=there, other=0))
+    real = real & (tl.load(history_page_ptr + row, mask=real, other=-1) == page)
+    c = load_rows(source_ptr, index_ptr, row, real, D, BLOCK_D, HAS_INDEX)
+    wide = c.to(tl.float32)
+    length = tl.sqrt(tl.sum(wide * wide, axis=1))
+    finite = length < float("inf")
+    # Zeros in place of what is not finite: it must not reach the other pages of the block.
+    unit = tl.where(finite[:, None], wide * unit_scale(length)[:, None], 0.0)
+    unit = unit.to(c_ptr.dtype.element_ty)
+    same = there[:, None] & (page[:, None] == page[None, :])
+    some = length > NORM_EPS
+    log = tl.where(real & finite & some, tl.log2(length), -float("inf"))
+    highest = tl.max(tl.where(same, log[None, :], -float("inf")), axis=1)
+    log -= tl.where(highest == -float("inf"), 0.0, highest)
+    # A zero row adds nothing to any sum, whatever its weight; but that weight is its gradient's as
+    # a value.
+    nothing = real & finite & (some == 0)
+    log = tl.where(nothing, 0.0, log)
+    length = tl.where(nothing, -tl.exp2(highest), length)
+    gram = tl.dot(unit, tl.trans(unit), input_precision=PRECISION)
+    gram = tl.where(same, gram, 0.0)
+    dims = tl.arange(0, BLOCK_D)
+    other = tl.arange(0, SLOTS)
+    tl.store(c_ptr + slot.to(tl.int64)[:, None] * BLOCK_D + dims[None, :], unit)
+    where = slot.to(tl.int64)[:, None] * SLOTS + other[None, :]
+    tl.store(gram_ptr + where, gram.to(gram_ptr.dtype.element_ty))
+    tl.store(slot_log_ptr + slot, log)
+    tl.store(slot_length_ptr + slot, length)
+    tl.store(slot_row_ptr + slot, tl.where(real, row, -1))
+    bad = tl.max(tl.where(same & (real & (finite == 0))[None, :], 1, 0), axis=1)
+    poison = tl.where(bad > 0, float("nan"), 0.0)
+    tl.store(unit_poison_ptr + slot // SPAN, poison, mask=slot % SPAN == 0)
+    units_here = block * UNITS + tl.arange(0, UNITS)
+    page = tl.load(unit_page_ptr + units_here)
+    there = page >= 0
+    first, last = anchors_of(pv_offsets_ptr, anchor_rank_ptr, page, there)
+    for side in tl.static_range(SIDE):
+        has = there & (first + side < last)
+        item = tl.load(anchor_list_ptr + first + side, mask=has, other=0)
+        if MERGED:
+            item = tl.load(pv_index_ptr + item, mask=has, other=0).to(tl.int32)
+        column = tl.load(column_rank_ptr + item, mask=has, other=0) - 1
+        tl.store(unit_column_ptr + side * units + units_here, column)
+    tl.store(block_most_ptr + block, tl.max(last - first, axis=0))
+    of_first = page == tl.load(unit_page_ptr + block * UNITS)
+    tl.store(block_group_ptr + block, tl.sum(of_first.to(tl.int32), axis=0))
+
+
+@kernel
+def unit_columns(
+    source_ptr,
+    index_ptr,
+    list_ptr,
+    count_ptr,
+    e_ptr,  # [columns, BLOCK_D]; zeros up to the end of a tile of PADDING
+    length_ptr,  # [columns]
+    D: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Unit rows of the candidates, and their lengths."""
+    column = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    count = tl.load(count_ptr)
+    inside = column < count
+    position = tl.load(list_ptr + column, mask=inside, other=0)
+    e = load_rows(source_ptr, index_ptr, position, inside, D, BLOCK_D, HAS_INDEX).to(tl.float32)
+    length = tl.sqrt(tl.sum(e * e, axis=1))
+    e = (e * unit_scale(length)[:, None]).to(e_ptr.dtype.element_ty)
+    dims = tl.arange(0, BLOCK_D)
+    where = column.to(tl.int64)[:, None] * BLOCK_D + dims[None, :]
+    tl.store(e_ptr + where, e, mask=(column < tl.cdiv(count, PADDING) * PADDING)[:, None])
+    tl.store(length_ptr + column, length, mask=inside)
+
+
+@triton.jit
+def among_page(
+    other,
+    first,
+    last,
+    valid,
+    own_id,
+    anchor_id_ptr,
+    MERGED: tl.constexpr,
+):
+    """Whether anchor `other` of a page is a candidate of another of its anchors: another item, each
+    counted once."""
+    has = valid & (other < last)
+    id = tl.load(anchor_id_ptr + other, mask=has, other=0)
+    counts = has & (id != own_id)
+    if MERGED:
+        for side in tl.static_range(SIDE):
+            earlier = first + side
+            again = tl.load(anchor_id_ptr + earlier, mask=has & (earlier < other), other=0) == id
+            counts = counts & ((again & (earlier < other)) == 0)
+    return counts
+
+
+class Own(NamedTuple):
+    """What the scores of anchors' items on their own pages are made of."""
+
+    positive: Any  # [capacity, 2]
+    list: Any  # [capacity]
+    log_q: Any  # [N], or None
+    pv_index: Any  # [N], None where no columns are merged
+    item_count: Any  # [n]
+
+
+@triton.jit
+def own_score(i, valid, scale, own):
+    """Score of anchors' items on their own pages in powers of two, and what it is as a candidate:
+    log2 of how often more."""
+    score = tl.load(own.positive + i.to(tl.int64) * 2, mask=valid, other=0.0) * scale
+    row = tl.load(own.list + i, mask=valid, other=0)
+    if own.log_q is not None:
+        score -= tl.load(own.log_q + row, mask=valid, other=0.0) * LOG2E
+    often = score * 0.0
+    if own.pv_index is not None:
+        item = tl.load(own.pv_index + row, mask=valid, other=0)
+        often = tl.log2(tl.load(own.item_count + item, mask=valid, other=1).to(tl.float32))
+    return score, score + often
+
+
+@kernel
+def merge_packed(
+    pv_offsets_ptr,
+    anchor_rank_ptr,
+    anchor_list_ptr,
+    anchor_page_ptr,
+    anchor_id_ptr,
+    count_ptr,
+    page_place_ptr,
+    positive_ptr,
+    log_q_ptr,
+    pv_index_ptr,
+    item_count_ptr,
+    packed_top_ptr,  # [packed_parts, units]
+    packed_total_ptr,
+    top_ptr,  # [capacity]
+    total_ptr,
+    units,
+    packed_parts,
+    tau,
+    TAU_IS_TENSOR: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_LOG_Q: tl.constexpr,
+    MERGED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(max, sum) of an anchor of a packed page: of the page's parts and its other anchors."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = i < tl.load(count_ptr)
+    page = tl.load(anchor_page_ptr + i, mask=valid, other=0)
+    place = tl.load(page_place_ptr + page, mask=valid, other=-1)
+    valid = valid & (place >= 0)
+    scale = score_scale(tau, TAU_IS_TENSOR)
+    own = Own(
+        positive_ptr,
+        anchor_list_ptr,
+        log_q_ptr if HAS_LOG_Q else None,
+        pv_index_ptr if MERGED else None,
+        item_count_ptr,
+    )
+    top = tl.full([BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in range(packed_parts):
+        where = part * units.to(tl.int64) + place
+        part_top = tl.load(packed_top_ptr + where, mask=valid, other=-float("inf"))
+        part_total = tl.load(packed_total_ptr + where, mask=valid, other=0.0)
+        top, total = add_in(top, total, part_top, part_total)
+    first, last = anchors_of(pv_offsets_ptr, anchor_rank_ptr, page, valid)
+    own_id = tl.load(anchor_id_ptr + i, mask=valid, other=0)
+    if MASK != MASK_OTHER_PAGES:
+        for side in tl.static_range(SIDE):
+            other = first + side
+            counts = among_page(other, first, last, valid, own_id, anchor_id_ptr, MERGED)
+            _score, t = own_score(other, counts, scale, own)
+            t = tl.where(counts, t, -float("inf"))
+            top, total = add_in(top, total, t, tl.where(counts, 1.0, 0.0))
+    tl.store(top_ptr + i, top, mask=valid)
+    tl.store(total_ptr + i, total, mask=valid)
+
+
+@kernel
+def page_weights(
+    pv_offsets_ptr,
+    history_offsets_ptr,
+    anchor_rank_ptr,
+    anchor_list_ptr,
+    anchor_page_ptr,
+    anchor_id_ptr,
+    count_ptr,
+    page_place_ptr,
+    positive_ptr,
+    log_q_ptr,
+    pv_index_ptr,
+    item_count_ptr,
+    lse_ptr,
+    miss_ptr,
+    g_ptr,
+    unit_lse_ptr,  # [units] the smallest of the page's anchors
+    unit_weight_ptr,  # [units] sum of g_i 2^(that - lse_i)
+    unit_own_ptr,  # [SIDE, units] dL/ds of the anchors' own columns
+    units,
+    tau,
+    TAU_IS_TENSOR: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_LOG_Q: tl.constexpr,
+    MERGED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What the gradient of a page's scores needs: dL/ds_bj = weight 2^(t - lse) of all but its
+    anchors' own columns."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = i < tl.load(count_ptr)
+    page = tl.load(anchor_page_ptr + i, mask=valid, other=0)
+    place = tl.load(page_place_ptr + page, mask=valid, other=-1)
+    valid = valid & (place >= 0)
+    scale = score_scale(tau, TAU_IS_TENSOR)
+    first, last = anchors_of(pv_offsets_ptr, anchor_rank_ptr, page, valid)
+    own_id = tl.load(anchor_id_ptr + i, mask=valid, other=0)
+    own_of = Own(
+        positive_ptr,
+        anchor_list_ptr,
+        log_q_ptr if HAS_LOG_Q else None,
+        pv_index_ptr if MERGED else None,
+        item_count_ptr,
+    )
+    _score, t = own_score(i, valid, scale, own_of)
+    own = -tl.load(g_ptr + i, mask=valid, other=0.0) * tl.load(miss_ptr + i, mask=valid, other=0.0)
+    # The first anchor of an item stands for its column.
+    stands = valid
+    if MERGED:
+        for side in tl.static_range(SIDE):
+            earlier = valid & (first + side < i)
+            again = tl.load(anchor_id_ptr + first + side, mask=earlier, other=0) == own_id
+            stands = stands & ((earlier & again) == 0)
+    lowest = tl.full([BLOCK], float("inf"), tl.float32)
+    for side in tl.static_range(SIDE):
+        other = first + side
+        has = valid & (other < last)
+        g = tl.load(g_ptr + other, mask=has, other=0.0)
+        lse = tl.load(lse_ptr + other, mask=has, other=0.0)
+        lowest = tl.minimum(lowest, tl.where(has & (g != 0.0), lse, float("inf")))
+    weight = tl.zeros([BLOCK], tl.float32)
+    for side in tl.static_range(SIDE):
+        other = first + side
+        has = valid & (other < last)
+        g = tl.load(g_ptr + other, mask=has, other=0.0)
+        lse = tl.load(lse_ptr + other, mask=has, other=0.0)
+        # A row without weight has no share, also where its log-sum-exp is over nothing.
+        has = has & (g != 0.0)
+        weight += tl.where(has, g * tl.exp2(lowest - lse), 0.0)
+        id = tl.load(anchor_id_ptr + other, mask=has, other=0)
+        if MASK != MASK_OTHER_PAGES:
+            own += tl.where(has & stands & (id != own_id), g * tl.exp2(t - lse), 0.0)
+    begin = tl.load(history_offsets_ptr + page, mask=valid, other=0)
+    end = tl.load(history_offsets_ptr + page + 1, mask=valid, other=0)
+    size = exponent_of(end - begin)
+    side_of = i - first
+    for unit in tl.static_range(UNITS):
+        is_first = valid & ((unit >> size) == 0) & (side_of == 0)
+        tl.store(unit_lse_ptr + place + unit, lowest, mask=is_first)
+        tl.store(unit_weight_ptr + place + unit, weight, mask=is_first)
+        tl.store(
+            unit_own_ptr + side_of * units + place + unit, own, mask=valid & ((unit >> size) == 0)
+        )

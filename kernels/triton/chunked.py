@@ -1,0 +1,328 @@
+"""Triton: the contrast as three products over chunks of rows, where an accumulator of D columns
+does not fit in registers or float32 products must be exact. P = 2^(t - shift) of one chunk is
+stored, in a workspace of bounded size, and used twice: P e for the gradient of r, and P^T r for
+that of e.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import LOG2E, kernel, score_scale
+from .contrast import (
+    MASK_OTHER_PAGES,
+    MASK_PAGE,
+    MASK_SEQUENCE,
+    MASK_SEQUENCE_IDS,
+    add_in,
+    candidate_mask,
+)
+
+
+@kernel(aligned=("p_stride",))
+def scores(
+    x_ptr,  # [x capacity, STRIDE] unit rows
+    y_ptr,  # [y capacity, STRIDE] unit rows
+    x_count_ptr,
+    y_count_ptr,
+    x_id_ptr,
+    y_id_ptr,
+    x_page_ptr,
+    y_page_ptr,
+    y_offset_ptr,
+    x_rank_score_ptr,
+    x_list_ptr,
+    log_q_ptr,
+    shift_ptr,  # [x capacity]: the log-sum-exp, with NORMALISED
+    p_ptr,  # [chunk_rows, p_stride]
+    part_top_ptr,  # [column tiles, chunk_rows]
+    part_total_ptr,
+    part_above_ptr,
+    tau,
+    lift,
+    first_row,
+    chunk_rows,
+    p_stride,
+    STRIDE: tl.constexpr,
+    TAU_IS_TENSOR: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_Y_OFFSET: tl.constexpr,
+    Y_OFFSET_IS_COUNT: tl.constexpr,
+    HAS_RANK_LOG_Q: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    ONLINE: tl.constexpr,
+    STORE: tl.constexpr,
+    SUMS: tl.constexpr,
+    NEED_RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """P_ij = 2^(t_ij - shift_i) of one tile, and per row its maximum, its sum and how many columns
+    score above the positive."""
+    tiles_m = tl.cdiv(chunk_rows, BLOCK_M)
+    tile_n = tl.program_id(0) // tiles_m
+    local = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    x_place = first_row + local
+    y_place = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_count = tl.load(x_count_ptr)
+    y_count = tl.load(y_count_ptr)
+    if (first_row + (tl.program_id(0) % tiles_m) * BLOCK_M >= x_count) | (
+        tile_n * BLOCK_N >= y_count
+    ):
+        return
+    scale = score_scale(tau, TAU_IS_TENSOR)
+    x_valid = (x_place < x_count) & (local < chunk_rows)
+    y_valid = y_place < y_count
+    dims = tl.arange(0, BLOCK_K)
+    t = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # Past the last row, the last row again: no mask in the loop, and what comes of it is not used.
+    x_row = x_ptr + tl.minimum(x_place, x_count - 1).to(tl.int64)[:, None] * STRIDE
+    y_row = y_ptr + tl.minimum(y_place, y_count - 1).to(tl.int64)[:, None] * STRIDE
+    for start in range(0, STRIDE, BLOCK_K):
+        x = tl.load(x_row + start + dims[None, :])
+        y = tl.load(y_row + start + dims[None, :])
+        t = tl.dot(x, tl.trans(y), t, input_precision=PRECISION)
+    t = t * scale
+
+    x_id = x_place
+    y_id = y_place
+    x_page = x_place
+    y_page = y_place
+    if MASK != MASK_SEQUENCE:
+        x_id = tl.load(x_id_ptr + x_place, mask=x_valid, other=0)
+        y_id = tl.load(y_id_ptr + y_place, mask=y_valid, other=0)
+    if MASK == MASK_PAGE or MASK == MASK_OTHER_PAGES or MASK == MASK_SEQUENCE_IDS:
+        x_page = tl.load(x_page_ptr + x_place, mask=x_valid, other=-2)
+        y_page = tl.load(y_page_ptr + y_place, mask=y_valid, other=-1)
+    allowed = candidate_mask(x_id, y_id, x_page, y_page, x_place, y_place, MASK) & y_valid[None, :]
+    part = tile_n.to(tl.int64) * chunk_rows + local
+    if NEED_RANK:
+        near = tl.load(x_rank_score_ptr + x_place * 2 + 1, mask=x_valid, other=0.0) * scale
+        if HAS_RANK_LOG_Q:
+            position = tl.load(x_list_ptr + x_place, mask=x_valid, other=0)
+            near -= tl.load(log_q_ptr + position, mask=x_valid, other=0.0) * LOG2E
+        near += 1e-6 * scale
+    if HAS_Y_OFFSET:
+        y_offset = tl.load(y_offset_ptr + y_place, mask=y_valid, other=0.0)
+    if NEED_RANK:
+        if Y_OFFSET_IS_COUNT:
+            count = (tl.exp2(y_offset) + 0.5).to(tl.int32)
+            above = tl.sum(tl.where(allowed & (t > near[:, None]), count[None, :], 0), axis=1)
+        elif HAS_Y_OFFSET:
+            above = tl.sum((allowed & (t + y_offset[None, :] > near[:, None])).to(tl.int32), axis=1)
+        else:
+            above = tl.sum((allowed & (t > near[:, None])).to(tl.int32), axis=1)
+        tl.store(part_above_ptr + part, above, mask=x_valid)
+    if HAS_Y_OFFSET:
+        t += y_offset[None, :]
+    t = tl.where(allowed, t, -float("inf"))
+    if NORMALISED:
+        shift = tl.load(shift_ptr + x_place, mask=x_valid, other=0.0) - lift
+        shift = tl.where(shift == -float("inf"), 0.0, shift)
+    elif ONLINE:
+        shift = tl.max(t, axis=1)
+        shift = tl.where(shift == -float("inf"), 0.0, shift)
+    else:
+        shift = tl.zeros([BLOCK_M], tl.float32) + scale
+    p = tl.exp2(t - shift[:, None])
+    if SUMS:
+        tl.store(part_top_ptr + part, shift, mask=x_valid)
+        tl.store(part_total_ptr + part, tl.sum(p, axis=1), mask=x_valid)
+    if STORE:
+        tl.store(
+            p_ptr + local.to(tl.int64)[:, None] * p_stride + y_place[None, :],
+            p.to(p_ptr.dtype.element_ty),
+            mask=x_valid[:, None] & y_valid[None, :],
+        )
+
+
+@kernel
+def reduce_parts(
+    part_top_ptr,  # [column tiles, chunk_rows]
+    part_total_ptr,
+    part_above_ptr,
+    top_ptr,  # [x capacity]
+    total_ptr,
+    above_ptr,
+    x_count_ptr,
+    y_count_ptr,
+    first_row,
+    chunk_rows,
+    NEED_RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Maximum, sum and count of each row from those of its column tiles."""
+    local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = (local < chunk_rows) & (first_row + local < tl.load(x_count_ptr))
+    top = tl.full([BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    above = tl.zeros([BLOCK], tl.int32)
+    for tile in range(tl.cdiv(tl.load(y_count_ptr), BLOCK_N)):
+        part = tl.full([BLOCK], tile, tl.int64) * chunk_rows + local
+        part_top = tl.load(part_top_ptr + part, mask=valid, other=-float("inf"))
+        top, total = add_in(
+            top, total, part_top, tl.load(part_total_ptr + part, mask=valid, other=0.0)
+        )
+        if NEED_RANK:
+            above += tl.load(part_above_ptr + part, mask=valid, other=0)
+    tl.store(top_ptr + first_row + local, top, mask=valid)
+    tl.store(total_ptr + first_row + local, total, mask=valid)
+    if NEED_RANK:
+        tl.store(above_ptr + first_row + local, above, mask=valid)
+
+
+@kernel
+def scale_rows(
+    x_ptr,  # [x capacity, STRIDE]
+    g_ptr,  # [x capacity]
+    top_ptr,
+    lse_ptr,
+    out_ptr,  # [chunk_rows, STRIDE]
+    x_count_ptr,
+    first_row,
+    chunk_rows,
+    STRIDE: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """g_i 2^(shift_i - lse_i) r_i: what P^T is multiplied with; zeros past the last row."""
+    local = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = first_row + local
+    valid = (row < tl.load(x_count_ptr)) & (local < chunk_rows)
+    factor = tl.load(g_ptr + row, mask=valid, other=0.0)
+    if not NORMALISED:
+        top = tl.load(top_ptr + row, mask=valid, other=0.0)
+        factor *= tl.exp2(top - tl.load(lse_ptr + row, mask=valid, other=0.0))
+    # A row without weight has no share, also where its log-sum-exp is over nothing.
+    factor = tl.where(tl.load(g_ptr + row, mask=valid, other=0.0) == 0.0, 0.0, factor)
+    dims = tl.arange(0, BLOCK_D)
+    inside = (dims < STRIDE)[None, :]
+    x = tl.load(
+        x_ptr + row[:, None] * STRIDE + dims[None, :], mask=valid[:, None] & inside, other=0.0
+    )
+    scaled = x.to(tl.float32) * factor[:, None]
+    tl.store(
+        out_ptr + local[:, None] * STRIDE + dims[None, :],
+        scaled.to(out_ptr.dtype.element_ty),
+        mask=(local < chunk_rows)[:, None] & inside,
+    )
+
+
+@triton.jit
+def load_columns(ptr, row, column, STRIDE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Some columns of some rows, zeros beyond the last column."""
+    where = ptr + row[:, None] * STRIDE + column[None, :]
+    if STRIDE % BLOCK_N == 0:
+        return tl.load(where)
+    else:
+        return tl.load(where, mask=(column < STRIDE)[None, :], other=0.0)
+
+
+@kernel(aligned=("p_stride",))
+def product(
+    p_ptr,  # [chunk_rows, p_stride]
+    y_ptr,  # [y capacity, STRIDE]
+    x_count_ptr,
+    y_count_ptr,
+    out_ptr,  # [x capacity, STRIDE]
+    first_row,
+    chunk_rows,
+    p_stride,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(P e)_i = sum_j P_ij e_j for the rows of one chunk."""
+    tiles_n: tl.constexpr = (STRIDE + BLOCK_N - 1) // BLOCK_N
+    tile_m = tl.program_id(0) // tiles_n
+    if first_row + tile_m * BLOCK_M >= tl.load(x_count_ptr):
+        return
+    local = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = (local < chunk_rows) & (first_row + local < tl.load(x_count_ptr))
+    column = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    y_count = tl.load(y_count_ptr)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # Rows past the last one hold anything, and so do their sums, which are not stored.
+    p_row = p_ptr + local.to(tl.int64)[:, None] * p_stride
+    whole = y_count // BLOCK_K * BLOCK_K
+    for start in range(0, whole, BLOCK_K):
+        place = start + inner
+        p = tl.load(p_row + place[None, :])
+        y = load_columns(y_ptr, place.to(tl.int64), column, STRIDE, BLOCK_N)
+        acc = tl.dot(p, y, acc, input_precision=PRECISION)
+    if whole < y_count:
+        place = whole + inner
+        inside = place < y_count
+        p = tl.load(p_row + place[None, :], mask=inside[None, :], other=0.0)
+        y = load_columns(
+            y_ptr, tl.minimum(place, y_count - 1).to(tl.int64), column, STRIDE, BLOCK_N
+        )
+        acc = tl.dot(p, y, acc, input_precision=PRECISION)
+    tl.store(
+        out_ptr + (first_row + local).to(tl.int64)[:, None] * STRIDE + column[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=valid[:, None] & (column < STRIDE)[None, :],
+    )
+
+
+@kernel(aligned=("p_stride",))
+def transposed_product(
+    p_ptr,  # [chunk_rows, p_stride]
+    x_ptr,  # [chunk_rows, STRIDE] scaled rows
+    x_count_ptr,
+    y_count_ptr,
+    out_ptr,  # [y capacity, STRIDE] float32
+    first_row,
+    chunk_rows,
+    p_stride,
+    STRIDE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(P^T x)_j = sum_i P_ij x_i over the rows of one chunk, added in float32 to those of the
+    chunks before."""
+    tiles_n: tl.constexpr = (STRIDE + BLOCK_N - 1) // BLOCK_N
+    x_rows = tl.minimum(tl.load(x_count_ptr) - first_row, chunk_rows)
+    y_count = tl.load(y_count_ptr)
+    tile_m = tl.program_id(0) // tiles_n
+    if tile_m * BLOCK_M >= y_count:
+        return
+    if ACCUMULATE:
+        if x_rows <= 0:
+            return
+    y_place = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    y_valid = y_place < y_count
+    column = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    out = out_ptr + y_place.to(tl.int64)[:, None] * STRIDE + column[None, :]
+    mask = y_valid[:, None] & (column < STRIDE)[None, :]
+    if ACCUMULATE:
+        acc = tl.load(out, mask=mask, other=0.0)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # Columns past the last one hold anything, up to the end of the tile: their sums are not stored.
+    p_column = p_ptr + y_place[None, :]
+    whole = x_rows // BLOCK_K * BLOCK_K
+    for start in range(0, whole, BLOCK_K):
+        row = (start + inner).to(tl.int64)
+        p = tl.load(p_column + row[:, None] * p_stride)
+        x = load_columns(x_ptr, row, column, STRIDE, BLOCK_N)
+        acc = tl.dot(tl.trans(p), x, acc, input_precision=PRECISION)
+    if whole < x_rows:
+        row = (whole + inner).to(tl.int64)
+        inside = row < x_rows
+        p = tl.load(p_column + row[:, None] * p_stride, mask=inside[:, None], other=0.0)
+        x = load_columns(x_ptr, tl.minimum(row, x_rows - 1), column, STRIDE, BLOCK_N)
+        acc = tl.dot(tl.trans(p), x, acc, input_precision=PRECISION)
+    tl.store(out, acc, mask=mask)

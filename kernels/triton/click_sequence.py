@@ -1,0 +1,232 @@
+"""Triton: positives, losses and gradients of the click-sequence loss; its log-sum-exps come from
+contrast.py."""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from .attention import load_rows
+from .common import LN2, kernel, normalize_backward, score_scale, unit_scale
+from .epilogue import Parts, PassTiles, pass_rows
+
+
+@kernel
+def page_mean(
+    unit_ptr,  # [capacity, STRIDE] unit rows of the real history
+    id_ptr,
+    page_ptr,
+    count_ptr,
+    history_offsets_ptr,
+    rank_ptr,  # prefix sums of the real rows, None without padding inside the offsets
+    factor_ptr,  # [capacity] factor of each summed row
+    mean_ptr,  # [capacity, STRIDE] float32
+    number_ptr,  # [capacity]
+    cosine_ptr,  # [capacity]
+    STRIDE: tl.constexpr,
+    HAS_ID: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(1/|pos(k)|) sum_{p in pos(k)} c_p, |pos(k)|, and the product with c_k;
+    TRANSPOSED: sum_{p in pos(k)} f_p c_p."""
+    start = tl.program_id(0) * BLOCK_M
+    count = tl.load(count_ptr)
+    if start >= count:
+        return
+    dims = tl.arange(0, BLOCK_D)
+    row = start + tl.arange(0, BLOCK_M)
+    valid = row < count
+    page = tl.load(page_ptr + row, mask=valid, other=-2)
+    first = tl.load(page_ptr + start)
+    last = tl.load(page_ptr + tl.minimum(start + BLOCK_M, count) - 1)
+    low = tl.load(history_offsets_ptr + first)
+    high = tl.load(history_offsets_ptr + last + 1)
+    low = tl.load(rank_ptr + low - 1, mask=low > 0, other=0)
+    high = tl.load(rank_ptr + high - 1, mask=high > 0, other=0)
+    row_id = tl.load(id_ptr + row, mask=valid, other=0)
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    number = tl.zeros([BLOCK_M], tl.float32)
+    for block in range(low, high, BLOCK_H):
+        other = block + tl.arange(0, BLOCK_H)
+        inside = other < high
+        other_page = tl.load(page_ptr + other, mask=inside, other=-1)
+        positive = (page[:, None] == other_page[None, :]) & (row[:, None] != other[None, :])
+        if HAS_ID:
+            other_id = tl.load(id_ptr + other, mask=inside, other=0)
+            positive = positive & (row_id[:, None] != other_id[None, :])
+        weight = tl.where(positive, 1.0, 0.0)
+        number += tl.sum(weight, axis=1)
+        c = tl.load(
+            unit_ptr + other.to(tl.int64)[:, None] * STRIDE + dims[None, :],
+            mask=inside[:, None] & (dims < STRIDE)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        if TRANSPOSED:
+            c = c * tl.load(factor_ptr + other, mask=inside, other=0.0)[:, None]
+        total += tl.dot(weight, c, input_precision=PRECISION)
+    if not TRANSPOSED:
+        total = total / tl.where(number > 0, number, 1.0)[:, None]
+        own = tl.load(
+            unit_ptr + row.to(tl.int64)[:, None] * STRIDE + dims[None, :],
+            mask=valid[:, None] & (dims < STRIDE)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        tl.store(number_ptr + row, number, mask=valid)
+        tl.store(cosine_ptr + row, tl.sum(own * total, axis=1), mask=valid)
+    tl.store(
+        mean_ptr + row.to(tl.int64)[:, None] * STRIDE + dims[None, :],
+        total,
+        mask=valid[:, None] & (dims < STRIDE)[None, :],
+    )
+
+
+@kernel
+def sequence_losses(
+    lse_ptr,
+    cosine_ptr,
+    number_ptr,
+    list_ptr,
+    count_ptr,
+    loss_ptr,  # 0-d
+    anchors_ptr,  # 0-d: what the sum was divided by
+    item_loss_ptr,  # [K]
+    tau,
+    TAU_IS_TENSOR: tl.constexpr,
+    MEAN: tl.constexpr,
+    ITEMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Mean over anchors k (rows with a positive) of logsumexp_l s_kl - mean_p s_kp; one program."""
+    count = tl.load(count_ptr)
+    inverse_tau = score_scale(tau, TAU_IS_TENSOR) * LN2
+    losses = tl.zeros([BLOCK], tl.float32)
+    anchors = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, count, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        anchor = tl.load(number_ptr + row, mask=row < count, other=0.0) > 0
+        loss = tl.load(lse_ptr + row, mask=anchor, other=0.0) * LN2
+        loss -= tl.load(cosine_ptr + row, mask=anchor, other=0.0) * inverse_tau
+        losses += loss
+        anchors += tl.where(anchor, 1.0, 0.0)
+        if ITEMS:
+            position = tl.load(list_ptr + row, mask=anchor, other=0)
+            tl.store(item_loss_ptr + position, loss, mask=anchor)
+    divisor = 1.0
+    if MEAN:
+        number = tl.sum(anchors, axis=0)
+        divisor = tl.where(number > 0, number, 1.0)
+    tl.store(anchors_ptr, divisor)
+    tl.store(loss_ptr, tl.sum(losses, axis=0) / divisor)
+
+
+@kernel
+def sequence_row_gradients(
+    upstream_ptr,
+    upstream_stride,
+    anchors_ptr,
+    number_ptr,
+    lse_ptr,
+    list_ptr,
+    count_ptr,
+    g_ptr,
+    offset_ptr,
+    factor_ptr,
+    rows,
+    lift,
+    PER_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """g_k of each anchor, its offset in the transposed pass, and g_k / |pos(k)|; zeros where k is
+    no anchor."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = row < tl.load(count_ptr)
+    number = tl.load(number_ptr + row, mask=valid, other=0.0)
+    anchor = number > 0
+    if PER_ROW:
+        position = tl.load(list_ptr + row, mask=anchor, other=0)
+        g = tl.load(upstream_ptr + position.to(tl.int64) * upstream_stride, mask=anchor, other=0.0)
+    else:
+        g = tl.where(anchor, tl.load(upstream_ptr) / tl.load(anchors_ptr), 0.0)
+    tl.store(g_ptr + row, g, mask=row < rows)
+    tl.store(factor_ptr + row, g / tl.where(anchor, number, 1.0), mask=row < rows)
+    # A row without candidates has no finite log-sum-exp; its g is 0 and so must be its products.
+    lse = tl.load(lse_ptr + row, mask=anchor, other=0.0)
+    tl.store(offset_ptr + row, tl.where(anchor, lift - lse, -float("inf")), mask=row < rows)
+
+
+@kernel
+def sequence_gradient(
+    list_ptr,
+    count_ptr,
+    source_ptr,
+    index_ptr,
+    g_ptr,
+    lse_ptr,
+    mean_ptr,  # [capacity, STRIDE] mean of each row's positives
+    pulled_ptr,  # [capacity, STRIDE] sum over the anchors that have the row as a positive
+    forward_acc_ptr,
+    forward_top_ptr,
+    transposed_acc_ptr,
+    transposed_factor_ptr,
+    upstream_ptr,  # 0-d
+    anchors_ptr,  # 0-d
+    out_ptr,  # [K, D], zeroed
+    tau_part_ptr,
+    slots,
+    transposed_slots,
+    programs,
+    transposed_programs,
+    tau,
+    TAU_IS_TENSOR: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    STREAM: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TRANSPOSED_M: tl.constexpr,
+    TRANSPOSED_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dL/dC_k, as an anchor: g_k/tau (sum_l p_kl c_l - mean of its positives), and as everyone's
+    candidate and positive."""
+    dims = tl.arange(0, BLOCK_D)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    count = tl.load(count_ptr)
+    valid = row < count
+    position = tl.load(list_ptr + row, mask=valid, other=0)
+    inverse_tau = score_scale(tau, TAU_IS_TENSOR) * LN2
+    g = tl.load(g_ptr + row, mask=valid, other=0.0)
+    anchor = valid & (g != 0.0)
+    where = row[:, None] * STRIDE + dims[None, :]
+    mask = valid[:, None] & (dims < STRIDE)[None, :]
+    ahead = Parts(forward_acc_ptr, count_ptr, count_ptr, slots, programs, forward_top_ptr, lse_ptr)
+    ahead_how: tl.constexpr = PassTiles(STREAM, STRIDE, TILE_M, TILE_N, BLOCK_D)
+    as_anchor = pass_rows(ahead, row, anchor, ahead_how)
+    as_anchor = (
+        g[:, None] * (as_anchor - tl.load(mean_ptr + where, mask=mask, other=0.0)) * inverse_tau
+    )
+    back = Parts(transposed_acc_ptr, count_ptr, count_ptr, transposed_slots, transposed_programs)
+    back_how: tl.constexpr = PassTiles(STREAM, STRIDE, TRANSPOSED_M, TRANSPOSED_N, BLOCK_D)
+    others = pass_rows(back, row, valid, back_how)
+    if HAS_FACTOR:
+        others *= tl.load(transposed_factor_ptr)
+    elif UNIFORM:
+        others *= tl.load(upstream_ptr) / tl.load(anchors_ptr)
+    others = (others - tl.load(pulled_ptr + where, mask=mask, other=0.0)) * inverse_tau
+    c = load_rows(source_ptr, index_ptr, position, valid, D, BLOCK_D, HAS_INDEX).to(tl.float32)
+    norm = tl.sqrt(tl.sum(c * c, axis=1))
+    unit = c * unit_scale(norm)[:, None]
+    tl.store(tau_part_ptr + tl.program_id(0), tl.sum(tl.sum(as_anchor * unit, axis=1), axis=0))
+    result = normalize_backward(as_anchor + others, unit, norm)
+    tl.store(
+        out_ptr + position.to(tl.int64)[:, None] * D + dims[None, :],
+        result.to(out_ptr.dtype.element_ty),
+        mask=valid[:, None] & (dims < D)[None, :],
+    )

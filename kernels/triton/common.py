@@ -1,0 +1,190 @@
+"""Helpers shared by the Triton kernels.
+
+What several device functions need travels as a NamedTuple, made in the kernel from its plain
+arguments: one of tensors and pointers, None where there is nothing; or one of constants, which is
+assigned with `: tl.constexpr` and passed so, because Triton makes tensors of the constants in any
+other one. Up to Triton 3.6 a tuple that holds None cannot itself be compared with None.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from . import tiles
+
+# Vectors no longer than this count as zero: cosine 0, gradient 0.
+NORM_EPS = tl.constexpr(1e-12)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# A fixed shift of 1/tau replaces the running maximum where exp(-2/tau) is far from float32's
+# smallest number.
+SMALLEST_FIXED_TAU = 0.05
+
+
+# Addresses of one number among others, or of a row of a table: whether they are multiples of 16
+# bytes says nothing.
+_ANYWHERE = ("count_ptr", "rank_ptr", "reconstructed_rank_ptr", "y_rank_ptr")
+
+
+def kernel(
+    fn: Callable[..., Any] | None = None,
+    *,
+    aligned: tuple[str, ...] = (),
+    registers: int | None = None,
+) -> Any:
+    """A kernel that is launched: one compilation for any size.
+
+    Triton would make a constant of an integer argument of 1, which has no methods, and compile anew
+    for sizes that are multiples of 16; where that decides how wide loads are, the argument is named
+    in `aligned`. Whether a product and a sum are rounded once is said here, because Triton's
+    default changes. `registers` of a thread, as of a `configs.Tile`.
+    """
+    if fn is None:
+        return functools.partial(kernel, aligned=aligned, registers=registers)
+    plain = [
+        p.name
+        for p in inspect.signature(fn).parameters.values()
+        if "constexpr" not in str(p.annotation)
+        and p.name not in aligned
+        and (p.name[-4:] != "_ptr" or p.name in _ANYWHERE)
+    ]
+    compiled = triton.jit(fn, do_not_specialize=plain)
+    if isinstance(compiled, triton.JITFunction):  # not in the interpreter
+        compiled.run = functools.partial(compiled.run, enable_fp_fusion=True, maxnreg=registers)
+    return compiled
+
+
+_INTERPRETED = tl.constexpr(tiles.interpreted())
+
+
+@triton.jit
+def exp2_flushed(x):
+    """2^x, 0 below float32's smallest normal number: what brings subnormal numbers about takes as
+    long again."""
+    if _INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def rsqrt_flushed(x):
+    """1 / sqrt(x) of a normal number."""
+    if _INTERPRETED:
+        return tl.rsqrt(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "rsqrt.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def page_of(offsets_ptr, row, pages, steps):
+    """Page of each row: the last b with offsets[b] <= row; `pages` at or past the last offset."""
+    low = tl.zeros_like(row)
+    high = low + pages + 1
+    for _ in range(steps):
+        middle = (low + high) // 2
+        open_ = low < high
+        offset = tl.load(offsets_ptr + middle, mask=open_, other=0)
+        below = offset <= row
+        low = tl.where(open_ & below, middle + 1, low)
+        high = tl.where(open_ & (offset > row), middle, high)
+    return low - 1
+
+
+@triton.jit
+def rank_before(rank_ptr, row):
+    """Flagged rows among the first `row` ones, from the inclusive prefix sums."""
+    return tl.load(rank_ptr + row - 1, mask=row > 0, other=0)
+
+
+@triton.jit
+def source_row(index_ptr, row, mask, HAS_INDEX: tl.constexpr):
+    """Row of the source tensor as int64: through the table index, if there is one."""
+    if HAS_INDEX:
+        return tl.load(index_ptr + row, mask=mask, other=0).to(tl.int64)
+    else:
+        return row.to(tl.int64)
+
+
+@triton.jit
+def score_scale(tau, TAU_IS_TENSOR: tl.constexpr):
+    """log2(e) / tau, the factor from a cosine to a score in powers of two, rounded once.
+
+    A temperature in device memory is read there; a float one comes as the finished factor.
+    """
+    if TAU_IS_TENSOR:
+        return (1.0 / tl.load(tau).to(tl.float64) * LOG2E).to(tl.float32)
+    else:
+        return tau
+
+
+@triton.jit
+def unit_scale(norm):
+    """1 / norm, 0 for a zero vector; NaN stays NaN so that it shows in the loss."""
+    return tl.where(norm <= NORM_EPS, 0.0, 1.0 / norm)
+
+
+@triton.jit
+def schedule(
+    count,
+    other_count,
+    slots,
+    programs,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STREAM: tl.constexpr,
+):
+    """How a contrast pass is divided: (row tiles, column blocks of a tile, parts of a tile, blocks
+    of a share).
+
+    Either every tile has equally many parts, one a program, as many as keep `programs` of them at
+    work; the share is 0 then. Or, where that would leave programs idle, each has a share of all
+    blocks of all tiles that ends in the middle of a tile (stream-K). Computed from the counts in
+    device memory, by producer and consumer alike.
+    """
+    tiles = tl.maximum(tl.cdiv(count, BLOCK_M), 1)
+    blocks = tl.maximum(tl.cdiv(other_count, BLOCK_N), 1)
+    parts = tl.minimum(tl.maximum(programs // tiles, 1), blocks)
+    share = tiles * 0
+    if STREAM:
+        work = tiles * parts
+        idle = work * 10 < tl.cdiv(work, programs) * programs * 9
+        # A share of every tile's blocks: their number has to fit into 32 bits.
+        small = tiles.to(tl.int64) * blocks < 2147483647 - programs
+        if idle & small & (tiles + programs <= slots):
+            share = tl.cdiv(tiles * blocks, programs)
+    return tiles, blocks, parts, share
+
+
+@triton.jit
+def parts_of(tile, blocks, parts, share):
+    """(slot of the first part, number of parts) of a row tile."""
+    if share > 0:
+        first = tile * blocks // share
+        last = (tile * blocks + blocks - 1) // share
+        # A part is at the sum of its tile and its program: from one part to the next, at least one
+        # of the two grows.
+        slot = tile + first
+        number = last - first + 1
+    else:
+        slot = tile * parts
+        number = tile * 0 + parts
+    return slot, number
+
+
+@triton.jit
+def normalize_backward(grad, unit, norm):
+    """Gradient of x from that of x / |x|: (grad - (grad . unit) unit) / |x|."""
+    along = tl.sum(grad * unit, axis=1)
+    return (grad - along[:, None] * unit) * unit_scale(norm)[:, None]

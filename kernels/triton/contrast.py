@@ -1,0 +1,648 @@
+"""Triton: the contrast. One kernel serves the forward pass over the candidates of each anchor and
+the transposed pass over the anchors of each candidate; neither writes the similarity matrix.
+
+Scores are in powers of two: t_ij = log2(e) (cos_ij / tau + bias_j).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .common import (
+    LN2,
+    LOG2E,
+    SMALLEST_FIXED_TAU,
+    kernel,
+    parts_of,
+    rank_before,
+    schedule,
+    score_scale,
+)
+
+# Which candidates a row has, its positive always apart (`candidate_mask`).
+MASK_BATCH = tl.constexpr(0)
+MASK_PAGE = tl.constexpr(1)
+MASK_OTHER_PAGES = tl.constexpr(2)
+MASK_SEQUENCE = tl.constexpr(3)
+MASK_SEQUENCE_IDS = tl.constexpr(4)
+
+# A row's sum is kept in this many parts, one to each column of the smallest matrix instruction:
+# threads hold columns of their own and meet once, after the loop.
+SUM_PARTS = tl.constexpr(8)
+
+LARGEST_FIXED_SCALE = tl.constexpr(1 / (SMALLEST_FIXED_TAU * LN2.value))
+
+# From this dimension on one address moves along with the blocks, and their rows are at distances
+# from it; below, each row's is made of its number: 11 instructions fewer a step at 256, 15 more and
+# spills at 128 (Triton 3.6, sm_90).
+MOVED_DIM = tl.constexpr(256)
+
+
+@triton.jit
+def candidate_mask(x_id, y_id, x_page, y_page, x_place, y_place, MASK: tl.constexpr):
+    """Pairs [BLOCK_M, BLOCK_N] whose exp(s) counts. An item with the id of the row's item, itself
+    included, does not; in the click sequence only the row itself and its id's re-occurrences on
+    other pages do not."""
+    allowed = x_id[:, None] != y_id[None, :]
+    if MASK == MASK_SEQUENCE_IDS:
+        itself = x_place[:, None] == y_place[None, :]
+        allowed = allowed | ((x_page[:, None] == y_page[None, :]) & (itself == 0))
+    elif MASK == MASK_PAGE:
+        allowed = allowed & (x_page[:, None] == y_page[None, :])
+    elif MASK == MASK_OTHER_PAGES:
+        allowed = allowed & (x_page[:, None] != y_page[None, :])
+    return allowed
+
+
+@triton.jit
+def of_columns(ptr, place, end, TAIL: tl.constexpr):
+    """A value per column; 0 past the end, which only the last block reaches."""
+    if TAIL:
+        return tl.load(ptr + place, mask=place < end, other=0)
+    else:
+        return tl.load(ptr + place)
+
+
+class Columns(NamedTuple):
+    """The other side of a pass: pointers, None where there is nothing; the last two for masks by
+    page and the diagonal."""
+
+    unit: Any  # [capacity, BLOCK_D]
+    id: Any
+    page: Any
+    offset: Any  # [capacity], added to the scores
+    scale: Any  # [capacity], a factor of 2^t in the sum of rows alone
+    count: Any
+    rank: Any  # the prefix sums that made the list of columns
+    page_offsets: Any  # pv offsets [B + 1]
+
+
+class Rows(NamedTuple):
+    """This side of a pass, likewise."""
+
+    unit: Any
+    id: Any
+    page: Any
+    offset: Any
+    rank_score: Any  # [capacity, 2]
+    list: Any
+    log_q: Any
+    count: Any
+
+
+class RowTile(NamedTuple):
+    """A tile of rows, loaded."""
+
+    x: Any  # [BLOCK_M, BLOCK_D]
+    id: Any  # [BLOCK_M], as all that follows
+    page: Any
+    place: Any
+    offset: Any  # None where there is none, or only after the loop
+    rank_score: Any
+
+
+class Sums(NamedTuple):
+    """Where a part of a tile leaves its sums."""
+
+    acc: Any
+    top: Any
+    total: Any
+    above: Any
+
+
+class Constants(NamedTuple):
+    """What is constant in a pass: see `contrast`."""
+
+    MASK: Any
+    DIAGONAL: Any
+    X_OFFSET_AFTER: Any
+    Y_OFFSET_IS_COUNT: Any
+    Y_OFFSET_IS_LSE: Any
+    LIFT: Any
+    FIXED_SHIFT: Any
+    ONLINE: Any
+    NEED_SUM: Any
+    NEED_VALUES: Any
+    NEED_RANK: Any
+    TO_LIST: Any
+    BLOCK_M: Any
+    BLOCK_N: Any
+    BLOCK_D: Any
+    PRECISION: Any
+
+
+@triton.jit
+def block_mask(rows, y, place, end, TAIL: tl.constexpr, MASK: tl.constexpr):
+    """`candidate_mask` of a block of columns, which are loaded here."""
+    y_id = of_columns(y.id, place, end, TAIL)
+    y_page = place
+    if MASK == MASK_PAGE or MASK == MASK_OTHER_PAGES or MASK == MASK_SEQUENCE_IDS:
+        y_page = of_columns(y.page, place, end, TAIL)
+    allowed = candidate_mask(rows.id, y_id, rows.page, y_page, rows.place, place, MASK)
+    if TAIL:
+        allowed = allowed & (place < end)[None, :]
+    return allowed
+
+
+@triton.jit
+def contrast_step(
+    top,  # [BLOCK_M] running maximum
+    total,  # [BLOCK_M, SUM_PARTS]
+    acc,  # [BLOCK_M, BLOCK_D]
+    above,  # [BLOCK_M] int32
+    rows,
+    y,
+    block_ptr,  # of y's first row, or (MOVED_DIM) of the block's
+    start,
+    end,
+    own_first,
+    own_width,
+    scale,
+    TAIL: tl.constexpr,
+    how: tl.constexpr,
+):
+    """total += sum_j 2^(t_ij - top), acc += sum_j 2^(t_ij - top) y_j over one block of columns."""
+    place = start + tl.arange(0, how.BLOCK_N)
+    row = place if how.BLOCK_D < MOVED_DIM else tl.arange(0, how.BLOCK_N)
+    where = row.to(tl.int64)[:, None] * how.BLOCK_D + tl.arange(0, how.BLOCK_D)[None, :]
+    if TAIL:
+        block = tl.load(block_ptr + where, mask=(place < end)[:, None], other=0.0)
+    else:
+        block = tl.load(block_ptr + where)
+    t = tl.dot(rows.x, tl.trans(block), input_precision=how.PRECISION) * scale
+    if rows.offset is not None:
+        t += rows.offset[:, None]
+    if y.offset is not None:
+        y_offset = of_columns(y.offset, place, end, TAIL)
+        if how.FIXED_SHIFT:
+            # No score is above 1/tau: shift by it, in one instruction with the scale.
+            y_offset -= scale
+        if how.Y_OFFSET_IS_LSE:
+            if how.LIFT != 0.0:
+                y_offset -= how.LIFT
+            t -= y_offset[None, :]
+        else:
+            t += y_offset[None, :]
+    elif how.FIXED_SHIFT:
+        t -= scale
+    # The mask comes after the product: made before it, it would travel through registers.
+    if TAIL or not how.DIAGONAL:
+        allowed = block_mask(rows, y, place, end, TAIL, how.MASK)
+        t = tl.where(allowed, t, -float("inf"))
+    else:
+        # All threads agree: only blocks that hold items of this tile are masked. `near` is `place`,
+        # written so that no address of an id is kept up to date in the blocks that need none.
+        distance = (start - own_first).to(tl.uint32, bitcast=True)
+        if distance < own_width:
+            near = own_first.to(tl.int64) + distance.to(tl.int64) + tl.arange(0, how.BLOCK_N)
+            allowed = block_mask(rows, y, near, end, TAIL, how.MASK)
+            t = tl.where(allowed, t, -float("inf"))
+    if how.NEED_RANK:
+        # Exact ties are not above; the two sums of the same products may differ in their last bits.
+        bar = rows.rank_score + 1e-6 * scale
+        if how.FIXED_SHIFT:
+            bar -= scale
+        if how.Y_OFFSET_IS_COUNT:
+            bias = of_columns(y.offset, place, end, TAIL)
+            count = (tl.exp2(bias) + 0.5).to(tl.int32)
+            above += tl.sum(tl.where(t > bar[:, None] + bias[None, :], count[None, :], 0), axis=1)
+        else:
+            above += tl.sum((t > bar[:, None]).to(tl.int32), axis=1)
+    if how.ONLINE:
+        new_top = tl.maximum(top, tl.max(t, axis=1))
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        rescale = tl.exp2(top - shift)
+        p = tl.exp2(t - shift[:, None])
+        top = new_top
+        if how.NEED_SUM:
+            total = total * rescale[:, None]
+        if how.NEED_VALUES:
+            acc = acc * rescale[:, None]
+    else:
+        p = tl.exp2(t)
+    if how.NEED_SUM:
+        total += tl.sum(tl.reshape(p, [p.shape[0], how.BLOCK_N // SUM_PARTS, SUM_PARTS]), axis=1)
+    if y.scale is not None:
+        p *= of_columns(y.scale, place, end, TAIL)[None, :]
+    if how.NEED_VALUES:
+        acc = tl.dot(p.to(block.dtype), block, acc, input_precision=how.PRECISION)
+    return top, total, acc, above
+
+
+@triton.jit
+def contrast_columns(rows, y, low, high, own_first, own_width, scale, how: tl.constexpr):
+    """(top, total, acc, above) of the columns from low to high: see `contrast_step`."""
+    top = tl.full([how.BLOCK_M], -float("inf"), tl.float32)
+    if how.FIXED_SHIFT:
+        top = tl.zeros([how.BLOCK_M], tl.float32) + scale
+    total = tl.zeros([how.BLOCK_M, SUM_PARTS], tl.float32)
+    acc = tl.zeros([how.BLOCK_M, how.BLOCK_D], tl.float32)
+    above = tl.zeros([how.BLOCK_M], tl.int32)
+    # The tail is peeled: a mask on every load of the inner loop costs several percent.
+    whole = low + tl.maximum(high - low, 0) // how.BLOCK_N * how.BLOCK_N
+    block_ptr = y.unit
+    if how.BLOCK_D >= MOVED_DIM:
+        block_ptr += low.to(tl.int64) * how.BLOCK_D
+    for start in range(low, whole, how.BLOCK_N):
+        top, total, acc, above = contrast_step(
+            top,
+            total,
+            acc,
+            above,
+            rows,
+            y,
+            block_ptr,
+            start,
+            high,
+            own_first,
+            own_width,
+            scale,
+            False,
+            how,
+        )
+        if how.BLOCK_D >= MOVED_DIM:
+            block_ptr += how.BLOCK_N * how.BLOCK_D
+    if whole < high:
+        top, total, acc, above = contrast_step(
+            top,
+            total,
+            acc,
+            above,
+            rows,
+            y,
+            block_ptr,
+            whole,
+            high,
+            own_first,
+            own_width,
+            scale,
+            True,
+            how,
+        )
+    return top, total, acc, above
+
+
+@triton.jit
+def contrast_rows(tile, slot, low, high, parts, part, x, y, sums, scale, how: tl.constexpr):
+    """One part of one row tile: see `contrast`."""
+    first = tile * how.BLOCK_M
+    x_place = first + tl.arange(0, how.BLOCK_M)
+    valid = x_place < x.count
+    dims = tl.arange(0, how.BLOCK_D)
+    where = x_place.to(tl.int64)[:, None] * how.BLOCK_D + dims[None, :]
+    unit = tl.load(x.unit + where, mask=valid[:, None], other=0.0)
+
+    x_id = tl.load(x.id + x_place, mask=valid, other=0)
+    x_page = x_place
+    if how.MASK == MASK_PAGE or how.MASK == MASK_OTHER_PAGES or how.MASK == MASK_SEQUENCE_IDS:
+        x_page = tl.load(x.page + x_place, mask=valid, other=-2)
+    rank_score = tl.zeros([how.BLOCK_M], tl.float32)
+    x_offset = None
+    if x.offset is not None:
+        x_offset = tl.load(x.offset + x_place, mask=valid, other=0.0)
+    if how.NEED_RANK:
+        rank_score = tl.load(x.rank_score + x_place * 2 + 1, mask=valid, other=0.0) * scale
+        if x.log_q is not None:
+            position = tl.load(x.list + x_place, mask=valid, other=0)
+            rank_score -= tl.load(x.log_q + position, mask=valid, other=0.0) * LOG2E
+
+    low = low * how.BLOCK_N
+    high = tl.minimum(high * how.BLOCK_N, y.count)
+    if how.MASK == MASK_PAGE:
+        page_first = tl.load(x.page + first)
+        page_last = tl.load(x.page + tl.minimum(first + how.BLOCK_M, x.count) - 1)
+        low = rank_before(y.rank, tl.load(y.page_offsets + page_first))
+        end = rank_before(y.rank, tl.load(y.page_offsets + page_last + 1))
+        columns = tl.cdiv(tl.cdiv(end - low, how.BLOCK_N), parts) * how.BLOCK_N
+        low += part * columns
+        high = tl.minimum(low + columns, end)
+
+    # Both lists ascend by position: the columns of the tile's own items (pages) are one range, and
+    # every other column is a candidate of all its rows. Blocks that begin in own_first + [0,
+    # own_width) hold some of that range.
+    own_first = low
+    own_width = low
+    if how.DIAGONAL:
+        there = first < x.count
+        last = tl.minimum(first + how.BLOCK_M, x.count) - 1
+        if how.MASK == MASK_OTHER_PAGES:
+            first_page = tl.load(x.page + first, mask=there, other=0)
+            last_page = tl.load(x.page + last, mask=there, other=0)
+            begin = tl.load(y.page_offsets + first_page)
+            end = tl.load(y.page_offsets + last_page + 1)
+        else:
+            begin = tl.load(x.list + first, mask=there, other=0)
+            end = tl.load(x.list + last, mask=there, other=0) + 1
+        own_first = rank_before(y.rank, begin) - (how.BLOCK_N - 1)
+        own_width = (rank_before(y.rank, end) - own_first).to(tl.uint32, bitcast=True)
+
+    before = None if how.X_OFFSET_AFTER else x_offset
+    rows = RowTile(unit, x_id, x_page, x_place, before, rank_score)
+    top, total, acc, above = contrast_columns(rows, y, low, high, own_first, own_width, scale, how)
+    if x.offset is not None and how.X_OFFSET_AFTER:
+        # log m of a column that stands for m items: a factor of its row, outside the loop.
+        acc = acc * tl.exp2(x_offset)[:, None]
+    row = slot.to(tl.int64) * how.BLOCK_M + tl.arange(0, how.BLOCK_M)
+    if how.NEED_SUM:
+        tl.store(sums.total + row, tl.sum(total, axis=1))
+        tl.store(sums.top + row, top)
+    if how.NEED_RANK:
+        tl.store(sums.above + row, above)
+    if how.NEED_VALUES:
+        if how.TO_LIST:
+            row = tl.load(x.list + x_place, mask=valid, other=0).to(tl.int64)
+        where = row[:, None] * how.BLOCK_D + dims[None, :]
+        if how.TO_LIST:
+            tl.store(sums.acc + where, acc.to(sums.acc.dtype.element_ty), mask=valid[:, None])
+        else:
+            tl.store(sums.acc + where, acc.to(sums.acc.dtype.element_ty))
+
+
+@kernel
+def contrast(
+    x_ptr,  # [x capacity, BLOCK_D] unit rows
+    y_ptr,  # [y capacity, BLOCK_D] unit rows
+    x_count_ptr,
+    y_count_ptr,
+    x_id_ptr,
+    y_id_ptr,
+    x_page_ptr,
+    y_page_ptr,
+    x_offset_ptr,
+    y_offset_ptr,
+    y_scale_ptr,
+    # [x capacity, 2]: the positive's cosine, exact and as the rounded rows give it
+    x_rank_score_ptr,
+    log_q_ptr,  # [N]
+    page_offsets_ptr,  # masks by page: pv offsets [B + 1]
+    y_rank_ptr,  # the prefix sums that made the list of y
+    tau,
+    # [slots * BLOCK_M, BLOCK_D]; with TO_LIST [N, BLOCK_D], each row at its place in the batch
+    acc_ptr,
+    top_ptr,  # [slots * BLOCK_M]
+    total_ptr,  # [slots * BLOCK_M]
+    above_ptr,  # [slots * BLOCK_M]
+    slots,
+    programs,
+    list_ptr,
+    TAU_IS_TENSOR: tl.constexpr,
+    MASK: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    HAS_X_OFFSET: tl.constexpr,
+    X_OFFSET_AFTER: tl.constexpr,
+    HAS_Y_OFFSET: tl.constexpr,
+    HAS_Y_SCALE: tl.constexpr,
+    Y_OFFSET_IS_COUNT: tl.constexpr,
+    HAS_RANK_LOG_Q: tl.constexpr,
+    Y_OFFSET_IS_LSE: tl.constexpr,
+    LIFT: tl.constexpr,
+    FIXED_SHIFT: tl.constexpr,
+    ONLINE: tl.constexpr,
+    EITHER: tl.constexpr,
+    NEED_SUM: tl.constexpr,
+    NEED_VALUES: tl.constexpr,
+    NEED_RANK: tl.constexpr,
+    STREAM: tl.constexpr,
+    TO_LIST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """sum_j 2^(t_ij - shift) and sum_j 2^(t_ij - shift) y_j, for one tile of rows and one part of
+    the columns.
+
+    Forward: x = r, y = e, the sums give logsumexp_j s_ij and sum_j p_ij e_j.
+    Transposed: x = e, y = r, the offset of y is -lse_i and its scale g_i, and the sum is
+    sum_i g_i p_ij r_i. ("identify" swaps r and e.)
+
+    EITHER: only the device knows the temperature. The kernel is launched with a fixed shift and
+    with a running maximum, which costs half of its loop; the one that does not fit returns at once.
+    """
+    pid = tl.program_id(0)
+    x_count = tl.load(x_count_ptr)
+    y_count = tl.load(y_count_ptr)
+    tiles, blocks, parts, share = schedule(
+        x_count, y_count, slots, programs, BLOCK_M, BLOCK_N, STREAM
+    )
+    if TO_LIST:
+        parts = tl.minimum(parts, 1)
+    scale = score_scale(tau, TAU_IS_TENSOR)
+    if EITHER:
+        fits = scale <= LARGEST_FIXED_SCALE
+        if fits == (not FIXED_SHIFT):
+            return
+    how: tl.constexpr = Constants(
+        MASK,
+        DIAGONAL,
+        X_OFFSET_AFTER,
+        Y_OFFSET_IS_COUNT,
+        Y_OFFSET_IS_LSE,
+        LIFT,
+        FIXED_SHIFT,
+        ONLINE,
+        NEED_SUM,
+        NEED_VALUES,
+        NEED_RANK,
+        TO_LIST,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+        PRECISION,
+    )
+    x_offset = x_offset_ptr if HAS_X_OFFSET else None
+    log_q = log_q_ptr if HAS_RANK_LOG_Q else None
+    x = Rows(x_ptr, x_id_ptr, x_page_ptr, x_offset, x_rank_score_ptr, list_ptr, log_q, x_count)
+    y_offset = y_offset_ptr if HAS_Y_OFFSET else None
+    y_scale = y_scale_ptr if HAS_Y_SCALE else None
+    y = Columns(
+        y_ptr, y_id_ptr, y_page_ptr, y_offset, y_scale, y_count, y_rank_ptr, page_offsets_ptr
+    )
+    sums = Sums(acc_ptr, top_ptr, total_ptr, above_ptr)
+    if STREAM:
+        # From where to where in the row of all blocks, counted from the first tile's. An equal part
+        # of a tile is as good as a share.
+        first_tile = pid // parts
+        last_tile = tl.minimum(first_tile, tl.cdiv(x_count, BLOCK_M) - 1)
+        per_part = tl.cdiv(blocks, parts)
+        begin = tl.minimum(pid % parts * per_part, blocks)
+        end = tl.minimum(begin + per_part, blocks)
+        # 64 bits: programs past the last share would begin anywhere. And no branch: Triton 3.5 does
+        # not compile loops whose bounds come out of one.
+        streams = share > 0
+        place = tl.minimum(pid.to(tl.int64) * share, tiles * blocks).to(tl.int32)
+        first_tile = tl.where(streams, place // blocks, first_tile)
+        begin = tl.where(streams, place - first_tile * blocks, begin)
+        end = tl.where(streams, begin + tl.minimum(share, tiles * blocks - place), end)
+        last_tile = tl.where(streams, first_tile + tl.cdiv(end, blocks) - 1, last_tile)
+        for tile in range(first_tile, last_tile + 1):
+            before = (tile - first_tile) * blocks
+            low = tl.maximum(begin - before, 0)
+            high = tl.minimum(end - before, blocks)
+            slot = pid + tl.where(streams, tile, 0)
+            part = 0
+            contrast_rows(tile, slot, low, high, parts, part, x, y, sums, scale, how)
+    else:
+        tile = pid // parts
+        if tile * BLOCK_M >= x_count:
+            return
+        part = pid % parts
+        low = part * tl.cdiv(blocks, parts)
+        high = tl.minimum(low + tl.cdiv(blocks, parts), blocks)
+        slot = pid
+        contrast_rows(tile, slot, low, high, parts, part, x, y, sums, scale, how)
+
+
+@triton.jit
+def add_in(top, total, new_top, new_total):
+    """Sum of two (maximum, sum of 2^(t - maximum)) pairs."""
+    highest = tl.maximum(top, new_top)
+    safe = tl.where(highest == -float("inf"), 0.0, highest)
+    return highest, total * tl.exp2(top - safe) + new_total * tl.exp2(new_top - safe)
+
+
+class Items(NamedTuple):
+    """Statistics of each item, at its place in the batch [N]."""
+
+    lse: Any
+    positive: Any
+    rank: Any
+
+
+class AnchorResults(NamedTuple):
+    """What is known of each anchor [capacity] after the forward pass."""
+
+    loss: Any
+    lse: Any  # in powers of two
+    miss: Any  # 1 - p of the positive
+    items: Any  # None without statistics
+
+
+@triton.jit
+def finish(row, valid, top, total, above, positive_ptr, list_ptr, log_q_ptr, scale, out):
+    """loss_i = logsumexp_{j in cand(i)} s_ij - s_ii from the sums over all but the positive."""
+    position = tl.load(list_ptr + row, mask=valid, other=0)
+    cosine = tl.load(positive_ptr + row.to(tl.int64) * 2, mask=valid, other=0.0)
+    positive = cosine * scale
+    if log_q_ptr is not None:
+        positive -= tl.load(log_q_ptr + position, mask=valid, other=0.0) * LOG2E
+    one = tl.full([row.shape[0]], 1.0, tl.float32)
+    highest, everything = add_in(top, total, positive, one)
+    lse = highest + tl.log2(everything)
+    tl.store(out.miss + row, total * tl.exp2(top - highest) / everything, mask=valid)
+    tl.store(out.loss + row, (lse - positive) * LN2, mask=valid)
+    tl.store(out.lse + row, lse, mask=valid)
+    if out.items is not None:
+        tl.store(out.items.lse + position, lse * LN2, mask=valid)
+        tl.store(out.items.positive + position, cosine, mask=valid)
+        tl.store(out.items.rank + position, above.to(tl.int64) + 1, mask=valid)
+
+
+@kernel
+def finish_rows(
+    top_ptr,  # [slots * BLOCK_M]
+    total_ptr,
+    above_ptr,
+    x_count_ptr,
+    y_count_ptr,
+    positive_ptr,  # [capacity, 2]
+    list_ptr,  # [capacity] PV rows of the anchors
+    log_q_ptr,  # [N]
+    loss_ptr,  # [capacity]
+    lse_ptr,  # [capacity] in powers of two
+    miss_ptr,  # [capacity] 1 - p of the positive
+    item_lse_ptr,  # [N]
+    item_positive_ptr,
+    item_rank_ptr,
+    slots,
+    programs,
+    first_row,
+    last_row,
+    tau,
+    TAU_IS_TENSOR: tl.constexpr,
+    HAS_LOG_Q: tl.constexpr,
+    HAS_POSITIVE: tl.constexpr,
+    STATS: tl.constexpr,
+    STREAM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """loss_i = logsumexp_{j in cand(i)} s_ij - s_ii, the positive added in float32 apart from the
+    products.
+
+    HAS_POSITIVE off (click sequence): positives are among the candidates, only the log-sum-exp is
+    wanted.
+    """
+    row = first_row + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x_count = tl.load(x_count_ptr)
+    valid = row < tl.minimum(x_count, last_row)
+    _tiles, blocks, parts, share = schedule(
+        x_count, tl.load(y_count_ptr), slots, programs, BLOCK_M, BLOCK_N, STREAM
+    )
+    scale = score_scale(tau, TAU_IS_TENSOR)
+    first, number = parts_of((row // BLOCK_M).to(tl.int64), blocks, parts, share)
+    most = tl.max(tl.where(valid, number, 0), axis=0)
+    top = tl.full([BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    above = tl.zeros([BLOCK], tl.int32)
+    for part in range(most):
+        slot = (first + part) * BLOCK_M + row % BLOCK_M
+        there = valid & (part < number)
+        part_top = tl.load(top_ptr + slot, mask=there, other=-float("inf"))
+        part_total = tl.load(total_ptr + slot, mask=there, other=0.0)
+        top, total = add_in(top, total, part_top, part_total)
+        if STATS:
+            above += tl.load(above_ptr + slot, mask=there, other=0)
+    if HAS_POSITIVE:
+        log_q = log_q_ptr if HAS_LOG_Q else None
+        items = Items(item_lse_ptr, item_positive_ptr, item_rank_ptr) if STATS else None
+        out = AnchorResults(loss_ptr, lse_ptr, miss_ptr, items)
+        finish(row, valid, top, total, above, positive_ptr, list_ptr, log_q, scale, out)
+    else:
+        tl.store(lse_ptr + row, top + tl.log2(total), mask=valid)
+
+
+@kernel
+def reduce_loss(
+    first_ptr,  # [capacity] loss of each anchor
+    second_ptr,  # [capacity], of the other direction
+    list_ptr,
+    count_ptr,
+    weights_ptr,  # [N]
+    loss_ptr,  # 0-d
+    weight_sum_ptr,  # 0-d: what the weighted sum was divided by
+    item_loss_ptr,  # [N]
+    BOTH: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    MEAN: tl.constexpr,
+    ITEMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """sum_i w_i loss_i / sum_i w_i in one program: a fixed order, so the same bits every time."""
+    count = tl.load(count_ptr)
+    losses = tl.zeros([BLOCK], tl.float32)
+    weights = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, count, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        valid = row < count
+        loss = tl.load(first_ptr + row, mask=valid, other=0.0)
+        if BOTH:
+            loss = 0.5 * (loss + tl.load(second_ptr + row, mask=valid, other=0.0))
+        position = tl.load(list_ptr + row, mask=valid, other=0)
+        weight = tl.where(valid, 1.0, 0.0)
+        if HAS_WEIGHTS:
+            weight = tl.load(weights_ptr + position, mask=valid, other=0.0)
+        losses += weight * loss
+        weights += weight
+        if ITEMS:
+            tl.store(item_loss_ptr + position, loss, mask=valid)
+    divisor = 1.0
+    if MEAN:
+        weight = tl.sum(weights, axis=0)
+        divisor = tl.where(weight > 0, weight, 1.0)
+    tl.store(weight_sum_ptr, divisor)
+    tl.store(loss_ptr, tl.sum(losses, axis=0) / divisor)

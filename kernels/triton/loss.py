@@ -1,0 +1,457 @@
+"""impl="triton": the loss as a sequence of kernel launches, without a host sync and without the
+similarity matrix.
+
+Forward: pages and compacted lists (plan) -> e and r as contiguous unit rows -> one streaming pass
+over the candidates -> log-sum-exp and loss. Backward: gradients of r -> attention -> one transposed
+pass for the gradients of e. README.md has the notation and the derivation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+import triton
+from torch import Tensor
+
+from ...loss.problem import LARGEST_DIM
+from . import epilogue, tiles
+from .candidate import loss as candidate_loss
+from .passes import forward_pass, lowered, run_chunks, run_contrast
+from .reconstruct import reconstruct_backward, reconstruct_forward
+from .sequence import sequence_backward, sequence_forward, sequence_saved_spec
+from .stages import (
+    attend,
+    attention_backward,
+    e_inputs,
+    gather_anchors,
+    history_gradient,
+    make_plan,
+    normalize,
+    normalize_given,
+    reconstructed,
+    reduce_losses,
+    row_gradients,
+    sides,
+    spread,
+    sum_occurrences,
+)
+from .state import (
+    HALF_LIFT,
+    MASKS,
+    LossState,
+    Pass,
+    Plan,
+    Results,
+    Rows,
+    Scores,
+    Shape,
+    Spec,
+    Transposed,
+    cdiv,
+    is_empty,
+    loss_shape,
+    scores,
+    temperature,
+)
+
+if TYPE_CHECKING:
+    from ...loss.problem import Problem, SequenceProblem
+
+__all__ = [
+    "loss_backward",
+    "loss_forward",
+    "reconstruct_backward",
+    "reconstruct_forward",
+    "saved_spec",
+    "sequence_backward",
+    "sequence_forward",
+    "sequence_saved_spec",
+    "unavailable_reasons",
+]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def interpreter_works(triton_version: str, numpy_version: str) -> bool:
+    """Triton before 3.7 takes arrays of one element for numbers, which NumPy 2.4 no longer does."""
+    old, new = (
+        tuple(int(x) for x in version.split(".")[:2]) for version in (triton_version, numpy_version)
+    )
+    return old >= (3, 7) or new < (2, 4)
+
+
+def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
+    """Why these kernels cannot run this problem here; empty if they can."""
+    source = p.pv if hasattr(p, "pv") else p.history
+    reasons = []
+    device = source.device
+    if device.type != "cuda" and not (device.type == "cpu" and tiles.interpreted()):
+        reasons.append(f"the tensors are on {device.type!r}; Triton kernels need a CUDA device")
+    elif device.type == "cpu" and not interpreter_works(triton.__version__, numpy.__version__):
+        reasons.append(
+            f"the interpreter of Triton {triton.__version__} needs NumPy below 2.4, this is "
+            f"{numpy.__version__}"
+        )
+    if (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) < (8, 0)
+    ):
+        reasons.append("the GPU is older than compute capability 8.0")
+    if source.dtype not in _DTYPES:
+        reasons.append(f"dtype is {source.dtype}; float32, float16 or bfloat16 is needed")
+    if not 1 <= source.shape[1] <= LARGEST_DIM:
+        reasons.append(
+            f"the embedding dimension is {source.shape[1]}; 1 to {LARGEST_DIM} is supported"
+        )
+    return reasons
+
+
+def saved_spec(p: Problem, needs: Sequence[bool]) -> Spec:
+    """Shapes and types of `saved`; nothing is saved where there is nothing to compute or nobody
+    wants gradients."""
+    if not any(needs) or is_empty(p):
+        return []
+    if p.attention == "candidate":
+        return candidate_loss.saved_spec(p)
+    return LossState.spec(loss_shape(p))
+
+
+def loss_forward(p: Problem, needs: Sequence[bool], stats: bool) -> tuple[Any, ...]:
+    """(loss, item_loss, log_sum_exp, positive_similarity, rank, is_anchor, num_skipped, saved)."""
+    return forward(p, needs, stats, None)
+
+
+def forward(
+    p: Problem, needs: Sequence[bool], stats: bool, given: Tensor | None
+) -> tuple[Any, ...]:
+    """The loss; `given` is R [N, D] where another implementation computes the attention."""
+    rows, device = p.num_pv if stats else 0, p.pv.device
+    floats = (torch.zeros(rows, dtype=torch.float32, device=device) for _ in range(3))
+    per_row = (*floats, torch.zeros(rows, dtype=torch.int64, device=device))
+    if is_empty(p):
+        shape = (p.num_pv,) if p.reduction == "none" else ()
+        loss = torch.zeros(shape, dtype=torch.float32, device=device)
+        is_anchor = torch.zeros(rows, dtype=torch.bool, device=device)
+        skipped = _skipped_without_history(p) if stats else per_row[3].clone()
+        return loss, *per_row, is_anchor, skipped, []
+
+    if p.attention == "candidate":
+        found: tuple[Tensor, Tensor, Plan] = candidate_loss.forward(p, stats, per_row)
+    else:
+        found = _forward(p, any(needs), stats, given, per_row)
+    loss, items, state = found
+    if p.reduction == "none":
+        loss = items.clone() if stats else items
+    is_anchor = state.flags[0] != 0 if stats else state.flags.new_zeros(0, dtype=torch.bool)
+    skipped = state.counts[3].to(torch.int64) if stats else per_row[3].clone()
+    saved = state.saved() if any(needs) else []
+    return loss, *per_row, is_anchor, skipped, saved
+
+
+def _forward(
+    p: Problem, grads: bool, stats: bool, given: Tensor | None, per_row: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Plan]:
+    """(loss, items' losses, state); `per_row` are where statistics go: item loss, log-sum-exp,
+    similarity, rank."""
+    s = loss_shape(p, grads)
+    t = LossState.empty(s)
+    make_plan(p, s, t, p.clicked)
+    positive = torch.empty(s.rows, 2, dtype=torch.float32, device=s.device)
+    if t.e is not None and t.column is not None:
+        normalize(p, s, t.e, t.column.list, t.counts[2:3], not s.merged)
+    if given is not None:
+        normalize_given(p, s, t, given, positive)
+    else:
+        attend(p, s, t, t.r, t.norm, positive)
+    if t.e_anchor is not None:
+        every, positive = positive, torch.empty_like(positive)
+        normalize(p, s, t.e_anchor, t.anchor.list, t.counts[0:1], True)
+        gather_anchors(s, t, every, positive)
+
+    losses = []
+    for direction in s.directions:
+        x, y = sides(p, s, t, direction)
+        kept, first = t.kept(direction), direction == s.directions[0]
+        out = Pass(
+            kept.acc,
+            kept.top,
+            torch.empty(s.part_rows, dtype=torch.float32, device=s.device),
+            torch.empty(s.part_rows if stats else 0, dtype=torch.int32, device=s.device),
+            s.slots(s.rows, s.tile),
+            s.tile,
+        )
+        losses.append(torch.empty(s.rows, dtype=torch.float32, device=s.device))
+        results = Results(
+            kept.lse, kept.miss, losses[-1], positive, p.log_q, per_row[1:], stats and first
+        )
+        transposed = None
+        if kept.dy is not None and kept.factor is not None:
+            g, factor = _early_row_gradients(p, s, t)
+            transposed = Transposed(g, kept.dy)
+            kept.factor.copy_(factor)
+        forward_pass(s, x, y, _scores(p, s), out, results, transposed)
+    return *reduce_losses(p, s, t, t.weight_sum, losses, per_row[0], stats), t
+
+
+def _scores(p: Problem, s: Shape) -> Scores:
+    return scores(p, MASKS[p.negatives], p.pv_offsets, s.dtype, s.biased)
+
+
+def _skipped_without_history(p: Problem) -> Tensor:
+    """Clicked items of a batch without any history: all of them, padding apart."""
+    assert p.clicked is not None
+    clicked = p.clicked if p.pv_mask is None else p.clicked & p.pv_mask
+    inside = torch.arange(p.num_pv, device=clicked.device) < p.pv_offsets[-1]
+    return (clicked & inside).sum()
+
+
+def loss_backward(
+    p: Problem, needs: Sequence[bool], saved: Sequence[Tensor], grad: Tensor
+) -> list[Tensor | None]:
+    """Gradients of (pv, history, query, key, value, temperature)."""
+    return backward(p, needs, saved, grad, False)[0]
+
+
+def backward(
+    p: Problem, needs: Sequence[bool], saved: Sequence[Tensor], grad: Tensor, given: bool
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Gradients, and dL/dR [N, D] where R was given."""
+    inputs = (p.pv, p.history, p.query, p.key, p.value, p.temperature)
+    if is_empty(p):
+        zeros = [
+            torch.zeros_like(x) if need and x is not None else None
+            for x, need in zip(inputs, needs, strict=True)
+        ]
+        return zeros, torch.zeros(
+            p.num_pv, p.pv.shape[1], dtype=p.pv.dtype, device=p.pv.device
+        ) if given else None
+    if p.attention == "candidate":
+        return candidate_loss.backward(p, needs, saved, grad), None
+    s = loss_shape(p)
+    t = LossState.restored(s, saved)
+
+    # Upstream gradient of each anchor. In a mean or a sum without weights it is one number, and
+    # stays out of the transposed pass: a factor of every column costs it 3 percent.
+    uniform = p.weights is None and p.reduction != "none"
+    g = t.weight_sum
+    if not uniform:
+        g = row_gradients(p, s, t, grad, t.weight_sum, 1.0 / len(s.directions))
+    d_pv = torch.empty_like(p.pv) if needs[0] and p.history is not None else None
+    results, factor = _transposed_passes(p, s, t, needs, grad, None if uniform else g, d_pv)
+    upstream: dict[str, Any] = {
+        "g_ptr": g,
+        "upstream_ptr": grad,
+        "weight_sum_ptr": t.weight_sum,
+        "share": 1.0 / len(s.directions),
+        "lower": 2.0**-HALF_LIFT if s.dtype == torch.float16 else 1.0,
+        "UNIFORM": uniform,
+        "transposed_factor_ptr": factor if factor is not None else g,
+        "HAS_FACTOR": factor is not None,
+        **temperature(p),
+    }
+    dr, tau_parts = _reconstruction_gradient(p, s, t, results, upstream)
+    grads: list[Tensor | None] = [None] * 6
+    d_rows = dq = dk = dv = None
+    if needs[5]:
+        assert p.temperature is not None
+        grads[5] = -tau_parts.sum() / p.temperature
+    if given:
+        d_rows = torch.empty(s.rows, s.dim, dtype=s.dtype, device=s.device)
+        spread(p, s, t, t.r, d_rows, dr)
+    else:
+        dq, dk, dv = attention_backward(p, s, t, needs, dr)
+    if needs[2]:
+        grads[2] = spread(p, s, t, t.r, torch.empty_like(p.query), dq)
+    grads[3], grads[4] = dk if needs[3] else None, dv if needs[4] else None
+    d_history = history_gradient(p, dk, dv)
+    if p.history is not None and needs[1]:
+        grads[1] = d_history if d_history is not None else torch.zeros_like(p.history)
+    if needs[0]:
+        if d_pv is None:
+            d_pv = torch.empty(s.rows, s.dim, dtype=torch.float32, device=s.device)
+        own_dq = dq if p.query is None else None
+        spread(p, s, t, t.r, d_pv, own_dq, **_contrast_inputs(s, t, results, upstream))
+        grads[0] = d_pv
+        if p.history is None:
+            merged = _merged_columns(s, t, results, upstream)
+            shown = [(p.pv_index, t.pv_page), (p.history_index, t.history_page)]
+            grads[0] = sum_occurrences(p.pv, s, shown, d_pv, d_history, merged)
+    return grads, d_rows
+
+
+def _transposed_passes(
+    p: Problem,
+    s: Shape,
+    t: LossState,
+    needs: Sequence[bool],
+    grad: Tensor,
+    g: Tensor | None,
+    d_pv: Tensor | None,
+) -> tuple[dict[str, Pass], Tensor | None]:
+    """sum_i g_i p_ij x_i of each direction, to dL/dE itself where it can be; and the factor that is
+    left out of them.
+
+    `g` None: the same for every anchor, and left out."""
+    half = s.dtype == torch.float16
+    scale, factor, none = g, None, t.weight_sum
+    results: dict[str, Pass] = {}
+    for direction in s.directions:
+        if direction == "reconstruct" and not needs[0]:
+            continue
+        x, y = sides(p, s, t, direction)
+        kept = t.kept(direction)
+        if kept.dy is not None:
+            factor = kept.factor * grad
+            results[direction] = Pass(kept.dy, none, none, none, 1, s.transposed)
+            continue
+        if half and g is not None and factor is None:
+            scale, factor = lowered(g)
+        into = d_pv if direction == "reconstruct" and p.negatives != "page" else None
+        out = results[direction] = _transposed_pass(s, y, into, none)
+        if s.chunked:
+            assert scale is not None  # each row has its own: else P was used at once
+            run_chunks(s, x, y, _scores(p, s), kept.lse, Transposed(scale, out.acc))
+            continue
+        run_contrast(
+            s,
+            y,
+            x,
+            _scores(p, s),
+            out,
+            y_offset=kept.lse,
+            y_offset_is_lse=True,
+            y_scale=scale,
+            x_offset=y.bias,
+            x_offset_after=s.merged and not half,
+            need_sum=False,
+        )
+    return results, factor
+
+
+def _transposed_pass(s: Shape, y: Rows, d_pv: Tensor | None, none: Tensor) -> Pass:
+    """Where such a pass goes: to dL/dE itself, if given and each tile is written whole and once."""
+    capacity = y.unit.shape[0]
+    tiles = cdiv(capacity, s.transposed.block_m)
+    # Chunks are summed in float32; one pass is rounded once.
+    kind = torch.float32 if s.chunked else s.sums
+    whole = not s.chunked and s.stride == s.dim and 2 * tiles > s.programs(s.transposed)
+    if d_pv is not None and d_pv.dtype == kind and whole:
+        return Pass(d_pv, none, none, none, tiles, s.transposed, True)
+    acc = torch.empty(s.flat(capacity, s.transposed), s.stride, dtype=kind, device=s.device)
+    return Pass(acc, none, none, none, s.slots(capacity, s.transposed), s.transposed)
+
+
+def _reconstruction_gradient(
+    p: Problem,
+    s: Shape,
+    t: LossState,
+    results: dict[str, Pass],
+    upstream: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """dL/dR of the listed rows, and parts of -tau dL/dtau."""
+    rows, _pages, count = reconstructed(t)
+    dr = torch.empty(s.rows, s.stride, dtype=s.dtype, device=s.device)
+    programs = cdiv(s.rows, s.small.block_m)
+    tau_parts = torch.empty(programs, dtype=torch.float32, device=s.device)
+    none, kept = t.weight_sum, t.reconstruct
+    back = results.get("identify", results.get("reconstruct"))
+    epilogue.reconstruction_gradient[(programs,)](
+        list_ptr=rows,
+        count_ptr=count,
+        anchor_rank_ptr=t.ranks[0],
+        anchor_flag_ptr=t.flags[0],
+        anchor_count_ptr=t.counts[0:1],
+        column_count_ptr=t.counts[2:3],
+        unit_ptr=t.r,
+        norm_ptr=t.norm,
+        **e_inputs(p),
+        forward_acc_ptr=kept.acc if kept is not None else none,
+        forward_top_ptr=kept.top if kept is not None else none,
+        forward_lse_ptr=kept.lse if kept is not None else none,
+        forward_miss_ptr=kept.miss if kept is not None else none,
+        **upstream,
+        transposed_acc_ptr=back.acc if back is not None else none,
+        identify_miss_ptr=t.identify.miss if t.identify is not None else none,
+        dr_ptr=dr,
+        tau_part_ptr=tau_parts,
+        forward_slots=s.slots(s.rows, s.tile),
+        transposed_slots=back.slots if back is not None else 1,
+        programs=s.programs(s.tile),
+        transposed_programs=s.programs(s.transposed),
+        D=s.dim,
+        STRIDE=s.stride,
+        RECONSTRUCT=s.reconstruct,
+        IDENTIFY=s.identify,
+        STREAM=s.stream,
+        FORWARD_M=s.tile.block_m,
+        FORWARD_N=s.tile.block_n,
+        TRANSPOSED_M=s.transposed.block_m,
+        TRANSPOSED_N=s.transposed.block_n,
+        BLOCK_M=s.small.block_m,
+        BLOCK_D=s.block_d,
+        num_warps=s.small.num_warps,
+    )
+    return dr, tau_parts
+
+
+def _contrast_inputs(
+    s: Shape, t: LossState, results: dict[str, Pass], upstream: dict[str, Any]
+) -> dict[str, Any]:
+    """What `spread` needs to make dL/dE too."""
+    none, back = t.weight_sum, t.identify
+    column = results.get("reconstruct")
+    return {
+        "anchor_count_ptr": t.counts[0:1],
+        "column_count_ptr": t.counts[2:3],
+        "reconstructed_count_ptr": reconstructed(t)[2],
+        "transposed_acc_ptr": column.acc if column is not None else none,
+        "identify_acc_ptr": back.acc if back is not None else none,
+        "identify_top_ptr": back.top if back is not None else none,
+        "identify_lse_ptr": back.lse if back is not None else none,
+        "forward_miss_ptr": t.reconstruct.miss if t.reconstruct is not None else none,
+        "identify_miss_ptr": back.miss if back is not None else none,
+        **upstream,
+        "transposed_slots": column.slots if column is not None else 1,
+        "identify_slots": s.slots(s.rows, s.tile),
+        "CONTRAST": True,
+        "COLUMNS": column is not None and not s.merged,
+        "RECONSTRUCT": s.reconstruct,
+        "IDENTIFY": s.identify,
+        "IN_PLACE": column is not None and column.in_place,
+    }
+
+
+def _early_row_gradients(p: Problem, s: Shape, t: LossState) -> tuple[Tensor, Tensor]:
+    """g_i for an upstream gradient of 1, before the losses are known, and its factor."""
+    one = torch.ones((), dtype=torch.float32, device=s.device)
+    weight_sum = one
+    if p.reduction == "mean":
+        flags = t.flags[0]
+        weight_sum = (
+            flags.sum(dtype=torch.float32)
+            if p.weights is None
+            else torch.where(flags != 0, p.weights, 0).sum()
+        )
+    g = row_gradients(p, s, t, one, weight_sum, 1.0 / len(s.directions))
+    return lowered(g) if s.dtype == torch.float16 else (g, one)
+
+
+def _merged_columns(
+    s: Shape, t: LossState, results: dict[str, Pass], upstream: dict[str, Any]
+) -> dict[str, Any] | None:
+    """What merged columns add to a table's gradient."""
+    if not s.merged:
+        return None
+    return {
+        "item_count_ptr": t.item_count,
+        "column_rank_ptr": t.item_rank,
+        "column_count_ptr": t.counts[2:3],
+        "anchor_count_ptr": t.counts[0:1],
+        "transposed_acc_ptr": results["reconstruct"].acc,
+        "transposed_slots": results["reconstruct"].slots,
+        "MERGED": True,
+    } | {name: x for name, x in upstream.items() if name != "g_ptr"}

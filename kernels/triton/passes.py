@@ -1,0 +1,356 @@
+"""The two ways through the contrast: sums over the candidates in registers, or P of a chunk of rows
+in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import chunked, contrast, tiles
+from .state import HALF_LIFT, Pass, Results, Rows, Scores, Shape, Transposed, cdiv
+
+
+def forward_pass(
+    s: Shape,
+    x: Rows,
+    y: Rows,
+    scores: Scores,
+    out: Pass,
+    results: Results,
+    transposed: Transposed | None = None,
+) -> None:
+    """Parts of sum_j p_ij y_j, and the results of each row x_i."""
+    if s.chunked:
+        run_chunks(s, x, y, scores, results.lse, transposed, out, results)
+        return
+    run_contrast(
+        s,
+        x,
+        y,
+        scores,
+        out,
+        positive=results.positive,
+        log_q=results.log_q,
+        need_rank=results.stats,
+    )
+    _finish(s, x, y, scores, out, results, 0, x.unit.shape[0])
+
+
+def _finish(
+    s: Shape, x: Rows, y: Rows, scores: Scores, out: Pass, results: Results, first: int, number: int
+) -> None:
+    """Results of rows `first` to `first + number` from the parts in `out`."""
+    dummy = results.lse
+    contrast.finish_rows[(cdiv(number, 256),)](
+        out.top,
+        out.total,
+        out.above,
+        x.count,
+        y.count,
+        dummy if results.positive is None else results.positive,
+        x.list,
+        dummy if results.log_q is None else results.log_q,
+        results.loss,
+        results.lse,
+        results.miss,
+        *(results.items or (dummy, dummy, out.above)),
+        out.slots,
+        s.programs(out.tile),
+        first,
+        first + number,
+        scores.tau,
+        TAU_IS_TENSOR=scores.tau_is_tensor,
+        HAS_LOG_Q=results.log_q is not None,
+        HAS_POSITIVE=results.positive is not None,
+        STATS=results.stats,
+        STREAM=s.stream,
+        BLOCK_M=out.tile.block_m,
+        BLOCK_N=out.tile.block_n,
+        BLOCK=256,
+    )
+
+
+def run_contrast(
+    s: Shape,
+    x: Rows,
+    y: Rows,
+    scores: Scores,
+    out: Pass,
+    *,
+    y_offset: Tensor | None = None,
+    y_offset_is_lse: bool = False,
+    y_scale: Tensor | None = None,
+    x_offset: Tensor | None = None,
+    x_offset_after: bool = False,
+    positive: Tensor | None = None,
+    log_q: Tensor | None = None,
+    need_sum: bool = True,
+    need_rank: bool = False,
+) -> None:
+    """Sums in registers; `need_sum` off: the transposed pass, whose rows' log-sum-exp is known.
+    `y_offset`: else the bias."""
+    mask = scores.mask
+    y_offset = y.bias if y_offset is None else y_offset
+
+    def pick(tensor: Tensor | None) -> Tensor:
+        return x.list if tensor is None else tensor
+
+    fixed_shift, online = need_sum and scores.fixed_shift, need_sum and scores.online
+    either = fixed_shift and online
+    ways = ((True, False), (False, True)) if either else ((fixed_shift, online),)
+    for fixed, running in ways:
+        contrast.contrast[(out.slots,)](
+            x_ptr=x.unit,
+            y_ptr=y.unit,
+            x_count_ptr=x.count,
+            y_count_ptr=y.count,
+            x_id_ptr=x.ids,
+            y_id_ptr=y.ids,
+            x_page_ptr=x.page,
+            y_page_ptr=y.page,
+            x_offset_ptr=pick(x_offset),
+            y_offset_ptr=pick(y_offset),
+            y_scale_ptr=pick(y_scale),
+            x_rank_score_ptr=pick(positive),
+            log_q_ptr=pick(log_q),
+            page_offsets_ptr=scores.page_offsets,
+            y_rank_ptr=y.rank,
+            tau=scores.tau,
+            acc_ptr=out.acc,
+            top_ptr=out.top,
+            total_ptr=out.total,
+            above_ptr=out.above,
+            slots=out.slots,
+            programs=s.programs(out.tile),
+            list_ptr=x.list,
+            TAU_IS_TENSOR=scores.tau_is_tensor,
+            MASK=mask,
+            # Where no ids but the rows' own places decide, both sides ascend by position or page.
+            DIAGONAL=mask == contrast.MASK_SEQUENCE.value
+            or (mask in (0, 2) and x.ids is x.list and y.ids is y.list),
+            HAS_X_OFFSET=x_offset is not None,
+            X_OFFSET_AFTER=x_offset_after,
+            HAS_Y_OFFSET=y_offset is not None,
+            HAS_Y_SCALE=y_scale is not None,
+            Y_OFFSET_IS_COUNT=y.merged,
+            Y_OFFSET_IS_LSE=y_offset_is_lse,
+            LIFT=HALF_LIFT if y_offset_is_lse and x.unit.dtype == torch.float16 else 0.0,
+            HAS_RANK_LOG_Q=log_q is not None,
+            FIXED_SHIFT=fixed,
+            ONLINE=running,
+            EITHER=either,
+            NEED_SUM=need_sum,
+            NEED_VALUES=s.values,
+            NEED_RANK=need_rank,
+            STREAM=s.stream and not out.in_place,
+            TO_LIST=out.in_place,
+            BLOCK_M=out.tile.block_m,
+            BLOCK_N=out.tile.block_n,
+            BLOCK_D=s.stride,
+            PRECISION=s.precision,
+            **out.tile.launch,
+        )
+
+
+def run_chunks(
+    s: Shape,
+    x: Rows,
+    y: Rows,
+    scores: Scores,
+    lse: Tensor,
+    transposed: Transposed | None,
+    out: Pass | None = None,
+    results: Results | None = None,
+) -> None:
+    """A contrast direction in chunks of rows. `out` and `results`: the forward pass, which fills
+    `lse`; without them `lse` is known. With a fixed shift and `transposed`, the scores are computed
+    once and P serves two products."""
+    values = out is not None and s.values
+    run = _Chunks(s, x, y, scores, lse, values or transposed is not None, out, results)
+    scaled = None
+    if transposed is not None:
+        scaled = torch.empty(run.rows, s.stride, dtype=x.unit.dtype, device=s.device)
+    capacity = x.unit.shape[0]
+    for first in range(0, capacity, run.rows):
+        # Relative to the log-sum-exp, not to a shift.
+        normalised = out is None or scores.online
+        if out is not None and results is not None:
+            run.scores(first, False, True, run.store and not normalised)
+            run.reduce(first, out)
+            _finish(s, x, y, scores, out, results, first, min(run.rows, capacity - first))
+        if normalised and run.store:
+            run.scores(first, True, False, True)
+        if out is not None and values:
+            if normalised:
+                # The product's P is relative to the log-sum-exp now, not to the running maximum.
+                last = min(first + run.rows, capacity)
+                torch.sub(lse[first:last], run.lift, out=out.top[first:last])
+            run.product(first, out.acc)
+        if transposed is not None:
+            top = out.top if out is not None else lse
+            run.transposed_product(first, transposed, scaled, top, normalised)
+
+
+class _Chunks:
+    """The workspace of a direction in chunks of rows, and its launches for the chunk that begins
+    with row `first`."""
+
+    def __init__(
+        self,
+        s: Shape,
+        x: Rows,
+        y: Rows,
+        scores: Scores,
+        lse: Tensor,
+        store: bool,
+        out: Pass | None,
+        results: Results | None,
+    ) -> None:
+        tile, kind = s.product, x.unit.dtype
+        self.s, self.x, self.y, self.how, self.lse, self.store = s, x, y, scores, lse, store
+        self.online, self.results = out is not None and scores.online, results
+        self.rank = results is not None and results.stats
+        self.columns = y.unit.shape[0]
+        self.rows = min(
+            tiles.chunk_rows(self.columns, kind, scores.workspace, tile),
+            cdiv(x.unit.shape[0], tile.block_m) * tile.block_m,
+        )
+        self.tiles_m, self.tiles_n = cdiv(self.rows, tile.block_m), cdiv(self.columns, tile.block_n)
+        # Rows of P begin at multiples of a tile: loads stay wide, and a tile may be read beyond its
+        # last column.
+        self.stride = cdiv(self.tiles_n * tile.block_n, tile.block_m) * tile.block_m
+        self.p = torch.empty(
+            (self.rows, self.stride) if store else (1, 1), dtype=kind, device=s.device
+        )
+        parts = (self.tiles_n, self.rows)
+        self.top, self.total = (
+            torch.empty(parts, dtype=torch.float32, device=s.device) for _ in range(2)
+        )
+        self.above = torch.empty(parts if self.rank else (1, 1), dtype=torch.int32, device=s.device)
+        self.lift = HALF_LIFT if kind == torch.float16 else 0.0
+        self.tile: dict[str, Any] = {
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+            "PRECISION": s.precision,
+            **tile.launch,
+        }
+
+    def scores(self, first: int, normalised: bool, sums: bool, keep: bool) -> None:
+        """P of the chunk if `keep`; with `sums` its rows' largest score and sum in each tile."""
+        x, y, lse = self.x, self.y, self.lse
+        positive = None if self.results is None else self.results.positive
+        log_q = None if self.results is None else self.results.log_q
+        chunked.scores[(self.tiles_m * self.tiles_n,)](
+            x.unit,
+            y.unit,
+            x.count,
+            y.count,
+            x.ids,
+            y.ids,
+            x.page,
+            y.page,
+            lse if y.bias is None else y.bias,
+            lse if positive is None else positive,
+            x.list,
+            lse if log_q is None else log_q,
+            lse,
+            self.p,
+            self.top,
+            self.total,
+            self.above,
+            self.how.tau,
+            self.lift if normalised else 0.0,
+            first,
+            self.rows,
+            self.stride,
+            STRIDE=self.s.stride,
+            TAU_IS_TENSOR=self.how.tau_is_tensor,
+            MASK=self.how.mask,
+            HAS_Y_OFFSET=y.bias is not None,
+            Y_OFFSET_IS_COUNT=y.merged and self.results is not None,
+            HAS_RANK_LOG_Q=log_q is not None,
+            NORMALISED=normalised,
+            ONLINE=self.online,
+            STORE=keep,
+            SUMS=sums,
+            NEED_RANK=self.rank and sums,
+            **self.tile,
+        )
+
+    def reduce(self, first: int, out: Pass) -> None:
+        """One part of each row, from those of the tiles."""
+        chunked.reduce_parts[(cdiv(self.rows, 256),)](
+            self.top,
+            self.total,
+            self.above,
+            out.top,
+            out.total,
+            out.above,
+            self.x.count,
+            self.y.count,
+            first,
+            self.rows,
+            NEED_RANK=self.rank,
+            BLOCK_N=self.s.product.block_n,
+            BLOCK=256,
+        )
+
+    def product(self, first: int, out: Tensor) -> None:
+        """P y."""
+        chunked.product[(self.tiles_m * cdiv(self.s.stride, self.s.product.block_n),)](
+            self.p,
+            self.y.unit,
+            self.x.count,
+            self.y.count,
+            out,
+            first,
+            self.rows,
+            self.stride,
+            STRIDE=self.s.stride,
+            **self.tile,
+        )
+
+    def transposed_product(
+        self, first: int, transposed: Transposed, scaled: Any, top: Tensor, normalised: bool
+    ) -> None:
+        """P^T of the scaled rows x, added to what earlier chunks gave."""
+        s, tile = self.s, self.s.product
+        chunked.scale_rows[(cdiv(self.rows, s.small.block_m),)](
+            self.x.unit,
+            transposed.g,
+            top,
+            self.lse,
+            scaled,
+            self.x.count,
+            first,
+            self.rows,
+            STRIDE=s.stride,
+            NORMALISED=normalised,
+            BLOCK_M=s.small.block_m,
+            BLOCK_D=tiles.next_power_of_2(s.stride),
+            num_warps=s.small.num_warps,
+        )
+        programs = cdiv(self.columns, tile.block_m) * cdiv(s.stride, tile.block_n)
+        chunked.transposed_product[(programs,)](
+            self.p,
+            scaled,
+            self.x.count,
+            self.y.count,
+            transposed.out,
+            first,
+            self.rows,
+            self.stride,
+            STRIDE=s.stride,
+            ACCUMULATE=first > 0,
+            **self.tile,
+        )
+
+
+def lowered(g: Tensor) -> tuple[Tensor, Tensor]:
+    """g in units of its largest entry, and the factor to restore the products (float16 range)."""
+    largest = g.abs().amax()
+    largest = torch.where(largest == 0, 1.0, largest)
+    return g / largest, largest * 2.0**-HALF_LIFT

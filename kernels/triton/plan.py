@@ -1,0 +1,339 @@
+"""Triton: the integer bookkeeping of a batch (pages, anchors, compacted lists), in two launches,
+without a host sync."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import LOG2E, kernel, page_of
+
+# Rows of `flags` and `ranks`.
+ANCHOR = tl.constexpr(0)
+RECONSTRUCTED = tl.constexpr(1)
+COLUMN = tl.constexpr(2)
+SKIPPED = tl.constexpr(3)
+
+
+@triton.jit
+def store_flag(
+    flags_ptr, block_counts_ptr, number: tl.constexpr, flag, row, inside, rows, block, blocks
+):
+    """A row of flags, and how many of this block are set."""
+    tl.store(
+        flags_ptr + number * rows.to(tl.int64) + row,
+        flag.to(flags_ptr.dtype.element_ty),
+        mask=inside,
+    )
+    tl.store(block_counts_ptr + number * blocks + block, tl.sum(flag.to(tl.int32), axis=0))
+
+
+@triton.jit
+def any_history(mask_ptr, first, last, live):
+    """Whether one of the history rows first <= k < last is real; most often the first is."""
+    found = first < first
+    k = first
+    searching = live & (k < last)
+    while tl.max(searching.to(tl.int32), axis=0) > 0:
+        found = found | (searching & tl.load(mask_ptr + k, mask=searching, other=0).to(tl.int1))
+        k += 1
+        searching = live & (k < last) & (found == 0)
+    return found
+
+
+@triton.jit
+def mark_history(
+    block,
+    offsets_ptr,
+    mask_ptr,
+    page_ptr,
+    flags_ptr,
+    block_counts_ptr,
+    rows,
+    pages,
+    steps,
+    blocks,
+    HAS_MASK: tl.constexpr,
+    WANT_FLAG: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Page of every history row, -1 for padding, and its 0/1 flag."""
+    row = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = row < rows
+    page = page_of(offsets_ptr, row, pages, steps)
+    live = inside & (page < pages)
+    if HAS_MASK:
+        live = live & tl.load(mask_ptr + row, mask=inside, other=0).to(tl.int1)
+    tl.store(page_ptr + row, tl.where(live, page, -1).to(tl.int32), mask=inside)
+    if WANT_FLAG:
+        store_flag(flags_ptr, block_counts_ptr, 0, live, row, inside, rows, block, blocks)
+
+
+@kernel
+def mark_sequence(
+    offsets_ptr,
+    mask_ptr,
+    page_ptr,
+    flags_ptr,
+    block_counts_ptr,
+    rows,
+    pages,
+    steps,
+    blocks,
+    HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Pages and flags of the history rows of a click-sequence loss."""
+    mark_history(
+        tl.program_id(0),
+        offsets_ptr,
+        mask_ptr,
+        page_ptr,
+        flags_ptr,
+        block_counts_ptr,
+        rows,
+        pages,
+        steps,
+        blocks,
+        HAS_MASK,
+        True,
+        BLOCK,
+    )
+
+
+@kernel(registers=255)
+def mark_rows(
+    offsets_ptr,
+    mask_ptr,
+    clicked_ptr,
+    weights_ptr,
+    index_ptr,
+    page_ptr,
+    flags_ptr,  # [4, N]
+    block_counts_ptr,  # [4, blocks]
+    item_count_ptr,
+    history_offsets_ptr,
+    history_mask_ptr,
+    history_page_ptr,
+    rows,
+    history_rows,
+    pages,
+    steps,
+    blocks,
+    HAS_MASK: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    HAS_CLICKED: tl.constexpr,
+    HAS_HISTORY_MASK: tl.constexpr,
+    EVERY_RECONSTRUCTION: tl.constexpr,
+    COUNT_ITEMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Page and flags (anchor, reconstructed, column, skipped) of every PV row, occurrences of each
+    item; then the pages of the history rows.
+
+    A = {i : y_i = 1, page(i) has a history, w_i > 0}; R is wanted for A, or for every item with a
+    history.
+    """
+    block = tl.program_id(0)
+    if block >= blocks:
+        mark_history(
+            block - blocks,
+            history_offsets_ptr,
+            history_mask_ptr,
+            history_page_ptr,
+            flags_ptr,
+            block_counts_ptr,
+            history_rows,
+            pages,
+            steps,
+            blocks,
+            HAS_HISTORY_MASK,
+            False,
+            BLOCK,
+        )
+        return
+    row = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = row < rows
+    page = page_of(offsets_ptr, row, pages, steps)
+    live = inside & (page < pages)
+    if HAS_MASK:
+        live = live & tl.load(mask_ptr + row, mask=inside, other=0).to(tl.int1)
+    first = tl.load(history_offsets_ptr + page, mask=live, other=0)
+    last = tl.load(history_offsets_ptr + page + 1, mask=live, other=0)
+    if HAS_HISTORY_MASK:
+        has_history = any_history(history_mask_ptr, first, last, live)
+    else:
+        has_history = live & (last > first)
+    clicked = live
+    if HAS_CLICKED:
+        clicked = live & tl.load(clicked_ptr + row, mask=inside, other=0).to(tl.int1)
+    anchor = clicked & has_history
+    if HAS_WEIGHTS:
+        anchor = anchor & (tl.load(weights_ptr + row, mask=inside, other=0.0) > 0)
+    reconstructed = has_history if EVERY_RECONSTRUCTION else anchor
+    skipped = clicked & (has_history == 0)
+    tl.store(page_ptr + row, tl.where(live, page, -1).to(tl.int32), mask=inside)
+    store_flag(flags_ptr, block_counts_ptr, ANCHOR, anchor, row, inside, rows, block, blocks)
+    store_flag(
+        flags_ptr, block_counts_ptr, RECONSTRUCTED, reconstructed, row, inside, rows, block, blocks
+    )
+    store_flag(flags_ptr, block_counts_ptr, COLUMN, live, row, inside, rows, block, blocks)
+    store_flag(flags_ptr, block_counts_ptr, SKIPPED, skipped, row, inside, rows, block, blocks)
+    if COUNT_ITEMS:
+        # Atomics on integers: the sum does not depend on their order.
+        item = tl.load(index_ptr + row, mask=live, other=0)
+        tl.atomic_add(item_count_ptr + item, 1, mask=live)
+
+
+@triton.jit
+def store_list(
+    flagged,
+    place,
+    row,
+    page_ptr,
+    id_ptr,
+    log_q_ptr,
+    list_ptr,
+    list_page_ptr,
+    list_id_ptr,
+    list_bias_ptr,
+    HAS_ID: tl.constexpr,
+    HAS_LOG_Q: tl.constexpr,
+):
+    """Positions, pages, ids and biases (-log_q, in powers of two) of the flagged rows, in order."""
+    tl.store(list_ptr + place, row.to(tl.int32), mask=flagged)
+    tl.store(list_page_ptr + place, tl.load(page_ptr + row, mask=flagged, other=0), mask=flagged)
+    if HAS_ID:
+        tl.store(
+            list_id_ptr + place,
+            tl.load(id_ptr + row, mask=flagged, other=0).to(list_id_ptr.dtype.element_ty),
+            mask=flagged,
+        )
+    if HAS_LOG_Q:
+        tl.store(
+            list_bias_ptr + place,
+            tl.load(log_q_ptr + row, mask=flagged, other=0.0) * -LOG2E,
+            mask=flagged,
+        )
+
+
+@kernel(registers=255)
+def compact(
+    flags_ptr,  # [FLAGS, rows]
+    block_counts_ptr,  # [FLAGS, blocks]
+    page_ptr,
+    id_ptr,
+    log_q_ptr,
+    ranks_ptr,  # [FLAGS, rows] inclusive prefix sums
+    counts_ptr,  # [FLAGS]
+    first_list_ptr,  # the list of the first row of flags; it has no biases
+    first_page_ptr,
+    first_id_ptr,
+    second_list_ptr,
+    second_page_ptr,
+    second_id_ptr,
+    second_bias_ptr,
+    third_list_ptr,
+    third_page_ptr,
+    third_id_ptr,
+    third_bias_ptr,
+    rows,
+    blocks,
+    FLAGS: tl.constexpr,
+    SECOND: tl.constexpr,
+    THIRD: tl.constexpr,
+    HAS_ID: tl.constexpr,
+    HAS_LOG_Q: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Prefix sums and counts of the flags, and the lists of flagged rows."""
+    block = tl.program_id(0)
+    rows64 = rows.to(tl.int64)
+    row = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = row < rows
+    for number in tl.static_range(FLAGS):
+        before = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, block, BLOCK):
+            other = start + tl.arange(0, BLOCK)
+            before += tl.load(
+                block_counts_ptr + number * blocks + other, mask=other < block, other=0
+            )
+        flag = tl.load(flags_ptr + number * rows64 + row, mask=inside, other=0).to(tl.int32)
+        rank = tl.cumsum(flag, axis=0) + tl.sum(before, axis=0)
+        tl.store(ranks_ptr + number * rows64 + row, rank, mask=inside)
+        if block == blocks - 1:
+            tl.store(counts_ptr + number, tl.max(rank, axis=0))
+        flagged = flag != 0
+        place = rank - 1
+        if number == 0:
+            store_list(
+                flagged,
+                place,
+                row,
+                page_ptr,
+                id_ptr,
+                log_q_ptr,
+                first_list_ptr,
+                first_page_ptr,
+                first_id_ptr,
+                first_id_ptr,
+                HAS_ID,
+                False,
+            )
+        if number == 1 and SECOND:
+            store_list(
+                flagged,
+                place,
+                row,
+                page_ptr,
+                id_ptr,
+                log_q_ptr,
+                second_list_ptr,
+                second_page_ptr,
+                second_id_ptr,
+                second_bias_ptr,
+                HAS_ID,
+                HAS_LOG_Q,
+            )
+        if number == 2 and THIRD:
+            store_list(
+                flagged,
+                place,
+                row,
+                page_ptr,
+                id_ptr,
+                log_q_ptr,
+                third_list_ptr,
+                third_page_ptr,
+                third_id_ptr,
+                third_bias_ptr,
+                HAS_ID,
+                HAS_LOG_Q,
+            )
+
+
+@kernel
+def compact_items(
+    item_count_ptr,  # [n]
+    item_rank_ptr,  # [n] inclusive prefix sums of the items that occur
+    count_ptr,  # 0-d
+    list_ptr,
+    bias_ptr,
+    items,
+    BLOCK: tl.constexpr,
+):
+    """Items that occur, and log2 of how often: equal candidates are one column of bias log m."""
+    block = tl.program_id(0)
+    before = block * 0
+    for start in range(0, block * BLOCK, 4 * BLOCK):
+        other = start + tl.arange(0, 4 * BLOCK)
+        count = tl.load(item_count_ptr + other, mask=other < block * BLOCK, other=0)
+        before += tl.sum((count > 0).to(tl.int32), axis=0)
+    item = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    count = tl.load(item_count_ptr + item, mask=item < items, other=0)
+    rank = tl.cumsum((count > 0).to(tl.int32), axis=0) + before
+    tl.store(item_rank_ptr + item, rank, mask=item < items)
+    if block == tl.num_programs(0) - 1:
+        tl.store(count_ptr, tl.max(rank, axis=0))
+    tl.store(list_ptr + rank - 1, item.to(tl.int32), mask=count > 0)
+    tl.store(bias_ptr + rank - 1, tl.log2(tl.maximum(count, 1).to(tl.float32)), mask=count > 0)

@@ -1,0 +1,253 @@
+"""impl="triton": the click-sequence loss. Every history item is a row and a column of the same
+contrast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import click_sequence, epilogue, tiles
+from .passes import forward_pass, lowered, run_chunks, run_contrast
+from .stages import sequence_plan, sum_occurrences
+from .state import (
+    HALF_LIFT,
+    Pass,
+    Results,
+    Rows,
+    Scores,
+    SequenceShape,
+    SequenceState,
+    Spec,
+    Transposed,
+    cdiv,
+    scores,
+    sequence_is_empty,
+    sequence_shape,
+    temperature,
+)
+
+if TYPE_CHECKING:
+    from ...loss.problem import SequenceProblem
+
+
+def sequence_saved_spec(p: SequenceProblem, needs: Sequence[bool]) -> Spec:
+    """As `saved_spec`."""
+    if not any(needs) or sequence_is_empty(p):
+        return []
+    return SequenceState.spec(sequence_shape(p))
+
+
+def _sequence_rows(s: SequenceShape, t: SequenceState) -> Rows:
+    ids = t.row.id if s.mask == 4 else t.row.list
+    return Rows(t.c, t.counts, t.row.list, t.row.page, ids, None, t.ranks[0])
+
+
+def _scores(p: SequenceProblem, s: SequenceShape) -> Scores:
+    return scores(p, s.mask, p.history_offsets, s.dtype, False)
+
+
+def _page_mean(
+    p: SequenceProblem,
+    s: SequenceShape,
+    t: SequenceState,
+    factor: Tensor | None,
+    number: Tensor,
+    cosine: Tensor,
+) -> Tensor:
+    out = torch.empty(s.rows, s.stride, dtype=torch.float32, device=cosine.device)
+    rows = _sequence_rows(s, t)
+    click_sequence.page_mean[(cdiv(s.rows, s.attention.block_m),)](
+        t.c,
+        rows.ids,
+        rows.page,
+        rows.count,
+        p.history_offsets,
+        t.ranks,
+        factor if factor is not None else cosine,
+        out,
+        number,
+        cosine,
+        STRIDE=s.stride,
+        HAS_ID=s.mask == 4,
+        TRANSPOSED=factor is not None,
+        BLOCK_M=s.attention.block_m,
+        BLOCK_H=s.attention.block_n,
+        BLOCK_D=tiles.next_power_of_2(s.stride),
+        PRECISION=s.precision,
+        num_warps=8 if s.stride > 128 else 4,
+        num_stages=1,
+    )
+    return out
+
+
+def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor]]:
+    """(loss, saved) of the click-sequence loss."""
+    device = p.history.device
+    per_item = p.reduction == "none"
+    if sequence_is_empty(p):
+        return torch.zeros(
+            (p.num_history,) if per_item else (), dtype=torch.float32, device=device
+        ), []
+    s = sequence_shape(p, any(needs))
+    t = SequenceState.empty(s)
+    sequence_plan(p, t)
+    rows = _sequence_rows(s, t)
+    epilogue.normalize_rows[(cdiv(s.rows, s.small.block_m),)](
+        p.history,
+        p.history_index if p.history_index is not None else rows.list,
+        rows.list,
+        rows.count,
+        t.c,
+        D=s.dim,
+        STRIDE=s.stride,
+        HAS_INDEX=p.history_index is not None,
+        BLOCK_M=s.small.block_m,
+        BLOCK_D=s.block_d,
+        num_warps=s.small.num_warps,
+    )
+    cosine = torch.empty(s.rows, dtype=torch.float32, device=device)
+    _page_mean(p, s, t, None, t.number, cosine)
+    kept, total = t.kept, torch.empty(s.part_rows, dtype=torch.float32, device=device)
+    out = Pass(kept.acc, kept.top, total, t.flags, s.slots(s.rows, s.tile), s.tile)
+    results = Results(kept.lse, kept.miss, cosine)
+    forward_pass(s, rows, rows, _scores(p, s), out, results)
+    loss = torch.zeros((s.rows,) if per_item else (), dtype=torch.float32, device=device)
+    click_sequence.sequence_losses[(1,)](
+        kept.lse,
+        cosine,
+        t.number,
+        rows.list,
+        rows.count,
+        cosine if per_item else loss,
+        t.anchors,
+        loss,
+        **temperature(p),
+        MEAN=p.reduction == "mean",
+        ITEMS=per_item,
+        BLOCK=1024,
+    )
+    return loss, t.saved() if any(needs) else []
+
+
+def sequence_backward(
+    p: SequenceProblem, needs: Sequence[bool], saved: Sequence[Tensor], grad: Tensor
+) -> list[Tensor | None]:
+    """Gradients of (history or the table, temperature)."""
+    device = p.history.device
+    if sequence_is_empty(p):
+        return [
+            torch.zeros_like(p.history) if needs[0] else None,
+            torch.zeros_like(p.temperature) if needs[1] and p.temperature is not None else None,
+        ]
+    s = sequence_shape(p)
+    t = SequenceState.restored(s, saved)
+    rows = _sequence_rows(s, t)
+    half = s.dtype == torch.float16
+    g, offset, factor, cosine, number = (
+        torch.empty(s.rows, dtype=torch.float32, device=device) for _ in range(5)
+    )
+    click_sequence.sequence_row_gradients[(cdiv(s.rows, 256),)](
+        grad,
+        grad.stride(0) if grad.dim() else 0,
+        t.anchors,
+        t.number,
+        t.kept.lse,
+        rows.list,
+        rows.count,
+        g,
+        offset,
+        factor,
+        s.rows,
+        HALF_LIFT if half else 0.0,
+        PER_ROW=p.reduction == "none",
+        BLOCK=256,
+    )
+    scale, lower = lowered(g) if half else (g, None)
+    # One upstream gradient for all anchors stays out of the transposed pass; rows that are none
+    # have no weight there.
+    uniform = p.reduction != "none" and not half and not s.chunked
+    # Chunks are summed in float32; one pass is rounded once.
+    kind = torch.float32 if s.chunked else s.sums
+    acc = torch.empty(s.flat(s.rows, s.transposed), s.stride, dtype=kind, device=device)
+    out = Pass(acc, g, g, g, s.slots(s.rows, s.transposed), s.transposed)
+    if s.chunked:
+        run_chunks(s, rows, rows, _scores(p, s), t.kept.lse, Transposed(scale, acc))
+    else:
+        y_scale = None if uniform else scale
+        run_contrast(
+            s, rows, rows, _scores(p, s), out, y_offset=offset, y_scale=y_scale, need_sum=False
+        )
+    # The positives are counted again, not into what was saved.
+    mean = _page_mean(p, s, t, None, number, cosine)
+    pulled = _page_mean(p, s, t, factor, number, cosine)
+    d_rows, tau_parts = _row_gradients(p, s, t, out, g, mean, pulled, lower, grad, uniform)
+    d_temperature = None
+    if needs[1]:
+        assert p.temperature is not None
+        d_temperature = -tau_parts.sum() / p.temperature
+    if not needs[0]:
+        return [None, d_temperature]
+    if p.history_index is None:
+        return [d_rows, d_temperature]
+    shown = [(p.history_index, t.history_page)]
+    return [sum_occurrences(p.history, s, shown, None, d_rows), d_temperature]
+
+
+def _row_gradients(
+    p: SequenceProblem,
+    s: SequenceShape,
+    t: SequenceState,
+    transposed: Pass,
+    g: Tensor,
+    mean: Tensor,
+    pulled: Tensor,
+    lower: Tensor | None,
+    grad: Tensor,
+    uniform: bool,
+) -> tuple[Tensor, Tensor]:
+    """dL/dC [K, D] of the rows, and parts of -tau dL/dtau."""
+    table = p.history_index is not None
+    kind = torch.float32 if table else s.dtype
+    d_rows = torch.zeros(s.rows, s.dim, dtype=kind, device=s.device)
+    programs = cdiv(s.rows, s.small.block_m)
+    tau_parts = torch.empty(programs, dtype=torch.float32, device=s.device)
+    click_sequence.sequence_gradient[(programs,)](
+        t.row.list,
+        t.counts,
+        p.history,
+        p.history_index if table else t.row.list,
+        g,
+        t.kept.lse,
+        mean,
+        pulled,
+        t.kept.acc,
+        t.kept.top,
+        transposed.acc,
+        lower if lower is not None else g,
+        grad,
+        t.anchors,
+        d_rows,
+        tau_parts,
+        s.slots(s.rows, s.tile),
+        transposed.slots,
+        s.programs(s.tile),
+        s.programs(s.transposed),
+        **temperature(p),
+        HAS_INDEX=table,
+        HAS_FACTOR=lower is not None,
+        UNIFORM=uniform,
+        D=s.dim,
+        STRIDE=s.stride,
+        STREAM=s.stream,
+        TILE_M=s.tile.block_m,
+        TILE_N=s.tile.block_n,
+        TRANSPOSED_M=s.transposed.block_m,
+        TRANSPOSED_N=s.transposed.block_n,
+        BLOCK_M=s.small.block_m,
+        BLOCK_D=s.block_d,
+        num_warps=s.small.num_warps,
+    )
+    return d_rows, tau_parts
