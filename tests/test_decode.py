@@ -484,6 +484,7 @@ def test_resizing_without_torch_gives_the_same_picture(
         assert expected.std() > 10
 
 
+@pytest.mark.long("whole commands", short=("PIL",))
 @pytest.mark.parametrize(
     ("missing", "extra"), [("PIL", "train"), ("numba", "train"), ("nvidia.dali", "dali")]
 )

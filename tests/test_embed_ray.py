@@ -28,6 +28,8 @@ from courier_fast.evaluate import embed_ray
 from courier_fast.evaluate.embed import FeatureRows, embed_source
 from courier_fast.train.trainer import Trainer
 
+pytestmark = pytest.mark.long("Ray")
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:

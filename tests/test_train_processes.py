@@ -251,6 +251,7 @@ def test_gradient_over_the_candidates_of_all_processes_is_that_of_one_batch(
         assert all(torch.equal(t, ranks[0]["after"][name]) for name, t in x["after"].items())
 
 
+@pytest.mark.long("several processes")
 def test_two_processes_are_one_with_batches_twice_as_large(
     dataset: Dataset, features: Path, tmp_path: Path
 ) -> None:
@@ -347,6 +348,7 @@ def test_processes_that_resume_are_the_same_run(resumed: Path, candidates: str) 
     assert all(torch.equal(a[n], b[n]) for n in b)
 
 
+@pytest.mark.long("several processes")
 def test_a_process_without_pages_joins_every_step(
     dataset: Dataset, features: Path, tmp_path: Path
 ) -> None:

@@ -571,6 +571,7 @@ def test_a_part_that_cannot_be_written_ends_all_processes(two: Path) -> None:
     assert [x.name for x in Checkpoints(two / "fails" / "checkpoints").all()] == ["step-00000001"]
 
 
+@pytest.mark.long("sharding")
 def test_killed_workers_are_restarted_and_the_run_is_the_same(
     two: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
