@@ -1,10 +1,13 @@
-.PHONY: install test lint bench gpu docs
+.PHONY: install test test-all lint bench gpu docs
 
 install:
 	pip install -e ".[test,dev]"
 
 test:
 	pytest
+
+test-all: test
+	pytest --long
 
 lint:
 	ruff check .

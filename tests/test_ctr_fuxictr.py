@@ -19,7 +19,8 @@ from courier_fast.evaluate.ctr import Impressions, make_protocol
 from courier_fast.evaluate.ctr.export import export
 from courier_fast.evaluate.ctr.models import DIN, Batch, DCNv2, Dice, ItemTables, make_model
 
-pytest.importorskip("fuxictr")
+pytestmark = pytest.mark.long("FuxiCTR")
+pytest.importorskip("fuxictr", reason="FuxiCTR is not installed: the extra test-all brings it")
 from fuxictr.features import FeatureMap
 from fuxictr.preprocess import FeatureProcessor
 from fuxictr.pytorch import layers
