@@ -19,7 +19,6 @@ from courier_fast.evaluate.ctr import Impressions, make_protocol
 from courier_fast.evaluate.ctr.export import export
 from courier_fast.evaluate.ctr.models import DIN, Batch, DCNv2, Dice, ItemTables, make_model
 
-pytestmark = pytest.mark.long("FuxiCTR")
 pytest.importorskip("fuxictr", reason="FuxiCTR is not installed: the extra test-all brings it")
 from fuxictr.features import FeatureMap
 from fuxictr.preprocess import FeatureProcessor
@@ -27,6 +26,7 @@ from fuxictr.pytorch import layers
 from fuxictr.pytorch.layers import FeatureEmbedding
 from fuxictr.utils import load_dataset_config
 
+pytestmark = pytest.mark.long("FuxiCTR")
 HISTORY = 5
 
 
