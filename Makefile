@@ -1,4 +1,4 @@
-.PHONY: install test test-all lint bench gpu docs
+.PHONY: install test long lint bench gpu docs
 
 install:
 	pip install -e ".[test,dev]"
@@ -6,7 +6,7 @@ install:
 test:
 	pytest
 
-test-all: test
+long:
 	pytest --long
 
 lint:
