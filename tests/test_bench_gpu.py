@@ -36,7 +36,7 @@ def setting(out: Path, seconds: float = 600) -> Setting:
 # ---- the stages ----------------------------------------------------------------------------------
 
 
-@pytest.mark.long("whole commands", short=("bench", "graph", "options"))
+@pytest.mark.long("whole commands", short=("bench",))
 @interpreted
 @pytest.mark.parametrize("name", [n for n in stages.STAGES if n not in ("smoke", "tests")])
 def test_every_stage_runs(name: str, tmp_path: Path) -> None:
