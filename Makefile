@@ -1,10 +1,13 @@
-.PHONY: install test lint bench gpu docs
+.PHONY: install test long lint bench gpu docs
 
 install:
 	pip install -e ".[test,dev]"
 
 test:
 	pytest
+
+long:
+	pytest --long
 
 lint:
 	ruff check .

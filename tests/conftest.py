@@ -52,17 +52,67 @@ def own_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+LEFT_OUT = pytest.StashKey[dict[str, int]]()  # how many tests of which kind
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU what runs on Triton runs on NumPy; tests that say so in no parameter carry the
-    mark themselves."""
+    mark themselves. And long tests are left out, unless an option or the command line names
+    them."""
     for item in items:
         callspec = getattr(item, "callspec", None)
-        if callspec is not None and callspec.params.get("impl") == "triton":
+        params = {} if callspec is None else callspec.params
+        if params.get("impl") == "triton":
             item.add_marker("numpy_products")
+        for mark in list(item.iter_markers("long")):
+            short = mark.kwargs.get("short", ())
+            if any(isinstance(x, int | str) and x in short for x in params.values()):
+                item.own_markers.remove(mark)
+    if config.option.markexpr:
+        return
+    only, here = config.getoption("--long"), config.invocation_params.dir
+    named = {(here / argument.partition("::")[0]).resolve() for argument in config.args}
+    left_out: dict[str, int] = {}
+    chosen, others = [], []
+    for item in items:
+        mark = item.get_closest_marker("long")
+        if (mark is not None) if only else (mark is None or item.path.resolve() in named):
+            chosen.append(item)
+            continue
+        others.append(item)
+        if mark is not None:
+            left_out[mark.args[0]] = left_out.get(mark.args[0], 0) + 1
+    items[:] = chosen
+    if others:
+        config.hook.pytest_deselected(items=others)
+    config.stash[LEFT_OUT] = left_out
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_out"] = left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Each of xdist's workers has collected everything: what one of them says is true of all."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", {})
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if left_out := config.stash.get(LEFT_OUT, {}):
+        kinds = ", ".join(f"{kind} ({left_out[kind]})" for kind in sorted(left_out))
+        terminalreporter.write_line(
+            f"{sum(left_out.values())} long tests were left out: {kinds}. `pytest --long` runs them"
+            ' (`pip install -e ".[test-all]"`).'
+        )
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    """Where pytest-xdist is not installed, what pyproject.toml asks of it is taken and ignored."""
+    """--long; and where pytest-xdist is not installed, what pyproject.toml asks of it is taken and
+    ignored."""
+    parser.addoption("--long", action="store_true", help="run the tests marked long, and no others")
     if not pluginmanager.hasplugin("xdist"):
         group = parser.getgroup("xdist")
         group._addoption("-n", dest="numprocesses")

@@ -155,6 +155,7 @@ def test_errors_are_measured_on_fewer_pages_where_the_reference_does_not_fit(
     assert "[-]" in out, "a speed-up over what was not measured"
 
 
+@pytest.mark.long("memory")
 @pytest.mark.skipif(not measure.can_measure_memory(CPU), reason="needs /proc/self/clear_refs")
 def test_peak_memory_sees_the_logits() -> None:
     shape = SHAPES["tiny"]
@@ -166,6 +167,7 @@ def test_peak_memory_sees_the_logits() -> None:
     assert 2 * logits < measure.peak_memory("reference", made.loss, shape, batch)[0] < 12 * logits
 
 
+@pytest.mark.long("whole commands")
 def test_command_line(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     command = [

@@ -36,6 +36,7 @@ def setting(out: Path, seconds: float = 600) -> Setting:
 # ---- the stages ----------------------------------------------------------------------------------
 
 
+@pytest.mark.long("whole commands", short=("bench",))
 @interpreted
 @pytest.mark.parametrize("name", [n for n in stages.STAGES if n not in ("smoke", "tests")])
 def test_every_stage_runs(name: str, tmp_path: Path) -> None:
@@ -197,6 +198,7 @@ def test_what_fails_costs_its_case_and_a_run_goes_on(
     assert begun(out)[12:] == ["last"]
 
 
+@pytest.mark.long("whole commands")
 def test_a_hang_ends_with_its_time(
     script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ def test_formula_where_the_host_knows_no_counts() -> None:
     assert found == [64 + 100 * (16 + 4), 100 * (16 + 12)]
 
 
+@pytest.mark.long("several processes")
 def test_counts_are_those_of_the_formula(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

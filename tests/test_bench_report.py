@@ -274,6 +274,7 @@ def _script(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long("GPU targets")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this takes its time: run it itself")
 def test_tuning_writes_tiles_that_are_taken(tmp_path: Path) -> None:
     pytest.importorskip("triton")
@@ -325,6 +326,7 @@ def test_tiles_that_are_none(tmp_path: Path, text: str, message: str) -> None:
         tiles.read_tiles(tmp_path / "tiles.json")
 
 
+@pytest.mark.long("GPU targets")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_tuning_without_a_gpu_is_refused() -> None:
     run = _script(
@@ -343,6 +345,7 @@ def _compiled(problem: str, *kernels: str) -> list[list[str]]:
     return [x.split() for x in run.stdout.splitlines()[2:]]
 
 
+@pytest.mark.long("GPU targets")
 def test_compiled_candidate_kernels() -> None:
     lines = _compiled("candidate-256", "packed_scores", "candidate_history")
     assert {x[0] for x in lines} == {"packed_scores", "candidate_history"}
@@ -352,6 +355,7 @@ def test_compiled_candidate_kernels() -> None:
         assert int(loop) > 100
 
 
+@pytest.mark.long("GPU targets")
 def test_compiled_without_a_gpu() -> None:
     lines = [x for x in _compiled("bf16-64", "contrast", "compact") if x[0] == "contrast"]
     assert len(lines) == 3

@@ -67,6 +67,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long("kernels case by case", short=("both", "none", "candidate", "packed"))
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients(case: str) -> None:
     check_loss("triton", draws=2, **({"dim": 32, "dtype": torch.bfloat16} | CASES[case]))

@@ -163,6 +163,7 @@ def test_log_m_of_repeated_items_forgotten(monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
+@pytest.mark.long("kernels case by case", short=("page",))
 @pytest.mark.numpy_products
 @pytest.mark.parametrize("negatives", ["page", "other_pages"])
 def test_a_wrong_page_mask(monkeypatch: pytest.MonkeyPatch, negatives: str) -> None:

@@ -162,6 +162,18 @@ def check(impl: str, case: str, **more: Any) -> None:
     check_loss(impl, **CANDIDATE, **(small | more | CASES[case] | sizes))
 
 
+@pytest.mark.long(
+    "kernels case by case",
+    short=(
+        "plain",
+        "cosine",
+        "ids-other-pages-cosine",
+        "projected-heads",
+        "items-padding-weights",
+        "tensor-tau-log-q",
+        "cosine-clicks-all-over",
+    ),
+)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", CASES)
 def test_float32(impl: str, case: str) -> None:
@@ -186,6 +198,7 @@ HALF_CASES = (
 )
 
 
+@pytest.mark.long("kernels case by case", short=("plain", "cosine", "items"))
 @pytest.mark.parametrize(("impl", "dtype"), [(i, t) for i in IMPLS for t in HALF[i]], ids=str)
 @pytest.mark.parametrize("case", HALF_CASES)
 def test_half(impl: str, dtype: torch.dtype, case: str) -> None:
@@ -368,6 +381,7 @@ def test_a_history_of_one_item_is_that_item(impl: str) -> None:
     assert float(found) == pytest.approx(float(mean), rel=1e-5)
 
 
+@pytest.mark.long("kernels case by case", short=("cpu",))
 @pytest.mark.parametrize(("impl", "length"), [("cpu", 10_000), ("triton", 700)])
 def test_a_long_history(impl: str, length: int) -> None:
     pages = [(3, length), (2, 3)]
@@ -446,6 +460,7 @@ def test_non_finite_live_rows_reach_the_loss(impl: str, name: str) -> None:
     assert loss_of(impl, p).isnan().tolist() == expected.isnan().tolist()
 
 
+@pytest.mark.long("memory")
 @needs_native
 def test_memory_on_the_cpu_does_not_grow_with_candidates_times_history() -> None:
     """6,000 candidates by 6,000 history rows are 144 MB in float32; their products are held a chunk
@@ -566,6 +581,7 @@ def test_compiles_without_graph_breaks() -> None:
     assert torch.equal(compiled(a["pv"], a["history"]), loss(a["pv"], a["history"]))
 
 
+@pytest.mark.long("kernels case by case", short=("triton",))
 @pytest.mark.parametrize(("impl", "examples"), [("cpu", 30), ("triton", 6)])
 def test_ragged_batches(impl: str, examples: int) -> None:
     skip_unless_available(impl, problem(0, impl=impl))

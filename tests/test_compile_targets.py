@@ -64,15 +64,16 @@ PACKED_LOOPS = {
 SLACK = 4  # of the compiler: it orders and merges differently from one release to the next
 
 
-LABELS = (*COMMON, *SPECIAL)
+SHORT = "bf16-64"  # compiled by the short run, too
 # A process needs seconds to begin; workers that share these tests should not each compile all.
 AT_ONCE = 5
+LONG = [label for label in (*COMMON, *SPECIAL) if label != SHORT]
+GROUPS = [[SHORT], *(LONG[i : i + AT_ONCE] for i in range(0, len(LONG), AT_ONCE))]
 
 
 def compiled(label: str) -> list[dict[str, Any]]:
     """What came out of each launch on sm_90."""
-    first = LABELS.index(label) // AT_ONCE * AT_ONCE
-    found = outcomes(",".join(LABELS[first : first + AT_ONCE]), 90)
+    found = outcomes(",".join(next(group for group in GROUPS if label in group)), 90)
     return [x for x in found if x["which"] == label]
 
 
@@ -116,11 +117,13 @@ def test_detects_spills_and_wgmma() -> None:
     assert own["spills", 90]["spilled"] > 0
 
 
+@pytest.mark.long("GPU targets", short=(SHORT,))
 @pytest.mark.parametrize("label", [*COMMON, *SPECIAL])
 def test_kernels_compile_for_hopper(label: str) -> None:
     check(compiled(label), MAY_SPILL.get(label, 0))
 
 
+@pytest.mark.long("GPU targets", short=(SHORT,))
 @pytest.mark.parametrize("label", HOT_LOOPS)
 def test_hot_loops_stay_bare(label: str) -> None:
     """No mask, id or predicate outside the diagonal and the tail: every one of them shows in the
@@ -140,6 +143,7 @@ def test_hot_loops_stay_bare(label: str) -> None:
         assert x["loop"].get("LDGSTS", 0) > 0, f"loads are not ahead of their use: {x['loop']}"
 
 
+@pytest.mark.long("GPU targets")
 def test_loops_over_packed_pages_do_not_grow() -> None:
     version = tuple(int(x) for x in triton.__version__.split(".")[:2])
     if version < (3, 6):
@@ -152,6 +156,7 @@ def test_loops_over_packed_pages_do_not_grow() -> None:
         assert large or count <= most + SLACK, f"{x['name']}: {count} instructions: {x['loop']}"
 
 
+@pytest.mark.long("GPU targets")
 def test_the_contrast_is_expected_on_wgmma() -> None:
     found = {x["name"] for x in compiled("bf16-256") if x["needs_wgmma"]}
     assert found == {"contrast"}

@@ -280,6 +280,7 @@ PEAK = """
 """
 
 
+@pytest.mark.long("memory")
 @needs_native
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 @pytest.mark.parametrize(

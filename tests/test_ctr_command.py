@@ -282,6 +282,7 @@ def test_predictions_are_of_the_splits_impressions(
 # ---- the whole command ---------------------------------------------------------------------------
 
 
+@pytest.mark.long("whole commands")
 @pytest.mark.parametrize("style_decides", [True, False])
 def test_an_image_is_worth_what_it_decides(tmp_path: Path, style_decides: bool) -> None:
     """Where style decides clicks it adds AUC, in each form, and where the item decides it adds

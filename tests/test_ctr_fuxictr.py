@@ -18,13 +18,14 @@ from courier_fast.ctr.export import export
 from courier_fast.ctr.models import DIN, Batch, DCNv2, Dice, ItemTables, make_model
 from courier_fast.data.dataset import Dataset
 
-pytest.importorskip("fuxictr")
+pytest.importorskip("fuxictr", reason="FuxiCTR is not installed: the extra test-all brings it")
 from fuxictr.features import FeatureMap
 from fuxictr.preprocess import FeatureProcessor
 from fuxictr.pytorch import layers
 from fuxictr.pytorch.layers import FeatureEmbedding
 from fuxictr.utils import load_dataset_config
 
+pytestmark = pytest.mark.long("FuxiCTR")
 HISTORY = 5
 
 

@@ -32,12 +32,14 @@ from courier_fast.data.images.transforms import eval_windows, random_flips, rand
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 SIZE = 48
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "jpeg-decode"
+DALI = pytest.param("dali-cpu", marks=pytest.mark.long("DALI"))
+NO_DALI = "DALI is not installed: the extra test-all brings it"
 
 
-@pytest.fixture(scope="module", params=["software", "pillow", "dali-cpu"])
+@pytest.fixture(scope="module", params=["software", "pillow", DALI])
 def decoder(request: pytest.FixtureRequest) -> Iterator[Decoder]:
     if request.param == "dali-cpu":
-        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+        pytest.importorskip("nvidia.dali", reason=NO_DALI)
     decoder = make_decoder(request.param, SIZE, threads=2, mean=MEAN, std=STD)
     yield decoder
     decoder.close()
@@ -413,10 +415,10 @@ def test_threads_change_nothing(kind: str) -> None:
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("kind", ["software", "pillow", "dali-cpu"])
+@pytest.mark.parametrize("kind", ["software", "pillow", DALI])
 def test_half_precision(kind: str) -> None:
     if kind == "dali-cpu":
-        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+        pytest.importorskip("nvidia.dali", reason=NO_DALI)
     files = [encoded(scene(90, 120)), encoded(scene(90, 120), "PNG"), damage()["half"]]
     full, half = (
         make_decoder(kind, SIZE, dtype=d).decode(files, *whole(3))[0]
@@ -441,11 +443,12 @@ def test_normalising_on_the_device_is_the_same() -> None:
     assert torch.allclose(out[0], raw[0].float() * scale + shift)
 
 
+@pytest.mark.long("DALI")
 @pytest.mark.parametrize("name", ["half", "garbage", "trailing bytes"])
 def test_dali_finds_the_image_that_it_cannot_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the look at the headers lets pass costs its own picture, whatever DALI says, and no
     other."""
-    dali = pytest.importorskip("courier_fast.data.images.dali", reason="DALI is not installed")
+    dali = pytest.importorskip("courier_fast.data.images.dali", reason=NO_DALI)
     decoder = make_decoder("dali-cpu", SIZE, threads=1)
     good = [encoded(scene(90, 120, seed)) for seed in range(7)]
     alone, _ = decoder.decode(good, *whole(7))
@@ -490,6 +493,7 @@ def test_resizing_without_torch_gives_the_same_picture(
         assert expected.std() > 10
 
 
+@pytest.mark.long("whole commands", short=("PIL",))
 @pytest.mark.parametrize(
     ("missing", "extra"), [("PIL", "train"), ("numba", "train"), ("nvidia.dali", "dali")]
 )

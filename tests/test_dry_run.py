@@ -35,6 +35,7 @@ def worker(what: str, **environment: str) -> Any:
 
 # Triton's default, which changes between versions, turned off: what is launched asks for it all the
 # same.
+@pytest.mark.long("GPU targets")
 @pytest.mark.parametrize("what", ["sizes", "paths"])
 def test_what_a_gpu_would_compile_compiles(what: str) -> None:
     found = worker(what, TRITON_DEFAULT_FP_FUSION="0")

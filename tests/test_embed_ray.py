@@ -29,6 +29,8 @@ from courier_fast.embed.sources import FeatureRows
 from courier_fast.embed.write import embed_source
 from courier_fast.train.trainer import Trainer
 
+pytestmark = pytest.mark.long("Ray")
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:

@@ -210,6 +210,7 @@ def test_reconstructions_and_click_sequences(impl: str) -> None:
             assert (x.grad.values() if x.grad.is_nested else x.grad).isfinite().all()
 
 
+@pytest.mark.long("kernels case by case", short=("no history",))
 @pytest.mark.parametrize("size", ["no pages", "no history"])
 def test_compiled_and_under_torch_func(size: str) -> None:
     torch._dynamo.reset()

@@ -38,6 +38,7 @@ def test_import_is_light_and_quick() -> None:
     assert out[1:] == ["", ""]  # no heavy module, no implementation
 
 
+@pytest.mark.long("whole commands", short=("courier_fast._native",))
 @pytest.mark.parametrize("missing", ["triton", "courier_fast._native"])
 def test_works_without(missing: str) -> None:
     out = python(

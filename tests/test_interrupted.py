@@ -56,6 +56,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Any:
         signal.signal(number, handler)
 
 
+@pytest.mark.long("killed processes", short=(signal.SIGTERM,))
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_unwinds_and_is_the_status(command: Any, number: int) -> None:
     before = [signal.getsignal(n) for n in interrupt.SIGNALS]
@@ -127,6 +128,7 @@ def test_renames_that_belong_together_are_not_torn(command: Any) -> None:
     assert done == ["both"]
 
 
+@pytest.mark.long("killed processes")
 def test_sigterm_left_the_partial_folder(tmp_path: Path) -> None:
     script = """
 import sys, time

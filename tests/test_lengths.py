@@ -84,6 +84,7 @@ def check(impl: str, problems: list[Problem], case: dict[str, Any] | None = None
 KINDS = {"cpu": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.float16)}
 
 
+@pytest.mark.long("kernels case by case", short=("candidate",))
 @pytest.mark.parametrize(
     ("case", "impl", "dtype"),
     [

@@ -72,6 +72,19 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long(
+    "kernels case by case",
+    short=(
+        "plain",
+        "both",
+        "page-both",
+        "items-padding-weights",
+        "projected-heads",
+        "tensor-tau-both-log-q",
+        "none-weights-both",
+        "dim-300",
+    ),
+)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", CASES)
 def test_float32(impl: str, case: str) -> None:
@@ -123,6 +136,7 @@ HALF_CASES = (
 )
 
 
+@pytest.mark.long("kernels case by case", short=("plain", "both", "items"))
 @pytest.mark.parametrize(("impl", "dtype"), [(i, t) for i in IMPLS for t in HALF[i]], ids=str)
 @pytest.mark.parametrize("case", HALF_CASES)
 def test_half(impl: str, dtype: torch.dtype, case: str) -> None:
@@ -142,6 +156,7 @@ CHUNKED = (
 )
 
 
+@pytest.mark.long("kernels case by case", short=("padding-both-ids",))
 @pytest.mark.numpy_products
 @pytest.mark.parametrize("case", CHUNKED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -167,6 +182,7 @@ RECONSTRUCT = (
 )
 
 
+@pytest.mark.long("kernels case by case", short=("plain", "items-projected", "heads"))
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", RECONSTRUCT)
 def test_reconstruct(impl: str, case: str) -> None:
@@ -189,6 +205,7 @@ SEQUENCE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long("kernels case by case", short=("plain", "ids", "sum", "items-padding"))
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", SEQUENCE)
 def test_click_sequence(impl: str, case: str) -> None:

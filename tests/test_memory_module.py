@@ -291,6 +291,7 @@ def pushing() -> tuple[list[Any], list[str]]:
     return found, texts
 
 
+@pytest.mark.long("several processes")
 def test_every_process_keeps_the_same_rows(tmp_path: Path) -> None:
     every = spawn(pushing, 3, tmp_path)
     kept = Kept(7)

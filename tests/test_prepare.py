@@ -414,6 +414,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.long("killed processes")
 def test_a_killed_run_leaves_no_dataset(tmp_path: Path) -> None:
     script = """
 import sys, time
@@ -498,6 +499,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         run("--layout", "hm")
 
 
+@pytest.mark.long("memory")
 def test_memory_stays_bounded(tmp_path: Path) -> None:
     """A million events in a process of its own: what it takes beyond its imports is far less than
     the rows would as objects."""

@@ -138,6 +138,7 @@ def both(
     return found[1], reports[1]
 
 
+@pytest.mark.long("Ray")
 def test_made_pages_with_images_and_killed_workers(
     tmp_path: Path, ray: Any, graves: Graves
 ) -> None:
@@ -151,6 +152,7 @@ def test_made_pages_with_images_and_killed_workers(
     assert graves.left() == []
 
 
+@pytest.mark.long("Ray")
 @pytest.mark.parametrize("negatives", ["popularity", "category"])
 def test_made_pages_with_every_kind_of_negatives(
     tmp_path: Path, ray: Any, graves: Graves, negatives: str
@@ -164,6 +166,7 @@ def test_made_pages_with_every_kind_of_negatives(
     assert graves.left() == []
 
 
+@pytest.mark.long("Ray")
 def test_given_pages_whole_or_cut(tmp_path: Path, ray: Any, graves: Graves) -> None:
     graves.dig("by_time")
     before = source_of(random_events(4, users=12, n=150)).events
@@ -178,6 +181,7 @@ def test_given_pages_whole_or_cut(tmp_path: Path, ray: Any, graves: Graves) -> N
     assert graves.left() == []
 
 
+@pytest.mark.long("Ray")
 def test_parts_without_rows(tmp_path: Path, ray: Any, graves: Graves) -> None:
     # One user has nearly everything, at one moment.
     events = [("a", f"{n:03}", 50) for n in range(400)] + [
@@ -190,6 +194,7 @@ def test_parts_without_rows(tmp_path: Path, ray: Any, graves: Graves) -> None:
         both(tmp_path / name, source_of(events), replace(options, negatives=kind))
 
 
+@pytest.mark.long("Ray")
 def test_a_folder_of_parquet_is_read_by_several_tasks(
     tmp_path: Path, ray: Any, graves: Graves
 ) -> None:
@@ -232,6 +237,7 @@ def test_blocks_are_the_same_however_rows_come(monkeypatch: pytest.MonkeyPatch) 
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.long("Ray")
 def test_the_command_and_its_errors(
     tmp_path: Path, ray: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

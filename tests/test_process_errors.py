@@ -269,6 +269,7 @@ def mistakes() -> dict[str, tuple[str, str, float]]:
     return found
 
 
+@pytest.mark.long("several processes", short=(2,))
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_process_has_the_same_error(size: int, tmp_path: Path) -> None:
     every = spawn(mistakes, size, tmp_path)
@@ -319,6 +320,7 @@ def others() -> dict[str, tuple[str, str, float]]:
     return found
 
 
+@pytest.mark.long("several processes")
 def test_what_does_not_go_together(tmp_path: Path) -> None:
     every = spawn(others, 2, tmp_path)
     expected = {

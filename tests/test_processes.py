@@ -201,6 +201,7 @@ def check_budget(
 # ---- the loss of the union -----------------------------------------------------------------------
 
 
+@pytest.mark.long("several processes", short=(2,))
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_definition_is_exact(size: int, tmp_path: Path) -> None:
     cases = numbered(DEFINITION) + numbered(STATIC, 100)
@@ -208,6 +209,7 @@ def test_definition_is_exact(size: int, tmp_path: Path) -> None:
     check_exact(cases, [found[0] for found in every], size)
 
 
+@pytest.mark.long("several processes")
 def test_padding_without_a_page_asks_for_none(tmp_path: Path) -> None:
     """The click sequence of a process that had padding alone looked its page up among none."""
     cases = []
@@ -222,6 +224,7 @@ def has_no_pages(shards: list[Shard]) -> bool:
     return any(len(s.problem.history_offsets) == 1 for s in shards)
 
 
+@pytest.mark.long("several processes")
 @pytest.mark.parametrize(
     ("size", "dtype", "every"),
     [(2, torch.float32, 1), (3, torch.bfloat16, 2), (4, torch.float32, 3)],
@@ -238,6 +241,7 @@ def test_cpu(size: int, dtype: torch.dtype, every: int, tmp_path: Path) -> None:
             assert same_bits(first[i], again[i]), f"{c}, {seed}: other bits in a second run"
 
 
+@pytest.mark.long("several processes")
 def test_triton(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     size = 2
@@ -254,6 +258,7 @@ def in_pairs(cases: list[tuple[Case, int]]) -> list[dict[str, Tensor]]:
     return [run_shard(c, seed + 50 * (rank % 2), own, rank // 2, 2) for c, seed in cases]
 
 
+@pytest.mark.long("several processes")
 def test_groups_of_some_processes(tmp_path: Path) -> None:
     cases = numbered(DEFINITION[::4])
     found = spawn(in_pairs, 4, tmp_path, cases)
@@ -293,6 +298,7 @@ def test_memory_is_one_more_page() -> None:
     check_exact(cases, [[run_shard(c, seed, None, 0, 1) for c, seed in cases]], 1)
 
 
+@pytest.mark.long("memory")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_on_the_cpu(dtype: torch.dtype) -> None:
     cases = [x for first in (0, 100, 200) for x in numbered(MEMORY, first, impl="cpu", dtype=dtype)]
@@ -368,6 +374,7 @@ def in_ddp(cases: list[Case]) -> list[Any]:
     return found
 
 
+@pytest.mark.long("several processes", short=(2,))
 @pytest.mark.parametrize("size", [2, 3])
 def test_ddp_trains_as_one_process(size: int, tmp_path: Path) -> None:
     cases = [case(options) for options in DDP_CASES]
@@ -426,6 +433,7 @@ def with_gradient_cache(c: Case, rows_at_a_time: int) -> dict[str, Tensor]:
     return {n: p.grad for n, p in model.module.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.long("several processes")
 def test_gradient_cache(tmp_path: Path) -> None:
     c, size = case("candidate ids"), 3
     found = spawn(with_gradient_cache, size, tmp_path, c, 7)
@@ -462,6 +470,7 @@ def step_of(model: nn.Module, loss: nn.Module, given: dict[str, Tensor]) -> dict
     return found
 
 
+@pytest.mark.long("several processes")
 def test_fsdp_and_a_loss_that_is_wrapped(tmp_path: Path) -> None:
     c, size = case("candidate ids"), 3
     every = spawn(in_fsdp, size, tmp_path, c)

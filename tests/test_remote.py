@@ -142,6 +142,7 @@ def run_prepare(out: str, folder: str, events: str, *more: str) -> int:
     )
 
 
+@pytest.mark.long("object stores")
 def test_prepare_from_s3_to_s3_is_prepare_on_a_disk(
     server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -326,6 +327,7 @@ def _fetch(url: str, barrier: object) -> int:
     return len(fetched)
 
 
+@pytest.mark.long("object stores")
 def test_processes_fetch_a_shard_once(local: Dataset, remote: str) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, context.Pool(2) as pool:

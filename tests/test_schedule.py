@@ -122,6 +122,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long("kernels case by case", short=("plain", "page"))
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [(case, torch.float32) for case in CASES]
@@ -180,6 +181,7 @@ print("nothing written")
 """
 
 
+@pytest.mark.long("kernels case by case")
 @pytest.mark.skipif(DEVICE != "cpu", reason="for the interpreter")
 def test_programs_past_the_work_do_nothing() -> None:
     """A process of its own: reading out of bounds ends it."""

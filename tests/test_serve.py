@@ -132,6 +132,7 @@ def test_graph_has_named_dimensions_and_unit_rows(exported: Path) -> None:
         np.testing.assert_allclose((found**2).sum(1), 1, atol=1e-5)
 
 
+@pytest.mark.long("whole commands")
 def test_a_backbone_of_timm_keeps_the_budget(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     torch.manual_seed(0)

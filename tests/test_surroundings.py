@@ -125,6 +125,7 @@ def test_the_same_whatever_is_around(impl: str) -> None:
                 assert torch.equal(a, b), (name, dtype, number)
 
 
+@pytest.mark.long("kernels case by case", short=("meta",))
 @pytest.mark.numpy_products
 @pytest.mark.parametrize("name", ["float64", "meta"])
 def test_the_same_on_triton(name: str) -> None:
@@ -448,6 +449,7 @@ def travelling() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long("several processes")
 def test_a_model_with_a_group_travels_and_is_sharded(tmp_path: Path) -> None:
     for found in spawn(travelling, 2, tmp_path):
         assert "group: expected a process group, got a copy from a file" in found["lost"]

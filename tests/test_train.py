@@ -92,6 +92,7 @@ def uninterrupted(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) ->
     return folder / "config.toml", folder / "whole"
 
 
+@pytest.mark.long("killed processes")
 def test_killed_at_any_moment_and_resumed_it_is_the_same_run(
     uninterrupted: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -111,6 +112,7 @@ def test_killed_at_any_moment_and_resumed_it_is_the_same_run(
     assert all(torch.equal(a[n], b[n]) for n in b)
 
 
+@pytest.mark.long("killed processes")
 def test_sigterm_saves_and_exits(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
     config, whole = uninterrupted
     arguments = (f"--run.out={tmp_path / 'stopped'}", "--run.save_steps=0", "--run.save_minutes=60")
@@ -503,6 +505,7 @@ def test_options_of_the_encoder(dataset: Dataset, tmp_path: Path, change: dict[s
     assert other.fit()["step"] == other.progress.step > 0
 
 
+@pytest.mark.long("kernels case by case")
 def test_compiled_training_keeps_to_a_few_shapes(
     dataset: Dataset, features: Path, tmp_path: Path
 ) -> None:

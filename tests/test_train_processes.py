@@ -254,6 +254,7 @@ def test_gradient_over_the_candidates_of_all_processes_is_that_of_one_batch(
         assert all(torch.equal(t, ranks[0]["after"][name]) for name, t in x["after"].items())
 
 
+@pytest.mark.long("several processes")
 def test_two_processes_are_one_with_batches_twice_as_large(
     dataset: Dataset, features: Path, tmp_path: Path
 ) -> None:
@@ -284,6 +285,7 @@ def test_two_processes_are_one_with_batches_twice_as_large(
             assert two[name] == pytest.approx(expected[name], rel=1e-4), (name, two["step"])
 
 
+@pytest.mark.long("several processes")
 def test_slices_and_empty_batches_of_an_image_encoder(two: Started) -> None:
     """Whole or in slices, with pages for both processes or for one: by the error budget of one
     process's gradient."""
@@ -302,6 +304,7 @@ def test_slices_and_empty_batches_of_an_image_encoder(two: Started) -> None:
             assert (x - z).norm() <= 2 * (one - z).norm() + rounding, name
 
 
+@pytest.mark.long("several processes")
 def test_all_processes_start_from_the_first_ones_tensors(two: Started) -> None:
     """Parameters and buffers, here from another seed and other features on each."""
     overrides, (a, b) = two[0]["start"][1], (x["state"] for x in two[1]["start"])
@@ -339,6 +342,7 @@ def resumed(dataset: Dataset, features: Path, tmp_path_factory: pytest.TempPathF
     return folder
 
 
+@pytest.mark.long("several processes")
 @pytest.mark.parametrize("candidates", ["process", "all"])
 def test_processes_that_resume_are_the_same_run(resumed: Path, candidates: str) -> None:
     """Three add in an order that depends on where a gradient lies in its bucket: buckets are the
@@ -350,6 +354,7 @@ def test_processes_that_resume_are_the_same_run(resumed: Path, candidates: str) 
     assert all(torch.equal(a[n], b[n]) for n in b)
 
 
+@pytest.mark.long("several processes")
 def test_a_process_without_pages_joins_every_step(
     dataset: Dataset, features: Path, tmp_path: Path
 ) -> None:

@@ -403,6 +403,7 @@ def same_curve(run: Path, expected: Path, more: int = 0) -> None:
         assert line["epoch"] == other["epoch"]
 
 
+@pytest.mark.long("sharding")
 def test_a_sharded_checkpoint_is_the_same_at_any_number_of_processes(
     four: tuple[Path, list[Case]], two: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -437,6 +438,7 @@ def test_a_sharded_checkpoint_is_the_same_at_any_number_of_processes(
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
+@pytest.mark.long("sharding")
 def test_a_run_goes_on_at_another_number_of_processes(
     four: tuple[Path, list[Case]], two: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -565,6 +567,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(dataset: Dataset, tmp_
     assert Trainer(settings(dataset, tmp_path, optim__steps=6)).progress.step == 1
 
 
+@pytest.mark.long("sharding")
 def test_a_part_that_cannot_be_written_ends_all_processes(two: Path) -> None:
     """Each says what it knows; the older checkpoint stays, without the name of the new one."""
     said = [(two / f"fails-{r}.txt").read_text() for r in range(2)]
@@ -575,6 +578,7 @@ def test_a_part_that_cannot_be_written_ends_all_processes(two: Path) -> None:
     assert [x.name for x in Checkpoints(two / "fails" / "checkpoints").all()] == ["step-00000001"]
 
 
+@pytest.mark.long("sharding")
 def test_killed_workers_are_restarted_and_the_run_is_the_same(
     two: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
