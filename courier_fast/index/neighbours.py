@@ -107,7 +107,7 @@ def write_page(found: Sequence[Neighbours], index: Index, dataset: Dataset, out:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = files("courier_fast.serve").joinpath("neighbours.html.jinja").read_text("utf-8")
+    source = files("courier_fast.index").joinpath("neighbours.html.jinja").read_text("utf-8")
     recall = index.measured["recall@10"]
     note = (
         f"Cosines among {len(index.ids):,} items of {dataset.name}; index {index.kind}, "
