@@ -16,7 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 import courier_fast as cf
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "kernels/README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "kernels/README.md",
+    "kernels/measurements.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+)
 Check = Callable[[dict[str, Any]], None]
 
 
