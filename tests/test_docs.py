@@ -253,7 +253,6 @@ def another_client(names: dict[str, Any]) -> Check:
 
 STAND_INS = {
     "README.md 0": loss_of_ones_own_training,
-    "README.md 1": encoder_of_a_run,
     "docs/evaluation.md 0": predicted_clicks,
     "docs/evaluation.md 1": features_of_impressions,
     "docs/hm-fashion.md 0": features_of_a_backbone,
