@@ -16,7 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 import courier_fast as cf
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "kernels/README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "kernels/README.md",
+    "kernels/measurements.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+)
 Check = Callable[[dict[str, Any]], None]
 
 
@@ -247,7 +253,6 @@ def another_client(names: dict[str, Any]) -> Check:
 
 STAND_INS = {
     "README.md 0": loss_of_ones_own_training,
-    "README.md 1": encoder_of_a_run,
     "docs/evaluation.md 0": predicted_clicks,
     "docs/evaluation.md 1": features_of_impressions,
     "docs/hm-fashion.md 0": features_of_a_backbone,

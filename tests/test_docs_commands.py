@@ -24,6 +24,7 @@ PAGES = [
     "RELEASING.md",
     "SECURITY.md",
     "kernels/README.md",
+    "kernels/measurements.md",
     "kernels/cpu/README.md",
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))),
 ]
