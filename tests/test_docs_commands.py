@@ -25,7 +25,7 @@ PAGES = [
     "SECURITY.md",
     "kernels/README.md",
     "kernels/cpu/README.md",
-    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))),
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))),
 ]
 COMMAND = re.compile(r"(courier-fast|torchrun|make) |python -m (bench|courier_fast)")
 
