@@ -26,7 +26,7 @@ PAGES = [
     "kernels/README.md",
     "kernels/measurements.md",
     "kernels/cpu/README.md",
-    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))),
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))),
 ]
 COMMAND = re.compile(r"(courier-fast|torchrun|make) |python -m (bench|courier_fast)")
 

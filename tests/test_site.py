@@ -20,7 +20,8 @@ NAV = (ROOT / "mkdocs.yml").read_text().split("nav:")[1].split("theme:")[0]
 def test_every_page_is_in_the_navigation() -> None:
     listed = re.findall(r"^\s*- .*: (\S+\.md)$", NAV, re.MULTILINE)
     assert all((ROOT / page).is_file() for page in listed)
-    assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= set(listed)
+    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")}
+    assert pages <= set(listed)
 
 
 def test_every_public_name_is_described() -> None:

@@ -1,7 +1,7 @@
 """The registered operators: schemas, fakes, autograd, and dispatch to an implementation.
 
 The only file that knows torch.library. No implementation is imported before it is first asked for;
-../CONTRIBUTING.md lists the functions an implementation module provides.
+docs/contributing/add-a-backend.md lists the functions an implementation module provides.
 """
 
 from __future__ import annotations
