@@ -9,6 +9,7 @@ from typing import Any
 from ..data.dataset import Dataset
 from ..engines import add_engine_arguments, connected
 from ..locations import local_path, location
+from ..space import encoder_of_run, space_of
 from .device import add_device_arguments, device_of
 from .sources import FolderImages, Source, make_decoder_for, run_source
 from .write import check_embeddings_out, embed_source
@@ -77,7 +78,6 @@ def _features_of(run: Path) -> Path | None:
 
 
 def _run(args: argparse.Namespace, how: dict[str, Any]) -> int:
-    from ..serve.contract import contract_of_run
     from ..train.encoder import load_encoder
 
     inputs = [
@@ -89,7 +89,8 @@ def _run(args: argparse.Namespace, how: dict[str, Any]) -> int:
         check_embeddings_out(args.out, [*inputs, _features_of(args.run)])
     device, dtype = device_of(args)
     encoder = load_encoder(args.run, device)
-    space = contract_of_run(args.run).space
+    about, weights = encoder_of_run(args.run)
+    space = space_of(weights, about)
     source: Source
     of_features = encoder.about["backbone"] is None
     if of_features and (unused := {"decoder", "threads"} & set(getattr(args, "given", ()))):

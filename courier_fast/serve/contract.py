@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..files import check_sha256, read_json, sha256
-from ..space import space_of
+from ..files import check_sha256, read_json
+from ..space import encoder_of_run, space_of
 
 SCHEMA = 1
 NAME = "contract.json"
@@ -126,12 +126,7 @@ class Contract:
 def contract_of_run(run: Path) -> Contract:
     """The contract of a run's folder as it is: without files, golden pictures and licence.
     FileNotFoundError without an encoder."""
-    about_file, weights_file = run / "encoder.json", run / "encoder.safetensors"
-    if not (about_file.is_file() and weights_file.is_file()):
-        raise FileNotFoundError(
-            f"run: expected a folder with encoder.json and encoder.safetensors, got {run}"
-        )
-    about, weights = read_json(about_file), sha256(weights_file)
+    about, weights = encoder_of_run(run)
     taken: dict[str, Any]
     steps: tuple[str, ...]
     if about["backbone"] is None:
