@@ -499,7 +499,7 @@ def test_resizing_without_torch_gives_the_same_picture(
 )
 def test_a_missing_package_names_its_extra(missing: str, extra: str) -> None:
     module = "dali" if extra == "dali" else "decode"
-    code = f"import sys; sys.modules[{missing!r}] = None; import courier_fast.data.{module}"
+    code = f"import sys; sys.modules[{missing!r}] = None; import courier_fast.data.images.{module}"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ
     )
