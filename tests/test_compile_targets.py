@@ -35,6 +35,17 @@ MAY_SPILL = {
     "candidate-fp32-64": 40,
     "candidate-fp16-128": 40,
 }
+# The same with Triton 3.6, where attention keeps more from block to block since a logit's gradient
+# is a difference that cancels (before: 0, and 8 for "candidate").
+OLDER_MAY_SPILL = {
+    "bf16-768": 8,
+    "fp32-256": 8,
+    "fp32-64": 88,
+    "heads": 24,
+    "candidate-256": 104,
+    "candidate-items": 120,
+    "candidate-dot": 48,
+}
 # The gradients of packed pages: what was reached. A step needs every register for its 128 x 64
 # products and weights, and the sums go on top; smaller tiles would read the candidates more often
 # than the second-level cache gives them.
@@ -69,6 +80,11 @@ SHORT = "bf16-64"  # compiled by the short run, too
 AT_ONCE = 5
 LONG = [label for label in (*COMMON, *SPECIAL) if label != SHORT]
 GROUPS = [[SHORT], *(LONG[i : i + AT_ONCE] for i in range(0, len(LONG), AT_ONCE))]
+
+
+def version() -> tuple[int, ...]:
+    """Triton's, (major, minor)."""
+    return tuple(int(x) for x in triton.__version__.split(".")[:2])
 
 
 def compiled(label: str) -> list[dict[str, Any]]:
@@ -120,7 +136,9 @@ def test_detects_spills_and_wgmma() -> None:
 @pytest.mark.long("GPU targets", short=(SHORT,))
 @pytest.mark.parametrize("label", [*COMMON, *SPECIAL])
 def test_kernels_compile_for_hopper(label: str) -> None:
-    check(compiled(label), MAY_SPILL.get(label, 0))
+    older = version() < (3, 7)
+    reached = MAY_SPILL | OLDER_MAY_SPILL if older else MAY_SPILL
+    check(compiled(label), reached.get(label, 0))
 
 
 @pytest.mark.long("GPU targets", short=(SHORT,))
@@ -128,10 +146,9 @@ def test_kernels_compile_for_hopper(label: str) -> None:
 def test_hot_loops_stay_bare(label: str) -> None:
     """No mask, id or predicate outside the diagonal and the tail: every one of them shows in the
     count."""
-    version = tuple(int(x) for x in triton.__version__.split(".")[:2])
-    if version < (3, 6):
+    if version() < (3, 6):
         pytest.skip("Triton 3.5 takes about 130 instructions more for the same loops")
-    newer = version >= (3, 7)
+    newer = version() >= (3, 7)
     loops = [x for x in compiled(label) if x["name"] == "contrast" and x["loop"]]
     assert len(loops) >= 3
     for x in loops:
@@ -145,14 +162,13 @@ def test_hot_loops_stay_bare(label: str) -> None:
 
 @pytest.mark.long("GPU targets")
 def test_loops_over_packed_pages_do_not_grow() -> None:
-    version = tuple(int(x) for x in triton.__version__.split(".")[:2])
-    if version < (3, 6):
+    if version() < (3, 6):
         pytest.skip("counted from Triton 3.6 on")
     found = [x for x in compiled("candidate-256") if x["name"] in PACKED_LOOPS]
     assert {x["name"] for x in found} == set(PACKED_LOOPS)
     for x in found:
         count, large = sum(x["loop"].values()), x["constexprs"].get("STEP") == 64
-        most = PACKED_LOOPS[x["name"]][version >= (3, 7)]
+        most = PACKED_LOOPS[x["name"]][version() >= (3, 7)]
         assert large or count <= most + SLACK, f"{x['name']}: {count} instructions: {x['loop']}"
 
 
