@@ -122,6 +122,45 @@ def products(a, b, head, DOT_TYPE: tl.constexpr, how: tl.constexpr):
 
 
 @triton.jit
+def operand(
+    ptr, index_ptr, row, mask, HAS_INDEX: tl.constexpr, DOT_TYPE: tl.constexpr, how: tl.constexpr
+):
+    """Rows of a source tensor as an operand, at hand where whole ones fit."""
+    rows = mask
+    if how.BLOCK_C == how.BLOCK_D:
+        rows = load_rows(ptr, index_ptr, row, mask, how.D, how.BLOCK_D, HAS_INDEX).to(DOT_TYPE)
+    return Operand(rows, ptr, source_row(index_ptr, row, mask, HAS_INDEX) * how.D, mask)
+
+
+@triton.jit
+def gradient_operand(
+    dr_ptr, place, valid, STRIDE: tl.constexpr, DOT_TYPE: tl.constexpr, how: tl.constexpr
+):
+    """dL/dR of the listed rows as an operand, at hand where whole ones fit."""
+    start = place.to(tl.int64) * STRIDE
+    rows = valid
+    if how.BLOCK_C == how.BLOCK_D:
+        dims = tl.arange(0, how.BLOCK_D)
+        rows = tl.load(
+            dr_ptr + start[:, None] + dims[None, :],
+            mask=valid[:, None] & (dims < how.D)[None, :],
+            other=0.0,
+        ).to(DOT_TYPE)
+    return Operand(rows, dr_ptr, start, valid)
+
+
+@triton.jit
+def of_head(x, head, DOT_TYPE: tl.constexpr, how: tl.constexpr):
+    """An operand masked to a head, where there are several and its rows are at hand."""
+    rows = x.rows
+    if how.HEADS > 1 and how.BLOCK_C == how.BLOCK_D:
+        dims = tl.arange(0, how.BLOCK_D)
+        own = head_mask(dims, head, how.D // how.HEADS)[None, :]
+        rows = tl.where(own, rows, 0.0).to(DOT_TYPE)
+    return Operand(rows, x.ptr, x.start, x.mask)
+
+
+@triton.jit
 def history_block(history_page_ptr, start, end, page, BLOCK_H: tl.constexpr):
     """Rows of a block of history [BLOCK_H], which of them are real, and who may attend to them
     [BLOCK_M, BLOCK_H]."""
@@ -424,56 +463,25 @@ def attend_sums(
     if start >= count:
         return
     how: tl.constexpr = Tiles(D, HEADS, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_C, PRECISION)
-    dims = tl.arange(0, BLOCK_D)
     place, valid, position, page, first, last = list_tile(
         list_ptr, list_page_ptr, count, start, BLOCK_M
     )
     low = tl.load(history_offsets_ptr + first)
     high = tl.load(history_offsets_ptr + last + 1)
-    q_start = source_row(q_index_ptr, position, valid, HAS_Q_INDEX) * D
-    dr_start = place.to(tl.int64) * STRIDE
-    q = place
-    dr = place
-    if BLOCK_C == BLOCK_D:
-        q = load_rows(q_ptr, q_index_ptr, position, valid, D, BLOCK_D, HAS_Q_INDEX).to(DOT_TYPE)
-        dr = tl.load(
-            dr_ptr + dr_start[:, None] + dims[None, :],
-            mask=valid[:, None] & (dims < D)[None, :],
-            other=0.0,
-        ).to(DOT_TYPE)
+    q = operand(q_ptr, q_index_ptr, position, valid, HAS_Q_INDEX, DOT_TYPE, how)
+    dr = gradient_operand(dr_ptr, place, valid, STRIDE, DOT_TYPE, how)
     for head in range(HEADS):
-        q_head = q
-        dr_head = dr
-        if HEADS > 1 and BLOCK_C == BLOCK_D:
-            own = head_mask(dims, head, D // HEADS)[None, :]
-            q_head = tl.where(own, q, 0.0).to(DOT_TYPE)
-            dr_head = tl.where(own, dr, 0.0).to(DOT_TYPE)
+        q_head = of_head(q, head, DOT_TYPE, how)
+        dr_head = of_head(dr, head, DOT_TYPE, how)
         top = tl.full([BLOCK_M], -float("inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         delta = tl.zeros([BLOCK_M], tl.float32)
         for block in range(low // BLOCK_H * BLOCK_H, high, BLOCK_H):
             row, real, mine = history_block(history_page_ptr, block, history_rows, page, BLOCK_H)
-            k = real
-            v = real
-            if BLOCK_C == BLOCK_D:
-                k = load_rows(k_ptr, k_index_ptr, row, real, D, BLOCK_D, HAS_K_INDEX).to(DOT_TYPE)
-                v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX).to(DOT_TYPE)
-            k_start = source_row(k_index_ptr, row, real, HAS_K_INDEX) * D
-            s = products(
-                Operand(q_head, q_ptr, q_start, valid),
-                Operand(k, k_ptr, k_start, real),
-                head,
-                DOT_TYPE,
-                how,
-            )
-            v_start = source_row(v_index_ptr, row, real, HAS_V_INDEX) * D
-            da = products(
-                Operand(dr_head, dr_ptr, dr_start, valid),
-                Operand(v, v_ptr, v_start, real),
-                head,
-                DOT_TYPE,
-                how,
-            )
+            k = operand(k_ptr, k_index_ptr, row, real, HAS_K_INDEX, DOT_TYPE, how)
+            v = operand(v_ptr, v_index_ptr, row, real, HAS_V_INDEX, DOT_TYPE, how)
+            s = products(q_head, k, head, DOT_TYPE, how)
+            da = products(dr_head, v, head, DOT_TYPE, how)
             p, rescale, top = softmax_block(s, mine, top, scale)
             total = total * rescale + tl.sum(p, axis=1)
             delta = delta * rescale + tl.sum(tl.where(mine, p * da, 0.0), axis=1)
@@ -530,36 +538,21 @@ def attend_dq(
     )
     low = tl.load(history_offsets_ptr + first)
     high = tl.load(history_offsets_ptr + last + 1)
-    q_start = source_row(q_index_ptr, position, valid, HAS_Q_INDEX) * D
-    dr_start = place.to(tl.int64) * STRIDE
-    q = place
-    dr = place
-    if BLOCK_C == BLOCK_D:
-        q = load_rows(q_ptr, q_index_ptr, position, valid, D, BLOCK_D, HAS_Q_INDEX).to(DOT_TYPE)
-        dr = tl.load(
-            dr_ptr + dr_start[:, None] + dims[None, :],
-            mask=valid[:, None] & (dims < D)[None, :],
-            other=0.0,
-        ).to(DOT_TYPE)
+    q = operand(q_ptr, q_index_ptr, position, valid, HAS_Q_INDEX, DOT_TYPE, how)
+    dr = gradient_operand(dr_ptr, place, valid, STRIDE, DOT_TYPE, how)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for head in range(HEADS):
         delta = tl.load(sums_ptr + (2 * HEADS + head) * capacity + place, mask=valid, other=0.0)
-        q_head = q
-        dr_head = dr
-        if HEADS > 1 and BLOCK_C == BLOCK_D:
-            own = head_mask(dims, head, D // HEADS)[None, :]
-            q_head = tl.where(own, q, 0.0).to(DOT_TYPE)
-            dr_head = tl.where(own, dr, 0.0).to(DOT_TYPE)
+        q_head = of_head(q, head, DOT_TYPE, how)
+        dr_head = of_head(dr, head, DOT_TYPE, how)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for block in range(low // BLOCK_H * BLOCK_H, high, BLOCK_H):
             row, real, mine = history_block(history_page_ptr, block, history_rows, page, BLOCK_H)
             k = load_rows(k_ptr, k_index_ptr, row, real, D, BLOCK_D, HAS_K_INDEX).to(DOT_TYPE)
-            v = real
-            if BLOCK_C == BLOCK_D:
-                v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX).to(DOT_TYPE)
+            v = operand(v_ptr, v_index_ptr, row, real, HAS_V_INDEX, DOT_TYPE, how)
             k_start = source_row(k_index_ptr, row, real, HAS_K_INDEX) * D
             a = attention_weights(
-                Operand(q_head, q_ptr, q_start, valid),
+                q_head,
                 Operand(k, k_ptr, k_start, real),
                 mine,
                 sums_ptr,
@@ -571,14 +564,7 @@ def attend_dq(
                 DOT_TYPE,
                 how,
             )
-            v_start = source_row(v_index_ptr, row, real, HAS_V_INDEX) * D
-            da = products(
-                Operand(dr_head, dr_ptr, dr_start, valid),
-                Operand(v, v_ptr, v_start, real),
-                head,
-                DOT_TYPE,
-                how,
-            )
+            da = products(dr_head, v, head, DOT_TYPE, how)
             ds = tl.where(mine, a * (da - delta[:, None]), 0.0)
             acc = tl.dot(ds.to(DOT_TYPE), finite(k), acc, input_precision=PRECISION)
         if HEADS > 1:
@@ -644,13 +630,8 @@ def attend_dkv(
     there = last >= 0
     low = rank_before(rank_ptr, tl.load(pv_offsets_ptr + first, mask=there, other=0))
     high = rank_before(rank_ptr, tl.load(pv_offsets_ptr + last + 1, mask=there, other=0))
-    k_start = source_row(k_index_ptr, row, real, HAS_K_INDEX) * D
-    v_start = source_row(v_index_ptr, row, real, HAS_V_INDEX) * D
-    k = real
-    v = real
-    if BLOCK_C == BLOCK_D:
-        k = load_rows(k_ptr, k_index_ptr, row, real, D, BLOCK_D, HAS_K_INDEX).to(DOT_TYPE)
-        v = load_rows(v_ptr, v_index_ptr, row, real, D, BLOCK_D, HAS_V_INDEX).to(DOT_TYPE)
+    k = operand(k_ptr, k_index_ptr, row, real, HAS_K_INDEX, DOT_TYPE, how)
+    v = operand(v_ptr, v_index_ptr, row, real, HAS_V_INDEX, DOT_TYPE, how)
     dk = tl.zeros([BLOCK_H, BLOCK_O], tl.float32)
     dv = tl.zeros([BLOCK_H, BLOCK_O], tl.float32)
     count = tl.load(count_ptr)
@@ -678,7 +659,7 @@ def attend_dkv(
                 dr_head = dr
             a = attention_weights(
                 Operand(q_head, q_ptr, q_start, valid),
-                Operand(k, k_ptr, k_start, real),
+                k,
                 mine,
                 sums_ptr,
                 place,
@@ -694,7 +675,7 @@ def attend_dkv(
             if WANT_DK:
                 da = products(
                     Operand(dr_head, dr_ptr, dr_start, valid),
-                    Operand(v, v_ptr, v_start, real),
+                    v,
                     head,
                     DOT_TYPE,
                     how,
