@@ -60,7 +60,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Without a GPU what runs on Triton runs on NumPy; tests that say so in no parameter carry the
     mark themselves. And long tests are left out, unless an option or the command line names
     them."""
-    unknown: dict[tuple[str, Any], bool] = {}  # values of `short` that no case has
+    asked: set[tuple[str, Any]] = set()  # values of `short`, and those that a case has
+    met: set[tuple[str, Any]] = set()
     for item in items:
         callspec = getattr(item, "callspec", None)
         params = {} if callspec is None else callspec.params
@@ -68,18 +69,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("numpy_products")
         for mark in list(item.iter_markers("long")):
             values = [x for x in params.values() if isinstance(x, int | str)]
-            found = [x for x in mark.kwargs.get("short", ()) if x in values]
-            for x in mark.kwargs.get("short", ()):
-                key = getattr(item, "originalname", item.name), x
-                unknown[key] = unknown.get(key, True) and x not in found
+            test, short = item.nodeid.partition("[")[0], mark.kwargs.get("short", ())
+            found = [x for x in short if x in values]
+            asked |= {(test, x) for x in short}
+            met |= {(test, x) for x in found}
             if found:
                 item.own_markers.remove(mark)
-    if not any("::" in argument for argument in config.args):
-        for (name, x), missing in unknown.items():
-            if missing:
-                raise pytest.UsageError(
-                    f"{name}: short: expected values of its parameters, got {x!r}"
-                )
+    if asked - met and not any("::" in argument for argument in config.args):
+        test, value = min(asked - met, key=str)
+        raise pytest.UsageError(f"{test}: short: expected values of its parameters, got {value!r}")
     if config.option.markexpr:
         return
     only, here = config.getoption("--long"), config.invocation_params.dir

@@ -118,17 +118,18 @@ class Tiles:
         numbers = torch.arange(rows.stop - rows.start)
         starts = pages.start[first : last + 1] - rows.start
         about = (
-            *(
-                x,
-                y,
-                starts,
-                ranges,
-                v,
-                numbers,
-                scale,
-                part(self.k.inverse, rows) if by.cosine else None,
-            ),
-            *(part(self.e.inverse, columns), by.scale, self.inverse_tau, s),
+            x,
+            y,
+            starts,
+            ranges,
+            v,
+            numbers,
+            scale,
+            part(self.k.inverse, rows) if by.cosine else None,
+            part(self.e.inverse, columns),
+            by.scale,
+            self.inverse_tau,
+            s,
         )
         stage("candidate", *about, False, None, None, None, None)
         self.contrast(s, first, last, columns, ranges)

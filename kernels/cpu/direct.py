@@ -83,18 +83,18 @@ class Direct:
         starts = t.pages.start[first : last + 1] - rows.start
         s = torch.zeros(last - first, count)
         about = (
-            *(
-                self.q,
-                self.e,
-                columns.start,
-                k,
-                v,
-                starts,
-                ranges,
-                t.e.inverse,
-                self.attention.scale,
-            ),
-            *(t.inverse_tau, self.attention.heads, s),
+            self.q,
+            self.e,
+            columns.start,
+            k,
+            v,
+            starts,
+            ranges,
+            t.e.inverse,
+            self.attention.scale,
+            t.inverse_tau,
+            self.attention.heads,
+            s,
         )
         worth = count * len(k) * dim // _WORTH_A_THREAD
         parts = max(1, min(torch.get_num_threads(), worth, count // _LEAST_COLUMNS))
