@@ -65,6 +65,7 @@ class Tiles:
         self.e, self.q, self.k, self.v = operands.e, operands.q, operands.k, operands.v
         self.same = operands.same
         self.slope = 0.0
+        self._room: dict[str, Tensor] = {}
         rows, itemsize = len(self.e.rows), self.e.rows.element_size() * (1 if self.same else 2)
         self.chunk_rows = max(1, CHUNK_BYTES // max(rows * itemsize, 1))
         self.chunk_pages = max(1, CHUNK_BYTES // max(rows * 4, 1))
@@ -104,17 +105,30 @@ class Tiles:
         if first < count:
             yield first, count, before
 
+    def _tile(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """[rows, columns] in the place of the last tile of that name: given back and asked for
+        anew, the heap keeps more than one of them."""
+        if name not in self._room or len(self._room[name]) < rows * columns:
+            self._room.pop(name, None)
+            self._room[name] = torch.empty(rows * columns, dtype=dtype)
+        return self._room[name][: rows * columns].view(rows, columns)
+
+    def _product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        return torch.mm(a, b, out=self._tile(name, len(a), b.shape[1], a.dtype))
+
     def _chunk(self, first: int, last: int) -> None:
         by, pages = self.attention, self.pages
         columns, ranges = self.span(first, last)
         rows = slice(int(pages.start[first]), int(pages.start[last]))
         e, v = self.e.rows[columns], self.v.rows[rows]
-        x = v @ e.T
-        y = None if self.same else self.k.rows[rows] @ self.q.rows[columns].T
+        x = self._product("x", v, e.T)
+        y = None
+        if not self.same:
+            y = self._product("y", self.k.rows[rows], self.q.rows[columns].T)
         scale = None
         if by.cosine and self.q.inverse is not None:
             scale = self.q.inverse[columns] * by.scale
-        s = torch.empty(last - first, x.shape[1])
+        s = self._tile("s", last - first, x.shape[1], torch.float32)
         numbers = torch.arange(rows.stop - rows.start)
         starts = pages.start[first : last + 1] - rows.start
         about = (
@@ -135,7 +149,9 @@ class Tiles:
         self.contrast(s, first, last, columns, ranges)
         if not self.grads:
             return
-        turned = torch.empty_like(s) if by.cosine and not self.same else None
+        turned = None
+        if by.cosine and not self.same:
+            turned = self._tile("turned", last - first, x.shape[1], torch.float32)
         slope = torch.empty(last - first, dtype=torch.float64)
         through_length = None if self.v.gradient is None else torch.empty(v.shape)
         k_radial = part(self.k.radial, rows)
