@@ -190,7 +190,7 @@ def launches(
     """The launches for such a problem; `options` are those of `_problem`."""
     from courier_fast.kernels.triton import loss as triton_loss
     from courier_fast.kernels.triton import tiles
-    from courier_fast.loss.problem import SequenceProblem
+    from courier_fast.loss.problem import Needs, SequenceProblem
 
     p = _problem(dim, dtype, **options)
     sequence = SequenceProblem(
@@ -203,8 +203,7 @@ def launches(
         tau=p.tau,
         reduction=p.reduction,
     )
-    names = ("pv", "history", "query", "key", "value", "temperature")
-    needs = [getattr(p, name) is not None for name in names]
+    needs = Needs(*(getattr(p, name) is not None for name in Needs._fields))
 
     def grad(rows: int) -> torch.Tensor:
         return torch.ones(rows if p.reduction == "none" else ())
@@ -214,17 +213,18 @@ def launches(
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
         with recorded(capability) as found:
-            triton_loss.loss_forward(p, [False] * 6, stats)
+            triton_loss.loss_forward(p, Needs(), stats)
             saved = triton_loss.loss_forward(p, needs, stats)[-1]
             triton_loss.loss_backward(p, needs, saved, grad(p.num_pv))
             if everything:
                 q = replace(p, direction="reconstruct")
                 triton_loss.reconstruct_forward(q)
-                triton_loss.reconstruct_backward(q, needs[:5], p.pv.new_empty(p.num_pv, dim))
-                _, saved = triton_loss.sequence_forward(sequence, [True, needs[5]])
-                triton_loss.sequence_backward(
-                    sequence, [True, needs[5]], saved, grad(sequence.num_history)
+                triton_loss.reconstruct_backward(
+                    q, needs._replace(temperature=False), p.pv.new_empty(p.num_pv, dim)
                 )
+                asked = Needs(history=True, temperature=needs.temperature)
+                _, saved = triton_loss.sequence_forward(sequence, asked)
+                triton_loss.sequence_backward(sequence, asked, saved, grad(sequence.num_history))
     finally:
         torch.set_float32_matmul_precision(before[0])
         tiles.TARGET = before[1]

@@ -185,7 +185,7 @@ def walk(s: Sizes) -> list[Noted]:
     from courier_fast.kernels.triton import (
         loss as triton_loss,
     )
-    from courier_fast.loss.problem import Problem
+    from courier_fast.loss.problem import Needs, Problem
 
     modules = (plan, attention, contrast, chunked, epilogue, click_sequence)
     noted: list[Noted] = []
@@ -210,7 +210,7 @@ def walk(s: Sizes) -> list[Noted]:
                 attention_scale=s.dim**-0.5,
                 **dict.fromkeys(ABSENT),  # type: ignore[arg-type]
             )
-            needs = [True, True, False, False, False, False]
+            needs = Needs(pv=True, history=True)
             with noting(modules, noted):
                 loss, *_, saved = triton_loss.loss_forward(p, needs, False)
                 triton_loss.loss_backward(p, needs, saved, loss)

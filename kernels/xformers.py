@@ -13,16 +13,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..loss.problem import LARGEST_DIM
-
-if TYPE_CHECKING:
-    from ..loss.problem import Problem, SequenceProblem
+from ..loss.problem import LARGEST_DIM, Gradients, Needs, Problem, SequenceProblem
 
 # xformers wants rows of whole 16-byte units; eight elements are enough for every type.
 _ALIGNMENT = 8
@@ -232,22 +229,21 @@ def _attend(p: Problem, wanted: Tensor | None) -> Tensor:
 
 def _add_attention_gradients(
     p: Problem,
-    needs: Sequence[bool],
-    grads: list[Tensor | None],
+    needs: Needs,
+    grads: Gradients,
     d_r: Tensor,
     wanted: Tensor | None,
 ) -> None:
     """Adds what flows through the attention, computed again, to the gradients asked for."""
-    inputs = (p.pv, p.history, p.query, p.key, p.value)
-    if not any(needs[:5]):
+    asked = needs._replace(temperature=False)
+    if not any(asked):
         return
-    table = p.history is None
     # Occurrences of a table's items are summed: in float32 until all are there.
-    for i, x in enumerate(inputs):
-        if needs[i] and x is not None:
-            kind = torch.float32 if table and i == 0 else x.dtype
-            given = grads[i]
-            grads[i] = torch.zeros_like(x, dtype=kind) if given is None else given.to(kind)
+    for name in (x for x, need in asked._asdict().items() if need):
+        x, given = getattr(p, name), getattr(grads, name)
+        kind = torch.float32 if p.history is None and name == "pv" else x.dtype
+        new = torch.zeros_like(x, dtype=kind) if given is None else given.to(kind)
+        setattr(grads, name, new)
     rows = _gather(p, wanted)
     if rows.pv_lengths:
         lengths = (rows.pv_lengths, rows.history_lengths, p.attention_scale, p.num_heads)
@@ -255,42 +251,40 @@ def _add_attention_gradients(
         d_out = d_r[rows.pv].to(out.dtype)
         dq, dk, dv = attend_backward(d_out, out, lse, rows.q, rows.k, rows.v, *lengths)
 
-        def add(
-            slot: int, own: Tensor | None, default: int, index: Tensor | None, at: Tensor, d: Tensor
-        ) -> None:
-            """To the slot of a tensor of its own, else to where the rows were taken from."""
-            target = grads[slot] if own is not None else grads[default]
+        def add(role: str, index: Tensor | None, at: Tensor, d: Tensor) -> None:
+            """To the input that the rows were taken from."""
+            name = p.input_of(role)
+            target = getattr(grads, name)
             if target is not None:
-                where = at if own is not None or index is None else index[at]
+                where = at if name == role or index is None else index[at]
                 target.index_add_(0, where, d.to(target.dtype))
 
-        history = 0 if table else 1
-        add(2, p.query, 0, p.pv_index, rows.pv, dq)
-        add(3, p.key, history, p.history_index, rows.history, dk)
-        add(4, p.value, history, p.history_index, rows.history, dv)
-    if grads[0] is not None:
-        grads[0] = grads[0].to(p.pv.dtype)
+        add("query", p.pv_index, rows.pv, dq)
+        add("key", p.history_index, rows.history, dk)
+        add("value", p.history_index, rows.history, dv)
+    if grads.pv is not None:
+        grads.pv = grads.pv.to(p.pv.dtype)
 
 
 # ---- the contrast, for a given R -----------------------------------------------------------------
 
 
-def _contrast_forward(p: Problem, needs: Sequence[bool], stats: bool, r: Tensor) -> tuple[Any, ...]:
+def _contrast_forward(p: Problem, needs: Needs, stats: bool, r: Tensor) -> tuple[Any, ...]:
     return _pipeline().forward(p, needs, stats, r)
 
 
 def _contrast_backward(
-    p: Problem, needs: Sequence[bool], saved: Sequence[Tensor], grad: Tensor
-) -> tuple[list[Tensor | None], Tensor]:
-    """Gradients [6] without what flows through R, and dL/dR [N, D]."""
-    own = [needs[0], False, False, False, False, needs[5]]
+    p: Problem, needs: Needs, saved: Sequence[Tensor], grad: Tensor
+) -> tuple[Gradients, Tensor]:
+    """Gradients without what flows through R, and dL/dR [N, D]."""
+    own = Needs(pv=needs.pv, temperature=needs.temperature)
     return _pipeline().backward(p, own, saved, grad, True)
 
 
 # ---- what operators.py calls ---------------------------------------------------------------------
 
 
-def saved_spec(p: Problem, needs: Sequence[bool]) -> list[tuple[tuple[Any, ...], torch.dtype]]:
+def saved_spec(p: Problem, needs: Needs) -> list[tuple[tuple[Any, ...], torch.dtype]]:
     """Shapes and types of `saved`, the contrast's: R is computed again in the backward."""
     return _pipeline().saved_spec(p, needs)
 
@@ -302,15 +296,13 @@ def _wanted(p: Problem) -> Tensor | None:
     return p.clicked if p.weights is None else p.clicked & (p.weights > 0)
 
 
-def loss_forward(p: Problem, needs: Sequence[bool], stats: bool) -> tuple[Any, ...]:
+def loss_forward(p: Problem, needs: Needs, stats: bool) -> tuple[Any, ...]:
     """(loss, item_loss, log_sum_exp, positive_similarity, rank, is_anchor, num_skipped, saved)."""
     return _contrast_forward(p, needs, stats, _attend(p, _wanted(p)))
 
 
-def loss_backward(
-    p: Problem, needs: Sequence[bool], saved: Sequence[Tensor], grad: Tensor
-) -> list[Tensor | None]:
-    """Gradients of (pv, history, query, key, value, temperature)."""
+def loss_backward(p: Problem, needs: Needs, saved: Sequence[Tensor], grad: Tensor) -> Gradients:
+    """Of `p`'s inputs."""
     grads, d_r = _contrast_backward(p, needs, saved, grad)
     _add_attention_gradients(p, needs, grads, d_r, _wanted(p))
     return grads
@@ -321,27 +313,27 @@ def reconstruct_forward(p: Problem) -> Tensor:
     return _attend(p, None)
 
 
-def reconstruct_backward(p: Problem, needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
-    """Gradients of (pv, history, query, key, value)."""
-    grads: list[Tensor | None] = [None] * 5
+def reconstruct_backward(p: Problem, needs: Needs, grad: Tensor) -> Gradients:
+    """Of `p`'s inputs."""
+    grads = Gradients()
     _add_attention_gradients(p, needs, grads, grad, None)
     return grads
 
 
 def sequence_saved_spec(
-    p: SequenceProblem, needs: Sequence[bool]
+    p: SequenceProblem, needs: Needs
 ) -> list[tuple[tuple[Any, ...], torch.dtype]]:
     """The click-sequence loss has no attention: it is the Triton kernels' alone."""
     return _pipeline().sequence_saved_spec(p, needs)
 
 
-def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor]]:
+def sequence_forward(p: SequenceProblem, needs: Needs) -> tuple[Tensor, list[Tensor]]:
     """(loss, saved)."""
     return _pipeline().sequence_forward(p, needs)
 
 
 def sequence_backward(
-    p: SequenceProblem, needs: Sequence[bool], saved: Sequence[Tensor], grad: Tensor
-) -> list[Tensor | None]:
-    """Gradients of (history, temperature)."""
+    p: SequenceProblem, needs: Needs, saved: Sequence[Tensor], grad: Tensor
+) -> Gradients:
+    """Of `p`'s inputs."""
     return _pipeline().sequence_backward(p, needs, saved, grad)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from bench.launches import recorded
 from courier_fast.kernels.triton import loss as triton_loss
 from courier_fast.kernels.triton import tiles
-from courier_fast.loss.problem import Problem
+from courier_fast.loss.problem import Needs, Problem
 
 
 class Memory(TorchDispatchMode):
@@ -77,13 +77,13 @@ def walk(
             attention=attention,
             cosine=attention == "candidate",
         )
-        needs = [gradients, gradients, False, False, False, False]
+        needs = Needs(pv=gradients, history=gradients)
         with recorded() as launches, Memory() as memory:
             loss, *_, saved = triton_loss.loss_forward(p, needs, False)
             forward, size = memory.peak, 0
             if gradients:
                 found = triton_loss.loss_backward(p, needs, saved, loss)
-                size = sum(x.untyped_storage().nbytes() for x in found if x is not None)
+                size = sum(x.untyped_storage().nbytes() for x in found.present())
     # The gradients are not yet there in the forward pass.
     extra = max(forward, memory.peak - size)
     return {"launches": len(launches), "extra": extra, "others": memory.computing}

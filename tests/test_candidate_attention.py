@@ -37,7 +37,7 @@ from torch import Tensor
 import courier_fast as cf
 from courier_fast.kernels.cpu import candidate
 from courier_fast.loss import operators, reference
-from courier_fast.loss.problem import NEGATIVES
+from courier_fast.loss.problem import NEGATIVES, Needs
 
 IMPLS = ("cpu", "triton")
 CANDIDATE: dict[str, Any] = {"attention": "candidate"}
@@ -220,7 +220,7 @@ def test_which_pages_are_packed() -> None:
 
     if GPU and p.pv.dtype != torch.bfloat16:
         p = mapped(p, lambda _, x: x.bfloat16() if x.is_floating_point() else x)
-    saved = triton_loss.loss_forward(p, [True] * 6, False)[-1]
+    saved = triton_loss.loss_forward(p, Needs(pv=True, history=True), False)[-1]
     shape = packed_state.candidate_shape(p)
     packing = packed_state.CandidateState.restored(shape, saved).packing
     assert packing is not None

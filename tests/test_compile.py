@@ -13,6 +13,7 @@ from torch import Tensor
 
 import courier_fast as cf
 from courier_fast.loss import operators
+from courier_fast.loss.problem import Needs
 
 IMPLS = ("cpu", "triton")
 
@@ -126,11 +127,11 @@ def test_opcheck(impl: str, options: dict[str, Any]) -> None:
     torch_ops = torch.ops.courier_fast
     for operator, *arguments in (
         (torch_ops.reconstruction_loss, *operators.flat(p), needs, True, impl),
-        (torch_ops.reconstruct, *operators.flat(p), needs[:5], False, impl),
+        (torch_ops.reconstruct, *operators.flat(p), [*needs[:5], False], False, impl),
         (
             torch_ops.click_sequence_loss,
             *operators.flat(q),
-            [True, q.temperature is not None],
+            list(Needs(history=True, temperature=q.temperature is not None)),
             False,
             impl,
         ),

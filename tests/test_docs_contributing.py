@@ -20,6 +20,7 @@ import torch
 from factories import LOSS_INPUTS, check_loss, loss_yardstick, make, results
 
 from courier_fast.loss import operators, reference
+from courier_fast.loss.problem import Needs
 from courier_fast.testing.budget import Budget
 
 FOLDER = Path(__file__).parent.parent / "docs/contributing"
@@ -58,14 +59,15 @@ def a_backend(page: ModuleType) -> None:
     found = operators.loss(p, "dense", stats=True)
     for x, y in zip(found, (exact.loss, *exact.rows, exact.num_skipped), strict=True):
         torch.testing.assert_close(x, y)
+    needs = Needs(pv=True, history=True)
     with torch.no_grad():
         for stats in (False, True):
-            *outputs, saved = page.loss_forward(p, [True] * 6, stats)
-            assert [(x.shape, x.dtype) for x in saved] == page.saved_spec(p, [True] * 6)
+            *outputs, saved = page.loss_forward(p, needs, stats)
+            assert [(x.shape, x.dtype) for x in saved] == page.saved_spec(p, needs)
             fakes = operators._loss_fake(p, stats)
             assert [(x.shape, x.dtype) for x in outputs] == [(x.shape, x.dtype) for x in fakes]
         before = saved[0].clone()
-        page.loss_backward(p, [True] * 6, saved, torch.tensor(3.0))
+        page.loss_backward(p, needs, saved, torch.tensor(3.0))
         assert torch.equal(saved[0], before)
 
     assert operators.unavailable_reasons("dense", p) == []

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .problem import Problem, SequenceProblem
+from .problem import Needs, Problem, SequenceProblem
 
 # What can be captured. Other implementations look at values on the host, or run on the CPU.
 IMPLS: tuple[str, ...] = ("triton",)
@@ -71,7 +71,7 @@ class _Graph:
     are; the replays."""
 
     def __init__(
-        self, p: Problem | SequenceProblem, needs: list[bool], stats: bool, impl: str, turn: _Turn
+        self, p: Problem | SequenceProblem, needs: Needs, stats: bool, impl: str, turn: _Turn
     ) -> None:
         flat = [x.detach().clone() if isinstance(x, Tensor) else x for x in operators.flat(p)]
         self._inputs = [x for x in flat if isinstance(x, Tensor)]
@@ -88,7 +88,7 @@ class _Graph:
             return [*outputs, *saved]
 
         def backward_body() -> list[Tensor]:
-            return [x for x in backward(needs, self._saved, self._upstream) if x is not None]
+            return backward(needs, self._saved, self._upstream).present()
 
         with torch.no_grad(), torch.cuda.device_of(self._inputs[0]):
             turn.take(self._device)
@@ -198,8 +198,7 @@ class Graphs:
         tensors = [x for x in flat if isinstance(x, Tensor)]
         if not any(needs):
             return tuple(graph.forward(None, tensors))
-        names = dict(zip(operators.gradient_names(p), needs, strict=True))
-        return _Replay.apply(graph, [names.get(f.name, False) for f in fields(p)], *flat)
+        return _Replay.apply(graph, [getattr(needs, f.name, False) for f in fields(p)], *flat)
 
     def _reasons(self, p: Problem | SequenceProblem, impl: str) -> list[str]:
         source = operators.source_of(p)
@@ -214,14 +213,14 @@ class Graphs:
         self,
         p: Problem | SequenceProblem,
         flat: Sequence[Any],
-        needs: list[bool],
+        needs: Needs,
         stats: bool,
         impl: str,
     ) -> _Graph:
         signature = (
             impl,
             stats,
-            tuple(needs),
+            needs,
             torch.get_float32_matmul_precision(),
             *((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in flat),
         )

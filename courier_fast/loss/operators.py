@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..surroundings import alone
 from .layouts import check_offsets, check_range
-from .problem import LARGEST_DIM, Problem, SequenceProblem
+from .problem import LARGEST_DIM, Gradients, Needs, Problem, SequenceProblem
 
 IMPLEMENTATIONS = {
     "triton": "courier_fast.kernels.triton.loss",
@@ -107,7 +107,7 @@ def flat(p: Problem | SequenceProblem) -> list[Any]:
     return [getattr(p, f.name) for f in fields(p)]
 
 
-# The inputs that may take a gradient, in the order of `needs`.
+# The inputs that may take a gradient.
 _RECONSTRUCT_GRADS = ("pv", "history", "query", "key", "value")
 _LOSS_GRADS = (*_RECONSTRUCT_GRADS, "temperature")
 _SEQUENCE_GRADS = ("history", "temperature")
@@ -115,18 +115,14 @@ _SEQUENCE_GRADS = ("history", "temperature")
 _lib = torch.library.Library("courier_fast", "DEF")
 
 
-def gradient_names(p: Problem | SequenceProblem) -> tuple[str, ...]:
-    """The fields that may take a gradient, in the order of `needs`."""
-    return _operator_of(p).gradients
-
-
-def wanted(p: Problem | SequenceProblem) -> list[bool]:
+def wanted(p: Problem | SequenceProblem) -> Needs:
     """Which gradients of the loss are asked for."""
-    return _wanted(p, gradient_names(p))
+    return Needs(*_wanted(p, _operator_of(p).gradients))
 
 
 def _wanted(p: Problem | SequenceProblem, names: Sequence[str]) -> list[bool]:
-    tensors = (getattr(p, name) for name in names)
+    """As `Needs`; of `names` alone."""
+    tensors = (getattr(p, name) if name in names else None for name in Needs._fields)
     return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
 
 
@@ -182,9 +178,9 @@ class Operator:
         name(fields of the problem ..., needs, stats, impl) -> (outputs ..., saved)
         name_backward(fields ..., needs, impl, saved, grad) -> the gradients that `needs` asks for
 
-    Only the first output takes a gradient. torch.compile and those who watch operators see the two
-    above; torch.func an autograd function with setup_context; everyone else one that costs the host
-    less.
+    `needs` are the values of a `Needs`. Only the first output takes a gradient. torch.compile and
+    those who watch operators see the two above; torch.func an autograd function with setup_context;
+    everyone else one that costs the host less.
     """
 
     def __init__(
@@ -193,10 +189,10 @@ class Operator:
         problem: type,
         gradients: tuple[str, ...],
         outputs: int,
-        forward: Callable[[Any, Any, Sequence[bool], bool], tuple[Any, ...]],
-        backward: Callable[[Any, Any, Sequence[bool], Sequence[Tensor], Tensor], Any],
+        forward: Callable[[Any, Any, Needs, bool], tuple[Any, ...]],
+        backward: Callable[[Any, Any, Needs, Sequence[Tensor], Tensor], Gradients],
         fake: Callable[[Any, bool], list[Tensor]],
-        saved_spec: Callable[[Any, Any, Sequence[bool]], Any],
+        saved_spec: Callable[[Any, Any, Needs], Any],
     ) -> None:
         """`forward(module, p, needs, stats)`, `backward(module, p, needs, saved, grad)` and
         `saved_spec(module, p, needs)` call a function of an implementation's module;
@@ -245,11 +241,9 @@ class Operator:
 
     def _run(self, *inputs: Any) -> Any:
         *values, needs, stats, impl = inputs
-        return self.run(self._problem(*values), impl, needs, stats)
+        return self.run(self._problem(*values), impl, Needs(*needs), stats)
 
-    def run(
-        self, p: Problem | SequenceProblem, impl: str, needs: Sequence[bool], stats: bool
-    ) -> Any:
+    def run(self, p: Problem | SequenceProblem, impl: str, needs: Needs, stats: bool) -> Any:
         """What an implementation computes, without autograd, whatever is around."""
         source = source_of(p)
         # Kernels are launched on the current GPU: make it the inputs' one. On the CPU, nothing.
@@ -260,10 +254,10 @@ class Operator:
         self,
         p: Problem | SequenceProblem,
         impl: str,
-        needs: Sequence[bool],
+        needs: Needs,
         saved: Sequence[Tensor],
         grad: Tensor,
-    ) -> Any:
+    ) -> Gradients:
         source = source_of(p)
         with torch.cuda.device_of(source), alone(source):
             return self.backward(_module(impl), p, needs, saved, grad)
@@ -271,21 +265,18 @@ class Operator:
     def _fake(self, *inputs: Any) -> Any:
         *values, needs, stats, impl = inputs
         p = self._problem(*values)
-        spec = self._saved_spec(_module(impl), p, needs)
+        spec = self._saved_spec(_module(impl), p, Needs(*needs))
         new = values[0].new_empty
         return (*self.fake_outputs(p, stats), [new(shape, dtype=dtype) for shape, dtype in spec])
 
     def _run_backward(self, *inputs: Any) -> list[Tensor]:
         *values, needs, impl, saved, grad = inputs
-        grads = self.run_backward(self._problem(*values), impl, needs, saved, grad)
-        # An operator returns tensors only: without the gradients nobody asked for.
-        return [g for g in grads if g is not None]
+        p = self._problem(*values)
+        return self.run_backward(p, impl, Needs(*needs), saved, grad).present()
 
     def _fake_backward(self, *inputs: Any) -> list[Tensor]:
         *values, needs, _impl, _saved, _grad = inputs
-        p = self._problem(*values)
-        names = zip(self.gradients, needs, strict=True)
-        return [torch.empty_like(getattr(p, name)) for name, need in names if need]
+        return Gradients.zeros(self._problem(*values), Needs(*needs)).present()
 
     def _save(self, ctx: Any, inputs: Any, output: Any) -> None:
         """Keep tensors through save_for_backward (so that in-place changes are caught), the rest on
@@ -307,10 +298,9 @@ class Operator:
         for place, tensor in zip(ctx.places, tensors, strict=False):
             values[place] = tensor
         saved = tensors[len(ctx.places) :]
-        found = iter((run or self._backward_op)(*values, ctx.needs, ctx.impl, saved, grad))
-        asked = zip(self.gradients, ctx.needs, strict=True)
-        grads = {name: next(found) for name, need in asked if need}
-        return (*(grads.get(name) for name in names), None, None, None)
+        found = (run or self._backward_op)(*values, ctx.needs, ctx.impl, saved, grad)
+        grads = Gradients.of(Needs(*ctx.needs), found)
+        return (*(getattr(grads, name, None) for name in names), None, None, None)
 
 
 def _without_operator(op: Operator) -> Any:
@@ -513,6 +503,6 @@ def checked(p: Any) -> Any:
 
 def passes(p: Problem | SequenceProblem, impl: str) -> tuple[Any, Any]:
     """forward(needs, stats) -> (outputs ..., saved) and backward(needs, saved, upstream) ->
-    gradients, None where not asked for: what an implementation computes, without autograd."""
+    gradients: what an implementation computes, without autograd."""
     operator = _operator_of(p)
     return partial(operator.run, p, impl), partial(operator.run_backward, p, impl)

@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 ATTENTIONS = ("candidate", "anchor", "mean")
@@ -77,6 +80,13 @@ class Problem:
         the same item)."""
         return self.item_ids if self.item_ids is not None else self.pv_index
 
+    def input_of(self, role: str) -> str:
+        """The input whose rows are the attention's "query", "key" or "value": the one of that name
+        where it is given, else the embeddings."""
+        if getattr(self, role) is not None:
+            return role
+        return "pv" if role == "query" or self.history is None else "history"
+
 
 @dataclass
 class SequenceProblem:
@@ -113,3 +123,59 @@ class Pages:
     scale: float
     cosine: bool
     heads: int
+
+
+class Needs(NamedTuple):
+    """The inputs whose gradients are asked for; those of a table are the `pv`'s."""
+
+    pv: bool = False
+    history: bool = False
+    query: bool = False
+    key: bool = False
+    value: bool = False
+    temperature: bool = False
+
+    def of(self, p: Problem, role: str) -> bool:
+        """Whether that of the attention's "query", "key" or "value" is, as `Problem.input_of`."""
+        return bool(getattr(self, p.input_of(role)))
+
+
+@dataclass
+class Gradients:
+    """Of a problem's inputs, in their shapes and types; None where nobody asks."""
+
+    pv: Tensor | None = None
+    history: Tensor | None = None
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    temperature: Tensor | None = None
+
+    @classmethod
+    def of(cls, needs: Needs, found: Iterable[Tensor]) -> Gradients:
+        """From `present` of those that `needs` asks for."""
+        remaining = iter(found)
+        return cls(*(next(remaining) if need else None for need in needs))
+
+    @classmethod
+    def zeros(cls, p: Problem | SequenceProblem, needs: Needs) -> Gradients:
+        asked = (getattr(p, name) for name, need in zip(needs._fields, needs, strict=True) if need)
+        return cls.of(needs, map(torch.zeros_like, asked))
+
+    @classmethod
+    def of_history(
+        cls, p: Problem, needs: Needs, dk: Tensor | None, dv: Tensor | None
+    ) -> tuple[Gradients, Tensor | None]:
+        """dL/dk and dL/dv [K, D] given to the inputs that k and v are, and what a table's rows of
+        history get of them; where k and v are one input, the sum is one of the two."""
+        given = (("value", dv), ("key", dk))
+        of = {p.input_of(role): d for role, d in given if d is not None}
+        found = cls(key=of.get("key"), value=of.get("value"), history=of.get("history"))
+        if needs.history and found.history is None and p.history is not None:
+            found.history = torch.zeros_like(p.history)  # k and v are others, or nobody asks
+        return found, of.get("pv")
+
+    def present(self) -> list[Tensor]:
+        """Those that are there, in order."""
+        every = (getattr(self, name) for name in Needs._fields)
+        return [x for x in every if x is not None]

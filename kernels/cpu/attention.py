@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...loss.problem import Gradients, Needs, Problem
 from .native import call, stage
 from .rows import (
     Rows,
     placed,
 )
-
-if TYPE_CHECKING:
-    from ...loss.problem import Problem
-
 
 # ---- stages --------------------------------------------------------------------------------------
 
@@ -84,41 +80,39 @@ def attend(p: Problem, pv: Rows, history: Rows, rows: Tensor, raw: bool) -> Reco
 
 def reconstruction_gradients(
     p: Problem,
-    needs: Sequence[bool],
-    gradients: list[Tensor | None],
+    needs: Needs,
     total: Tensor | None,  # float32, what pv (or the table) has got so far
     pv: Rows,
     history: Rows,
     listed: Tensor,
     attention: Attention,
     d_r: Tensor,  # [listed, D] gradient of R
-) -> None:
-    """Through the attention: fills in the gradients of all inputs but the temperature."""
-    table = p.history is None
-    own_history = needs[0] if table else needs[1]
-    asks = p.attention_scale != 0
-    want_q = asks and (needs[2] if p.query is not None else needs[0])
-    want_k = asks and (needs[3] if p.key is not None else own_history)
-    want_v = needs[4] if p.value is not None else own_history
+) -> Gradients:
+    """Through the attention: of all inputs but the temperature."""
+    asks = p.attention_scale != 0  # else q and k have none
+    want_q, want_k = (asks and needs.of(p, role) for role in ("query", "key"))
     together = p.key is None and p.value is None and want_k
-    d_q, d_k, d_v = attention.gradients(d_r, want_q, want_k, want_v, together)
-    if needs[2]:
-        gradients[2] = placed(p.query, pv.keep[listed], d_q) if asks else torch.zeros_like(p.query)
-    if needs[3]:
-        gradients[3] = placed(p.key, history.keep, d_k) if asks else torch.zeros_like(p.key)
-    if needs[4]:
-        gradients[4] = placed(p.value, history.keep, d_v)
-    d_history = d_k if p.key is None and asks else d_v if p.value is None else None
-    if not table and needs[1]:
-        gradients[1] = (
-            torch.zeros_like(p.history)
-            if d_history is None
-            else placed(p.history, history.keep, d_history)
-        )
+    d_q, d_k, d_v = attention.gradients(d_r, want_q, want_k, needs.of(p, "value"), together)
+
+    def of_input(role: str, d: Tensor | None) -> Tensor | None:
+        """[K, D] from those of the real rows; a table's are summed below."""
+        name = p.input_of(role)
+        return d if d is None or name == "pv" else placed(getattr(p, name), history.keep, d)
+
+    if together:
+        d_v = None  # it is in d_k
+    found, of_table = Gradients.of_history(p, needs, of_input("key", d_k), of_input("value", d_v))
+    if needs.key and found.key is None:
+        found.key = torch.zeros_like(p.key)
+    if needs.query:
+        found.query = torch.zeros_like(p.query)
+        if asks:
+            found.query = placed(p.query, pv.keep[listed], d_q)
     if total is None:
-        return
+        return found
     if p.query is None and asks:
         total.index_add_(0, pv.source[listed], d_q)
-    if table and d_history is not None:
-        total.index_add_(0, history.source, d_history)
-    gradients[0] = total.to(p.pv.dtype)
+    if of_table is not None:
+        total.index_add_(0, history.source, of_table)
+    found.pv = total.to(p.pv.dtype)
+    return found

@@ -13,13 +13,13 @@ README.md has the mathematics.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ...loss.problem import Gradients, Needs, Problem
 from .direct import Direct
 from .native import stage
 from .operands import Attention, Operand, Operands, Pages, pages_of
@@ -36,9 +36,6 @@ from .rows import (
     placed,
     shares_of,
 )
-
-if TYPE_CHECKING:
-    from ...loss.problem import Problem
 
 # Of a tile of products.
 CHUNK_BYTES = 16 << 20
@@ -175,9 +172,7 @@ class Tiles:
 class _Run(Tiles):
     """One forward pass, and the gradients with it where there are weights g of the anchors."""
 
-    def __init__(
-        self, p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | None
-    ) -> None:
+    def __init__(self, p: Problem, needs: Needs, want_rank: bool, upstream: Tensor | None) -> None:
         self.p, self.needs = p, needs
         self.a = anchors_of(p)
         pages = pages_of(self.a.pv.page[self.a.row], self.a.history.start)
@@ -209,24 +204,22 @@ class _Run(Tiles):
         def side(x: Tensor, rows: Tensor, every: bool, unit: bool, wanted: bool) -> Operand:
             return Operand.of(x if every else x[rows], unit, grads and wanted)
 
-        def of_history(given: Tensor | None, need: int, unit: bool) -> Operand:
-            wanted = (
-                self.needs[need] if given is not None else self.needs[0 if p.history is None else 1]
-            )
+        def of_history(role: str, unit: bool) -> Operand:
+            given, wanted = getattr(p, role), self.needs.of(p, role)
             rows = history.source[listed] if given is None else history.keep[listed]
             return side(own if given is None else given, rows, False, unit, wanted)
 
-        e = side(p.pv, self.column_source, self.every_row, True, self.needs[0])
+        e = side(p.pv, self.column_source, self.every_row, True, self.needs.pv)
         if p.query is None and p.key is None and p.value is None:
-            both = of_history(None, 1, p.cosine)
+            both = of_history("value", p.cosine)
             return Operands(e, e, both, both)
-        v = of_history(p.value, 4, False)
-        k = of_history(p.key, 3, p.cosine)
+        v = of_history("value", False)
+        k = of_history("key", p.cosine)
         if p.query is None:
             q = replace(e)
         else:
             keep = self.a.pv.keep
-            q = side(p.query, keep, len(keep) == len(p.query), p.cosine, self.needs[2])
+            q = side(p.query, keep, len(keep) == len(p.query), p.cosine, self.needs.query)
         return Operands(e, q, k, v)
 
     def span(self, first: int, last: int) -> tuple[slice, Tensor | None]:
@@ -247,45 +240,42 @@ class _Run(Tiles):
 
     # ---- results -------------------------------------------------------------------------------
 
-    def gradients(self) -> list[Tensor | None]:
-        p, needs, a = self.p, self.needs, self.a
-        found: list[Tensor | None] = [None] * 6
+    def gradients(self) -> Gradients:
+        p, needs, a, listed = self.p, self.needs, self.a, self.pages.rows
         if self.g is None:
-            return found
-        if needs[5]:
+            return Gradients()
+
+        def of_input(role: str, d: Tensor | None) -> Tensor | None:
+            """[K, D] from those of the listed rows; a table's are summed below."""
+            name = p.input_of(role)
+            if d is None or name == "pv":
+                return d
+            return placed(getattr(p, name), a.history.keep[listed], d)
+
+        # Where q is e they are one operand, and where k is v.
+        d_e, d_v = self.e.finished(), self.v.finished()
+        d_k = d_v if self.k is self.v else self.k.finished()
+        if p.key is None and p.value is None:  # one input
+            if d_k is not None and d_v is not None and d_k is not d_v:
+                d_k = d_v.add_(d_k)
+            d_v = None
+        found, of_table = Gradients.of_history(
+            p, needs, of_input("key", d_k), of_input("value", d_v)
+        )
+        if needs.temperature:
             assert p.temperature is not None
-            found[5] = torch.tensor(-self.slope * self.inverse_tau, dtype=p.temperature.dtype)
-        listed = self.pages.rows
-        own_query = p.query is None
-        # q is e: what is subtracted for both is in one place already, and so are their gradients.
-        total = None
-        d_e = self.e.finished()
-        if needs[0]:
+            slope = -self.slope * self.inverse_tau
+            found.temperature = torch.tensor(slope, dtype=p.temperature.dtype)
+        if needs.query:
+            found.query = placed(p.query, a.pv.keep, self.q.finished())
+        if needs.pv:
             assert d_e is not None
             total = d_e
             if not self.every_row:
                 total = torch.zeros(p.pv.shape).index_add_(0, self.column_source, d_e)
-        if not own_query and needs[2]:
-            found[2] = placed(p.query, a.pv.keep, self.q.finished())
-        into = [(self.v, p.value, 4)] if self.same else [(self.v, p.value, 4), (self.k, p.key, 3)]
-        d_history = None
-        if p.history is not None and needs[1]:
-            d_history = torch.zeros(p.history.shape)
-        for side, given, need in into:
-            gradient = side.finished()
-            if gradient is None:
-                continue
-            if given is not None:
-                found[need] = placed(given, a.history.keep[listed], gradient)
-            elif p.history is None:
-                assert total is not None
-                total.index_add_(0, a.history.source[listed], gradient)
-            elif d_history is not None:
-                d_history.index_add_(0, a.history.keep[listed], gradient)
-        if d_history is not None:
-            found[1] = d_history.to(p.pv.dtype)
-        if total is not None:
-            found[0] = total.to(p.pv.dtype)
+            if of_table is not None:
+                total.index_add_(0, a.history.source[listed], of_table)
+            found.pv = total.to(p.pv.dtype)
         return found
 
 
@@ -299,7 +289,7 @@ def _add_product(total: Tensor | None, rows: slice, a: Tensor, b: Tensor) -> Non
         stage("add", total[rows], a @ b)
 
 
-def run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | None) -> Result:
+def run(p: Problem, needs: Needs, want_rank: bool, upstream: Tensor | None) -> Result:
     """Forward pass and, if `needs` says so, all gradients; `upstream` [N] for reduction "none"."""
     one = _Run(p, needs, want_rank, upstream)
     cosine = one.positive / one.inverse_tau

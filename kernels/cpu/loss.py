@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...loss.problem import Gradients, Needs, Problem, SequenceProblem
 from . import candidate, native
+from .attention import Reconstruction, attend, reconstruction_gradients
 from .contrast import Scores, contrast
 from .native import VARIANT_VARIABLE
 from .rows import (
@@ -36,10 +38,6 @@ from .rows import (
     shares_of,
 )
 from .sequence import sequence_backward, sequence_forward, sequence_saved_spec
-
-if TYPE_CHECKING:
-    from ...loss.problem import Problem, SequenceProblem
-from .attention import Reconstruction, attend, reconstruction_gradients
 
 __all__ = [
     "loss_backward",
@@ -76,18 +74,15 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
     return reasons
 
 
-_LOSS_INPUTS = ("pv", "history", "query", "key", "value", "temperature")
-
-
-def saved_spec(p: Problem, needs: Sequence[bool]) -> list[tuple[Any, torch.dtype]]:
+def saved_spec(p: Problem, needs: Needs) -> list[tuple[Any, torch.dtype]]:
     """The finished gradients, unless each row's upstream gradient has to be awaited."""
-    return [] if p.reduction == "none" else gradient_shapes(p, _LOSS_INPUTS, needs)
+    return [] if p.reduction == "none" else gradient_shapes(p, needs)
 
 
 # ---- reconstruction loss -------------------------------------------------------------------------
 
 
-def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | None) -> Result:
+def _run(p: Problem, needs: Needs, want_rank: bool, upstream: Tensor | None) -> Result:
     """Forward pass and, if `needs` says so, all gradients; `upstream` [N] for reduction "none"."""
     if p.attention == "candidate":
         return candidate.run(p, needs, want_rank, upstream)
@@ -101,9 +96,7 @@ def _run(p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | 
 class _Run:
     """One forward pass, with the gradients of both sides where anchors have weights g."""
 
-    def __init__(
-        self, p: Problem, needs: Sequence[bool], want_rank: bool, upstream: Tensor | None
-    ) -> None:
+    def __init__(self, p: Problem, needs: Needs, want_rank: bool, upstream: Tensor | None) -> None:
         self.p, self.needs, self.inverse_tau = p, needs, inverse_tau_of(p)
         self.a = a = anchors_of(p)
         self.every = p.direction != "reconstruct"
@@ -142,7 +135,7 @@ class _Run:
     def _reconstruct(self, columns: _ItemColumns, want_rank: bool) -> None:
         """Each anchor's R against the items."""
         about = (columns.candidates, self.inverse_tau, self.positive, self.e_anchor, self.g)
-        s = contrast(self.r_anchor, *about, want_rank, self.needs[0])
+        s = contrast(self.r_anchor, *about, want_rank, self.needs.pv)
         if s.d_x is not None:
             self.d_e, self.d_columns = s.d_own, s.d_y
             self.d_r = s.d_x
@@ -163,27 +156,27 @@ class _Run:
             self.d_r.index_add_(0, self.place, s.d_own)
         self._keep(s)
 
-    def gradients(self) -> list[Tensor | None]:
-        """Of (pv, history, query, key, value, temperature); once."""
+    def gradients(self) -> Gradients:
+        """Of the problem's inputs; once."""
         p, a, d_r = self.p, self.a, self.d_r
-        found: list[Tensor | None] = [None] * 6
         if d_r is None or self.d_e is None:
-            return found
-        if self.needs[5]:
+            return Gradients()
+        d_temperature = None
+        if self.needs.temperature:
             assert p.temperature is not None
             # Every score is r . e / tau: the sum of dL/dr . r is dL/d(1/tau).
             slope = (d_r * self.r.unit).sum(dtype=torch.float64)
-            found[5] = (-slope * self.inverse_tau**2).to(p.temperature.dtype)
+            d_temperature = (-slope * self.inverse_tau**2).to(p.temperature.dtype)
         normalize_backward(d_r, self.r.unit, self.r.norm, self.inverse_tau)
         total = None
-        if self.needs[0]:
+        if self.needs.pv:
             total = _column_gradients(p, self.columns, self.d_columns, self.inverse_tau)
             normalize_backward(self.d_e, self.e_anchor, self.e_norm, self.inverse_tau)
             total.index_add_(0, a.pv.source[a.row], self.d_e)
         self.columns = self.d_columns = self.d_e = None  # their memory is for what follows
-        reconstruction_gradients(
-            p, self.needs, found, total, a.pv, a.history, self.listed, self.r.attention, d_r
-        )
+        rows = (a.pv, a.history, self.listed)
+        found = reconstruction_gradients(p, self.needs, total, *rows, self.r.attention, d_r)
+        found.temperature = d_temperature
         return found
 
 
@@ -234,10 +227,10 @@ def _reduced(p: Problem, result: Result) -> Tensor:
     return loss.to(torch.float32)
 
 
-def loss_forward(p: Problem, needs: Sequence[bool], stats: bool) -> tuple[Any, ...]:
+def loss_forward(p: Problem, needs: Needs, stats: bool) -> tuple[Any, ...]:
     """(loss, item_loss, log_sum_exp, positive_similarity, rank, is_anchor, num_skipped, saved)."""
     early = p.reduction != "none"
-    result = _run(p, needs if early else [False] * 6, stats, None)
+    result = _run(p, needs if early else Needs(), stats, None)
     anchors = result.anchors
     where = anchors.pv.keep[anchors.row]
 
@@ -254,15 +247,13 @@ def loss_forward(p: Problem, needs: Sequence[bool], stats: bool) -> tuple[Any, .
         rank = spread(result.above + 1)
         is_anchor = torch.zeros(p.num_pv, dtype=torch.bool).index_fill_(0, where, True)
         skipped = anchors.left_out.sum()
-    saved = [grad for grad in result.gradients if grad is not None]
+    saved = result.gradients.present()
     per_row = (spread(result.item), spread(result.lse), spread(result.cosine))
     return _reduced(p, result), *per_row, rank, is_anchor, skipped, saved
 
 
-def loss_backward(
-    p: Problem, needs: Sequence[bool], saved: Sequence[Tensor], grad: Tensor
-) -> list[Tensor | None]:
-    """Gradients of (pv, history, query, key, value, temperature)."""
+def loss_backward(p: Problem, needs: Needs, saved: Sequence[Tensor], grad: Tensor) -> Gradients:
+    """Of `p`'s inputs."""
     if p.reduction == "none":
         return _run(p, needs, False, grad).gradients
     return scaled(saved, needs, grad)
@@ -285,11 +276,9 @@ def reconstruct_forward(p: Problem) -> Tensor:
     )
 
 
-def reconstruct_backward(p: Problem, needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
-    """Gradients of (pv, history, query, key, value); the attention weights are computed again."""
+def reconstruct_backward(p: Problem, needs: Needs, grad: Tensor) -> Gradients:
+    """Of `p`'s inputs; the attention weights are computed again."""
     pv, history, listed, r = _reconstructed(p)
-    gradients: list[Tensor | None] = [None] * 6
     d_r = grad[pv.keep[listed]].to(torch.float32).contiguous()
-    total = torch.zeros(p.pv.shape, dtype=torch.float32) if needs[0] else None
-    reconstruction_gradients(p, needs, gradients, total, pv, history, listed, r.attention, d_r)
-    return gradients[:5]
+    total = torch.zeros(p.pv.shape, dtype=torch.float32) if needs.pv else None
+    return reconstruction_gradients(p, needs, total, pv, history, listed, r.attention, d_r)

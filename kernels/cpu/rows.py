@@ -5,15 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...loss.problem import Gradients, Needs, Problem, SequenceProblem
 from .native import call, stage
-
-if TYPE_CHECKING:
-    from ...loss.problem import Problem, SequenceProblem
 
 
 def normalize(source: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,7 +194,7 @@ class Result:
     above: Tensor | None  # [M] candidates that score above the positive
     cosine: Tensor  # [M] of the positives, float64
     anchors: Anchors
-    gradients: list[Tensor | None]
+    gradients: Gradients
 
 
 def placed(like: Tensor, rows: Tensor, values: Tensor) -> Tensor:
@@ -207,15 +205,12 @@ def placed(like: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     return torch.zeros_like(like).index_copy_(0, rows, values.to(like.dtype))
 
 
-def gradient_shapes(
-    p: Any, names: Sequence[str], needs: Sequence[bool]
-) -> list[tuple[Any, torch.dtype]]:
-    tensors = [getattr(p, name) for name, need in zip(names, needs, strict=True) if need]
+def gradient_shapes(p: Any, needs: Needs) -> list[tuple[Any, torch.dtype]]:
+    tensors = [getattr(p, x) for x, need in zip(needs._fields, needs, strict=True) if need]
     return [(tuple(t.shape), t.dtype) for t in tensors]
 
 
-def scaled(saved: Sequence[Tensor], needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
+def scaled(saved: Sequence[Tensor], needs: Needs, grad: Tensor) -> Gradients:
     # Saved gradients are for an upstream gradient of 1; a new tensor each time, since backward may
     # run again.
-    remaining = iter(saved)
-    return [next(remaining) * grad if need else None for need in needs]
+    return Gradients.of(needs, (x * grad for x in saved))

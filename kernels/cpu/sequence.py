@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...loss.problem import Gradients, Needs, SequenceProblem
 from .contrast import contrast
 from .rows import (
     Candidates,
@@ -21,13 +22,10 @@ from .rows import (
     scaled,
 )
 
-if TYPE_CHECKING:
-    from ...loss.problem import SequenceProblem
 
-
-def sequence_saved_spec(p: SequenceProblem, needs: Sequence[bool]) -> list[tuple[Any, torch.dtype]]:
+def sequence_saved_spec(p: SequenceProblem, needs: Needs) -> list[tuple[Any, torch.dtype]]:
     """As `saved_spec`."""
-    return [] if p.reduction == "none" else gradient_shapes(p, ("history", "temperature"), needs)
+    return [] if p.reduction == "none" else gradient_shapes(p, needs)
 
 
 def _page_sums(values: Tensor, rows: Rows) -> Tensor:
@@ -35,8 +33,8 @@ def _page_sums(values: Tensor, rows: Rows) -> Tensor:
 
 
 def _run_sequence(
-    p: SequenceProblem, needs: Sequence[bool], upstream: Tensor | None
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    p: SequenceProblem, needs: Needs, upstream: Tensor | None
+) -> tuple[Tensor, Tensor, Gradients]:
     """(losses of the anchors, their positions in the batch, gradients)."""
     inverse_tau = inverse_tau_of(p)
     rows = real_rows(p, "history")
@@ -81,40 +79,40 @@ def _run_sequence(
     s = contrast(c[anchor], y, inverse_tau, None, None, g, False)
     loss = s.lse - (c32[anchor] * mean).sum(1, dtype=torch.float64) * inverse_tau
 
-    gradients: list[Tensor | None] = [None, None]
+    gradients = Gradients()
     if g is not None and s.d_x is not None and s.d_y is not None:
         s.d_x -= g[:, None] * mean
-        if needs[1]:
+        if needs.temperature:
             assert p.temperature is not None
             slope = (s.d_x * c32[anchor]).sum(dtype=torch.float64)
-            gradients[1] = (-slope * inverse_tau**2).to(p.temperature.dtype)
-        if needs[0]:
+            gradients.temperature = (-slope * inverse_tau**2).to(p.temperature.dtype)
+        if needs.history:
             pulled = torch.zeros(count, c.shape[1])
             pulled[anchor] = (g / number[anchor])[:, None] * c32[anchor]
             d_c = s.d_y.index_add_(0, anchor, s.d_x) - sum_of_positives(pulled)
             d_rows = normalize_backward(d_c, c, norm, inverse_tau)
             target = rows.keep if p.history_index is None else rows.source
             total = torch.zeros(p.history.shape, dtype=torch.float32).index_add_(0, target, d_rows)
-            gradients[0] = total.to(p.history.dtype)
+            gradients.history = total.to(p.history.dtype)
     return loss, rows.keep[anchor], gradients
 
 
-def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor]]:
+def sequence_forward(p: SequenceProblem, needs: Needs) -> tuple[Tensor, list[Tensor]]:
     """(loss, saved) of the click-sequence loss."""
     early = p.reduction != "none"
-    losses, where, gradients = _run_sequence(p, needs if early else [False, False], None)
+    losses, where, gradients = _run_sequence(p, needs if early else Needs(), None)
     if p.reduction == "none":
         return torch.zeros(p.num_history).index_copy_(0, where, losses.float()), []
     loss = losses.sum(dtype=torch.float64)
     if p.reduction == "mean":
         loss = loss / max(len(losses), 1)
-    return loss.to(torch.float32), [grad for grad in gradients if grad is not None]
+    return loss.to(torch.float32), gradients.present()
 
 
 def sequence_backward(
-    p: SequenceProblem, needs: Sequence[bool], saved: Sequence[Tensor], grad: Tensor
-) -> list[Tensor | None]:
-    """Gradients of (history or the table, temperature)."""
+    p: SequenceProblem, needs: Needs, saved: Sequence[Tensor], grad: Tensor
+) -> Gradients:
+    """Of `p`'s inputs."""
     if p.reduction == "none":
         return _run_sequence(p, needs, grad)[2]
     return scaled(saved, needs, grad)

@@ -9,14 +9,14 @@ pass for the gradients of e. README.md has the notation and the derivation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
 import triton
 from torch import Tensor
 
-from ...loss.problem import LARGEST_DIM
+from ...loss.problem import LARGEST_DIM, Gradients, Needs, Problem, SequenceProblem
 from . import epilogue, tiles
 from .candidate import loss as candidate_loss
 from .passes import forward_pass, lowered, run_chunks, run_contrast
@@ -27,7 +27,6 @@ from .stages import (
     attention_backward,
     e_inputs,
     gather_anchors,
-    history_gradient,
     make_plan,
     normalize,
     normalize_given,
@@ -56,9 +55,6 @@ from .state import (
     scores,
     temperature,
 )
-
-if TYPE_CHECKING:
-    from ...loss.problem import Problem, SequenceProblem
 
 __all__ = [
     "loss_backward",
@@ -110,7 +106,7 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
     return reasons
 
 
-def saved_spec(p: Problem, needs: Sequence[bool]) -> Spec:
+def saved_spec(p: Problem, needs: Needs) -> Spec:
     """Shapes and types of `saved`; nothing is saved where there is nothing to compute or nobody
     wants gradients."""
     if not any(needs) or is_empty(p):
@@ -120,14 +116,12 @@ def saved_spec(p: Problem, needs: Sequence[bool]) -> Spec:
     return LossState.spec(loss_shape(p))
 
 
-def loss_forward(p: Problem, needs: Sequence[bool], stats: bool) -> tuple[Any, ...]:
+def loss_forward(p: Problem, needs: Needs, stats: bool) -> tuple[Any, ...]:
     """(loss, item_loss, log_sum_exp, positive_similarity, rank, is_anchor, num_skipped, saved)."""
     return forward(p, needs, stats, None)
 
 
-def forward(
-    p: Problem, needs: Sequence[bool], stats: bool, given: Tensor | None
-) -> tuple[Any, ...]:
+def forward(p: Problem, needs: Needs, stats: bool, given: Tensor | None) -> tuple[Any, ...]:
     """The loss; `given` is R [N, D] where another implementation computes the attention."""
     rows, device = p.num_pv if stats else 0, p.pv.device
     floats = (torch.zeros(rows, dtype=torch.float32, device=device) for _ in range(3))
@@ -209,26 +203,18 @@ def _skipped_without_history(p: Problem) -> Tensor:
     return (clicked & inside).sum()
 
 
-def loss_backward(
-    p: Problem, needs: Sequence[bool], saved: Sequence[Tensor], grad: Tensor
-) -> list[Tensor | None]:
-    """Gradients of (pv, history, query, key, value, temperature)."""
+def loss_backward(p: Problem, needs: Needs, saved: Sequence[Tensor], grad: Tensor) -> Gradients:
+    """Of `p`'s inputs."""
     return backward(p, needs, saved, grad, False)[0]
 
 
 def backward(
-    p: Problem, needs: Sequence[bool], saved: Sequence[Tensor], grad: Tensor, given: bool
-) -> tuple[list[Tensor | None], Tensor | None]:
+    p: Problem, needs: Needs, saved: Sequence[Tensor], grad: Tensor, given: bool
+) -> tuple[Gradients, Tensor | None]:
     """Gradients, and dL/dR [N, D] where R was given."""
-    inputs = (p.pv, p.history, p.query, p.key, p.value, p.temperature)
     if is_empty(p):
-        zeros = [
-            torch.zeros_like(x) if need and x is not None else None
-            for x, need in zip(inputs, needs, strict=True)
-        ]
-        return zeros, torch.zeros(
-            p.num_pv, p.pv.shape[1], dtype=p.pv.dtype, device=p.pv.device
-        ) if given else None
+        d_r = p.pv.new_zeros(p.num_pv, p.pv.shape[1]) if given else None
+        return Gradients.zeros(p, needs), d_r
     if p.attention == "candidate":
         return candidate_loss.backward(p, needs, saved, grad), None
     s = loss_shape(p)
@@ -240,7 +226,7 @@ def backward(
     g = t.weight_sum
     if not uniform:
         g = row_gradients(p, s, t, grad, t.weight_sum, 1.0 / len(s.directions))
-    d_pv = torch.empty_like(p.pv) if needs[0] and p.history is not None else None
+    d_pv = torch.empty_like(p.pv) if needs.pv and p.history is not None else None
     results, factor = _transposed_passes(p, s, t, needs, grad, None if uniform else g, d_pv)
     upstream: dict[str, Any] = {
         "g_ptr": g,
@@ -254,32 +240,28 @@ def backward(
         **temperature(p),
     }
     dr, tau_parts = _reconstruction_gradient(p, s, t, results, upstream)
-    grads: list[Tensor | None] = [None] * 6
     d_rows = dq = dk = dv = None
-    if needs[5]:
-        assert p.temperature is not None
-        grads[5] = -tau_parts.sum() / p.temperature
     if given:
         d_rows = torch.empty(s.rows, s.dim, dtype=s.dtype, device=s.device)
         spread(p, s, t, t.r, d_rows, dr)
     else:
         dq, dk, dv = attention_backward(p, s, t, needs, dr)
-    if needs[2]:
-        grads[2] = spread(p, s, t, t.r, torch.empty_like(p.query), dq)
-    grads[3], grads[4] = dk if needs[3] else None, dv if needs[4] else None
-    d_history = history_gradient(p, dk, dv)
-    if p.history is not None and needs[1]:
-        grads[1] = d_history if d_history is not None else torch.zeros_like(p.history)
-    if needs[0]:
+    grads, d_history = Gradients.of_history(p, needs, dk, dv)
+    if needs.temperature:
+        assert p.temperature is not None
+        grads.temperature = -tau_parts.sum() / p.temperature
+    if needs.query:
+        grads.query = spread(p, s, t, t.r, torch.empty_like(p.query), dq)
+    if needs.pv:
         if d_pv is None:
             d_pv = torch.empty(s.rows, s.dim, dtype=torch.float32, device=s.device)
         own_dq = dq if p.query is None else None
         spread(p, s, t, t.r, d_pv, own_dq, **_contrast_inputs(s, t, results, upstream))
-        grads[0] = d_pv
+        grads.pv = d_pv
         if p.history is None:
             merged = _merged_columns(s, t, results, upstream)
             shown = [(p.pv_index, t.pv_page), (p.history_index, t.history_page)]
-            grads[0] = sum_occurrences(p.pv, s, shown, d_pv, d_history, merged)
+            grads.pv = sum_occurrences(p.pv, s, shown, d_pv, d_history, merged)
     return grads, d_rows
 
 
@@ -287,7 +269,7 @@ def _transposed_passes(
     p: Problem,
     s: Shape,
     t: LossState,
-    needs: Sequence[bool],
+    needs: Needs,
     grad: Tensor,
     g: Tensor | None,
     d_pv: Tensor | None,
@@ -300,7 +282,7 @@ def _transposed_passes(
     scale, factor, none = g, None, t.weight_sum
     results: dict[str, Pass] = {}
     for direction in s.directions:
-        if direction == "reconstruct" and not needs[0]:
+        if direction == "reconstruct" and not needs.pv:
             continue
         x, y = sides(p, s, t, direction)
         kept = t.kept(direction)

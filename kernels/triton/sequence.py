@@ -4,11 +4,11 @@ contrast."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ...loss.problem import Gradients, Needs, SequenceProblem
 from . import click_sequence, epilogue, tiles
 from .passes import forward_pass, lowered, run_chunks, run_contrast
 from .stages import sequence_plan, sum_occurrences
@@ -29,11 +29,8 @@ from .state import (
     temperature,
 )
 
-if TYPE_CHECKING:
-    from ...loss.problem import SequenceProblem
 
-
-def sequence_saved_spec(p: SequenceProblem, needs: Sequence[bool]) -> Spec:
+def sequence_saved_spec(p: SequenceProblem, needs: Needs) -> Spec:
     """As `saved_spec`."""
     if not any(needs) or sequence_is_empty(p):
         return []
@@ -83,7 +80,7 @@ def _page_mean(
     return out
 
 
-def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor]]:
+def sequence_forward(p: SequenceProblem, needs: Needs) -> tuple[Tensor, list[Tensor]]:
     """(loss, saved) of the click-sequence loss."""
     device = p.history.device
     per_item = p.reduction == "none"
@@ -133,15 +130,12 @@ def sequence_forward(p: SequenceProblem, needs: Sequence[bool]) -> tuple[Tensor,
 
 
 def sequence_backward(
-    p: SequenceProblem, needs: Sequence[bool], saved: Sequence[Tensor], grad: Tensor
-) -> list[Tensor | None]:
-    """Gradients of (history or the table, temperature)."""
+    p: SequenceProblem, needs: Needs, saved: Sequence[Tensor], grad: Tensor
+) -> Gradients:
+    """Of `p`'s inputs."""
     device = p.history.device
     if sequence_is_empty(p):
-        return [
-            torch.zeros_like(p.history) if needs[0] else None,
-            torch.zeros_like(p.temperature) if needs[1] and p.temperature is not None else None,
-        ]
+        return Gradients.zeros(p, needs)
     s = sequence_shape(p)
     t = SequenceState.restored(s, saved)
     rows = _sequence_rows(s, t)
@@ -184,16 +178,16 @@ def sequence_backward(
     mean = _page_mean(p, s, t, None, number, cosine)
     pulled = _page_mean(p, s, t, factor, number, cosine)
     d_rows, tau_parts = _row_gradients(p, s, t, out, g, mean, pulled, lower, grad, uniform)
-    d_temperature = None
-    if needs[1]:
+    grads = Gradients()
+    if needs.temperature:
         assert p.temperature is not None
-        d_temperature = -tau_parts.sum() / p.temperature
-    if not needs[0]:
-        return [None, d_temperature]
-    if p.history_index is None:
-        return [d_rows, d_temperature]
-    shown = [(p.history_index, t.history_page)]
-    return [sum_occurrences(p.history, s, shown, None, d_rows), d_temperature]
+        grads.temperature = -tau_parts.sum() / p.temperature
+    if needs.history:
+        grads.history = d_rows
+        if p.history_index is not None:
+            shown = [(p.history_index, t.history_page)]
+            grads.history = sum_occurrences(p.history, s, shown, None, d_rows)
+    return grads
 
 
 def _row_gradients(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from ...loss.problem import Needs, Problem, SequenceProblem
 from . import attention, contrast, epilogue, plan, tiles
 from .state import Listed, LossState, Plan, Rows, SequenceState, Shape, cdiv
-
-if TYPE_CHECKING:
-    from ...loss.problem import Problem, SequenceProblem
 
 
 def _steps(pages: int) -> int:
@@ -385,29 +383,23 @@ def spread(
 
 
 def empty_history(
-    p: Problem, s: Shape, needs: Sequence[bool], new: Any = torch.empty
+    p: Problem, s: Shape, needs: Needs, new: Any = torch.empty
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dk, dv) for a kernel to fill, None where nobody wants it; where key and value are both the
     history, dk is for their sum and dv None."""
-    table = p.history is None
 
-    def output(given: Tensor | None, need: bool) -> Tensor | None:
-        if not (need if given is not None else needs[0 if table else 1]):
+    def output(role: str) -> Tensor | None:
+        if not needs.of(p, role):
             return None
-        kind = torch.float32 if table and given is None else s.dtype
+        kind = torch.float32 if p.input_of(role) == "pv" else s.dtype
         return new(s.history_rows, s.dim, dtype=kind, device=s.device)
 
-    dk = output(p.key, needs[3])
-    return dk, None if p.key is None and p.value is None else output(p.value, needs[4])
-
-
-def history_gradient(p: Problem, dk: Tensor | None, dv: Tensor | None) -> Tensor | None:
-    """That of dk and dv which belongs to the history; with both, their sum is in dk."""
-    return dk if p.key is None else dv if p.value is None else None
+    together = p.key is None and p.value is None
+    return output("key"), None if together else output("value")
 
 
 def attention_backward(
-    p: Problem, s: Shape, t: Plan, needs: Sequence[bool], dr: Tensor
+    p: Problem, s: Shape, t: Plan, needs: Needs, dr: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dq of the listed rows, dk, dv) as of `empty_history`.
 
@@ -440,7 +432,7 @@ def attention_backward(
     grid, offsets = (cdiv(s.rows, s.backward.block_m),), p.history_offsets
     attention.attend_sums[grid](**common, history_offsets_ptr=offsets)
     dk, dv = _key_value_gradients(p, s, t, needs, common)
-    if not needs[0 if p.query is None else 2]:
+    if not needs.of(p, "query"):
         return None, dk, dv
     # Occurrences of a table's items are summed: they stay in float32 until then, and so does what
     # float16 cannot hold.
@@ -453,7 +445,7 @@ def attention_backward(
 
 
 def _key_value_gradients(
-    p: Problem, s: Shape, t: Plan, needs: Sequence[bool], common: dict[str, Any]
+    p: Problem, s: Shape, t: Plan, needs: Needs, common: dict[str, Any]
 ) -> tuple[Tensor | None, Tensor | None]:
     dk, dv = empty_history(p, s, needs)
     anything = dk if dk is not None else dv

@@ -89,13 +89,7 @@ class Reach:
             "return_stats": stats,
             "memory rows": 0 if self.memory is None else len(self.memory.rows),
             "table_ids given": self.table_ids is not None,
-            "gradients wanted": str(
-                [
-                    n
-                    for n, w in zip(operators.gradient_names(p), operators.wanted(p), strict=True)
-                    if w
-                ]
-            ),
+            "gradients wanted": str([n for n, w in operators.wanted(p)._asdict().items() if w]),
         }
         return self.peers.agree(facts, sizes)
 

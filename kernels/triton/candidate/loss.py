@@ -4,18 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from ....loss.problem import Gradients, Needs, Problem
 from .. import tiles
 from ..stages import (
     attention_inputs,
     e_inputs,
     empty_history,
-    history_gradient,
     make_plan,
     reduce_losses,
     row_gradients,
@@ -24,9 +24,6 @@ from ..stages import (
 from ..state import MASKS, Shape, Spec, cdiv, temperature
 from . import kernels, packed_state
 from .packed_state import CandidateShape, CandidateState, candidate_shape
-
-if TYPE_CHECKING:
-    from ....loss.problem import Problem
 
 # Anchors of a page whose sums are kept side by side.
 SLOTS = 16
@@ -165,10 +162,8 @@ def forward(
     return *reduce_losses(p, s, t, t.weight_sum, [losses], per_row[0], stats), t
 
 
-def backward(
-    p: Problem, needs: Sequence[bool], saved: Sequence[Tensor], grad: Tensor
-) -> list[Tensor | None]:
-    """Gradients of (pv, history, query, key, value, temperature)."""
+def backward(p: Problem, needs: Needs, saved: Sequence[Tensor], grad: Tensor) -> Gradients:
+    """Of `p`'s inputs."""
     s = candidate_shape(p)
     t = CandidateState.restored(s, saved)
     table, packing = p.history is None, t.packing
@@ -205,23 +200,20 @@ def backward(
             SUM_KV=together,
         )
     if packing is not None:
-        tau_sums += packed_state.backward(p, s, t, packing, g, d_e, d_k, needs[5])
-    grads: list[Tensor | None] = [d_e, None, d_q, None, None, None]
-    if needs[5]:
+        tau_sums += packed_state.backward(p, s, t, packing, g, d_e, d_k, needs.temperature)
+    grads, d_history = Gradients.of_history(p, needs, d_k, d_v)
+    grads.pv, grads.query = d_e, d_q
+    if needs.temperature:
         assert p.temperature is not None
         # Every score is cos / tau: the sum of g cos is dL/d(1/tau).
-        grads[5] = -torch.cat(tau_sums).sum() / p.temperature.square()
-    grads[3], grads[4] = d_k if needs[3] else None, d_v if needs[4] else None
-    d_history = history_gradient(p, d_k, d_v)
-    if not table and needs[1]:
-        grads[1] = d_history if d_history is not None else torch.zeros_like(p.history)
-    elif table and needs[0]:
+        grads.temperature = -torch.cat(tau_sums).sum() / p.temperature.square()
+    if table and needs.pv:
         shown: tuple[Any, Tensor] = p.pv_index, t.pv_page
         if s.merged:  # a column of each item, in place of its occurrences
             every = torch.arange(s.items, dtype=torch.int32, device=s.device)
             shown = every, torch.zeros_like(every)
         past = p.history_index, t.history_page
-        grads[0] = sum_occurrences(p.pv, s, [shown, past], d_e, d_history)
+        grads.pv = sum_occurrences(p.pv, s, [shown, past], d_e, d_history)
     return grads
 
 
@@ -229,16 +221,16 @@ def _column_gradients(
     p: Problem,
     s: CandidateShape,
     t: CandidateState,
-    needs: Sequence[bool],
+    needs: Needs,
     g: Tensor,
     shared: dict[str, Any],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
     """(dL/dE of the columns, dL/dq, parts of the sum of g cos)."""
-    want_q = needs[0 if p.query is None else 2]
-    if not (needs[0] or want_q or needs[5]):
+    want_q = needs.of(p, "query")
+    if not (needs.pv or want_q or needs.temperature):
         return None, None, []
     d_e = d_q = None
-    if needs[0]:
+    if needs.pv:
         kind = torch.float32 if p.history is None else s.dtype
         d_e = torch.zeros(s.columns, s.dim, dtype=kind, device=s.device)
     if p.query is not None and want_q:
@@ -254,7 +246,7 @@ def _column_gradients(
         de_ptr=d_e if d_e is not None else g,
         dq_ptr=d_q if d_q is not None else g,
         tau_part_ptr=tau_parts,
-        WANT_E=needs[0],
+        WANT_E=needs.pv,
         WANT_Q=want_q,
     )
     return d_e, d_q, [tau_parts]
