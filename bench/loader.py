@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from bench.command import line_of
 from bench.datasets import QUICKSTART
-from bench.step import Pages, Rate, add_arguments, bare, collate, run, turn
+from bench.step import PageDataset, Rate, add_arguments, bare, collate, run, turn
 from courier_fast.data.loader import Augmentation, Batch, Images, Loader
 from courier_fast.train.config import Config
 from courier_fast.train.trainer import Trainer
@@ -74,7 +74,7 @@ def measure(
         candidates[kind] = Drained(
             Loader(trainer.plan, source, device=trainer.device, ahead=1)
         ).step
-    pages = Pages(trainer.plan, c.size, encoder.mean, encoder.std)
+    pages = PageDataset(trainer.plan, c.size, encoder.mean, encoder.std)
     plain = DataLoader(
         pages, c.pages, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0
     )

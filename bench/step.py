@@ -38,7 +38,7 @@ from courier_fast.train.config import Config
 from courier_fast.train.trainer import Trainer
 
 
-class Pages(TorchDataset):
+class PageDataset(TorchDataset):
     """What most people write first: a page is an item of the dataset, and each of its images is
     opened where it occurs."""
 
@@ -103,7 +103,7 @@ class Plain:
     def __init__(self, config: Config, workers: int) -> None:
         self.trainer = Trainer(config)
         t = self.trainer
-        pages = Pages(t.plan, t.config.data.size, t.encoder.mean, t.encoder.std)
+        pages = PageDataset(t.plan, t.config.data.size, t.encoder.mean, t.encoder.std)
         self.batches = DataLoader(
             pages,
             config.data.pages,

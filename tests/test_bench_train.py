@@ -39,7 +39,7 @@ def test_step(dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_the_plain_trainer_sees_the_same_pages(dataset: Dataset) -> None:
     plan = BatchPlan(dataset, pages=8, history=5)
-    pages = step.Pages(plan, 16, (0.5,) * 3, (0.5,) * 3)
+    pages = step.PageDataset(plan, 16, (0.5,) * 3, (0.5,) * 3)
     batch = plan.batch(0, 0)
     shown, past, clicked, pv_offsets, history_offsets, shown_items, past_items = step.collate(
         [pages[i] for i in range(len(batch.pages))]

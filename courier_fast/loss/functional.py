@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..surroundings import has_values, without_autocast
 from . import operators, reference
-from .arguments import Attention, Pages, attention_of, check_choices, check_workspace
+from .arguments import Attention, Inputs, attention_of, check_choices, check_workspace
 from .cuda_graph import Graphs
 from .layouts import Given, require_flag, require_tensor, shown
 from .problem import WORKSPACE, Problem, SequenceProblem
 from .union import losses
 from .union.candidates import Beside
-from .union.exchange import Group, Peers, reporting
+from .union.exchange import Group, Processes, reporting
 
 # The `group` of a module that is given none.
 LEFT_OUT = Group(None)
@@ -88,28 +88,28 @@ def _evaluate(
 ) -> tuple[Tensor, ...]:
     """The loss and what belongs to `stats`, as `ops.loss` gives them."""
     chosen = _choose(impl, p)
-    p, reach = beside.reach(p, chosen)
-    if reach is not None and graphs is not None:
+    p, union = beside.union(p, chosen)
+    if union is not None and graphs is not None:
         raise ValueError(
             "cuda_graph: expected False with group or memory, "
             "whose sizes the host has to know, got True"
         )
     if graphs is not None:
         return graphs(p, chosen, stats)
-    if reach is None and chosen != "reference":
+    if union is None and chosen != "reference":
         return operators.loss(p, chosen, stats)
     source = operators.source_of(p)
     if not torch.compiler.is_compiling() and not has_values(source):
         return tuple(operators.without_values(p, stats))
     with without_autocast(source):
         if isinstance(p, SequenceProblem):
-            if reach is None:
+            if union is None:
                 return (reference.click_sequence_loss(operators.checked(p)),)
-            return (losses.click_sequence_loss(p, reach),)
-        if reach is None:
+            return (losses.click_sequence_loss(p, union),)
+        if union is None:
             out = reference.reconstruction_loss(operators.checked(p))
         else:
-            out = losses.reconstruction_loss(p, reach, stats)
+            out = losses.reconstruction_loss(p, union, stats)
     return (out.loss, *out.rows, out.num_skipped)
 
 
@@ -222,8 +222,8 @@ def reconstruction_loss(
             expected and what came.
         RuntimeError: the requested impl cannot run here; the message lists every reason.
     """
-    peers = Peers.of(group)
-    with reporting(peers):
+    processes = Processes.of(group)
+    with reporting(processes):
         attention = attention_of(attention, direction)
         check_choices(
             attention=attention,
@@ -247,26 +247,26 @@ def reconstruction_loss(
             Given("pv", pv, pv_mask, pv_offsets),
             Given("history", history, history_mask, history_offsets),
         )
-        pages = Pages(sides, embeddings, validate, query=query, key=key, value=value)
+        inputs = Inputs(sides, embeddings, validate, query=query, key=key, value=value)
         p = Problem(
-            **pages.fields(attends, clicked),
-            **pages.temperature(temperature),
-            weights=pages.weights(weights),
-            item_ids=pages.ids("item_ids", item_ids),
-            log_q=pages.floats("log_q", log_q),
+            **inputs.fields(attends, clicked),
+            **inputs.temperature(temperature),
+            weights=inputs.weights(weights),
+            item_ids=inputs.ids("item_ids", item_ids),
+            log_q=inputs.floats("log_q", log_q),
             negatives=negatives,
             direction=direction,
             reduction=reduction,
             workspace=workspace,
         )
-        beside = Beside(peers, exchange, table_ids, memory, memory_ids, memory_log_q)
+        beside = Beside(processes, exchange, table_ids, memory, memory_ids, memory_log_q)
         loss, *per_row, skipped = _evaluate(p, impl, beside, _graphs, bool(return_stats))
-        loss = pages.attached(loss)
+        loss = inputs.attached(loss)
     if reduction == "none":
-        loss = pages.items.restore(loss)
+        loss = inputs.items.restore(loss)
     if not return_stats:
         return loss
-    item_loss, lse, positive, rank, is_anchor = (pages.items.restore(x.detach()) for x in per_row)
+    item_loss, lse, positive, rank, is_anchor = (inputs.items.restore(x.detach()) for x in per_row)
     return loss, ReconstructionStats(
         item_loss,
         lse,
@@ -314,9 +314,9 @@ def reconstruct(
         Given("pv", pv, pv_mask, pv_offsets),
         Given("history", history, history_mask, history_offsets),
     )
-    pages = Pages(sides, embeddings, validate, query=query, key=key, value=value)
+    inputs = Inputs(sides, embeddings, validate, query=query, key=key, value=value)
     p = Problem(
-        **pages.fields(attends, None),
+        **inputs.fields(attends, None),
         item_ids=None,
         log_q=None,
         weights=None,
@@ -331,21 +331,21 @@ def reconstruct(
             r = reference.reconstruct(operators.checked(p))[0]
     else:
         r = operators.without_values(p, False, whole=False)[0]
-    r = pages.items.restore(pages.attached(r))
+    r = inputs.items.restore(inputs.attached(r))
     if not return_weights:
         return r
     with torch.no_grad(), without_autocast(p.pv):
-        return r, _by_position(reference.reconstruct(p)[1], pages)
+        return r, _by_position(reference.reconstruct(p)[1], inputs)
 
 
-def _by_position(weights: Tensor, pages: Pages) -> Tensor:
+def _by_position(weights: Tensor, inputs: Inputs) -> Tensor:
     """Attention weights [N, heads, longest history]; of padded pages, by position in `history`."""
-    history = pages.sides["history"]
+    history = inputs.sides["history"]
     if history.kind != "padded":
         return weights
     count, length = history.shape
     heads = weights.shape[1]
-    spread = weights.new_zeros(*pages.items.shape, heads, length)
+    spread = weights.new_zeros(*inputs.items.shape, heads, length)
     if not weights.numel():
         return spread
     # The reference numbers real history rows in order: put them back where the mask has them.
@@ -354,7 +354,7 @@ def _by_position(weights: Tensor, pages: Pages) -> Tensor:
         mask = torch.ones(count * length, dtype=torch.bool, device=weights.device)
     mask = mask.view(count, length)
     order = (mask.cumsum(1) - 1).clamp(min=0)[:, None, None, :].expand(*spread.shape)
-    by_page = weights.view(*pages.items.shape, heads, -1)
+    by_page = weights.view(*inputs.items.shape, heads, -1)
     return by_page.gather(3, order) * mask[:, None, None, :]
 
 
@@ -398,24 +398,24 @@ def click_sequence_loss(
     Returns:
         The loss, float32 (float64 for float64 inputs): 0-d, or one value per history item.
     """
-    peers = Peers.of(group)
-    with reporting(peers):
+    processes = Processes.of(group)
+    with reporting(processes):
         check_choices(reduction=reduction, exchange=exchange, impl=impl)
         check_workspace(workspace)
-        pages = Pages(
+        inputs = Inputs(
             (Given("history", history, history_mask, history_offsets),), embeddings, validate
         )
-        tau = pages.temperature(temperature)
-        rows, index = pages.rows("history")
+        tau = inputs.temperature(temperature)
+        rows, index = inputs.rows("history")
         p = SequenceProblem(
             history=rows,
             history_index=index,
-            history_offsets=pages.items.offsets,
-            history_mask=pages.items.mask,
-            item_ids=pages.ids("item_ids", item_ids),
+            history_offsets=inputs.items.offsets,
+            history_mask=inputs.items.mask,
+            item_ids=inputs.ids("item_ids", item_ids),
             **tau,
             reduction=reduction,
             workspace=workspace,
         )
-        (loss,) = _evaluate(p, impl, Beside(peers, exchange, table_ids), _graphs)
-        return pages.items.restore(loss) if reduction == "none" else loss
+        (loss,) = _evaluate(p, impl, Beside(processes, exchange, table_ids), _graphs)
+        return inputs.items.restore(loss) if reduction == "none" else loss

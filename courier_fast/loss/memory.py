@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..surroundings import has_values
 from .layouts import INTEGERS, describe, require_tensor, shown
-from .union.exchange import Peers, reporting
+from .union.exchange import Processes, reporting
 
 
 class EmbeddingMemory(nn.Module):
@@ -119,17 +119,17 @@ class EmbeddingMemory(nn.Module):
         keeps the rows of all, in the order of the ranks. Raises ValueError or TypeError if the
         arguments do not fit, with a group on every process.
         """
-        peers = Peers.of(group)
+        processes = Processes.of(group)
         before = self._counts()
-        if peers is None:
+        if processes is None:
             self._check(embeddings, ids, log_q, before)
         else:
-            with reporting(peers):
+            with reporting(processes):
                 self._check(embeddings, ids, log_q, before)
                 facts = {"memory": tuple(self.rows.shape), "log_q": log_q is not None}
-                counts = peers.agree(facts, [len(ids)])[0]
+                counts = processes.agree(facts, [len(ids)])[0]
             given = [embeddings.to(self.rows), ids.to(self.ids), log_q]
-            embeddings, ids, log_q = peers.every(given, counts)
+            embeddings, ids, log_q = processes.every(given, counts)
         size = len(self.rows)
         fields = [(self.rows, embeddings), (self.ids, ids)]
         if log_q is not None:

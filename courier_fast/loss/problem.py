@@ -112,7 +112,7 @@ class SequenceProblem:
 
 
 @dataclass
-class Pages:
+class Histories:
     """The pages' histories, and how a candidate asks them; rows are in the pages' order, padding in
     between."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .problem import NORM_EPS, Pages, Problem, SequenceProblem
+from .problem import NORM_EPS, Histories, Problem, SequenceProblem
 
 
 @dataclass
@@ -182,7 +182,7 @@ class _Contrast:
     rank: Tensor  # [M]
 
 
-def candidate_cosines(pages: Pages, e: Tensor, query: Tensor, listed: Tensor) -> Tensor:
+def candidate_cosines(histories: Histories, e: Tensor, query: Tensor, listed: Tensor) -> Tensor:
     """cos(R_bj, E_j) [pages listed, n]: every candidate j, with unit row e_j [n, D] and query q_j
     [n, D], asks the history of every page b in `listed` itself.
 
@@ -190,15 +190,15 @@ def candidate_cosines(pages: Pages, e: Tensor, query: Tensor, listed: Tensor) ->
     """
 
     def heads(x: Tensor) -> Tensor:  # [rows, D] -> [heads, rows, D / heads]
-        return x.view(len(x), pages.heads, x.shape[1] // pages.heads).transpose(0, 1)
+        return x.view(len(x), histories.heads, x.shape[1] // histories.heads).transpose(0, 1)
 
-    q, k, v = heads(query), heads(pages.key), heads(pages.value)
-    if pages.cosine:
+    q, k, v = heads(query), heads(histories.key), heads(histories.value)
+    if histories.cosine:
         q, k = normalize(q), normalize(k)
     cosines = []
     for b in listed.tolist():
-        mine = pages.page == b
-        scores = (q @ k[:, mine].mT).to(_compute_dtype(q)) * pages.scale
+        mine = histories.page == b
+        scores = (q @ k[:, mine].mT).to(_compute_dtype(q)) * histories.scale
         r = scores.softmax(-1).to(q.dtype) @ v[:, mine]  # [heads, n, D / heads]
         r = normalize(r.transpose(0, 1).reshape(e.shape))
         cosines.append((r[:, None, :] @ e[:, :, None]).view(-1))
@@ -270,7 +270,7 @@ def reconstruction_loss(p: Problem) -> LossOutput:
         assert p.direction == "reconstruct"
         pages, which = pv.page[anchor].unique_consecutive(return_inverse=True)
         q, k, v = _attention_rows(p, pv, history)
-        histories = Pages(
+        histories = Histories(
             k, v, p.history_offsets, history.page, p.attention_scale, p.cosine, p.num_heads
         )
         cosine = candidate_cosines(histories, e, q, pages)[which]

@@ -12,16 +12,16 @@ from torch import Tensor
 from ...loss.union import blocks
 from . import candidate, operands
 from .contrast import contrast_block
-from .rows import Candidates, on_other_pages, same_id
+from .rows import Columns, on_other_pages, same_id
 
 if TYPE_CHECKING:
-    from ...loss.problem import Pages
-    from ...loss.union.blocks import CandidateGradients, Partial, Scoring, Side
+    from ...loss.problem import Histories
+    from ...loss.union.blocks import Block, CandidateGradients, Partial, Scoring
 
 
-def _candidates(x: Side, y: Side, pairs: str) -> Candidates:
+def _candidates(x: Block, y: Block, pairs: str) -> Columns:
     """`blocks.allowed` as ranges of columns that are left out."""
-    found = Candidates(y.rows, torch.full((len(x),), -1, dtype=torch.int64))
+    found = Columns(y.rows, torch.full((len(x),), -1, dtype=torch.int64))
     if y.bias is not None:
         found.bias = y.bias.to(torch.float32)
     if x.ids is None or y.ids is None:
@@ -40,7 +40,7 @@ def _candidates(x: Side, y: Side, pairs: str) -> Candidates:
     return found
 
 
-def forward(x: Side, y: Side, pairs: str, scoring: Scoring, bar: Tensor | None) -> Partial:
+def forward(x: Block, y: Block, pairs: str, scoring: Scoring, bar: Tensor | None) -> Partial:
     """As blocks.forward."""
     if not len(y) or not len(x):
         return blocks.no_columns(x, bar)
@@ -51,7 +51,7 @@ def forward(x: Side, y: Side, pairs: str, scoring: Scoring, bar: Tensor | None) 
     return blocks.Partial(lse, mean, ranks)
 
 
-def backward(y: Side, x: Side, lse: Tensor, g: Tensor, pairs: str, scoring: Scoring) -> Tensor:
+def backward(y: Block, x: Block, lse: Tensor, g: Tensor, pairs: str, scoring: Scoring) -> Tensor:
     """As blocks.backward."""
     if not len(y) or not len(x):
         return torch.zeros(y.rows.shape)
@@ -65,9 +65,9 @@ class _Candidates(candidate.Tiles):
 
     def __init__(
         self,
-        pages: Pages,
-        x: Side,
-        y: Side,
+        histories: Histories,
+        x: Block,
+        y: Block,
         pairs: str,
         scoring: Scoring,
         given: tuple[Tensor, Tensor] | None,
@@ -77,39 +77,39 @@ class _Candidates(candidate.Tiles):
         self.given, self.bar = given, bar
         self.lse = torch.full((len(x),), -torch.inf, dtype=torch.float64)
         self.above = None if bar is None else torch.zeros(len(x), dtype=torch.int64)
-        self.keep = (pages.page >= 0).nonzero().squeeze(1)
-        counts = torch.bincount(pages.page[self.keep], minlength=len(pages.offsets) - 1)
+        self.keep = (histories.page >= 0).nonzero().squeeze(1)
+        counts = torch.bincount(histories.page[self.keep], minlength=len(histories.offsets) - 1)
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         assert x.page is not None
         of = operands.pages_of(x.page, starts)
         grads = given is not None
 
-        def side(rows: Tensor, unit: bool) -> operands.Operand:
+        def operand(rows: Tensor, unit: bool) -> operands.Operand:
             return operands.Operand.of(rows, unit, grads)
 
         listed = self.keep[of.rows]
-        e = side(y.rows, True)
-        same = y.query is None and pages.value is pages.key
-        k = side(pages.key[listed], pages.cosine)
-        v = k if same else side(pages.value[listed], False)
-        q = e if same else replace(e) if y.query is None else side(y.query, pages.cosine)
-        attention = operands.Attention(pages.scale, pages.cosine, pages.heads)
+        e = operand(y.rows, True)
+        same = y.query is None and histories.value is histories.key
+        k = operand(histories.key[listed], histories.cosine)
+        v = k if same else operand(histories.value[listed], False)
+        q = e if same else replace(e) if y.query is None else operand(y.query, histories.cosine)
+        attention = operands.Attention(histories.scale, histories.cosine, histories.heads)
         super().__init__(
             of, operands.Operands(e, q, k, v), attention, float(scoring.inverse_tau), grads
         )
 
-    def gradients(self, pages: Pages) -> CandidateGradients:
+    def gradients(self, histories: Histories) -> CandidateGradients:
         def placed(x: operands.Operand) -> Tensor:
             gradient = x.finished()
             assert gradient is not None
-            whole = torch.zeros(pages.key.shape)
+            whole = torch.zeros(histories.key.shape)
             return whole.index_copy_(0, self.keep[self.pages.rows], gradient)
 
         # q is e where it has no rows of its own: what is subtracted for both is in one place.
         rows = self.e.finished()
         query = None if self.columns.query is None else self.q.finished()
         key = placed(self.k)
-        value = None if pages.value is pages.key else placed(self.v)
+        value = None if histories.value is histories.key else placed(self.v)
         assert rows is not None
         # sum of dL/ds s is that of dL/d(1/tau) / tau.
         slope = torch.tensor(self.slope / self.inverse_tau, dtype=torch.float64)
@@ -142,19 +142,19 @@ class _Candidates(candidate.Tiles):
 
 
 def candidate_forward(
-    pages: Pages, x: Side, y: Side, pairs: str, scoring: Scoring, bar: Tensor | None
+    histories: Histories, x: Block, y: Block, pairs: str, scoring: Scoring, bar: Tensor | None
 ) -> Partial:
     """As blocks.candidate_forward."""
     if not len(x) or not len(y):
         return replace(blocks.no_columns(x, bar), mean=None)
-    run = _Candidates(pages, x, y, pairs, scoring, None, bar)
+    run = _Candidates(histories, x, y, pairs, scoring, None, bar)
     return blocks.Partial(run.lse, None, run.above)
 
 
 def candidate_backward(
-    pages: Pages, x: Side, y: Side, lse: Tensor, g: Tensor, pairs: str, scoring: Scoring
+    histories: Histories, x: Block, y: Block, lse: Tensor, g: Tensor, pairs: str, scoring: Scoring
 ) -> CandidateGradients:
     """As blocks.candidate_backward."""
     if not len(x) or not len(y):
-        return blocks.no_gradients(pages, y)
-    return _Candidates(pages, x, y, pairs, scoring, (lse, g), None).gradients(pages)
+        return blocks.no_gradients(histories, y)
+    return _Candidates(histories, x, y, pairs, scoring, (lse, g), None).gradients(histories)

@@ -24,7 +24,7 @@ from .direct import Direct
 from .native import stage
 from .operands import Attention, Operand, Operands, Pages, pages_of
 from .rows import (
-    Candidates,
+    Columns,
     Result,
     Rows,
     anchors_of,
@@ -187,7 +187,7 @@ class _Run(Tiles):
 
     # ---- what takes part -----------------------------------------------------------------------
 
-    def _columns(self) -> tuple[Candidates, Tensor, bool]:
+    def _columns(self) -> tuple[Columns, Tensor, bool]:
         p, pv, anchor = self.p, self.a.pv, self.a.row
         if p.pv_index is not None and p.query is None and can_merge(p):
             y, source = merged(p, pv, anchor)

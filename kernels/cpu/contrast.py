@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import native
 from .native import VARIANT_VARIABLE, call, stage
-from .rows import Candidates, part
+from .rows import Columns, part
 
 # Rows of P held at a time: as many as fit here, but enough that the products stay efficient
 # (README.md).
@@ -39,7 +39,7 @@ class Scores:
     d_y: Tensor | None  # [n, D] sum_i g_i p_ij x_i
 
 
-def _chunks(m: int, y: Candidates, chunk_bytes: int) -> list[tuple[slice, slice]]:
+def _chunks(m: int, y: Columns, chunk_bytes: int) -> list[tuple[slice, slice]]:
     """Rows and columns of each chunk."""
     n = y.unit.shape[0]
     if y.page is not None and y.page_only:
@@ -61,7 +61,7 @@ def _size(x: slice) -> int:
 
 def contrast(
     x: Tensor,
-    y: Candidates,
+    y: Columns,
     inverse_tau: float,
     positive: Tensor | None,
     own_unit: Tensor | None,
@@ -118,7 +118,7 @@ def contrast(
 
 
 def contrast_block(
-    x: Tensor, y: Candidates, inverse_tau: float, lse: Tensor | None, g: Tensor
+    x: Tensor, y: Columns, inverse_tau: float, lse: Tensor | None, g: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Rows against some of their candidates: (log-sum-exp [M], g_i sum_j p_ij y_j [M, D], None), or
     with the log-sum-exp over all of them (.., None, sum_i g_i p_ij x_i [n, D])."""
@@ -136,7 +136,7 @@ class _LibraryProducts:
     def __init__(
         self,
         x: Tensor,
-        y: Candidates,
+        y: Columns,
         chunks: list[tuple[slice, slice]],
         want_x: bool,
         want_y: bool,
@@ -225,7 +225,7 @@ class _NativeProducts:
 
 
 def _products(
-    x: Tensor, y: Candidates, want_x: bool, want_y: bool
+    x: Tensor, y: Columns, want_x: bool, want_y: bool
 ) -> tuple[_NativeProducts | _LibraryProducts, list[tuple[slice, slice]]]:
     """Our own where this CPU has them and they fit, else the library's; and the chunks."""
     if x.dtype == torch.bfloat16 and not y.page_only and len(x):

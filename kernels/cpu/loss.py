@@ -22,7 +22,7 @@ from .attention import Reconstruction, attend, reconstruction_gradients
 from .contrast import Scores, contrast
 from .native import VARIANT_VARIABLE
 from .rows import (
-    Candidates,
+    Columns,
     Result,
     Rows,
     anchors_of,
@@ -184,7 +184,7 @@ class _Run:
 class _ItemColumns:
     """The columns of direction "reconstruct": PV items, or the unique items among them."""
 
-    candidates: Candidates
+    candidates: Columns
     norm: Tensor  # [n]
     source: Tensor  # [n] rows of pv or of the table
     every_row: bool  # `source` is all of them, in order

@@ -57,7 +57,7 @@ def source_of(p: Any) -> Tensor:
 
 
 @dataclass
-class Candidates:
+class Columns:
     """The columns of a direction, and which are no candidates of a row beside its own column."""
 
     unit: Tensor  # [n, D]
@@ -116,14 +116,14 @@ def can_merge(p: Problem) -> bool:
     return p.item_ids is None and p.log_q is None and p.negatives == "batch"
 
 
-def merged(p: Problem, pv: Rows, anchor: Tensor) -> tuple[Candidates, Tensor]:
+def merged(p: Problem, pv: Rows, anchor: Tensor) -> tuple[Columns, Tensor]:
     """Equal candidates as one column with the bias log m; the anchor's own item is the positive,
     whatever its m. Without their vectors; and the table's rows that are columns [n]."""
     counts = torch.bincount(pv.source, minlength=p.pv.shape[0])
     source = counts.nonzero().squeeze(1)
     count = counts[source].to(torch.float32)
     own = torch.searchsorted(source, pv.source[anchor])
-    return Candidates(p.pv, own, bias=count.log(), count=count), source
+    return Columns(p.pv, own, bias=count.log(), count=count), source
 
 
 def masked(
@@ -133,8 +133,8 @@ def masked(
     column: Tensor,  # [n] real PV rows of the columns
     anchor: Tensor,  # [M] real PV rows of the anchors
     own: Tensor,  # [M] columns of the anchors
-) -> Candidates:
-    y = Candidates(unit, own, page_only=p.negatives == "page")
+) -> Columns:
+    y = Columns(unit, own, page_only=p.negatives == "page")
     if p.ids is not None:
         ids = p.ids[pv.keep]
         y.order, same = same_id(ids[column], ids[anchor])

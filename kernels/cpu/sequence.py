@@ -11,7 +11,7 @@ from torch import Tensor
 from ...loss.problem import Gradients, Needs, SequenceProblem
 from .contrast import contrast
 from .rows import (
-    Candidates,
+    Columns,
     Rows,
     gradient_shapes,
     inverse_tau_of,
@@ -61,7 +61,7 @@ def _run_sequence(
             own = torch.zeros(groups, values.shape[1]).index_add_(0, group, values)[group]
         return _page_sums(values, rows)[rows.page] - own
 
-    y = Candidates(c, anchor)
+    y = Columns(c, anchor)
     if ids is not None:
         # Left out: the item's occurrences on other pages.
         y.order, same = on_other_pages(ids, rows.page)

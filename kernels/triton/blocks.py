@@ -21,14 +21,14 @@ from .passes import forward_pass, lowered, run_chunks, run_contrast
 from .state import MASKS, Pass, Results, Rows, Transposed, block_shape, cdiv, scores, temperature
 
 if TYPE_CHECKING:
-    from ...loss.problem import Pages
-    from ...loss.union.blocks import CandidateGradients, Partial, Scoring, Side
+    from ...loss.problem import Histories
+    from ...loss.union.blocks import Block, CandidateGradients, Partial, Scoring
 
 
 class _Pass:
     """Rows x against columns y: shapes, both sides for the kernels, what a launch is told."""
 
-    def __init__(self, x: Side, y: Side, pairs: str, scoring: Scoring) -> None:
+    def __init__(self, x: Block, y: Block, pairs: str, scoring: Scoring) -> None:
         unit = x.rows
         self.device, self.dim = unit.device, unit.shape[1]
         self.shape = block_shape(unit, pairs == "sequence")
@@ -44,18 +44,18 @@ class _Pass:
         biased = y.count is not None or (y.bias is not None and not y.merged)
         self.scores = scores(scoring, mask, offsets, unit.dtype, biased)
 
-    def _rows(self, side: Side) -> Rows:
-        unit = side.rows
+    def _rows(self, block: Block) -> Rows:
+        unit = block.rows
         if self.shape.stride != self.dim:
             unit = torch.nn.functional.pad(unit, (0, self.shape.stride - self.dim))
-        n = len(side)
-        count = side.count
+        n = len(block)
+        count = block.count
         if count is None:
             count = torch.full((1,), n, dtype=torch.int32, device=self.device)
         every = torch.arange(n, dtype=torch.int32, device=self.device)
-        page = every if side.page is None else side.page.to(torch.int32)
-        bias = None if side.bias is None else (side.bias * LOG2E.value).to(torch.float32)
-        ids = every if side.ids is None else side.ids
+        page = every if block.page is None else block.page.to(torch.int32)
+        bias = None if block.bias is None else (block.bias * LOG2E.value).to(torch.float32)
+        ids = every if block.ids is None else block.ids
         return Rows(unit.contiguous(), count, every, page, ids, bias, every)
 
     def empty(self, tile: tiles.Tile, rows: int, parts: bool) -> Pass:
@@ -90,7 +90,7 @@ class _Pass:
         return found
 
 
-def forward(x: Side, y: Side, pairs: str, scoring: Scoring, bar: Tensor | None) -> Partial:
+def forward(x: Block, y: Block, pairs: str, scoring: Scoring, bar: Tensor | None) -> Partial:
     """As blocks.forward."""
     if not len(y) or not len(x):
         return blocks.no_columns(x, bar)
@@ -103,17 +103,17 @@ def forward(x: Side, y: Side, pairs: str, scoring: Scoring, bar: Tensor | None) 
     return blocks.Partial(lse.double() * math.log(2.0), mean, ranks)
 
 
-def _with_weight(x: Side, lse: Tensor, g: Tensor) -> tuple[Side, Tensor, Tensor]:
+def _with_weight(x: Block, lse: Tensor, g: Tensor) -> tuple[Block, Tensor, Tensor]:
     """The rows with any weight, first and counted on the device: what others sent is padded."""
     if x.rows.device.type == "cpu":
         return x, lse, g
     order = torch.argsort((g == 0).to(torch.uint8), stable=True)
     ids = None if x.ids is None else x.ids[order]
     count = (g != 0).sum(dtype=torch.int32).view(1)
-    return blocks.Side(x.rows[order], ids, count=count), lse[order], g[order]
+    return blocks.Block(x.rows[order], ids, count=count), lse[order], g[order]
 
 
-def backward(y: Side, x: Side, lse: Tensor, g: Tensor, pairs: str, scoring: Scoring) -> Tensor:
+def backward(y: Block, x: Block, lse: Tensor, g: Tensor, pairs: str, scoring: Scoring) -> Tensor:
     """As blocks.backward."""
     if not len(y) or not len(x):
         return torch.zeros(y.rows.shape, dtype=torch.float32, device=y.rows.device)
@@ -144,7 +144,9 @@ class _CandidatePass:
     """What the kernels of attention "candidate" are told: anchors as the only rows of their
     pages, a block's rows as columns."""
 
-    def __init__(self, pages: Pages, x: Side, y: Side, pairs: str, scoring: Scoring) -> None:
+    def __init__(
+        self, histories: Histories, x: Block, y: Block, pairs: str, scoring: Scoring
+    ) -> None:
         e = y.rows.contiguous()
         self.device, self.dim, self.n, self.m = e.device, e.shape[1], len(y), len(x)
         assert x.page is not None
@@ -153,10 +155,12 @@ class _CandidatePass:
         tiles = tiles_of(block_shape(e))
         self.block_m = tiles["BLOCK_M"]
         # First anchor of each page; where they are padded, the last ones are of no page.
-        anchors = torch.searchsorted(x.page, torch.arange(len(pages.offsets), device=self.device))
+        anchors = torch.searchsorted(
+            x.page, torch.arange(len(histories.offsets), device=self.device)
+        )
         identified = x.ids is not None and y.ids is not None
         query = None if y.query is None else y.query.contiguous()
-        key, value = pages.key.contiguous(), pages.value.contiguous()
+        key, value = histories.key.contiguous(), histories.value.contiguous()
         nothing = rows
         self.shared: dict[str, Any] = {
             "q_ptr": e if query is None else query,
@@ -164,8 +168,8 @@ class _CandidatePass:
             "v_ptr": value,
             "e_ptr": e,
             "pv_offsets_ptr": anchors,
-            "history_offsets_ptr": pages.offsets,
-            "history_page_ptr": pages.page.to(torch.int32),
+            "history_offsets_ptr": histories.offsets,
+            "history_page_ptr": histories.page.to(torch.int32),
             "anchor_id_ptr": x.ids if identified else torch.ones_like(rows),
             "anchor_rank_ptr": rows[1:],
             "column_list_ptr": columns,
@@ -174,10 +178,10 @@ class _CandidatePass:
             "column_bias_ptr": nothing if y.bias is None else (y.bias * LOG2E.value).float(),
             "column_count_ptr": self._count(y),
             **temperature(scoring),
-            "scale": pages.scale,
+            "scale": histories.scale,
             "D": self.dim,
-            "HEADS": pages.heads,
-            "COSINE": pages.cosine,
+            "HEADS": histories.heads,
+            "COSINE": histories.cosine,
             "SAME_Q": query is None,
             "MASK": MASKS["other_pages" if pairs == "other_pages" else "batch"],
             "HAS_BIAS": y.bias is not None,
@@ -191,20 +195,20 @@ class _CandidatePass:
         self.anchor_count = self._count(x)
         self.every = rows
 
-    def _count(self, side: Side) -> Tensor:
-        if side.count is not None:
-            return side.count
-        return torch.full((1,), len(side), dtype=torch.int32, device=self.device)
+    def _count(self, block: Block) -> Tensor:
+        if block.count is not None:
+            return block.count
+        return torch.full((1,), len(block), dtype=torch.int32, device=self.device)
 
 
 def candidate_forward(
-    pages: Pages, x: Side, y: Side, pairs: str, scoring: Scoring, bar: Tensor | None
+    histories: Histories, x: Block, y: Block, pairs: str, scoring: Scoring, bar: Tensor | None
 ) -> Partial:
     """As blocks.candidate_forward."""
     if not len(x) or not len(y):
         return replace(blocks.no_columns(x, bar), mean=None)
-    run = _CandidatePass(pages, x, y, pairs, scoring)
-    parts = parts_of(run.device, len(pages.offsets) - 1)
+    run = _CandidatePass(histories, x, y, pairs, scoring)
+    parts = parts_of(run.device, len(histories.offsets) - 1)
     new = torch.zeros
     top = torch.full((parts, run.m), -torch.inf, dtype=torch.float32, device=run.device)
     total, positive = torch.zeros_like(top), new(run.m, 2, dtype=torch.float32, device=run.device)
@@ -236,13 +240,13 @@ def candidate_forward(
 
 
 def candidate_backward(
-    pages: Pages, x: Side, y: Side, lse: Tensor, g: Tensor, pairs: str, scoring: Scoring
+    histories: Histories, x: Block, y: Block, lse: Tensor, g: Tensor, pairs: str, scoring: Scoring
 ) -> CandidateGradients:
     """As blocks.candidate_backward."""
-    found = blocks.no_gradients(pages, y)
+    found = blocks.no_gradients(histories, y)
     if not len(x) or not len(y):
         return found
-    run = _CandidatePass(pages, x, y, pairs, scoring)
+    run = _CandidatePass(histories, x, y, pairs, scoring)
     programs = cdiv(run.n, run.block_m)
     slope = torch.empty(programs, dtype=torch.float32, device=run.device)
     given = run.shared | {
@@ -269,7 +273,7 @@ def candidate_backward(
         WANT_E=True,
         WANT_Q=True,
     )
-    kernels.candidate_history[(len(pages.offsets) - 1,)](
+    kernels.candidate_history[(len(histories.offsets) - 1,)](
         **given,
         y_rank_ptr=run.every,
         page_place_ptr=run.every,

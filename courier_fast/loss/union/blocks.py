@@ -8,9 +8,9 @@ log-sum-exps alone. So a backend gives four functions:
 - `forward(x, y, pairs, scoring, bar)`: `Partial` over the candidates that rows x have in block y
 - `backward(y, x, lse, g, pairs, scoring)`: sum_i g_i exp(s_ij - lse_i) x_i of the columns j,
   [n, D] float32
-- `candidate_forward(pages, x, y, pairs, scoring, bar)`: `forward` of attention "candidate", of
+- `candidate_forward(histories, x, y, pairs, scoring, bar)`: `forward` of attention "candidate", of
   anchors x (without rows) on their pages, without `mean`
-- `candidate_backward(pages, x, y, lse, g, pairs, scoring)`: `CandidateGradients` of
+- `candidate_backward(histories, x, y, lse, g, pairs, scoring)`: `CandidateGradients` of
   sum_i g_i lse_i, lse over all blocks
 
 This file holds them as dense PyTorch (impl="reference", any type and device); the others are in
@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..problem import Pages
+from ..problem import Histories
 
 # Scores that are held at a time, by the reference and where ranks are counted.
 ELEMENTS = 1 << 24
 
 
 @dataclass
-class Side:
-    """One side of a block of scores."""
+class Block:
+    """Rows or columns of scores, and what says which of them meet."""
 
     rows: Tensor  # [n, D] in the type of the inputs: unit rows; for attention "candidate" E itself
     # [n] int64: rows and columns of one id do not meet; None: they all do
@@ -47,8 +47,8 @@ class Side:
     def __len__(self) -> int:
         return self.rows.shape[0]
 
-    def part(self, which: slice) -> Side:
-        """Some rows of an anchors' side."""
+    def part(self, which: slice) -> Block:
+        """Some rows of the anchors'."""
         found = replace(self, rows=self.rows[which])
         for name in ("ids", "page"):
             x = getattr(self, name)
@@ -116,18 +116,18 @@ class CandidateGradients:
         self.inverse_tau += other.inverse_tau
 
 
-def no_gradients(pages: Pages, y: Side) -> CandidateGradients:
+def no_gradients(histories: Histories, y: Block) -> CandidateGradients:
     def like(x: Tensor | None) -> Tensor | None:
         return None if x is None else torch.zeros(x.shape, dtype=sums_dtype(x), device=x.device)
 
-    value = None if pages.value is pages.key else pages.value
-    rows, query, key, value = (like(x) for x in (y.rows, y.query, pages.key, value))
+    value = None if histories.value is histories.key else histories.value
+    rows, query, key, value = (like(x) for x in (y.rows, y.query, histories.key, value))
     assert rows is not None and key is not None
     slope = torch.zeros((), dtype=torch.float64, device=rows.device)
     return CandidateGradients(rows, query, key, value, slope)
 
 
-def no_columns(x: Side, bar: Tensor | None) -> Partial:
+def no_columns(x: Block, bar: Tensor | None) -> Partial:
     m, dim = x.rows.shape
     new = x.rows.new_zeros
     return Partial(
@@ -141,7 +141,7 @@ def sums_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def allowed(x: Side, y: Side, pairs: str) -> Tensor | None:
+def allowed(x: Block, y: Block, pairs: str) -> Tensor | None:
     """Candidates [M, n] bool; None: all. `pairs`: "ids" alone; "other_pages" besides; or
     "sequence", where rows and columns are the same list and a row's own id on its own page stays a
     candidate."""
@@ -158,12 +158,12 @@ def allowed(x: Side, y: Side, pairs: str) -> Tensor | None:
     return meet
 
 
-def scores(x: Side, y: Side, pairs: str, scoring: Scoring) -> Tensor:
+def scores(x: Block, y: Block, pairs: str, scoring: Scoring) -> Tensor:
     """[M, n] in float32 or better, -inf where a column is no candidate."""
     return _scored((x.rows @ y.rows.T).to(sums_dtype(x.rows)), x, y, pairs, scoring)
 
 
-def _scored(cosine: Tensor, x: Side, y: Side, pairs: str, scoring: Scoring) -> Tensor:
+def _scored(cosine: Tensor, x: Block, y: Block, pairs: str, scoring: Scoring) -> Tensor:
     """Scores from cosines [M, n], biases included, -inf where a column is no candidate."""
     s = cosine * scoring.inverse_tau_on(cosine.device).to(cosine.dtype)
     if y.bias is not None:
@@ -173,7 +173,12 @@ def _scored(cosine: Tensor, x: Side, y: Side, pairs: str, scoring: Scoring) -> T
 
 
 def above(
-    x: Side, y: Side, pairs: str, scoring: Scoring, bar: Tensor, dtype: torch.dtype = torch.float32
+    x: Block,
+    y: Block,
+    pairs: str,
+    scoring: Scoring,
+    bar: Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """`count_above` of unit rows, some at a time."""
     wide = replace(y, rows=y.rows.to(dtype))
@@ -190,7 +195,7 @@ def above(
 # ---- the definition ------------------------------------------------------------------------------
 
 
-def forward(x: Side, y: Side, pairs: str, scoring: Scoring, bar: Tensor | None) -> Partial:
+def forward(x: Block, y: Block, pairs: str, scoring: Scoring, bar: Tensor | None) -> Partial:
     if not len(y):
         return no_columns(x, bar)
     s = scores(x, y, pairs, scoring)
@@ -201,25 +206,25 @@ def forward(x: Side, y: Side, pairs: str, scoring: Scoring, bar: Tensor | None) 
     return Partial(lse.double(), mean, ranks)
 
 
-def backward(y: Side, x: Side, lse: Tensor, g: Tensor, pairs: str, scoring: Scoring) -> Tensor:
+def backward(y: Block, x: Block, lse: Tensor, g: Tensor, pairs: str, scoring: Scoring) -> Tensor:
     s = scores(x, y, pairs, scoring)
     p = (s.double() - lse[:, None]).exp().to(s.dtype) * g[:, None].to(s.dtype)
     return (p.T.to(x.rows.dtype) @ x.rows).to(s.dtype)
 
 
 def _candidate_scores(
-    pages: Pages, x: Side, y: Side, pairs: str, scoring: Scoring
+    histories: Histories, x: Block, y: Block, pairs: str, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """Cosines and scores [M, n], biases included, -inf where a column is no candidate."""
     assert x.page is not None
     listed, which = x.page.unique_consecutive(return_inverse=True)
     query = y.rows if y.query is None else y.query
-    cosine = reference.candidate_cosines(pages, reference.normalize(y.rows), query, listed)
+    cosine = reference.candidate_cosines(histories, reference.normalize(y.rows), query, listed)
     cosine = cosine[which].to(sums_dtype(y.rows))
     return cosine, _scored(cosine, x, y, pairs, scoring)
 
 
-def count_above(s: Tensor, y: Side, scoring: Scoring, bar: Tensor) -> Tensor:
+def count_above(s: Tensor, y: Block, scoring: Scoring, bar: Tensor) -> Tensor:
     """[M] int64: candidates with a score [M, n] above `bar` [M]; ties but for rounding are not."""
     limit = bar.to(s.dtype) + 1e-6 * scoring.inverse_tau_on(bar.device).to(s.dtype)
     if not y.merged or y.bias is None:
@@ -228,26 +233,26 @@ def count_above(s: Tensor, y: Side, scoring: Scoring, bar: Tensor) -> Tensor:
 
 
 def candidate_forward(
-    pages: Pages, x: Side, y: Side, pairs: str, scoring: Scoring, bar: Tensor | None
+    histories: Histories, x: Block, y: Block, pairs: str, scoring: Scoring, bar: Tensor | None
 ) -> Partial:
-    _, s = _candidate_scores(pages, x, y, pairs, scoring)
+    _, s = _candidate_scores(histories, x, y, pairs, scoring)
     ranks = None if bar is None else count_above(s, y, scoring, bar)
     return Partial(s.logsumexp(1).double(), None, ranks)
 
 
 def candidate_backward(
-    pages: Pages, x: Side, y: Side, lse: Tensor, g: Tensor, pairs: str, scoring: Scoring
+    histories: Histories, x: Block, y: Block, lse: Tensor, g: Tensor, pairs: str, scoring: Scoring
 ) -> CandidateGradients:
     if not len(x) or not len(y):
-        return no_gradients(pages, y)
-    same = pages.value is pages.key
-    key = pages.key.detach().requires_grad_()
-    value = key if same else pages.value.detach().requires_grad_()
+        return no_gradients(histories, y)
+    same = histories.value is histories.key
+    key = histories.key.detach().requires_grad_()
+    value = key if same else histories.value.detach().requires_grad_()
     query = None if y.query is None else y.query.detach().requires_grad_()
     rows = y.rows.detach().requires_grad_()
     with torch.enable_grad():
         cosine, s = _candidate_scores(
-            replace(pages, key=key, value=value),
+            replace(histories, key=key, value=value),
             x,
             replace(y, rows=rows, query=query),
             pairs,

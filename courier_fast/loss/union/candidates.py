@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import operators
 from ..layouts import as_index, describe, require_tensor
 from ..problem import Problem, SequenceProblem
-from .exchange import Peers
+from .exchange import Processes
 
 BLOCKS = {
     "reference": "courier_fast.loss.union.blocks",
@@ -46,11 +46,11 @@ class Memory:
 
 
 @dataclass
-class Reach:
+class CandidateUnion:
     """Candidates beside this batch, and who computes."""
 
     impl: str
-    peers: Peers | None
+    processes: Processes | None
     exchange: str
     memory: Memory | None
     table_ids: Tensor | None  # [n] int64: the ids of a table's rows, on every process
@@ -64,7 +64,7 @@ class Reach:
         self, p: Problem | SequenceProblem, stats: bool, sizes: Sequence[int]
     ) -> list[list[int]]:
         """Each size on every process; ValueError, on all of them, where this were not one loss."""
-        if self.peers is None:
+        if self.processes is None:
             return [[n] for n in sizes]
         source = p.pv if isinstance(p, Problem) else p.history
         assert source is not None
@@ -91,30 +91,30 @@ class Reach:
             "table_ids given": self.table_ids is not None,
             "gradients wanted": str([n for n, w in operators.wanted(p)._asdict().items() if w]),
         }
-        return self.peers.agree(facts, sizes)
+        return self.processes.agree(facts, sizes)
 
 
 @dataclass
 class Beside:
     """What a call says about candidates beside its batch, as the user gives it."""
 
-    peers: Peers | None
+    processes: Processes | None
     exchange: str
     table_ids: Tensor | None
     memory: Tensor | None = None
     memory_ids: Tensor | None = None
     memory_log_q: Tensor | None = None
 
-    def reach(self, p: Any, impl: str) -> tuple[Any, Reach | None]:
+    def union(self, p: Any, impl: str) -> tuple[Any, CandidateUnion | None]:
         """The problem, and what is beside it; None where this is the batch alone.
 
         Raises ValueError or TypeError where the arguments do not fit.
         """
-        peers, table_ids = self.peers, self.table_ids
+        processes, table_ids = self.processes, self.table_ids
         table = p.pv_index is not None if isinstance(p, Problem) else p.history_index is not None
         if table_ids is not None:
             table_ids = _table_ids(p, table, table_ids)
-        elif peers is not None and table and p.item_ids is None:
+        elif processes is not None and table and p.item_ids is None:
             raise ValueError(
                 "table_ids: expected the ids of the items of embeddings [n] with group, as an "
                 "index means another item on "
@@ -129,21 +129,21 @@ class Beside:
                 x = getattr(self, name)
                 if x is not None:
                     raise ValueError(f"{name}: expected None without memory, got {describe(x)}")
-        if peers is None or peers.size == 1:
-            if peers is not None:
-                peers.agreed = True
+        if processes is None or processes.size == 1:
+            if processes is not None:
+                processes.agreed = True
             if found is None or not len(found.rows):
                 return _identified(p, table_ids), None
-            peers = None
+            processes = None
         if torch.compiler.is_compiling() or operators.transformed():
-            if peers is not None:
-                peers.agreed = True  # nothing can be sent from in there
+            if processes is not None:
+                processes.agreed = True  # nothing can be sent from in there
             raise RuntimeError(
                 "group and memory: expected a call outside of torch.compile and torch.func, "
                 "got one inside; "
                 "wrap the loss in torch.compiler.disable"
             )
-        return p, Reach(impl, peers, self.exchange, found, table_ids)
+        return p, CandidateUnion(impl, processes, self.exchange, found, table_ids)
 
     def _memory(self, p: Problem, identified: bool) -> Memory:
         rows, ids, log_q = self.memory, self.memory_ids, self.memory_log_q

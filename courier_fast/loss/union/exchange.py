@@ -146,7 +146,7 @@ def warn_of_late_world() -> bool:
     return True
 
 
-class Peers:
+class Processes:
     """The processes of a group in one call of a loss. Every call sends one line of integers around
     before anything else; an error or a disagreement is found there, and raised by all."""
 
@@ -158,7 +158,7 @@ class Peers:
         self.agreed = False
 
     @classmethod
-    def of(cls, group: Any) -> Peers | None:
+    def of(cls, group: Any) -> Processes | None:
         """None for no group; "world" is that of this moment."""
         if isinstance(group, Group):
             group = group.given
@@ -296,15 +296,15 @@ class Peers:
 
 
 @contextmanager
-def reporting(peers: Peers | None) -> Iterator[None]:
+def reporting(processes: Processes | None) -> Iterator[None]:
     """An error in here, before the processes agreed, is raised by all of them, with the rank:
     nobody waits in vain."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError) as error:
-        if peers is None or peers.agreed:
+        if processes is None or processes.agreed:
             raise
-        peers.compare({}, [], error)
+        processes.compare({}, [], error)
         raise
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...surroundings import alone, alone_backward
-from ..problem import NORM_EPS, Pages
-from .blocks import Partial, Scoring, Side
-from .candidates import Reach
+from ..problem import NORM_EPS, Histories
+from .blocks import Block, Partial, Scoring
+from .candidates import CandidateUnion
 from .exchange import rounds_of
 
 
@@ -27,37 +27,37 @@ class Call:
     """One log-sum-exp: everything but the two tensors that take a gradient. The sides are without
     their rows."""
 
-    reach: Reach
+    union: CandidateUnion
     scoring: Scoring
-    x: Side
-    y: Side
+    x: Block
+    y: Block
     pairs: str  # of the rows with this batch's own columns (blocks.allowed)
     identified: bool  # ids mean the same elsewhere; else nothing elsewhere is one of these items
     rows: list[int]  # of x on each process
     columns: list[int]
-    memory: Side | None
+    memory: Block | None
     bar: Tensor | None  # [M] scores of the positives, where ranks are asked for
 
-    def others(self, side: Side, counts: list[int], *more: Tensor) -> Iterator[Any]:
-        """Blocks of the other processes' rows of a side: (side, *more, rows of each process). The
+    def others(self, block: Block, counts: list[int], *more: Tensor) -> Iterator[Any]:
+        """Blocks of the other processes' rows of a block: (block, *more, rows of each process). The
         first transfer begins here."""
-        peers = self.reach.peers
-        if peers is None:
+        processes = self.union.processes
+        if processes is None:
             return iter(())
-        ids = side.ids if self.identified else None
-        fields = [side.rows, side.query, ids, side.bias, *more]
+        ids = block.ids if self.identified else None
+        fields = [block.rows, block.query, ids, block.bias, *more]
         wide = sum(
             x.element_size() * (x.shape[1] if x.dim() > 1 else 1) for x in fields if x is not None
         )
         rounds = rounds_of(
-            self.reach.exchange, peers.size, max(counts), wide, self.scoring.workspace
+            self.union.exchange, processes.size, max(counts), wide, self.scoring.workspace
         )
         return (
-            (Side(rows, ids, None, bias, side.merged, query=query), *rest, live)
-            for (rows, query, ids, bias, *rest), live in peers.others(fields, counts, rounds)
+            (Block(rows, ids, None, bias, block.merged, query=query), *rest, live)
+            for (rows, query, ids, bias, *rest), live in processes.others(fields, counts, rounds)
         )
 
-    def merged(self, own: Side, partial: Callable[[Side, str], Partial]) -> Partial:
+    def merged(self, own: Block, partial: Callable[[Block, str], Partial]) -> Partial:
         """What `partial` gives for this batch's columns, other processes' and the memory's."""
         blocks = self.others(own, self.columns)
         found = partial(own, self.pairs)
@@ -81,7 +81,7 @@ class LogSumExp(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, y: Tensor, inverse_tau: Tensor, dtype: torch.dtype, call: Call
     ) -> tuple[Tensor, Tensor]:
-        backend = call.reach.backend
+        backend = call.union.backend
         own_x, own_y = replace(call.x, rows=x.to(dtype)), replace(call.y, rows=y.to(dtype))
         with alone(x):
             found = call.merged(
@@ -99,7 +99,7 @@ class LogSumExp(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, _: Any) -> Any:  # type: ignore[override]
         x, y, lse, mean, inverse_tau = ctx.saved_tensors
         call: Call = ctx.call
-        backend, scoring = call.reach.backend, call.scoring
+        backend, scoring = call.union.backend, call.scoring
         own_x, own_y = replace(call.x, rows=x), replace(call.y, rows=y)
         d_y = d_x = d_scale = None
         weights = g.to(mean.dtype)
@@ -136,18 +136,18 @@ class CandidateLogSumExp(torch.autograd.Function):
         key: Tensor,
         value: Tensor | None,
         inverse_tau: Tensor,
-        pages: Pages,
+        histories: Histories,
         call: Call,
     ) -> tuple[Tensor, Tensor]:
-        partial = call.reach.backend.candidate_forward
-        pages = replace(pages, key=key, value=key if value is None else value)
+        partial = call.union.backend.candidate_forward
+        histories = replace(histories, key=key, value=key if value is None else value)
         with alone(rows):
             found = call.merged(
                 replace(call.y, rows=rows, query=query),
-                lambda y, pairs: partial(pages, call.x, y, pairs, call.scoring, call.bar),
+                lambda y, pairs: partial(histories, call.x, y, pairs, call.scoring, call.bar),
             )
         ctx.save_for_backward(rows, query, key, value, found.lse)
-        ctx.call, ctx.pages = call, replace(pages, key=None, value=None)
+        ctx.call, ctx.histories = call, replace(histories, key=None, value=None)
         above = found.above if found.above is not None else rows.new_zeros(0, dtype=torch.int64)
         ctx.mark_non_differentiable(above)
         return found.lse, above
@@ -158,26 +158,26 @@ class CandidateLogSumExp(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, _: Any) -> Any:  # type: ignore[override]
         rows, query, key, value, lse = ctx.saved_tensors
         call: Call = ctx.call
-        backend, scoring, x = call.reach.backend, call.scoring, call.x
-        pages = replace(ctx.pages, key=key, value=key if value is None else value)
+        backend, scoring, x = call.union.backend, call.scoring, call.x
+        histories = replace(ctx.histories, key=key, value=key if value is None else value)
         own = replace(call.y, rows=rows, query=query)
         lse = torch.where(g == 0, torch.inf, lse)
         g = g.to(torch.promote_types(rows.dtype, torch.float32))
         blocks = call.others(own, call.columns)
-        d = backend.candidate_backward(pages, x, own, lse, g, call.pairs, scoring)
+        d = backend.candidate_backward(histories, x, own, lse, g, call.pairs, scoring)
         first = 0  # of this process's rows, in a round
         for block, live in blocks:
-            part = backend.candidate_backward(pages, x, block, lse, g, "ids", scoring)
+            part = backend.candidate_backward(histories, x, block, lse, g, "ids", scoring)
             d.add(part)
-            assert call.reach.peers is not None
+            assert call.union.processes is not None
             back = part.rows if query is None else torch.cat([part.rows, part.query], 1)
-            mine = call.reach.peers.home(back, live)
+            mine = call.union.processes.home(back, live)
             d.rows[first : first + len(mine)] += mine[:, : rows.shape[1]]
             if d.query is not None:
                 d.query[first : first + len(mine)] += mine[:, rows.shape[1] :]
             first += len(mine)
         if call.memory is not None:
-            d.add(backend.candidate_backward(pages, x, call.memory, lse, g, "ids", scoring))
+            d.add(backend.candidate_backward(histories, x, call.memory, lse, g, "ids", scoring))
         wanted = ctx.needs_input_grad
         found = (d.rows, d.query, d.key, d.value)
         kinds = (rows, query, key, value)

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import operators, reference
-from ..problem import Pages, Problem, SequenceProblem
-from .blocks import Scoring, Side
-from .candidates import Memory, Reach
-from .exchange import Peers
+from ..problem import Histories, Problem, SequenceProblem
+from .blocks import Block, Scoring
+from .candidates import CandidateUnion, Memory
+from .exchange import Processes
 from .log_sum_exp import Call, CandidateLogSumExp, LogSumExp, unit_rows
 
 # The bias of a column that is none: its exp is 0 beside any score.
@@ -150,7 +150,7 @@ def _attended(p: Problem, impl: str, rows: Tensor) -> Tensor:
 class _Columns:
     """Columns of a direction in this batch, and which of them are the anchors' own."""
 
-    side: Side
+    block: Block
     own: Tensor  # [M]
 
 
@@ -166,46 +166,46 @@ def _item_columns(p: Problem, b: _Batch, anchor: Tensor, table_ids: Tensor | Non
         rows = items.zeroed(p.pv[items.index])
         bias = items.bias(counts[items.index].double().log())
         own = _place(counts > 0)[p.pv_index[anchor]]
-        return _Columns(Side(rows, ids, None, bias, True, items.count), own)
+        return _Columns(Block(rows, ids, None, bias, True, items.count), own)
     items = _listed(every)
-    side = _row_side(p, b, items.zeroed(_take(p.pv, p.pv_index, items.index)), items)
+    block = _row_block(p, b, items.zeroed(_take(p.pv, p.pv_index, items.index)), items)
     if p.query is not None and p.attention == "candidate":
-        side.query = items.zeroed(p.query[items.index])
-    return _Columns(side, _place(every)[anchor])
+        block.query = items.zeroed(p.query[items.index])
+    return _Columns(block, _place(every)[anchor])
 
 
-def _row_side(p: Problem, b: _Batch, rows: Tensor, listed: _Listed) -> Side:
+def _row_block(p: Problem, b: _Batch, rows: Tensor, listed: _Listed) -> Block:
     """Columns that are PV rows."""
     ids = listed.index if b.ids is None else b.ids[listed.index]
     page = b.page[listed.index] if p.negatives == "other_pages" else None
     bias = None if p.log_q is None else -p.log_q[listed.index]
-    return Side(rows, ids, page, listed.bias(bias), False, listed.count)
+    return Block(rows, ids, page, listed.bias(bias), False, listed.count)
 
 
-def reconstruction_loss(p: Problem, reach: Reach, stats: bool) -> reference.LossOutput:
-    """L_rec over every candidate within reach: `reference.reconstruction_loss` of the union of the
-    processes' batches."""
-    b = _batch(p, reach.table_ids)
+def reconstruction_loss(p: Problem, union: CandidateUnion, stats: bool) -> reference.LossOutput:
+    """L_rec over every candidate of the union: `reference.reconstruction_loss` of the processes'
+    batches as one."""
+    b = _batch(p, union.table_ids)
     if p.negatives == "page":
-        return _of_own_page(p, reach, b, stats)
+        return _of_own_page(p, union, b, stats)
     anchors = _listed(b.is_anchor)
     if p.attention == "candidate":
-        return _candidate_loss(p, reach, b, anchors, stats)
+        return _candidate_loss(p, union, b, anchors, stats)
     a = anchors.index
     directions = ("reconstruct", "identify") if p.direction == "both" else (p.direction,)
     every = b.has_history if "identify" in directions else b.is_anchor
     made = _listed(every)
-    r = unit_rows(made.zeroed(_attended(p, reach.impl, every)[made.index]))
-    items = _item_columns(p, b, a, reach.table_ids)
-    e = unit_rows(items.side.rows)
+    r = unit_rows(made.zeroed(_attended(p, union.impl, every)[made.index]))
+    items = _item_columns(p, b, a, union.table_ids)
+    e = unit_rows(items.block.rows)
     x = {
         "reconstruct": anchors.zeroed(r[_place(every)[a]]),
         "identify": anchors.zeroed(e[items.own]),
     }
-    y = {"reconstruct": replace(items.side, rows=e), "identify": _row_side(p, b, r, made)}
-    sizes = reach.agree(p, stats, [len(anchors), *(len(y[d]) for d in directions)])
+    y = {"reconstruct": replace(items.block, rows=e), "identify": _row_block(p, b, r, made)}
+    sizes = union.agree(p, stats, [len(anchors), *(len(y[d]) for d in directions)])
     scored = _Scored(
-        p, reach, b, anchors, (x["reconstruct"] * x["identify"]).sum(1, dtype=torch.float64)
+        p, union, b, anchors, (x["reconstruct"] * x["identify"]).sum(1, dtype=torch.float64)
     )
     for d, size in zip(directions, sizes[1:], strict=True):
         call = scored.call(y[d], sizes[0], size, stats)
@@ -214,16 +214,16 @@ def reconstruction_loss(p: Problem, reach: Reach, stats: bool) -> reference.Loss
 
 
 def _candidate_loss(
-    p: Problem, reach: Reach, b: _Batch, anchors: _Listed, stats: bool
+    p: Problem, union: CandidateUnion, b: _Batch, anchors: _Listed, stats: bool
 ) -> reference.LossOutput:
     """Attention "candidate"; the anchor's own score is that of its own query, as with "anchor"."""
     a = anchors.index
-    columns = _item_columns(p, b, a, reach.table_ids)
-    size = reach.agree(p, stats, [len(columns.side)])[0]
-    r = unit_rows(anchors.zeroed(_attended(_by_products(p, b), reach.impl, b.is_anchor)[a]))
-    e = unit_rows(anchors.zeroed(columns.side.rows[columns.own]))
-    scored = _Scored(p, reach, b, anchors, (r * e).sum(1, dtype=torch.float64))
-    call = scored.call(columns.side, [], size, stats)
+    columns = _item_columns(p, b, a, union.table_ids)
+    size = union.agree(p, stats, [len(columns.block)])[0]
+    r = unit_rows(anchors.zeroed(_attended(_by_products(p, b), union.impl, b.is_anchor)[a]))
+    e = unit_rows(anchors.zeroed(columns.block.rows[columns.own]))
+    scored = _Scored(p, union, b, anchors, (r * e).sum(1, dtype=torch.float64))
+    call = scored.call(columns.block, [], size, stats)
     pages_end = p.pv_offsets.shape[0] - 1
     call.x.page = (
         b.page[a] if anchors.live is None else torch.where(anchors.live, b.page[a], pages_end)
@@ -231,17 +231,19 @@ def _candidate_loss(
     source = p.pv if p.history is None else p.history
     every = torch.arange(p.num_history, device=source.device)
 
-    def side(given: Tensor | None) -> Tensor:
+    def of_history(given: Tensor | None) -> Tensor:
         x = _take(source, p.history_index, every) if given is None else given
         return torch.where(b.history_page[:, None] >= 0, x, 0)
 
-    key = side(p.key)
-    value = None if p.key is None and p.value is None else side(p.value)
-    pages = Pages(
+    key = of_history(p.key)
+    value = None if p.key is None and p.value is None else of_history(p.value)
+    histories = Histories(
         key, key, p.history_offsets, b.history_page, p.attention_scale, p.cosine, p.num_heads
     )
-    query, scale = columns.side.query, scored.inverse_tau
-    scored.add(*CandidateLogSumExp.apply(columns.side.rows, query, key, value, scale, pages, call))
+    query, scale = columns.block.query, scored.inverse_tau
+    scored.add(
+        *CandidateLogSumExp.apply(columns.block.rows, query, key, value, scale, histories, call)
+    )
     return _output(scored, stats)
 
 
@@ -262,19 +264,21 @@ def _by_products(p: Problem, b: _Batch) -> Problem:
     return replace(p, query=query, key=unit(p.key, source, p.history_index, b.history_page))
 
 
-def _of_own_page(p: Problem, reach: Reach, b: _Batch, stats: bool) -> reference.LossOutput:
+def _of_own_page(p: Problem, union: CandidateUnion, b: _Batch, stats: bool) -> reference.LossOutput:
     """Candidates of the own page alone: nothing travels but the weights."""
-    reach.agree(p, stats, [])
+    union.agree(p, stats, [])
     q = replace(p, reduction="none", item_ids=b.ids)
-    if reach.impl == "reference":
+    if union.impl == "reference":
         out = reference.reconstruction_loss(q)
     else:
-        out = reference.LossOutput(*operators.loss(q, reach.impl, stats))
+        out = reference.LossOutput(*operators.loss(q, union.impl, stats))
     if p.reduction != "none":
         weights = b.is_anchor.double()
         if p.weights is not None:
             weights = torch.where(b.is_anchor, p.weights.double(), 0.0)
-        out.loss = reduced(p.reduction, out.loss.double(), weights, reach.peers).to(out.loss.dtype)
+        out.loss = reduced(p.reduction, out.loss.double(), weights, union.processes).to(
+            out.loss.dtype
+        )
     return out
 
 
@@ -283,7 +287,7 @@ class _Scored:
     """Anchors and their positives; losses of a direction are added one after the other."""
 
     p: Problem
-    reach: Reach
+    union: CandidateUnion
     b: _Batch
     anchors: _Listed
     positive: Tensor  # [M] float64: cosines
@@ -299,18 +303,20 @@ class _Scored:
             None  # log-sum-exp and `above` of the first direction
         )
 
-    def call(self, y: Side, rows: list[int], columns: list[int], stats: bool) -> Call:
+    def call(self, y: Block, rows: list[int], columns: list[int], stats: bool) -> Call:
         p, b, a = self.p, self.b, self.anchors.index
         pairs = "other_pages" if p.negatives == "other_pages" else "ids"
-        x = Side(
+        x = Block(
             y.rows.new_zeros(len(a), 0), a if b.ids is None else b.ids[a], count=self.anchors.count
         )
         if pairs == "other_pages":
             x.page = b.page[a]
         bar = self.score.detach() if stats and not self.losses else None
-        memory = None if self.reach.memory is None else _memory_side(self.reach.memory, p.attention)
+        memory = (
+            None if self.union.memory is None else _memory_block(self.union.memory, p.attention)
+        )
         return Call(
-            self.reach, self.scoring, x, y, pairs, b.ids is not None, rows, columns, memory, bar
+            self.union, self.scoring, x, y, pairs, b.ids is not None, rows, columns, memory, bar
         )
 
     def add(self, lse: Tensor, above: Tensor) -> None:
@@ -320,13 +326,13 @@ class _Scored:
             self.first = torch.logaddexp(lse, self.score).detach(), above
 
 
-def _memory_side(memory: Memory, attention: str) -> Side:
+def _memory_block(memory: Memory, attention: str) -> Block:
     bias = None if memory.log_q is None else -memory.log_q
     if attention == "candidate":
         # Copies: a memory may go on before the backward pass, which looks at these again.
         ids = None if memory.ids is None else memory.ids.clone()
-        return Side(memory.rows.clone(), ids, None, bias)
-    return Side(unit_rows(memory.rows).to(memory.rows.dtype), memory.ids, None, bias)
+        return Block(memory.rows.clone(), ids, None, bias)
+    return Block(unit_rows(memory.rows).to(memory.rows.dtype), memory.ids, None, bias)
 
 
 def _output(scored: _Scored, stats: bool) -> reference.LossOutput:
@@ -343,7 +349,7 @@ def _output(scored: _Scored, stats: bool) -> reference.LossOutput:
         loss = spread(item)
     else:
         weights = torch.ones_like(item) if p.weights is None else p.weights[anchors.index].double()
-        loss = reduced(p.reduction, item, anchors.zeroed(weights), scored.reach.peers)
+        loss = reduced(p.reduction, item, anchors.zeroed(weights), scored.union.processes)
     # A zero that depends on every input: whatever is not used here gets a gradient of zeros.
     for x in (p.pv, p.history, p.query, p.key, p.value):
         if x is not None:
@@ -360,7 +366,7 @@ def _output(scored: _Scored, stats: bool) -> reference.LossOutput:
     )
 
 
-def reduced(reduction: str, item: Tensor, weights: Tensor, peers: Peers | None) -> Tensor:
+def reduced(reduction: str, item: Tensor, weights: Tensor, processes: Processes | None) -> Tensor:
     """The weighted sum of this process's rows; with "mean" W times it over the weights of all, so
     that the mean of the processes' losses (and of their gradients, as DDP takes it) is the union's.
     """
@@ -368,16 +374,16 @@ def reduced(reduction: str, item: Tensor, weights: Tensor, peers: Peers | None) 
     if reduction == "sum":
         return loss
     total, size = weights.sum(), 1
-    if peers is not None:
-        total, size = peers.sum(total), peers.size
+    if processes is not None:
+        total, size = processes.sum(total), processes.size
     return loss * size / torch.where(total > 0, total, 1.0)
 
 
 # ---- the click sequence --------------------------------------------------------------------------
 
 
-def click_sequence_loss(p: SequenceProblem, reach: Reach) -> Tensor:
-    """L_seq over every candidate within reach: `reference.click_sequence_loss` of the union."""
+def click_sequence_loss(p: SequenceProblem, union: CandidateUnion) -> Tensor:
+    """L_seq over every candidate of the union, as `reconstruction_loss`."""
     scoring, inverse_tau = _scoring(p)
     pages = max(p.history_offsets.shape[0] - 1, 1)  # padding asks for a page, too
     page = reference.page_of_rows(p.history_offsets, p.history_mask, p.num_history)
@@ -385,10 +391,10 @@ def click_sequence_loss(p: SequenceProblem, reach: Reach) -> Tensor:
     at, page = rows.index, page[rows.index]
     c = unit_rows(rows.zeroed(_take(p.history, p.history_index, at)))
     ids = p.ids
-    if reach.table_ids is not None and p.history_index is not None:
-        ids = reach.table_ids[p.history_index] if len(reach.table_ids) else page
+    if union.table_ids is not None and p.history_index is not None:
+        ids = union.table_ids[p.history_index] if len(union.table_ids) else page
     own_ids = at if ids is None else ids[at]
-    size = reach.agree(p, False, [len(rows)])[0]
+    size = union.agree(p, False, [len(rows)])[0]
 
     # Positives of k: the page's rows without those of k's item; sums over a page and over an item
     # on a page give both.
@@ -398,12 +404,12 @@ def click_sequence_loss(p: SequenceProblem, reach: Reach) -> Tensor:
     sums = _sums(c, page, pages)[page] - _sums(c, group, len(rows))[group]
     positive = (c * sums).sum(1, dtype=torch.float64) / number.clamp(min=1) * inverse_tau
 
-    side = Side(c, own_ids, page, None, False, rows.count)
+    block = Block(c, own_ids, page, None, False, rows.count)
     call = Call(
-        reach,
+        union,
         scoring,
-        side,
-        replace(side, bias=rows.bias(None)),
+        block,
+        replace(block, bias=rows.bias(None)),
         "sequence" if ids is not None else "ids",
         ids is not None,
         size,
@@ -416,7 +422,7 @@ def click_sequence_loss(p: SequenceProblem, reach: Reach) -> Tensor:
     if p.reduction == "none":
         loss = item.new_zeros(p.num_history).index_copy(0, at, item)
     else:
-        loss = reduced(p.reduction, item, is_anchor.double(), reach.peers)
+        loss = reduced(p.reduction, item, is_anchor.double(), union.processes)
     loss = loss + p.history[:0].sum().double()
     return loss.to(torch.promote_types(p.history.dtype, torch.float32))
 
