@@ -197,6 +197,18 @@ def test_one_candidate_only_gives_zero(impl: str, negatives: str) -> None:
     assert found["history"].abs().max() <= rounding / p.tau
 
 
+@pytest.mark.parametrize("direction", ["reconstruct", "identify", "both"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_anchors_of_one_page_without_negatives_have_no_loss(impl: str, direction: str) -> None:
+    """Not one of rounding either: their log-sum-exp is their score."""
+    options: dict[str, Any] = {"negatives": "other_pages", "direction": direction, "tau": 1.0}
+    for seed in range(3):
+        pv, history = normal(7, 31, seed=seed), normal(5, 31, seed=seed + 9)
+        p = build(impl, pv, history, [(7, 5)], [1] * 7, reduction="none", **options)
+        found = run(impl, p)
+        assert found["output"].shape == (7,) and not any(x.any() for x in found.values())
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_zero_weights_are_no_anchors(impl: str) -> None:
     pv, history, pages = normal(5, 8), normal(4, 8, seed=1), [(3, 2), (2, 2)]

@@ -530,6 +530,8 @@ def finish(row, valid, top, total, above, positive_ptr, list_ptr, log_q_ptr, sca
     if log_q_ptr is not None:
         positive -= tl.load(log_q_ptr + position, mask=valid, other=0.0) * LOG2E
     one = tl.full([row.shape[0]], 1.0, tl.float32)
+    # Alone among the candidates the positive is their log-sum-exp, to the bit.
+    top = tl.where(total > 0, top, -float("inf"))
     highest, everything = add_in(top, total, positive, one)
     lse = highest + tl.log2(everything)
     tl.store(out.miss + row, total * tl.exp2(top - highest) / everything, mask=valid)
