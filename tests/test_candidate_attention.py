@@ -37,7 +37,8 @@ from torch import Tensor
 import courier_fast as cf
 from courier_fast.kernels.cpu import candidate
 from courier_fast.loss import operators, reference
-from courier_fast.loss.problem import NEGATIVES, Needs
+from courier_fast.loss.options import CHOICES
+from courier_fast.loss.problem import Needs
 
 IMPLS = ("cpu", "triton")
 CANDIDATE: dict[str, Any] = {"attention": "candidate"}
@@ -301,7 +302,7 @@ def test_on_the_own_page_it_is_the_listwise_softmax(impl: str, attention: dict[s
 
 
 @pytest.mark.parametrize("impl", ("reference", *IMPLS))
-@pytest.mark.parametrize("negatives", NEGATIVES)
+@pytest.mark.parametrize("negatives", CHOICES["negatives"])
 def test_without_a_query_it_is_the_mean_and_so_is_the_anchors(impl: str, negatives: str) -> None:
     a = ragged()
     options = {"negatives": negatives, "reduction": "none", "impl": impl}
@@ -597,7 +598,7 @@ def test_ragged_batches(impl: str, examples: int) -> None:
     @given(
         pages=pages,
         dim=st.integers(1, 40),
-        negatives=st.sampled_from(NEGATIVES),
+        negatives=st.sampled_from(CHOICES["negatives"]),
         tau=st.sampled_from([0.01, 0.1, 1.0]),
         cosine=st.booleans(),
         ids=st.booleans(),

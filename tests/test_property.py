@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from courier_fast.loss import operators
-from courier_fast.loss.problem import DIRECTIONS, NEGATIVES, REDUCTIONS
+from courier_fast.loss.options import CHOICES
 
 PAGES = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=0, max_size=8)
 
@@ -42,10 +42,10 @@ def test_ragged_batches(impl: str, examples: int) -> None:
     @given(
         pages=PAGES,
         dim=st.integers(1, 40),
-        negatives=st.sampled_from(NEGATIVES),
-        direction=st.sampled_from(DIRECTIONS),
+        negatives=st.sampled_from(CHOICES["negatives"]),
+        direction=st.sampled_from(CHOICES["direction"]),
         tau=st.sampled_from([0.01, 0.1, 1.0]),
-        reduction=st.sampled_from(REDUCTIONS),
+        reduction=st.sampled_from(CHOICES["reduction"]),
         ids=st.booleans(),
         seed=st.integers(0, 2**16),
     )

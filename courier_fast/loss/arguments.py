@@ -23,19 +23,11 @@ from .layouts import (
     shown,
     side,
 )
-from .problem import ATTENTIONS, DIRECTIONS, NEGATIVES, REDUCTIONS
-from .union.exchange import EXCHANGES
+from .options import CHOICES as _CHOICES
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-CHOICES = {
-    "attention": ATTENTIONS,
-    "negatives": NEGATIVES,
-    "direction": DIRECTIONS,
-    "reduction": REDUCTIONS,
-    "exchange": EXCHANGES,
-    "impl": ("auto", "reference", *operators.IMPLEMENTATIONS),
-}
+CHOICES = _CHOICES | {"impl": ("auto", "reference", *operators.IMPLEMENTATIONS)}
 
 
 # ---- options -------------------------------------------------------------------------------------

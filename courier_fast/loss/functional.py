@@ -13,7 +13,8 @@ from . import operators, reference
 from .arguments import Attention, Inputs, attention_of, check_choices, check_workspace
 from .cuda_graph import Graphs
 from .layouts import Given, require_flag, require_tensor, shown
-from .problem import WORKSPACE, Problem, SequenceProblem
+from .options import WORKSPACE
+from .problem import Problem, SequenceProblem
 from .union import losses
 from .union.candidates import Beside
 from .union.exchange import Group, Processes, reporting

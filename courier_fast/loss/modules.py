@@ -16,7 +16,7 @@ from .functional import (
     reconstruction_loss,
 )
 from .layouts import describe, require_flag
-from .problem import WORKSPACE
+from .options import WORKSPACE
 from .temperature import WithTemperature
 from .union.exchange import Group, warn_of_early_none, warn_of_late_world
 

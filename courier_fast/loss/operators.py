@@ -47,8 +47,7 @@ def unavailable_reasons(impl: str, p: Problem | SequenceProblem) -> list[str]:
         isinstance(p, Problem),
         str(source.device),
         source.dtype,
-        getattr(p, "num_heads", 1),
-        getattr(p, "attention", "anchor"),
+        p.options,
     )
     if impl != "cpu" and source.shape[1] > LARGEST_DIM:
         reasons = [*reasons, f"the embedding dimension is above {LARGEST_DIM}"]
@@ -56,16 +55,15 @@ def unavailable_reasons(impl: str, p: Problem | SequenceProblem) -> list[str]:
 
 
 def _reasons_while_tracing(
-    impl: str, is_loss: bool, device: str, dtype: torch.dtype, heads: int, attention: str
+    impl: str, is_loss: bool, device: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> list[str]:
     kind = Problem if is_loss else SequenceProblem
-    rows = torch.empty(0, 64 * heads, dtype=dtype, device=device)
+    rows = torch.empty(0, 64 * options.get("num_heads", 1), dtype=dtype, device=device)
     offsets = torch.zeros(1, dtype=torch.int64, device=device)
     values: dict[str, Any] = dict.fromkeys((f.name for f in fields(kind)), None)
-    values |= {"history": rows, "history_offsets": offsets, "tau": 1.0}
+    values |= {"history": rows, "history_offsets": offsets, "tau": 1.0, **options}
     if is_loss:
-        values |= {"pv": rows, "pv_offsets": offsets, "attention_scale": 1.0, "num_heads": heads}
-        values |= {"attention": attention, "cosine": False}
+        values |= {"pv": rows, "pv_offsets": offsets}
     return _reasons(impl, kind(**values))
 
 

@@ -7,18 +7,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-ATTENTIONS = ("candidate", "anchor", "mean")
-NEGATIVES = ("batch", "page", "other_pages")
-DIRECTIONS = ("reconstruct", "identify", "both")
-REDUCTIONS = ("mean", "sum", "none")
-
-WORKSPACE = 1 << 30  # bytes
+from .options import WORKSPACE
 
 # Vectors no longer than this count as zero: their cosine is 0 and so is its gradient.
 NORM_EPS = 1e-12
@@ -87,6 +83,11 @@ class Problem:
             return role
         return "pv" if role == "query" or self.history is None else "history"
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What makes it another loss, beside its tensors and the temperature."""
+        return {name: getattr(self, name) for name in _options_of(Problem)}
+
 
 @dataclass
 class SequenceProblem:
@@ -109,6 +110,15 @@ class SequenceProblem:
     @property
     def ids(self) -> Tensor | None:
         return self.item_ids if self.item_ids is not None else self.history_index
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _options_of(SequenceProblem)}
+
+
+@cache
+def _options_of(problem: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(problem) if "Tensor" not in str(f.type) and f.name != "tau")
 
 
 @dataclass

@@ -23,6 +23,7 @@ from pydantic import (
 
 from ..files import write_atomically
 from ..locations import local_path, location
+from ..loss.options import Attends, Direction, Exchange, Negatives
 from ..option_rules import without_effect
 
 if sys.version_info >= (3, 11):
@@ -158,7 +159,7 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    attention: Literal["candidate", "anchor", "mean"] | None = described(
+    attention: Attends | None = described(
         None,
         "whose query reconstructs an item from a history: each candidate's (the default; in other "
         "directions anchor), "
@@ -188,8 +189,8 @@ class LossConfig(Section):
         description="an anchor's weight in L_rec: the training clicks of its item to this power; "
         "-0.5: rarer items count for more",
     )
-    negatives: Literal["batch", "page", "other_pages"] = "batch"
-    direction: Literal["reconstruct", "identify", "both"] = "reconstruct"
+    negatives: Negatives = "batch"
+    direction: Direction = "reconstruct"
     history_negatives: bool = described(
         True, "items of the batch's histories are candidates, too: as popular as clicks are"
     )
@@ -197,7 +198,7 @@ class LossConfig(Section):
         "auto",
         "whose items are candidates: those of all processes (auto, too) or of each process alone",
     )
-    exchange: Literal["auto", "gather", "ring"] = described(
+    exchange: Exchange = described(
         "auto",
         "how candidates of other processes arrive: gather: all at once; ring: one process's after "
         "another's, in less memory; "
@@ -287,6 +288,12 @@ class LossConfig(Section):
             "attention_temperature": temperature,
             "num_heads": self.heads,
         }
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of `reconstruction_loss`, but the reduction's."""
+        chosen = {name: getattr(self, name) for name in ("negatives", "direction", "impl")}
+        return self.reconstruction | chosen
 
 
 class OptimConfig(Section):

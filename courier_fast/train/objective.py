@@ -78,11 +78,8 @@ class Objective(nn.Module):
             c.temperature,
             c.learnable_temperature,
             c.min_temperature,
-            **c.reconstruction,
-            negatives=c.negatives,
-            direction=c.direction,
+            **c.options,
             reduction=reduction,
-            impl=c.impl,
         )
         self.seq = ClickSequenceLoss(
             c.sequence_temperature,

@@ -22,17 +22,6 @@ BLOCKS = {
     "triton": "courier_fast.kernels.triton.blocks",
     "xformers": "courier_fast.kernels.triton.blocks",
 }
-# Of a loss: what makes it another one.
-_OPTIONS = (
-    "num_heads",
-    "negatives",
-    "direction",
-    "reduction",
-    "attention",
-    "cosine",
-    "attention_scale",
-    "workspace",
-)
 _OPTIONAL = ("item_ids", "log_q", "weights", "query", "key", "value")
 
 
@@ -80,7 +69,9 @@ class CandidateUnion:
             "dtype": str(source.dtype),
             "device": source.device.type,
         }
-        facts |= {name: getattr(p, name, None) for name in _OPTIONS}
+        options = p.options
+        scale = options.pop("attention_scale", None)  # follows from others
+        facts |= options | {"attention_scale": scale}
         facts |= {f"{name} given": getattr(p, name, None) is not None for name in _OPTIONAL}
         facts |= {
             "temperature": temperature,

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from ..layouts import describe
 
-EXCHANGES = ("auto", "gather", "ring")
 _ERRORS = {"ValueError": ValueError, "TypeError": TypeError, "RuntimeError": RuntimeError}
 _cpu_groups: dict[str, tuple[Any, Any]] = {}
 WORLD = "world"
