@@ -40,7 +40,7 @@ from bench.measure import surroundings
 from bench.problems import Batch, Options, Shape, make_batch
 from courier_fast.loss.union import exchange
 
-# What every call sends around first (peers.Processes.compare), bytes of a process.
+# What every call sends around first (exchange.Participants.compare), bytes of a process.
 HEADER = 8 * 8
 KINDS = ("step", "waiting", "transfers")
 

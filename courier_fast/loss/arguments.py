@@ -161,7 +161,7 @@ def _unit_heads(x: Tensor, heads: int) -> Tensor:
     return reference.normalize(x.view(len(x), heads, x.shape[1] // heads)).reshape(x.shape)
 
 
-class Inputs:
+class CheckedInputs:
     """The embeddings of a call, checked and in one type, and the layout of each side.
 
     Args:

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ..surroundings import has_values, without_autocast
 from . import operators, reference
-from .arguments import Attention, Inputs, attention_of, check_choices, check_workspace
+from .arguments import Attention, CheckedInputs, attention_of, check_choices, check_workspace
 from .cuda_graph import Graphs
 from .layouts import Given, require_flag, require_tensor, shown
 from .options import WORKSPACE
 from .problem import Problem, SequenceProblem
 from .union import losses
 from .union.candidates import Beside
-from .union.exchange import Group, Processes, reporting
+from .union.exchange import Group, Participants, reporting
 
 # The `group` of a module that is given none.
 LEFT_OUT = Group(None)
@@ -223,7 +223,7 @@ def reconstruction_loss(
             expected and what came.
         RuntimeError: the requested impl cannot run here; the message lists every reason.
     """
-    processes = Processes.of(group)
+    processes = Participants.of(group)
     with reporting(processes):
         attention = attention_of(attention, direction)
         check_choices(
@@ -248,7 +248,7 @@ def reconstruction_loss(
             Given("pv", pv, pv_mask, pv_offsets),
             Given("history", history, history_mask, history_offsets),
         )
-        inputs = Inputs(sides, embeddings, validate, query=query, key=key, value=value)
+        inputs = CheckedInputs(sides, embeddings, validate, query=query, key=key, value=value)
         p = Problem(
             **inputs.fields(attends, clicked),
             **inputs.temperature(temperature),
@@ -315,7 +315,7 @@ def reconstruct(
         Given("pv", pv, pv_mask, pv_offsets),
         Given("history", history, history_mask, history_offsets),
     )
-    inputs = Inputs(sides, embeddings, validate, query=query, key=key, value=value)
+    inputs = CheckedInputs(sides, embeddings, validate, query=query, key=key, value=value)
     p = Problem(
         **inputs.fields(attends, None),
         item_ids=None,
@@ -339,7 +339,7 @@ def reconstruct(
         return r, _by_position(reference.reconstruct(p)[1], inputs)
 
 
-def _by_position(weights: Tensor, inputs: Inputs) -> Tensor:
+def _by_position(weights: Tensor, inputs: CheckedInputs) -> Tensor:
     """Attention weights [N, heads, longest history]; of padded pages, by position in `history`."""
     history = inputs.sides["history"]
     if history.kind != "padded":
@@ -399,11 +399,11 @@ def click_sequence_loss(
     Returns:
         The loss, float32 (float64 for float64 inputs): 0-d, or one value per history item.
     """
-    processes = Processes.of(group)
+    processes = Participants.of(group)
     with reporting(processes):
         check_choices(reduction=reduction, exchange=exchange, impl=impl)
         check_workspace(workspace)
-        inputs = Inputs(
+        inputs = CheckedInputs(
             (Given("history", history, history_mask, history_offsets),), embeddings, validate
         )
         tau = inputs.temperature(temperature)

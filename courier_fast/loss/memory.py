@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..surroundings import has_values
 from .layouts import INTEGERS, describe, require_tensor, shown
-from .union.exchange import Processes, reporting
+from .union.exchange import Participants, reporting
 
 
 class EmbeddingMemory(nn.Module):
@@ -119,7 +119,7 @@ class EmbeddingMemory(nn.Module):
         keeps the rows of all, in the order of the ranks. Raises ValueError or TypeError if the
         arguments do not fit, with a group on every process.
         """
-        processes = Processes.of(group)
+        processes = Participants.of(group)
         before = self._counts()
         if processes is None:
             self._check(embeddings, ids, log_q, before)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import operators
 from ..layouts import as_index, describe, require_tensor
 from ..problem import Problem, SequenceProblem
-from .exchange import Processes
+from .exchange import Participants
 
 BLOCKS = {
     "reference": "courier_fast.loss.union.blocks",
@@ -39,7 +39,7 @@ class CandidateUnion:
     """Candidates beside this batch, and who computes."""
 
     impl: str
-    processes: Processes | None
+    processes: Participants | None
     exchange: str
     memory: Memory | None
     table_ids: Tensor | None  # [n] int64: the ids of a table's rows, on every process
@@ -89,7 +89,7 @@ class CandidateUnion:
 class Beside:
     """What a call says about candidates beside its batch, as the user gives it."""
 
-    processes: Processes | None
+    processes: Participants | None
     exchange: str
     table_ids: Tensor | None
     memory: Tensor | None = None

@@ -145,7 +145,7 @@ def warn_of_late_world() -> bool:
     return True
 
 
-class Processes:
+class Participants:
     """The processes of a group in one call of a loss. Every call sends one line of integers around
     before anything else; an error or a disagreement is found there, and raised by all."""
 
@@ -157,7 +157,7 @@ class Processes:
         self.agreed = False
 
     @classmethod
-    def of(cls, group: Any) -> Processes | None:
+    def of(cls, group: Any) -> Participants | None:
         """None for no group; "world" is that of this moment."""
         if isinstance(group, Group):
             group = group.given
@@ -295,7 +295,7 @@ class Processes:
 
 
 @contextmanager
-def reporting(processes: Processes | None) -> Iterator[None]:
+def reporting(processes: Participants | None) -> Iterator[None]:
     """An error in here, before the processes agreed, is raised by all of them, with the rank:
     nobody waits in vain."""
     try:

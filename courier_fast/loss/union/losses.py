@@ -23,7 +23,7 @@ from .. import operators, reference
 from ..problem import Histories, Problem, SequenceProblem
 from .blocks import Block, Scoring
 from .candidates import CandidateUnion, Memory
-from .exchange import Processes
+from .exchange import Participants
 from .log_sum_exp import Call, CandidateLogSumExp, LogSumExp, unit_rows
 
 # The bias of a column that is none: its exp is 0 beside any score.
@@ -366,7 +366,9 @@ def _output(scored: _Scored, stats: bool) -> reference.LossOutput:
     )
 
 
-def reduced(reduction: str, item: Tensor, weights: Tensor, processes: Processes | None) -> Tensor:
+def reduced(
+    reduction: str, item: Tensor, weights: Tensor, processes: Participants | None
+) -> Tensor:
     """The weighted sum of this process's rows; with "mean" W times it over the weights of all, so
     that the mean of the processes' losses (and of their gradients, as DDP takes it) is the union's.
     """
