@@ -59,7 +59,7 @@ def attention_of(attention: str | None, direction: str) -> str:
     return "candidate" if plain else "anchor"
 
 
-def _finite(name: str, x: Any) -> float:
+def finite(name: str, x: Any) -> float:
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{name}: expected a float, got {describe(x)}")
     if not abs(x) <= sys.float_info.max:
@@ -83,7 +83,7 @@ class Attention:
             raise ValueError(f"num_heads: expected at least 1, got {shown(self.heads)}")
         given = [n for n in ("scale", "temperature") if getattr(self, n) is not None]
         for name in given:
-            _finite(f"attention_{name}", getattr(self, name))
+            finite(f"attention_{name}", getattr(self, name))
         if self.temperature is not None and self.temperature <= 0:
             raise ValueError(
                 f"attention_temperature: expected a value above 0, got {self.temperature}"

@@ -42,20 +42,16 @@ def unavailable_reasons(impl: str, p: Problem | SequenceProblem) -> list[str]:
     # Imports and device queries cannot be traced: ask them once, about an empty problem of this
     # kind.
     source = source_of(p)
-    reasons = _reasons_while_tracing(
-        impl,
-        isinstance(p, Problem),
-        str(source.device),
-        source.dtype,
-        p.options,
-    )
+    options = p.options | ({"attention_scale": 1.0} if isinstance(p, Problem) else {})  # of D
+    about = (impl, isinstance(p, Problem), str(source.device), source.dtype)
+    reasons = _reasons_while_tracing(*about, **options)
     if impl != "cpu" and source.shape[1] > LARGEST_DIM:
         reasons = [*reasons, f"the embedding dimension is above {LARGEST_DIM}"]
     return reasons
 
 
 def _reasons_while_tracing(
-    impl: str, is_loss: bool, device: str, dtype: torch.dtype, options: dict[str, Any]
+    impl: str, is_loss: bool, device: str, dtype: torch.dtype, **options: Any
 ) -> list[str]:
     kind = Problem if is_loss else SequenceProblem
     rows = torch.empty(0, 64 * options.get("num_heads", 1), dtype=dtype, device=device)

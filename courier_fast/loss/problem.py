@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -86,7 +85,7 @@ class Problem:
     @property
     def options(self) -> dict[str, Any]:
         """What makes it another loss, beside its tensors and the temperature."""
-        return {name: getattr(self, name) for name in _options_of(Problem)}
+        return {name: getattr(self, name) for name in _OPTIONS}
 
 
 @dataclass
@@ -113,12 +112,14 @@ class SequenceProblem:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _options_of(SequenceProblem)}
+        return {name: getattr(self, name) for name in _SEQUENCE_OPTIONS}
 
 
-@cache
-def _options_of(problem: type) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(problem) if "Tensor" not in str(f.type) and f.name != "tau")
+# Here, as Dynamo traces no fields() of a class.
+_OPTIONS, _SEQUENCE_OPTIONS = (
+    tuple(f.name for f in fields(kind) if "Tensor" not in str(f.type) and f.name != "tau")
+    for kind in (Problem, SequenceProblem)
+)
 
 
 @dataclass
