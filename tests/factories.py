@@ -14,6 +14,7 @@ from torch import Tensor
 from courier_fast.loss import operators, reference
 from courier_fast.loss.problem import Problem, SequenceProblem
 from courier_fast.testing.budget import DRAWS, Budget, Rounding, Yardstick
+from courier_fast.testing.problems import RandomValues, problem
 
 GPU = torch.cuda.is_available()
 DEVICES = {"cpu": "cpu"} | dict.fromkeys(("triton", "xformers"), "cuda" if GPU else "cpu")
@@ -53,69 +54,20 @@ def make(
     longest_pv: int = 6,
     longest_history: int = 9,
     dim: int = 24,
-    dtype: torch.dtype = torch.float32,
-    clicked: float = 0.5,
-    table: bool = False,
     mask: bool = False,
-    ids: bool = False,
-    log_q: bool = False,
-    weights: bool = False,
-    projected: bool = False,
-    tau: float = 0.1,
-    tensor_tau: bool = False,
-    attention_scale: float | None = None,
     **options: Any,
 ) -> Problem:
-    """A random problem: ragged pages, some empty; with `mask` NaN in rows that are padding."""
-    g = torch.Generator().manual_seed(seed)
-    pv_counts, history_counts = lengths(g, pages, longest_pv), lengths(g, pages, longest_history)
-    rows, history_rows = int(pv_counts.sum()), int(history_counts.sum())
+    """A random problem: ragged pages, some empty; with `mask` NaN in rows that are padding.
+    `options` are those of `problem`."""
+    values = RandomValues(seed)
+    counts = [
+        lengths(values.generator, pages, longest) for longest in (longest_pv, longest_history)
+    ]
+    rows = [int(x.sum()) for x in counts]
     if mask:  # also rows past the last offset
-        rows, history_rows = rows + 3, history_rows + 2
-    items = max(rows // 2, 1)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g)
-
-    def leaf(*shape: int) -> Tensor:
-        return normal(*shape).to(dtype)
-
-    pv_mask = torch.rand(rows, generator=g) < 0.8 if mask else None
-    history_mask = torch.rand(history_rows, generator=g) < 0.8 if mask else None
-    pv = leaf(items if table else rows, dim)
-    history = None if table else leaf(history_rows, dim)
-    pv_index = torch.randint(0, items, (rows,), generator=g) if table else None
-    history_index = torch.randint(0, items, (history_rows,), generator=g) if table else None
-    query = leaf(rows, dim) if projected else None
-    key = leaf(history_rows, dim) if projected else None
-    value = leaf(history_rows, dim) if projected else None
-    if pv_mask is not None and history_mask is not None and not table:
-        for x, real in ((pv, pv_mask), (history, history_mask)):
-            assert x is not None
-            x[~real] = torch.nan
-            x[-2:] = torch.inf
-    w = torch.rand(rows, generator=g) * (torch.rand(rows, generator=g) < 0.8) if weights else None
-    p = Problem(
-        pv=pv,
-        history=history,
-        query=query,
-        key=key,
-        value=value,
-        pv_index=pv_index,
-        history_index=history_index,
-        pv_offsets=offsets_of(pv_counts),
-        history_offsets=offsets_of(history_counts),
-        pv_mask=pv_mask,
-        history_mask=history_mask,
-        clicked=torch.rand(rows, generator=g) < clicked,
-        item_ids=torch.randint(0, max(rows // 2, 1), (rows,), generator=g) if ids else None,
-        log_q=normal(rows) * 0.5 - 3 if log_q else None,
-        weights=w,
-        temperature=torch.tensor(tau) if tensor_tau else None,
-        tau=tau,
-        attention_scale=dim**-0.5 if attention_scale is None else attention_scale,
-        **options,
-    )
+        rows = [rows[0] + 3, rows[1] + 2]
+    pv, history = zip(rows, map(offsets_of, counts), strict=True)
+    p = problem(values, pv, history, dim=dim, mask=mask, **options)
     return with_gradients(to_device(p, DEVICES[impl]), LOSS_INPUTS)
 
 

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 from bench.launches import recorded
 from courier_fast.kernels.triton import loss as triton_loss
 from courier_fast.kernels.triton import tiles
-from courier_fast.loss.problem import Needs, Problem
+from courier_fast.loss.problem import Needs
+from courier_fast.testing.problems import NoValues, problem
 
 
 class Memory(TorchDispatchMode):
@@ -55,24 +56,13 @@ def walk(
 ) -> dict[str, Any]:
     rows = pages * items
     with torch.device("meta"):
-        p = Problem(
-            pv=torch.empty(rows, dim, dtype=torch.bfloat16),
-            history=torch.empty(history_rows, dim, dtype=torch.bfloat16),
-            query=None,
-            key=None,
-            value=None,
-            pv_index=None,
-            history_index=None,
-            pv_offsets=torch.empty(pages + 1, dtype=torch.int64),
-            history_offsets=torch.empty(pages + 1, dtype=torch.int64),
-            pv_mask=None,
-            history_mask=None,
-            clicked=torch.empty(rows, dtype=torch.bool),
-            item_ids=None,
-            log_q=None,
-            weights=None,
-            temperature=None,
-            tau=0.1,
+        offsets = torch.empty(pages + 1, dtype=torch.int64)
+        p = problem(
+            NoValues(),
+            (rows, offsets),
+            (history_rows, offsets),
+            dim=dim,
+            dtype=torch.bfloat16,
             attention_scale=1.0,
             attention=attention,
             cosine=attention == "candidate",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import Budget, results, upstream_for, with_gradients, yardstick
+from factories import Budget, make, results, upstream_for, with_gradients, yardstick
 from torch import Tensor
 
 from courier_fast.kernels import xformers
@@ -93,54 +93,24 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_problem(case: str, dtype: torch.dtype = torch.float32, dim: int = 12) -> Problem:
     """Pages without PV items, without history, with neither; padding holds NaN."""
-    generator = torch.Generator().manual_seed(3)
-
-    def randn(rows: int) -> Tensor:
-        return torch.randn(rows, dim, generator=generator, dtype=torch.float64).to(dtype)
-
-    def offsets(most: int) -> Tensor:
-        lengths = torch.randint(0, most + 1, (30,), generator=generator)
-        return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-
-    pv_offsets, history_offsets = offsets(5), offsets(6)
-    table = case == "table"
-    n, k = int(pv_offsets[-1]) + 2, int(history_offsets[-1]) + 1
-
-    def mask(rows: int) -> Tensor:
-        return torch.rand(rows, generator=generator) < 0.8
-
-    p = Problem(
-        pv=randn(40 if table else n),
-        history=None if table else randn(k),
-        query=randn(n) if case == "projections" else None,
-        key=randn(k) if case == "projections" else None,
-        value=randn(k) if case == "projections" else None,
-        pv_index=torch.randint(40, (n,), generator=generator) if table else None,
-        history_index=torch.randint(40, (k,), generator=generator) if table else None,
-        pv_offsets=pv_offsets,
-        history_offsets=history_offsets,
-        pv_mask=mask(n),
-        history_mask=mask(k),
-        clicked=torch.rand(n, generator=generator) < 0.6,
-        item_ids=None,
-        log_q=None,
-        weights=torch.rand(n, generator=generator) if case == "weights" else None,
-        temperature=None,
+    options: dict[str, Any] = {case: True} if case in ("table", "weights") else {}
+    return make(
+        3,
+        pages=30,
+        longest_pv=5,
+        longest_history=6,
+        dim=dim,
+        dtype=dtype,
+        mask=True,
+        projected=case == "projections",
+        clicked=0.6,
         tau=0.2,
         attention_scale=0.7,
         num_heads=3 if case == "heads" else 1,
         direction="both" if case == "both" else "reconstruct",
         reduction="none",
+        **options,
     )
-    if not table:
-        assert p.history is not None
-        assert p.pv_mask is not None
-        assert p.history_mask is not None
-        p.pv[~p.pv_mask] = torch.nan
-        p.pv[-2:] = torch.nan
-        p.history[~p.history_mask] = torch.nan
-        p.history[-1:] = torch.nan
-    return p
 
 
 INPUTS = ("pv", "history", "query", "key", "value")
