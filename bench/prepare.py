@@ -26,10 +26,11 @@ import polars as pl
 from PIL import Image
 
 from courier_fast.data.prepare import steps
-from courier_fast.data.prepare.events import Candidates, text
+from courier_fast.data.prepare.items import Candidates
 from courier_fast.data.prepare.layouts import Source, generic
 from courier_fast.data.prepare.options import PrepareOptions
 from courier_fast.data.prepare.outcome import market_of
+from courier_fast.data.prepare.rows import text
 
 PARTS = 64  # that a step's rows are cut into, where they are timed
 NAMES = ["user", "time", "history_start", "history_end", "pv_start", "pv_end"]
@@ -154,7 +155,7 @@ def cpu_of_steps(arguments: Sequence[str], out: Path) -> dict[str, float]:
     pieces, total = [], 0
     for frame in source.parts():
         (block, items, about), cost = timed(
-            lambda f=frame: list(steps.read(f, "events", source, 0, 1 << 40))
+            lambda f=frame: list(steps.read([f], "events", source, 0, 1 << 40))
         )
         seconds["read"] += cost
         total += about["rows"]

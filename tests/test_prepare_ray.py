@@ -20,7 +20,7 @@ from prepare_factory import digest, random_events, source_of
 
 from courier_fast.cli import main
 from courier_fast.data.dataset import Dataset
-from courier_fast.data.prepare import on_disk, on_ray, steps
+from courier_fast.data.prepare import on_ray, plan, rows, steps
 from courier_fast.data.prepare.layouts import Columns, Source, generic
 from courier_fast.data.prepare.options import PrepareOptions
 from courier_fast.data.prepare.run import prepare
@@ -47,13 +47,13 @@ class Graves:
 def graves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Graves:
     """Parts are of a few rows; no step dies unless it is told to."""
     monkeypatch.setattr(on_ray, "PART", 90)
-    monkeypatch.setattr(on_ray, "IMAGES", 4)
-    task, graves = on_ray._Run.task, Graves(tmp_path / "graves")
+    monkeypatch.setattr(plan, "IMAGES", 4)
+    task, graves = on_ray.Ray.task, Graves(tmp_path / "graves")
 
     def small(run: Any, step: Callable[..., Any], returns: int | str = 1) -> Callable[..., Any]:
         return task(run, mortal(step, graves.folder / step.__name__), returns)
 
-    monkeypatch.setattr(on_ray._Run, "task", small)
+    monkeypatch.setattr(on_ray.Ray, "task", small)
     return graves
 
 
@@ -70,7 +70,7 @@ def mortal(step: Callable[..., Any], grave: Path) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def stream(*args: Any) -> Iterator[Any]:
-        on_disk.BATCH = 40
+        rows.BATCH = 40
         for n, value in enumerate(step(*args)):
             yield value
             if n == 2:
@@ -222,8 +222,8 @@ def test_blocks_are_the_same_however_rows_come(monkeypatch: pytest.MonkeyPatch) 
     rows = len(frame.collect())
     found = []
     for size in (7, 64, 10_000):
-        monkeypatch.setattr(on_disk, "BATCH", size)
-        parts = list(steps.read(frame, "shown", source, 3, 50))
+        monkeypatch.setattr("courier_fast.data.prepare.rows.BATCH", size)
+        parts = list(steps.read([frame], "shown", source, 3, 50))
         found.append(
             [
                 {

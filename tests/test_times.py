@@ -15,9 +15,9 @@ from prepare_factory import page_rows
 
 from courier_fast.data.dataset import Dataset
 from courier_fast.data.prepare import steps
-from courier_fast.data.prepare.events import time_columns
 from courier_fast.data.prepare.layouts import Columns, Source, generic
 from courier_fast.data.prepare.options import PrepareOptions, microseconds
+from courier_fast.data.prepare.rows import time_columns
 from courier_fast.data.prepare.run import prepare
 from courier_fast.data.read.times import look, read_dates
 from courier_fast.data.tables import write_shards
@@ -319,7 +319,7 @@ def test_both_engines_write_the_same_times(tmp_path: Path) -> None:
     )
     source = Source("test", events=frame)
     assert source.ticks == M
-    rows, _, about = steps.read(frame, "events", source, 0, 10, source.ticks)
+    rows, _, about = steps.read([frame], "events", source, 0, 10, source.ticks)
     ticks = rows["time"]
     assert ticks.tolist() == [NOON * M + 400_000, (NOON - 1) * M]
     assert about["counts"]["time missing or unreadable"] == 1
