@@ -142,7 +142,7 @@ def both(
 def test_made_pages_with_images_and_killed_workers(
     tmp_path: Path, ray: Any, graves: Graves
 ) -> None:
-    graves.dig("write_image_shard", "make", "write_rows")
+    graves.dig("write_image_shard", "pages_of_users", "write_rows")
     events = random_events(1, users=40, items=60, n=500)
     images = drawn_images(tmp_path / "images", sorted({e[1] for e in events}))
     files, report = both(tmp_path, source_of(events), SMALL, images)
@@ -276,10 +276,10 @@ def test_ids_are_found_by_their_bytes() -> None:
     rng = np.random.default_rng(0)
     letters = ["", "a", "b", "ab", "ä", "z", "日"]
     ids = ["".join(rng.choice(letters, 3)) for _ in range(200)]
-    known = steps.union(steps.text(pl.Series(ids)))
+    known = steps.union(steps.arrow_text(pl.Series(ids)))
     assert known.to_pylist() == sorted(set(ids), key=str.encode)
     wanted = [*ids, "", "zzzz", "zz", "aä"]
-    found = steps.search(known, steps.text(pl.Series(wanted)))
+    found = steps.search(known, steps.arrow_text(pl.Series(wanted)))
     expected = [sum(k.encode() < w.encode() for k in known.to_pylist()) for w in wanted]
     assert found.tolist() == expected
     assert steps.search(known[5:9], known[3:4]).tolist() == [0]

@@ -13,8 +13,7 @@ from ...locations import local_path, location
 from ..read.times import FORMATS
 from ..tables import SHARD_BYTES, SHARD_ROWS
 from .layouts import LAYOUTS, Columns, Source, generic
-from .options import PrepareOptions
-from .pages import NEGATIVES
+from .options import NEGATIVES, PrepareOptions
 from .run import prepare
 
 

@@ -20,7 +20,7 @@ from ..read.ids import one
 from ..read.likeness import items_note
 from ..read.scan import reading, some
 from .layouts import Source
-from .rows import text
+from .rows import arrow_text
 
 Array = npt.NDArray
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Items:
 
 def id_array(ids: pl.Series) -> pa.Array:
     """As a column of the dataset."""
-    return text(ids).cast(pa.string())
+    return arrow_text(ids).cast(pa.string())
 
 
 class Candidates:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from ..read.ids import one
 from ..read.times import SECOND, read_date
 from ..tables import SHARD_BYTES, SHARD_ROWS
-from .pages import NEGATIVES
+
+NEGATIVES = ("uniform", "popularity", "category")
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,10 @@ from . import steps
 from .items import NO_IMAGE, Candidates, Items, spans
 from .layouts import Source
 from .options import PrepareOptions
-from .outcome import Outcome, dropped, market_of, nothing_read, say_page_ids, splits_of, write_about
+from .outcome import Outcome, dropped, nothing_read, say_page_ids, splits_of, write_about
 from .page_ids import PageIds
-from .rows import text
+from .pages import market_of
+from .rows import arrow_text
 
 Array = npt.NDArray
 log = logging.getLogger(__name__)
@@ -161,9 +162,9 @@ class _Run:
         counts = {n: [a[n] for a in about] for n in ("users", "events", "pages")}
         _check_codes(sum(counts["users"]))
         log.info("pages")
-        parts, fates, cut, ids = self.pages(events, shown, about, items, first_seen, last_seen)
+        parts, statuses, cut, ids = self.pages(events, shown, about, items, first_seen, last_seen)
         of_user = _starts(counts["users"])
-        notes = say_page_ids(ids, fates, lambda user: self.user(users, of_user, user))
+        notes = say_page_ids(ids, statuses, lambda user: self.user(users, of_user, user))
         del shown
         pages, of_pages, sums = self.by_time(parts)
         del parts
@@ -171,7 +172,7 @@ class _Run:
         starts = _starts([s["pages"] for s in sums])
         first_items = _starts([s["items"] for s in sums])
         times = _Times(self.executor, pages, starts)
-        splits = splits_of(times, dropped(fates), self.options, items.ticks)
+        splits = splits_of(times, dropped(statuses), self.options, items.ticks)
         last = splits["train"][1] - 1
         train_end = times.cell("pv_end", last) + int(first_items[_place(starts, last)[0]])
         clicks = self.clicks(of_pages, first_items, train_end, len(items.table))
@@ -202,7 +203,7 @@ class _Run:
             splits,
             np.sum([s["lengths"] for s in sums], axis=0),
             cut,
-            fates,
+            statuses,
             items.ticks,
             [*self.source.notes, *items.notes, *notes],
             ids.counts(),
@@ -233,7 +234,9 @@ class _Run:
         items = self.choose(Candidates(table.with_row_index("code"), self.source, self.images))
         sample = pl.concat(samples).sort()
         count = self.executor.parts(total)
-        bounds = text(sample[[len(sample) * b // count for b in range(1, count)]].unique().sort())
+        bounds = arrow_text(
+            sample[[len(sample) * b // count for b in range(1, count)]].unique().sort()
+        )
         row = self.executor.put(items.row)
         cuts = [
             self.task(steps.to_users, len(bounds) + 2)(rows, items_of, ids, row, bounds)
@@ -301,7 +304,7 @@ class _Run:
             queue: deque[Any] = deque()
             for start in range(0, len(paths), IMAGES):
                 part = paths[start : start + IMAGES]
-                queue.append(self.task(steps.check, 2)(part, self.options_ref))
+                queue.append(self.task(steps.usable_images, 2)(part, self.options_ref))
                 if len(queue) > 4 * self.executor.cores:
                     yield queue.popleft()
             while queue:
@@ -345,7 +348,7 @@ class _Run:
             if self.options.negatives == "popularity":
                 pool, past = self.moments(events, bases[1], bounds)
         made = [
-            self.task(steps.make, len(bounds[0]) + 2)(
+            self.task(steps.pages_of_users, len(bounds[0]) + 2)(
                 events[p],
                 shown[p] if self.given else None,
                 tuple(int(b[p]) for b in bases),
@@ -359,10 +362,15 @@ class _Run:
             for p in range(len(events))
         ]
         sums = self.get([of[-1] for of in made])
-        fates: Counter[int] = sum((s["fates"] for s in sums), Counter())
+        statuses: Counter[int] = sum((s["statuses"] for s in sums), Counter())
         self.executor.moved["pages by time"] += sum(s["bytes"] for s in sums)
         parts = [[of[t] for of in made] for t in range(len(bounds[0]) + 1)]
-        return parts, fates, sum(s["cut"] for s in sums), sum((s["ids"] for s in sums), PageIds())
+        return (
+            parts,
+            statuses,
+            sum(s["cut"] for s in sums),
+            sum((s["ids"] for s in sums), PageIds()),
+        )
 
     def user(self, users: list[Any], starts: Array, row: int) -> str:
         """A user's id."""
@@ -408,7 +416,7 @@ class _Run:
     def clicks(self, parts: list[Any], starts: Array, end: int, items: int) -> Array:
         """[items] clicks among the first `end` rows of all."""
         counts = [
-            self.task(steps.clicked)(part, end - int(start))
+            self.task(steps.count_clicks)(part, end - int(start))
             for part, start in zip(parts, starts[:-1], strict=True)
             if start < end
         ]

@@ -32,7 +32,7 @@ def coded(ids: pl.Series) -> tuple[Array, pl.Series]:
     return codes.to_numpy().astype(np.int32), each["id"]
 
 
-def text(ids: pl.Series) -> pa.LargeStringArray:
+def arrow_text(ids: pl.Series) -> pa.LargeStringArray:
     """As an Arrow array."""
     return ids.to_arrow(compat_level=pl.CompatLevel.oldest())
 
@@ -51,7 +51,7 @@ def buffers(ids: pa.Array) -> tuple[Array, Array]:
 
 def hash_ids(ids: pl.Series) -> pl.Series:
     """[n] uint64, of the bytes alone: the same with every version of every library."""
-    return pl.Series("page", _hash(*buffers(text(ids))))
+    return pl.Series("page", _hash(*buffers(arrow_text(ids))))
 
 
 @njit(cache=True, nogil=True)

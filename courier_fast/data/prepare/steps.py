@@ -25,9 +25,17 @@ from ..tables import copy_items, write_images, write_shard
 from .images import check_images
 from .layouts import Source
 from .options import PrepareOptions
-from .outcome import Market, Pages, by_item, count_fates, page_bounds, pages_around, pages_shown
-from .pages import Events
-from .rows import batches, buffers, clean, coded, text, time_columns
+from .pages import (
+    Events,
+    Market,
+    PageViews,
+    by_item,
+    count_statuses,
+    page_bounds,
+    pages_around,
+    pages_shown,
+)
+from .rows import arrow_text, batches, buffers, clean, coded, time_columns
 
 Array = npt.NDArray
 Columns = dict[str, Any]
@@ -75,7 +83,7 @@ def _search(offsets, data, wanted_offsets, wanted):  # type: ignore[no-untyped-d
 
 def union(*ids: pa.Array) -> pa.Array:
     """All ids, sorted."""
-    return text(pl.concat([pl.Series("id", part, pl.String) for part in ids]).unique().sort())
+    return arrow_text(pl.concat([pl.Series("id", part, pl.String) for part in ids]).unique().sort())
 
 
 # ---- from rows of the source to events by user ---------------------------------------------------
@@ -117,9 +125,9 @@ def _block(batch: pl.DataFrame, place: int, ticks: int) -> Iterator[Any]:
     if "page" in known.columns:
         rows |= {n: known[n].to_numpy() for n in ("page", "clicked")}
         rows["place"] = np.arange(place, place + len(known))
-    yield {"users": text(users), **rows}
-    yield text(items)
-    yield {"counts": counts, "rows": len(known), "users": text(users[_sampled(user)])}
+    yield {"users": arrow_text(users), **rows}
+    yield arrow_text(items)
+    yield {"counts": counts, "rows": len(known), "users": arrow_text(users[_sampled(user)])}
 
 
 def _sampled(column: Array) -> Array:
@@ -242,7 +250,7 @@ def moments(base: int, *pieces: Columns) -> tuple[Columns, Columns]:
     return {"item": events["item"][order]}, {"time": times, "before": before}
 
 
-def make(
+def pages_of_users(
     events: Columns,
     shown: Columns | None,
     bases: tuple[int, int, int],
@@ -273,10 +281,10 @@ def make(
     return [*_pieces(pages, of_user, of_page, bounds), _about(pages, of_user)]
 
 
-def _about(pages: Pages, of_user: int) -> dict[str, Any]:
+def _about(pages: PageViews, of_user: int) -> dict[str, Any]:
     columns = (pages.time, pages.user.astype(np.int32), pages.history, pages.counts, *pages.shown)
     return {
-        "fates": count_fates(pages.fate),
+        "statuses": count_statuses(pages.status),
         "cut": pages.cut,
         "ids": pages.ids.moved(of_user),
         "bytes": sum(c.nbytes for c in columns),
@@ -284,7 +292,7 @@ def _about(pages: Pages, of_user: int) -> dict[str, Any]:
 
 
 def _pieces(
-    pages: Pages, of_user: int, of_page: int, bounds: tuple[Array, Array]
+    pages: PageViews, of_user: int, of_page: int, bounds: tuple[Array, Array]
 ) -> Iterator[Columns]:
     order = np.argsort(pages.time, kind="stable")
     counts = pages.counts[order]
@@ -307,7 +315,7 @@ def _pieces(
 
 
 def by_time(options: PrepareOptions, *pieces: Columns) -> tuple[Columns, Columns, Columns]:
-    """Pages in order of time, whose items are counted from the first of these; their items; how
+    """PageViews in order of time, whose items are counted from the first of these; their items; how
     many there are, and pages by length of history."""
     old = together(*pieces)
     order = np.argsort(old["time"], kind="stable")
@@ -326,7 +334,7 @@ def by_time(options: PrepareOptions, *pieces: Columns) -> tuple[Columns, Columns
     return pages, items, {"pages": len(order), "items": len(items["item"]), "lengths": lengths}
 
 
-def clicked(items: Columns, end: int) -> Columns:
+def count_clicks(items: Columns, end: int) -> Columns:
     """Items clicked among the first `end` rows, and how often."""
     rows = items["item"][:end][items["clicked"][:end] == 1]
     found, clicks = np.unique(rows, return_counts=True)
@@ -375,7 +383,9 @@ def write_rows(
     return entries
 
 
-def check(paths: Sequence[Paths | None], options: PrepareOptions) -> tuple[pa.Array, Columns]:
+def usable_images(
+    paths: Sequence[Paths | None], options: PrepareOptions
+) -> tuple[pa.Array, Columns]:
     """The usable images of some files; height, width and bytes (0 without one) of each, and the
     reason where there is none."""
     found = list(check_images(paths, shrink=options.shrink, threads=1))
