@@ -476,6 +476,11 @@ def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
         prepare(tmp_path / "a", source=source_of([("u", "i", 1), ("v", "j", 2)]))
     with pytest.raises(ValueError, match="expected events, got none"):
         prepare(tmp_path / "b", source=source_of([]))
+    columns = ("page_id", "user_id", "item_id", "time", "clicked")
+    kinds = dict(zip(columns, (pl.String, pl.String, pl.String, pl.Int64, pl.Boolean), strict=True))
+    source = Source("test", source_of(random_events(0)).events, pl.LazyFrame(schema=kinds))
+    with pytest.raises(ValueError, match="pages: expected at least one, got none"):
+        prepare(tmp_path / "d", source=source)
     options = PrepareOptions(min_history=1, validation_from="1960-01-01", test_from="1960-01-01")
     with pytest.raises(ValueError, match="pages to train on"):
         prepare(tmp_path / "c", source=source_of(random_events(0)), options=options)

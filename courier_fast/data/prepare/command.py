@@ -97,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory-gib",
         type=float,
         default=options.memory_gib,
-        help="GiB that sorting may take; more is faster",
+        help="GiB that sorting and other steps may take, about; more is faster",
     )
     add("--shard-rows", type=int, default=SHARD_ROWS, help="rows of a shard of a table")
     add(

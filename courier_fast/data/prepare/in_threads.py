@@ -83,11 +83,11 @@ class Threads:
         self._pool = ThreadPoolExecutor(threads, "courier-prepare")
 
     def parts(self, rows: int) -> int:
-        count = min(math.ceil(rows / self.block), _PARTS)
+        count = min(max(math.ceil(rows / self.block), 1), _PARTS)
         # Where parts are large, not as many threads have room for one.
-        busy = min(self.cores, int(self._rows * count / rows))
+        busy = int(self._rows * count / max(rows, 1))
         self._pool.shutdown()
-        self._pool = ThreadPoolExecutor(max(busy, 1), "courier-prepare")
+        self._pool = ThreadPoolExecutor(min(max(busy, 1), self.cores), "courier-prepare")
         return count
 
     def readers(self, frames: Sequence[pl.LazyFrame]) -> list[Sequence[pl.LazyFrame]]:

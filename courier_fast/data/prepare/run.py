@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 # Bytes that a click takes at most until its page is written, and each item of that; and an item
 # shown (measured on 200,000 rows).
-_OF_CLICK, _OF_ITEM, _OF_SHOWN = 140, 10, 60
+_OF_CLICK, _OF_ITEM, _OF_SHOWN = 140, 10, 64
 
 
 def prepare(
