@@ -28,9 +28,7 @@ Array = npt.NDArray
 log = logging.getLogger(__name__)
 
 
-def split_bounds(
-    times: Sequence[int] | Array, options: PrepareOptions, ticks: int = 1
-) -> list[int]:
+def split_bounds(times: Sequence[int], options: PrepareOptions, ticks: int = 1) -> list[int]:
     """The first page of validation, the first of test, and the number of pages; `times` is sorted.
     Never inside a timestamp."""
     n = len(times)
@@ -56,7 +54,7 @@ def say_page_ids(
 
 
 def splits_of(
-    times: Sequence[int] | Array, dropped: dict[str, int], options: PrepareOptions, ticks: int = 1
+    times: Sequence[int], dropped: dict[str, int], options: PrepareOptions, ticks: int = 1
 ) -> dict[str, list[int]]:
     """First page and end of each split."""
     if not len(times):
@@ -87,7 +85,7 @@ class Outcome:
     items: int
     images: dict[str, Any] | None
     events: int
-    times: Sequence[int] | Array  # of the pages, sorted
+    times: Sequence[int]  # of the pages, sorted
     page_items: int
     splits: dict[str, list[int]]
     lengths: Array  # [max_history + 1] pages by the length of their history

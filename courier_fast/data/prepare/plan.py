@@ -193,20 +193,20 @@ class _Run:
         if self.images is not None:
             shards["images"] = items.shards
         outcome = Outcome(
-            self.counts,
-            sum(counts["users"]),
-            len(items.table),
-            None if self.images is None else items.images(),
-            sum(counts["events"]),
-            times,
-            int(first_items[-1]),
-            splits,
-            np.sum([s["lengths"] for s in sums], axis=0),
-            cut,
-            statuses,
-            items.ticks,
-            [*self.source.notes, *items.notes, *notes],
-            ids.counts(),
+            rows=self.counts,
+            users=sum(counts["users"]),
+            items=len(items.table),
+            images=None if self.images is None else items.images(),
+            events=sum(counts["events"]),
+            times=times,
+            page_items=int(first_items[-1]),
+            splits=splits,
+            lengths=np.sum([s["lengths"] for s in sums], axis=0),
+            cut=cut,
+            statuses=statuses,
+            ticks=items.ticks,
+            notes=[*self.source.notes, *items.notes, *notes],
+            page_ids=ids.counts(),
         )
         return write_about(self.folder, self.source, self.images, self.options, outcome, shards)
 
