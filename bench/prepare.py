@@ -26,10 +26,11 @@ import polars as pl
 from PIL import Image
 
 from courier_fast.data.prepare import steps
-from courier_fast.data.prepare.events import Candidates, text
+from courier_fast.data.prepare.items import Candidates
 from courier_fast.data.prepare.layouts import Source, generic
 from courier_fast.data.prepare.options import PrepareOptions
-from courier_fast.data.prepare.outcome import market_of
+from courier_fast.data.prepare.pages import market_of
+from courier_fast.data.prepare.rows import arrow_text
 
 PARTS = 64  # that a step's rows are cut into, where they are timed
 NAMES = ["user", "time", "history_start", "history_end", "pv_start", "pv_end"]
@@ -143,7 +144,7 @@ def cpu_of_steps(arguments: Sequence[str], out: Path) -> dict[str, float]:
     table = source.items.collect().with_columns(
         pl.lit(None, pl.Int64).alias(n) for n in ("first_seen", "last_seen")
     )
-    ids = text(table["item_id"])
+    ids = arrow_text(table["item_id"])
     row = np.arange(len(ids), dtype=np.int32)
     first, last = np.zeros(len(ids), np.int64), np.full(len(ids), 1 << 40)
     market = market_of(table, first, last, options)
@@ -154,7 +155,7 @@ def cpu_of_steps(arguments: Sequence[str], out: Path) -> dict[str, float]:
     pieces, total = [], 0
     for frame in source.parts():
         (block, items, about), cost = timed(
-            lambda f=frame: list(steps.read(f, "events", source, 0, 1 << 40))
+            lambda f=frame: list(steps.read([f], "events", source, 0, 1 << 40))
         )
         seconds["read"] += cost
         total += about["rows"]
@@ -167,9 +168,9 @@ def cpu_of_steps(arguments: Sequence[str], out: Path) -> dict[str, float]:
     few = {"first": events["first"][:100]} | {
         n: events[n][: events["first"][99]] for n in ("item", "time")
     }
-    steps.make(few, None, (0, 0, 0), market, None, None, bounds, options)  # compiles
+    steps.pages_of_users(few, None, (0, 0, 0), market, None, None, bounds, options)  # compiles
     made, seconds["make"] = timed(
-        steps.make, events, None, (0, 0, 0), market, None, None, bounds, options
+        steps.pages_of_users, events, None, (0, 0, 0), market, None, None, bounds, options
     )
     (pages, of_pages, sums), seconds["by_time"] = timed(steps.by_time, options, *made[:-1])
     for name, columns, part, rows in (
@@ -189,7 +190,7 @@ def seconds_of_items(items: int) -> float:
     ids = pl.Series("item_id", np.random.default_rng(0).permutation(items)).cast(pl.String)
     about = pl.DataFrame({"item_id": ids, "category": (ids.cast(pl.Int64) % 40).cast(pl.String)})
     began = time.perf_counter()
-    known = steps.union(text(ids.str.zfill(9)))
+    known = steps.union(arrow_text(ids.str.zfill(9)))
     table = pl.DataFrame({"item_id": pl.Series("id", known, pl.String)}).with_row_index("code")
     source = Source("drawn", items=about.with_columns(pl.col("item_id").str.zfill(9)).lazy())
     chosen = Candidates(table, source, None).chosen([]).table
@@ -209,7 +210,7 @@ def cpu_of_image(side: int, count: int = 200) -> tuple[float, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "1.jpg"
         path.write_bytes(file.getvalue())
-        _, cost = timed(steps.check, [str(path)] * count, PrepareOptions())
+        _, cost = timed(steps.usable_images, [str(path)] * count, PrepareOptions())
     return 1e6 * cost / count, len(file.getvalue())
 
 

@@ -18,9 +18,9 @@ from PIL import Image
 
 from courier_fast.data.dataset import Dataset
 from courier_fast.data.embeddings import read_embeddings, read_parquet
-from courier_fast.data.prepare.events import clean
 from courier_fast.data.prepare.layouts import generic
 from courier_fast.data.prepare.options import PrepareOptions
+from courier_fast.data.prepare.rows import clean
 from courier_fast.data.prepare.run import prepare
 from courier_fast.data.read.ids import MISSING, array, as_text, one, text, written_as_floats
 

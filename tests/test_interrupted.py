@@ -22,7 +22,6 @@ import pytest
 from prepare_factory import random_events, source_of
 
 from courier_fast import cli, disk, interrupt
-from courier_fast.data.prepare import run as module
 from courier_fast.data.prepare.options import PrepareOptions
 from courier_fast.data.prepare.run import prepare
 from courier_fast.disk import DiskFullError, new_map, writing
@@ -133,11 +132,11 @@ def test_sigterm_left_the_partial_folder(tmp_path: Path) -> None:
     script = """
 import sys, time
 from courier_fast import cli
-from courier_fast.data.prepare import run as module
+from courier_fast.data.prepare import plan
 def wait(*_):
     print("writing", flush=True)
     time.sleep(60)
-module.write_shards = wait
+plan.write_shards = wait
 sys.exit(cli.main(sys.argv[1:]))
 """
     rows = "".join(f"u{k % 5},i{k % 7},{1577836800 + 86400 * k}\n" for k in range(60))
@@ -220,21 +219,20 @@ def test_a_map_on_a_full_disk_was_a_bus_error(
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("where", ["write_rows", "new_map", "write_shards", "duckdb", "sync_all"])
+@pytest.mark.parametrize("where", ["write_rows", "write_shard", "write_shards", "sync_all"])
 def test_prepare_on_a_full_disk_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     from courier_fast import output
-    from courier_fast.data.prepare import on_disk
+    from courier_fast.data.prepare import in_threads, plan, steps
 
     def full(*_: Any, **__: Any) -> None:
-        raise duckdb.IOException("No space left on device") if where == "duckdb" else FULL
+        raise FULL
 
     owner, name = {
-        "write_rows": (on_disk, "write_rows"),
-        "new_map": (module, "new_map"),
-        "write_shards": (module, "write_shards"),
-        "duckdb": (on_disk.Sorter, "append"),
+        "write_rows": (in_threads, "write_rows"),
+        "write_shard": (steps, "write_shard"),
+        "write_shards": (plan, "write_shards"),
         "sync_all": (output, "sync_all"),
     }[where]
     monkeypatch.setattr(owner, name, full)

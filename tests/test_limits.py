@@ -21,7 +21,7 @@ from test_embed import Tiny, embed_folder
 
 from courier_fast.data.images import pictures
 from courier_fast.data.images.files import LEADS_OUT
-from courier_fast.data.prepare import events, images
+from courier_fast.data.prepare import images, plan, rows
 from courier_fast.data.prepare.command import print_report
 from courier_fast.data.prepare.images import check_image
 from courier_fast.data.prepare.layouts import Columns, generic
@@ -241,7 +241,7 @@ def test_the_reason_names_the_size(name: str) -> None:
 
 def test_rows_with_a_long_id_are_dropped_and_counted(tmp_path: Path) -> None:
     path = write_clicks(tmp_path / "clicks.csv")
-    long = "x" * events.MAX_ID
+    long = "x" * rows.MAX_ID
     with path.open("a") as file:
         file.write(f"{long},0,1600000000\n{long}x,0,1600000000\nu0,{'ö' * 513},1600000000\n")
     source = generic([path], None, Columns())
@@ -265,7 +265,7 @@ def test_an_unclosed_quote_is_a_short_error(tmp_path: Path) -> None:
 def test_too_many_ids_are_an_error_and_no_overflow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(events, "MAX_CODES", 13)
+    monkeypatch.setattr(plan, "MAX_CODES", 13)
     source = generic([write_clicks(tmp_path / "clicks.csv")], None, Columns())
     with pytest.raises(ValueError, match="expected at most 13 users and items"):
         prepare(tmp_path / "out", source=source)

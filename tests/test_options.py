@@ -16,8 +16,8 @@ from prepare_factory import source_of
 from courier_fast.cli import COMMANDS, main
 from courier_fast.data.prepare.layouts import Columns, generic
 from courier_fast.data.prepare.options import PrepareOptions
-from courier_fast.data.prepare.outcome import page_bounds
-from courier_fast.data.prepare.page_ids import PageIds, look
+from courier_fast.data.prepare.page_ids import PageIds, page_ids_of
+from courier_fast.data.prepare.pages import page_bounds
 from courier_fast.data.prepare.run import prepare
 from courier_fast.data.read import truth
 from courier_fast.data.read.likeness import items_note
@@ -377,7 +377,7 @@ def rows_shown(pages: list[tuple[int, int, int]]) -> PageIds:
     """Of (user, page, time), sorted."""
     user, page, time = (np.array(c) for c in zip(*pages, strict=True))
     rows = {"user": user, "page": page.astype(np.uint64), "time": time}
-    return look(rows, page_bounds(rows))
+    return page_ids_of(rows, page_bounds(rows))
 
 
 def test_page_ids_that_are_used_again_were_one_page() -> None:

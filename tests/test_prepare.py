@@ -18,15 +18,22 @@ import pytest
 from prepare_factory import Event, digest, page_rows, random_events, source_of
 
 from courier_fast.data.dataset import Dataset
-from courier_fast.data.prepare import command, on_disk
-from courier_fast.data.prepare import run as module
-from courier_fast.data.prepare.events import hash_ids
+from courier_fast.data.prepare import command, in_threads, plan, rows
 from courier_fast.data.prepare.layouts import Columns, Source, generic
 from courier_fast.data.prepare.options import PrepareOptions
+from courier_fast.data.prepare.rows import hash_ids
 from courier_fast.data.prepare.run import prepare
 from courier_fast.evaluate.targets import find_targets
 
 HM = Path(__file__).parents[2] / "shared/data/hm-fashion"
+
+
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are read a few at a time, and parts are of a few rows."""
+    monkeypatch.setattr(rows, "BATCH", 17)
+    monkeypatch.setattr(in_threads, "_OF_ROW", 1 << 23)
+    monkeypatch.setattr(in_threads, "_FEWEST", 8)
+
 
 # ---- made pages ----------------------------------------------------------------------------------
 
@@ -179,7 +186,7 @@ def test_same_bytes_for_any_order_of_rows_and_any_size_of_batches(
     first = made("first", events)
     assert made("again", events) == first
     assert made("backwards", events[::-1]) == first
-    monkeypatch.setattr(on_disk, "BATCH", 17)
+    small_parts(monkeypatch)
     assert made("batches", events) == first
     other = made("seed", events, seed=1)
     assert other["page_items/00000.arrow"] != first["page_items/00000.arrow"]
@@ -215,7 +222,7 @@ def test_splits_by_date_and_by_share(tmp_path: Path) -> None:
 def test_given_pages_are_those_of_brute_force(
     tmp_path: Path, seed: int, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(on_disk, "BATCH", 50)
+    small_parts(monkeypatch)
     rng = np.random.default_rng(seed)
     rows, before = [], random_events(seed, users=6, n=30)
     for page in range(80):
@@ -394,7 +401,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_shards", interrupted)
+        patch.setattr(plan, "write_shards", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(out, source=source, options=options)
     assert not list(tmp_path.iterdir())
@@ -405,7 +412,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         prepare(out, source=source, options=options)
     again = PrepareOptions(min_history=1, seed=3, overwrite=True)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_shards", interrupted)
+        patch.setattr(plan, "write_shards", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(out, source=source, options=again)
     assert digest(out) == before
@@ -420,16 +427,14 @@ def test_a_killed_run_leaves_no_dataset(tmp_path: Path) -> None:
 import sys, time
 from pathlib import Path
 import polars as pl
-from courier_fast.data.prepare import run as module
-from courier_fast.data.prepare.layouts import Source
-from courier_fast.data.prepare.options import PrepareOptions
+from courier_fast.data.prepare import PrepareOptions, Source, plan, prepare
 def wait(*_):
     print("writing", flush=True)
     time.sleep(60)
-module.write_shards = wait
+plan.write_shards = wait
 columns = {"user_id": list("uuuvvv"), "item_id": list("abccba"), "time": [0, 2, 4, 1, 3, 5]}
 options = PrepareOptions(min_history=1)
-module.prepare(Path(sys.argv[1]), source=Source("test", pl.LazyFrame(columns)), options=options)
+prepare(Path(sys.argv[1]), source=Source("test", pl.LazyFrame(columns)), options=options)
 """
     child = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path / "out")], stdout=subprocess.PIPE
@@ -471,6 +476,11 @@ def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
         prepare(tmp_path / "a", source=source_of([("u", "i", 1), ("v", "j", 2)]))
     with pytest.raises(ValueError, match="expected events, got none"):
         prepare(tmp_path / "b", source=source_of([]))
+    columns = ("page_id", "user_id", "item_id", "time", "clicked")
+    kinds = dict(zip(columns, (pl.String, pl.String, pl.String, pl.Int64, pl.Boolean), strict=True))
+    source = Source("test", source_of(random_events(0)).events, pl.LazyFrame(schema=kinds))
+    with pytest.raises(ValueError, match="pages: expected at least one, got none"):
+        prepare(tmp_path / "d", source=source)
     options = PrepareOptions(min_history=1, validation_from="1960-01-01", test_from="1960-01-01")
     with pytest.raises(ValueError, match="pages to train on"):
         prepare(tmp_path / "c", source=source_of(random_events(0)), options=options)

@@ -20,7 +20,7 @@ from prepare_factory import digest, random_events, source_of
 
 from courier_fast.cli import main
 from courier_fast.data.dataset import Dataset
-from courier_fast.data.prepare import on_disk, on_ray, steps
+from courier_fast.data.prepare import on_ray, plan, rows, steps
 from courier_fast.data.prepare.layouts import Columns, Source, generic
 from courier_fast.data.prepare.options import PrepareOptions
 from courier_fast.data.prepare.run import prepare
@@ -47,13 +47,13 @@ class Graves:
 def graves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Graves:
     """Parts are of a few rows; no step dies unless it is told to."""
     monkeypatch.setattr(on_ray, "PART", 90)
-    monkeypatch.setattr(on_ray, "IMAGES", 4)
-    task, graves = on_ray._Run.task, Graves(tmp_path / "graves")
+    monkeypatch.setattr(plan, "IMAGES", 4)
+    task, graves = on_ray.Ray.task, Graves(tmp_path / "graves")
 
     def small(run: Any, step: Callable[..., Any], returns: int | str = 1) -> Callable[..., Any]:
         return task(run, mortal(step, graves.folder / step.__name__), returns)
 
-    monkeypatch.setattr(on_ray._Run, "task", small)
+    monkeypatch.setattr(on_ray.Ray, "task", small)
     return graves
 
 
@@ -70,7 +70,7 @@ def mortal(step: Callable[..., Any], grave: Path) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def stream(*args: Any) -> Iterator[Any]:
-        on_disk.BATCH = 40
+        rows.BATCH = 40
         for n, value in enumerate(step(*args)):
             yield value
             if n == 2:
@@ -142,7 +142,7 @@ def both(
 def test_made_pages_with_images_and_killed_workers(
     tmp_path: Path, ray: Any, graves: Graves
 ) -> None:
-    graves.dig("write_image_shard", "make", "write_rows")
+    graves.dig("write_image_shard", "pages_of_users", "write_rows")
     events = random_events(1, users=40, items=60, n=500)
     images = drawn_images(tmp_path / "images", sorted({e[1] for e in events}))
     files, report = both(tmp_path, source_of(events), SMALL, images)
@@ -222,8 +222,8 @@ def test_blocks_are_the_same_however_rows_come(monkeypatch: pytest.MonkeyPatch) 
     rows = len(frame.collect())
     found = []
     for size in (7, 64, 10_000):
-        monkeypatch.setattr(on_disk, "BATCH", size)
-        parts = list(steps.read(frame, "shown", source, 3, 50))
+        monkeypatch.setattr("courier_fast.data.prepare.rows.BATCH", size)
+        parts = list(steps.read([frame], "shown", source, 3, 50))
         found.append(
             [
                 {
@@ -276,10 +276,10 @@ def test_ids_are_found_by_their_bytes() -> None:
     rng = np.random.default_rng(0)
     letters = ["", "a", "b", "ab", "ä", "z", "日"]
     ids = ["".join(rng.choice(letters, 3)) for _ in range(200)]
-    known = steps.union(steps.text(pl.Series(ids)))
+    known = steps.union(steps.arrow_text(pl.Series(ids)))
     assert known.to_pylist() == sorted(set(ids), key=str.encode)
     wanted = [*ids, "", "zzzz", "zz", "aä"]
-    found = steps.search(known, steps.text(pl.Series(wanted)))
+    found = steps.search(known, steps.arrow_text(pl.Series(wanted)))
     expected = [sum(k.encode() < w.encode() for k in known.to_pylist()) for w in wanted]
     assert found.tolist() == expected
     assert steps.search(known[5:9], known[3:4]).tolist() == [0]

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from courier_fast.data.prepare import layouts
-from courier_fast.data.prepare.events import batches
 from courier_fast.data.prepare.layouts import Columns, generic
+from courier_fast.data.prepare.rows import batches
 from courier_fast.data.read import delimited, json_lines, scan
 
 NOON = 1_600_000_000

@@ -15,11 +15,12 @@ from prepare_factory import page_rows
 
 from courier_fast.data.dataset import Dataset
 from courier_fast.data.prepare import steps
-from courier_fast.data.prepare.events import time_columns
 from courier_fast.data.prepare.layouts import Columns, Source, generic
 from courier_fast.data.prepare.options import PrepareOptions, microseconds
+from courier_fast.data.prepare.rows import time_columns
 from courier_fast.data.prepare.run import prepare
-from courier_fast.data.read.times import look, read_dates
+from courier_fast.data.read.time_forms import time_form
+from courier_fast.data.read.times import read_dates
 from courier_fast.data.tables import write_shards
 
 EPOCH = datetime(1970, 1, 1)
@@ -84,7 +85,7 @@ def test_dates_are_read_in_every_form(text: str, moment: datetime | None) -> Non
 def read(values: Any, form: str | None = None, **how: Any) -> tuple[str, list[int | None]]:
     """What a column is, and its times in microseconds."""
     column = values if isinstance(values, pl.Series) else pl.Series(values)
-    found = look(column.alias("t").to_frame().lazy(), "t", "c.csv", form, **how)
+    found = time_form(column.alias("t").to_frame().lazy(), "t", "c.csv", form, **how)
     split = found.split(column).struct.unnest()
     parts = split["microsecond"]
     assert found.parts == bool((parts.fill_null(0) != 0).any())
@@ -319,7 +320,7 @@ def test_both_engines_write_the_same_times(tmp_path: Path) -> None:
     )
     source = Source("test", events=frame)
     assert source.ticks == M
-    rows, _, about = steps.read(frame, "events", source, 0, 10, source.ticks)
+    rows, _, about = steps.read([frame], "events", source, 0, 10, source.ticks)
     ticks = rows["time"]
     assert ticks.tolist() == [NOON * M + 400_000, (NOON - 1) * M]
     assert about["counts"]["time missing or unreadable"] == 1

@@ -13,8 +13,7 @@ from ...locations import local_path, location
 from ..read.times import FORMATS
 from ..tables import SHARD_BYTES, SHARD_ROWS
 from .layouts import LAYOUTS, Columns, Source, generic
-from .options import PrepareOptions
-from .pages import NEGATIVES
+from .options import NEGATIVES, PrepareOptions
 from .run import prepare
 
 
@@ -98,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory-gib",
         type=float,
         default=options.memory_gib,
-        help="GiB that sorting may take; more is faster",
+        help="GiB that sorting and other steps may take, about; more is faster",
     )
     add("--shard-rows", type=int, default=SHARD_ROWS, help="rows of a shard of a table")
     add(

@@ -20,7 +20,7 @@ from ..read.ids import label, text, written_as_floats
 from ..read.scan import (
     Schema,
     Table,
-    check,
+    check_columns,
     find,
     find_any,
     find_one,
@@ -30,7 +30,8 @@ from ..read.scan import (
     scan_lines,
     tables,
 )
-from ..read.times import TimeForm, check_format, look
+from ..read.time_forms import time_form
+from ..read.times import TimeForm, check_format
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ def _events(
     frame: pl.LazyFrame, path: Location, user: str, item: str, time: str, form: str | None = None
 ) -> pl.LazyFrame:
     frame = need(frame, path, user, item, time)
-    when = look(frame, time, path, form)
+    when = time_form(frame, time, path, form)
     ids = (_id(frame, path, c, n) for c, n in ((user, "user_id"), (item, "item_id")))
     return when.flat(frame.select(*ids, when.expression(time)))
 
@@ -173,12 +174,12 @@ def _offer(frame: pl.LazyFrame, column: str, path: Location, form: str | None) -
     """What first_seen or last_seen is: as times were said to be; where that does not fit, as it
     reads."""
     try:
-        return look(frame, column, path, form, any_date=True)
+        return time_form(frame, column, path, form, any_date=True)
     except ValueError:
         if form is None or form == "order":
             raise
         try:
-            return look(frame, column, path, any_date=True)
+            return time_form(frame, column, path, any_date=True)
         except ValueError:
             pass
         raise
@@ -215,7 +216,7 @@ def generic(
             frame = table.frame(c.user, c.item, c.time)
             return _events(frame, table.path, c.user, c.item, c.time, c.time_format)
         frame = table.frame(c.page, c.user, c.item, c.time, c.clicked)
-        when = look(frame, c.time, table.path, c.time_format)
+        when = time_form(frame, c.time, table.path, c.time_format)
         names = ((c.page, "page_id"), (c.user, "user_id"), (c.item, "item_id"))
         ids = (_id(frame, table.path, *of) for of in names)
         clicked = _truth(frame, table.path, c.clicked)
@@ -243,7 +244,7 @@ def _about(items: Location, c: Columns) -> dict[str, Any]:
     times = ("first_seen", "last_seen")
     there = {name for table in found for name in table.known([c.category, *times])}
     if c.category != Columns.category and c.category not in there:  # asked for by name
-        check(items, found[0].names or [c.item, *sorted(there)], [c.item, c.category])
+        check_columns(items, found[0].names or [c.item, *sorted(there)], [c.item, c.category])
     more = [name for name in (c.category, *times) if name in there]
     parts, unreadable = [], Counter[str]()
     for table in found:
@@ -422,7 +423,7 @@ def ebnerd(folder: Path) -> Source:
             "article_ids_clicked",
         )
         frame = need(scan(path), path, *columns)
-        when = look(frame, "impression_time", path)
+        when = time_form(frame, "impression_time", path)
         pages = frame.select(
             text("impression_id", "page_id"),
             text("user_id", "user_id"),

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from ..read.ids import one
 from ..read.times import SECOND, read_date
 from ..tables import SHARD_BYTES, SHARD_ROWS
-from .pages import NEGATIVES
+
+NEGATIVES = ("uniform", "popularity", "category")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class PrepareOptions:
         shrink: images whose short side is longer are scaled down to this many pixels; 0: bytes stay
             as they are.
         threads: threads that check images and sort; 0: one for each core.
-        memory_gib: GiB that sorting may take; more is faster.
+        memory_gib: GiB that sorting and other steps may take, about; more is faster.
         shard_rows, shard_bytes: rows of a shard of a table; bytes of images after which a shard is
             full.
     """

@@ -80,8 +80,8 @@ class PageIds:
         return out
 
 
-def look(rows: Mapping[str, Array], bounds: Array, ticks: int = 1) -> PageIds:
-    """At rows shown by user and page, with times in ticks of a second; bounds [pages + 1]: where
+def page_ids_of(rows: Mapping[str, Array], bounds: Array, ticks: int = 1) -> PageIds:
+    """Of rows shown by user and page, with times in ticks of a second; bounds [pages + 1]: where
     pages begin."""
     starts = bounds[:-1]
     if not len(starts):

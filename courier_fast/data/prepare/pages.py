@@ -7,16 +7,20 @@ events and the items, so that pages can be made in any order, anywhere.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 from numba import njit
 
-from .offers import come_by, kth_on_offer, on_offer
+from .offers import Offers, come_by, kth_on_offer, offers_of, on_offer
+from .options import NEGATIVES, PrepareOptions
+from .page_ids import PageIds, page_ids_of
 
 Array = npt.NDArray
-NEGATIVES = ("uniform", "popularity", "category")
 
 # Draws for a page before it keeps fewer negatives: _TRIES + _TRIES_PER_ITEM * its size.
 _TRIES, _TRIES_PER_ITEM = 100, 20
@@ -24,6 +28,12 @@ _GUESSES_PER_ITEM = 8
 
 # What becomes of a page; the last two are kept, too.
 KEPT, SHORT_HISTORY, REPEAT, NO_NEGATIVE, NO_CLICK, UNCLICKED, ALL_CLICKED = range(7)
+DROP_REASONS = {
+    SHORT_HISTORY: "fewer earlier events than --min-history",
+    REPEAT: "the user had the item before",
+    NO_NEGATIVE: "nothing else to show",
+    NO_CLICK: "nothing clicked",
+}
 
 
 class Events(NamedTuple):
@@ -35,6 +45,9 @@ class Events(NamedTuple):
         Array  # [E] int32: each user's events by item, then time, counted from the user's first
     )
     first: Array  # [U + 1] int64: a user's events are first[u] to first[u + 1]
+
+
+# ---- compiled: a page after another --------------------------------------------------------------
 
 
 @njit(cache=True, nogil=True)
@@ -170,7 +183,7 @@ def make_pages(  # type: ignore[no-untyped-def]
     items,
     clicked,
     counts,
-    fate,
+    status,
 ):
     """A page for each of some events: a function of the seed, the event, its user's events and the
     items on offer.
@@ -187,7 +200,7 @@ def make_pages(  # type: ignore[no-untyped-def]
         size: items of a page.
         history: [n, 2] out: rows of the events of all users.
         items, clicked: [n * size] out: the pages kept, without gaps.
-        counts, fate: [n] out: items of each page (0 where it is not kept); what became of it.
+        counts, status: [n] out: items of each page (0 where it is not kept); what became of it.
 
     Returns:
         How many items were written.
@@ -201,10 +214,10 @@ def make_pages(  # type: ignore[no-untyped-def]
         first = events.first[user]
         end = _before(events.time, first, row, time)
         if end - first < min_history:
-            fate[i] = SHORT_HISTORY
+            status[i] = SHORT_HISTORY
             continue
         if drop_repeats and _first_time(events, user, item) < time:
-            fate[i] = REPEAT
+            status[i] = REPEAT
             continue
         _seed(state, seed, base + row)
         page[0] = item
@@ -219,7 +232,7 @@ def make_pages(  # type: ignore[no-untyped-def]
                 )
             count = _draw_live(page, count, size, offers, 0, events, user, time, state)
         if count < 2:
-            fate[i] = NO_NEGATIVE
+            status[i] = NO_NEGATIVE
             continue
         place = _below(state, count)  # of the clicked item, which changes places with the one there
         page[0], page[place] = page[place], page[0]
@@ -227,7 +240,7 @@ def make_pages(  # type: ignore[no-untyped-def]
         clicked[written : written + count] = 0
         clicked[written + place] = 1
         written += count
-        counts[i], fate[i] = count, KEPT
+        counts[i], status[i] = count, KEPT
         history[i, 0], history[i, 1] = base + max(first, end - max_history), base + end
     return written
 
@@ -254,7 +267,7 @@ def given_pages(  # type: ignore[no-untyped-def]
     clicked,
     weight,
     counts,
-    fate,
+    status,
 ):
     """Pages that were shown, from rows of items that are grouped by page.
 
@@ -270,7 +283,7 @@ def given_pages(  # type: ignore[no-untyped-def]
         keep_unclicked: pages of which nothing or everything was clicked stay.
         weight: out, as `items`: of an item that was not clicked, how many such items of its page it
             stands for; 1 for the clicked.
-        page_user, page_time, history, items, clicked, counts, fate: out, as in `make_pages`.
+        page_user, page_time, history, items, clicked, counts, status: out, as in `make_pages`.
 
     Returns:
         How many items were written.
@@ -299,11 +312,11 @@ def given_pages(  # type: ignore[no-untyped-def]
         first, last = events.first[user[start]], events.first[user[start] + 1]
         end = _before(events.time, first, last, page_time[i])
         if clicks == 0 and not keep_unclicked:
-            fate[i] = NO_CLICK
+            status[i] = NO_CLICK
         elif clicks == shown and not keep_unclicked:
-            fate[i] = NO_NEGATIVE
+            status[i] = NO_NEGATIVE
         elif end - first < min_history:
-            fate[i] = SHORT_HISTORY
+            status[i] = SHORT_HISTORY
         else:
             _seed(state, seed, key[start])
             others, wanted = shown - clicks, max(size - clicks, 1)
@@ -323,6 +336,171 @@ def given_pages(  # type: ignore[no-untyped-def]
                     kept += 1
             written += kept
             counts[i] = kept
-            fate[i] = UNCLICKED if clicks == 0 else ALL_CLICKED if clicks == shown else KEPT
+            status[i] = UNCLICKED if clicks == 0 else ALL_CLICKED if clicks == shown else KEPT
             history[i, 0], history[i, 1] = base + max(first, end - max_history), base + end
     return written
+
+
+# ---- tables of pages -----------------------------------------------------------------------------
+
+
+class PageViews(NamedTuple):
+    """Page views that are kept, and what became of all."""
+
+    kept: Array  # [n] which of the candidates
+    user: Array  # [kept] as a row of the events' `first`
+    time: Array  # [kept]
+    history: Array  # [kept, 2] rows of the events of all users
+    counts: Array  # [kept] items
+    shown: list[Array]  # [items] of all pages: item, whether clicked, and of given pages weight
+    status: Array  # [n]
+    ids: PageIds = PageIds()  # of given pages
+
+    @property
+    def cut(self) -> int:
+        """Pages of which some items were left out."""
+        if len(self.shown) < 3 or not len(self.counts):
+            return 0
+        starts = np.cumsum(self.counts, dtype=np.int64) - self.counts
+        return int(np.count_nonzero(np.maximum.reduceat(self.shown[2], starts) > 1))
+
+
+class Market(NamedTuple):
+    """From when until when items are on offer, and what made pages draw from that."""
+
+    seen: Array  # [I, 2] int64
+    offers: Offers
+    kin: Offers  # by category, if that is asked for
+
+
+def market_of(
+    table: pl.DataFrame,
+    first_seen: Array,
+    last_seen: Array,
+    options: PrepareOptions,
+    ticks: int = 1,
+) -> Market:
+    # Most items of a long tail are sold once: they were on offer for longer than that second.
+    margin = round(86_400 * options.live_days) * ticks
+    first = first_seen - np.where(table["first_seen"].is_null(), margin, 0)
+    last = last_seen + np.where(table["last_seen"].is_null(), margin, 0)
+    offers = offers_of(first, last)
+    kin = offers
+    if options.negatives == "category":
+        if table["category"].is_null().all():
+            raise ValueError(
+                "negatives: category expects items with a category, "
+                f"got none of {len(table):,} with one"
+            )
+        group = table["category"].rank("dense").cast(pl.Int64).fill_null(0).to_numpy() - 1
+        kin = offers_of(first, last, group)
+    return Market(np.stack([first, last], 1), offers, kin)
+
+
+def pages_around(
+    rows: Array,
+    users: Array,
+    base: int,
+    before: Array,
+    events: Events,
+    market: Market,
+    pool: Array,
+    options: PrepareOptions,
+) -> PageViews:
+    """A page for each of some events; arguments as those of `make_pages`."""
+    n, size = len(rows), options.page_size
+    history = np.zeros((n, 2), np.int64)
+    shown, clicked = np.zeros(n * size, np.int32), np.zeros(n * size, np.uint8)
+    counts, status = np.zeros((2, n), np.int32)
+    written = make_pages(
+        rows,
+        users,
+        base,
+        before,
+        events,
+        *market,
+        pool,
+        NEGATIVES.index(options.negatives),
+        size,
+        options.min_history,
+        options.max_history,
+        options.repeats == "drop",
+        options.seed,
+        history,
+        shown,
+        clicked,
+        counts,
+        status,
+    )
+    kept = ~np.isin(status, list(DROP_REASONS))
+    return PageViews(
+        kept,
+        users[kept],
+        events.time[rows[kept]],
+        history[kept],
+        counts[kept],
+        [shown[:written], clicked[:written]],
+        status,
+    )
+
+
+def page_bounds(rows: Mapping[str, Array]) -> Array:
+    """[pages + 1] where pages begin in rows that are by user and page."""
+    total = len(rows["user"])
+    new = np.ones(total, bool)
+    new[1:] = np.any([rows[k][1:] != rows[k][:-1] for k in ("user", "page")], axis=0)
+    return np.append(np.flatnonzero(new), total)
+
+
+def pages_shown(
+    rows: Mapping[str, Array],
+    base: int,
+    events: Events,
+    options: PrepareOptions,
+    ticks: int = 1,
+) -> PageViews:
+    """Pages, by user and page, of rows shown (user, page, item, time, clicked, so sorted)."""
+    bounds, total = page_bounds(rows), len(rows["user"])
+    n = len(bounds) - 1
+    user, time, history = np.zeros(n, np.int32), np.zeros(n, np.int64), np.zeros((n, 2), np.int64)
+    shown = [np.zeros(total, kind) for kind in (np.int32, np.uint8, np.float32)]
+    counts, status = np.zeros((2, n), np.int32)
+    written = given_pages(
+        bounds,
+        *(rows[c] for c in ("user", "page", "item", "time", "clicked")),
+        base,
+        events,
+        options.page_size,
+        options.min_history,
+        options.max_history,
+        options.keep_unclicked,
+        options.seed,
+        user,
+        time,
+        history,
+        *shown,
+        counts,
+        status,
+    )
+    kept = ~np.isin(status, list(DROP_REASONS))
+    return PageViews(
+        kept,
+        user[kept],
+        time[kept],
+        history[kept],
+        counts[kept],
+        [column[:written] for column in shown],
+        status,
+        page_ids_of(rows, bounds, ticks),
+    )
+
+
+def by_item(user: Array, item: Array) -> Array:
+    """[n] each user's events by item, then time, counted from the user's first; for sorted events
+    of whole users."""
+    key = user.astype(np.int64) << 32 | item
+    return np.argsort(key, kind="stable") - np.searchsorted(user, user)
+
+
+def count_statuses(status: Array) -> Counter[int]:
+    return Counter(dict(enumerate(np.bincount(status, minlength=1).tolist())))

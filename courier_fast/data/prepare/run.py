@@ -1,9 +1,9 @@
 """`courier-fast prepare`: interactions, item metadata and an image folder -> the dataset folder of
 dataset.py.
 
-Nothing that grows with the number of events is held in memory. Rows are read in batches, ids become
-codes, and the codes go to the disk, where DuckDB sorts them, first by user, then by time. What
-stays in memory grows with users and items.
+Nothing that grows with the number of events is held in memory: steps (steps.py, their order
+plan.py) take parts of them, in threads of this process (in_threads.py) or as tasks of Ray
+(on_ray.py).
 """
 
 from __future__ import annotations
@@ -12,140 +12,27 @@ import logging
 import os
 import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from ...disk import bytes_under, new_map, size_text, writing
+from ...disk import bytes_under, size_text, writing
 from ...engines import ENGINES
 from ...locations import Location, location
 from ...output import DATASET, check_remote, new_folder
 from ..storage import delete_file, join
-from ..tables import copy_items, write_shards
-from . import on_disk, on_ray
-from .events import Items, Sorted, choose_items, id_array, read, sort_events, time_columns
+from . import plan
+from .in_threads import Threads
 from .layouts import Source
-from .on_disk import Sorter, Spool
+from .on_ray import on_ray
 from .options import PrepareOptions
-from .outcome import (
-    Outcome,
-    Pages,
-    count_fates,
-    dropped,
-    market_of,
-    nothing_read,
-    pages_around,
-    pages_shown,
-    say_page_ids,
-    splits_of,
-    write_about,
-)
-from .page_ids import PageIds
 
-Array = npt.NDArray
 log = logging.getLogger(__name__)
 
 # Bytes that a click takes at most until its page is written, and each item of that; and an item
 # shown (measured on 200,000 rows).
-_OF_CLICK, _OF_ITEM, _OF_SHOWN = 140, 10, 60
-
-
-# ---- pages ---------------------------------------------------------------------------------------
-
-
-class PageSpools:
-    """The tables pages and page_items while they grow."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        names = ("time", "history_start", "history_end", "pv_start", "pv_end")
-        kinds = {"user": np.int32, **dict.fromkeys(names, np.int64)}
-        self._columns = {n: Spool(folder / f"{name}-{n}", kind) for n, kind in kinds.items()}
-        of_item = (("item", np.int32), ("clicked", np.uint8), ("weight", np.float32))
-        self._shown = {n: Spool(folder / f"{name}-{n}", kind) for n, kind in of_item}
-        self.fates: Counter[int] = Counter()
-        self.cut = 0  # pages of which some items were left out
-        self.ids = PageIds()
-
-    def append(
-        self, user: Array, time: Array, history: Array, counts: Array, shown: Sequence[Array]
-    ) -> None:
-        """Adds pages; `shown` has items, whether they were clicked, and if some page may be cut
-        weights of all, `counts` of each."""
-        ends = self._shown["item"].rows + np.cumsum(counts, dtype=np.int64)
-        values = (user, time, history[:, 0], history[:, 1], ends - counts, ends)
-        for spool, column in zip(self._columns.values(), values, strict=True):
-            spool.append(column)
-        for spool, column in zip(self._shown.values(), shown, strict=False):
-            spool.append(column)
-
-    def columns(self) -> dict[str, Array]:
-        """Those of pages, mapped."""
-        return {name: spool.array() for name, spool in self._columns.items()}
-
-    def items(self) -> dict[str, Array]:
-        """Those of page_items, mapped; weights only where some page was cut."""
-        return {n: spool.array() for n, spool in self._shown.items() if n != "weight" or self.cut}
-
-    def add(self, pages: Pages) -> None:
-        """Adds those of some pages that are kept, and counts all."""
-        self.fates.update(count_fates(pages.fate))
-        self.cut += pages.cut
-        self.ids += pages.ids
-        self.append(pages.user, pages.time, pages.history, pages.counts, pages.shown)
-
-
-def pages_of_events(
-    sorted_: Sorted, items: Items, folder: Path, options: PrepareOptions
-) -> PageSpools:
-    """A page for each event, in order of time."""
-    events, total = sorted_.events, len(sorted_.events.item)
-    pages = PageSpools(folder, "made")
-    market = market_of(items.table, sorted_.first_seen, sorted_.last_seen, options, items.ticks)
-    popular = options.negatives == "popularity"
-    pool = np.zeros(0, np.int32)
-    if popular and total:
-        pool = new_map(folder / "pool", np.int32, (total,))
-    done, last_time, began = 0, np.iinfo(np.int64).min, 0
-    for rows in sorted_.sorter.by_time(events.time):
-        users = np.searchsorted(events.first, rows, side="right") - 1
-        before = np.zeros(0, np.int64)
-        if popular:
-            pool[done : done + len(rows)] = events.item[rows]
-            times = events.time[rows]
-            # A moment can have begun in the last part.
-            same = done + np.searchsorted(times, times)
-            before = np.where(times == last_time, began, same)
-            last_time, began = times[-1], before[-1]
-        done += len(rows)
-        pages.add(pages_around(rows, users, 0, before, events, market, pool, options))
-    return pages
-
-
-def pages_of_impressions(
-    sorted_: Sorted, folder: Path, options: PrepareOptions, ticks: int
-) -> PageSpools:
-    """The pages shown, in order of time."""
-    unordered = PageSpools(folder, "given")
-    for rows in sorted_.shown():
-        unordered.add(pages_shown(rows, 0, sorted_.events, options, ticks))
-    pages = PageSpools(folder, "ordered")
-    pages.fates, pages.cut, pages.ids = unordered.fates, unordered.cut, unordered.ids
-    old, of_all = unordered.columns(), unordered.items()
-    for places in sorted_.sorter.by_time(old["time"]):
-        starts = old["pv_start"][places]
-        counts = old["pv_end"][places] - starts
-        shown = [copy_items(starts, counts, column) for column in of_all.values()]
-        history = np.stack([old["history_start"][places], old["history_end"][places]], 1)
-        pages.append(old["user"][places], old["time"][places], history, counts, shown)
-    return pages
-
-
-# ---- all of it -----------------------------------------------------------------------------------
+_OF_CLICK, _OF_ITEM, _OF_SHOWN = 140, 10, 64
 
 
 def prepare(
@@ -189,6 +76,8 @@ def prepare(
             f"ebnerd), got {source.layout} with clicks alone: its pages are "
             "made around them"
         )
+    if source.events is None and source.impressions is None:
+        raise ValueError("source: expected events or impressions, got neither")
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {ENGINES}, got {engine!r}")
     out, images = location(out), None if images is None else location(images)
@@ -197,17 +86,22 @@ def prepare(
         "listed": source.files,
         "overwrite": options.overwrite,
     }
-    need = _Need(options)
+    need = _Need(options, source)
 
     for text in source.notes:
         log.warning("%s", text)
 
     def write(folder: Location, scratch: Path, begin: Callable[[], None]) -> dict[str, Any]:
+        def begins(rows: int) -> None:
+            need.rows = 0 if engine == "ray" else rows  # Ray has its own place for them
+            begin()
+
         if engine == "ray":
-            return on_ray.write(folder, source, images, options, ray_address, begin)
-        threads = options.threads or len(os.sched_getaffinity(0))
-        with closing(Sorter(scratch, options.memory_gib, threads)) as sorter:
-            return _write(folder, scratch, sorter, source, images, options, begin, need)
+            with on_ray(ray_address) as tasks:
+                return plan.write(tasks, folder, source, images, options, begins)
+        cores = options.threads or len(os.sched_getaffinity(0))
+        with closing(Threads(scratch, options.memory_gib, cores)) as threads:
+            return plan.write(threads, folder, source, images, options, begins)
 
     if isinstance(out, Path):
         with new_folder(out, DATASET, **rule, need=need) as folder:
@@ -231,8 +125,9 @@ def prepare(
 class _Need:
     """What the message about a full disk says of the space that is needed."""
 
-    def __init__(self, options: PrepareOptions) -> None:
-        self.options, self.folder, self.rows, self.shown = options, Path(), 0, False
+    def __init__(self, options: PrepareOptions, source: Source) -> None:
+        self.options, self.shown = options, source.impressions is not None
+        self.folder, self.rows = Path(), 0
 
     def __call__(self) -> str:
         written = bytes_under(self.folder)
@@ -244,86 +139,3 @@ class _Need:
         return (
             f"{text} and needs about {size_text(least)} for {self.rows:,} rows, besides the images"
         )
-
-
-def _write(
-    folder: Location,
-    scratch: Path,
-    sorter: Sorter,
-    source: Source,
-    images: Location | None,
-    options: PrepareOptions,
-    begin: Callable[[], None],
-    need: _Need,
-) -> dict[str, Any]:
-    log.info("reading %s", ", ".join(str(f) for f in source.files) or "the source")
-    raw = read(source, sorter)
-    if not raw.items.count:
-        raise ValueError(nothing_read(source.files, raw.counts))
-    need.rows = sum(c["read"] for c in raw.counts.values())
-    need.shown = source.impressions is not None
-    begin()
-    log.info("items%s", f", images of {images}" if images else "")
-    items = choose_items(raw, source, images, folder, options)
-    log.info("sorting")
-    sorted_ = sort_events(raw, items, scratch)
-    log.info("pages")
-    if source.impressions is not None:
-        pages = pages_of_impressions(sorted_, scratch, options, items.ticks)
-    else:
-        pages = pages_of_events(sorted_, items, scratch, options)
-    notes = say_page_ids(pages.ids, pages.fates, lambda user: str(sorted_.user_ids[user]))
-
-    columns, shown = pages.columns(), pages.items()
-    splits = splits_of(columns["time"], dropped(pages.fates), options, items.ticks)
-    log.info("writing")
-    train_end = int(columns["pv_end"][splits["train"][1] - 1])
-    events = sorted_.events
-    tables: dict[str, dict[str, Any]] = {
-        "users": {"user_id": id_array(sorted_.user_ids)},
-        "items": items.columns(
-            _clicks(shown, train_end, len(items.table)), sorted_.first_seen, sorted_.last_seen
-        ),
-        "events": {"item": events.item, **time_columns(events.time, items.ticks)},
-        "pages": columns | time_columns(columns["time"], items.ticks),
-        "page_items": shown,
-    }
-    shards = {n: write_shards(folder, n, of, options.shard_rows) for n, of in tables.items()}
-    if images is not None:
-        shards["images"] = items.shards
-    outcome = Outcome(
-        raw.counts,
-        len(sorted_.user_ids),
-        len(items.table),
-        None if images is None else items.images(),
-        len(events.item),
-        columns["time"],
-        len(shown["item"]),
-        splits,
-        _history_lengths(columns, options.max_history),
-        pages.cut,
-        pages.fates,
-        items.ticks,
-        [*source.notes, *items.notes, *notes],
-        pages.ids.counts(),
-    )
-    return write_about(folder, source, images, options, outcome, shards)
-
-
-def _clicks(shown: dict[str, Array], end: int, items: int) -> Array:
-    """[items] clicks among the first `end` rows, a part at a time: the columns are on the disk."""
-    clicks = np.zeros(items, np.int64)
-    for start in range(0, end, on_disk.PART):
-        part = slice(start, min(start + on_disk.PART, end))
-        clicks += np.bincount(shown["item"][part][shown["clicked"][part] == 1], minlength=items)
-    return clicks
-
-
-def _history_lengths(columns: dict[str, Array], longest: int) -> Array:
-    """[longest + 1] pages by the length of their history."""
-    lengths = np.zeros(longest + 1, np.int64)
-    for start in range(0, len(columns["time"]), on_disk.PART):
-        part = slice(start, start + on_disk.PART)
-        length = columns["history_end"][part] - columns["history_start"][part]
-        lengths += np.bincount(length, minlength=len(lengths))
-    return lengths

@@ -1,5 +1,5 @@
-"""The steps of `prepare --engine ray`, as functions of tables: what one returns depends on its
-arguments alone, so any process can run it, again where one died.
+"""The steps of `prepare`, as functions of tables: what one returns depends on its arguments alone,
+so any process can run it, again where one died. plan.py has their order.
 
 A table is a dict of columns, NumPy arrays or Arrow text. Rows of events carry codes of users and
 items; what the codes mean goes with each table.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,20 @@ from ...locations import Location
 from ..images.files import Paths
 from ..read.times import SECOND
 from ..tables import copy_items, write_images, write_shard
-from .events import Ids, batches, buffers, clean, text, time_columns
 from .images import check_images
 from .layouts import Source
 from .options import PrepareOptions
-from .outcome import Market, Pages, by_item, count_fates, page_bounds, pages_around, pages_shown
-from .pages import Events
+from .pages import (
+    Events,
+    Market,
+    PageViews,
+    by_item,
+    count_statuses,
+    page_bounds,
+    pages_around,
+    pages_shown,
+)
+from .rows import arrow_text, batches, buffers, clean, coded, time_columns
 
 Array = npt.NDArray
 Columns = dict[str, Any]
@@ -75,14 +83,19 @@ def _search(offsets, data, wanted_offsets, wanted):  # type: ignore[no-untyped-d
 
 def union(*ids: pa.Array) -> pa.Array:
     """All ids, sorted."""
-    return text(pl.concat([pl.Series("id", part, pl.String) for part in ids]).unique().sort())
+    return arrow_text(pl.concat([pl.Series("id", part, pl.String) for part in ids]).unique().sort())
 
 
 # ---- from rows of the source to events by user ---------------------------------------------------
 
 
 def read(
-    frame: pl.LazyFrame, table: str, source: Source, number: int, block: int, ticks: int = 1
+    frames: Sequence[pl.LazyFrame],
+    table: str,
+    source: Source,
+    number: int,
+    block: int,
+    ticks: int = 1,
 ) -> Iterator[Any]:
     """Three for each block of `block` rows: those that can be used; the ids of its items; counts,
     and a sample of its users.
@@ -92,7 +105,7 @@ def read(
     """
     held: list[pl.DataFrame] = []
     rows, place = 0, number << 40  # rows shown stay in the order of the source
-    for batch in batches(frame, table, source):
+    for batch in chain.from_iterable(batches(f, table, source) for f in frames):
         held.append(batch)
         rows += len(batch)
         while rows >= block:
@@ -106,16 +119,15 @@ def read(
 def _block(batch: pl.DataFrame, place: int, ticks: int) -> Iterator[Any]:
     counts: Counter[str] = Counter()
     known = clean(batch, counts, ticks)
-    users, items = Ids(), Ids()
-    user, item = users.codes(known["user_id"]), items.codes(known["item_id"])
+    user, users = coded(known["user_id"])
+    item, items = coded(known["item_id"])
     rows = {"user": user, "item": item, "time": known["time"].to_numpy()}
     if "page" in known.columns:
         rows |= {n: known[n].to_numpy() for n in ("page", "clicked")}
         rows["place"] = np.arange(place, place + len(known))
-    names = users.all()
-    yield {"users": text(names), **rows}
-    yield text(items.all())
-    yield {"counts": counts, "rows": len(known), "users": text(names[_sampled(user)])}
+    yield {"users": arrow_text(users), **rows}
+    yield arrow_text(items)
+    yield {"counts": counts, "rows": len(known), "users": arrow_text(users[_sampled(user)])}
 
 
 def _sampled(column: Array) -> Array:
@@ -213,42 +225,37 @@ def _cuts(time: Array, row: Array, bounds: tuple[Array, Array]) -> Array:
     return np.array([*cuts, len(time)])
 
 
-def _together(pieces: Sequence[Mapping[str, Array]]) -> Columns:
+def together(*pieces: Mapping[str, Array]) -> Columns:
+    """One table of several."""
     return {n: np.concatenate([p[n] for p in pieces]) for n in pieces[0]}
 
 
 def to_moments(events: Columns, base: int, bounds: tuple[Array, Array]) -> list[Any]:
-    """Times and items of events, by time, cut at `bounds`; and their bytes."""
+    """Times and items of events, by time, cut at `bounds`; their bytes, and how many there are."""
     order = np.argsort(events["time"], kind="stable")
     columns = {n: events[n][order] for n in ("time", "item")}
     cuts = _cuts(columns["time"], order + base, bounds)
     out = [{n: c[a:b] for n, c in columns.items()} for a, b in pairwise(cuts)]
-    return [*out, nbytes(columns)]
+    return [*out, {"bytes": nbytes(columns), "rows": np.diff(cuts)}]
 
 
-def moments(*pieces: Columns) -> Columns:
-    """Items in order of time, then row; the times there are, and events at each."""
-    events = _together(pieces)
+def moments(base: int, *pieces: Columns) -> tuple[Columns, Columns]:
+    """Items in order of time, then row; the times there are, and the events before each, `base` of
+    them before these."""
+    events = together(*pieces)
     order = np.argsort(events["time"], kind="stable")
     times, counts = np.unique(events["time"], return_counts=True)
-    return {"item": events["item"][order], "time": times, "count": counts}
+    # Where a moment is cut in two, its first part is met.
+    before = base + np.cumsum(counts) - counts
+    return {"item": events["item"][order]}, {"time": times, "before": before}
 
 
-def join_moments(*parts: Columns) -> tuple[Array, Columns]:
-    """[E] items of all events by time; the times there are, and the events before each."""
-    together = _together(parts)
-    counts = together["count"]
-    # A moment can be cut in two: then its first part is met.
-    times, first = np.unique(together["time"], return_index=True)
-    return together["item"], {"time": times, "before": (np.cumsum(counts) - counts)[first]}
-
-
-def make(
+def pages_of_users(
     events: Columns,
     shown: Columns | None,
     bases: tuple[int, int, int],
     market: Market | None,
-    pool: Array | None,
+    pool: Columns | None,
     past: Columns | None,
     bounds: tuple[Array, Array],
     options: PrepareOptions,
@@ -268,16 +275,16 @@ def make(
         before = np.zeros(0, np.int64)
         if past is not None:
             before = past["before"][np.searchsorted(past["time"], events["time"])]
-        items = np.zeros(0, np.int32) if pool is None else pool
+        items = np.zeros(0, np.int32) if pool is None else pool["item"]
         rows = np.arange(len(users))
         pages = pages_around(rows, users, of_event, before, of_users, market, items, options)
     return [*_pieces(pages, of_user, of_page, bounds), _about(pages, of_user)]
 
 
-def _about(pages: Pages, of_user: int) -> dict[str, Any]:
+def _about(pages: PageViews, of_user: int) -> dict[str, Any]:
     columns = (pages.time, pages.user.astype(np.int32), pages.history, pages.counts, *pages.shown)
     return {
-        "fates": count_fates(pages.fate),
+        "statuses": count_statuses(pages.status),
         "cut": pages.cut,
         "ids": pages.ids.moved(of_user),
         "bytes": sum(c.nbytes for c in columns),
@@ -285,7 +292,7 @@ def _about(pages: Pages, of_user: int) -> dict[str, Any]:
 
 
 def _pieces(
-    pages: Pages, of_user: int, of_page: int, bounds: tuple[Array, Array]
+    pages: PageViews, of_user: int, of_page: int, bounds: tuple[Array, Array]
 ) -> Iterator[Columns]:
     order = np.argsort(pages.time, kind="stable")
     counts = pages.counts[order]
@@ -308,9 +315,9 @@ def _pieces(
 
 
 def by_time(options: PrepareOptions, *pieces: Columns) -> tuple[Columns, Columns, Columns]:
-    """Pages in order of time, whose items are counted from the first of these; their items; how
+    """PageViews in order of time, whose items are counted from the first of these; their items; how
     many there are, and pages by length of history."""
-    old = _together(pieces)
+    old = together(*pieces)
     order = np.argsort(old["time"], kind="stable")
     ends = np.cumsum(old["count"], dtype=np.int64)
     counts = old["count"][order]
@@ -327,7 +334,7 @@ def by_time(options: PrepareOptions, *pieces: Columns) -> tuple[Columns, Columns
     return pages, items, {"pages": len(order), "items": len(items["item"]), "lengths": lengths}
 
 
-def clicked(items: Columns, end: int) -> Columns:
+def count_clicks(items: Columns, end: int) -> Columns:
     """Items clicked among the first `end` rows, and how often."""
     rows = items["item"][:end][items["clicked"][:end] == 1]
     found, clicks = np.unique(rows, return_counts=True)
@@ -371,12 +378,14 @@ def write_rows(
             else:
                 columns[name] = pa.concat_arrays(pieces).cast(pa.string())
         if len(stored) < len(names):
-            columns |= {n: c[:] for n, c in time_columns(columns["time"], SECOND).items()}
+            columns |= time_columns(columns["time"], SECOND)
         entries.append(write_shard(folder, table, number, columns))
     return entries
 
 
-def check(paths: Sequence[Paths | None], options: PrepareOptions) -> tuple[pa.Array, Columns]:
+def usable_images(
+    paths: Sequence[Paths | None], options: PrepareOptions
+) -> tuple[pa.Array, Columns]:
     """The usable images of some files; height, width and bytes (0 without one) of each, and the
     reason where there is none."""
     found = list(check_images(paths, shrink=options.shrink, threads=1))

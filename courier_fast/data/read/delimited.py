@@ -19,6 +19,7 @@ from ...locations import Location
 from ..storage import local_copy
 
 PIECE = 1 << 24  # bytes
+_FIRST = 1 << 20  # bytes of the first: who asks for a few rows reads no more
 _LONGEST = 1 << 28  # bytes of a row; an unclosed quote makes one of the rest of the file
 _HEADER = 1 << 20  # bytes of a header
 _SEPARATORS = ",;\t|"
@@ -105,8 +106,9 @@ class Delimited:
         with open_bytes(self.path) as file:
             file.read(self.skip)
             line, rest = self.lines + 1, b""
-            while block := file.read(PIECE):
-                data = rest + block
+            size = min(_FIRST, PIECE)
+            while block := file.read(size):
+                data, size = rest + block, PIECE
                 end = self._last_end(data)
                 if not end and len(data) > _LONGEST:
                     raise ValueError(

@@ -101,11 +101,11 @@ def short(error: BaseException) -> str:
 
 def need(frame: pl.LazyFrame, path: Location, *columns: str) -> pl.LazyFrame:
     """The frame; ValueError naming the columns that are not there and those that are."""
-    check(path, frame.collect_schema().names(), columns)
+    check_columns(path, frame.collect_schema().names(), columns)
     return frame
 
 
-def check(path: Location, found: Sequence[str], columns: Sequence[str]) -> None:
+def check_columns(path: Location, found: Sequence[str], columns: Sequence[str]) -> None:
     """ValueError naming the columns that are not there once, and what may have been meant."""
     missing = [c for c in columns if c not in found]
     if missing:
@@ -145,7 +145,7 @@ class Table:
         path: as it was given.
         schema: the columns in it.
         read: some of them, in batches.
-        partitions: columns that its folders' names hold, such as day=2020-09-01, with their value.
+        hive_columns: what its folders' names hold, such as day=2020-09-01, by column.
         names: of the columns in it; one may be there twice.
         any_column: whether columns are known only when all rows are read: JSON lines.
     """
@@ -153,13 +153,13 @@ class Table:
     path: Location
     schema: Schema
     read: Read
-    partitions: dict[str, str | None] = field(default_factory=dict)
+    hive_columns: dict[str, str | None] = field(default_factory=dict)
     names: Sequence[str] = ()
     any_column: bool = False
 
     def known(self, columns: Sequence[str]) -> set[str]:
         """Which of these it has. Of JSON lines, that have a value in some line: all are read."""
-        found = {c for c in columns if c in self.schema or c in self.partitions}
+        found = {c for c in columns if c in self.schema or c in self.hive_columns}
         if self.any_column:
             others = [c for c in columns if c not in found]
             with reading(self.path):
@@ -173,15 +173,15 @@ class Table:
         ValueError where one is missing, is there twice or holds lists.
         """
         if self.any_column:
-            inside = [c for c in columns if c not in self.partitions]
-            others = [c for c in optional if c not in self.partitions]
+            inside = [c for c in columns if c not in self.hive_columns]
+            others = [c for c in optional if c not in self.hive_columns]
             read: Read = json_lines(self.path, {}, inside).read
             # Some field, for the number of rows, where folders name all columns.
             schema: Schema = dict.fromkeys([*inside, *others] or ["row"], pl.String)
         else:
             there = [c for c in optional if c in self.known(optional)]
-            found = [*self.names, *(p for p in self.partitions if p not in self.schema)]
-            check(self.path, found, [*columns, *there])
+            found = [*self.names, *(p for p in self.hive_columns if p not in self.schema)]
+            check_columns(self.path, found, [*columns, *there])
             read = self.read
             schema = {c: self.schema[c] for c in [*columns, *there] if c in self.schema}
         for name, kind in schema.items():
@@ -189,11 +189,11 @@ class Table:
                 raise ValueError(
                     f"{self.path}: expected text, numbers or times as {name}, got {kind}"
                 )
-        wanted = [c for c in (*columns, *optional) if c in self.partitions and c not in schema]
+        wanted = [c for c in (*columns, *optional) if c in self.hive_columns and c not in schema]
         if not schema and self.schema:  # for the number of rows
             schema = dict([next(iter(self.schema.items()))])
         frame = lazy(self.path, schema, read)
-        return frame.with_columns(pl.lit(self.partitions[c], pl.String).alias(c) for c in wanted)
+        return frame.with_columns(pl.lit(self.hive_columns[c], pl.String).alias(c) for c in wanted)
 
     def all(self) -> pl.LazyFrame:
         """All its columns."""
@@ -218,23 +218,23 @@ def lazy(path: Location, schema: Schema, read: Read) -> pl.LazyFrame:
     return register_io_source(batches, schema=schema)
 
 
-def open_table(path: Location, partitions: dict[str, str | None] | None = None) -> Table | None:
+def open_table(path: Location, hive_columns: dict[str, str | None] | None = None) -> Table | None:
     """A file as a table; None where it is an empty text file. ValueError where it is no table."""
     kind = kind_of(path)
     with reading(path):
         if kind == "parquet":
             columns = Parquet(path).columns()
             return Table(
-                path, dict(columns), Parquet(path).read, partitions or {}, [n for n, _ in columns]
+                path, dict(columns), Parquet(path).read, hive_columns or {}, [n for n, _ in columns]
             )
         if kind == "jsonl":
             source_of = json_lines(path, {})
-            return Table(path, {}, source_of.read, partitions or {}, any_column=True)
+            return Table(path, {}, source_of.read, hive_columns or {}, any_column=True)
         text = with_header(path, "\t" if kind == "tsv" else None)
     if text is None:
         return None
     return Table(
-        path, dict.fromkeys(text.names, pl.String), text.read, partitions or {}, text.names
+        path, dict.fromkeys(text.names, pl.String), text.read, hive_columns or {}, text.names
     )
 
 
@@ -340,7 +340,7 @@ def tables(paths: Sequence[Location]) -> list[Table]:
     for path in paths:
         with reading(path):
             if is_folder(path):
-                files += [(file, _partitions(folder)) for file, folder in _files(path)]
+                files += [(file, _hive_columns(folder)) for file, folder in _files(path)]
             else:
                 files.append((_there(path), {}))
     _warn_of_copies([file for file, _ in files])
@@ -444,7 +444,7 @@ def _walk(folder: Path, below: str, above: frozenset[tuple[int, int]] = frozense
     return found
 
 
-def _partitions(folder: str) -> dict[str, str | None]:
+def _hive_columns(folder: str) -> dict[str, str | None]:
     """day=2020-09-01/hour=07 as columns."""
     found: dict[str, str | None] = {}
     for part in folder.split("/"):

@@ -1,0 +1,123 @@
+"""Rows of the source, a batch at a time: those that can be used, with ids as codes and times in
+ticks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+from numba import njit
+
+from ..read import truth
+from ..read.ids import missing
+from ..read.scan import reading, some
+from .layouts import Source
+from .pages import mix
+
+Array = npt.NDArray
+
+BATCH = 1 << 19  # rows that are read at once
+MAX_ID = 1024  # bytes; a longer "id" is something else, an unclosed quote for example
+
+
+def coded(ids: pl.Series) -> tuple[Array, pl.Series]:
+    """[n] int32 the codes of ids, in order of first use; and each id once, by code."""
+    codes = ids.cast(pl.Categorical(pl.Categories.random())).to_physical()
+    each = pl.DataFrame({"id": ids, "code": codes}).unique("code").sort("code")
+    assert not len(each) or each["code"][-1] == len(each) - 1
+    return codes.to_numpy().astype(np.int32), each["id"]
+
+
+def arrow_text(ids: pl.Series) -> pa.LargeStringArray:
+    """As an Arrow array."""
+    return ids.to_arrow(compat_level=pl.CompatLevel.oldest())
+
+
+def buffers(ids: pa.Array) -> tuple[Array, Array]:
+    """Where each id begins, and the last ends, in the bytes of all."""
+    _, offsets, data = ids.buffers()
+    where = np.zeros(1, np.int64)
+    if len(ids):
+        where = np.frombuffer(offsets, np.int64)[ids.offset : ids.offset + len(ids) + 1]
+    letters = np.frombuffer(data or b"", np.uint8)
+    for array in (where, letters):
+        array.flags.writeable = False  # one type for the compiler
+    return where, letters
+
+
+def hash_ids(ids: pl.Series) -> pl.Series:
+    """[n] uint64, of the bytes alone: the same with every version of every library."""
+    return pl.Series("page", _hash(*buffers(arrow_text(ids))))
+
+
+@njit(cache=True, nogil=True)
+def _hash(offsets, data):  # type: ignore[no-untyped-def]
+    """FNV-1a (Fowler, Noll, Vo), mixed."""
+    out = np.empty(len(offsets) - 1, np.uint64)
+    for i in range(len(out)):
+        value = np.uint64(0xCBF29CE484222325)
+        for b in range(offsets[i], offsets[i + 1]):
+            value = (value ^ np.uint64(data[b])) * np.uint64(0x00000100000001B3)
+        out[i] = mix(value)
+    return out
+
+
+def batches(frame: pl.LazyFrame, table: str, source: Source) -> Iterator[pl.DataFrame]:
+    """The rows of events or shown, a batch at a time, in order."""
+    columns = ["user_id", "item_id", "time"] + ["page_id", "clicked"] * (table == "shown")
+    columns += ["microsecond"] * ("microsecond" in frame.collect_schema())
+    with reading(some([str(f) for f in source.files]) or "the source"):
+        yield from frame.select(columns).collect_batches(
+            chunk_size=BATCH, maintain_order=True, engine="streaming"
+        )
+
+
+def clean(batch: pl.DataFrame, counts: Counter[str], ticks: int = 1) -> pl.DataFrame:
+    """The rows that can be used: user_id, item_id, time (in ticks, `ticks` of them a second), and
+    of impressions page (uint64, of its id) and clicked (uint8). Counts the others."""
+    names = [n for n in ("user_id", "item_id", "page_id") if n in batch.columns]
+    counts["read"] += len(batch)
+    known = batch.filter(pl.all_horizontal(pl.col(n).is_not_null() for n in names))
+    counts["no user, item or page id"] += len(batch) - len(known)
+    for name in names:
+        words = missing(known[name])
+        if words.any():
+            for word, count in known.filter(words)[name].value_counts().sort(name).iter_rows():
+                counts[f'a missing id, {name} "{word}"'] += count
+            known = known.filter(~words)
+    short = known.filter(pl.all_horizontal(pl.col(n).str.len_bytes() <= MAX_ID for n in names))
+    counts[f"an id of over {MAX_ID:,} bytes"] += len(known) - len(short)
+    batch = _in_ticks(short, ticks).filter(pl.col("time").is_not_null())
+    counts["time missing or unreadable"] += len(short) - len(batch)
+    if "page_id" in names:
+        clicked = truth.read(batch["clicked"])
+        counts[truth.UNKNOWN] += clicked.null_count()
+        batch = batch.select(
+            "user_id",
+            "item_id",
+            "time",
+            page=pl.col("page_id").map_batches(hash_ids, pl.UInt64),
+            clicked=clicked.fill_null(False).cast(pl.UInt8),
+        )
+    return batch
+
+
+def _in_ticks(rows: pl.DataFrame, ticks: int) -> pl.DataFrame:
+    """With time in ticks; null where that leaves int64."""
+    if ticks == 1:
+        return rows
+    time, limit = pl.col("time"), np.iinfo(np.int64).max // ticks - 1
+    part = pl.col("microsecond").fill_null(0) if "microsecond" in rows.columns else 0
+    return rows.with_columns(time=pl.when(time.abs() < limit).then(time * ticks + part))
+
+
+def time_columns(ticks_of: Array, ticks: int) -> dict[str, Array]:
+    """The columns of times of a table of the dataset: time in whole seconds, and with parts of a
+    second microsecond."""
+    if ticks == 1:
+        return {"time": ticks_of}
+    return {"time": ticks_of // ticks, "microsecond": (ticks_of % ticks).astype(np.int32)}
