@@ -22,6 +22,7 @@ import pytest
 import torch
 from dataset_factory import make_dataset
 from safetensors.torch import load_file
+from spawn import run_script
 from test_train_processes import in_one_process
 from torch import Tensor, nn
 from train_factory import metrics, settings
@@ -163,8 +164,7 @@ def torchrun(world: int, *command: str, restarts: int = 0) -> str:
 
 
 def on_processes(world: int, cases: list[Case], folder: Path) -> None:
-    (folder / "worker.py").write_text(WORKER)
-    torchrun(world, str(folder / "worker.py"), json.dumps(cases), str(folder))
+    run_script(WORKER, world, folder, json.dumps(cases), str(folder))
 
 
 def base_of_all(factory: pytest.TempPathFactory) -> Path:
@@ -257,6 +257,7 @@ def test_blocks_and_what_is_sharded() -> None:
     parameters are in matrices."""
     import timm
 
+    @cache
     def make(name: str) -> nn.Module:
         with torch.device("meta"):
             return timm.create_model(name, num_classes=0)
