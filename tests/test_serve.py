@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,14 +60,16 @@ def run(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def exported(run: Path) -> Path:
     out = run.parent / "export"
-    export(
-        run,
-        out,
-        licence="apache-2.0",
-        precisions=["float32", "float16", "int8"],
-        dataset=run.parent / "shop",
-        photos=24,
-    )
+    with pytest.MonkeyPatch.context() as patch:  # it takes as long as it is told to
+        patch.setattr("courier_fast.serve.export.speed", partial(speed, rounds=3, seconds=0.02))
+        export(
+            run,
+            out,
+            licence="apache-2.0",
+            precisions=["float32", "float16", "int8"],
+            dataset=run.parent / "shop",
+            photos=24,
+        )
     return out
 
 
