@@ -63,6 +63,7 @@ FIRST = (
     "test_train_processes.py",
     "test_train.py",
     "test_compile.py",
+    "test_bounds.py",  # it also imports Dynamo
     "test_serve.py",
     "test_quickstart.py",
     "test_property.py",
