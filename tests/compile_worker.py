@@ -65,15 +65,19 @@ def cases(which: str, capability: int) -> list[Any]:
     return launches_of(which, capability)
 
 
-def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
-    which, index, capability = job
-    case = cases(which, capability)[index]
-    result: dict[str, Any] = {"which": which, "name": case.name, "capability": capability}
+# Kernels whose loop over columns or candidates is counted, which takes a disassembly of each.
+COUNTED = ("contrast", "packed_scores", "packed_columns", "packed_history")
+# Launch and capability by what it compiles to: several labels have some in common.
+JOBS: dict[tuple[str, int], Any] = {}  # forked processes have them
+
+
+def compile_one(job: tuple[str, int]) -> dict[str, Any]:
+    case, capability = JOBS[job], job[1]
+    result: dict[str, Any] = {"name": case.name, "capability": capability}
     result["needs_wgmma"] = case.needs_wgmma
     result["constexprs"] = {k: x for k, x in case.constexprs.items() if isinstance(x, bool | int)}
     try:
-        # Where the hot loop matters it is disassembled, which takes longer.
-        hot = capability == 90 and case.name == "contrast"
+        hot = capability == 90 and case.name in COUNTED
         found = compiled(case, capability, with_loop=hot)
     except Exception as error:  # one kernel that does not compile must not hide the others
         return result | {"error": f"{type(error).__name__}: {error}"[:2000]}
@@ -88,10 +92,17 @@ def main() -> None:
     which, workers, *capabilities = sys.argv[1:]
     torch.set_num_threads(1)  # a forked process would wait forever for the threads of this one
     targets = [int(c) for c in capabilities]
-    jobs = [(w, i, c) for w in which.split(",") for c in targets for i in range(len(cases(w, c)))]
+    asked = [
+        (label, (getattr(case, "key", case.name), target), case)
+        for label in which.split(",")
+        for target in targets
+        for case in cases(label, target)
+    ]
+    JOBS.update((job, case) for _, job, case in asked)
     context = multiprocessing.get_context("fork")  # a spawned process would import torch again
     with ProcessPoolExecutor(int(workers), mp_context=context) as pool:
-        json.dump(list(pool.map(compile_one, jobs)), sys.stdout)
+        found = dict(zip(JOBS, pool.map(compile_one, JOBS), strict=True))
+    json.dump([{"which": label} | found[job] for label, job, _ in asked], sys.stdout)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -52,6 +53,31 @@ def own_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+# Files with tests of many seconds, which begin first: a worker takes from another what is at its
+# end, so that all workers come to theirs together.
+FIRST = (
+    "test_remote.py",
+    "test_train_shard.py",
+    "test_dry_run.py",
+    "test_compile_targets.py",
+    "test_train_processes.py",
+    "test_train.py",
+    "test_compile.py",
+    "test_bounds.py",  # it also imports Dynamo
+    "test_serve.py",
+    "test_quickstart.py",
+    "test_property.py",
+    "test_processes.py",
+)
+
+
+def place(item: pytest.Item) -> tuple[bool, int]:
+    """Tests with Ray before all others, one after the other, as they share its start."""
+    name = item.path.name
+    with_ray = "ray" in getattr(item, "fixturenames", ())
+    return not with_ray, FIRST.index(name) if name in FIRST else len(FIRST)
+
+
 LEFT_OUT = pytest.StashKey[dict[str, int]]()  # how many tests of which kind
 
 
@@ -78,6 +104,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if asked - met and not any("::" in argument for argument in config.args):
         test, value = min(asked - met, key=str)
         raise pytest.UsageError(f"{test}: short: expected values of its parameters, got {value!r}")
+    items.sort(key=place)
     if config.option.markexpr:
         return
     only, here = config.getoption("--long"), config.invocation_params.dir
@@ -138,11 +165,22 @@ def pytest_report_header() -> list[str]:
     return [f"courier_fast: torch {torch.__version__}, implementations on {DEVICES}"]
 
 
-@pytest.fixture(scope="module")
-def ray(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Ray on this machine, for a module of tests, which its workers cannot import."""
+RAY = ExitStack()
+
+
+@pytest.fixture
+def ray(request: pytest.FixtureRequest) -> Any:
+    """Ray on this machine, started by the first of the tests that have it. Its workers cannot
+    import the module of a test."""
     from courier_fast.engines import connected
 
-    with connected() as module:
-        module.cloudpickle.register_pickle_by_value(request.module)
-        yield module
+    module = RAY.enter_context(connected())
+    module.cloudpickle.register_pickle_by_value(request.module)
+    return module
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Ray ends where no test with it follows."""
+    if "ray" not in getattr(nextitem, "fixturenames", ()):
+        RAY.close()

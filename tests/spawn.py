@@ -5,10 +5,13 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,10 @@ from factories import poison
 
 GROUP_TIMEOUT = 60.0
 
-# A server that has imported torch and no more: its children begin at once, and have no threads of
-# ours.
+# A server that has imported torch, timm and no more: its children begin at once, and have no
+# threads of ours.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "factories"])
+_context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "timm", "factories"])
 
 
 def spawn(
@@ -101,6 +104,54 @@ def _child(
     # Everything is in files: taking the group down, PyTorch's threads of gloo may abort a process
     # on a busy machine.
     os._exit(0)
+
+
+def run_script(source: str, size: int, folder: Path, *arguments: str, seconds: float = 240) -> None:
+    """A script on `size` processes, with the environment that torchrun gives them.
+
+    AssertionError with what all of them have printed as soon as one fails.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size}
+    about |= {"LOCAL_WORLD_SIZE": size, "OMP_NUM_THREADS": 1}
+    processes = {}
+    for rank in range(size):
+        environment = {k: str(v) for k, v in (about | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        process = _context.Process(
+            target=_script,
+            args=(source, arguments, environment, folder / f"printed-{rank}.txt"),
+            daemon=True,
+        )
+        process.start()
+        processes[process.sentinel] = process
+    left, end = set(processes), time.monotonic() + seconds
+    try:
+        while left and (done := wait(left, max(end - time.monotonic(), 0.1))):
+            left -= set(done)  # type: ignore[arg-type]
+            for sentinel in done:
+                processes[sentinel].join()  # type: ignore[index]
+            if any(processes[sentinel].exitcode for sentinel in done):  # type: ignore[index]
+                break
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.join()
+    codes = [process.exitcode for process in processes.values()]
+    printed = [path.read_text() for path in sorted(folder.glob("printed-*.txt"))]
+    assert codes == [0] * size, "\n".join([f"exit codes {codes}", *printed])
+
+
+def _script(
+    source: str, arguments: tuple[str, ...], environment: dict[str, str], printed: Path
+) -> None:
+    os.environ.update(environment)
+    with printed.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.argv = ["worker.py", *arguments]
+    exec(compile(source, "worker.py", "exec"), {"__name__": "__main__"})
 
 
 def _poisoned(original: Callable[..., Any]) -> Callable[..., Any]:

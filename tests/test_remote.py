@@ -96,7 +96,7 @@ def shop(folder: Path) -> None:
     each."""
     rng = np.random.default_rng(0)
     events = pl.DataFrame(random_events(0), schema=["user", "item", "at"], orient="row")
-    events = events.with_columns(at=pl.col("at") + 1_600_000_000)
+    events = events.with_columns(at=1_600_041_600 + pl.col("at") // 4)  # of ten days
     (folder / "images").mkdir(parents=True)
     for item in events["item"].unique().to_list():
         (folder / "images" / f"{item}.jpg").write_bytes(draw(rng, 40, 30))

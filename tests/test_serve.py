@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,14 +60,16 @@ def run(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def exported(run: Path) -> Path:
     out = run.parent / "export"
-    export(
-        run,
-        out,
-        licence="apache-2.0",
-        precisions=["float32", "float16", "int8"],
-        dataset=run.parent / "shop",
-        photos=24,
-    )
+    with pytest.MonkeyPatch.context() as patch:  # it takes as long as it is told to
+        patch.setattr("courier_fast.serve.export.speed", partial(speed, rounds=3, seconds=0.02))
+        export(
+            run,
+            out,
+            licence="apache-2.0",
+            precisions=["float32", "float16", "int8"],
+            dataset=run.parent / "shop",
+            photos=24,
+        )
     return out
 
 
@@ -74,6 +77,16 @@ def exported(run: Path) -> Path:
 def copy(exported: Path, tmp_path: Path) -> Path:
     """One to be spoiled."""
     return shutil.copytree(exported, tmp_path / "copy")
+
+
+def take_graph(patch: pytest.MonkeyPatch, of: Path) -> None:
+    """Exports of the same encoder take this graph: to trace it once more takes seconds."""
+
+    def write_onnx(folder: Path, *_: object) -> str:
+        return shutil.copy(of, folder / "encoder.onnx").name
+
+    patch.setattr("courier_fast.serve.export.program_of", lambda _: None)
+    patch.setattr("courier_fast.serve.export.write_onnx", write_onnx)
 
 
 def photos(count: int, seed: int = 0) -> list[bytes]:
@@ -428,6 +441,7 @@ def test_int8_keeps_one_huge_channel_and_by_tensor_is_refused(
         quantize(*args, **{**options, "per_channel": False})
 
     monkeypatch.setattr(onnxruntime.quantization, "quantize_dynamic", by_tensor)
+    take_graph(monkeypatch, Path(shutil.copy(out / "encoder.onnx", tmp_path)))
     contract = export(tmp_path / "run", out, **given)  # type: ignore[arg-type]
     assert not (out / "encoder.int8.onnx").exists()
     assert "encoder.int8.onnx is not written: cosine" in caplog.text
@@ -521,8 +535,9 @@ def test_wrong_arguments_are_named(
 
 
 def test_a_float32_file_that_breaks_its_budget_is_an_error(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    take_graph(monkeypatch, exported / "encoder.onnx")
     monkeypatch.setattr("courier_fast.serve.export.why_refused", lambda *a: "planted")
     with pytest.raises(RuntimeError, match="encoder.onnx differs from PyTorch: planted"):
         export(run, tmp_path / "out", licence="mit", formats=["onnx"])

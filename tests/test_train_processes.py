@@ -16,6 +16,7 @@ import pytest
 import torch
 from dataset_factory import make_dataset
 from safetensors.torch import load_file
+from spawn import run_script
 from torch import Tensor
 from train_factory import make_features, metrics, settings
 
@@ -105,8 +106,7 @@ def torchrun(world: int, *command: str, **environment: str) -> None:
 
 def on_processes(world: int, cases: list[Case], folder: Path) -> dict[str, list[dict[str, Any]]]:
     """What each process has saved of each case."""
-    (folder / "worker.py").write_text(WORKER)
-    torchrun(world, str(folder / "worker.py"), json.dumps(cases), str(folder))
+    run_script(WORKER, world, folder, json.dumps(cases), str(folder))
     return {
         name: [torch.load(folder / f"{name}-{r}.pt", weights_only=True) for r in range(world)]
         for name, _, _ in cases
@@ -337,8 +337,7 @@ def resumed(dataset: Dataset, features: Path, tmp_path_factory: pytest.TempPathF
         "process": overrides | {"loss.candidates": "process"},
         "all": overrides | {"loss.candidates": "all", "loss.memory": 200, "loss.memory_after": 1},
     }
-    (folder / "worker.py").write_text(RESUMED)
-    torchrun(3, str(folder / "worker.py"), json.dumps(cases), str(folder))
+    run_script(RESUMED, 3, folder, json.dumps(cases), str(folder))
     return folder
 
 

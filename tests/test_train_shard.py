@@ -22,6 +22,7 @@ import pytest
 import torch
 from dataset_factory import make_dataset
 from safetensors.torch import load_file
+from spawn import run_script
 from test_train_processes import in_one_process
 from torch import Tensor, nn
 from train_factory import metrics, settings
@@ -163,8 +164,7 @@ def torchrun(world: int, *command: str, restarts: int = 0) -> str:
 
 
 def on_processes(world: int, cases: list[Case], folder: Path) -> None:
-    (folder / "worker.py").write_text(WORKER)
-    torchrun(world, str(folder / "worker.py"), json.dumps(cases), str(folder))
+    run_script(WORKER, world, folder, json.dumps(cases), str(folder))
 
 
 def base_of_all(factory: pytest.TempPathFactory) -> Path:
@@ -221,35 +221,51 @@ def run_settings(dataset: Dataset, out: Path, **more: Any) -> dict[str, Any]:
     return base(dataset, run__out=str(out), **(options | more))
 
 
+def batch_of_four(dataset: Dataset, folder: Path) -> tuple[dict[str, Any], int]:
+    """Settings for four processes, and a step with pages for two of them alone."""
+    budget = next(b for b in range(25, 45) if BatchPlan(dataset, images=b).steps(0) % 4 == 2)
+    last = BatchPlan(dataset, images=budget).steps(0) // 4
+    more = {"data__images": budget, "loss__candidates": "process", "run__out": str(folder / "none")}
+    return base(dataset, **more), last
+
+
+def once_on_four(folder: Path, cases: list[Case]) -> tuple[Path, list[Case]]:
+    with first_time(folder) as first:
+        if first:
+            on_processes(4, cases, folder)
+    return folder, cases
+
+
 @pytest.fixture(scope="module")
 def four(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Case]]:
     """Cases on four processes: gradients of steps with pages for all of them or for some, and a
     run."""
     folder = base_of_all(tmp_path_factory) / "four"
-    budget = next(b for b in range(25, 45) if BatchPlan(dataset, images=b).steps(0) % 4 == 2)
-    last = BatchPlan(dataset, images=budget).steps(0) // 4
+    overrides, last = batch_of_four(dataset, folder)
     differ: dict[str, tuple[dict[str, Any], int]] = {
         "vit": ({}, 0),
         "vit-slices": ({"model.checkpointing": True, "model.slice": 7}, 0),
         "vit-slices-some": ({"model.slice": 7}, last),
     }
-    overrides = base(
-        dataset, data__images=budget, loss__candidates="process", run__out=str(folder / "none")
-    )
     cases: list[Case] = [
         ("gradients", n, overrides | more, step) for n, (more, step) in differ.items()
     ]
+    cases.append(("run", "run", run_settings(dataset, folder / "run", data__pages=4), 3))
+    return once_on_four(folder, cases)
+
+
+@pytest.fixture(scope="module")
+def replicas(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The gradients of four processes, sharded, replicated and each process's own."""
+    folder = base_of_all(tmp_path_factory) / "replicas"
+    overrides, last = batch_of_four(dataset, folder)
     conv = overrides | {"model.backbone": "small_conv"}
-    cases += [
+    cases: list[Case] = [
         ("compare", "conv-some", conv | {"model.checkpointing": True}, last),
         ("compare", "bfloat16", overrides | {"run.precision": "bfloat16"}, 0),
         ("compare", "bfloat16-conv", conv | {"run.precision": "bfloat16"}, 0),
     ]
-    cases.append(("run", "run", run_settings(dataset, folder / "run", data__pages=4), 3))
-    with first_time(folder) as first:
-        if first:
-            on_processes(4, cases, folder)
-    return folder, cases
+    return once_on_four(folder, cases)[0]
 
 
 def test_blocks_and_what_is_sharded() -> None:
@@ -257,6 +273,7 @@ def test_blocks_and_what_is_sharded() -> None:
     parameters are in matrices."""
     import timm
 
+    @cache
     def make(name: str) -> nn.Module:
         with torch.device("meta"):
             return timm.create_model(name, num_classes=0)
@@ -329,12 +346,13 @@ def test_sharded_gradients_are_those_of_one_process(
     assert all(x["sharded"] < 0.35 * x["all"] for x in ranks)
 
 
+@pytest.mark.long("sharding")
 @pytest.mark.parametrize("name", ["conv-some", "bfloat16", "bfloat16-conv"])
-def test_sharded_gradients_are_those_of_replicas(four: tuple[Path, list[Case]], name: str) -> None:
+def test_sharded_gradients_are_those_of_replicas(replicas: Path, name: str) -> None:
     """The mean of what each process has alone, by the error of DistributedDataParallel's: with
     batch norms, whose statistics are each process's own, and in bfloat16, where weights travel as
     autocast rounds them for their products, and sums are float32's."""
-    ranks = gradients_of(four[0], name)
+    ranks = gradients_of(replicas, name)
     own = [
         torch.stack([x.double() for x in g]) for g in zip(*(x["own"] for x in ranks), strict=True)
     ]
