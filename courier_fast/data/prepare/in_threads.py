@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from ...disk import write_rows
 
-_OF_ROW = 512  # bytes that a step takes for each row of its part, about
+_OF_ROW = 768  # bytes that a step takes for each row of its part, about
 _FEWEST = 1 << 18  # rows of a part; fewer threads before smaller parts
 _PARTS = 1024  # a step sends each of its parts to each of the next
 _ALIGNED = 64
