@@ -20,6 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..nearest import normalised
+
 if TYPE_CHECKING:
     from .impressions import Impressions
 
@@ -137,8 +139,7 @@ def _padded(start: Array, end: Array) -> tuple[Array, Array]:
 
 
 def _similarities(cosine: Tensor, gram: Tensor, known: Tensor) -> Tensor:
-    """[b, P, 26] of cosines [b, P, H], those among the history [b, H, H], and which of it is known
-    [b, H]."""
+    """[b, P, 26] of cosines [b, P, H], the history's own [b, H, H], and which is known [b, H]."""
     mask = known[:, None].expand_as(cosine)
     count = known.sum(1)[:, None, None].float()
     least = count.clamp_min(1)
@@ -194,7 +195,7 @@ def centroids_of(embeddings: Array, known: Array | None, clusters: int, seed: in
     where there are fewer rows."""
     import faiss
 
-    rows = _unit(_known(embeddings, known)[1])
+    rows = normalised(_known(embeddings, known)[1])
     means = faiss.Kmeans(
         rows.shape[1],
         min(clusters, len(rows)),
@@ -216,13 +217,8 @@ def nearest_centroid(embeddings: Array, centroids: Array) -> Array:
     index = faiss.IndexFlatIP(centroids.shape[1])
     index.add(centroids)
     found = np.full(len(have), -1, np.int32)
-    found[have] = index.search(_unit(embeddings[have]), 1)[1][:, 0]
+    found[have] = index.search(normalised(embeddings[have].astype(np.float64)), 1)[1][:, 0]
     return found
-
-
-def _unit(rows: Array) -> Array:
-    length = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
-    return np.ascontiguousarray(rows / np.maximum(length, 1e-12), np.float32)
 
 
 def same_cluster(clusters: Array, impressions: Impressions) -> Array:

@@ -25,6 +25,8 @@ import pyarrow.compute as pc
 from ..data.read.ids import one
 from ..data.tables import read_table, write_table
 from ..files import check_sha256, read_json, sha256
+from ..nearest import exact_search as exact_search
+from ..nearest import normalised
 from ..output import INDEX, check_output, write_folder
 
 log = logging.getLogger(__name__)
@@ -106,29 +108,11 @@ class Index:
             )
         if k < 1:
             raise ValueError(f"k: expected at least 1, got {k}")
-        queries, k = _unit(queries), min(k, len(self.ids))
+        queries, k = normalised(np.asarray(queries, np.float32)), min(k, len(self.ids))
         if self.approximate is None:
             return exact_search(self.vectors, queries, k)
         cosines, rows = self.approximate.search(queries, k)
         return rows, cosines
-
-
-def exact_search(
-    vectors: Array, queries: Array, k: int, block: int = 1 << 18
-) -> tuple[Array, Array]:
-    """Rows and cosines [q, k] of the nearest of `vectors` [n, D], both of length 1; a block of them
-    at a time."""
-    import torch
-
-    asked = torch.from_numpy(np.ascontiguousarray(queries, np.float32))
-    best = torch.full((len(queries), 0), -2.0), torch.zeros((len(queries), 0), dtype=torch.int64)
-    for start in range(0, len(vectors), block):
-        part = torch.from_numpy(np.array(vectors[start : start + block], np.float32))
-        cosines, rows = torch.topk(asked @ part.T, min(k, len(part)), dim=1)
-        both = torch.cat([best[0], cosines], 1), torch.cat([best[1], rows + start], 1)
-        cosines, order = torch.topk(both[0], min(k, both[0].shape[1]), dim=1)
-        best = cosines, both[1].gather(1, order)
-    return best[1].numpy(), best[0].numpy()
 
 
 def build(
@@ -166,25 +150,10 @@ def build(
         raise ValueError("embeddings: expected a finite row that is not 0, got none")
     if not have.all():
         log.warning("%d of %d items have no embedding and are left out", (~have).sum(), len(have))
-    ids, rows = ids.filter(pa.array(have)), _unit(vectors[have])
+    ids, rows = ids.filter(pa.array(have)), normalised(np.asarray(vectors[have], np.float32))
     if kind == "auto":
         kind = "exact" if len(rows) <= EXACT else "ivf"
-    # An item's own row is found by any index: its K nearest others are asked for.
-    asked = np.random.default_rng(seed).permutation(len(rows))[:QUERIES]
-    queries, count = rows[asked], min(K + 1, len(rows))
-    nearest = _others(exact_search(rows, queries, count)[0], asked)
-    made: Any = None
-    settings: dict[str, int] = {}
-    if kind == "exact":
-        search: Callable[[Array], Array] = lambda q: exact_search(rows, q, count)[0]  # noqa: E731
-        found = 1.0
-    else:
-        made = _make(kind, rows, seed)
-        search = lambda q: made.search(q, count)[1]  # noqa: E731
-        settings, found = _tune(
-            made, kind, lambda: _others(search(queries), asked), nearest, recall
-        )
-    measured = {"recall@10": found, "queries_per_s": _speed(search, queries)}
+    made, settings, measured = _tried(kind, rows, recall, seed)
 
     def write(folder: Path) -> None:
         np.save(folder / "vectors.npy", rows)
@@ -206,6 +175,29 @@ def build(
 
     write_folder(out, INDEX, write)
     return Index.open(out)
+
+
+def _tried(
+    kind: str, rows: Array, recall: float, seed: int
+) -> tuple[Any, dict[str, int], dict[str, float]]:
+    """What faiss has made of the rows (None: nothing), its settings, and what was measured."""
+    # An item's own row is found by any index: its K nearest others are asked for.
+    asked = np.random.default_rng(seed).permutation(len(rows))[:QUERIES]
+    queries, count = rows[asked], min(K + 1, len(rows))
+
+    def exact(queries: Array) -> Array:
+        return exact_search(rows, queries, count)[0]
+
+    nearest = _others(exact(queries), asked)
+    if kind == "exact":
+        return None, {}, {"recall@10": 1.0, "queries_per_s": _speed(exact, queries)}
+    made = _make(kind, rows, seed)
+
+    def search(queries: Array) -> Array:
+        return made.search(queries, count)[1]
+
+    settings, found = _tune(made, kind, lambda: _others(search(queries), asked), nearest, recall)
+    return made, settings, {"recall@10": found, "queries_per_s": _speed(search, queries)}
 
 
 def _others(rows: Array, asked: Array) -> list[Array]:
@@ -261,11 +253,6 @@ def _speed(search: Callable[[Array], Array], queries: Array) -> float:
     began = time.perf_counter()
     search(queries)
     return len(queries) / (time.perf_counter() - began)
-
-
-def _unit(rows: Array) -> Array:
-    rows = np.asarray(rows, np.float32)
-    return np.ascontiguousarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
 
 def _faiss() -> Any:
