@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from ..data.read.ids import one
 from ..data.tables import read_table, write_table
-from ..files import check_sha256, read_json, sha256
+from ..files import check_listed, checksums, read_json
 from ..nearest import exact_search as exact_search
 from ..nearest import normalised
 from ..output import INDEX, check_output, write_folder
@@ -73,10 +73,8 @@ class Index:
                 f"index: {about_file} was altered, expected {', '.join(sorted(expected_names))} in "
                 "it; build it again"
             )
-        for name, expected in about["files"].items():
-            if not (path / name).is_file():
-                raise FileNotFoundError(f"index: {path / name} is in index.json, but is not there")
-            check_sha256(path / name, expected, "build it again")  # before faiss reads it
+        # Before faiss reads them.
+        check_listed(path, about["files"], "index.json", "build it again")
         del about["rows"], about["dim"]
         ids = read_table(path / "ids.arrow").column("item_id")
         vectors = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
@@ -160,7 +158,6 @@ def build(
         write_table(folder / "ids.arrow", {"item_id": ids})
         if made is not None:
             _faiss().write_index(made, str(folder / "index.faiss"))
-        files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
         about = {
             "format": FORMAT,
             "space": space,
@@ -169,7 +166,7 @@ def build(
             "rows": len(rows),
             "dim": rows.shape[1],
             "measured": measured,
-            "files": files,
+            "files": checksums(folder),
         }
         (folder / "index.json").write_text(json.dumps(about, indent=1), "utf-8")
 
