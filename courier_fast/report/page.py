@@ -97,13 +97,7 @@ def write_report(
         raise ValueError(
             f"embeddings: expected [{d.num_items}, D], a row per item, got {list(embeddings.shape)}"
         )
-    try:
-        results["sets"][candidates]["methods"][results["settings"]["main"]][metric]["mean"]
-    except KeyError as missing:
-        raise ValueError(
-            f"results: expected what `compare` gives, with {metric} in the set {candidates!r}, got "
-            f"none: {missing} is not there"
-        ) from None
+    _check_results(results, candidates, metric)
     journal = read_journal(about.run_dir)
     how, hidden = _attention_of(about.run_dir)
     versus = TITLES.get(candidates, candidates)
@@ -143,6 +137,16 @@ def write_report(
         written=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC").lstrip("0"),
     )
     write_atomically(local_path(path), lambda partial: partial.write_text(page, encoding="utf-8"))
+
+
+def _check_results(results: Mapping[str, Any], candidates: str, metric: str) -> None:
+    try:
+        results["sets"][candidates]["methods"][results["settings"]["main"]][metric]["mean"]
+    except KeyError as missing:
+        raise ValueError(
+            f"results: expected what `compare` gives, with {metric} in the set {candidates!r}, got "
+            f"none: {missing} is not there"
+        ) from None
 
 
 def _template() -> Template:
