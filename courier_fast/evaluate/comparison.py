@@ -86,7 +86,7 @@ def compare(
     clicks = int(dataset.pv_clicked[rows].sum())
     sets: dict[str, Any] = {}
     for name in dict.fromkeys(candidates):
-        drawn = draw(dataset, targets, name, count, seed)
+        drawn = draw_candidates(dataset, targets, name, count, seed)
         values, unranked = {}, {}
         for m in methods:
             values[m.name], unranked[m.name] = page_table(
@@ -104,7 +104,7 @@ def compare(
             "clicks": len(drawn.targets),
             "users": len(np.unique(user)),
             "mean_candidates": len(drawn.items) / len(drawn.targets),
-            **_intervals(values, user, bootstrap, seed),
+            **_means(values, user, bootstrap, seed),
             "unranked": unranked,
         }
     return {
@@ -142,7 +142,9 @@ def _check_methods(methods: Sequence[Method], dataset: Dataset) -> None:
             )
 
 
-def draw(dataset: Dataset, targets: Targets, name: str, count: int, seed: int) -> Candidates:
+def draw_candidates(
+    dataset: Dataset, targets: Targets, name: str, count: int, seed: int
+) -> Candidates:
     """The candidates of a set, by its name; see `compare`."""
     if name == "page":
         return page_candidates(dataset, targets)
@@ -185,7 +187,7 @@ def page_table(
     return values, int(np.isnan(scores[drawn.offsets[:-1]]).sum())
 
 
-def _intervals(
+def _means(
     values: Mapping[str, Mapping[str, Array]], user: Array, bootstrap: int, seed: int
 ) -> dict[str, Any]:
     """Means and intervals of each method's {metric: [pages]}, and of the first minus each other."""

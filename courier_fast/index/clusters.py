@@ -48,7 +48,7 @@ def fit_clusters(
     """
     if not clusters or min(clusters) < 1:
         raise ValueError(f"clusters: expected numbers of at least 1, got {list(clusters)}")
-    _write(
+    _write_clusters(
         ids,
         vectors,
         {k: centroids_of(vectors, known, k, seed) for k in clusters},
@@ -85,10 +85,10 @@ def assign_clusters(
     listed = {name: about["files"][name] for name in files.values()}
     check_listed(like, listed, "clusters.json", "fit the clusters again")
     centroids = {k: np.load(like / name, allow_pickle=False) for k, name in files.items()}
-    _write(ids, vectors, centroids, space, about["until"], out)
+    _write_clusters(ids, vectors, centroids, space, about["until"], out)
 
 
-def _write(
+def _write_clusters(
     ids: pa.Array,
     vectors: Array,
     centroids: dict[int, Array],

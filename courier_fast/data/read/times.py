@@ -299,7 +299,7 @@ class TimeForm:
             )
         if values.dtype == pl.Null:
             return values.cast(pl.Int64)
-        values = _plain(values)
+        values = _trimmed(values)
         if self.name == "dates":
             return read_dates(values) if values.dtype == pl.String else _nothing(values)
         if "%" in self.name:
@@ -318,7 +318,7 @@ class TimeForm:
     def split(self, values: pl.Series) -> pl.Series:
         """[n] {time: int64 seconds, microsecond: int32}."""
         if self.name == "order" and values.dtype != pl.Null:
-            whole, other = _numbers(_plain(values))
+            whole, other = _numbers(_trimmed(values))
             floor = other.floor().cast(pl.Int64, strict=False)
             time = whole.zip_with(whole.is_not_null(), floor)
             part = ((other - other.floor()) * SECOND).round().cast(pl.Int32, strict=False)
@@ -345,7 +345,7 @@ def _without_unknown(times: pl.Series) -> pl.Series:
     return times.set(unknown, None) if unknown.any() else times
 
 
-def _plain(values: pl.Series) -> pl.Series:
+def _trimmed(values: pl.Series) -> pl.Series:
     """Numbers as they are, anything else as trimmed text without words for missing."""
     if values.dtype.is_numeric():
         return values.cast(pl.Float64).fill_nan(None) if values.dtype.is_float() else values
@@ -458,7 +458,7 @@ class _Look:
         if values.dtype.is_temporal():
             self._dates(values, TimeForm()._micro(values))
             return
-        values = _plain(values)
+        values = _trimmed(values)
         if self.form is not None and "%" in self.form:
             self._dates(values, _by_pattern(values, self.form))
             return
