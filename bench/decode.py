@@ -25,7 +25,7 @@ from PIL import Image
 from bench.command import line_of
 from bench.measure import surroundings
 from courier_fast.data.images.decode import Decoder, make_decoder
-from courier_fast.data.images.pictures import pixels, read_pillow
+from courier_fast.data.images.pictures import pixel_slices, read_pillow
 from courier_fast.data.images.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -82,7 +82,7 @@ def one_by_torchvision(image: Array, window: Array, flip: bool, size: int) -> to
     from torchvision.transforms.v2 import functional
 
     picture = decode_jpeg(torch.from_numpy(image.copy()), mode=ImageReadMode.RGB)
-    rows, columns = pixels(window, *picture.shape[1:])
+    rows, columns = pixel_slices(window, *picture.shape[1:])
     picture = functional.resize(picture[:, rows, columns], [size, size], antialias=True)
     return _normalised(picture.flip(2) if flip else picture)
 

@@ -123,8 +123,8 @@ class Plain:
         shown, past, clicked, pv_offsets, history_offsets, shown_items, past_items = (
             x.to(t.device, non_blocking=True) for x in next(self.iterator)
         )
-        t.optimizer.zero_grad()
-        embeddings = t.encode(
+        t.learner.optimizer.zero_grad()
+        embeddings = t.learner.encode(
             torch.cat([shown, past]).contiguous(memory_format=torch.channels_last)
         )
         pv, history = embeddings.split([len(shown), len(past)])
@@ -146,8 +146,8 @@ class Plain:
             impl="reference",
         )
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(t.parameters, t.config.optim.clip)
-        t.optimizer.step()
+        torch.nn.utils.clip_grad_norm_(t.learner.parameters, t.config.optim.clip)
+        t.learner.optimizer.step()
         return len(embeddings), len(embeddings)
 
 
@@ -215,16 +215,16 @@ def turn(
 
 def bare(trainer: Trainer, batch: Batch) -> tuple[int, int]:
     """The backbone alone: forward, a backward of a plain sum, update; no loader, no loss."""
-    trainer.optimizer.zero_grad()
-    trainer.encode(batch.images).float().square().mean().backward()
-    trainer.optimizer.step()
+    trainer.learner.optimizer.zero_grad()
+    trainer.learner.encode(batch.images).float().square().mean().backward()
+    trainer.learner.optimizer.step()
     return batch.plan.occurrences, batch.num_items
 
 
 def loss_seconds(trainer: Trainer, batch: Batch, repeats: int = 5) -> float:
     """Forward and backward of both losses on given embeddings: the best of some runs."""
     with torch.no_grad():
-        embeddings = trainer.encode(batch.images)
+        embeddings = trainer.learner.encode(batch.images)
     best = float("inf")
     for _ in range(repeats):
         leaf = embeddings.detach().requires_grad_()

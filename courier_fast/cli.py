@@ -12,7 +12,7 @@ import sys
 
 from . import __version__, interrupt
 from .messages import is_bug, line_of
-from .option_rules import check
+from .option_rules import check_options
 
 # Each is a module with add_arguments(parser) and run(args); imported when asked for, so --help and
 # the others need none of its packages.
@@ -83,14 +83,14 @@ def main(argv: list[str] | None = None) -> int:
     # Where it has no cache yet, it says so: "generated new fontManager".
     logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)
     with interrupt.stopping():
-        return _run(parser, args, argv)
+        return _run_command(parser, args, argv)
 
 
-def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
+def _run_command(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
     """The command's status; what it raises becomes a line on stderr, and a signal 128 and its
     number, as the shell has it."""
     try:
-        check(parser, args, argv)
+        check_options(parser, args, argv)
         status: int = importlib.import_module(COMMANDS[args.command][0]).run(args)
         sys.stdout.flush()
         return status

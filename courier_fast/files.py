@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +121,22 @@ def array_sha256(array: npt.NDArray) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def check_sha256(path: Path, expected: str, advice: str = "") -> None:
-    """ValueError, with `advice` at its end, where a file's bytes are not those listed."""
-    found = sha256(path)
-    if found != expected:
-        end = f"; {advice}" if advice else ""
-        raise ValueError(f"{path} was altered: expected {expected[:19]}, got {found[:19]}{end}")
+def checksums(folder: Path) -> dict[str, str]:
+    """The checksum of each file in a folder, by name; without hidden ones."""
+    return {p.name: sha256(p) for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
+
+
+def check_listed(folder: Path, files: Mapping[str, str], listing: str, advice: str = "") -> None:
+    """FileNotFoundError or ValueError, with `advice` at its end, where one of the files that
+    `listing` has with their checksums is not there, or has other bytes."""
+    end = f"; {advice}" if advice else ""
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is in {listing}, but is not there{end}")
+        found = sha256(path)
+        if found != expected:
+            raise ValueError(f"{path} was altered: expected {expected[:19]}, got {found[:19]}{end}")
 
 
 def remove(path: Path) -> None:

@@ -21,7 +21,7 @@ class Stopped(KeyboardInterrupt):
 class _State:
     first = 0  # the signal that came first
     again = 0  # SIGINTs after it
-    held = 0  # blocks of `held` that are open
+    held = 0  # blocks of `signals_held` that are open
     waiting = 0  # a signal that came in one of them
 
 
@@ -72,7 +72,7 @@ def stopping() -> Iterator[None]:
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def signals_held() -> Iterator[None]:
     """A few renames that belong together: a signal waits for the end of them."""
     _State.held += 1
     try:

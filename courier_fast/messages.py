@@ -47,7 +47,7 @@ def line_of(error: BaseException, command: str = "") -> str:
     if isinstance(error, OSError) and error.errno and error.strerror:
         name = error.filename if error.filename is not None else ""
         return f"{name}: {error.strerror}" if name != "" else error.strerror
-    return _cut("\n".join(str(error).splitlines()[:_LINES])) or type(error).__name__
+    return _shortened("\n".join(str(error).splitlines()[:_LINES])) or type(error).__name__
 
 
 def is_bug(error: BaseException) -> bool:
@@ -75,12 +75,11 @@ def _says_memory(error: BaseException) -> bool:
 
 
 def _first(error: BaseException, library: str = "") -> str:
-    """The line of a message that says what is wrong: Ray's are the traceback of a task, whose last
-    line does."""
+    """The line that says what is wrong: the last one of Ray's, which are a task's traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return _cut(lines[-1 if library == "ray" else 0]) if lines else type(error).__name__
+    return _shortened(lines[-1 if library == "ray" else 0]) if lines else type(error).__name__
 
 
-def _cut(text: str) -> str:
+def _shortened(text: str) -> str:
     text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
     return text if len(text) <= _MOST else f"{text[:_MOST]} ..."

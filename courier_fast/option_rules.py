@@ -21,15 +21,17 @@ class Said:
 
     def value(self, option: str) -> Any:
         """What holds, given or by default."""
-        return self.values.get(_name(option))
+        return self.values.get(_destination(option))
 
     def given(self, option: str) -> bool:
         """Whether the option, or with "--option value" that value of it, was given."""
         option, _, value = option.partition(" ")
-        return _name(option) in self.names and (not value or str(self.value(option)) == value)
+        return _destination(option) in self.names and (
+            not value or str(self.value(option)) == value
+        )
 
 
-def _name(option: str) -> str:
+def _destination(option: str) -> str:
     return option.lstrip("-").replace("-", "_") if option.startswith("-") else option
 
 
@@ -213,7 +215,9 @@ RULES: dict[str, list[Rule]] = {
 }
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str]) -> None:
+def check_options(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str]
+) -> None:
     """ValueError with the names of two options where one of them leaves the other without effect.
 
     `args` are what `parser` made of `argv`; afterwards args.given has the names of those that stood

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from .disk import writing
 from .files import sync, sync_all
-from .interrupt import held
+from .interrupt import signals_held
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def check_output(
     expected = f"out: expected a new folder or {product.name}, got {path}"
     out = _real(path, expected)
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{expected}, which is {kind_of(out)}")
+        raise ValueError(f"{expected}, which is {what_is_at(out)}")
     _check_inputs(path, out, inputs, listed)
     _check_own(path, out)
     if out.is_dir():
@@ -147,7 +147,7 @@ def _real(path: Path, expected: str) -> Path:
     return Path(os.path.realpath(path))
 
 
-def kind_of(path: Path) -> str:
+def what_is_at(path: Path) -> str:
     """What is at a path, in words."""
     mode = path.stat().st_mode
     for test, text in {
@@ -176,7 +176,7 @@ def within(inner: Path, outer: Path) -> bool:
     return any(_same(p, outer) for p in (inner, *inner.parents))
 
 
-def _local(paths: Iterable[object]) -> Iterator[Path]:
+def _local_paths(paths: Iterable[object]) -> Iterator[Path]:
     for path in paths:
         if path is not None and not (isinstance(path, str) and "://" in path):
             yield Path(os.path.realpath(str(path)))
@@ -185,8 +185,8 @@ def _local(paths: Iterable[object]) -> Iterator[Path]:
 def _check_inputs(
     path: Path, out: Path, inputs: Iterable[object], listed: Iterable[object]
 ) -> None:
-    read_whole = [*_local(listed)]
-    for source in (*_local(inputs), *read_whole):
+    read_whole = [*_local_paths(listed)]
+    for source in (*_local_paths(inputs), *read_whole):
         if within(source, out):
             what = "is" if _same(source, out) else "holds"
             raise ValueError(
@@ -388,7 +388,7 @@ def new_folder(
         with writing(out, need):
             yield filled
             sync_all(filled)
-        with held():
+        with signals_held():
             put = _fill if inside else _rename
             put(filled, out, product, check)
     except BaseException:
@@ -399,8 +399,7 @@ def new_folder(
 
 
 def _lock(folder: Path) -> int | None:
-    """Holds the folder's lock until this process ends or closes it; None where the file system
-    knows none."""
+    """Holds the folder's lock until this process ends or closes it; None if there are no locks."""
     descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -427,8 +426,7 @@ def _ended(folder: Path) -> bool:
 
 
 def _clear_leftovers(out: Path, inside: bool) -> None:
-    """Removes what runs that were killed have left of this output, where it is surely theirs; names
-    the rest."""
+    """Removes what killed runs left of this output, where it is surely theirs; names the rest."""
     where, name = (out, "") if inside else (out.parent, out.name)
     for entry in where.iterdir() if where.is_dir() else ():
         if not entry.name.startswith((f"{name}{_PARTIAL}", f"{name}{_OLD}")) or not entry.is_dir():
@@ -578,8 +576,8 @@ def check_growing(
     expected = f"{what}, got {path}"
     out = _real(path, expected)
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{expected}, which is {kind_of(out)}")
-    for source in _local(inputs):
+        raise ValueError(f"{expected}, which is {what_is_at(out)}")
+    for source in _local_paths(inputs):
         if _same(source, out) or (
             source.is_file() and source.parent == out and source.name in [*names]
         ):
@@ -611,7 +609,7 @@ def check_file(path: Path, name: str, *, inputs: Iterable[object] = (), begins: 
     out = _real(path, expected)
     if out.is_dir():
         raise ValueError(f"{expected}, which is a folder")
-    for source in _local(inputs):
+    for source in _local_paths(inputs):
         if _same(source, out):
             raise ValueError(f"{expected}, which is an input")
     if begins and out.is_file():

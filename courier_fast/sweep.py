@@ -32,7 +32,7 @@ from .data.embeddings import read_embeddings
 from .embed.device import add_device_arguments, device_of
 from .embed.encode import encode_all
 from .embed.sources import run_source
-from .evaluate.comparison import draw, page_table
+from .evaluate.comparison import draw_candidates, page_table
 from .evaluate.methods import Method
 from .evaluate.scores import SCORES, Reconstruction, check_score
 from .evaluate.targets import CANDIDATES, Candidates, find_targets
@@ -54,7 +54,7 @@ ABOUT = "sweep.json"  # checksums of the data that a folder's sweep was begun wi
 
 
 @dataclass(frozen=True)
-class Cell:
+class SweepCell:
     """One training run of the grid: `values` {setting: value} on its axes, and all settings."""
 
     values: dict[str, str]
@@ -76,7 +76,7 @@ class Cell:
         return ", ".join([*values, f"seed {self.config.run.seed}"])
 
 
-def grid(path: Path | None, given: dict[str, Any], seeds: int, out: Path) -> list[list[Cell]]:
+def grid(path: Path | None, given: dict[str, Any], seeds: int, out: Path) -> list[list[SweepCell]]:
     """The combinations of all values, in the order given, each with a cell for every seed.
 
     Args:
@@ -112,7 +112,7 @@ def grid(path: Path | None, given: dict[str, Any], seeds: int, out: Path) -> lis
         unused = here if unused is None else {n: why for n, why in unused.items() if n in here}
         cells = []
         for seed in range(first.run.seed, first.run.seed + seeds):
-            cell = Cell(chosen, first.model_copy(deep=True))
+            cell = SweepCell(chosen, first.model_copy(deep=True))
             cell.config.run.seed = seed
             cell.config.run.out = out / "runs" / cell.name
             cells.append(cell)
@@ -167,7 +167,7 @@ class Judge:
         """The candidates of each set, the same for every cell."""
         targets = find_targets(self.dataset, self.split, self.history)
         return {
-            name: draw(self.dataset, targets, name, self.count, self.seed)
+            name: draw_candidates(self.dataset, targets, name, self.count, self.seed)
             for name in self.candidates
         }
 
@@ -189,7 +189,7 @@ class Judge:
         return found
 
 
-def evaluate_cell(cell: Cell, judge: Judge, out: Path, args: argparse.Namespace) -> Path:
+def evaluate_cell(cell: SweepCell, judge: Judge, out: Path, args: argparse.Namespace) -> Path:
     """Trains, embeds and evaluates a cell, what of it is not done; gives the file with its values
     by page.
 
@@ -298,7 +298,7 @@ def table_of(rows: list[dict[str, Any]], axes: list[str]) -> list[list[str]]:
     return [[*head, *metrics], *([*key, *cells] for key, cells in lines.items())]
 
 
-def write_plots(rows: list[dict[str, Any]], axes: list[str], out: Path) -> list[Path]:
+def plot_axes(rows: list[dict[str, Any]], axes: list[str], out: Path) -> list[Path]:
     """A picture for each axis: the metrics over its values with their intervals; the other axes at
     their first values."""
     import matplotlib
@@ -354,7 +354,7 @@ def write_results(rows: list[dict[str, Any]], axes: list[str], out: Path, consol
     )
     console.print(note, highlight=False)
     write_atomically(out / "results.md", lambda p: p.write_text("\n".join([*text, note, ""])))
-    write_plots(rows, axes, out)
+    plot_axes(rows, axes, out)
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from courier_fast.ctr import Impressions, features, make_protocol
 from courier_fast.ctr.fit import Settings, fit, predict
 from courier_fast.ctr.impressions import check_dataset, id_codes
 from courier_fast.ctr.inputs import Inputs, Material, Split
-from courier_fast.ctr.models import DIN, Batch, DCNv2, Dice, ItemTables, make_model
+from courier_fast.ctr.models import DIN, DCNv2, Dice, ImpressionBatch, ItemTables, make_model
 from courier_fast.data.dataset import Dataset
 from courier_fast.metrics.clicks import auc
 
@@ -261,12 +261,12 @@ def test_wrong_features_are_named(call: Any, message: str) -> None:
 # ---- models --------------------------------------------------------------------------------------
 
 
-def make_batch(lengths: list[int], items: int = 12, seed: int = 0) -> Batch:
+def make_batch(lengths: list[int], items: int = 12, seed: int = 0) -> ImpressionBatch:
     """Impressions with histories of these lengths."""
     rng = np.random.default_rng(seed)
     n, pairs = len(lengths), sum(lengths)
     counts = torch.tensor(lengths)
-    return Batch(
+    return ImpressionBatch(
         items=torch.arange(items),
         item=torch.from_numpy(rng.integers(0, items, n)),
         user=torch.from_numpy(rng.integers(0, 5, n)),
@@ -288,7 +288,7 @@ def tables(items: int = 12, dim: int = 4) -> ItemTables:
     )
 
 
-def _din_by_loop(model: DIN, batch: Batch) -> torch.Tensor:
+def _din_by_loop(model: DIN, batch: ImpressionBatch) -> torch.Tensor:
     """DIN as it is written down, an impression at a time, without Dice's batch statistics
     (eval)."""
     rows, target, rest = model._inputs(batch)

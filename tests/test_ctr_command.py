@@ -17,8 +17,8 @@ from ctr_factory import make_world
 from courier_fast.cli import main
 from courier_fast.ctr import Impressions, cells, features, make_protocol
 from courier_fast.ctr.cells import Plan, read_predictions, run_plan
-from courier_fast.ctr.command import _files
-from courier_fast.ctr.export import export
+from courier_fast.ctr.command import _named_files
+from courier_fast.ctr.export import export_impressions
 from courier_fast.ctr.fit import Settings
 from courier_fast.ctr.slices import slices
 from courier_fast.data.dataset import Dataset
@@ -146,7 +146,7 @@ def test_names_of_embeddings_are_their_own(
     ],
 )
 def test_embeddings_have_names_and_seeds(text: str, name: str, path: str) -> None:
-    found, paths = _files(text, 2)
+    found, paths = _named_files(text, 2)
     assert (found, paths[-1]) == (name, Path(path))
     assert len(paths) == (2 if "{seed}" in text else 1)
 
@@ -437,7 +437,7 @@ def test_export_has_the_impressions_and_all_forms(
 ) -> None:
     d, style = world
     protocol = make_protocol(d)
-    export(d, protocol, {"style": style}, tmp_path, history=5, rows=300)
+    export_impressions(d, protocol, {"style": style}, tmp_path, history=5, rows=300)
     for name in ("train", "validation", "test"):
         x = Impressions(d, getattr(protocol, name), history=5)
         read = pq.read_table(tmp_path / f"{name}.parquet")

@@ -14,8 +14,8 @@ from ctr_factory import make_world
 from torch import nn
 
 from courier_fast.ctr import Impressions, features, make_protocol
-from courier_fast.ctr.export import export
-from courier_fast.ctr.models import DIN, Batch, DCNv2, Dice, ItemTables, make_model
+from courier_fast.ctr.export import export_impressions
+from courier_fast.ctr.models import DIN, DCNv2, Dice, ImpressionBatch, ItemTables, make_model
 from courier_fast.data.dataset import Dataset
 
 pytest.importorskip("fuxictr", reason="FuxiCTR is not installed: the extra test-all brings it")
@@ -29,11 +29,11 @@ pytestmark = pytest.mark.long("FuxiCTR")
 HISTORY = 5
 
 
-def full_batch(n: int = 40, items: int = 30) -> Batch:
+def full_batch(n: int = 40, items: int = 30) -> ImpressionBatch:
     """Histories all of `HISTORY` items: no layer has padding to differ in."""
     rng = np.random.default_rng(0)
     codes = {name: torch.from_numpy(rng.integers(0, 5, n)) for name in ("user", "hour", "weekday")}
-    return Batch(
+    return ImpressionBatch(
         items=torch.arange(items),
         item=torch.from_numpy(rng.integers(0, items, n)),
         dense=torch.from_numpy(rng.normal(size=(n, 3)).astype(np.float32)),
@@ -108,7 +108,7 @@ def test_the_cross_layers_of_dcnv2_are_fuxictrs() -> None:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, np.ndarray, Path]:
     path = tmp_path_factory.mktemp("fuxictr")
     d, style = make_world(path / "d", style_decides=True, users=60, items=120, pages=800)
-    export(d, make_protocol(d), {"style": style}, path / "x", history=HISTORY)
+    export_impressions(d, make_protocol(d), {"style": style}, path / "x", history=HISTORY)
     return d, style, path / "x"
 
 

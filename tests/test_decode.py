@@ -22,7 +22,7 @@ from courier_fast.data.images.decode import Decoder, make_decoder
 from courier_fast.data.images.pictures import (
     exif_orientation,
     jpeg_header,
-    pixels,
+    pixel_slices,
     stored_window,
     turn,
 )
@@ -86,7 +86,7 @@ def resized(
 ) -> np.ndarray:
     """Pillow's antialiased resize of the window in whole pixels, moved by `shift` pixels of the
     result."""
-    rows, columns = pixels(window, image.height, image.width)
+    rows, columns = pixel_slices(window, image.height, image.width)
     box = np.array([columns.start, rows.start, columns.stop, rows.stop], float)
     size = (box[2:] - box[:2]) / SIZE
     box = (box + np.tile(shift * size, 2)).clip(0, np.tile(image.size, 2))
@@ -220,7 +220,7 @@ def test_turning_undoes_what_pillow_does(orientation: int) -> None:
     stored = seen if orientation == 1 else seen.transpose(SEEN_TO_STORED[orientation])
     assert np.array_equal(turn(torch.from_numpy(np.array(stored)), orientation), np.asarray(seen))
     window = np.array([0.1, 0.2, 0.5, 0.3], np.float32)
-    rows, columns = pixels(stored_window(window, orientation), stored.height, stored.width)
+    rows, columns = pixel_slices(stored_window(window, orientation), stored.height, stored.width)
     cut = turn(torch.from_numpy(np.array(stored)[rows, columns]), orientation)
     assert np.array_equal(cut, np.asarray(seen)[4:24, 12:30])
 

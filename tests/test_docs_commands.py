@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from courier_fast.cli import main
-from courier_fast.option_rules import check
+from courier_fast.option_rules import check_options
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -120,7 +120,7 @@ def read(parser: argparse.ArgumentParser, given: Any, whole: bool) -> None:
     if unknown:
         raise ValueError(f"{parser.prog}: unrecognized arguments: {' '.join(unknown)}")
     if whole and parser.prog == "courier-fast":
-        check(parser, found, given)
+        check_options(parser, found, given)
     settings = {name: value for name, value in vars(found).items() if "." in name}
     if getattr(found, "command", "") == "train" and settings and whole:
         from courier_fast.train.config import Config

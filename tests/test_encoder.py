@@ -10,8 +10,8 @@ import pytest
 import torch
 from dataset_factory import make_dataset
 
+from courier_fast.train.build import read_features
 from courier_fast.train.encoder import build_encoder, build_projection, load_encoder, save_encoder
-from courier_fast.train.trainer import read_features
 
 
 def test_encoder_files(tmp_path: Path) -> None:

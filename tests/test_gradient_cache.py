@@ -116,13 +116,14 @@ def test_slices_in_the_trainer(tmp_path: Path) -> None:
         for name, size in (("one", 0), ("two", 7), ("exact", 0))
     )
     batch = one.loader.load(0, 0)
-    exact.model.double()
-    exact.head = exact.encoder.head  # type: ignore[method-assign]  # which would give float32
+    exact.learner.modules.double()
+    exact.learner.head = exact.encoder.head  # type: ignore[method-assign]  # which would give float32
     exact.backward(replace(batch, images=batch.images.double()))
     a, b = one.backward(batch), two.backward(batch)
     torch.testing.assert_close(a.loss, b.loss)
+    named = one.learner.modules.named_parameters()
     for (name, x), y, z in zip(
-        one.model.named_parameters(), two.model.parameters(), exact.model.parameters(), strict=True
+        named, two.learner.parameters, exact.learner.parameters, strict=True
     ):
         rounding = torch.finfo(torch.float32).eps * z.grad.norm()
         assert (y.grad - z.grad).norm() <= 2 * (x.grad - z.grad).norm() + rounding, name

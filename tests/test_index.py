@@ -88,6 +88,23 @@ def test_exact_search_is_the_same_in_blocks_and_needs_no_faiss(
         build(IDS, vectors, tmp_path / "j", kind="ivf")
 
 
+@pytest.mark.parametrize("block", [7, 64, 1000])
+def test_of_equal_rows_the_first_is_found(block: int) -> None:
+    """Among many ties, with and without the query's own row, and for more than there are."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(-1, 2, (200, 4)).astype(np.float32)
+    asked = np.array([3, 9, 150])
+    for own in (None, asked):
+        cosines = rows[asked] @ rows.T
+        if own is not None:
+            cosines[np.arange(3), own] = -np.inf
+        order = np.argsort(-cosines, axis=1, kind="stable")
+        for k in (1, 11, 200, 300):
+            found, values = exact_search(rows, rows[asked], k, own=own, block=block)
+            np.testing.assert_array_equal(found, order[:, :k])
+            np.testing.assert_array_equal(values, np.take_along_axis(cosines, order, 1)[:, :k])
+
+
 def test_neighbours_are_others(tmp_path: Path, vectors: np.ndarray) -> None:
     index = build(IDS, vectors, tmp_path / "i")
     cosine = unit(vectors) @ unit(vectors)[7]

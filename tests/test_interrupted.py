@@ -116,7 +116,7 @@ def test_renames_that_belong_together_are_not_torn(command: Any) -> None:
     done = []
 
     def run(args: Any) -> int:
-        with interrupt.held():
+        with interrupt.signals_held():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
             done.append("both")

@@ -28,7 +28,7 @@ from torchmetrics.functional.retrieval import (
 
 from courier_fast import metrics
 from courier_fast.metrics import clicks
-from courier_fast.metrics.counts import Sorted
+from courier_fast.metrics.counts import SortedPredictions
 from courier_fast.metrics.intervals import compare
 
 Array = np.ndarray
@@ -75,7 +75,7 @@ def test_scores_of_any_sign_and_type(kind: str) -> None:
     clicked = rng.random(500) < 0.3
     assert metrics.auc(clicked, scores) == pytest.approx(sk.roc_auc_score(clicked, scores))
     wide = np.concatenate([[-np.inf, np.inf], rng.normal(size=498) * 10.0 ** rng.integers(-40, 38)])
-    order = Sorted.of(wide.astype("f4"))
+    order = SortedPredictions.of(wide.astype("f4"))
     np.testing.assert_array_equal(order.p, np.sort(wide.astype("f4")))
     np.testing.assert_array_equal(wide.astype("f4")[order.order], order.p)
 

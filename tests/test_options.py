@@ -21,7 +21,7 @@ from courier_fast.data.prepare.pages import page_bounds
 from courier_fast.data.prepare.run import prepare
 from courier_fast.data.read import truth
 from courier_fast.data.read.likeness import items_note
-from courier_fast.option_rules import RULES, SETTINGS, check, given
+from courier_fast.option_rules import RULES, SETTINGS, check_options, given
 from courier_fast.sweep import grid
 from courier_fast.train.config import Config
 
@@ -124,7 +124,7 @@ def test_each_rule_gives_its_error(
     parser = parser_of(" ".join(line[:1]))
     args = parser.parse_args(line)
     with pytest.raises(ValueError, match="has no effect with") as raised:
-        check(parser, args, line)
+        check_options(parser, args, line)
     text = str(raised.value)
     assert text.count("\n") == 0
     assert text.count("--") >= 2 and option.split()[0] in text  # both are named
@@ -228,7 +228,7 @@ def test_options_that_go_together_are_taken() -> None:
     ):
         words = line.split()
         parser = parser_of(words[0])
-        check(parser, parser.parse_args(words), words)
+        check_options(parser, parser.parse_args(words), words)
 
 
 # ---- words for yes and no ------------------------------------------------------------------------

@@ -464,7 +464,7 @@ def test_folders_that_grow(
     """`train` wrote its settings over a config.toml of the user's, and into the dataset."""
     from courier_fast.ctr.command import _is_ctr
     from courier_fast.train.config import Config
-    from courier_fast.train.trainer import _is_run, check_run
+    from courier_fast.train.resume import _is_run, check_run
 
     mine = tmp_path / "mine"
     mine.mkdir()

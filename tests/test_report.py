@@ -255,7 +255,7 @@ def test_slices_are_the_auc_of_their_clicks(tiny: Dataset) -> None:
     """An embedding that knows one category alone is good there: every item of it like all its
     users' histories."""
     embeddings = embeddings_of(tiny)
-    charts = sections.slices(tiny, embeddings, {}, history=5, seed=0)
+    charts = sections.slice_charts(tiny, embeddings, {}, history=5, seed=0)
     assert [c["title"] for c in charts] == [
         "By category of the clicked item",
         "By clicks of the item in training",

@@ -19,7 +19,7 @@ from courier_fast.data.dataset import TABLES, Dataset
 from courier_fast.data.prepare.options import PrepareOptions
 from courier_fast.data.prepare.run import prepare
 from courier_fast.data.storage import Folder, Shard
-from courier_fast.data.tables import Maps, Table, write_images, write_shard
+from courier_fast.data.tables import Maps, ShardedTable, write_images, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_columns_are_those_of_one_array(
     rng = np.random.default_rng(seed)
     values = rng.integers(0, 1000, 500)
     entries = tables.write_shards(tmp_path, "t", {"x": values}, int(rng.integers(1, 200)))
-    table = Table(Maps(Folder(tmp_path)), [Shard(**e) for e in entries])
+    table = ShardedTable(Maps(Folder(tmp_path)), [Shard(**e) for e in entries])
     column = table.column("x")
     rows = rng.integers(0, 500, 300)
     np.testing.assert_array_equal(column.take(rows), values[rows])

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,10 +240,9 @@ def test_learning_rate_rises_and_falls(dataset: Dataset, features: Path, tmp_pat
     rates = []
     for epoch in range(10):
         for step in range(trainer.plan.steps(0)):
-            trainer.progress = replace(
-                trainer.progress, step=len(rates), epoch=epoch, step_in_epoch=step
-            )
-            rates.append(trainer.learning_rate())
+            p = trainer.progress
+            p.step, p.epoch, p.step_in_epoch = len(rates), epoch, step
+            rates.append(trainer.schedule.learning_rate())
     peak, lr = int(np.argmax(rates)), trainer.config.optim.lr
     assert 0 < rates[0] < 0.1 * lr
     assert rates[peak] == pytest.approx(lr)
@@ -268,9 +266,9 @@ def test_memory_holds_the_candidates_of_earlier_steps(
     for step in range(5):
         batch = trainer.loader.load(0, step)
         with torch.no_grad():
-            table = trainer.encode(batch.images)
+            table = trainer.learner.encode(batch.images)
             table = nn.functional.normalize(table, dim=1) if unit else table
-        plain.model.load_state_dict(trainer.model.state_dict(), strict=False)
+        plain.learner.modules.load_state_dict(trainer.learner.modules.state_dict(), strict=False)
         loss, without = trainer.step(batch)[0].loss.item(), plain.backward(batch).loss.item()
         if step < 2:
             assert loss == without
@@ -367,7 +365,7 @@ def test_pages_without_a_click_are_candidates_and_no_anchors(
     trainer = Trainer(config)
     batch, loss = trainer.loader.load(0, 0), trainer.config.loss
     with torch.no_grad():
-        table = nn.functional.normalize(trainer.encode(batch.images).double(), dim=1)
+        table = nn.functional.normalize(trainer.learner.encode(batch.images).double(), dim=1)
 
     def loss_of(pages: Any) -> float:
         part = trainer.plan.assemble(pages)
@@ -401,7 +399,7 @@ def test_pages_without_a_click_are_candidates_and_no_anchors(
     line = measure(trainer, result, norm, 0.0)
     assert (line["loss"], line["grad_norm"]) == (0, 0)
     assert "top1" not in line
-    assert all(p.isfinite().all() for p in trainer.parameters)
+    assert all(p.isfinite().all() for p in trainer.learner.parameters)
 
 
 def test_a_loss_of_weight_0_is_left_out(dataset: Dataset, features: Path, tmp_path: Path) -> None:
@@ -487,7 +485,7 @@ def test_average_of_the_weights_is_what_is_exported(
     trainer = Trainer(settings(dataset, tmp_path, data__features=features, model__ema=0.5))
     trainer.fit()
     exported = load_encoder(tmp_path)
-    assert torch.equal(exported.head[1].weight, trainer.average.module.head[1].weight)
+    assert torch.equal(exported.head[1].weight, trainer.learner.average.module.head[1].weight)
     assert not torch.equal(exported.head[1].weight, trainer.encoder.head[1].weight)
 
 

@@ -45,14 +45,14 @@ torch.distributed.init_process_group("gloo")
 rank = os.environ["RANK"]
 for name, overrides, step in json.loads(sys.argv[1].replace("{rank}", rank)):
     trainer = Trainer(Config.load(None, overrides))
-    state = {n: t.clone() for n, t in trainer.model.state_dict().items()}
+    state = {n: t.clone() for n, t in trainer.learner.modules.state_dict().items()}
     batch = trainer.loader.load(0, step)
     # Twice: gradients of a step do not stay for the next.
     found = [trainer.backward(batch) for _ in range(2)]
-    gradients = [p.grad.clone() for p in trainer.parameters]
+    gradients = [p.grad.clone() for p in trainer.learner.parameters]
     trainer.step(batch)
     results = {"gradients": gradients, "pages": len(batch.plan.pages), "state": state,
-               "loss": found[1].loss.detach(), "after": trainer.model.state_dict()}
+               "loss": found[1].loss.detach(), "after": trainer.learner.modules.state_dict()}
     torch.save(results, f"{sys.argv[2]}/{name}-{rank}.pt")
     trainer.close()
 torch.distributed.barrier()
@@ -73,7 +73,7 @@ def run(name, overrides):
     stopped = trainer("resumed")
     step = stopped.step
     def step_and_stop(*arguments, **options):
-        stopped._stop = stopped.progress.step == 2
+        stopped.signal.number = stopped.progress.step == 2
         return step(*arguments, **options)
     stopped.step = step_and_stop
     assert stopped.fit()["step"] == 3
@@ -119,7 +119,7 @@ def in_one_process(
     """The sum of each shard's sums over the anchors of all, its gradients, and the anchors of each
     shard."""
     trainer = Trainer(Config.load(None, overrides))
-    trainer.model.to(dtype)
+    trainer.learner.modules.to(dtype)
     batches = []
     for r in range(world):
         trainer.plan.rank, trainer.plan.world, trainer.plan._epoch = r, world, -1
@@ -133,8 +133,8 @@ def in_one_process(
     )
     assert isinstance(total, Tensor)
     total.backward()
-    gradients = [p.grad for p in trainer.parameters if p.grad is not None]
-    assert len(gradients) == len(trainer.parameters)
+    gradients = [p.grad for p in trainer.learner.parameters if p.grad is not None]
+    assert len(gradients) == len(trainer.learner.parameters)
     return total.detach(), gradients, [b.plan.num_anchors for b in batches]
 
 
@@ -243,13 +243,13 @@ def test_gradient_over_the_candidates_of_all_processes_is_that_of_one_batch(
     loss = trainer.backward(trainer.loader.load(0, 0)).loss.detach()
     torch.testing.assert_close(sum(x["loss"] for x in ranks), loss, rtol=1e-6, atol=0)
     for x in ranks:
-        for p, gradient in zip(trainer.parameters, x["gradients"], strict=True):
+        for p, gradient in zip(trainer.learner.parameters, x["gradients"], strict=True):
             assert p.grad is not None
             torch.testing.assert_close(
                 gradient, p.grad, rtol=1e-4, atol=1e-7 + 1e-5 * p.grad.abs().max().item()
             )
         # The memory has what all of them have shown, on each.
-        assert x["after"].keys() == trainer.model.state_dict().keys()
+        assert x["after"].keys() == trainer.learner.modules.state_dict().keys()
         assert any("memory" in name for name in x["after"])
         assert all(torch.equal(t, ranks[0]["after"][name]) for name, t in x["after"].items())
 
@@ -310,7 +310,7 @@ def test_all_processes_start_from_the_first_ones_tensors(two: Started) -> None:
     overrides, (a, b) = two[0]["start"][1], (x["state"] for x in two[1]["start"])
     alone = Trainer(
         Config.load(None, json.loads(json.dumps(overrides).replace("{rank}", "0")))
-    ).model.state_dict()
+    ).learner.modules.state_dict()
     assert {"encoder.backbone.mean", "encoder.head.1.weight"} <= a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], alone[name])

@@ -51,12 +51,13 @@ def gradients(name, overrides, step):
     batch = trainer.loader.load(0, step)
     # Twice: gradients of a step do not stay for the next.
     found = [trainer.backward(batch) for _ in range(2)]
-    grads = [full(p.grad).clone() for p in trainer.parameters]
+    parameters = trainer.learner.parameters
+    grads = [full(p.grad).clone() for p in parameters]
     _, norm = trainer.step(batch)
     results = {"gradients": grads, "pages": len(batch.plan.pages),
                "loss": found[1].loss.detach(), "norm": norm,
-               "sharded": sum(p.to_local().numel() for p in trainer.parameters if is_sharded(p)),
-               "all": sum(p.numel() for p in trainer.parameters)}
+               "sharded": sum(p.to_local().numel() for p in parameters if is_sharded(p)),
+               "all": sum(p.numel() for p in parameters)}
     torch.save(results, f"{folder}/{name}-{rank}.pt")
 
 def compare(name, overrides, step):
@@ -64,14 +65,14 @@ def compare(name, overrides, step):
     for kind in ("sharded", "replicated", "own"):
         trainer = Trainer(Config.load(None, overrides | {"model.shard": kind == "sharded"}))
         if kind == "own":  # what this process alone has
-            trainer.synchronised = lambda compute: compute()
+            trainer.learner.synchronised = lambda compute: compute()
         batch = trainer.loader.load(0, step)
         trainer.backward(batch)
-        found[kind] = [full(p.grad).clone() for p in trainer.parameters]
+        found[kind] = [full(p.grad).clone() for p in trainer.learner.parameters]
     torch.save(found | {"pages": len(batch.plan.pages)}, f"{folder}/{name}-{rank}.pt")
 
 def tensors(trainer, name):
-    found = {n: full(t) for n, t in trainer._tensors().items()}
+    found = {n: full(t) for n, t in trainer.learner.tensors().items()}
     if rank == 0:
         torch.save(found, f"{folder}/{name}.pt")
 
@@ -441,7 +442,7 @@ def test_a_sharded_checkpoint_is_the_same_at_any_number_of_processes(
         Config.load(None, run_settings(dataset, started_from(four, tmp_path), data__pages=16))
     )
     found = {
-        "one": alone._tensors(),
+        "one": alone.learner.tensors(),
         **{n: torch.load(two / f"{n}-3.pt", weights_only=True) for n in ("resumed", "replicated")},
     }
     for name, tensors in found.items():
@@ -516,11 +517,11 @@ def test_share_of_the_run_goes_on_over_a_cut(dataset: Dataset, tmp_path: Path) -
     trainer.plan.recut(0, 3, 48)
     p.step = p.step_in_epoch = p.cut_step = 3
     p.cut_page = 48
-    assert trainer._done() == 48 / len(trainer.plan.rows) / 2
+    assert trainer.schedule.done() == 48 / len(trainer.plan.rows) / 2
     p.step_in_epoch = trainer.plan.steps(0)
-    assert trainer._done() == 0.5
-    trainer._next_epoch()
-    assert trainer._done() == 0.5
+    assert trainer.schedule.done() == 0.5
+    trainer.progress.next_epoch()
+    assert trainer.schedule.done() == 0.5
 
 
 def test_a_checkpoint_without_one_of_its_parts_is_refused(
@@ -564,7 +565,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(dataset: Dataset, tmp_pa
     resumed = Trainer(config)
     assert resumed.progress.step == 2
     resumed.fit()
-    a, b = resumed.model.state_dict(), trainer.model.state_dict()
+    a, b = resumed.learner.modules.state_dict(), trainer.learner.modules.state_dict()
     assert all(torch.equal(a[n], b[n]) for n in b)
 
 

@@ -114,8 +114,8 @@ class Plan:
         ]
         if d.pv_weight is not None:
             arrays.append(d.pv_weight)
-        data = _hash(*arrays, about=[d.info["splits"], d.categories.to_pylist()])
-        tables = {name: [_hash(x) for x in of] for name, of in self.embeddings.items()} | {
+        data = _digest(*arrays, about=[d.info["splits"], d.categories.to_pylist()])
+        tables = {name: [_digest(x) for x in of] for name, of in self.embeddings.items()} | {
             NONE: [""]
         }
         bounds = {p.name: [p.bound, p.train.start] for p in self.protocols}
@@ -137,7 +137,7 @@ class Plan:
         return of
 
 
-def _hash(*arrays: Array, about: Any = None) -> str:
+def _digest(*arrays: Array, about: Any = None) -> str:
     digest = hashlib.sha256(json.dumps(about).encode())
     for array in arrays:
         digest.update(f"{array.dtype}{array.shape}".encode())
@@ -172,7 +172,7 @@ def read_predictions(path: Path, ranges: Sequence[str]) -> dict[str, Array]:
     return {name: p[where == name].astype(np.float64) for name in ranges}
 
 
-def _columns(inputs: Inputs, predictions: dict[str, Array]) -> dict[str, Any]:
+def _predicted_columns(inputs: Inputs, predictions: dict[str, Array]) -> dict[str, Any]:
     parts = []
     for name, p in predictions.items():
         x = inputs.splits[name].shown
@@ -234,7 +234,7 @@ def run_plan(
             report(share)
 
         fitted = fit(cell.model, inputs, plan.settings, cell.seed, progress)
-        columns = _columns(inputs, fitted.predictions)
+        columns = _predicted_columns(inputs, fitted.predictions)
         write_cell(folder / cell.file, cell, fingerprint(cell), columns, fitted.losses)
         ended(cell)
 

@@ -23,13 +23,13 @@ from ..files import read_json, write_atomically
 from ..locations import LocationError, local_path, location
 from ..output import check_growing
 from .cells import NONE, RANDOM, Cell, Plan, run_plan
-from .export import EXPORTED, export, is_export
+from .export import EXPORTED, export_impressions, is_export
 from .features import FORMS, check_form, random_vectors
 from .fit import Settings
 from .impressions import PROTOCOLS, Impressions, Protocol, as_date, check_dataset, make_protocol
 from .models import MODELS
 from .plots import write_plots
-from .report import make_report, print_report, write_report
+from .report import make_report, print_ctr_report, write_ctr_report
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     inputs = [
         args.dataset,
-        *(path for text in args.embeddings for path in _files(text, max(args.seeds, 1))[1]),
+        *(path for text in args.embeddings for path in _named_files(text, max(args.seeds, 1))[1]),
     ]
     check_growing(
         args.out,
@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
         }
         for protocol in plan.protocols:
             folder = args.export / protocol.name if len(plan.protocols) > 1 else args.export
-            export(dataset, protocol, own, folder, history=plan.history)
+            export_impressions(dataset, protocol, own, folder, history=plan.history)
             print(f"{folder}: impressions of {protocol.name} as Parquet, described in README.md")
     groups = plan.groups()
     total = sum(len(plan.cells(group)) for group in groups)
@@ -184,10 +184,10 @@ def run(args: argparse.Namespace) -> int:
     if found:
         log.info("%d of %d cells were there already", found, total)
     report = make_report(plan, args.out, args.split)
-    write_report(report, args.out)
+    write_ctr_report(report, args.out)
     for path in write_plots(report, args.out):
         log.info("%s", path)
-    print_report(report)
+    print_ctr_report(report)
     return 0
 
 
@@ -215,12 +215,12 @@ def _plan(args: argparse.Namespace, dataset: Dataset) -> Plan:
     protocols = [make_protocol(dataset, name, args.encoder_share) for name in names]
     tables: dict[str, list[Array]] = {}
     for text in args.embeddings:
-        name, paths = _files(text, args.seeds)
+        name, paths = _named_files(text, args.seeds)
         if name in tables or name in (NONE, RANDOM):
             raise ValueError(
                 f"embeddings: expected different names, none of them {NONE} or {RANDOM}, got {text}"
             )
-        tables[name] = [_read(path, dataset, args.allow_missing) for path in paths]
+        tables[name] = [_read_embeddings(path, dataset, args.allow_missing) for path in paths]
         for path, protocol in itertools.product(paths, protocols):
             _check_until(path, protocol)
         widths = {x.shape[1] for x in tables[name]}
@@ -252,7 +252,7 @@ def _some(name: str, got: list[str], known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected some of {', '.join(known)}, got {unknown[0]!r}")
 
 
-def _files(text: str, seeds: int) -> tuple[str, list[Path]]:
+def _named_files(text: str, seeds: int) -> tuple[str, list[Path]]:
     """The name and the files of `[NAME=]PATH`; with {seed} in it one file for each."""
     name, equals, path = text.partition("=")
     if not equals or "/" in name:  # an "=" inside a path, as partitioned folders have it
@@ -268,7 +268,7 @@ def _files(text: str, seeds: int) -> tuple[str, list[Path]]:
         raise ValueError(f"embeddings: {error}") from None
 
 
-def _read(path: Path, dataset: Dataset, allow_missing: bool) -> Array:
+def _read_embeddings(path: Path, dataset: Dataset, allow_missing: bool) -> Array:
     table = read_embeddings(path, dataset, strict=True)
     missing, first = without_embedding(table, dataset)
     if missing and not allow_missing:

@@ -79,7 +79,7 @@ def is_export(folder: Path) -> bool:
         return False
 
 
-def export(
+def export_impressions(
     dataset: Dataset,
     protocol: Protocol,
     embeddings: Mapping[str, Array],
@@ -105,7 +105,7 @@ def export(
     clusters = {name: cluster_features(x, known) for name, x in embeddings.items()}
     for name in RANGES:
         made = partial(
-            _write,
+            _write_export,
             dataset=dataset,
             pages=getattr(protocol, name),
             embeddings=embeddings,
@@ -114,7 +114,7 @@ def export(
             rows=rows,
         )
         write_atomically(folder / f"{name}.parquet", made)
-    table = pa.table(_item_columns(dataset, embeddings, clusters, known))
+    table = pa.table(_columns_of_items(dataset, embeddings, clusters, known))
     write_atomically(folder / "items.parquet", lambda path: pq.write_table(table, path))
     ids = np.array(dataset.item_ids.to_pylist())
     for name in embeddings:
@@ -132,7 +132,7 @@ def _save_vectors(path: Path, key: Array, value: Array) -> None:
         np.savez(file, key=key, value=value)
 
 
-def _write(
+def _write_export(
     path: Path,
     dataset: Dataset,
     pages: range,
@@ -199,7 +199,7 @@ def _embedding_columns(
     return {n: pa.array(np.ascontiguousarray(c)) for n, c in columns.items()}
 
 
-def _item_columns(
+def _columns_of_items(
     dataset: Dataset, embeddings: Mapping[str, Array], clusters: Mapping[str, Array], known: Array
 ) -> dict[str, pa.Array]:
     columns = {

@@ -20,6 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..nearest import normalised
+
 if TYPE_CHECKING:
     from .impressions import Impressions
 
@@ -56,7 +58,7 @@ def vector_features(embeddings: Array, known: Array | None = None) -> Array:
         embeddings: [items, D].
         known: [items] bool, the items that mean and scale come from; None: all.
     """
-    have, rows = _known(embeddings, known)
+    have, rows = _with_embedding(embeddings, known)
     centred = np.where(have[:, None], embeddings - rows.mean(0), 0)
     scale = np.sqrt(np.square(rows - rows.mean(0)).mean())
     return (centred / (scale if scale > 0 else 1)).astype(np.float32)
@@ -79,14 +81,14 @@ def similarity_features(
         embeddings: [items, D].
         block: numbers of the table at once, which bounds the memory.
     """
-    have, _ = _known(embeddings, None)
+    have, _ = _with_embedding(embeddings, None)
     table = torch.from_numpy(np.where(have[:, None], embeddings, 0).astype(np.float32))
     table = torch.nn.functional.normalize(table, dim=1)
     out = np.zeros((len(impressions), len(SIMILARITY)), np.float32)
     for rows, shown, past, items, history in _blocks(impressions, block // table.shape[1]):
         known = past & have[history]
         e, c = table[torch.from_numpy(items)], table[torch.from_numpy(history)]
-        found = _similarities(e @ c.mT, c @ c.mT, torch.from_numpy(known))
+        found = _similarity_columns(e @ c.mT, c @ c.mT, torch.from_numpy(known))
         out[rows] = np.where(have[items][..., None], found.numpy(), 0)[shown]
     return out
 
@@ -97,7 +99,7 @@ def random_vectors(items: int, dim: int, seed: int = 0) -> Array:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def _known(embeddings: Array, known: Array | None) -> tuple[Array, Array]:
+def _with_embedding(embeddings: Array, known: Array | None) -> tuple[Array, Array]:
     """[items] bool: has an embedding; and the rows of those in `known`, in float64."""
     if embeddings.ndim != 2 or not embeddings.size:
         raise ValueError(f"embeddings: expected [items, D], got {list(embeddings.shape)}")
@@ -122,23 +124,22 @@ def _blocks(
     step = max(1, rows // max(1, int(sizes.max()) + x.history))
     for first in range(0, len(sizes), step):
         some = slice(first, min(first + step, len(sizes)))
-        shown, at = _padded(x.offsets[some], x.offsets[some.start + 1 : some.stop + 1])
-        past, before = _padded(x.history_start[some], x.history_end[some])
+        shown, at = _matrix_of(x.offsets[some], x.offsets[some.start + 1 : some.stop + 1])
+        past, before = _matrix_of(x.history_start[some], x.history_end[some])
         items = x.item[np.where(shown, at, x.offsets[first])].astype(np.int64)
         history = np.where(past, d.event_item[np.where(past, before, 0)], 0).astype(np.int64)
         yield slice(x.offsets[first], x.offsets[some.stop]), shown, past, items, history
 
 
-def _padded(start: Array, end: Array) -> tuple[Array, Array]:
+def _matrix_of(start: Array, end: Array) -> tuple[Array, Array]:
     """Which entries of a matrix whose rows are the ranges [start, end) are real, and the entries;
     at least one column."""
     step = np.arange(max(1, int((end - start).max())))
     return step < (end - start)[:, None], start[:, None] + step
 
 
-def _similarities(cosine: Tensor, gram: Tensor, known: Tensor) -> Tensor:
-    """[b, P, 26] of cosines [b, P, H], those among the history [b, H, H], and which of it is known
-    [b, H]."""
+def _similarity_columns(cosine: Tensor, gram: Tensor, known: Tensor) -> Tensor:
+    """[b, P, 26] of cosines [b, P, H], the history's own [b, H, H], and which is known [b, H]."""
     mask = known[:, None].expand_as(cosine)
     count = known.sum(1)[:, None, None].float()
     least = count.clamp_min(1)
@@ -194,7 +195,7 @@ def centroids_of(embeddings: Array, known: Array | None, clusters: int, seed: in
     where there are fewer rows."""
     import faiss
 
-    rows = _unit(_known(embeddings, known)[1])
+    rows = normalised(_with_embedding(embeddings, known)[1])
     means = faiss.Kmeans(
         rows.shape[1],
         min(clusters, len(rows)),
@@ -212,17 +213,12 @@ def nearest_centroid(embeddings: Array, centroids: Array) -> Array:
     embedding."""
     import faiss
 
-    have, _ = _known(embeddings, None)
+    have, _ = _with_embedding(embeddings, None)
     index = faiss.IndexFlatIP(centroids.shape[1])
     index.add(centroids)
     found = np.full(len(have), -1, np.int32)
-    found[have] = index.search(_unit(embeddings[have]), 1)[1][:, 0]
+    found[have] = index.search(normalised(embeddings[have].astype(np.float64)), 1)[1][:, 0]
     return found
-
-
-def _unit(rows: Array) -> Array:
-    length = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
-    return np.ascontiguousarray(rows / np.maximum(length, 1e-12), np.float32)
 
 
 def same_cluster(clusters: Array, impressions: Impressions) -> Array:

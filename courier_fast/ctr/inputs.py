@@ -21,7 +21,7 @@ from .features import (
     vector_features,
 )
 from .impressions import Impressions, Protocol, category_codes, id_codes
-from .models import Batch, ItemTables
+from .models import ImpressionBatch, ItemTables
 
 Array = npt.NDArray
 
@@ -40,7 +40,7 @@ class Split:
     dense: Tensor
     weight: Tensor | None = None
 
-    def batch(self, pages: Array) -> Batch:
+    def batch(self, pages: Array) -> ImpressionBatch:
         """Impressions of some pages (counted from the range's first), with all their history."""
         x, d = self.shown, self.shown.dataset
         rows, page = _ragged(x.offsets[pages], x.offsets[pages + 1])
@@ -54,7 +54,7 @@ class Split:
         pairs, impression = _ragged(first[page], (first + length)[page])
         counts = length[page]
         index = torch.from_numpy(rows)
-        return Batch(
+        return ImpressionBatch(
             items=torch.from_numpy(items.astype(np.int64)),
             item=torch.from_numpy(place[: len(rows)]),
             user=self.user[index],
@@ -179,8 +179,7 @@ def _weights(shown: Impressions) -> list[Array]:
 
 
 def _standardised(columns: dict[str, Array]) -> dict[str, Array]:
-    """Mean 0 and deviation 1 in the training range, outliers cut at 5; a column that is constant
-    there becomes 0."""
+    """Mean 0, deviation 1 in the training range, outliers cut at 5; what is constant there is 0."""
     mean = columns["train"].mean(0, dtype=np.float64)
     deviation = columns["train"].std(0, dtype=np.float64)
     varies = deviation > 1e-6

@@ -20,7 +20,7 @@ ID, CODE = 16, 8  # dimensions of an id's and of a category's, cluster's or time
 
 
 @dataclass(frozen=True)
-class Batch:
+class ImpressionBatch:
     """Some impressions. Each of the U items that occur stands once; a pair is an impression with
     one of its history items.
 
@@ -109,7 +109,7 @@ class _Model(nn.Module):
         self.hour, self.weekday = _embedding(24, CODE), _embedding(7, CODE)
         self.context = ID + 2 * CODE + dense  # dimensions of what is neither item nor history
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _inputs(self, batch: ImpressionBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of the items [U, d], of the candidates [B, d], and the rest [B, context]."""
         rows = self.items(batch.items)
         rest = [self.user(batch.user), self.hour(batch.hour), self.weekday(batch.weekday)]
@@ -141,7 +141,7 @@ class DIN(_Model):
         self.top = _mlp(self.context + 2 * d, hidden, Dice)
         self.logit = nn.Linear(hidden[-1], 1)
 
-    def interest(self, rows: Tensor, target: Tensor, batch: Batch) -> Tensor:
+    def interest(self, rows: Tensor, target: Tensor, batch: ImpressionBatch) -> Tensor:
         """[B, d] the weighted sum of the history."""
         if not len(batch.pair_item):
             return torch.zeros_like(target)
@@ -156,7 +156,7 @@ class DIN(_Model):
         a = self.weight(self.unit_dice(x)).squeeze(1)
         return functional.embedding_bag(item, rows, batch.offsets, mode="sum", per_sample_weights=a)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: ImpressionBatch) -> Tensor:
         """[B] logits."""
         rows, target, rest = self._inputs(batch)
         interest = self.interest(rows, target, batch)
@@ -182,7 +182,7 @@ class DCNv2(_Model):
         self.deep = _mlp(width, hidden, lambda _: nn.ReLU())
         self.logit = nn.Linear(width + hidden[-1], 1)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: ImpressionBatch) -> Tensor:
         """[B] logits."""
         rows, target, rest = self._inputs(batch)
         if len(batch.pair_item):
@@ -216,7 +216,7 @@ def _mlp(width: int, hidden: Sequence[int], activation: object) -> nn.Sequential
     return nn.Sequential(*layers)
 
 
-def penalty(model: nn.Module, batch: Batch) -> Tensor:
+def penalty(model: nn.Module, batch: ImpressionBatch) -> Tensor:
     """Squares of the batch's rows of users and item ids, over its impressions: what `l2` weighs."""
     assert isinstance(model, _Model)
     ids = model.items.codes[0](model.items.tables.codes[batch.items, 0])

@@ -51,7 +51,7 @@ def make_report(plan: Plan, out: Path, split: str = "test") -> dict[str, Any]:
     known = similar[:, SIMILARITY.index("count")] > 0
     parts = list(slices(shown, np.where(known, similar[:, SIMILARITY.index("max")], np.nan)))
     tables = [
-        _table(plan, out, shown, split, protocol.name, model, parts)
+        _judged_table(plan, out, shown, split, protocol.name, model, parts)
         for protocol, model in itertools.product(plan.protocols, plan.models)
     ]
     return {
@@ -76,7 +76,7 @@ def make_report(plan: Plan, out: Path, split: str = "test") -> dict[str, Any]:
     }
 
 
-def _table(
+def _judged_table(
     plan: Plan,
     out: Path,
     shown: Impressions,
@@ -188,7 +188,7 @@ def _slices(
 # ---- as text -------------------------------------------------------------------------------------
 
 
-def write_report(report: dict[str, Any], out: Path) -> None:
+def write_ctr_report(report: dict[str, Any], out: Path) -> None:
     """ctr.json and ctr.md."""
     text = json.dumps(report, indent=1, ensure_ascii=False)
     write_atomically(out / "ctr.json", lambda path: path.write_text(text + "\n"))
@@ -356,7 +356,7 @@ def slice_cells(kind: str, found: Sequence[dict[str, Any]]) -> tuple[list[str], 
     return [kind, "impressions", "users", *head], rows
 
 
-def print_report(report: dict[str, Any], console: Console | None = None) -> None:
+def print_ctr_report(report: dict[str, Any], console: Console | None = None) -> None:
     """The main tables; slices are in ctr.md."""
     if console is None:
         console = Console()

@@ -44,7 +44,7 @@ def slices(shown: Impressions, cosine: Array | None = None) -> Iterator[Slice]:
                 yield kind, name, mask
     if cosine is not None:
         yield from _quartiles("largest cosine to the history", cosine)
-    yield from _categories(shown)
+    yield from _category_slices(shown)
 
 
 def _quartiles(kind: str, values: Array) -> Iterator[Slice]:
@@ -59,7 +59,7 @@ def _quartiles(kind: str, values: Array) -> Iterator[Slice]:
         yield kind, "none", ~have
 
 
-def _categories(shown: Impressions) -> Iterator[Slice]:
+def _category_slices(shown: Impressions) -> Iterator[Slice]:
     codes, names = category_codes(shown.dataset)
     of = codes[shown.item]
     counts = np.bincount(of, minlength=len(names))

@@ -46,7 +46,7 @@ import pyarrow as pa
 from ..files import parse_json
 from ..locations import Location
 from .storage import Folder, Shard, join, write_file
-from .tables import ImageShard, Maps, Table
+from .tables import ImageShard, Maps, ShardedTable
 
 Array = npt.NDArray
 
@@ -125,7 +125,7 @@ def _whole(table: str, name: str) -> cached_property[Array]:
 class _Moments(Sequence[float]):
     """Times of a table's rows in seconds, opened where they are looked at."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: ShardedTable) -> None:
         names = ("time", "microsecond") if "microsecond" in table.schema.names else ("time",)
         self._columns = [table.column(name) for name in names]
 
@@ -167,7 +167,7 @@ class Dataset:
         self.info: dict[str, Any] = parse_json(about, join(self.path, "dataset.json"), advice)
         self.maps = Maps(self._folder)
         shards = self._shards()
-        self.tables = {name: Table(self.maps, of) for name, of in shards.items()}
+        self.tables = {name: ShardedTable(self.maps, of) for name, of in shards.items()}
         self.users, self.items, self.events, self.pages, self.page_items = (
             self.tables[n] for n in TABLES
         )

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..files import check_sha256, read_json, sha256, write_atomically
+from ..files import check_listed, read_json, sha256, write_atomically
 from ..locations import local_path
 
 Array = npt.NDArray
@@ -176,8 +176,7 @@ class EmbeddingStore:
         return newest["item_id"].combine_chunks(), rows.flatten().to_numpy().reshape(-1, self.dim)
 
     def _check(self) -> None:
-        for part in self.parts:
-            check_sha256(self.path / part["name"], part["sha256"])
+        check_listed(self.path, {part["name"]: part["sha256"] for part in self.parts}, NAME)
 
     def _read(self, name: str, schema: pa.Schema) -> pa.Table:
         """A part's columns. ValueError where it was cut off or is something else."""

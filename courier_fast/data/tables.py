@@ -187,7 +187,7 @@ class Maps:
         return found
 
 
-class Table:
+class ShardedTable:
     """A table of a dataset, whose shards are opened where they are needed."""
 
     def __init__(self, maps: Maps, shards: Sequence[Shard]) -> None:
@@ -217,7 +217,7 @@ class Table:
 class Column:
     """A column of numbers: rows of it as NumPy arrays, from the shards that have them."""
 
-    def __init__(self, table: Table, name: str) -> None:
+    def __init__(self, table: ShardedTable, name: str) -> None:
         self.table, self.name = table, name
 
     def __len__(self) -> int:

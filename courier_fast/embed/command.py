@@ -11,7 +11,7 @@ from ..engines import add_engine_arguments, connected
 from ..locations import local_path, location
 from ..space import encoder_of_run, space_of
 from .device import add_device_arguments, device_of
-from .sources import FolderImages, Source, make_decoder_for, run_source
+from .sources import FolderImages, RowSource, make_decoder_for, run_source
 from .write import check_embeddings_out, embed_source
 
 
@@ -91,7 +91,7 @@ def _run(args: argparse.Namespace, how: dict[str, Any]) -> int:
     encoder = load_encoder(args.run, device)
     about, weights = encoder_of_run(args.run)
     space = space_of(weights, about)
-    source: Source
+    source: RowSource
     of_features = encoder.about["backbone"] is None
     if of_features and (unused := {"decoder", "threads"} & set(getattr(args, "given", ()))):
         raise ValueError(
@@ -125,7 +125,9 @@ def _run(args: argparse.Namespace, how: dict[str, Any]) -> int:
     return 0
 
 
-def _run_folder(args: argparse.Namespace, encoder: Any, source: Source, how: dict[str, Any]) -> int:
+def _run_folder(
+    args: argparse.Namespace, encoder: Any, source: RowSource, how: dict[str, Any]
+) -> int:
     from .grow import embed_new, rows_since
 
     rows = None

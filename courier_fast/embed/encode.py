@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from .sources import Source
+from .sources import RowSource
 
 # ---- encoding ------------------------------------------------------------------------------------
 
@@ -21,7 +21,7 @@ Array = npt.NDArray
 
 def encode(
     model: Callable[[Tensor], Tensor],
-    source: Source,
+    source: RowSource,
     rows: Array,
     *,
     batch: int = 256,
@@ -69,7 +69,7 @@ def encode(
 
 def encode_all(
     model: Callable[[Tensor], Tensor],
-    source: Source,
+    source: RowSource,
     *,
     batch: int = 256,
     device: torch.device | str = "cpu",

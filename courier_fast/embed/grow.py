@@ -15,16 +15,16 @@ import pyarrow.compute as pc
 from torch import Tensor, nn
 
 from ..data.embedding_store import NAME, EmbeddingStore
-from .sources import Source
+from .sources import RowSource
 from .write import EmbedReport, embed_source
 
 Array = npt.NDArray
 
 
-class Part:
+class Subset:
     """Some rows of a source, as a source."""
 
-    def __init__(self, source: Source, rows: Array) -> None:
+    def __init__(self, source: RowSource, rows: Array) -> None:
         self.source, self.rows = source, rows
         self.ids: Sequence[Any] = [str(source.ids[i]) for i in rows.tolist()]
         self.present = source.present[rows]
@@ -41,7 +41,7 @@ class Part:
 
 def embed_new(
     encoder: nn.Module,
-    source: Source,
+    source: RowSource,
     folder: Path,
     *,
     space: str,
@@ -81,7 +81,7 @@ def embed_new(
         until = getattr(encoder, "about", {}).get("trained_until")
         store = EmbeddingStore(folder, space, int(encoder.dim), until).write()  # type: ignore[arg-type]
     rows = np.arange(len(source.ids)) if rows is None else rows
-    part = Part(source, rows[source.present[rows]])
+    part = Subset(source, rows[source.present[rows]])
     if remove_missing:
         there = store.ids
         gone = there.filter(pc.invert(pc.is_in(there, pa.array(part.ids, pa.string()))))
@@ -91,7 +91,7 @@ def embed_new(
     wanted = ~store.has(part.ids, digests)
     if not wanted.any():
         return store, None
-    part = Part(source, part.rows[wanted])
+    part = Subset(source, part.rows[wanted])
     report = embed_source(encoder, part, begun, **how)
     table = np.load(begun, mmap_mode="r")
     store = store.append(part.ids, [d for d, w in zip(digests, wanted, strict=True) if w], table)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .encode import encode
-from .sources import Source
+from .sources import RowSource
 
 Array = npt.NDArray
 
@@ -53,7 +53,7 @@ def encode_on(ray: Any) -> Callable[..., Iterator[tuple[Array, Array, Array]]]:
     source's dataset or files under the same path."""
 
     def encode_rows(
-        model: nn.Module, source: Source, rows: Array, *, batch: int, device: Any, dtype: Any
+        model: nn.Module, source: RowSource, rows: Array, *, batch: int, device: Any, dtype: Any
     ) -> Iterator[tuple[Array, Array, Array]]:
         if not len(rows):
             return

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 Array = npt.NDArray
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """The inputs of an encoder, by row.
 
     `load(rows)` gives inputs [n, ...] and damaged [n] bool, whose inputs mean nothing; `digest` is
@@ -188,7 +188,7 @@ def digest_of(about: Any, *arrays: Array) -> str:
     return digest.hexdigest()
 
 
-def run_source(encoder: Any, run: Path, dataset: Dataset, args: argparse.Namespace) -> Source:
+def run_source(encoder: Any, run: Path, dataset: Dataset, args: argparse.Namespace) -> RowSource:
     """What the encoder of a run takes: the dataset's images, or the features that a projection was
     trained on."""
     device, _ = device_of(args)

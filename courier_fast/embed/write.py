@@ -24,7 +24,7 @@ from ..files import sync, write_atomically
 from ..locations import local_path
 from ..output import check_file
 from .encode import encode
-from .sources import Source, digest_of
+from .sources import RowSource, digest_of
 
 log = logging.getLogger(__name__)
 Array = npt.NDArray
@@ -48,7 +48,7 @@ class EmbedReport:
 
 def embed_source(
     encoder: nn.Module,
-    source: Source,
+    source: RowSource,
     out: str | os.PathLike[str],
     *,
     batch: int = 256,
@@ -160,7 +160,7 @@ def check_embeddings_out(out: Path, inputs: Iterable[object] = ()) -> None:
 class _Partial:
     """Embeddings of an unfinished `out`, and which are there: of an earlier run, or none."""
 
-    def __init__(self, out: Path, about: dict[str, Any], source: Source, dim: int) -> None:
+    def __init__(self, out: Path, about: dict[str, Any], source: RowSource, dim: int) -> None:
         self.path, self.progress = (
             out.with_name(f"{out.name}.{e}") for e in ("partial", "progress")
         )

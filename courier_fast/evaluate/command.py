@@ -17,7 +17,7 @@ from ..data.dataset import Dataset
 from ..data.embeddings import read_embeddings
 from ..embed.device import add_device_arguments, device_of
 from ..embed.encode import encode_all
-from ..embed.sources import DatasetImages, Source, make_decoder_for, run_source
+from ..embed.sources import DatasetImages, RowSource, make_decoder_for, run_source
 from ..files import write_atomically
 from ..locations import local_path, location
 from ..output import check_file
@@ -140,7 +140,7 @@ def evaluate(args: argparse.Namespace) -> tuple[Dataset, list[Method], dict[str,
     return dataset, methods, result
 
 
-def _encode(name: str, model: Any, source: Source, args: argparse.Namespace) -> Method:
+def _encode(name: str, model: Any, source: RowSource, args: argparse.Namespace) -> Method:
     device, dtype = device_of(args)
     model.to(device)
     return Method(name, encode_all(model, source, batch=args.batch, device=device, dtype=dtype))
@@ -215,9 +215,9 @@ def print_result(result: dict[str, Any], console: Console | None = None) -> None
             style="bold",
             highlight=False,
         )
-        console.print(_table("", one["methods"]))
+        console.print(_method_table("", one["methods"]))
         if one["differences"]:
-            console.print(_table(f"{main} minus", one["differences"], differences=True))
+            console.print(_method_table(f"{main} minus", one["differences"], differences=True))
     console.print(
         "Means over pages, 95 % intervals below them (users resampled); differences are paired, "
         "green or red where 0 is outside.",
@@ -225,7 +225,7 @@ def print_result(result: dict[str, Any], console: Console | None = None) -> None
     )
 
 
-def _table(
+def _method_table(
     corner: str, rows: dict[str, dict[str, dict[str, float]]], differences: bool = False
 ) -> Table:
     metrics = list(next(iter(rows.values())))

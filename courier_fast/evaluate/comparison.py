@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -73,17 +73,7 @@ def compare(
         ValueError: methods of one name or of another number of items, an unknown split, candidate
             set or score, settings of another score, nothing to rank.
     """
-    names = [method.name for method in methods]
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"methods: expected at least one, with different names, got {names}")
-    for method in methods:
-        if method.embeddings is not None:
-            check_embeddings(method.embeddings, dataset)
-        elif method.scores is not None and method.scores.shape != (dataset.num_items,):
-            raise ValueError(
-                f"{method.name}: expected scores [{dataset.num_items}] (one per item of the "
-                f"dataset), got {list(method.scores.shape)}"
-            )
+    _check_methods(methods, dataset)
     unknown = sorted(set(candidates) - set(CANDIDATES))
     if unknown or not candidates:
         raise ValueError(f"candidates: expected some of {', '.join(CANDIDATES)}, got {unknown}")
@@ -96,15 +86,32 @@ def compare(
     clicks = int(dataset.pv_clicked[rows].sum())
     sets: dict[str, Any] = {}
     for name in dict.fromkeys(candidates):
-        drawn = draw(dataset, targets, name, count, seed)
-        sets[name] = _compare(
-            dataset, methods, drawn, sorted(set(k)), score, reconstruction, bootstrap, seed, device
-        )
+        drawn = draw_candidates(dataset, targets, name, count, seed)
+        values, unranked = {}, {}
+        for m in methods:
+            values[m.name], unranked[m.name] = page_table(
+                dataset,
+                m,
+                drawn,
+                sorted(set(k)),
+                score=score,
+                reconstruction=reconstruction,
+                device=device,
+            )
+        user = dataset.page_user[np.unique(drawn.targets.page)]
+        sets[name] = {
+            "pages": len(user),
+            "clicks": len(drawn.targets),
+            "users": len(np.unique(user)),
+            "mean_candidates": len(drawn.items) / len(drawn.targets),
+            **_means(values, user, bootstrap, seed),
+            "unranked": unranked,
+        }
     return {
         "settings": {
             "dataset": str(dataset.path),
             "split": split,
-            "main": names[0],
+            "main": methods[0].name,
             "count": count,
             "k": sorted(set(k)),
             "history": history,
@@ -121,7 +128,23 @@ def compare(
     }
 
 
-def draw(dataset: Dataset, targets: Targets, name: str, count: int, seed: int) -> Candidates:
+def _check_methods(methods: Sequence[Method], dataset: Dataset) -> None:
+    names = [method.name for method in methods]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"methods: expected at least one, with different names, got {names}")
+    for method in methods:
+        if method.embeddings is not None:
+            check_embeddings(method.embeddings, dataset)
+        elif method.scores is not None and method.scores.shape != (dataset.num_items,):
+            raise ValueError(
+                f"{method.name}: expected scores [{dataset.num_items}] (one per item of the "
+                f"dataset), got {list(method.scores.shape)}"
+            )
+
+
+def draw_candidates(
+    dataset: Dataset, targets: Targets, name: str, count: int, seed: int
+) -> Candidates:
     """The candidates of a set, by its name; see `compare`."""
     if name == "page":
         return page_candidates(dataset, targets)
@@ -164,30 +187,16 @@ def page_table(
     return values, int(np.isnan(scores[drawn.offsets[:-1]]).sum())
 
 
-def _compare(
-    dataset: Dataset,
-    methods: Sequence[Method],
-    drawn: Candidates,
-    k: Sequence[int],
-    score: str,
-    reconstruction: Reconstruction | None,
-    bootstrap: int,
-    seed: int,
-    device: torch.device | str,
+def _means(
+    values: Mapping[str, Mapping[str, Array]], user: Array, bootstrap: int, seed: int
 ) -> dict[str, Any]:
-    pages = np.unique(drawn.targets.page)
-    columns, unranked = [], {}
-    for method in methods:
-        values, unranked[method.name] = page_table(
-            dataset, method, drawn, k, score=score, reconstruction=reconstruction, device=device
-        )
-        columns.append(np.stack(list(values.values()), 1))
-    metrics, table = list(values), np.stack(columns, 1)  # [pages, methods, metrics]
-    user = dataset.page_user[pages]
+    """Means and intervals of each method's {metric: [pages]}, and of the first minus each other."""
+    metrics = list(next(iter(values.values())))
+    table = np.stack([np.stack(list(x.values()), 1) for x in values.values()], 1)
+    means = table.mean(0)  # of [pages, methods, metrics]
     samples = bootstrap_means(
-        table.reshape(len(pages), -1), user, samples=bootstrap, seed=seed
-    ).reshape(bootstrap, *table.shape[1:])
-    means = table.mean(0)
+        table.reshape(len(table), -1), user, samples=bootstrap, seed=seed
+    ).reshape(bootstrap, *means.shape)
 
     def named(mean: Array, drawn: Array) -> dict[str, dict[str, float]]:
         low, high = interval(drawn)
@@ -197,15 +206,10 @@ def _compare(
         }
 
     return {
-        "pages": len(pages),
-        "clicks": len(drawn.targets),
-        "users": len(np.unique(user)),
-        "mean_candidates": len(drawn.items) / len(drawn.targets),
-        "methods": {m.name: named(means[i], samples[:, i]) for i, m in enumerate(methods)},
+        "methods": {n: named(means[i], samples[:, i]) for i, n in enumerate(values)},
         "differences": {
-            m.name: named(means[0] - means[i], samples[:, 0] - samples[:, i])
-            for i, m in enumerate(methods)
+            n: named(means[0] - means[i], samples[:, 0] - samples[:, i])
+            for i, n in enumerate(values)
             if i
         },
-        "unranked": unranked,
     }

@@ -138,9 +138,9 @@ def history_scores(
         padded = window * np.arange(1, len(window) + 1)
         some = order[first : first + max(1, int(np.searchsorted(padded, chunk, side="right")))]
         first += len(some)
-        rows, real = _padded(offsets[some], offsets[some + 1])
+        rows, real = _padded_ranges(offsets[some], offsets[some + 1])
         items = np.where(real, candidates.items[rows], 0).astype(np.int64)
-        past, known = _padded(targets.history_start[some], targets.history_end[some])
+        past, known = _padded_ranges(targets.history_start[some], targets.history_end[some])
         history = np.where(known, dataset.event_item[past], 0).astype(np.int64)
         known &= have[history]
         e, c = (table[torch.from_numpy(a).to(device)].double() for a in (items, history))
@@ -154,7 +154,7 @@ def history_scores(
     return scores
 
 
-def _padded(start: Array, end: Array) -> tuple[Array, Array]:
+def _padded_ranges(start: Array, end: Array) -> tuple[Array, Array]:
     """The ranges [start, end) as rows of one matrix, and which of its entries are real; the others
     repeat the first."""
     step = np.arange((end - start).max())
@@ -163,8 +163,7 @@ def _padded(start: Array, end: Array) -> tuple[Array, Array]:
 
 
 def _similarities(items: Tensor, history: Tensor, known: Tensor, score: str) -> Tensor:
-    """[B, P] of items [B, P, D] to history [B, H, D], where `known` [B, H]; of no meaning without
-    any."""
+    """[B, P] of items [B, P, D] to history [B, H, D], where any of it is `known` [B, H]."""
     rows, columns = (torch.linalg.vector_norm(x, dim=2).clamp_min(1e-12) for x in (items, history))
     similar = items @ history.mT / rows[:, :, None] / columns[:, None]
     if score == "max":

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from .. import output
 from ..ctr.features import CLUSTERS, centroids_of, nearest_centroid
-from ..files import check_sha256, read_json, sha256
+from ..files import check_listed, checksums, read_json
 
 Array = npt.NDArray
 
@@ -48,7 +48,7 @@ def fit_clusters(
     """
     if not clusters or min(clusters) < 1:
         raise ValueError(f"clusters: expected numbers of at least 1, got {list(clusters)}")
-    _write(
+    _write_clusters(
         ids,
         vectors,
         {k: centroids_of(vectors, known, k, seed) for k in clusters},
@@ -81,15 +81,14 @@ def assign_clusters(
             f"like: expected embeddings of the space {str(about['space'])[:19]} of {like}, "
             f"got {str(space)[:19]}"
         )
-    centroids = {}
-    for k in about["clusters"]:
-        path = like / f"centroids_{k}.npy"
-        check_sha256(path, about["files"][path.name], "fit the clusters again")
-        centroids[k] = np.load(path, allow_pickle=False)
-    _write(ids, vectors, centroids, space, about["until"], out)
+    files = {k: f"centroids_{k}.npy" for k in about["clusters"]}
+    listed = {name: about["files"][name] for name in files.values()}
+    check_listed(like, listed, "clusters.json", "fit the clusters again")
+    centroids = {k: np.load(like / name, allow_pickle=False) for k, name in files.items()}
+    _write_clusters(ids, vectors, centroids, space, about["until"], out)
 
 
-def _write(
+def _write_clusters(
     ids: pa.Array,
     vectors: Array,
     centroids: dict[int, Array],
@@ -102,7 +101,7 @@ def _write(
     def write(folder: Path) -> None:
         for k, means in centroids.items():
             np.save(folder / f"centroids_{k}.npy", means)
-        files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
+        files = checksums(folder)
         pq.write_table(pa.table({"item_id": ids, **columns}), folder / "clusters.parquet")
         about = {
             "format": FORMAT,

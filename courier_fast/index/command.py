@@ -78,10 +78,12 @@ def _add_embeddings(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"build": _build, "search": _search, "clusters": _clusters}[args.action](args)
+    return {"build": _run_build, "search": _run_search, "clusters": _run_clusters}[args.action](
+        args
+    )
 
 
-def _build(args: argparse.Namespace) -> int:
+def _run_build(args: argparse.Namespace) -> int:
     from ..data.embeddings import read_vectors
 
     check_output(args.out, INDEX, inputs=[args.embeddings], overwrite=True)
@@ -98,7 +100,7 @@ def _build(args: argparse.Namespace) -> int:
     return 0
 
 
-def _search(args: argparse.Namespace) -> int:
+def _run_search(args: argparse.Namespace) -> int:
     from .neighbours import nearest_images, nearest_items, write_page
 
     if not args.item and not args.image:
@@ -138,7 +140,7 @@ def _search(args: argparse.Namespace) -> int:
     return 0
 
 
-def _clusters(args: argparse.Namespace) -> int:
+def _run_clusters(args: argparse.Namespace) -> int:
     from ..data.embeddings import read_vectors
     from .clusters import assign_clusters, fit_clusters
 

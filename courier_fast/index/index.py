@@ -24,7 +24,9 @@ import pyarrow.compute as pc
 
 from ..data.read.ids import one
 from ..data.tables import read_table, write_table
-from ..files import check_sha256, read_json, sha256
+from ..files import check_listed, checksums, read_json
+from ..nearest import exact_search as exact_search
+from ..nearest import normalised
 from ..output import INDEX, check_output, write_folder
 
 log = logging.getLogger(__name__)
@@ -71,10 +73,8 @@ class Index:
                 f"index: {about_file} was altered, expected {', '.join(sorted(expected_names))} in "
                 "it; build it again"
             )
-        for name, expected in about["files"].items():
-            if not (path / name).is_file():
-                raise FileNotFoundError(f"index: {path / name} is in index.json, but is not there")
-            check_sha256(path / name, expected, "build it again")  # before faiss reads it
+        # Before faiss reads them.
+        check_listed(path, about["files"], "index.json", "build it again")
         del about["rows"], about["dim"]
         ids = read_table(path / "ids.arrow").column("item_id")
         vectors = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
@@ -106,29 +106,11 @@ class Index:
             )
         if k < 1:
             raise ValueError(f"k: expected at least 1, got {k}")
-        queries, k = _unit(queries), min(k, len(self.ids))
+        queries, k = normalised(np.asarray(queries, np.float32)), min(k, len(self.ids))
         if self.approximate is None:
             return exact_search(self.vectors, queries, k)
         cosines, rows = self.approximate.search(queries, k)
         return rows, cosines
-
-
-def exact_search(
-    vectors: Array, queries: Array, k: int, block: int = 1 << 18
-) -> tuple[Array, Array]:
-    """Rows and cosines [q, k] of the nearest of `vectors` [n, D], both of length 1; a block of them
-    at a time."""
-    import torch
-
-    asked = torch.from_numpy(np.ascontiguousarray(queries, np.float32))
-    best = torch.full((len(queries), 0), -2.0), torch.zeros((len(queries), 0), dtype=torch.int64)
-    for start in range(0, len(vectors), block):
-        part = torch.from_numpy(np.array(vectors[start : start + block], np.float32))
-        cosines, rows = torch.topk(asked @ part.T, min(k, len(part)), dim=1)
-        both = torch.cat([best[0], cosines], 1), torch.cat([best[1], rows + start], 1)
-        cosines, order = torch.topk(both[0], min(k, both[0].shape[1]), dim=1)
-        best = cosines, both[1].gather(1, order)
-    return best[1].numpy(), best[0].numpy()
 
 
 def build(
@@ -166,32 +148,16 @@ def build(
         raise ValueError("embeddings: expected a finite row that is not 0, got none")
     if not have.all():
         log.warning("%d of %d items have no embedding and are left out", (~have).sum(), len(have))
-    ids, rows = ids.filter(pa.array(have)), _unit(vectors[have])
+    ids, rows = ids.filter(pa.array(have)), normalised(np.asarray(vectors[have], np.float32))
     if kind == "auto":
         kind = "exact" if len(rows) <= EXACT else "ivf"
-    # An item's own row is found by any index: its K nearest others are asked for.
-    asked = np.random.default_rng(seed).permutation(len(rows))[:QUERIES]
-    queries, count = rows[asked], min(K + 1, len(rows))
-    nearest = _others(exact_search(rows, queries, count)[0], asked)
-    made: Any = None
-    settings: dict[str, int] = {}
-    if kind == "exact":
-        search: Callable[[Array], Array] = lambda q: exact_search(rows, q, count)[0]  # noqa: E731
-        found = 1.0
-    else:
-        made = _make(kind, rows, seed)
-        search = lambda q: made.search(q, count)[1]  # noqa: E731
-        settings, found = _tune(
-            made, kind, lambda: _others(search(queries), asked), nearest, recall
-        )
-    measured = {"recall@10": found, "queries_per_s": _speed(search, queries)}
+    made, settings, measured = _tried(kind, rows, recall, seed)
 
     def write(folder: Path) -> None:
         np.save(folder / "vectors.npy", rows)
         write_table(folder / "ids.arrow", {"item_id": ids})
         if made is not None:
             _faiss().write_index(made, str(folder / "index.faiss"))
-        files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
         about = {
             "format": FORMAT,
             "space": space,
@@ -200,12 +166,35 @@ def build(
             "rows": len(rows),
             "dim": rows.shape[1],
             "measured": measured,
-            "files": files,
+            "files": checksums(folder),
         }
         (folder / "index.json").write_text(json.dumps(about, indent=1), "utf-8")
 
     write_folder(out, INDEX, write)
     return Index.open(out)
+
+
+def _tried(
+    kind: str, rows: Array, recall: float, seed: int
+) -> tuple[Any, dict[str, int], dict[str, float]]:
+    """What faiss has made of the rows (None: nothing), its settings, and what was measured."""
+    # An item's own row is found by any index: its K nearest others are asked for.
+    asked = np.random.default_rng(seed).permutation(len(rows))[:QUERIES]
+    queries, count = rows[asked], min(K + 1, len(rows))
+
+    def exact(queries: Array) -> Array:
+        return exact_search(rows, queries, count)[0]
+
+    nearest = _others(exact(queries), asked)
+    if kind == "exact":
+        return None, {}, {"recall@10": 1.0, "queries_per_s": _speed(exact, queries)}
+    made = _make(kind, rows, seed)
+
+    def search(queries: Array) -> Array:
+        return made.search(queries, count)[1]
+
+    settings, found = _tune(made, kind, lambda: _others(search(queries), asked), nearest, recall)
+    return made, settings, {"recall@10": found, "queries_per_s": _speed(search, queries)}
 
 
 def _others(rows: Array, asked: Array) -> list[Array]:
@@ -261,11 +250,6 @@ def _speed(search: Callable[[Array], Array], queries: Array) -> float:
     began = time.perf_counter()
     search(queries)
     return len(queries) / (time.perf_counter() - began)
-
-
-def _unit(rows: Array) -> Array:
-    rows = np.asarray(rows, np.float32)
-    return np.ascontiguousarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
 
 def _faiss() -> Any:

@@ -11,7 +11,14 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from .counts import SMALLEST, Sorted, check_clicked, check_predictions, check_weight, clicks_of
+from .counts import (
+    SMALLEST,
+    SortedPredictions,
+    check_clicked,
+    check_predictions,
+    check_weight,
+    clicks_of,
+)
 
 Array = npt.NDArray
 
@@ -59,12 +66,12 @@ def calibration(
     y = check_clicked(clicked, both=False)
     p = check_predictions(predictions, len(y), probability=True)
     w = check_weight(weight, len(y))
-    by = Sorted.of(p)
+    by = SortedPredictions.of(p)
     return calibration_of(by, by.take(y), bins, by.take(w))
 
 
 def calibration_of(
-    by_prediction: Sorted, clicked: Array, bins: int, weight: Array | None = None
+    by_prediction: SortedPredictions, clicked: Array, bins: int, weight: Array | None = None
 ) -> Calibration:
     """As `calibration`, of impressions in sorted order."""
     if bins < 1:
@@ -133,7 +140,7 @@ def fit_isotonic(
     0 and 1 at the ends. `weight` [n]: how many impressions each stands for.
     """
     y = check_clicked(clicked, both=False)
-    by_prediction = Sorted.of(check_predictions(predictions, len(y), probability=True))
+    by_prediction = SortedPredictions.of(check_predictions(predictions, len(y), probability=True))
     w = check_weight(weight, len(y))
     w = np.ones(len(y)) if w is None else by_prediction.take(w)
     start = np.flatnonzero(by_prediction.first)

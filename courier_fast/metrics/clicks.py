@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from .counts import (
     BLOCK,
-    Sorted,
+    SortedPredictions,
     add_losses,
     check_clicked,
     check_predictions,
@@ -93,7 +93,7 @@ def gauc(
     p = check_predictions(predictions, len(y))
     w = check_weight(weight, len(y))
     code, groups = group_codes(group, len(y), "group")
-    by = Sorted.of(p)
+    by = SortedPredictions.of(p)
     pairs = pairs_within(by.first, by.take(y), by.take(code), groups, by.take(w))
     value, of_group = group_auc(pairs, label_counts(y, code, groups, w), weighting)
     return _group_mean(value, of_group, "both labels")
@@ -160,7 +160,7 @@ def _page_mean(
     y = check_clicked(clicked, both=False)
     p = check_predictions(predictions, len(y))
     code, pages = group_codes(page, len(y), "page")
-    by, labels = Sorted.of(p), label_counts(y, code, pages)
+    by, labels = SortedPredictions.of(p), label_counts(y, code, pages)
     value = page_gains(by.first, by.take(y), by.take(code), labels, k)[column]
     return _group_mean(value, labels[:, 1] > 0, "a click")
 

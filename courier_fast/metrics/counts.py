@@ -104,7 +104,7 @@ def group_codes(group: npt.ArrayLike, n: int, name: str) -> tuple[Array, int]:
 
 
 @dataclass(frozen=True)
-class Sorted:
+class SortedPredictions:
     """Impressions by ascending prediction: runs of equal predictions are ties."""
 
     order: Array  # [n] the impression at each place
@@ -112,7 +112,7 @@ class Sorted:
     first: Array  # [n] bool: its prediction differs from that of the place before
 
     @classmethod
-    def of(cls, p: Array) -> Sorted:
+    def of(cls, p: Array) -> SortedPredictions:
         if p.dtype == np.float32 and len(p) < 2**32:
             order, p = _sort_float32(p)
         else:
@@ -138,8 +138,7 @@ class Sorted:
 
 
 def _sort_float32(p: Array) -> tuple[Array, Array]:
-    """(order, sorted) by one sort of 64-bit numbers, prediction above row: several times as fast as
-    argsort."""
+    """(order, sorted) by one sort of 64-bit numbers, prediction above row: faster than argsort."""
     keys = np.empty(len(p), np.uint64)
     _pack(p.view(np.uint32), keys)
     keys.sort()
@@ -172,7 +171,7 @@ def _unpack(keys, order, bits):  # type: ignore[no-untyped-def]
 
 def label_counts(clicked: Array, group: Array, groups: int, weight: Array | None = None) -> Array:
     """[G, 2] impressions of each group that were not clicked, and that were."""
-    out = np.zeros((groups, 2), _kind(weight))
+    out = np.zeros((groups, 2), _sum_type(weight))
     _count_labels(clicked, group, weight, out)
     return out
 
@@ -186,7 +185,7 @@ def pairs_over_all(
     Column 1: the clicked one is of the group and the other anybody's; column 0: the one not clicked
     is of the group.
     """
-    out = np.zeros((groups, 2), _kind(weight))
+    out = np.zeros((groups, 2), _sum_type(weight))
     _count_over_all(first, clicked, group, weight, clicks_of(clicked, weight), out)
     return out
 
@@ -196,7 +195,7 @@ def pairs_within(
 ) -> Array:
     """[G] of impressions in sorted order: as `pairs_over_all`, of pairs whose impressions are both
     of the group."""
-    out = np.zeros(groups, _kind(weight))
+    out = np.zeros(groups, _sum_type(weight))
     _count_within(first, clicked, group, weight, _state(groups, len(group), weight), out)
     return out
 
@@ -231,13 +230,13 @@ def clicks_of(clicked: Array, weight: Array | None) -> float:
     return int(np.count_nonzero(clicked)) if weight is None else float(weight[clicked].sum())
 
 
-def _kind(weight: Array | None) -> npt.DTypeLike:
+def _sum_type(weight: Array | None) -> npt.DTypeLike:
     return np.int64 if weight is None else np.float64
 
 
 def _state(groups: int, n: int, weight: Array | None = None) -> Array:
     small = weight is None and n < 2**31
-    return np.zeros((groups, 4), np.int32 if small else _kind(weight))
+    return np.zeros((groups, 4), np.int32 if small else _sum_type(weight))
 
 
 @njit(cache=True, nogil=True)

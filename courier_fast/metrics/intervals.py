@@ -28,7 +28,7 @@ from scipy.special import stdtr, stdtrit
 from . import counts
 from .calibration import Calibration, calibration_of
 from .counts import (
-    Sorted,
+    SortedPredictions,
     check_clicked,
     check_predictions,
     check_weight,
@@ -308,7 +308,7 @@ class _Design:
         return float(-(q * np.log(q)).sum())
 
     def statistics(self, p: Array, bins: int) -> tuple[dict[str, _Statistic], Calibration]:
-        by = Sorted.of(p)
+        by = SortedPredictions.of(p)
         page = None if self.page is None else by.take(self.page)
         weight = by.take(self.weight)
         order = _Order(by.first, by.take(self.clicked), by.take(self.user), page, weight)

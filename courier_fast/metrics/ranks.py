@@ -73,8 +73,7 @@ def _group_sum(values: Array, group: Array, groups: int) -> Array:
 
 
 def _mean_by_group(values: Array, group: Array, groups: int) -> Array:
-    """Means [groups, ...] of values [n, ...] by `group` [n] in [0, groups); NaN for a group without
-    a value."""
+    """Means [groups, ...] of values [n, ...] by `group` [n] below `groups`; NaN where none is."""
     with np.errstate(invalid="ignore"):
         return (_group_sum(values, group, groups).T / np.bincount(group, minlength=groups)).T
 

@@ -252,7 +252,7 @@ PERIODS = {
 }
 
 
-def _fraction(x: npt.NDArray) -> npt.NDArray:
+def _phase(x: npt.NDArray) -> npt.NDArray:
     return x - np.floor(x)
 
 
@@ -280,9 +280,9 @@ def _pattern(
     period = rng.uniform(*PERIODS[kind])
     s, t = s / period, t / period
     if kind == "stripes":
-        return (_fraction(s) < rng.uniform(0.35, 0.6)).astype(np.float32), none
+        return (_phase(s) < rng.uniform(0.35, 0.6)).astype(np.float32), none
     if kind == "checks":
-        across, along = ((_fraction(x) < 0.5).astype(np.float32) for x in (s, t))
+        across, along = ((_phase(x) < 0.5).astype(np.float32) for x in (s, t))
         return 0.5 * (across + along), none
     # Every other row is shifted by half a cell.
     row = np.floor(t)

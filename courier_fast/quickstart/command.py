@@ -193,7 +193,7 @@ def _steps_for(out: Path, q: Quickstart, trial: int = 5) -> int:
     return max(1, round(60 * q.minutes / each))
 
 
-def encode(dataset: Dataset, model: Any, encoder: Any) -> Array:
+def encode_pictures(dataset: Dataset, model: Any, encoder: Any) -> Array:
     """[items, D] embeddings by `model` of the pictures as `encoder` takes them."""
     from ..data.images.decode import make_decoder
     from ..embed.encode import encode_all
@@ -212,12 +212,14 @@ def embed(out: Path, dataset: Dataset) -> Array:
     from ..train.encoder import load_encoder
 
     encoder = load_encoder(out / "run")
-    table = encode(dataset, encoder, encoder)
+    table = encode_pictures(dataset, encoder, encoder)
     np.save(out / "embeddings.npy", table)
     return table
 
 
-def evaluate(out: Path, dataset: Dataset, embeddings: Array, q: Quickstart) -> dict[str, Any]:
+def evaluate_embedding(
+    out: Path, dataset: Dataset, embeddings: Array, q: Quickstart
+) -> dict[str, Any]:
     """The trained embedding beside what needs no training, also in results.json."""
     import torch
 
@@ -226,7 +228,9 @@ def evaluate(out: Path, dataset: Dataset, embeddings: Array, q: Quickstart) -> d
 
     torch.manual_seed(q.seed)  # as the run began
     before = build_encoder("small_conv", q.dim, q.size).eval()
-    backbone = methods.Method("untrained backbone", encode(dataset, before.backbone, before))
+    backbone = methods.Method(
+        "untrained backbone", encode_pictures(dataset, before.backbone, before)
+    )
     pixels = methods.pixels(dataset)
     results = comparison.compare(
         dataset,
@@ -274,7 +278,7 @@ def quickstart(out: Path, q: Quickstart, console: Console | None = None) -> Path
     with stages("Embed", "every product"):
         embeddings = embed(out, dataset)
     with stages("Evaluate", f"{len(dataset.split('test')):,} held-out pages"):
-        results = evaluate(out, dataset, embeddings, q)
+        results = evaluate_embedding(out, dataset, embeddings, q)
     with stages("CTR", "a click model with and without the embedding"):
         ctr = compare_ctr(out, dataset, embeddings, q.history)
         if isinstance(ctr, str):

@@ -14,7 +14,7 @@ from ..ctr.cells import NONE, RANDOM, Plan, run_plan
 from ..ctr.features import random_vectors
 from ..ctr.impressions import Impressions, check_dataset, make_protocol
 from ..ctr.plots import write_plots
-from ..ctr.report import make_report, write_report
+from ..ctr.report import make_report, write_ctr_report
 from ..data.dataset import Dataset
 from ..metrics.clicks import auc
 
@@ -47,7 +47,7 @@ def compare_ctr(
     shown = Impressions(dataset, "test", history=history)
     report["attainable"] = auc(shown.clicked, truth_of(out, shown))
     report["summary"] = sentence(report)
-    write_report(report, out / "ctr")
+    write_ctr_report(report, out / "ctr")
     write_plots(report, out / "ctr")
     return report
 

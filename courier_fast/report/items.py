@@ -14,6 +14,7 @@ from .. import reconstruct
 from ..data.dataset import Dataset
 from ..data.images.thumbnails import Pictures
 from ..evaluate.scores import Reconstruction
+from ..nearest import exact_search, normalised
 from .text import number, percent
 
 Array = npt.NDArray
@@ -82,21 +83,26 @@ def neighbours(
     """Random items, of as many categories as there are, with the `nearest` others by cosine."""
     x = np.asarray(embeddings, np.float32)
     usable = dataset.images.present & np.isfinite(x).all(1)
-    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     categories = dataset.categories.to_pylist()
     order = np.random.default_rng(seed).permutation(np.flatnonzero(usable)).tolist()
     first = {categories[i]: i for i in reversed(order)}  # of each category, the first in this order
     queries = [*first.values(), *(i for i in order if first[categories[i]] != i)][:count]
+    if not queries:
+        return []
+    items, places = np.flatnonzero(usable), (np.cumsum(usable) - 1)[queries]
+    x = normalised(x[items])
+    near, cosines = exact_search(x, x[places], min(nearest, len(x) - 1), own=places)
     show = Pictures(dataset)
-    found = []
-    for item in queries:
-        cosine = np.where(usable, x @ x[item], -np.inf)
-        cosine[item] = -np.inf
-        near = np.argsort(-cosine, kind="stable")[: min(nearest, usable.sum() - 1)].tolist()
-        found.append(
-            {"query": show(item), "near": [show(i, text=number(float(cosine[i]), 2)) for i in near]}
-        )
-    return found
+    return [
+        {
+            "query": show(query),
+            "near": [
+                show(int(items[row]), text=number(float(cosine), 2))
+                for row, cosine in zip(rows, values, strict=True)
+            ],
+        }
+        for query, rows, values in zip(queries, near, cosines, strict=True)
+    ]
 
 
 def map_of_items(
@@ -112,7 +118,7 @@ def map_of_items(
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:most])
     if len(rows) < 10:
         return None
-    x = x[rows] / np.linalg.norm(x[rows], axis=1, keepdims=True)
+    x = normalised(x[rows])
     if np.ptp(x, axis=0).max() < 1e-6:
         return None
     # Of unit vectors the squared distance is 2 - 2 cos: the same neighbours.
@@ -129,9 +135,7 @@ def map_of_items(
         f'<circle class="{colour.get(name, "rest")}" cx="{px:.1f}" cy="{py:.1f}" r="2.6"/>'
         for name, (px, py) in zip(names, at, strict=True)
     ]
-    cosine = x @ x.T
-    np.fill_diagonal(cosine, -np.inf)
-    near = np.argpartition(-cosine, nearest - 1, axis=1)[:, :nearest]
+    near, _ = exact_search(x, x, nearest, own=np.arange(len(x)))
     known = np.array([bool(name) for name in names])
     drawn = " drawn at random" if len(rows) == most else ""
     note = f"{len(rows):,} items{drawn}, placed by t-SNE so that what is alike is close."

@@ -31,12 +31,12 @@ from .sections import (
     ctr_tables,
     curves,
     health,
+    ranking_tables,
     read_journal,
     settings_of,
-    slices,
+    slice_charts,
     summary,
     sweep_pictures,
-    tables,
 )
 from .text import TITLES, headline, margins, number
 
@@ -97,13 +97,7 @@ def write_report(
         raise ValueError(
             f"embeddings: expected [{d.num_items}, D], a row per item, got {list(embeddings.shape)}"
         )
-    try:
-        results["sets"][candidates]["methods"][results["settings"]["main"]][metric]["mean"]
-    except KeyError as missing:
-        raise ValueError(
-            f"results: expected what `compare` gives, with {metric} in the set {candidates!r}, got "
-            f"none: {missing} is not there"
-        ) from None
+    _check_results(results, candidates, metric)
     journal = read_journal(about.run_dir)
     how, hidden = _attention_of(about.run_dir)
     versus = TITLES.get(candidates, candidates)
@@ -117,8 +111,8 @@ def write_report(
         forest_title=f"{metric} against {versus}, in percent",
         history=history,
         scored=results["settings"].get("score", "mean"),
-        tables=tables(results),
-        slices=slices(d, embeddings, results["settings"], history=history, seed=seed),
+        tables=ranking_tables(results),
+        slices=slice_charts(d, embeddings, results["settings"], history=history, seed=seed),
         ctr=None if about.ctr is None else ctr_tables(about.ctr),
         sweep=None if about.sweep is None else sweep_pictures(about.sweep),
         curves=curves(journal),
@@ -139,10 +133,20 @@ def write_report(
         settings=settings_of(about.run_dir)
         if about.settings is None
         else [(n, str(v)) for n, v in about.settings.items()],
-        versions=_versions(),
+        versions=_surroundings(),
         written=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC").lstrip("0"),
     )
     write_atomically(local_path(path), lambda partial: partial.write_text(page, encoding="utf-8"))
+
+
+def _check_results(results: Mapping[str, Any], candidates: str, metric: str) -> None:
+    try:
+        results["sets"][candidates]["methods"][results["settings"]["main"]][metric]["mean"]
+    except KeyError as missing:
+        raise ValueError(
+            f"results: expected what `compare` gives, with {metric} in the set {candidates!r}, got "
+            f"none: {missing} is not there"
+        ) from None
 
 
 def _template() -> Template:
@@ -172,7 +176,7 @@ def _stages(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
     ]
 
 
-def _versions() -> list[tuple[str, str]]:
+def _surroundings() -> list[tuple[str, str]]:
     cores = len(os.sched_getaffinity(0))
     return [
         ("courier_fast", __version__),

@@ -113,7 +113,7 @@ def health(
     }
 
 
-def tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def ranking_tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A table per kind of candidates: metrics as columns, methods as rows, the main one first."""
     tables = []
     for kind, found in results["sets"].items():
@@ -145,7 +145,7 @@ def tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return tables
 
 
-def slices(
+def slice_charts(
     dataset: Dataset, embeddings: Array, settings: Mapping[str, Any], *, history: int, seed: int
 ) -> list[dict[str, Any]]:
     """AUC of held-out clicks among items drawn uniformly, by category and by training clicks of the

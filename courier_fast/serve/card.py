@@ -18,7 +18,7 @@ NAME = "MODEL_CARD.md"
 def write_card(folder: Path, contract: Contract) -> None:
     """Writes the card of an export; everything in it is from its contract."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"yaml": _quoted, "signed": _signed, "interval": _interval}
+    environment.filters |= {"yaml": _yaml, "signed": _signed, "interval": _interval_text}
     source = files("courier_fast.serve").joinpath("MODEL_CARD.md.jinja").read_text("utf-8")
     text = environment.from_string(source).render(
         c=contract,
@@ -31,7 +31,7 @@ def write_card(folder: Path, contract: Contract) -> None:
     (folder / NAME).write_text(text, "utf-8")
 
 
-def _quoted(text: Any) -> str:
+def _yaml(text: Any) -> str:
     """A YAML scalar: JSON is YAML."""
     return json.dumps(str(text), ensure_ascii=False)
 
@@ -46,5 +46,5 @@ def _signed(value: dict[str, float]) -> str:
     return f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
-def _interval(value: dict[str, float]) -> str:
+def _interval_text(value: dict[str, float]) -> str:
     return f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f})"

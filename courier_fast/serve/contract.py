@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..files import check_sha256, read_json
+from ..files import check_listed, read_json
 from ..space import encoder_of_run, space_of
 
 SCHEMA = 1
@@ -116,11 +116,8 @@ class Contract:
     def checked(self, folder: Path, name: str) -> Path:
         """The path of a file whose bytes are those that were exported; ValueError names it if they
         are not."""
-        path, expected = folder / name, self.entry(name)["sha256"]
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is in {NAME}, but is not there")
-        check_sha256(path, expected, "export it again")
-        return path
+        check_listed(folder, {name: self.entry(name)["sha256"]}, NAME, "export it again")
+        return folder / name
 
 
 def contract_of_run(run: Path) -> Contract:

@@ -77,7 +77,7 @@ def export(
             large for ONNX.
         RuntimeError: the exported float32 file breaks its budget.
     """
-    _check(licence, formats, precisions)
+    _check_arguments(licence, formats, precisions)
     check_output(out, EXPORT, inputs=(run, dataset), overwrite=True)
     if "onnx" in formats:
         check_installed()
@@ -133,7 +133,7 @@ def export(
     return Contract.read(out)
 
 
-def _check(licence: str, formats: Sequence[str], precisions: Sequence[str]) -> None:
+def _check_arguments(licence: str, formats: Sequence[str], precisions: Sequence[str]) -> None:
     if not licence.strip():
         raise ValueError("licence: expected that of the weights, got none")
     for name, given, known in (("format", formats, FORMATS), ("precision", precisions, PRECISIONS)):

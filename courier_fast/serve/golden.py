@@ -203,7 +203,7 @@ def verify(folder: Path, vectors: Path | None = None) -> list[Verdict]:
                 f"{list(found.shape)}"
             )
         return [Verdict(vectors.name, distance(found, expected), limit, unit)]
-    verdicts, inputs = [], _inputs(folder, golden)
+    verdicts, inputs = [], _inputs_of(folder, golden)
     if contract.takes_images:
         size = contract.input["size"]
         found = np.stack([square(path.read_bytes(), size) for path in inputs])
@@ -223,7 +223,7 @@ def verify(folder: Path, vectors: Path | None = None) -> list[Verdict]:
     return verdicts
 
 
-def _inputs(folder: Path, golden: dict[str, Any]) -> Any:
+def _inputs_of(folder: Path, golden: dict[str, Any]) -> Any:
     if "features" in golden:
         return np.load(folder / golden["features"], allow_pickle=False)
     return [folder / picture["file"] for picture in golden["pictures"]]

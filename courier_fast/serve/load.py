@@ -78,7 +78,7 @@ def load(
             )
         return ItemEncoder(contract_of_run(path), _torch(path), threads)
     contract = Contract.read(path)
-    name = _choose(contract, runtime, precision)
+    name = _choose_file(contract, runtime, precision)
     if name == WEIGHTS:
         for file in (WEIGHTS, "encoder.json"):
             contract.checked(path, file)
@@ -86,7 +86,7 @@ def load(
     return ItemEncoder(contract, onnx_run(contract, contract.checked(path, name), threads), threads)
 
 
-def _choose(contract: Contract, runtime: str, precision: str | None) -> str:
+def _choose_file(contract: Contract, runtime: str, precision: str | None) -> str:
     """The file of an export that does it."""
     wanted = precision or "float32"
     onnx = [

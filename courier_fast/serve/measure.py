@@ -20,6 +20,7 @@ from ..data.images.pictures import Reader, fastest_reader
 from ..data.images.transforms import eval_windows
 from ..evaluate.comparison import compare
 from ..evaluate.methods import Method
+from ..nearest import exact_search
 from .module import Serving
 
 Array = npt.NDArray
@@ -207,13 +208,8 @@ def overlap(a: Array, b: Array, k: int = 10, most: int = NEIGHBOURS) -> float:
     k = min(k, len(rows) - 1)
     if k < 1:
         return 1.0
-
-    def nearest(table: Array) -> Array:
-        scores = table[rows] @ table[rows].T
-        np.fill_diagonal(scores, -np.inf)
-        return np.sort(np.argpartition(-scores, k - 1, axis=1)[:, :k], axis=1)
-
-    one, other = nearest(a), nearest(b)
+    own = np.arange(len(rows))
+    one, other = (exact_search(x[rows], x[rows], k, own=own)[0] for x in (a, b))
     return float(np.mean([len(np.intersect1d(x, y)) / k for x, y in zip(one, other, strict=True)]))
 
 

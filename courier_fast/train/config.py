@@ -419,7 +419,7 @@ class Config(Section):
             return cls.model_validate(values)
         except ValidationError as error:
             lines = [
-                f"  {_place(e['loc']) or 'config'}: {e['msg']}"
+                f"  {_setting(e['loc']) or 'config'}: {e['msg']}"
                 + (f", got {e['input']!r}" if e["type"] not in ("missing", "value_error") else "")
                 for e in error.errors()
             ]
@@ -441,7 +441,7 @@ class Config(Section):
         write_atomically(Path(path), lambda partial: partial.write_text(text, "utf-8"))
 
 
-def _place(parts: tuple[int | str, ...]) -> str:
+def _setting(parts: tuple[int | str, ...]) -> str:
     """Section, name and index of a value: pydantic also says which of several types it tried."""
     names = [str(part) for k, part in enumerate(parts) if k < 2 or isinstance(part, int)]
     return ".".join(names)

@@ -17,7 +17,7 @@ from .config import Config
 from .monitor import effective_rank, uniformity
 from .objective import Objective, StepResult
 from .processes import Processes
-from .progress import Progress
+from .progress import Progress, Schedule
 
 
 class Run(Protocol):
@@ -26,11 +26,10 @@ class Run(Protocol):
     config: Config
     out: Path
     progress: Progress
+    schedule: Schedule
     processes: Processes
     objective: Objective
     checkpoints: Checkpoints
-
-    def steps_estimate(self) -> int | None: ...
 
 
 @torch.no_grad()
@@ -138,7 +137,7 @@ class Journal:
                 TextColumn("{task.fields[text]}"),
             )
             self.task = self.bar.add_task(
-                "", total=trainer.steps_estimate(), completed=trainer.progress.step, text=""
+                "", total=trainer.schedule.steps(), completed=trainer.progress.step, text=""
             )
             self.bar.start()
 

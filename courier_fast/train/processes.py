@@ -83,6 +83,7 @@ class Processes:
     """The processes of a torchrun job; one alone without it."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.owned = self.world > 1 and not dist.is_initialized()
         if self.owned:

@@ -45,7 +45,7 @@ MAX_FILE = 1 << 28  # bytes; a larger file is not read
 # ---- windows in pixels, and orientation ----------------------------------------------------------
 
 
-def pixels(window: Array, height: int, width: int, scale: float = 1.0) -> tuple[slice, slice]:
+def pixel_slices(window: Array, height: int, width: int, scale: float = 1.0) -> tuple[slice, slice]:
     """Rows and columns of a relative window in an image that was decoded at `scale`: whole pixels,
     at least one."""
     top, left, h, w = (float(x) for x in window)
@@ -226,7 +226,7 @@ def resize_pillow(image: Image.Image, window: Array, size: int) -> Array:
     """A window of an image of Pillow's as seen, [size, size, 3] uint8."""
     check_size(image.height, image.width)
     seen = rgb(ImageOps.exif_transpose(image))
-    rows, columns = pixels(window, seen.height, seen.width)
+    rows, columns = pixel_slices(window, seen.height, seen.width)
     box = (columns.start, rows.start, columns.stop, rows.stop)
     return np.array(seen.resize((size, size), Image.Resampling.BILINEAR, box))
 
@@ -314,7 +314,7 @@ def read_fast(image: Array, window: Array, size: int) -> Array:
     if max(height, width) >= 64:  # of a smaller image the shape does not tell the scale
         # 7, 6, 5 and 3 eighths have no vector code and take longer than the next larger.
         for eighths in (1, 2, 4, 8):
-            rows, columns = pixels(window, height, width, eighths / 8)
+            rows, columns = pixel_slices(window, height, width, eighths / 8)
             if min(rows.stop - rows.start, columns.stop - columns.start) >= size:
                 break
     decoded = decode_strictly(
@@ -324,7 +324,7 @@ def read_fast(image: Array, window: Array, size: int) -> Array:
         min_width=-(-width * eighths // 8),
         buffer=_buffer(height * width * max(components, 3)),
     )
-    picture = resize(decoded[pixels(window, height, width, eighths / 8)], size)
+    picture = resize(decoded[pixel_slices(window, height, width, eighths / 8)], size)
     if components == 4:  # stored inverted, as Adobe does and everybody after it
         picture = (picture[:, :, :3] * (picture[:, :, 3:] / np.float32(255)) + 0.5).astype(np.uint8)
     if orientation != 1:

@@ -74,7 +74,7 @@ def not_utf8(line: int, byte: int) -> str:
     )
 
 
-def shown(data: bytes, most: int = 60) -> str:
+def first_line(data: bytes, most: int = 60) -> str:
     """The first line of some bytes, cut."""
     line = data[: 4 * most].split(b"\n")[0].decode(errors="replace").strip()
     return line if len(line) <= most else f"{line[:most]}..."
@@ -182,7 +182,7 @@ class Delimited:
         at, fields, begin, odd = 0, 0, 0, None
 
         def row() -> str:
-            return shown(piece[begin : begin + 300])
+            return first_line(piece[begin : begin + 300])
 
         while at < len(piece):
             found = field.match(piece, at)
@@ -190,7 +190,7 @@ class Delimited:
             closed, after, plain, end = found.groups()
             if closed is not None and self.quote:
                 if not closed:
-                    rest = shown(piece[at : at + 300])
+                    rest = first_line(piece[at : at + 300])
                     return f"line {line:,}: a quote opens that is not closed: {rest}"
                 if after.strip():
                     return (

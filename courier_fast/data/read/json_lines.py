@@ -18,7 +18,7 @@ import polars as pl
 
 from ...locations import Location
 from ..storage import local_copy
-from .delimited import first_bytes, is_packed, not_utf8, open_bytes, shown
+from .delimited import first_bytes, first_line, is_packed, not_utf8, open_bytes
 
 Kinds = Mapping[str, "pl.DataType | type[pl.DataType]"]
 _ROWS = 1 << 17
@@ -106,10 +106,10 @@ class JsonLines:
                 if text.strip() == b"{":
                     said = "(an object over several lines? convert it: jq -c . FILE) "
                 raise ValueError(
-                    f"{where}line {number:,} is not a JSON object {said}{error}: {shown(text)}"
+                    f"{where}line {number:,} is not a JSON object {said}{error}: {first_line(text)}"
                 ) from None
             if not isinstance(value, dict):
-                raise ValueError(f"{where}line {number:,} is not a JSON object: {shown(text)}")
+                raise ValueError(f"{where}line {number:,} is not a JSON object: {first_line(text)}")
             yield value
 
     def _typed(self, raw: pl.Series, rows: int) -> pl.Series:
@@ -121,12 +121,12 @@ class JsonLines:
             at = int(nested.fill_null(False).arg_true()[0])
             raise ValueError(
                 f"{self.path}: expected text or a number as {raw.name}, got "
-                f"{shown(raw[at].encode())} in object {rows + at + 1:,}"
+                f"{first_line(raw[at].encode())} in object {rows + at + 1:,}"
             )
         return _text(raw).cast(kind, strict=False)
 
     def _first(self) -> str:
-        return f"the first is {shown(first_bytes(self.path), 200)}"
+        return f"the first is {first_line(first_bytes(self.path), 200)}"
 
 
 def _text(raw: pl.Series) -> pl.Series:
@@ -164,5 +164,5 @@ def json_lines(path: Location, kinds: Kinds, needed: Sequence[str] = ()) -> Json
             f"jq -c '.[]' {name} > lines.jsonl"
         )
     if start and not start.startswith(b"{"):
-        raise ValueError(f"{path}: expected JSON lines, an object in each, got {shown(start)}")
+        raise ValueError(f"{path}: expected JSON lines, an object in each, got {first_line(start)}")
     return JsonLines(path, kinds, needed)

@@ -192,15 +192,15 @@ class Table:
         wanted = [c for c in (*columns, *optional) if c in self.hive_columns and c not in schema]
         if not schema and self.schema:  # for the number of rows
             schema = dict([next(iter(self.schema.items()))])
-        frame = lazy(self.path, schema, read)
+        frame = lazy_frame(self.path, schema, read)
         return frame.with_columns(pl.lit(self.hive_columns[c], pl.String).alias(c) for c in wanted)
 
     def all(self) -> pl.LazyFrame:
         """All its columns."""
-        return lazy(self.path, self.schema, self.read)
+        return lazy_frame(self.path, self.schema, self.read)
 
 
-def lazy(path: Location, schema: Schema, read: Read) -> pl.LazyFrame:
+def lazy_frame(path: Location, schema: Schema, read: Read) -> pl.LazyFrame:
     """A lazy table of what `read` gives, which needs nothing but `path` in any process."""
 
     def batches(
@@ -271,7 +271,7 @@ class Parquet:
     def columns(self) -> list[tuple[str, Any]]:
         """Names and types."""
         with self._open() as file:
-            return [(column.name, _kind(column.type)) for column in file.schema_arrow]
+            return [(column.name, _polars_type(column.type)) for column in file.schema_arrow]
 
     def read(self, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
         """Some columns, in batches; text in any form as text."""
@@ -284,7 +284,7 @@ class Parquet:
                     yield frame
 
 
-def _kind(kind: pa.DataType) -> Any:
+def _polars_type(kind: pa.DataType) -> Any:
     """As what a column of Arrow is read."""
     try:
         found = pl.from_arrow(_plain(pa.array([], kind)))
@@ -316,7 +316,7 @@ def scan(path: Location) -> pl.LazyFrame:
 def scan_json(path: Path, schema: Kinds, needed: Sequence[str]) -> pl.LazyFrame:
     """Some fields of a .jsonl file, with their types; its other fields may hold anything."""
     with reading(path):
-        return lazy(path, dict(schema), json_lines(path, schema, needed).read)
+        return lazy_frame(path, dict(schema), json_lines(path, schema, needed).read)
 
 
 def scan_lines(path: Path, separator: str, columns: Sequence[str]) -> pl.LazyFrame:
@@ -326,7 +326,7 @@ def scan_lines(path: Path, separator: str, columns: Sequence[str]) -> pl.LazyFra
     """
     lines = Delimited(_there(path), ("line",), "\x01", quote=False, lossy=True)
     parts = pl.col("line").str.split(separator)
-    return lazy(path, {"line": pl.String}, lines.read).select(
+    return lazy_frame(path, {"line": pl.String}, lines.read).select(
         parts.list.get(i, null_on_oob=True).alias(name) for i, name in enumerate(columns)
     )
 
