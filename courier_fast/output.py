@@ -288,8 +288,8 @@ def check_remote(
 ) -> None:
     """The same rule in an object store, where nothing is renamed: what is there stays until files
     of the same names take its place."""
-    from .data.storage import is_file, join, list_files, read_bytes
     from .locations import is_url
+    from .storage import is_file, join, list_files, read_bytes
 
     read_whole = [str(x) for x in listed]
     for source in (*(str(x) for x in inputs if x is not None), *read_whole):

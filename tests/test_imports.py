@@ -21,8 +21,8 @@ FILES = {
     for path in sorted((ROOT / "kernels").rglob("*.py"))
 }
 
-# Upward on purpose, and only when asked for: the package's own names (`courier_fast.load`, say),
-# and the sub-commands of the command line.
+# The two arrows upward, on purpose and only when asked for: the package's own names
+# (`courier_fast.load`, say), and the sub-commands of the command line.
 LAZY = {"courier_fast", "courier_fast.cli"}
 
 
@@ -79,6 +79,20 @@ def test_no_circle() -> None:
     graph = {name: {x for x in imported(name) if x != name} - LAZY for name in FILES}
     assert len(graph) > 150
     assert graph["courier_fast.loss.functional"] >= {"courier_fast.loss.problem"}
+    assert circles(graph) == []
+
+
+def room(name: str) -> str:
+    """The folder or file in which a file is: those of bench/ are one, each of courier_fast/."""
+    return ".".join(name.split(".")[: 1 if name.startswith("bench") else 2])
+
+
+def test_rooms_stand_above_each_other() -> None:
+    graph: dict[str, set[str]] = {room(name): set() for name in FILES}
+    for name in FILES:
+        others = {room(x) for x in imported(name) if x not in LAZY}
+        graph[room(name)] |= others - {room(name)}
+    assert graph["courier_fast.train"] >= {"courier_fast.data"}
     assert circles(graph) == []
 
 

@@ -22,11 +22,11 @@ from prepare_factory import random_events
 from pyarrow import fs
 from train_factory import settings
 
+from courier_fast import storage
 from courier_fast.cli import main
-from courier_fast.data import storage
 from courier_fast.data.batches import BatchPlan
 from courier_fast.data.dataset import Dataset
-from courier_fast.data.storage import Cache, Folder, filesystem
+from courier_fast.storage import Cache, Folder, filesystem
 from courier_fast.train.trainer import Trainer
 
 
@@ -363,7 +363,7 @@ def test_other_file_systems_come_from_fsspec(local: Dataset) -> None:
     """In a process of its own: its memory."""
     script = """
 import sys
-from courier_fast.data import storage
+from courier_fast import storage
 from courier_fast.data.dataset import Dataset
 from pyarrow import fs
 found, name = storage.filesystem("memory://shop/d")

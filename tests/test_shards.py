@@ -18,8 +18,8 @@ from courier_fast.data.batches import BatchPlan, Order
 from courier_fast.data.dataset import TABLES, Dataset
 from courier_fast.data.prepare.options import PrepareOptions
 from courier_fast.data.prepare.run import prepare
-from courier_fast.data.storage import Folder, Shard
 from courier_fast.data.tables import Maps, ShardedTable, write_images, write_shard
+from courier_fast.storage import Folder, Shard
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ import pyarrow as pa
 
 from ..files import parse_json
 from ..locations import Location
-from .storage import Folder, Shard, join, write_file
+from ..storage import Folder, Shard, join, write_file
 from .tables import ImageShard, Maps, ShardedTable
 
 Array = npt.NDArray

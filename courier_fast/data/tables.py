@@ -21,7 +21,7 @@ from numba import njit
 
 from ..disk import size_text, write_rows, writing
 from ..locations import Location
-from .storage import Folder, Shard, join, write_file
+from ..storage import Folder, Shard, join, write_file
 
 
 @njit(cache=True, nogil=True)

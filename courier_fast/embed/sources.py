@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ..data.dataset import Dataset
 from ..data.images.decode import Decoder, make_decoder
+from ..data.images.files import read_any
 from ..data.images.pictures import seen_size
 from ..data.images.transforms import eval_windows
-from ..data.storage import read_any, size_and_time
 from ..locations import is_url, location
+from ..storage import size_and_time
 from .device import device_of
 
 log = logging.getLogger(__name__)

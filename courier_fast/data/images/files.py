@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from pyarrow import fs
 
-from ...locations import Location
+from ...locations import Location, is_url
 from ...output import is_partial
+from ...storage import filesystem, read_bytes
 from ..read.ids import one
 from ..read.likeness import MOST, difference
-from ..storage import filesystem
 
 LEADS_OUT = "a symbolic link out of the folder of images, not followed"
 # Of an item's files that with the first of these comes first.
@@ -250,3 +250,15 @@ def _remote(folder: str, files: ImageFiles) -> Iterator[tuple[str, str, bool, in
             files.hidden += 1
         else:
             yield f"{folder}/{relative}", relative, False, size
+
+
+def read_any(path: str) -> bytes:
+    """The bytes of an image file or URL, as `read_image`."""
+    from .pictures import MAX_FILE, read_image
+
+    if not is_url(path):
+        return read_image(path)
+    data = read_bytes(path, MAX_FILE + 1)
+    if len(data) > MAX_FILE:
+        raise ValueError(f"more than {MAX_FILE:,} bytes")
+    return data

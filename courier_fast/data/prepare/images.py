@@ -14,9 +14,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-from ..images.files import Paths
+from ..images.files import Paths, read_any
 from ..images.pictures import check_size, exif_orientation, rgb
-from ..storage import read_any
 
 _KEPT = ("JPEG", "PNG", "WEBP")  # every decoder reads these; others are written anew as JPEG
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")

@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from ... import __version__
 from ...locations import Location
+from ...storage import join
 from ..dataset import SPLITS, write_json, write_manifest
 from ..read import truth
 from ..read.scan import some
 from ..read.times import SECOND
-from ..storage import join
 from .layouts import Source
 from .options import PrepareOptions, microseconds
 from .page_ids import PageIds

@@ -21,7 +21,7 @@ from ...disk import bytes_under, size_text, writing
 from ...engines import ENGINES
 from ...locations import Location, location
 from ...output import DATASET, check_remote, new_folder
-from ..storage import delete_file, join
+from ...storage import delete_file, join
 from . import plan
 from .in_threads import Threads
 from .layouts import Source

@@ -16,7 +16,7 @@ from typing import IO, cast
 import polars as pl
 
 from ...locations import Location
-from ..storage import local_copy
+from ...storage import local_copy
 
 PIECE = 1 << 24  # bytes
 _FIRST = 1 << 20  # bytes of the first: who asks for a few rows reads no more

@@ -17,7 +17,7 @@ import duckdb
 import polars as pl
 
 from ...locations import Location
-from ..storage import local_copy
+from ...storage import local_copy
 from .delimited import first_bytes, first_line, is_packed, not_utf8, open_bytes
 
 Kinds = Mapping[str, "pl.DataType | type[pl.DataType]"]

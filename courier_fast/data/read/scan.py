@@ -31,7 +31,7 @@ import pyarrow.parquet as parquet
 from polars.io.plugins import register_io_source
 
 from ...locations import Location
-from ..storage import filesystem, hidden, is_file, is_folder, join, list_files
+from ...storage import filesystem, hidden, is_file, is_folder, join, list_files
 from .delimited import Delimited, is_packed, with_header
 from .json_lines import Kinds, json_lines
 

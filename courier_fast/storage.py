@@ -26,12 +26,12 @@ from typing import TypeVar
 
 from pyarrow import fs
 
-from ..disk import size_text, writing
-from ..files import sha256, write_atomically
-from ..locations import Location as Location
-from ..locations import is_url as is_url
-from ..locations import local_path
-from ..locations import location as location
+from .disk import size_text, writing
+from .files import sha256, write_atomically
+from .locations import Location as Location
+from .locations import is_url as is_url
+from .locations import local_path
+from .locations import location as location
 
 T = TypeVar("T")
 _BLOCK = 1 << 20
@@ -75,18 +75,6 @@ def read_bytes(path: Location, most: int | None = None) -> bytes:
     found, name = filesystem(path)
     with found.open_input_file(name) as file:
         return file.read(most)
-
-
-def read_any(path: str) -> bytes:
-    """The bytes of an image file or URL, as `read_image`."""
-    from .images.pictures import MAX_FILE, read_image
-
-    if not is_url(path):
-        return read_image(path)
-    data = read_bytes(path, MAX_FILE + 1)
-    if len(data) > MAX_FILE:
-        raise ValueError(f"more than {MAX_FILE:,} bytes")
-    return data
 
 
 def size_and_time(url: str) -> tuple[int, int]:
