@@ -48,9 +48,10 @@ class Launch:
 
     name: str
     fn: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    aligned: tuple[str, ...]  # arguments known to be multiples of 16
+    signature: dict[str, Any]  # types; of an argument that is a tuple, a tuple of them
+    # By place among the arguments, and in the argument if it is a tuple:
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]  # what is known to be a multiple of 16
     num_warps: int
     num_stages: int
     fp_fusion: bool  # a product and a sum are rounded once
@@ -60,7 +61,17 @@ class Launch:
     def key(self) -> str:
         """What it compiles to depends on nothing else, but the target."""
         numbers = self.num_warps, self.num_stages, self.fp_fusion, self.registers
-        return repr((self.name, self.signature, self.constexprs, self.aligned, numbers))
+        return repr((self.name, self.signature, self.constants, self.attributes, numbers))
+
+    @property
+    def constexprs(self) -> dict[str, Any]:
+        """The constants by name; of an argument that holds several, each by its own."""
+        found: dict[str, Any] = {}
+        for (place, *inside), x in self.constants.items():
+            if not inside:
+                name = self.fn.arg_names[place]
+                found |= x._asdict() if hasattr(x, "_asdict") else {name: x}
+        return found
 
     @property
     def needs_wgmma(self) -> bool:
@@ -99,14 +110,13 @@ def recorded(capability: int = 90) -> Iterator[list[Launch]]:
 
     def note(*_: Any, fn: Any, compile: dict[str, Any], **__: Any) -> bool:
         fn = fn.jit_function
-        names, attributes = fn.arg_names, compile["configs"][0]
         options = json.loads(compile["specialization_data"])["options"]
         launch = Launch(
             name=fn.fn.__name__,
             fn=fn,
             signature=dict(compile["signature"]),
-            constexprs={names[place]: x for (place,), x in compile["constants"].items()},
-            aligned=tuple(names[place] for (place,), x in attributes.items() if x),
+            constants=dict(compile["constants"]),
+            attributes={place: x for place, x in compile["configs"][0].items() if x},
             num_warps=options["num_warps"],
             num_stages=options["num_stages"],
             fp_fusion=options["enable_fp_fusion"],
@@ -301,10 +311,7 @@ class Compiled:
 
 def source_of(launch: Any) -> ASTSource:
     """What Triton compiles for a launch."""
-    names = launch.fn.arg_names
-    types = {n: "constexpr" if n in launch.constexprs else launch.signature[n] for n in names}
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in launch.aligned}
-    return ASTSource(launch.fn, types, constexprs=dict(launch.constexprs), attrs=attributes)
+    return ASTSource(launch.fn, launch.signature, launch.constants, launch.attributes)
 
 
 def _options(launch: Any) -> dict[str, Any]:

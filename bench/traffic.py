@@ -124,7 +124,13 @@ class _Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **more: Any) -> None:
-            values = dict(zip(self.kernel.arg_names, args, strict=False)) | more
+            given = dict(zip(self.kernel.arg_names, args, strict=False)) | more
+            values: dict[str, Any] = {}
+            for argument, value in given.items():
+                inside = value._asdict() if hasattr(value, "_asdict") else {}
+                # Constants have names of their own.
+                values |= {k if k.isupper() else f"{argument}.{k}": x for k, x in inside.items()}
+                values[argument] = value
             name = self.name
             if name == "contrast":
                 name += " forward" if values["NEED_SUM"] else " transposed"

@@ -73,13 +73,11 @@ def fitting(tile: Any, kind: str, dim: int, capability: int) -> Any | None:
     tiles.OVERRIDE = {("16-bit", k, dim): tile for k in KINDS}
     label = f"bf16-{dim}"
     for launch in launches_of(label, capability):
+        if launch.name != "contrast":
+            continue
         constants = launch.constexprs
-        found = (
-            "transposed"
-            if constants.get("HAS_X_OFFSET") or not constants.get("NEED_SUM")
-            else ("forward" if constants["NEED_VALUES"] else "lse")
-        )
-        if launch.name != "contrast" or found != kind:
+        with_sum = "forward" if constants["NEED_VALUES"] else "lse"
+        if kind != (with_sum if constants["NEED_SUM"] else "transposed"):
             continue
         try:
             x = compiled(launch, capability)

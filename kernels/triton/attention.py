@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .common import LOG2E, kernel, rank_before, source_row, unit_scale
+from .common import (
+    LOG2E,
+    kernel,
+    load_rows,
+    load_source,
+    rank_before,
+    source_row,
+    unit_scale,
+)
 
 
 @triton.jit
@@ -20,25 +28,6 @@ def head_mask(dims, head, HEAD_DIM: tl.constexpr):
     """Which dimensions belong to a head: a masked product costs little here, and any D and head
     count work."""
     return (dims >= head * HEAD_DIM) & (dims < (head + 1) * HEAD_DIM)
-
-
-@triton.jit
-def load_rows(
-    ptr, index_ptr, row, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_INDEX: tl.constexpr
-):
-    """Rows of a source tensor as [rows, BLOCK_D], zeros beyond D and where the mask is off."""
-    dims = tl.arange(0, BLOCK_D)
-    start = source_row(index_ptr, row, mask, HAS_INDEX) * D
-    return tl.load(
-        ptr + start[:, None] + dims[None, :], mask=mask[:, None] & (dims < D)[None, :], other=0.0
-    )
-
-
-class Source(NamedTuple):
-    """Rows [*, D], and what they are read through or None."""
-
-    rows: Any
-    index: Any
 
 
 class Operand(NamedTuple):
@@ -55,6 +44,7 @@ class Tiles(NamedTuple):
     """What is constant in the attention to a history."""
 
     D: Any
+    STRIDE: Any  # of r and dL/dR
     HEADS: Any
     BLOCK_M: Any
     BLOCK_H: Any
@@ -63,12 +53,28 @@ class Tiles(NamedTuple):
     PRECISION: Any
 
 
-@triton.jit
-def load_source(source, row, mask, how: tl.constexpr):
-    """Rows [*, BLOCK_D], zeros where the mask is off."""
-    return load_rows(
-        source.rows, source.index, row, mask, how.D, how.BLOCK_D, source.index is not None
-    )
+class History(NamedTuple):
+    """Which rows are of which page."""
+
+    offsets: Any  # [B + 1]
+    page: Any  # [K], -1 for padding
+
+
+class Listing(NamedTuple):
+    """The PV rows that have an R [capacity], their pages, and how many they are."""
+
+    list: Any
+    page: Any
+    count: Any
+
+
+class UnitRows(NamedTuple):
+    """Where R of the listed rows goes: r [capacity, STRIDE], |R| [capacity] and the positive's two
+    cosines [capacity, 2]; or, without these two, R as it is into the rows of the batch [N, D]."""
+
+    unit: Any
+    norm: Any
+    positive: Any
 
 
 @triton.jit
@@ -99,8 +105,9 @@ def row_products(a, b, PRECISION: tl.constexpr):
 def products(a, b, head, DOT_TYPE: tl.constexpr, how: tl.constexpr):
     """a_i . b_j [BLOCK_A, BLOCK_B] of one head; where whole rows are too many registers, from
     memory in parts of BLOCK_C."""
+    precision: tl.constexpr = how.PRECISION
     if how.BLOCK_C == how.BLOCK_D:
-        return row_products(a.rows, b.rows, how.PRECISION)
+        return row_products(a.rows, b.rows, precision)
     s = tl.zeros([a.start.shape[0], b.start.shape[0]], tl.float32)
     for first in range(0, how.D, how.BLOCK_C):
         dims = first + tl.arange(0, how.BLOCK_C)
@@ -117,27 +124,23 @@ def products(a, b, head, DOT_TYPE: tl.constexpr, how: tl.constexpr):
             mask=b.mask[:, None] & inside[None, :],
             other=0.0,
         )
-        s += row_products(part_a.to(DOT_TYPE), part_b.to(DOT_TYPE), how.PRECISION)
+        s += row_products(part_a.to(DOT_TYPE), part_b.to(DOT_TYPE), precision)
     return s
 
 
 @triton.jit
-def operand(
-    ptr, index_ptr, row, mask, HAS_INDEX: tl.constexpr, DOT_TYPE: tl.constexpr, how: tl.constexpr
-):
-    """Rows of a source tensor as an operand, at hand where whole ones fit."""
+def operand(source, row, mask, DOT_TYPE: tl.constexpr, how: tl.constexpr):
+    """Rows of a source as an operand, at hand where whole ones fit."""
     rows = mask
     if how.BLOCK_C == how.BLOCK_D:
-        rows = load_rows(ptr, index_ptr, row, mask, how.D, how.BLOCK_D, HAS_INDEX).to(DOT_TYPE)
-    return Operand(rows, ptr, source_row(index_ptr, row, mask, HAS_INDEX) * how.D, mask)
+        rows = load_source(source, row, mask, how).to(DOT_TYPE)
+    return Operand(rows, source.rows, source_row(source, row, mask) * how.D, mask)
 
 
 @triton.jit
-def gradient_operand(
-    dr_ptr, place, valid, STRIDE: tl.constexpr, DOT_TYPE: tl.constexpr, how: tl.constexpr
-):
+def gradient_operand(dr_ptr, place, valid, DOT_TYPE: tl.constexpr, how: tl.constexpr):
     """dL/dR of the listed rows as an operand, at hand where whole ones fit."""
-    start = place.to(tl.int64) * STRIDE
+    start = place.to(tl.int64) * how.STRIDE
     rows = valid
     if how.BLOCK_C == how.BLOCK_D:
         dims = tl.arange(0, how.BLOCK_D)
@@ -161,11 +164,11 @@ def of_head(x, head, DOT_TYPE: tl.constexpr, how: tl.constexpr):
 
 
 @triton.jit
-def history_block(history_page_ptr, start, end, page, BLOCK_H: tl.constexpr):
+def history_block(history, start, end, page, BLOCK_H: tl.constexpr):
     """Rows of a block of history [BLOCK_H], which of them are real, and who may attend to them
     [BLOCK_M, BLOCK_H]."""
     row = start + tl.arange(0, BLOCK_H)
-    history_page = tl.load(history_page_ptr + row, mask=row < end, other=-1)
+    history_page = tl.load(history.page + row, mask=row < end, other=-1)
     return row, history_page >= 0, page[:, None] == history_page[None, :]
 
 
@@ -223,8 +226,7 @@ def attend_tile(
     q_of,  # Source, as k_of and v_of
     k_of,
     v_of,
-    history_offsets_ptr,
-    history_page_ptr,
+    history,
     position,  # [BLOCK_M] PV rows
     page,  # [BLOCK_M], -2 where there is no row
     first_page,
@@ -235,13 +237,13 @@ def attend_tile(
     """R_j = sum_k a_jk v_k, a_jk = softmax over k in H_b of (c q_j . k_k), as float32 [BLOCK_M,
     BLOCK_D]."""
     dims = tl.arange(0, how.BLOCK_D)
-    low = tl.load(history_offsets_ptr + first_page)
-    high = tl.load(history_offsets_ptr + last_page + 1)
-    q_start = source_row(q_of.index, position, page >= 0, q_of.index is not None) * how.D
+    low = tl.load(history.offsets + first_page)
+    high = tl.load(history.offsets + last_page + 1)
+    q_start = source_row(q_of, position, page >= 0) * how.D
     q = page
     if how.BLOCK_C == how.BLOCK_D:
         q = load_source(q_of, position, page >= 0, how)
-    result = tl.zeros([how.BLOCK_M, how.BLOCK_D], tl.float32)
+    result = tl.full([how.BLOCK_M, how.BLOCK_D], 0.0, tl.float32)
     for head in range(how.HEADS):
         q_head = q
         if how.HEADS > 1 and how.BLOCK_C == how.BLOCK_D:
@@ -249,14 +251,14 @@ def attend_tile(
                 q.dtype
             )
         top = tl.full([how.BLOCK_M], -float("inf"), tl.float32)
-        total = tl.zeros([how.BLOCK_M], tl.float32)
-        acc = tl.zeros([how.BLOCK_M, how.BLOCK_D], tl.float32)
+        total = tl.full([how.BLOCK_M], 0.0, tl.float32)
+        acc = tl.full([how.BLOCK_M, how.BLOCK_D], 0.0, tl.float32)
         for start in range(low, high, how.BLOCK_H):
-            row, real, mine = history_block(history_page_ptr, start, high, page, how.BLOCK_H)
+            row, real, mine = history_block(history, start, high, page, how.BLOCK_H)
             k = real
             if how.BLOCK_C == how.BLOCK_D:
                 k = load_source(k_of, row, real, how)
-            k_start = source_row(k_of.index, row, real, k_of.index is not None) * how.D
+            k_start = source_row(k_of, row, real) * how.D
             s = products(
                 Operand(q_head, q_of.rows, q_start, page >= 0),
                 Operand(k, k_of.rows, k_start, real),
@@ -285,132 +287,77 @@ def attend_tile(
 @triton.jit
 def store_unit_rows(
     reconstruction,  # [BLOCK_M, BLOCK_D] float32
-    e_ptr,
-    e_index_ptr,
-    unit_ptr,
-    norm_ptr,
-    positive_ptr,
+    e_of,  # Source
+    out,  # UnitRows
     position,
     place,
     valid,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HAS_E_INDEX: tl.constexpr,
 ):
     """r = R / |R| in the input type, |R|, and cos(R_j, E_j): in float32, and as products of rounded
     rows see it."""
     dims = tl.arange(0, BLOCK_D)
     norm = tl.sqrt(tl.sum(reconstruction * reconstruction, axis=1))
     exact = reconstruction * unit_scale(norm)[:, None]
-    unit = exact.to(unit_ptr.dtype.element_ty)
+    unit = exact.to(out.unit.dtype.element_ty)
     tl.store(
-        unit_ptr + place.to(tl.int64)[:, None] * STRIDE + dims[None, :],
+        out.unit + place.to(tl.int64)[:, None] * STRIDE + dims[None, :],
         unit,
         mask=valid[:, None] & (dims < STRIDE)[None, :],
     )
-    tl.store(norm_ptr + place, norm, mask=valid)
-    e = load_rows(e_ptr, e_index_ptr, position, valid, D, BLOCK_D, HAS_E_INDEX).to(tl.float32)
+    tl.store(out.norm + place, norm, mask=valid)
+    e = load_rows(e_of, position, valid, D, BLOCK_D).to(tl.float32)
     e = e * unit_scale(tl.sqrt(tl.sum(e * e, axis=1)))[:, None]
-    tl.store(positive_ptr + place * 2, tl.sum(exact * e, axis=1), mask=valid)
-    rounded = e.to(unit_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out.positive + place * 2, tl.sum(exact * e, axis=1), mask=valid)
+    rounded = e.to(out.unit.dtype.element_ty).to(tl.float32)
     tl.store(
-        positive_ptr + place * 2 + 1, tl.sum(unit.to(tl.float32) * rounded, axis=1), mask=valid
+        out.positive + place * 2 + 1, tl.sum(unit.to(tl.float32) * rounded, axis=1), mask=valid
     )
 
 
 @triton.jit
-def list_tile(list_ptr, list_page_ptr, count, start, BLOCK_M: tl.constexpr):
+def list_tile(listed, count, start, BLOCK_M: tl.constexpr):
     """A tile of a compacted list: places, validity, PV rows, pages (-2: none), the page range."""
     place = start + tl.arange(0, BLOCK_M)
     valid = place < count
-    position = tl.load(list_ptr + place, mask=valid, other=0)
-    page = tl.load(list_page_ptr + place, mask=valid, other=-2)
-    first = tl.load(list_page_ptr + start)
-    last = tl.load(list_page_ptr + tl.minimum(start + BLOCK_M, count) - 1)
+    position = tl.load(listed.list + place, mask=valid, other=0)
+    page = tl.load(listed.page + place, mask=valid, other=-2)
+    first = tl.load(listed.page + start)
+    last = tl.load(listed.page + tl.minimum(start + BLOCK_M, count) - 1)
     return place, valid, position, page, first, last
 
 
 @kernel
 def attend(
-    q_ptr,
-    q_index_ptr,
-    k_ptr,
-    k_index_ptr,
-    v_ptr,
-    v_index_ptr,
-    e_ptr,
-    e_index_ptr,
-    history_offsets_ptr,
-    history_page_ptr,
-    list_ptr,
-    list_page_ptr,
-    count_ptr,
-    unit_ptr,
-    norm_ptr,
-    positive_ptr,
+    q_of,  # Source, as all of that name
+    k_of,
+    v_of,
+    e_of,
+    history,  # History
+    listed,  # Listing
+    out,  # UnitRows
     scale,
-    D: tl.constexpr,
-    STRIDE: tl.constexpr,
-    HEADS: tl.constexpr,
-    HAS_Q_INDEX: tl.constexpr,
-    HAS_K_INDEX: tl.constexpr,
-    HAS_V_INDEX: tl.constexpr,
-    HAS_E_INDEX: tl.constexpr,
-    RAW: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
+    how: tl.constexpr,  # Tiles
 ):
-    """R of the listed PV rows: normalised into compacted rows, or (RAW) as it is into the rows of
-    the batch."""
-    start = tl.program_id(0) * BLOCK_M
-    count = tl.load(count_ptr)
+    """R of the listed PV rows."""
+    start = tl.program_id(0) * how.BLOCK_M
+    count = tl.load(listed.count)
     if start >= count:
         return
-    place, valid, position, page, first, last = list_tile(
-        list_ptr, list_page_ptr, count, start, BLOCK_M
-    )
-    how: tl.constexpr = Tiles(D, HEADS, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_C, PRECISION)
-    r = attend_tile(
-        Source(q_ptr, q_index_ptr if HAS_Q_INDEX else None),
-        Source(k_ptr, k_index_ptr if HAS_K_INDEX else None),
-        Source(v_ptr, v_index_ptr if HAS_V_INDEX else None),
-        history_offsets_ptr,
-        history_page_ptr,
-        position,
-        page,
-        first,
-        last,
-        scale,
-        how,
-    )
-    if RAW:
-        dims = tl.arange(0, BLOCK_D)
-        where = position.to(tl.int64)[:, None] * D + dims[None, :]
+    place, valid, position, page, first, last = list_tile(listed, count, start, how.BLOCK_M)
+    r = attend_tile(q_of, k_of, v_of, history, position, page, first, last, scale, how)
+    if out.norm is None:
+        dims = tl.arange(0, how.BLOCK_D)
+        where = position.to(tl.int64)[:, None] * how.D + dims[None, :]
         tl.store(
-            unit_ptr + where,
-            r.to(unit_ptr.dtype.element_ty),
-            mask=valid[:, None] & (dims < D)[None, :],
+            out.unit + where,
+            r.to(out.unit.dtype.element_ty),
+            mask=valid[:, None] & (dims < how.D)[None, :],
         )
     else:
-        store_unit_rows(
-            r,
-            e_ptr,
-            e_index_ptr,
-            unit_ptr,
-            norm_ptr,
-            positive_ptr,
-            position,
-            place,
-            valid,
-            D,
-            STRIDE,
-            BLOCK_D,
-            HAS_E_INDEX,
-        )
+        store_unit_rows(r, e_of, out, position, place, valid, how.D, how.STRIDE, how.BLOCK_D)
 
 
 @triton.jit
@@ -421,34 +368,18 @@ def finite(x):
 
 @kernel
 def attend_sums(
-    q_ptr,
-    q_index_ptr,
-    k_ptr,
-    k_index_ptr,
-    v_ptr,
-    v_index_ptr,
-    history_offsets_ptr,
-    history_page_ptr,
-    list_ptr,
-    list_page_ptr,
-    count_ptr,
+    q_of,
+    k_of,
+    v_of,
+    history,
+    listed,
     sums_ptr,  # [3, HEADS, capacity]
     dr_ptr,  # [capacity, STRIDE]
     capacity,
     history_rows,
     scale,
-    D: tl.constexpr,
-    STRIDE: tl.constexpr,
-    HEADS: tl.constexpr,
-    HAS_Q_INDEX: tl.constexpr,
-    HAS_K_INDEX: tl.constexpr,
-    HAS_V_INDEX: tl.constexpr,
     DOT_TYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
+    how: tl.constexpr,
 ):
     """Of each row and head the largest q_j . k_k, 1 / sum of exp, and delta_j = sum_k a_jk (dL/dR_j
     . v_k), of the same rounded products that it is subtracted from. dL/dR_j . R_j is equal on
@@ -458,28 +389,25 @@ def attend_sums(
     These numbers and the gradients are of the same products, to the last bit: tiles of the list and
     blocks of history begin at multiples of their sizes in all three kernels, so that each product
     is of the same operands, at the same places in them."""
-    start = tl.program_id(0) * BLOCK_M
-    count = tl.load(count_ptr)
+    start = tl.program_id(0) * how.BLOCK_M
+    count = tl.load(listed.count)
     if start >= count:
         return
-    how: tl.constexpr = Tiles(D, HEADS, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_C, PRECISION)
-    place, valid, position, page, first, last = list_tile(
-        list_ptr, list_page_ptr, count, start, BLOCK_M
-    )
-    low = tl.load(history_offsets_ptr + first)
-    high = tl.load(history_offsets_ptr + last + 1)
-    q = operand(q_ptr, q_index_ptr, position, valid, HAS_Q_INDEX, DOT_TYPE, how)
-    dr = gradient_operand(dr_ptr, place, valid, STRIDE, DOT_TYPE, how)
-    for head in range(HEADS):
+    place, valid, position, page, first, last = list_tile(listed, count, start, how.BLOCK_M)
+    low = tl.load(history.offsets + first)
+    high = tl.load(history.offsets + last + 1)
+    q = operand(q_of, position, valid, DOT_TYPE, how)
+    dr = gradient_operand(dr_ptr, place, valid, DOT_TYPE, how)
+    for head in range(how.HEADS):
         q_head = of_head(q, head, DOT_TYPE, how)
         dr_head = of_head(dr, head, DOT_TYPE, how)
-        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        delta = tl.zeros([BLOCK_M], tl.float32)
-        for block in range(low // BLOCK_H * BLOCK_H, high, BLOCK_H):
-            row, real, mine = history_block(history_page_ptr, block, history_rows, page, BLOCK_H)
-            k = operand(k_ptr, k_index_ptr, row, real, HAS_K_INDEX, DOT_TYPE, how)
-            v = operand(v_ptr, v_index_ptr, row, real, HAS_V_INDEX, DOT_TYPE, how)
+        top = tl.full([how.BLOCK_M], -float("inf"), tl.float32)
+        total = tl.full([how.BLOCK_M], 0.0, tl.float32)
+        delta = tl.full([how.BLOCK_M], 0.0, tl.float32)
+        for block in range(low // how.BLOCK_H * how.BLOCK_H, high, how.BLOCK_H):
+            row, real, mine = history_block(history, block, history_rows, page, how.BLOCK_H)
+            k = operand(k_of, row, real, DOT_TYPE, how)
+            v = operand(v_of, row, real, DOT_TYPE, how)
             s = products(q_head, k, head, DOT_TYPE, how)
             da = products(dr_head, v, head, DOT_TYPE, how)
             p, rescale, top = softmax_block(s, mine, top, scale)
@@ -488,72 +416,53 @@ def attend_sums(
         where = head * capacity + place
         share = 1.0 / tl.where(total == 0.0, 1.0, total)
         tl.store(sums_ptr + where, tl.where(top == -float("inf"), 0.0, top), mask=valid)
-        tl.store(sums_ptr + HEADS * capacity + where, share, mask=valid)
-        tl.store(sums_ptr + 2 * HEADS * capacity + where, delta * share, mask=valid)
+        tl.store(sums_ptr + how.HEADS * capacity + where, share, mask=valid)
+        tl.store(sums_ptr + 2 * how.HEADS * capacity + where, delta * share, mask=valid)
 
 
 @kernel
 def attend_dq(
-    q_ptr,
-    q_index_ptr,
-    k_ptr,
-    k_index_ptr,
-    v_ptr,
-    v_index_ptr,
-    history_offsets_ptr,
-    history_page_ptr,
-    list_ptr,
-    list_page_ptr,
-    count_ptr,
+    q_of,
+    k_of,
+    v_of,
+    history,
+    listed,
     sums_ptr,  # [3, HEADS, capacity]
     dr_ptr,  # [capacity, STRIDE]
-    # [capacity, DQ_STRIDE]; may be dr_ptr: a program reads its own rows of dr before it writes them
-    dq_ptr,
     capacity,
     history_rows,
     scale,
-    D: tl.constexpr,
-    STRIDE: tl.constexpr,
+    # [capacity, DQ_STRIDE]; may be dr_ptr: a program reads its own rows of dr before it writes them
+    dq_ptr,
     DQ_STRIDE: tl.constexpr,
-    HEADS: tl.constexpr,
-    HAS_Q_INDEX: tl.constexpr,
-    HAS_K_INDEX: tl.constexpr,
-    HAS_V_INDEX: tl.constexpr,
     DOT_TYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
+    how: tl.constexpr,
 ):
     """dL/dq_j = c sum_k a_jk (dL/dR_j . v_k - delta_j) k_k."""
-    start = tl.program_id(0) * BLOCK_M
-    count = tl.load(count_ptr)
+    start = tl.program_id(0) * how.BLOCK_M
+    count = tl.load(listed.count)
     if start >= count:
         return
-    how: tl.constexpr = Tiles(D, HEADS, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_C, PRECISION)
-    dims = tl.arange(0, BLOCK_D)
-    place, valid, position, page, first, last = list_tile(
-        list_ptr, list_page_ptr, count, start, BLOCK_M
-    )
-    low = tl.load(history_offsets_ptr + first)
-    high = tl.load(history_offsets_ptr + last + 1)
-    q = operand(q_ptr, q_index_ptr, position, valid, HAS_Q_INDEX, DOT_TYPE, how)
-    dr = gradient_operand(dr_ptr, place, valid, STRIDE, DOT_TYPE, how)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for head in range(HEADS):
-        delta = tl.load(sums_ptr + (2 * HEADS + head) * capacity + place, mask=valid, other=0.0)
+    dims = tl.arange(0, how.BLOCK_D)
+    place, valid, position, page, first, last = list_tile(listed, count, start, how.BLOCK_M)
+    low = tl.load(history.offsets + first)
+    high = tl.load(history.offsets + last + 1)
+    q = operand(q_of, position, valid, DOT_TYPE, how)
+    dr = gradient_operand(dr_ptr, place, valid, DOT_TYPE, how)
+    dq = tl.full([how.BLOCK_M, how.BLOCK_D], 0.0, tl.float32)
+    for head in range(how.HEADS):
+        delta = tl.load(sums_ptr + (2 * how.HEADS + head) * capacity + place, mask=valid, other=0.0)
         q_head = of_head(q, head, DOT_TYPE, how)
         dr_head = of_head(dr, head, DOT_TYPE, how)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for block in range(low // BLOCK_H * BLOCK_H, high, BLOCK_H):
-            row, real, mine = history_block(history_page_ptr, block, history_rows, page, BLOCK_H)
-            k = load_rows(k_ptr, k_index_ptr, row, real, D, BLOCK_D, HAS_K_INDEX).to(DOT_TYPE)
-            v = operand(v_ptr, v_index_ptr, row, real, HAS_V_INDEX, DOT_TYPE, how)
-            k_start = source_row(k_index_ptr, row, real, HAS_K_INDEX) * D
+        acc = tl.full([how.BLOCK_M, how.BLOCK_D], 0.0, tl.float32)
+        for block in range(low // how.BLOCK_H * how.BLOCK_H, high, how.BLOCK_H):
+            row, real, mine = history_block(history, block, history_rows, page, how.BLOCK_H)
+            k = load_source(k_of, row, real, how).to(DOT_TYPE)
+            v = operand(v_of, row, real, DOT_TYPE, how)
+            k_start = source_row(k_of, row, real) * how.D
             a = attention_weights(
                 q_head,
-                Operand(k, k_ptr, k_start, real),
+                Operand(k, k_of.rows, k_start, real),
                 mine,
                 sums_ptr,
                 place,
@@ -566,99 +475,85 @@ def attend_dq(
             )
             da = products(dr_head, v, head, DOT_TYPE, how)
             ds = tl.where(mine, a * (da - delta[:, None]), 0.0)
-            acc = tl.dot(ds.to(DOT_TYPE), finite(k), acc, input_precision=PRECISION)
-        if HEADS > 1:
-            acc = tl.where(head_mask(dims, head, D // HEADS)[None, :], acc, 0.0)
+            acc = tl.dot(ds.to(DOT_TYPE), finite(k), acc, input_precision=how.PRECISION)
+        if how.HEADS > 1:
+            acc = tl.where(head_mask(dims, head, how.D // how.HEADS)[None, :], acc, 0.0)
         dq += acc
     where = place.to(tl.int64)[:, None] * DQ_STRIDE + dims[None, :]
     tl.store(
         dq_ptr + where,
         (dq * scale).to(dq_ptr.dtype.element_ty),
-        mask=valid[:, None] & (dims < D)[None, :],
+        mask=valid[:, None] & (dims < how.D)[None, :],
     )
 
 
 @kernel
 def attend_dkv(
-    q_ptr,
-    q_index_ptr,
-    k_ptr,
-    k_index_ptr,
-    v_ptr,
-    v_index_ptr,
-    pv_offsets_ptr,
-    rank_ptr,  # prefix sums that made the list
-    history_page_ptr,
-    list_ptr,
-    list_page_ptr,
-    count_ptr,
+    q_of,
+    k_of,
+    v_of,
+    history,
+    listed,
     sums_ptr,  # [3, HEADS, capacity]
     dr_ptr,  # [capacity, STRIDE]
-    dk_ptr,  # [K, D]
-    dv_ptr,  # [K, D]
     capacity,
     history_rows,
     scale,
-    D: tl.constexpr,
-    STRIDE: tl.constexpr,
-    HEADS: tl.constexpr,
-    HAS_Q_INDEX: tl.constexpr,
-    HAS_K_INDEX: tl.constexpr,
-    HAS_V_INDEX: tl.constexpr,
-    WANT_DK: tl.constexpr,
-    WANT_DV: tl.constexpr,
+    pv_offsets_ptr,
+    rank_ptr,  # prefix sums that made the list
+    dk_ptr,  # [K, D], or None as dv_ptr
+    dv_ptr,  # [K, D]
     SUM_KV: tl.constexpr,
     DOT_TYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
-    PRECISION: tl.constexpr,
+    how: tl.constexpr,
 ):
     """dL/dv_k = sum_j a_jk dL/dR_j and dL/dk_k = c sum_j a_jk (dL/dR_j . v_k - delta_j) q_j;
     SUM_KV: their sum to dk."""
-    how: tl.constexpr = Tiles(D, HEADS, BLOCK_M, BLOCK_H, BLOCK_D, BLOCK_C, PRECISION)
     # The second grid axis walks over slices of BLOCK_O output dimensions, all of them in one where
     # registers allow.
     dims = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
-    history_page = tl.load(history_page_ptr + row, mask=row < history_rows, other=-1)
+    row = tl.program_id(0).to(tl.int64) * how.BLOCK_H + tl.arange(0, how.BLOCK_H)
+    history_page = tl.load(history.page + row, mask=row < history_rows, other=-1)
     real = history_page >= 0
     first = tl.min(tl.where(real, history_page, 2147483647), axis=0)
     last = tl.max(history_page, axis=0)
     there = last >= 0
     low = rank_before(rank_ptr, tl.load(pv_offsets_ptr + first, mask=there, other=0))
     high = rank_before(rank_ptr, tl.load(pv_offsets_ptr + last + 1, mask=there, other=0))
-    k = operand(k_ptr, k_index_ptr, row, real, HAS_K_INDEX, DOT_TYPE, how)
-    v = operand(v_ptr, v_index_ptr, row, real, HAS_V_INDEX, DOT_TYPE, how)
-    dk = tl.zeros([BLOCK_H, BLOCK_O], tl.float32)
-    dv = tl.zeros([BLOCK_H, BLOCK_O], tl.float32)
-    count = tl.load(count_ptr)
-    for start in range(low // BLOCK_M * BLOCK_M, high, BLOCK_M):
-        place = start + tl.arange(0, BLOCK_M)
+    k = operand(k_of, row, real, DOT_TYPE, how)
+    v = operand(v_of, row, real, DOT_TYPE, how)
+    dk = tl.full([how.BLOCK_H, BLOCK_O], 0.0, tl.float32)
+    dv = tl.full([how.BLOCK_H, BLOCK_O], 0.0, tl.float32)
+    count = tl.load(listed.count)
+    for start in range(low // how.BLOCK_M * how.BLOCK_M, high, how.BLOCK_M):
+        place = start + tl.arange(0, how.BLOCK_M)
         valid = place < count
-        position = tl.load(list_ptr + place, mask=valid, other=0)
-        page = tl.load(list_page_ptr + place, mask=valid, other=-2)
+        position = tl.load(listed.list + place, mask=valid, other=0)
+        page = tl.load(listed.page + place, mask=valid, other=-2)
         mine = page[:, None] == history_page[None, :]
-        q_start = source_row(q_index_ptr, position, valid, HAS_Q_INDEX) * D
-        dr_start = place.to(tl.int64) * STRIDE
-        inside = valid[:, None] & (dims < D)[None, :]
-        q = tl.load(q_ptr + q_start[:, None] + dims[None, :], mask=inside, other=0.0).to(DOT_TYPE)
+        q_start = source_row(q_of, position, valid) * how.D
+        dr_start = place.to(tl.int64) * how.STRIDE
+        inside = valid[:, None] & (dims < how.D)[None, :]
+        q = tl.load(q_of.rows + q_start[:, None] + dims[None, :], mask=inside, other=0.0).to(
+            DOT_TYPE
+        )
         dr = tl.load(dr_ptr + dr_start[:, None] + dims[None, :], mask=inside, other=0.0).to(
             DOT_TYPE
         )
-        for head in range(HEADS):
-            delta = tl.load(sums_ptr + (2 * HEADS + head) * capacity + place, mask=valid, other=0.0)
-            if HEADS > 1:
-                own = head_mask(dims, head, D // HEADS)[None, :]
+        for head in range(how.HEADS):
+            delta = tl.load(
+                sums_ptr + (2 * how.HEADS + head) * capacity + place, mask=valid, other=0.0
+            )
+            if how.HEADS > 1:
+                own = head_mask(dims, head, how.D // how.HEADS)[None, :]
                 q_head = tl.where(own, q, 0.0).to(DOT_TYPE)
                 dr_head = tl.where(own, dr, 0.0).to(DOT_TYPE)
             else:
                 q_head = q
                 dr_head = dr
             a = attention_weights(
-                Operand(q_head, q_ptr, q_start, valid),
+                Operand(q_head, q_of.rows, q_start, valid),
                 k,
                 mine,
                 sums_ptr,
@@ -670,9 +565,9 @@ def attend_dkv(
                 DOT_TYPE,
                 how,
             )
-            if WANT_DV:
-                dv = tl.dot(tl.trans(a.to(DOT_TYPE)), dr_head, dv, input_precision=PRECISION)
-            if WANT_DK:
+            if dv_ptr is not None or SUM_KV:
+                dv = tl.dot(tl.trans(a.to(DOT_TYPE)), dr_head, dv, input_precision=how.PRECISION)
+            if dk_ptr is not None:
                 da = products(
                     Operand(dr_head, dr_ptr, dr_start, valid),
                     v,
@@ -681,12 +576,12 @@ def attend_dkv(
                     how,
                 )
                 ds = tl.where(mine, a * (da - delta[:, None]), 0.0) * scale
-                dk = tl.dot(tl.trans(ds.to(DOT_TYPE)), q_head, dk, input_precision=PRECISION)
-    where = row[:, None] * D + dims[None, :]
-    mask = (row < history_rows)[:, None] & (dims < D)[None, :]
+                dk = tl.dot(tl.trans(ds.to(DOT_TYPE)), q_head, dk, input_precision=how.PRECISION)
+    where = row[:, None] * how.D + dims[None, :]
+    mask = (row < history_rows)[:, None] & (dims < how.D)[None, :]
     if SUM_KV:
         dk += dv
-    if WANT_DK or SUM_KV:
+    if dk_ptr is not None:
         tl.store(dk_ptr + where, dk.to(dk_ptr.dtype.element_ty), mask=mask)
-    if WANT_DV and not SUM_KV:
+    if dv_ptr is not None:
         tl.store(dv_ptr + where, dv.to(dv_ptr.dtype.element_ty), mask=mask)

@@ -17,7 +17,9 @@ from .candidate import kernels
 from .candidate.loss import SLOTS, parts_of, tiles_of
 from .collect import collect_rows
 from .common import LOG2E
+from .epilogue import Parts
 from .passes import forward_pass, lowered, run_chunks, run_contrast
+from .stages import pass_tiles
 from .state import MASKS, Pass, Results, Rows, Transposed, block_shape, cdiv, scores, temperature
 
 if TYPE_CHECKING:
@@ -61,28 +63,24 @@ class _Pass:
     def empty(self, tile: tiles.Tile, rows: int, parts: bool) -> Pass:
         s, new = self.shape, torch.empty
         flat = s.flat(rows, tile)
-        one = new(flat if parts else 1, dtype=torch.float32, device=self.device)
         acc = new(flat, s.stride, dtype=s.sums, device=self.device)
-        return Pass(acc, one, torch.empty_like(one), one, s.slots(rows, tile), tile)
+        top, total = (
+            new(flat, dtype=torch.float32, device=self.device) if parts else None for _ in range(2)
+        )
+        return Pass(acc, top, total, None, s.slots(rows, tile), tile)
 
     def collect(self, out: Pass, x: Rows, y: Rows, lse: Tensor | None) -> Tensor:
         s, n = self.shape, x.unit.shape[0]
         found = torch.zeros(n, self.dim, dtype=torch.float32, device=self.device)
         collect_rows[(cdiv(n, s.small.block_m),)](
-            out.acc,
-            out.top,
-            lse if lse is not None else out.top,
+            Parts(out.acc, None if lse is None else out.top, lse),
             x.count,
             y.count,
             found,
             out.slots,
             s.programs(out.tile),
             D=self.dim,
-            STRIDE=s.stride,
-            SUM=lse is None,
-            STREAM=s.stream,
-            TILE_M=out.tile.block_m,
-            TILE_N=out.tile.block_n,
+            how=pass_tiles(s, out.tile),
             BLOCK_M=s.small.block_m,
             BLOCK_D=s.block_d,
             num_warps=s.small.num_warps,

@@ -22,23 +22,11 @@ from .contrast import (
 
 @kernel(aligned=("p_stride",))
 def scores(
-    x_ptr,  # [x capacity, STRIDE] unit rows
-    y_ptr,  # [y capacity, STRIDE] unit rows
-    x_count_ptr,
-    y_count_ptr,
-    x_id_ptr,
-    y_id_ptr,
-    x_page_ptr,
-    y_page_ptr,
-    y_offset_ptr,
-    x_rank_score_ptr,
-    x_list_ptr,
-    log_q_ptr,
-    shift_ptr,  # [x capacity]: the log-sum-exp, with NORMALISED
-    p_ptr,  # [chunk_rows, p_stride]
-    part_top_ptr,  # [column tiles, chunk_rows]
-    part_total_ptr,
-    part_above_ptr,
+    x,  # Rows
+    y,  # Columns
+    shift_ptr,  # [x capacity] the log-sum-exp P is relative to, where it is known, or None
+    p_ptr,  # [chunk_rows, p_stride] or None
+    sums,  # Sums of a tile of columns [column tiles, chunk_rows]
     tau,
     lift,
     first_row,
@@ -47,14 +35,8 @@ def scores(
     STRIDE: tl.constexpr,
     TAU_IS_TENSOR: tl.constexpr,
     MASK: tl.constexpr,
-    HAS_Y_OFFSET: tl.constexpr,
     Y_OFFSET_IS_COUNT: tl.constexpr,
-    HAS_RANK_LOG_Q: tl.constexpr,
-    NORMALISED: tl.constexpr,
     ONLINE: tl.constexpr,
-    STORE: tl.constexpr,
-    SUMS: tl.constexpr,
-    NEED_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -67,8 +49,8 @@ def scores(
     local = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     x_place = first_row + local
     y_place = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_count = tl.load(x_count_ptr)
-    y_count = tl.load(y_count_ptr)
+    x_count = tl.load(x.count)
+    y_count = tl.load(y.count)
     if (first_row + (tl.program_id(0) % tiles_m) * BLOCK_M >= x_count) | (
         tile_n * BLOCK_N >= y_count
     ):
@@ -79,12 +61,12 @@ def scores(
     dims = tl.arange(0, BLOCK_K)
     t = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # Past the last row, the last row again: no mask in the loop, and what comes of it is not used.
-    x_row = x_ptr + tl.minimum(x_place, x_count - 1).to(tl.int64)[:, None] * STRIDE
-    y_row = y_ptr + tl.minimum(y_place, y_count - 1).to(tl.int64)[:, None] * STRIDE
+    x_row = x.unit + tl.minimum(x_place, x_count - 1).to(tl.int64)[:, None] * STRIDE
+    y_row = y.unit + tl.minimum(y_place, y_count - 1).to(tl.int64)[:, None] * STRIDE
     for start in range(0, STRIDE, BLOCK_K):
-        x = tl.load(x_row + start + dims[None, :])
-        y = tl.load(y_row + start + dims[None, :])
-        t = tl.dot(x, tl.trans(y), t, input_precision=PRECISION)
+        x_part = tl.load(x_row + start + dims[None, :])
+        y_part = tl.load(y_row + start + dims[None, :])
+        t = tl.dot(x_part, tl.trans(y_part), t, input_precision=PRECISION)
     t = t * scale
 
     x_id = x_place
@@ -92,34 +74,34 @@ def scores(
     x_page = x_place
     y_page = y_place
     if MASK != MASK_SEQUENCE:
-        x_id = tl.load(x_id_ptr + x_place, mask=x_valid, other=0)
-        y_id = tl.load(y_id_ptr + y_place, mask=y_valid, other=0)
+        x_id = tl.load(x.id + x_place, mask=x_valid, other=0)
+        y_id = tl.load(y.id + y_place, mask=y_valid, other=0)
     if MASK == MASK_PAGE or MASK == MASK_OTHER_PAGES or MASK == MASK_SEQUENCE_IDS:
-        x_page = tl.load(x_page_ptr + x_place, mask=x_valid, other=-2)
-        y_page = tl.load(y_page_ptr + y_place, mask=y_valid, other=-1)
+        x_page = tl.load(x.page + x_place, mask=x_valid, other=-2)
+        y_page = tl.load(y.page + y_place, mask=y_valid, other=-1)
     allowed = candidate_mask(x_id, y_id, x_page, y_page, x_place, y_place, MASK) & y_valid[None, :]
     part = tile_n.to(tl.int64) * chunk_rows + local
-    if NEED_RANK:
-        near = tl.load(x_rank_score_ptr + x_place * 2 + 1, mask=x_valid, other=0.0) * scale
-        if HAS_RANK_LOG_Q:
-            position = tl.load(x_list_ptr + x_place, mask=x_valid, other=0)
-            near -= tl.load(log_q_ptr + position, mask=x_valid, other=0.0) * LOG2E
+    if sums.above is not None:
+        near = tl.load(x.rank_score + x_place * 2 + 1, mask=x_valid, other=0.0) * scale
+        if x.log_q is not None:
+            position = tl.load(x.list + x_place, mask=x_valid, other=0)
+            near -= tl.load(x.log_q + position, mask=x_valid, other=0.0) * LOG2E
         near += 1e-6 * scale
-    if HAS_Y_OFFSET:
-        y_offset = tl.load(y_offset_ptr + y_place, mask=y_valid, other=0.0)
-    if NEED_RANK:
+    if y.offset is not None:
+        y_offset = tl.load(y.offset + y_place, mask=y_valid, other=0.0)
+    if sums.above is not None:
         if Y_OFFSET_IS_COUNT:
             count = (tl.exp2(y_offset) + 0.5).to(tl.int32)
             above = tl.sum(tl.where(allowed & (t > near[:, None]), count[None, :], 0), axis=1)
-        elif HAS_Y_OFFSET:
+        elif y.offset is not None:
             above = tl.sum((allowed & (t + y_offset[None, :] > near[:, None])).to(tl.int32), axis=1)
         else:
             above = tl.sum((allowed & (t > near[:, None])).to(tl.int32), axis=1)
-        tl.store(part_above_ptr + part, above, mask=x_valid)
-    if HAS_Y_OFFSET:
+        tl.store(sums.above + part, above, mask=x_valid)
+    if y.offset is not None:
         t += y_offset[None, :]
     t = tl.where(allowed, t, -float("inf"))
-    if NORMALISED:
+    if shift_ptr is not None:
         shift = tl.load(shift_ptr + x_place, mask=x_valid, other=0.0) - lift
         shift = tl.where(shift == -float("inf"), 0.0, shift)
     elif ONLINE:
@@ -128,10 +110,10 @@ def scores(
     else:
         shift = tl.zeros([BLOCK_M], tl.float32) + scale
     p = tl.exp2(t - shift[:, None])
-    if SUMS:
-        tl.store(part_top_ptr + part, shift, mask=x_valid)
-        tl.store(part_total_ptr + part, tl.sum(p, axis=1), mask=x_valid)
-    if STORE:
+    if sums.total is not None:
+        tl.store(sums.top + part, shift, mask=x_valid)
+        tl.store(sums.total + part, tl.sum(p, axis=1), mask=x_valid)
+    if p_ptr is not None:
         tl.store(
             p_ptr + local.to(tl.int64)[:, None] * p_stride + y_place[None, :],
             p.to(p_ptr.dtype.element_ty),
@@ -141,17 +123,12 @@ def scores(
 
 @kernel
 def reduce_parts(
-    part_top_ptr,  # [column tiles, chunk_rows]
-    part_total_ptr,
-    part_above_ptr,
-    top_ptr,  # [x capacity]
-    total_ptr,
-    above_ptr,
+    tiles,  # Sums of column tiles [column tiles, chunk_rows]
+    out,  # Sums [x capacity]
     x_count_ptr,
     y_count_ptr,
     first_row,
     chunk_rows,
-    NEED_RANK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -163,30 +140,29 @@ def reduce_parts(
     above = tl.zeros([BLOCK], tl.int32)
     for tile in range(tl.cdiv(tl.load(y_count_ptr), BLOCK_N)):
         part = tl.full([BLOCK], tile, tl.int64) * chunk_rows + local
-        part_top = tl.load(part_top_ptr + part, mask=valid, other=-float("inf"))
+        part_top = tl.load(tiles.top + part, mask=valid, other=-float("inf"))
         top, total = add_in(
-            top, total, part_top, tl.load(part_total_ptr + part, mask=valid, other=0.0)
+            top, total, part_top, tl.load(tiles.total + part, mask=valid, other=0.0)
         )
-        if NEED_RANK:
-            above += tl.load(part_above_ptr + part, mask=valid, other=0)
-    tl.store(top_ptr + first_row + local, top, mask=valid)
-    tl.store(total_ptr + first_row + local, total, mask=valid)
-    if NEED_RANK:
-        tl.store(above_ptr + first_row + local, above, mask=valid)
+        if out.above is not None:
+            above += tl.load(tiles.above + part, mask=valid, other=0)
+    tl.store(out.top + first_row + local, top, mask=valid)
+    tl.store(out.total + first_row + local, total, mask=valid)
+    if out.above is not None:
+        tl.store(out.above + first_row + local, above, mask=valid)
 
 
 @kernel
 def scale_rows(
     x_ptr,  # [x capacity, STRIDE]
     g_ptr,  # [x capacity]
-    top_ptr,
+    top_ptr,  # what P is relative to, None where that is the log-sum-exp
     lse_ptr,
     out_ptr,  # [chunk_rows, STRIDE]
     x_count_ptr,
     first_row,
     chunk_rows,
     STRIDE: tl.constexpr,
-    NORMALISED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -195,7 +171,7 @@ def scale_rows(
     row = first_row + local
     valid = (row < tl.load(x_count_ptr)) & (local < chunk_rows)
     factor = tl.load(g_ptr + row, mask=valid, other=0.0)
-    if not NORMALISED:
+    if top_ptr is not None:
         top = tl.load(top_ptr + row, mask=valid, other=0.0)
         factor *= tl.exp2(top - tl.load(lse_ptr + row, mask=valid, other=0.0))
     # A row without weight has no share, also where its log-sum-exp is over nothing.

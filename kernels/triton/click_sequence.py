@@ -5,33 +5,30 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .attention import load_rows
-from .common import LN2, kernel, normalize_backward, score_scale, unit_scale
-from .epilogue import Parts, PassTiles, pass_rows
+from .common import LN2, kernel, load_rows, normalize_backward, score_scale, unit_scale
+from .epilogue import pass_rows
 
 
 @kernel
 def page_mean(
     unit_ptr,  # [capacity, STRIDE] unit rows of the real history
-    id_ptr,
+    id_ptr,  # None where every item has an id of its own
     page_ptr,
     count_ptr,
     history_offsets_ptr,
-    rank_ptr,  # prefix sums of the real rows, None without padding inside the offsets
-    factor_ptr,  # [capacity] factor of each summed row
+    rank_ptr,  # prefix sums of the real rows
+    factor_ptr,  # [capacity] factor of each summed row, or None
     mean_ptr,  # [capacity, STRIDE] float32
     number_ptr,  # [capacity]
     cosine_ptr,  # [capacity]
     STRIDE: tl.constexpr,
-    HAS_ID: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(1/|pos(k)|) sum_{p in pos(k)} c_p, |pos(k)|, and the product with c_k;
-    TRANSPOSED: sum_{p in pos(k)} f_p c_p."""
+    """(1/|pos(k)|) sum_{p in pos(k)} c_p, |pos(k)|, and the product with c_k; or, with factors,
+    sum_{p in pos(k)} f_p c_p."""
     start = tl.program_id(0) * BLOCK_M
     count = tl.load(count_ptr)
     if start >= count:
@@ -46,7 +43,8 @@ def page_mean(
     high = tl.load(history_offsets_ptr + last + 1)
     low = tl.load(rank_ptr + low - 1, mask=low > 0, other=0)
     high = tl.load(rank_ptr + high - 1, mask=high > 0, other=0)
-    row_id = tl.load(id_ptr + row, mask=valid, other=0)
+    if id_ptr is not None:
+        row_id = tl.load(id_ptr + row, mask=valid, other=0)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     number = tl.zeros([BLOCK_M], tl.float32)
     for block in range(low, high, BLOCK_H):
@@ -54,7 +52,7 @@ def page_mean(
         inside = other < high
         other_page = tl.load(page_ptr + other, mask=inside, other=-1)
         positive = (page[:, None] == other_page[None, :]) & (row[:, None] != other[None, :])
-        if HAS_ID:
+        if id_ptr is not None:
             other_id = tl.load(id_ptr + other, mask=inside, other=0)
             positive = positive & (row_id[:, None] != other_id[None, :])
         weight = tl.where(positive, 1.0, 0.0)
@@ -64,10 +62,10 @@ def page_mean(
             mask=inside[:, None] & (dims < STRIDE)[None, :],
             other=0.0,
         ).to(tl.float32)
-        if TRANSPOSED:
+        if factor_ptr is not None:
             c = c * tl.load(factor_ptr + other, mask=inside, other=0.0)[:, None]
         total += tl.dot(weight, c, input_precision=PRECISION)
-    if not TRANSPOSED:
+    if factor_ptr is None:
         total = total / tl.where(number > 0, number, 1.0)[:, None]
         own = tl.load(
             unit_ptr + row.to(tl.int64)[:, None] * STRIDE + dims[None, :],
@@ -161,72 +159,65 @@ def sequence_row_gradients(
 def sequence_gradient(
     list_ptr,
     count_ptr,
-    source_ptr,
-    index_ptr,
+    source,  # Source
     g_ptr,
-    lse_ptr,
     mean_ptr,  # [capacity, STRIDE] mean of each row's positives
     pulled_ptr,  # [capacity, STRIDE] sum over the anchors that have the row as a positive
-    forward_acc_ptr,
-    forward_top_ptr,
-    transposed_acc_ptr,
-    transposed_factor_ptr,
-    upstream_ptr,  # 0-d
+    ahead,  # Parts of the forward pass
+    back,  # Parts of the transposed one
+    factor_ptr,  # 0-d factor of the transposed pass, or None
+    upstream_ptr,  # 0-d: one for every anchor, which that pass left out; or None
     anchors_ptr,  # 0-d
     out_ptr,  # [K, D], zeroed
     tau_part_ptr,
     slots,
-    transposed_slots,
     programs,
+    transposed_slots,
     transposed_programs,
     tau,
     TAU_IS_TENSOR: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    D: tl.constexpr,
-    STRIDE: tl.constexpr,
-    STREAM: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TRANSPOSED_M: tl.constexpr,
-    TRANSPOSED_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    how: tl.constexpr,  # RowTiles
 ):
     """dL/dC_k, as an anchor: g_k/tau (sum_l p_kl c_l - mean of its positives), and as everyone's
     candidate and positive."""
-    dims = tl.arange(0, BLOCK_D)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    forward: tl.constexpr = how.ahead
+    transposed: tl.constexpr = how.back
+    dims = tl.arange(0, how.BLOCK_D)
+    row = tl.program_id(0).to(tl.int64) * how.BLOCK_M + tl.arange(0, how.BLOCK_M)
     count = tl.load(count_ptr)
     valid = row < count
     position = tl.load(list_ptr + row, mask=valid, other=0)
     inverse_tau = score_scale(tau, TAU_IS_TENSOR) * LN2
     g = tl.load(g_ptr + row, mask=valid, other=0.0)
     anchor = valid & (g != 0.0)
-    where = row[:, None] * STRIDE + dims[None, :]
-    mask = valid[:, None] & (dims < STRIDE)[None, :]
-    ahead = Parts(forward_acc_ptr, count_ptr, count_ptr, slots, programs, forward_top_ptr, lse_ptr)
-    ahead_how: tl.constexpr = PassTiles(STREAM, STRIDE, TILE_M, TILE_N, BLOCK_D)
-    as_anchor = pass_rows(ahead, row, anchor, ahead_how)
+    where = row[:, None] * how.STRIDE + dims[None, :]
+    mask = valid[:, None] & (dims < how.STRIDE)[None, :]
+    as_anchor = pass_rows(ahead, count_ptr, count_ptr, slots, programs, row, anchor, forward)
     as_anchor = (
         g[:, None] * (as_anchor - tl.load(mean_ptr + where, mask=mask, other=0.0)) * inverse_tau
     )
-    back = Parts(transposed_acc_ptr, count_ptr, count_ptr, transposed_slots, transposed_programs)
-    back_how: tl.constexpr = PassTiles(STREAM, STRIDE, TRANSPOSED_M, TRANSPOSED_N, BLOCK_D)
-    others = pass_rows(back, row, valid, back_how)
-    if HAS_FACTOR:
-        others *= tl.load(transposed_factor_ptr)
-    elif UNIFORM:
+    others = pass_rows(
+        back,
+        count_ptr,
+        count_ptr,
+        transposed_slots,
+        transposed_programs,
+        row,
+        valid,
+        transposed,
+    )
+    if factor_ptr is not None:
+        others *= tl.load(factor_ptr)
+    elif upstream_ptr is not None:
         others *= tl.load(upstream_ptr) / tl.load(anchors_ptr)
     others = (others - tl.load(pulled_ptr + where, mask=mask, other=0.0)) * inverse_tau
-    c = load_rows(source_ptr, index_ptr, position, valid, D, BLOCK_D, HAS_INDEX).to(tl.float32)
+    c = load_rows(source, position, valid, how.D, how.BLOCK_D).to(tl.float32)
     norm = tl.sqrt(tl.sum(c * c, axis=1))
     unit = c * unit_scale(norm)[:, None]
     tl.store(tau_part_ptr + tl.program_id(0), tl.sum(tl.sum(as_anchor * unit, axis=1), axis=0))
     result = normalize_backward(as_anchor + others, unit, norm)
     tl.store(
-        out_ptr + position.to(tl.int64)[:, None] * D + dims[None, :],
+        out_ptr + position.to(tl.int64)[:, None] * how.D + dims[None, :],
         result.to(out_ptr.dtype.element_ty),
-        mask=valid[:, None] & (dims < D)[None, :],
+        mask=valid[:, None] & (dims < how.D)[None, :],
     )

@@ -1,9 +1,14 @@
 """Helpers shared by the Triton kernels.
 
-What several device functions need travels as a NamedTuple, made in the kernel from its plain
-arguments: one of tensors and pointers, None where there is nothing; or one of constants, which is
-assigned with `: tl.constexpr` and passed so, because Triton makes tensors of the constants in any
-other one. Up to Triton 3.6 a tuple that holds None cannot itself be compared with None.
+What belongs together is one argument, a NamedTuple that the host gives: of tensors and floats, None
+where there is nothing; or of constants, whose parameter is a `tl.constexpr`. An integer, and an
+address that is a multiple of 16 bytes in one batch and not in the next, is an argument of its own:
+in a tuple both decide what is compiled, whatever `kernel` says. Types are outside too, as what is
+compiled could not be noted down.
+
+Up to Triton 3.6 a tuple that holds None cannot itself be compared with None: where there is nothing
+at all, it holds None alone. Up to 3.6, too, a constant out of a tuple is a plain number, which
+`tl.full` takes and `tl.zeros` does not; a string or a tuple out of one is first given a name.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -108,13 +113,38 @@ def rank_before(rank_ptr, row):
     return tl.load(rank_ptr + row - 1, mask=row > 0, other=0)
 
 
+class Source(NamedTuple):
+    """Rows [*, D], and the table index they are read through or None."""
+
+    rows: Any
+    index: Any
+
+
 @triton.jit
-def source_row(index_ptr, row, mask, HAS_INDEX: tl.constexpr):
-    """Row of the source tensor as int64: through the table index, if there is one."""
-    if HAS_INDEX:
-        return tl.load(index_ptr + row, mask=mask, other=0).to(tl.int64)
+def source_row(source, row, mask):
+    """Row of the source tensor as int64."""
+    if source.index is not None:
+        return tl.load(source.index + row, mask=mask, other=0).to(tl.int64)
     else:
         return row.to(tl.int64)
+
+
+@triton.jit
+def load_rows(source, row, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a source as [rows, BLOCK_D], zeros beyond D and where the mask is off."""
+    dims = tl.arange(0, BLOCK_D)
+    start = source_row(source, row, mask) * D
+    return tl.load(
+        source.rows + start[:, None] + dims[None, :],
+        mask=mask[:, None] & (dims < D)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def load_source(source, row, mask, how: tl.constexpr):
+    """The same, of the constants of an attention."""
+    return load_rows(source, row, mask, how.D, how.BLOCK_D)
 
 
 @triton.jit

@@ -67,17 +67,15 @@ def of_columns(ptr, place, end, TAIL: tl.constexpr):
 
 
 class Columns(NamedTuple):
-    """The other side of a pass: pointers, None where there is nothing; the last two for masks by
-    page and the diagonal."""
+    """The other side of a pass, None where there is nothing."""
 
-    unit: Any  # [capacity, BLOCK_D]
+    unit: Any  # [capacity, BLOCK_D] unit rows
     id: Any
     page: Any
-    offset: Any  # [capacity], added to the scores
-    scale: Any  # [capacity], a factor of 2^t in the sum of rows alone
     count: Any
-    rank: Any  # the prefix sums that made the list of columns
-    page_offsets: Any  # pv offsets [B + 1]
+    offset: Any = None  # [capacity], added to the scores
+    scale: Any = None  # [capacity], a factor of 2^t in the sum of rows alone
+    page_offsets: Any = None  # for masks by page: pv offsets [B + 1]
 
 
 class Rows(NamedTuple):
@@ -86,11 +84,12 @@ class Rows(NamedTuple):
     unit: Any
     id: Any
     page: Any
-    offset: Any
-    rank_score: Any  # [capacity, 2]
-    list: Any
-    log_q: Any
     count: Any
+    list: Any
+    offset: Any = None
+    # [capacity, 2]: the positive's cosine, exact and as the rounded rows give it
+    rank_score: Any = None
+    log_q: Any = None  # [N]
 
 
 class RowTile(NamedTuple):
@@ -105,10 +104,10 @@ class RowTile(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Where a part of a tile leaves its sums."""
+    """Where parts of tiles leave their sums, None for those that nobody wants."""
 
-    acc: Any
-    top: Any
+    acc: Any  # [slots * BLOCK_M, BLOCK_D]; with TO_LIST [N, BLOCK_D], rows at their places there
+    top: Any  # [slots * BLOCK_M], as the next two
     total: Any
     above: Any
 
@@ -128,6 +127,9 @@ class Constants(NamedTuple):
     NEED_VALUES: Any
     NEED_RANK: Any
     TO_LIST: Any
+    STREAM: Any
+    EITHER: Any
+    TAU_IS_TENSOR: Any
     BLOCK_M: Any
     BLOCK_N: Any
     BLOCK_D: Any
@@ -237,10 +239,10 @@ def contrast_columns(rows, y, low, high, own_first, own_width, scale, how: tl.co
     """(top, total, acc, above) of the columns from low to high: see `contrast_step`."""
     top = tl.full([how.BLOCK_M], -float("inf"), tl.float32)
     if how.FIXED_SHIFT:
-        top = tl.zeros([how.BLOCK_M], tl.float32) + scale
-    total = tl.zeros([how.BLOCK_M, SUM_PARTS], tl.float32)
-    acc = tl.zeros([how.BLOCK_M, how.BLOCK_D], tl.float32)
-    above = tl.zeros([how.BLOCK_M], tl.int32)
+        top = tl.full([how.BLOCK_M], 0.0, tl.float32) + scale
+    total = tl.full([how.BLOCK_M, SUM_PARTS], 0.0, tl.float32)
+    acc = tl.full([how.BLOCK_M, how.BLOCK_D], 0.0, tl.float32)
+    above = tl.full([how.BLOCK_M], 0, tl.int32)
     # The tail is peeled: a mask on every load of the inner loop costs several percent.
     whole = low + tl.maximum(high - low, 0) // how.BLOCK_N * how.BLOCK_N
     block_ptr = y.unit
@@ -286,11 +288,26 @@ def contrast_columns(rows, y, low, high, own_first, own_width, scale, how: tl.co
 
 
 @triton.jit
-def contrast_rows(tile, slot, low, high, parts, part, x, y, sums, scale, how: tl.constexpr):
+def contrast_rows(
+    tile,
+    slot,
+    low,
+    high,
+    parts,
+    part,
+    x,
+    y,
+    x_count,
+    y_count,
+    y_rank_ptr,
+    sums,
+    scale,
+    how: tl.constexpr,
+):
     """One part of one row tile: see `contrast`."""
     first = tile * how.BLOCK_M
     x_place = first + tl.arange(0, how.BLOCK_M)
-    valid = x_place < x.count
+    valid = x_place < x_count
     dims = tl.arange(0, how.BLOCK_D)
     where = x_place.to(tl.int64)[:, None] * how.BLOCK_D + dims[None, :]
     unit = tl.load(x.unit + where, mask=valid[:, None], other=0.0)
@@ -299,7 +316,7 @@ def contrast_rows(tile, slot, low, high, parts, part, x, y, sums, scale, how: tl
     x_page = x_place
     if how.MASK == MASK_PAGE or how.MASK == MASK_OTHER_PAGES or how.MASK == MASK_SEQUENCE_IDS:
         x_page = tl.load(x.page + x_place, mask=valid, other=-2)
-    rank_score = tl.zeros([how.BLOCK_M], tl.float32)
+    rank_score = tl.full([how.BLOCK_M], 0.0, tl.float32)
     x_offset = None
     if x.offset is not None:
         x_offset = tl.load(x.offset + x_place, mask=valid, other=0.0)
@@ -310,12 +327,12 @@ def contrast_rows(tile, slot, low, high, parts, part, x, y, sums, scale, how: tl
             rank_score -= tl.load(x.log_q + position, mask=valid, other=0.0) * LOG2E
 
     low = low * how.BLOCK_N
-    high = tl.minimum(high * how.BLOCK_N, y.count)
+    high = tl.minimum(high * how.BLOCK_N, y_count)
     if how.MASK == MASK_PAGE:
         page_first = tl.load(x.page + first)
-        page_last = tl.load(x.page + tl.minimum(first + how.BLOCK_M, x.count) - 1)
-        low = rank_before(y.rank, tl.load(y.page_offsets + page_first))
-        end = rank_before(y.rank, tl.load(y.page_offsets + page_last + 1))
+        page_last = tl.load(x.page + tl.minimum(first + how.BLOCK_M, x_count) - 1)
+        low = rank_before(y_rank_ptr, tl.load(y.page_offsets + page_first))
+        end = rank_before(y_rank_ptr, tl.load(y.page_offsets + page_last + 1))
         columns = tl.cdiv(tl.cdiv(end - low, how.BLOCK_N), parts) * how.BLOCK_N
         low += part * columns
         high = tl.minimum(low + columns, end)
@@ -326,8 +343,8 @@ def contrast_rows(tile, slot, low, high, parts, part, x, y, sums, scale, how: tl
     own_first = low
     own_width = low
     if how.DIAGONAL:
-        there = first < x.count
-        last = tl.minimum(first + how.BLOCK_M, x.count) - 1
+        there = first < x_count
+        last = tl.minimum(first + how.BLOCK_M, x_count) - 1
         if how.MASK == MASK_OTHER_PAGES:
             first_page = tl.load(x.page + first, mask=there, other=0)
             last_page = tl.load(x.page + last, mask=there, other=0)
@@ -336,8 +353,8 @@ def contrast_rows(tile, slot, low, high, parts, part, x, y, sums, scale, how: tl
         else:
             begin = tl.load(x.list + first, mask=there, other=0)
             end = tl.load(x.list + last, mask=there, other=0) + 1
-        own_first = rank_before(y.rank, begin) - (how.BLOCK_N - 1)
-        own_width = (rank_before(y.rank, end) - own_first).to(tl.uint32, bitcast=True)
+        own_first = rank_before(y_rank_ptr, begin) - (how.BLOCK_N - 1)
+        own_width = (rank_before(y_rank_ptr, end) - own_first).to(tl.uint32, bitcast=True)
 
     before = None if how.X_OFFSET_AFTER else x_offset
     rows = RowTile(unit, x_id, x_page, x_place, before, rank_score)
@@ -363,54 +380,14 @@ def contrast_rows(tile, slot, low, high, parts, part, x, y, sums, scale, how: tl
 
 @kernel
 def contrast(
-    x_ptr,  # [x capacity, BLOCK_D] unit rows
-    y_ptr,  # [y capacity, BLOCK_D] unit rows
-    x_count_ptr,
-    y_count_ptr,
-    x_id_ptr,
-    y_id_ptr,
-    x_page_ptr,
-    y_page_ptr,
-    x_offset_ptr,
-    y_offset_ptr,
-    y_scale_ptr,
-    # [x capacity, 2]: the positive's cosine, exact and as the rounded rows give it
-    x_rank_score_ptr,
-    log_q_ptr,  # [N]
-    page_offsets_ptr,  # masks by page: pv offsets [B + 1]
+    x,  # Rows
+    y,  # Columns
     y_rank_ptr,  # the prefix sums that made the list of y
-    tau,
-    # [slots * BLOCK_M, BLOCK_D]; with TO_LIST [N, BLOCK_D], each row at its place in the batch
-    acc_ptr,
-    top_ptr,  # [slots * BLOCK_M]
-    total_ptr,  # [slots * BLOCK_M]
-    above_ptr,  # [slots * BLOCK_M]
+    sums,  # Sums
     slots,
     programs,
-    list_ptr,
-    TAU_IS_TENSOR: tl.constexpr,
-    MASK: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    HAS_X_OFFSET: tl.constexpr,
-    X_OFFSET_AFTER: tl.constexpr,
-    HAS_Y_OFFSET: tl.constexpr,
-    HAS_Y_SCALE: tl.constexpr,
-    Y_OFFSET_IS_COUNT: tl.constexpr,
-    HAS_RANK_LOG_Q: tl.constexpr,
-    Y_OFFSET_IS_LSE: tl.constexpr,
-    LIFT: tl.constexpr,
-    FIXED_SHIFT: tl.constexpr,
-    ONLINE: tl.constexpr,
-    EITHER: tl.constexpr,
-    NEED_SUM: tl.constexpr,
-    NEED_VALUES: tl.constexpr,
-    NEED_RANK: tl.constexpr,
-    STREAM: tl.constexpr,
-    TO_LIST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    tau,
+    how: tl.constexpr,  # Constants
 ):
     """sum_j 2^(t_ij - shift) and sum_j 2^(t_ij - shift) y_j, for one tile of rows and one part of
     the columns.
@@ -423,50 +400,23 @@ def contrast(
     with a running maximum, which costs half of its loop; the one that does not fit returns at once.
     """
     pid = tl.program_id(0)
-    x_count = tl.load(x_count_ptr)
-    y_count = tl.load(y_count_ptr)
+    x_count = tl.load(x.count)
+    y_count = tl.load(y.count)
     tiles, blocks, parts, share = schedule(
-        x_count, y_count, slots, programs, BLOCK_M, BLOCK_N, STREAM
+        x_count, y_count, slots, programs, how.BLOCK_M, how.BLOCK_N, how.STREAM
     )
-    if TO_LIST:
+    if how.TO_LIST:
         parts = tl.minimum(parts, 1)
-    scale = score_scale(tau, TAU_IS_TENSOR)
-    if EITHER:
+    scale = score_scale(tau, how.TAU_IS_TENSOR)
+    if how.EITHER:
         fits = scale <= LARGEST_FIXED_SCALE
-        if fits == (not FIXED_SHIFT):
+        if fits == (not how.FIXED_SHIFT):
             return
-    how: tl.constexpr = Constants(
-        MASK,
-        DIAGONAL,
-        X_OFFSET_AFTER,
-        Y_OFFSET_IS_COUNT,
-        Y_OFFSET_IS_LSE,
-        LIFT,
-        FIXED_SHIFT,
-        ONLINE,
-        NEED_SUM,
-        NEED_VALUES,
-        NEED_RANK,
-        TO_LIST,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_D,
-        PRECISION,
-    )
-    x_offset = x_offset_ptr if HAS_X_OFFSET else None
-    log_q = log_q_ptr if HAS_RANK_LOG_Q else None
-    x = Rows(x_ptr, x_id_ptr, x_page_ptr, x_offset, x_rank_score_ptr, list_ptr, log_q, x_count)
-    y_offset = y_offset_ptr if HAS_Y_OFFSET else None
-    y_scale = y_scale_ptr if HAS_Y_SCALE else None
-    y = Columns(
-        y_ptr, y_id_ptr, y_page_ptr, y_offset, y_scale, y_count, y_rank_ptr, page_offsets_ptr
-    )
-    sums = Sums(acc_ptr, top_ptr, total_ptr, above_ptr)
-    if STREAM:
+    if how.STREAM:
         # From where to where in the row of all blocks, counted from the first tile's. An equal part
         # of a tile is as good as a share.
         first_tile = pid // parts
-        last_tile = tl.minimum(first_tile, tl.cdiv(x_count, BLOCK_M) - 1)
+        last_tile = tl.minimum(first_tile, tl.cdiv(x_count, how.BLOCK_M) - 1)
         per_part = tl.cdiv(blocks, parts)
         begin = tl.minimum(pid % parts * per_part, blocks)
         end = tl.minimum(begin + per_part, blocks)
@@ -484,16 +434,46 @@ def contrast(
             high = tl.minimum(end - before, blocks)
             slot = pid + tl.where(streams, tile, 0)
             part = 0
-            contrast_rows(tile, slot, low, high, parts, part, x, y, sums, scale, how)
+            contrast_rows(
+                tile,
+                slot,
+                low,
+                high,
+                parts,
+                part,
+                x,
+                y,
+                x_count,
+                y_count,
+                y_rank_ptr,
+                sums,
+                scale,
+                how,
+            )
     else:
         tile = pid // parts
-        if tile * BLOCK_M >= x_count:
+        if tile * how.BLOCK_M >= x_count:
             return
         part = pid % parts
         low = part * tl.cdiv(blocks, parts)
         high = tl.minimum(low + tl.cdiv(blocks, parts), blocks)
         slot = pid
-        contrast_rows(tile, slot, low, high, parts, part, x, y, sums, scale, how)
+        contrast_rows(
+            tile,
+            slot,
+            low,
+            high,
+            parts,
+            part,
+            x,
+            y,
+            x_count,
+            y_count,
+            y_rank_ptr,
+            sums,
+            scale,
+            how,
+        )
 
 
 @triton.jit
@@ -545,29 +525,19 @@ def finish(row, valid, top, total, above, positive_ptr, list_ptr, log_q_ptr, sca
 
 @kernel
 def finish_rows(
-    top_ptr,  # [slots * BLOCK_M]
-    total_ptr,
-    above_ptr,
+    sums,  # Sums
     x_count_ptr,
     y_count_ptr,
-    positive_ptr,  # [capacity, 2]
+    positive_ptr,  # [capacity, 2] or None
     list_ptr,  # [capacity] PV rows of the anchors
-    log_q_ptr,  # [N]
-    loss_ptr,  # [capacity]
-    lse_ptr,  # [capacity] in powers of two
-    miss_ptr,  # [capacity] 1 - p of the positive
-    item_lse_ptr,  # [N]
-    item_positive_ptr,
-    item_rank_ptr,
+    log_q_ptr,  # [N] or None
+    out,  # AnchorResults
     slots,
     programs,
     first_row,
     last_row,
     tau,
     TAU_IS_TENSOR: tl.constexpr,
-    HAS_LOG_Q: tl.constexpr,
-    HAS_POSITIVE: tl.constexpr,
-    STATS: tl.constexpr,
     STREAM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -576,7 +546,7 @@ def finish_rows(
     """loss_i = logsumexp_{j in cand(i)} s_ij - s_ii, the positive added in float32 apart from the
     products.
 
-    HAS_POSITIVE off (click sequence): positives are among the candidates, only the log-sum-exp is
+    Without positives (click sequence) they are among the candidates, only the log-sum-exp is
     wanted.
     """
     row = first_row + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -594,34 +564,28 @@ def finish_rows(
     for part in range(most):
         slot = (first + part) * BLOCK_M + row % BLOCK_M
         there = valid & (part < number)
-        part_top = tl.load(top_ptr + slot, mask=there, other=-float("inf"))
-        part_total = tl.load(total_ptr + slot, mask=there, other=0.0)
+        part_top = tl.load(sums.top + slot, mask=there, other=-float("inf"))
+        part_total = tl.load(sums.total + slot, mask=there, other=0.0)
         top, total = add_in(top, total, part_top, part_total)
-        if STATS:
-            above += tl.load(above_ptr + slot, mask=there, other=0)
-    if HAS_POSITIVE:
-        log_q = log_q_ptr if HAS_LOG_Q else None
-        items = Items(item_lse_ptr, item_positive_ptr, item_rank_ptr) if STATS else None
-        out = AnchorResults(loss_ptr, lse_ptr, miss_ptr, items)
-        finish(row, valid, top, total, above, positive_ptr, list_ptr, log_q, scale, out)
+        if out.items is not None:
+            above += tl.load(sums.above + slot, mask=there, other=0)
+    if positive_ptr is not None:
+        finish(row, valid, top, total, above, positive_ptr, list_ptr, log_q_ptr, scale, out)
     else:
-        tl.store(lse_ptr + row, top + tl.log2(total), mask=valid)
+        tl.store(out.lse + row, top + tl.log2(total), mask=valid)
 
 
 @kernel
 def reduce_loss(
     first_ptr,  # [capacity] loss of each anchor
-    second_ptr,  # [capacity], of the other direction
+    second_ptr,  # [capacity], of the other direction, or None
     list_ptr,
     count_ptr,
-    weights_ptr,  # [N]
+    weights_ptr,  # [N] or None
     loss_ptr,  # 0-d
     weight_sum_ptr,  # 0-d: what the weighted sum was divided by
-    item_loss_ptr,  # [N]
-    BOTH: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
+    item_loss_ptr,  # [N] or None
     MEAN: tl.constexpr,
-    ITEMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """sum_i w_i loss_i / sum_i w_i in one program: a fixed order, so the same bits every time."""
@@ -632,15 +596,15 @@ def reduce_loss(
         row = start + tl.arange(0, BLOCK)
         valid = row < count
         loss = tl.load(first_ptr + row, mask=valid, other=0.0)
-        if BOTH:
+        if second_ptr is not None:
             loss = 0.5 * (loss + tl.load(second_ptr + row, mask=valid, other=0.0))
         position = tl.load(list_ptr + row, mask=valid, other=0)
         weight = tl.where(valid, 1.0, 0.0)
-        if HAS_WEIGHTS:
+        if weights_ptr is not None:
             weight = tl.load(weights_ptr + position, mask=valid, other=0.0)
         losses += weight * loss
         weights += weight
-        if ITEMS:
+        if item_loss_ptr is not None:
             tl.store(item_loss_ptr + position, loss, mask=valid)
     divisor = 1.0
     if MEAN:

@@ -25,7 +25,8 @@ from .sequence import sequence_backward, sequence_forward, sequence_saved_spec
 from .stages import (
     attend,
     attention_backward,
-    e_inputs,
+    e_source,
+    forward_parts,
     gather_anchors,
     make_plan,
     normalize,
@@ -33,6 +34,7 @@ from .stages import (
     reconstructed,
     reduce_losses,
     row_gradients,
+    row_tiles,
     sides,
     spread,
     sum_occurrences,
@@ -174,7 +176,7 @@ def _forward(
             kept.acc,
             kept.top,
             torch.empty(s.part_rows, dtype=torch.float32, device=s.device),
-            torch.empty(s.part_rows if stats else 0, dtype=torch.int32, device=s.device),
+            torch.empty(s.part_rows, dtype=torch.int32, device=s.device) if stats else None,
             s.slots(s.rows, s.tile),
             s.tile,
         )
@@ -223,23 +225,13 @@ def backward(
     # Upstream gradient of each anchor. In a mean or a sum without weights it is one number, and
     # stays out of the transposed pass: a factor of every column costs it 3 percent.
     uniform = p.weights is None and p.reduction != "none"
-    g = t.weight_sum
-    if not uniform:
-        g = row_gradients(p, s, t, grad, t.weight_sum, 1.0 / len(s.directions))
+    share = 1.0 / len(s.directions)
+    g = None if uniform else row_gradients(p, s, t, grad, t.weight_sum, share)
     d_pv = torch.empty_like(p.pv) if needs.pv and p.history is not None else None
-    results, factor = _transposed_passes(p, s, t, needs, grad, None if uniform else g, d_pv)
-    upstream: dict[str, Any] = {
-        "g_ptr": g,
-        "upstream_ptr": grad,
-        "weight_sum_ptr": t.weight_sum,
-        "share": 1.0 / len(s.directions),
-        "lower": 2.0**-HALF_LIFT if s.dtype == torch.float16 else 1.0,
-        "UNIFORM": uniform,
-        "transposed_factor_ptr": factor if factor is not None else g,
-        "HAS_FACTOR": factor is not None,
-        **temperature(p),
-    }
-    dr, tau_parts = _reconstruction_gradient(p, s, t, results, upstream)
+    results, factor = _transposed_passes(p, s, t, needs, grad, g, d_pv)
+    lower = 2.0**-HALF_LIFT if s.dtype == torch.float16 else 1.0
+    up = epilogue.Upstream(g, grad, t.weight_sum, share, lower, factor)
+    dr, tau_parts = _reconstruction_gradient(p, s, t, results.get("identify"), up)
     d_rows = dq = dk = dv = None
     if given:
         d_rows = torch.empty(s.rows, s.dim, dtype=s.dtype, device=s.device)
@@ -256,12 +248,17 @@ def backward(
         if d_pv is None:
             d_pv = torch.empty(s.rows, s.dim, dtype=torch.float32, device=s.device)
         own_dq = dq if p.query is None else None
-        spread(p, s, t, t.r, d_pv, own_dq, **_contrast_inputs(s, t, results, upstream))
-        grads.pv = d_pv
+        column = results.get("reconstruct")
+        grads.pv = spread(p, s, t, t.r, d_pv, own_dq, up, column)
         if p.history is None:
-            merged = _merged_columns(s, t, results, upstream)
             shown = [(p.pv_index, t.pv_page), (p.history_index, t.history_page)]
-            grads.pv = sum_occurrences(p.pv, s, shown, d_pv, d_history, merged)
+            rows = (p.pv, s, shown, d_pv, d_history)
+            if column is None or not s.merged:
+                grads.pv = sum_occurrences(*rows)
+            else:
+                columns = epilogue.ItemColumns(t.item_count, t.item_rank)
+                merged = up, columns, t.counts, column, temperature(p)
+                grads.pv = sum_occurrences(*rows, *merged)
     return grads, d_rows
 
 
@@ -279,7 +276,7 @@ def _transposed_passes(
 
     `g` None: the same for every anchor, and left out."""
     half = s.dtype == torch.float16
-    scale, factor, none = g, None, t.weight_sum
+    scale, factor = g, None
     results: dict[str, Pass] = {}
     for direction in s.directions:
         if direction == "reconstruct" and not needs.pv:
@@ -288,12 +285,12 @@ def _transposed_passes(
         kept = t.kept(direction)
         if kept.dy is not None:
             factor = kept.factor * grad
-            results[direction] = Pass(kept.dy, none, none, none, 1, s.transposed)
+            results[direction] = Pass(kept.dy, None, None, None, 1, s.transposed)
             continue
         if half and g is not None and factor is None:
             scale, factor = lowered(g)
         into = d_pv if direction == "reconstruct" and p.negatives != "page" else None
-        out = results[direction] = _transposed_pass(s, y, into, none)
+        out = results[direction] = _transposed_pass(s, y, into)
         if s.chunked:
             assert scale is not None  # each row has its own: else P was used at once
             run_chunks(s, x, y, _scores(p, s), kept.lse, Transposed(scale, out.acc))
@@ -314,7 +311,7 @@ def _transposed_passes(
     return results, factor
 
 
-def _transposed_pass(s: Shape, y: Rows, d_pv: Tensor | None, none: Tensor) -> Pass:
+def _transposed_pass(s: Shape, y: Rows, d_pv: Tensor | None) -> Pass:
     """Where such a pass goes: to dL/dE itself, if given and each tile is written whole and once."""
     capacity = y.unit.shape[0]
     tiles = cdiv(capacity, s.transposed.block_m)
@@ -322,89 +319,44 @@ def _transposed_pass(s: Shape, y: Rows, d_pv: Tensor | None, none: Tensor) -> Pa
     kind = torch.float32 if s.chunked else s.sums
     whole = not s.chunked and s.stride == s.dim and 2 * tiles > s.programs(s.transposed)
     if d_pv is not None and d_pv.dtype == kind and whole:
-        return Pass(d_pv, none, none, none, tiles, s.transposed, True)
+        return Pass(d_pv, None, None, None, tiles, s.transposed, True)
     acc = torch.empty(s.flat(capacity, s.transposed), s.stride, dtype=kind, device=s.device)
-    return Pass(acc, none, none, none, s.slots(capacity, s.transposed), s.transposed)
+    return Pass(acc, None, None, None, s.slots(capacity, s.transposed), s.transposed)
 
 
 def _reconstruction_gradient(
-    p: Problem,
-    s: Shape,
-    t: LossState,
-    results: dict[str, Pass],
-    upstream: dict[str, Any],
+    p: Problem, s: Shape, t: LossState, identify: Pass | None, up: epilogue.Upstream
 ) -> tuple[Tensor, Tensor]:
-    """dL/dR of the listed rows, and parts of -tau dL/dtau."""
-    rows, _pages, count = reconstructed(t)
+    """dL/dR of the listed rows, and parts of -tau dL/dtau; `identify`: its transposed pass."""
+    listed, back = reconstructed(t), epilogue.Parts(None)
+    if identify is not None and t.identify is not None:
+        back = epilogue.Parts(identify.acc, miss=t.identify.miss)
     dr = torch.empty(s.rows, s.stride, dtype=s.dtype, device=s.device)
     programs = cdiv(s.rows, s.small.block_m)
     tau_parts = torch.empty(programs, dtype=torch.float32, device=s.device)
-    none, kept = t.weight_sum, t.reconstruct
-    back = results.get("identify", results.get("reconstruct"))
     epilogue.reconstruction_gradient[(programs,)](
-        list_ptr=rows,
-        count_ptr=count,
-        anchor_rank_ptr=t.ranks[0],
-        anchor_flag_ptr=t.flags[0],
-        anchor_count_ptr=t.counts[0:1],
-        column_count_ptr=t.counts[2:3],
-        unit_ptr=t.r,
-        norm_ptr=t.norm,
-        **e_inputs(p),
-        forward_acc_ptr=kept.acc if kept is not None else none,
-        forward_top_ptr=kept.top if kept is not None else none,
-        forward_lse_ptr=kept.lse if kept is not None else none,
-        forward_miss_ptr=kept.miss if kept is not None else none,
-        **upstream,
-        transposed_acc_ptr=back.acc if back is not None else none,
-        identify_miss_ptr=t.identify.miss if t.identify is not None else none,
-        dr_ptr=dr,
-        tau_part_ptr=tau_parts,
-        forward_slots=s.slots(s.rows, s.tile),
-        transposed_slots=back.slots if back is not None else 1,
-        programs=s.programs(s.tile),
-        transposed_programs=s.programs(s.transposed),
-        D=s.dim,
-        STRIDE=s.stride,
-        RECONSTRUCT=s.reconstruct,
-        IDENTIFY=s.identify,
-        STREAM=s.stream,
-        FORWARD_M=s.tile.block_m,
-        FORWARD_N=s.tile.block_n,
-        TRANSPOSED_M=s.transposed.block_m,
-        TRANSPOSED_N=s.transposed.block_n,
-        BLOCK_M=s.small.block_m,
-        BLOCK_D=s.block_d,
+        listed.list,
+        listed.count,
+        t.ranks[0],
+        t.flags[0],
+        t.counts,
+        t.r,
+        t.norm,
+        e_source(p),
+        up,
+        forward_parts(t.reconstruct),
+        back,
+        dr,
+        tau_parts,
+        s.slots(s.rows, s.tile),
+        s.programs(s.tile),
+        1 if identify is None else identify.slots,
+        s.programs(s.transposed),
+        **temperature(p),
+        how=row_tiles(s),
         num_warps=s.small.num_warps,
     )
     return dr, tau_parts
-
-
-def _contrast_inputs(
-    s: Shape, t: LossState, results: dict[str, Pass], upstream: dict[str, Any]
-) -> dict[str, Any]:
-    """What `spread` needs to make dL/dE too."""
-    none, back = t.weight_sum, t.identify
-    column = results.get("reconstruct")
-    return {
-        "anchor_count_ptr": t.counts[0:1],
-        "column_count_ptr": t.counts[2:3],
-        "reconstructed_count_ptr": reconstructed(t)[2],
-        "transposed_acc_ptr": column.acc if column is not None else none,
-        "identify_acc_ptr": back.acc if back is not None else none,
-        "identify_top_ptr": back.top if back is not None else none,
-        "identify_lse_ptr": back.lse if back is not None else none,
-        "forward_miss_ptr": t.reconstruct.miss if t.reconstruct is not None else none,
-        "identify_miss_ptr": back.miss if back is not None else none,
-        **upstream,
-        "transposed_slots": column.slots if column is not None else 1,
-        "identify_slots": s.slots(s.rows, s.tile),
-        "CONTRAST": True,
-        "COLUMNS": column is not None and not s.merged,
-        "RECONSTRUCT": s.reconstruct,
-        "IDENTIFY": s.identify,
-        "IN_PLACE": column is not None and column.in_place,
-    }
 
 
 def _early_row_gradients(p: Problem, s: Shape, t: LossState) -> tuple[Tensor, Tensor]:
@@ -420,20 +372,3 @@ def _early_row_gradients(p: Problem, s: Shape, t: LossState) -> tuple[Tensor, Te
         )
     g = row_gradients(p, s, t, one, weight_sum, 1.0 / len(s.directions))
     return lowered(g) if s.dtype == torch.float16 else (g, one)
-
-
-def _merged_columns(
-    s: Shape, t: LossState, results: dict[str, Pass], upstream: dict[str, Any]
-) -> dict[str, Any] | None:
-    """What merged columns add to a table's gradient."""
-    if not s.merged:
-        return None
-    return {
-        "item_count_ptr": t.item_count,
-        "column_rank_ptr": t.item_rank,
-        "column_count_ptr": t.counts[2:3],
-        "anchor_count_ptr": t.counts[0:1],
-        "transposed_acc_ptr": results["reconstruct"].acc,
-        "transposed_slots": results["reconstruct"].slots,
-        "MERGED": True,
-    } | {name: x for name, x in upstream.items() if name != "g_ptr"}

@@ -42,29 +42,21 @@ def _finish(
     s: Shape, x: Rows, y: Rows, scores: Scores, out: Pass, results: Results, first: int, number: int
 ) -> None:
     """Results of rows `first` to `first + number` from the parts in `out`."""
-    dummy = results.lse
+    items = contrast.Items(*results.items) if results.stats else None
     contrast.finish_rows[(cdiv(number, 256),)](
-        out.top,
-        out.total,
-        out.above,
+        contrast.Sums(None, out.top, out.total, out.above),
         x.count,
         y.count,
-        dummy if results.positive is None else results.positive,
+        results.positive,
         x.list,
-        dummy if results.log_q is None else results.log_q,
-        results.loss,
-        results.lse,
-        results.miss,
-        *(results.items or (dummy, dummy, out.above)),
+        results.log_q,
+        contrast.AnchorResults(results.loss, results.lse, results.miss, items),
         out.slots,
         s.programs(out.tile),
         first,
         first + number,
         scores.tau,
         TAU_IS_TENSOR=scores.tau_is_tensor,
-        HAS_LOG_Q=results.log_q is not None,
-        HAS_POSITIVE=results.positive is not None,
-        STATS=results.stats,
         STREAM=s.stream,
         BLOCK_M=out.tile.block_m,
         BLOCK_N=out.tile.block_n,
@@ -94,62 +86,46 @@ def run_contrast(
     mask = scores.mask
     y_offset = y.bias if y_offset is None else y_offset
 
-    def pick(tensor: Tensor | None) -> Tensor:
-        return x.list if tensor is None else tensor
-
     fixed_shift, online = need_sum and scores.fixed_shift, need_sum and scores.online
     either = fixed_shift and online
     ways = ((True, False), (False, True)) if either else ((fixed_shift, online),)
+    rows = contrast.Rows(x.unit, x.ids, x.page, x.count, x.list, x_offset, positive, log_q)
+    columns = contrast.Columns(
+        y.unit, y.ids, y.page, y.count, y_offset, y_scale, scores.page_offsets
+    )
     for fixed, running in ways:
-        contrast.contrast[(out.slots,)](
-            x_ptr=x.unit,
-            y_ptr=y.unit,
-            x_count_ptr=x.count,
-            y_count_ptr=y.count,
-            x_id_ptr=x.ids,
-            y_id_ptr=y.ids,
-            x_page_ptr=x.page,
-            y_page_ptr=y.page,
-            x_offset_ptr=pick(x_offset),
-            y_offset_ptr=pick(y_offset),
-            y_scale_ptr=pick(y_scale),
-            x_rank_score_ptr=pick(positive),
-            log_q_ptr=pick(log_q),
-            page_offsets_ptr=scores.page_offsets,
-            y_rank_ptr=y.rank,
-            tau=scores.tau,
-            acc_ptr=out.acc,
-            top_ptr=out.top,
-            total_ptr=out.total,
-            above_ptr=out.above,
-            slots=out.slots,
-            programs=s.programs(out.tile),
-            list_ptr=x.list,
-            TAU_IS_TENSOR=scores.tau_is_tensor,
+        how = contrast.Constants(
             MASK=mask,
             # Where no ids but the rows' own places decide, both sides ascend by position or page.
             DIAGONAL=mask == contrast.MASK_SEQUENCE.value
             or (mask in (0, 2) and x.ids is x.list and y.ids is y.list),
-            HAS_X_OFFSET=x_offset is not None,
             X_OFFSET_AFTER=x_offset_after,
-            HAS_Y_OFFSET=y_offset is not None,
-            HAS_Y_SCALE=y_scale is not None,
             Y_OFFSET_IS_COUNT=y.merged,
             Y_OFFSET_IS_LSE=y_offset_is_lse,
             LIFT=HALF_LIFT if y_offset_is_lse and x.unit.dtype == torch.float16 else 0.0,
-            HAS_RANK_LOG_Q=log_q is not None,
             FIXED_SHIFT=fixed,
             ONLINE=running,
-            EITHER=either,
             NEED_SUM=need_sum,
             NEED_VALUES=s.values,
             NEED_RANK=need_rank,
-            STREAM=s.stream and not out.in_place,
             TO_LIST=out.in_place,
+            STREAM=s.stream and not out.in_place,
+            EITHER=either,
+            TAU_IS_TENSOR=scores.tau_is_tensor,
             BLOCK_M=out.tile.block_m,
             BLOCK_N=out.tile.block_n,
             BLOCK_D=s.stride,
             PRECISION=s.precision,
+        )
+        contrast.contrast[(out.slots,)](
+            rows,
+            columns,
+            y.rank,
+            contrast.Sums(out.acc, out.top, out.total, out.above),
+            out.slots,
+            s.programs(out.tile),
+            scores.tau,
+            how=how,
             **out.tile.launch,
         )
 
@@ -185,12 +161,16 @@ def run_chunks(
         if out is not None and values:
             if normalised:
                 # The product's P is relative to the log-sum-exp now, not to the running maximum.
+                assert out.top is not None
                 last = min(first + run.rows, capacity)
                 torch.sub(lse[first:last], run.lift, out=out.top[first:last])
             run.product(first, out.acc)
         if transposed is not None:
             top = out.top if out is not None else lse
             run.transposed_product(first, transposed, scaled, top, normalised)
+
+
+_NO_SUMS = contrast.Sums(None, None, None, None)
 
 
 class _Chunks:
@@ -221,14 +201,11 @@ class _Chunks:
         # Rows of P begin at multiples of a tile: loads stay wide, and a tile may be read beyond its
         # last column.
         self.stride = cdiv(self.tiles_n * tile.block_n, tile.block_m) * tile.block_m
-        self.p = torch.empty(
-            (self.rows, self.stride) if store else (1, 1), dtype=kind, device=s.device
-        )
+        self.p = torch.empty(self.rows, self.stride, dtype=kind, device=s.device) if store else None
         parts = (self.tiles_n, self.rows)
-        self.top, self.total = (
-            torch.empty(parts, dtype=torch.float32, device=s.device) for _ in range(2)
-        )
-        self.above = torch.empty(parts if self.rank else (1, 1), dtype=torch.int32, device=s.device)
+        top, total = (torch.empty(parts, dtype=torch.float32, device=s.device) for _ in range(2))
+        above = torch.empty(parts, dtype=torch.int32, device=s.device) if self.rank else None
+        self.sums = contrast.Sums(None, top, total, above)
         self.lift = HALF_LIFT if kind == torch.float16 else 0.0
         self.tile: dict[str, Any] = {
             "BLOCK_M": tile.block_m,
@@ -240,27 +217,15 @@ class _Chunks:
 
     def scores(self, first: int, normalised: bool, sums: bool, keep: bool) -> None:
         """P of the chunk if `keep`; with `sums` its rows' largest score and sum in each tile."""
-        x, y, lse = self.x, self.y, self.lse
-        positive = None if self.results is None else self.results.positive
-        log_q = None if self.results is None else self.results.log_q
+        x, y, results = self.x, self.y, self.results
+        positive = None if results is None else results.positive
+        log_q = None if results is None else results.log_q
         chunked.scores[(self.tiles_m * self.tiles_n,)](
-            x.unit,
-            y.unit,
-            x.count,
-            y.count,
-            x.ids,
-            y.ids,
-            x.page,
-            y.page,
-            lse if y.bias is None else y.bias,
-            lse if positive is None else positive,
-            x.list,
-            lse if log_q is None else log_q,
-            lse,
-            self.p,
-            self.top,
-            self.total,
-            self.above,
+            contrast.Rows(x.unit, x.ids, x.page, x.count, x.list, None, positive, log_q),
+            contrast.Columns(y.unit, y.ids, y.page, y.count, y.bias),
+            self.lse if normalised else None,
+            self.p if keep else None,
+            self.sums if sums else _NO_SUMS,
             self.how.tau,
             self.lift if normalised else 0.0,
             first,
@@ -269,31 +234,20 @@ class _Chunks:
             STRIDE=self.s.stride,
             TAU_IS_TENSOR=self.how.tau_is_tensor,
             MASK=self.how.mask,
-            HAS_Y_OFFSET=y.bias is not None,
-            Y_OFFSET_IS_COUNT=y.merged and self.results is not None,
-            HAS_RANK_LOG_Q=log_q is not None,
-            NORMALISED=normalised,
+            Y_OFFSET_IS_COUNT=y.merged and results is not None,
             ONLINE=self.online,
-            STORE=keep,
-            SUMS=sums,
-            NEED_RANK=self.rank and sums,
             **self.tile,
         )
 
     def reduce(self, first: int, out: Pass) -> None:
         """One part of each row, from those of the tiles."""
         chunked.reduce_parts[(cdiv(self.rows, 256),)](
-            self.top,
-            self.total,
-            self.above,
-            out.top,
-            out.total,
-            out.above,
+            self.sums,
+            contrast.Sums(None, out.top, out.total, out.above if self.rank else None),
             self.x.count,
             self.y.count,
             first,
             self.rows,
-            NEED_RANK=self.rank,
             BLOCK_N=self.s.product.block_n,
             BLOCK=256,
         )
@@ -321,14 +275,13 @@ class _Chunks:
         chunked.scale_rows[(cdiv(self.rows, s.small.block_m),)](
             self.x.unit,
             transposed.g,
-            top,
+            None if normalised else top,
             self.lse,
             scaled,
             self.x.count,
             first,
             self.rows,
             STRIDE=s.stride,
-            NORMALISED=normalised,
             BLOCK_M=s.small.block_m,
             BLOCK_D=tiles.next_power_of_2(s.stride),
             num_warps=s.small.num_warps,

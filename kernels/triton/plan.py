@@ -3,6 +3,8 @@ without a host sync."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -53,7 +55,6 @@ def mark_history(
     pages,
     steps,
     blocks,
-    HAS_MASK: tl.constexpr,
     WANT_FLAG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -62,7 +63,7 @@ def mark_history(
     inside = row < rows
     page = page_of(offsets_ptr, row, pages, steps)
     live = inside & (page < pages)
-    if HAS_MASK:
+    if mask_ptr is not None:
         live = live & tl.load(mask_ptr + row, mask=inside, other=0).to(tl.int1)
     tl.store(page_ptr + row, tl.where(live, page, -1).to(tl.int32), mask=inside)
     if WANT_FLAG:
@@ -80,7 +81,6 @@ def mark_sequence(
     pages,
     steps,
     blocks,
-    HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Pages and flags of the history rows of a click-sequence loss."""
@@ -95,7 +95,6 @@ def mark_sequence(
         pages,
         steps,
         blocks,
-        HAS_MASK,
         True,
         BLOCK,
     )
@@ -104,14 +103,14 @@ def mark_sequence(
 @kernel(registers=255)
 def mark_rows(
     offsets_ptr,
-    mask_ptr,
+    mask_ptr,  # None where there is none, as the next three
     clicked_ptr,
     weights_ptr,
     index_ptr,
     page_ptr,
     flags_ptr,  # [4, N]
     block_counts_ptr,  # [4, blocks]
-    item_count_ptr,
+    item_count_ptr,  # [n] or None
     history_offsets_ptr,
     history_mask_ptr,
     history_page_ptr,
@@ -120,12 +119,7 @@ def mark_rows(
     pages,
     steps,
     blocks,
-    HAS_MASK: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    HAS_CLICKED: tl.constexpr,
-    HAS_HISTORY_MASK: tl.constexpr,
     EVERY_RECONSTRUCTION: tl.constexpr,
-    COUNT_ITEMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Page and flags (anchor, reconstructed, column, skipped) of every PV row, occurrences of each
@@ -147,7 +141,6 @@ def mark_rows(
             pages,
             steps,
             blocks,
-            HAS_HISTORY_MASK,
             False,
             BLOCK,
         )
@@ -156,19 +149,19 @@ def mark_rows(
     inside = row < rows
     page = page_of(offsets_ptr, row, pages, steps)
     live = inside & (page < pages)
-    if HAS_MASK:
+    if mask_ptr is not None:
         live = live & tl.load(mask_ptr + row, mask=inside, other=0).to(tl.int1)
     first = tl.load(history_offsets_ptr + page, mask=live, other=0)
     last = tl.load(history_offsets_ptr + page + 1, mask=live, other=0)
-    if HAS_HISTORY_MASK:
+    if history_mask_ptr is not None:
         has_history = any_history(history_mask_ptr, first, last, live)
     else:
         has_history = live & (last > first)
     clicked = live
-    if HAS_CLICKED:
+    if clicked_ptr is not None:
         clicked = live & tl.load(clicked_ptr + row, mask=inside, other=0).to(tl.int1)
     anchor = clicked & has_history
-    if HAS_WEIGHTS:
+    if weights_ptr is not None:
         anchor = anchor & (tl.load(weights_ptr + row, mask=inside, other=0.0) > 0)
     reconstructed = has_history if EVERY_RECONSTRUCTION else anchor
     skipped = clicked & (has_history == 0)
@@ -179,39 +172,35 @@ def mark_rows(
     )
     store_flag(flags_ptr, block_counts_ptr, COLUMN, live, row, inside, rows, block, blocks)
     store_flag(flags_ptr, block_counts_ptr, SKIPPED, skipped, row, inside, rows, block, blocks)
-    if COUNT_ITEMS:
+    if item_count_ptr is not None:
         # Atomics on integers: the sum does not depend on their order.
         item = tl.load(index_ptr + row, mask=live, other=0)
         tl.atomic_add(item_count_ptr + item, 1, mask=live)
 
 
+class List(NamedTuple):
+    """A list of flagged rows [capacity], of None where nobody wants it."""
+
+    list: Any
+    page: Any
+    id: Any
+    bias: Any  # None for anchors
+
+
 @triton.jit
-def store_list(
-    flagged,
-    place,
-    row,
-    page_ptr,
-    id_ptr,
-    log_q_ptr,
-    list_ptr,
-    list_page_ptr,
-    list_id_ptr,
-    list_bias_ptr,
-    HAS_ID: tl.constexpr,
-    HAS_LOG_Q: tl.constexpr,
-):
+def store_list(flagged, place, row, page_ptr, id_ptr, log_q_ptr, out):
     """Positions, pages, ids and biases (-log_q, in powers of two) of the flagged rows, in order."""
-    tl.store(list_ptr + place, row.to(tl.int32), mask=flagged)
-    tl.store(list_page_ptr + place, tl.load(page_ptr + row, mask=flagged, other=0), mask=flagged)
-    if HAS_ID:
+    tl.store(out.list + place, row.to(tl.int32), mask=flagged)
+    tl.store(out.page + place, tl.load(page_ptr + row, mask=flagged, other=0), mask=flagged)
+    if id_ptr is not None:
         tl.store(
-            list_id_ptr + place,
-            tl.load(id_ptr + row, mask=flagged, other=0).to(list_id_ptr.dtype.element_ty),
+            out.id + place,
+            tl.load(id_ptr + row, mask=flagged, other=0).to(out.id.dtype.element_ty),
             mask=flagged,
         )
-    if HAS_LOG_Q:
+    if log_q_ptr is not None and out.bias is not None:
         tl.store(
-            list_bias_ptr + place,
+            out.bias + place,
             tl.load(log_q_ptr + row, mask=flagged, other=0.0) * -LOG2E,
             mask=flagged,
         )
@@ -222,28 +211,16 @@ def compact(
     flags_ptr,  # [FLAGS, rows]
     block_counts_ptr,  # [FLAGS, blocks]
     page_ptr,
-    id_ptr,
+    id_ptr,  # None where there is none, as log_q_ptr
     log_q_ptr,
     ranks_ptr,  # [FLAGS, rows] inclusive prefix sums
     counts_ptr,  # [FLAGS]
-    first_list_ptr,  # the list of the first row of flags; it has no biases
-    first_page_ptr,
-    first_id_ptr,
-    second_list_ptr,
-    second_page_ptr,
-    second_id_ptr,
-    second_bias_ptr,
-    third_list_ptr,
-    third_page_ptr,
-    third_id_ptr,
-    third_bias_ptr,
+    first,  # List of the first row of flags
+    second,
+    third,
     rows,
     blocks,
     FLAGS: tl.constexpr,
-    SECOND: tl.constexpr,
-    THIRD: tl.constexpr,
-    HAS_ID: tl.constexpr,
-    HAS_LOG_Q: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Prefix sums and counts of the flags, and the lists of flagged rows."""
@@ -266,50 +243,11 @@ def compact(
         flagged = flag != 0
         place = rank - 1
         if number == 0:
-            store_list(
-                flagged,
-                place,
-                row,
-                page_ptr,
-                id_ptr,
-                log_q_ptr,
-                first_list_ptr,
-                first_page_ptr,
-                first_id_ptr,
-                first_id_ptr,
-                HAS_ID,
-                False,
-            )
-        if number == 1 and SECOND:
-            store_list(
-                flagged,
-                place,
-                row,
-                page_ptr,
-                id_ptr,
-                log_q_ptr,
-                second_list_ptr,
-                second_page_ptr,
-                second_id_ptr,
-                second_bias_ptr,
-                HAS_ID,
-                HAS_LOG_Q,
-            )
-        if number == 2 and THIRD:
-            store_list(
-                flagged,
-                place,
-                row,
-                page_ptr,
-                id_ptr,
-                log_q_ptr,
-                third_list_ptr,
-                third_page_ptr,
-                third_id_ptr,
-                third_bias_ptr,
-                HAS_ID,
-                HAS_LOG_Q,
-            )
+            store_list(flagged, place, row, page_ptr, id_ptr, log_q_ptr, first)
+        if number == 1 and second.list is not None:
+            store_list(flagged, place, row, page_ptr, id_ptr, log_q_ptr, second)
+        if number == 2 and third.list is not None:
+            store_list(flagged, place, row, page_ptr, id_ptr, log_q_ptr, third)
 
 
 @kernel

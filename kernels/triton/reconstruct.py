@@ -24,7 +24,7 @@ def _reconstruct(p: Problem) -> tuple[Shape, Plan, Tensor]:
     t = Plan.empty(s)
     make_plan(p, s, t, None)
     r = torch.zeros(s.rows, s.dim, dtype=s.dtype, device=s.device)
-    attend(p, s, t, r, r, r, raw=True)
+    attend(p, s, t, r)
     return s, t, r
 
 
@@ -40,12 +40,12 @@ def reconstruct_backward(p: Problem, needs: Needs, grad: Tensor) -> Gradients:
     if is_empty(p):
         return Gradients.zeros(p, needs)
     s, t, r = _reconstruct(p)
-    rows, _, count = reconstructed(t)
+    listed = reconstructed(t)
     dr = torch.empty(s.rows, s.stride, dtype=s.dtype, device=s.device)
     epilogue.given_gradient[(cdiv(s.rows, s.small.block_m),)](
         grad.contiguous(),
-        rows,
-        count,
+        listed.list,
+        listed.count,
         dr,
         D=s.dim,
         STRIDE=s.stride,

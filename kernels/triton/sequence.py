@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ...loss.problem import Gradients, Needs, SequenceProblem
 from . import click_sequence, epilogue, tiles
+from .common import Source
 from .passes import forward_pass, lowered, run_chunks, run_contrast
-from .stages import sequence_plan, sum_occurrences
+from .stages import row_tiles, sequence_plan, sum_occurrences
 from .state import (
     HALF_LIFT,
     Pass,
@@ -58,18 +59,16 @@ def _page_mean(
     rows = _sequence_rows(s, t)
     click_sequence.page_mean[(cdiv(s.rows, s.attention.block_m),)](
         t.c,
-        rows.ids,
+        rows.ids if s.mask == 4 else None,
         rows.page,
         rows.count,
         p.history_offsets,
         t.ranks,
-        factor if factor is not None else cosine,
+        factor,
         out,
         number,
         cosine,
         STRIDE=s.stride,
-        HAS_ID=s.mask == 4,
-        TRANSPOSED=factor is not None,
         BLOCK_M=s.attention.block_m,
         BLOCK_H=s.attention.block_n,
         BLOCK_D=tiles.next_power_of_2(s.stride),
@@ -93,14 +92,12 @@ def sequence_forward(p: SequenceProblem, needs: Needs) -> tuple[Tensor, list[Ten
     sequence_plan(p, t)
     rows = _sequence_rows(s, t)
     epilogue.normalize_rows[(cdiv(s.rows, s.small.block_m),)](
-        p.history,
-        p.history_index if p.history_index is not None else rows.list,
+        Source(p.history, p.history_index),
         rows.list,
         rows.count,
         t.c,
         D=s.dim,
         STRIDE=s.stride,
-        HAS_INDEX=p.history_index is not None,
         BLOCK_M=s.small.block_m,
         BLOCK_D=s.block_d,
         num_warps=s.small.num_warps,
@@ -108,7 +105,7 @@ def sequence_forward(p: SequenceProblem, needs: Needs) -> tuple[Tensor, list[Ten
     cosine = torch.empty(s.rows, dtype=torch.float32, device=device)
     _page_mean(p, s, t, None, t.number, cosine)
     kept, total = t.kept, torch.empty(s.part_rows, dtype=torch.float32, device=device)
-    out = Pass(kept.acc, kept.top, total, t.flags, s.slots(s.rows, s.tile), s.tile)
+    out = Pass(kept.acc, kept.top, total, None, s.slots(s.rows, s.tile), s.tile)
     results = Results(kept.lse, kept.miss, cosine)
     forward_pass(s, rows, rows, _scores(p, s), out, results)
     loss = torch.zeros((s.rows,) if per_item else (), dtype=torch.float32, device=device)
@@ -166,7 +163,7 @@ def sequence_backward(
     # Chunks are summed in float32; one pass is rounded once.
     kind = torch.float32 if s.chunked else s.sums
     acc = torch.empty(s.flat(s.rows, s.transposed), s.stride, dtype=kind, device=device)
-    out = Pass(acc, g, g, g, s.slots(s.rows, s.transposed), s.transposed)
+    out = Pass(acc, None, None, None, s.slots(s.rows, s.transposed), s.transposed)
     if s.chunked:
         run_chunks(s, rows, rows, _scores(p, s), t.kept.lse, Transposed(scale, acc))
     else:
@@ -211,37 +208,23 @@ def _row_gradients(
     click_sequence.sequence_gradient[(programs,)](
         t.row.list,
         t.counts,
-        p.history,
-        p.history_index if table else t.row.list,
+        Source(p.history, p.history_index),
         g,
-        t.kept.lse,
         mean,
         pulled,
-        t.kept.acc,
-        t.kept.top,
-        transposed.acc,
-        lower if lower is not None else g,
-        grad,
+        epilogue.Parts(t.kept.acc, t.kept.top, t.kept.lse),
+        epilogue.Parts(transposed.acc),
+        lower,
+        grad if uniform else None,
         t.anchors,
         d_rows,
         tau_parts,
         s.slots(s.rows, s.tile),
-        transposed.slots,
         s.programs(s.tile),
+        transposed.slots,
         s.programs(s.transposed),
         **temperature(p),
-        HAS_INDEX=table,
-        HAS_FACTOR=lower is not None,
-        UNIFORM=uniform,
-        D=s.dim,
-        STRIDE=s.stride,
-        STREAM=s.stream,
-        TILE_M=s.tile.block_m,
-        TILE_N=s.tile.block_n,
-        TRANSPOSED_M=s.transposed.block_m,
-        TRANSPOSED_N=s.transposed.block_n,
-        BLOCK_M=s.small.block_m,
-        BLOCK_D=s.block_d,
+        how=row_tiles(s),
         num_warps=s.small.num_warps,
     )
     return d_rows, tau_parts

@@ -11,7 +11,19 @@ from torch import Tensor
 
 from ...loss.problem import Needs, Problem, SequenceProblem
 from . import attention, contrast, epilogue, plan, tiles
-from .state import Listed, LossState, Plan, Rows, SequenceState, Shape, cdiv
+from .common import Source
+from .state import (
+    Kept,
+    Listed,
+    LossState,
+    Pass,
+    Plan,
+    Rows,
+    SequenceState,
+    Shape,
+    cdiv,
+    temperature,
+)
 
 
 def _steps(pages: int) -> int:
@@ -29,31 +41,27 @@ def _compact(
     third: Listed | None = None,
 ) -> None:
     """Lists of the rows of each flag, where there is one; prefix sums, and the counts."""
-    flags = t.flags
 
-    def of(listed: Listed | None, part: str) -> Tensor:
-        found = getattr(listed, part, None)
-        return flags if found is None else found
+    def of(listed: Listed | None) -> plan.List:
+        if listed is None:
+            return plan.List(None, None, None, None)
+        return plan.List(listed.list, listed.page, listed.id, listed.bias)
 
-    rows, blocks = flags.shape[1], block_counts.shape[1]
+    flags, blocks = t.flags.shape[0], block_counts.shape[1]
     plan.compact[(blocks,)](
-        flags,
+        t.flags,
         block_counts,
         page,
-        ids if ids is not None else flags,
-        log_q if log_q is not None else flags,
+        ids,
+        log_q,
         t.ranks,
         t.counts,
-        *(of(first, part) for part in ("list", "page", "id")),
-        *(of(second, part) for part in ("list", "page", "id", "bias")),
-        *(of(third, part) for part in ("list", "page", "id", "bias")),
-        rows,
+        of(first),
+        of(second),
+        of(third),
+        t.flags.shape[1],
         blocks,
-        FLAGS=flags.shape[0],
-        SECOND=second is not None,
-        THIRD=third is not None,
-        HAS_ID=ids is not None,
-        HAS_LOG_Q=log_q is not None,
+        FLAGS=flags,
         BLOCK=tiles.BLOCK_PLAN,
     )
 
@@ -66,7 +74,7 @@ def sequence_plan(p: SequenceProblem, t: SequenceState) -> None:
     block_counts = torch.empty(1, blocks, dtype=torch.int32, device=page.device)
     plan.mark_sequence[(blocks,)](
         p.history_offsets,
-        p.history_mask if p.history_mask is not None else flags,
+        p.history_mask,
         page,
         flags,
         block_counts,
@@ -74,7 +82,6 @@ def sequence_plan(p: SequenceProblem, t: SequenceState) -> None:
         pages,
         _steps(pages),
         blocks,
-        HAS_MASK=p.history_mask is not None,
         BLOCK=tiles.BLOCK_PLAN,
     )
     _compact(t, block_counts, page, p.ids, None, t.row)
@@ -82,35 +89,30 @@ def sequence_plan(p: SequenceProblem, t: SequenceState) -> None:
 
 def make_plan(p: Problem, s: Shape, t: Plan, clicked: Tensor | None) -> None:
     """Pages, flags, prefix sums and compacted lists; the counts stay on the device."""
-    dummy, items = t.flags, t.item_count
+    items = t.item_count
     if items is not None:
         items.zero_()
     blocks = cdiv(s.rows, tiles.BLOCK_PLAN)
-    block_counts = torch.empty(4, blocks, dtype=torch.int32, device=dummy.device)
+    block_counts = torch.empty(4, blocks, dtype=torch.int32, device=s.device)
     plan.mark_rows[(blocks + cdiv(s.history_rows, tiles.BLOCK_PLAN),)](
         p.pv_offsets,
-        p.pv_mask if p.pv_mask is not None else dummy,
-        clicked if clicked is not None else dummy,
-        p.weights if p.weights is not None else dummy,
-        p.pv_index if p.pv_index is not None else dummy,
+        p.pv_mask,
+        clicked,
+        p.weights,
+        p.pv_index,
         t.pv_page,
         t.flags,
         block_counts,
-        items if items is not None else dummy,
+        items,
         p.history_offsets,
-        p.history_mask if p.history_mask is not None else dummy,
+        p.history_mask,
         t.history_page,
         s.rows,
         s.history_rows,
         s.pages,
         _steps(s.pages),
         blocks,
-        HAS_MASK=p.pv_mask is not None,
-        HAS_WEIGHTS=p.weights is not None,
-        HAS_CLICKED=clicked is not None,
-        HAS_HISTORY_MASK=p.history_mask is not None,
         EVERY_RECONSTRUCTION=s.identify,
-        COUNT_ITEMS=s.merged,
         BLOCK=tiles.BLOCK_PLAN,
     )
     column = None if s.merged else t.column
@@ -145,42 +147,46 @@ def sides(p: Problem, s: Shape, t: LossState, direction: str) -> tuple[Rows, Row
     return side(t.e_anchor, t.anchor, 0), side(t.r, t.reconstructed, 1)
 
 
-def attention_inputs(p: Problem) -> dict[str, Any]:
-    """q, k, v and the index each is read through."""
-    history = p.pv if p.history is None else p.history
-    inputs: dict[str, Any] = {}
-    for name, given, default, index in (
-        ("q", p.query, p.pv, p.pv_index),
-        ("k", p.key, history, p.history_index),
-        ("v", p.value, history, p.history_index),
-    ):
-        indexed = given is None and index is not None
-        inputs[f"{name}_ptr"] = default if given is None else given
-        inputs[f"{name}_index_ptr"] = index if indexed else p.history_offsets
-        inputs[f"HAS_{name.upper()}_INDEX"] = indexed
+def attention_sources(p: Problem) -> tuple[Source, Source, Source]:
+    """q, k and v."""
     if not p.attention_scale:
         # Nobody asks: what q and k hold may be infinite, and 0 times that is not 0.
-        nothing = torch.zeros(1, p.pv.shape[1], dtype=p.pv.dtype, device=p.pv.device)
-        for name, rows in (("q", p.num_pv), ("k", p.num_history)):
-            inputs[f"{name}_ptr"] = nothing
-            inputs[f"{name}_index_ptr"] = p.pv_offsets.new_zeros(rows)
-            inputs[f"HAS_{name.upper()}_INDEX"] = True
-    return inputs
+        zero = torch.zeros(1, p.pv.shape[1], dtype=p.pv.dtype, device=p.pv.device)
+        q, k = (Source(zero, p.pv_offsets.new_zeros(n)) for n in (p.num_pv, p.num_history))
+    else:
+        q = e_source(p) if p.query is None else Source(p.query, None)
+        k = _history_source(p) if p.key is None else Source(p.key, None)
+    return q, k, _history_source(p) if p.value is None else Source(p.value, None)
 
 
-def e_inputs(p: Problem) -> dict[str, Any]:
-    return {
-        "e_ptr": p.pv,
-        "e_index_ptr": p.pv_index if p.pv_index is not None else p.pv_offsets,
-        "HAS_E_INDEX": p.pv_index is not None,
-    }
+def _history_source(p: Problem) -> Source:
+    return Source(p.pv if p.history is None else p.history, p.history_index)
 
 
-def reconstructed(t: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """List, pages and count of the rows that have an R."""
+def e_source(p: Problem) -> Source:
+    return Source(p.pv, p.pv_index)
+
+
+def reconstructed(t: Plan) -> attention.Listing:
     if t.reconstructed is None:
-        return t.anchor.list, t.anchor.page, t.counts[0:1]
-    return t.reconstructed.list, t.reconstructed.page, t.counts[1:2]
+        return attention.Listing(t.anchor.list, t.anchor.page, t.counts[0:1])
+    return attention.Listing(t.reconstructed.list, t.reconstructed.page, t.counts[1:2])
+
+
+def _attention_tiles(s: Shape, tile: tiles.Tile) -> attention.Tiles:
+    part = tiles.attention_part(s.block_d)
+    return attention.Tiles(
+        s.dim, s.stride, s.heads, tile.block_m, tile.block_n, s.block_d, part, s.precision
+    )
+
+
+def pass_tiles(s: Shape, tile: tiles.Tile) -> epilogue.PassTiles:
+    return epilogue.PassTiles(s.stream, s.stride, tile.block_m, tile.block_n, s.block_d)
+
+
+def row_tiles(s: Shape) -> epilogue.RowTiles:
+    passes = pass_tiles(s, s.tile), pass_tiles(s, s.transposed)
+    return epilogue.RowTiles(s.dim, s.stride, *passes, s.small.block_m, s.block_d)
 
 
 def attend(
@@ -188,33 +194,21 @@ def attend(
     s: Shape,
     t: Plan,
     out: Tensor,
-    norm: Tensor,
-    positive: Tensor,
-    raw: bool = False,
+    norm: Tensor | None = None,
+    positive: Tensor | None = None,
 ) -> None:
-    """Unit rows r of the list, lengths and the positives' cosines; with `raw` R [N, D] alone."""
-    rows, pages, count = reconstructed(t)
+    """Unit rows r of the list, lengths and the positives' cosines; or R [N, D] alone."""
+    q, k, v = attention_sources(p)
     attention.attend[(cdiv(s.rows, s.attention.block_m),)](
-        **attention_inputs(p),
-        **e_inputs(p),
-        history_offsets_ptr=p.history_offsets,
-        history_page_ptr=t.history_page,
-        list_ptr=rows,
-        list_page_ptr=pages,
-        count_ptr=count,
-        unit_ptr=out,
-        norm_ptr=norm,
-        positive_ptr=positive,
-        scale=p.attention_scale,
-        D=s.dim,
-        STRIDE=s.stride,
-        HEADS=p.num_heads,
-        RAW=raw,
-        BLOCK_M=s.attention.block_m,
-        BLOCK_H=s.attention.block_n,
-        BLOCK_D=s.block_d,
-        BLOCK_C=tiles.attention_part(s.block_d),
-        PRECISION=s.precision,
+        q,
+        k,
+        v,
+        e_source(p),
+        attention.History(p.history_offsets, t.history_page),
+        reconstructed(t),
+        attention.UnitRows(out, norm, positive),
+        p.attention_scale,
+        how=_attention_tiles(s, s.attention),
         **s.attention.launch,
     )
 
@@ -222,16 +216,13 @@ def attend(
 def normalize(
     p: Problem, s: Shape, unit: Tensor, rows: Tensor, count: Tensor, through_index: bool
 ) -> None:
-    index = p.pv_index if through_index else None
     epilogue.normalize_rows[(cdiv(unit.shape[0], s.small.block_m),)](
-        p.pv,
-        index if index is not None else rows,
+        Source(p.pv, p.pv_index if through_index else None),
         rows,
         count,
         unit,
         D=s.dim,
         STRIDE=s.stride,
-        HAS_INDEX=index is not None,
         BLOCK_M=s.small.block_m,
         BLOCK_D=s.block_d,
         num_warps=s.small.num_warps,
@@ -256,17 +247,14 @@ def reduce_losses(
     loss = torch.empty((), dtype=torch.float32, device=s.device)
     contrast.reduce_loss[(1,)](
         losses[0],
-        losses[-1],
+        losses[1] if len(losses) == 2 else None,
         t.anchor.list,
         t.counts[0:1],
-        p.weights if p.weights is not None else loss,
+        p.weights,
         loss,
         weight_sum,
-        items,
-        BOTH=len(losses) == 2,
-        HAS_WEIGHTS=p.weights is not None,
+        items if per_item or stats else None,
         MEAN=p.reduction == "mean",
-        ITEMS=per_item or stats,
         BLOCK=1024,
     )
     return loss, items
@@ -280,7 +268,7 @@ def row_gradients(
     epilogue.row_gradients[(cdiv(s.rows, 256),)](
         grad,
         grad.stride(0) if grad.dim() else 0,
-        p.weights if p.weights is not None else g,
+        p.weights,
         weight_sum,
         t.anchor.list,
         t.counts[0:1],
@@ -288,7 +276,6 @@ def row_gradients(
         s.rows,
         share,
         PER_ROW=p.reduction == "none",
-        HAS_WEIGHTS=p.weights is not None,
         BLOCK=256,
     )
     return g
@@ -296,15 +283,13 @@ def row_gradients(
 
 def normalize_given(p: Problem, s: Shape, t: LossState, given: Tensor, positive: Tensor) -> None:
     """As `attend`, of an R [N, D] that is known."""
-    rows, _, count = reconstructed(t)
+    listed = reconstructed(t)
     epilogue.given_rows[(cdiv(s.rows, s.small.block_m),)](
-        r_ptr=given,
-        **e_inputs(p),
-        list_ptr=rows,
-        count_ptr=count,
-        unit_ptr=t.r,
-        norm_ptr=t.norm,
-        positive_ptr=positive,
+        given,
+        e_source(p),
+        listed.list,
+        listed.count,
+        attention.UnitRows(t.r, t.norm, positive),
         D=s.dim,
         STRIDE=s.stride,
         BLOCK_M=s.small.block_m,
@@ -330,6 +315,17 @@ def gather_anchors(s: Shape, t: LossState, every: Tensor, positive: Tensor) -> N
     )
 
 
+_NO_UPSTREAM = epilogue.Upstream(None, None, None, None, None, None)
+_NO_PARTS = epilogue.Parts(None)
+_NO_COLUMNS = epilogue.ItemColumns(None, None)
+_NO_TAU = {"tau": 1.0, "TAU_IS_TENSOR": False}
+
+
+def forward_parts(kept: Kept | None) -> epilogue.Parts:
+    """What the forward pass of a direction left, if there was one."""
+    return _NO_PARTS if kept is None else epilogue.Parts(kept.acc, kept.top, kept.lse, kept.miss)
+
+
 def spread(
     p: Problem,
     s: Shape,
@@ -337,46 +333,40 @@ def spread(
     unit: Tensor,
     out: Tensor,
     dq: Tensor | None,
-    **contrast_inputs: Any,
+    up: epilogue.Upstream = _NO_UPSTREAM,
+    column: Pass | None = None,
 ) -> Tensor:
-    """Rows of the batch [N, D] from the compacted dq; with the contrast's inputs, dL/dE and dq
-    together."""
-    dummy = t.ranks
-    unused: dict[str, Any] = dict.fromkeys(
-        (
-            "anchor_count_ptr column_count_ptr reconstructed_count_ptr transposed_acc_ptr "
-            "transposed_factor_ptr "
-            "identify_acc_ptr identify_top_ptr identify_lse_ptr "
-            "forward_miss_ptr identify_miss_ptr g_ptr "
-            "upstream_ptr weight_sum_ptr"
-        ).split(),
-        dummy,
-    )
-    unused |= {"transposed_slots": 1, "identify_slots": 1, "share": 1.0, "lower": 1.0, "tau": 1.0}
-    flags = "CONTRAST COLUMNS RECONSTRUCT IDENTIFY HAS_FACTOR UNIFORM IN_PLACE TAU_IS_TENSOR"
-    unused |= dict.fromkeys(flags.split(), False)
+    """Rows of the batch [N, D] from the compacted dq; with a gradient of the loss dL/dE and dq
+    together. `column`: the transposed pass of "reconstruct"."""
+    ahead = back = _NO_PARTS
+    miss, tau = None, _NO_TAU
+    if up.grad is not None:
+        assert isinstance(t, LossState)
+        ahead, tau = forward_parts(t.identify), temperature(p)
+        if column is not None and not s.merged:
+            back = epilogue.Parts(column.acc)
+        miss = None if t.reconstruct is None else t.reconstruct.miss
     epilogue.pv_gradient[(cdiv(s.rows, s.small.block_m),)](
-        out_ptr=out,
-        rank_ptr=t.ranks,
-        flag_ptr=t.flags,
-        **e_inputs(p),
-        unit_ptr=unit,
-        dq_ptr=dq if dq is not None else dummy,
-        rows=s.rows,
-        programs=s.programs(s.tile),
-        transposed_programs=s.programs(s.transposed),
-        **(unused | contrast_inputs),
-        STREAM=s.stream,
-        D=s.dim,
-        STRIDE=s.stride,
-        DQ_STRIDE=dq.shape[1] if dq is not None else s.dim,
-        ADD_DQ=dq is not None,
-        TRANSPOSED_M=s.transposed.block_m,
-        TRANSPOSED_N=s.transposed.block_n,
-        IDENTIFY_M=s.tile.block_m,
-        IDENTIFY_N=s.tile.block_n,
-        BLOCK_M=s.small.block_m,
-        BLOCK_D=s.block_d,
+        out,
+        t.ranks,
+        t.flags,
+        t.counts,
+        e_source(p),
+        unit,
+        dq,
+        up,
+        ahead,
+        back,
+        miss,
+        s.rows,
+        s.slots(s.rows, s.tile),
+        s.programs(s.tile),
+        1 if column is None else column.slots,
+        s.programs(s.transposed),
+        **tau,
+        DQ_STRIDE=s.dim if dq is None else dq.shape[1],
+        IN_PLACE=column is not None and column.in_place,
+        how=row_tiles(s),
         num_warps=s.small.num_warps,
     )
     return out
@@ -405,67 +395,47 @@ def attention_backward(
 
     dr is lost: dq takes its place where it can.
     """
-    rows, pages, count = reconstructed(t)
-    common = attention_inputs(p) | {
-        "history_page_ptr": t.history_page,
-        "list_ptr": rows,
-        "list_page_ptr": pages,
-        "dr_ptr": dr,
-        "sums_ptr": torch.empty(3, s.heads, s.rows, dtype=torch.float32, device=s.device),
-        "count_ptr": count,
-        "capacity": s.rows,
-        "history_rows": s.history_rows,
-        "scale": p.attention_scale,
-        "D": s.dim,
-        "STRIDE": s.stride,
-        "HEADS": s.heads,
+    inputs = (
+        *attention_sources(p),
+        attention.History(p.history_offsets, t.history_page),
+        reconstructed(t),
+    )
+    sums = torch.empty(3, s.heads, s.rows, dtype=torch.float32, device=s.device)
+    sizes = s.rows, s.history_rows, p.attention_scale
+    constants = {
         # float16 has too little range for gradients of a mean over many anchors: their products run
         # in tf32.
         "DOT_TYPE": tl.bfloat16 if s.dtype == torch.bfloat16 else tl.float32,
-        "BLOCK_M": s.backward.block_m,
-        "BLOCK_H": s.backward.block_n,
-        "BLOCK_D": s.block_d,
-        "BLOCK_C": tiles.attention_part(s.block_d),
-        "PRECISION": s.precision,
+        "how": _attention_tiles(s, s.backward),
         **s.backward.launch,
     }
-    grid, offsets = (cdiv(s.rows, s.backward.block_m),), p.history_offsets
-    attention.attend_sums[grid](**common, history_offsets_ptr=offsets)
-    dk, dv = _key_value_gradients(p, s, t, needs, common)
+    grid = (cdiv(s.rows, s.backward.block_m),)
+    attention.attend_sums[grid](*inputs, sums, dr, *sizes, **constants)
+    dk, dv = empty_history(p, s, needs)
+    if dk is not None or dv is not None:
+        whole = constants["how"].BLOCK_C == s.block_d
+        width = s.block_d if whole else min(s.block_d, tiles.LARGEST_REGISTER_DIM)
+        attention.attend_dkv[(cdiv(s.history_rows, s.backward.block_n), cdiv(s.block_d, width))](
+            *inputs,
+            sums,
+            dr,
+            *sizes,
+            p.pv_offsets,
+            t.ranks[int(s.identify)],
+            dk,
+            dv,
+            SUM_KV=p.key is None and p.value is None,
+            BLOCK_O=width,
+            **constants,
+        )
     if not needs.of(p, "query"):
         return None, dk, dv
     # Occurrences of a table's items are summed: they stay in float32 until then, and so does what
     # float16 cannot hold.
     wide = (p.history is None and p.query is None) or s.dtype == torch.float16
     dq = torch.empty(s.rows, s.dim, dtype=torch.float32, device=s.device) if wide else dr
-    attention.attend_dq[grid](
-        **common, history_offsets_ptr=offsets, dq_ptr=dq, DQ_STRIDE=dq.shape[1]
-    )
+    attention.attend_dq[grid](*inputs, sums, dr, *sizes, dq, DQ_STRIDE=dq.shape[1], **constants)
     return dq, dk, dv
-
-
-def _key_value_gradients(
-    p: Problem, s: Shape, t: Plan, needs: Needs, common: dict[str, Any]
-) -> tuple[Tensor | None, Tensor | None]:
-    dk, dv = empty_history(p, s, needs)
-    anything = dk if dk is not None else dv
-    if anything is None:
-        return None, None
-    whole = common["BLOCK_C"] == s.block_d
-    width = s.block_d if whole else min(s.block_d, tiles.LARGEST_REGISTER_DIM)
-    together = p.key is None and p.value is None
-    attention.attend_dkv[(cdiv(s.history_rows, s.backward.block_n), cdiv(s.block_d, width))](
-        **common,
-        pv_offsets_ptr=p.pv_offsets,
-        rank_ptr=t.ranks[int(s.identify)],
-        dk_ptr=dk if dk is not None else anything,
-        dv_ptr=dv if dv is not None else anything,
-        WANT_DK=dk is not None,
-        WANT_DV=(dk if together else dv) is not None,
-        SUM_KV=together,
-        BLOCK_O=width,
-    )
-    return dk, dv
 
 
 def occurrences(items: int, rows: Sequence[tuple[Any, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -483,36 +453,33 @@ def sum_occurrences(
     shown: Sequence[tuple[Any, Tensor]],
     d_pv: Tensor | None,
     d_history: Tensor | None,
-    merged: dict[str, Any] | None = None,
+    up: epilogue.Upstream = _NO_UPSTREAM,
+    columns: epilogue.ItemColumns = _NO_COLUMNS,
+    counts: Tensor | None = None,
+    back: Pass | None = None,
+    tau: dict[str, Any] = _NO_TAU,
 ) -> Tensor:
     """The gradient of a table from those of its occurrences, `shown` by (item, page): with d_pv,
-    first the PV rows."""
+    first the PV rows; and what columns that are items add to it."""
     order, starts = occurrences(s.items, shown)
     out = torch.empty_like(table)
-    unused = dict.fromkeys(
-        ("item_count_ptr", "column_rank_ptr", "column_count_ptr", "anchor_count_ptr"), order
-    )
-    floats = "transposed_acc_ptr transposed_factor_ptr upstream_ptr weight_sum_ptr"
-    unused |= dict.fromkeys(floats.split(), out)
-    plain = unused | {"transposed_slots": 1, "share": 1.0, "lower": 1.0, "tau": 1.0}
-    plain |= dict.fromkeys(("TAU_IS_TENSOR", "MERGED", "HAS_FACTOR", "UNIFORM"), False)
     epilogue.table_gradient[(s.items,)](
-        out_ptr=out,
-        order_ptr=order,
-        starts_ptr=starts,
-        pv_ptr=d_pv if d_pv is not None else out,
-        history_ptr=d_history if d_history is not None else out,
-        table_ptr=table,
-        rows=0 if d_pv is None else shown[0][0].shape[0],
-        transposed_programs=s.programs(s.transposed),
-        **(plain if merged is None else merged),
-        STREAM=s.stream,
+        out,
+        order,
+        starts,
+        d_pv,
+        d_history,
+        table,
+        counts,
+        columns,
+        up,
+        _NO_PARTS if back is None else epilogue.Parts(back.acc),
+        0 if d_pv is None else shown[0][0].shape[0],
+        1 if back is None else back.slots,
+        s.programs(s.transposed),
+        **tau,
         D=s.dim,
-        STRIDE=s.stride,
-        HAS_PV=d_pv is not None,
-        HAS_HISTORY=d_history is not None,
-        TRANSPOSED_M=s.transposed.block_m,
-        TRANSPOSED_N=s.transposed.block_n,
+        back_how=pass_tiles(s, s.transposed),
         BLOCK_R=16,
         BLOCK_D=s.block_d,
         num_warps=4,

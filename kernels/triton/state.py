@@ -434,9 +434,9 @@ class Pass:
     """Partial results of one contrast pass."""
 
     acc: Tensor
-    top: Tensor
-    total: Tensor
-    above: Tensor
+    top: Tensor | None
+    total: Tensor | None
+    above: Tensor | None
     slots: int
     tile: tiles.Tile
     in_place: bool = False  # `acc` is where the rows' gradients go, each at its row's place

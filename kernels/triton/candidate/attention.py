@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..attention import above_top, ascending, head_mask, load_source, row_products, softmax_block
-from ..common import LN2, rank_before, unit_scale
+from ..attention import above_top, ascending, head_mask, row_products, softmax_block
+from ..common import LN2, load_source, rank_before, unit_scale
 from ..contrast import MASK_OTHER_PAGES, MASK_PAGE
 
 

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from ..attention import Source, load_source
-from ..common import LOG2E, kernel, rank_before, score_scale
+from ..common import LOG2E, Source, kernel, load_source, rank_before, score_scale
 from ..contrast import MASK_OTHER_PAGES, MASK_PAGE, AnchorResults, Items, add_in, finish
 from .attention import (
     Anchors,

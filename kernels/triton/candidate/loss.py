@@ -13,8 +13,8 @@ from torch import Tensor
 from ....loss.problem import Gradients, Needs, Problem
 from .. import tiles
 from ..stages import (
-    attention_inputs,
-    e_inputs,
+    attention_sources,
+    e_source,
     empty_history,
     make_plan,
     reduce_losses,
@@ -37,7 +37,13 @@ def saved_spec(p: Problem) -> Spec:
 def _inputs(p: Problem, t: CandidateState, merged: bool = False) -> dict[str, Any]:
     """q, k, v and E with the index each is read through, and what is known of the attention;
     `merged`: of the columns."""
-    found = attention_inputs(p) | e_inputs(p)
+    found: dict[str, Any] = {}
+    for name, source in zip("qkve", (*attention_sources(p), e_source(p)), strict=True):
+        found |= {
+            f"{name}_ptr": source.rows,
+            f"{name}_index_ptr": p.pv_offsets if source.index is None else source.index,
+            f"HAS_{name.upper()}_INDEX": source.index is not None,
+        }
     if merged:  # columns are rows of the table
         found |= {"HAS_Q_INDEX": False, "HAS_E_INDEX": False}
     return found | {

@@ -7,8 +7,16 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..attention import load_rows
-from ..common import LOG2E, NORM_EPS, kernel, rank_before, score_scale, unit_scale
+from ..common import (
+    LOG2E,
+    NORM_EPS,
+    Source,
+    kernel,
+    load_rows,
+    rank_before,
+    score_scale,
+    unit_scale,
+)
 from ..contrast import MASK_OTHER_PAGES, add_in
 
 SPAN = tl.constexpr(4)
@@ -140,7 +148,8 @@ def pack_blocks(
     row = tl.load(history_offsets_ptr + page, mask=there, other=0) + slot - place * SPAN
     real = there & (row < tl.load(history_offsets_ptr + page + 1, mask=there, other=0))
     real = real & (tl.load(history_page_ptr + row, mask=real, other=-1) == page)
-    c = load_rows(source_ptr, index_ptr, row, real, D, BLOCK_D, HAS_INDEX)
+    source = Source(source_ptr, index_ptr if HAS_INDEX else None)
+    c = load_rows(source, row, real, D, BLOCK_D)
     wide = c.to(tl.float32)
     length = tl.sqrt(tl.sum(wide * wide, axis=1))
     finite = length < float("inf")
@@ -204,7 +213,8 @@ def unit_columns(
     count = tl.load(count_ptr)
     inside = column < count
     position = tl.load(list_ptr + column, mask=inside, other=0)
-    e = load_rows(source_ptr, index_ptr, position, inside, D, BLOCK_D, HAS_INDEX).to(tl.float32)
+    source = Source(source_ptr, index_ptr if HAS_INDEX else None)
+    e = load_rows(source, position, inside, D, BLOCK_D).to(tl.float32)
     length = tl.sqrt(tl.sum(e * e, axis=1))
     e = (e * unit_scale(length)[:, None]).to(e_ptr.dtype.element_ty)
     dims = tl.arange(0, BLOCK_D)
