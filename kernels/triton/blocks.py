@@ -12,15 +12,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ...loss.union import blocks
-from . import contrast, tiles
+from . import tiles
 from .candidate import kernels
 from .candidate.loss import SLOTS, parts_of, tiles_of
 from .collect import collect_rows
 from .common import LOG2E
 from .epilogue import Parts
+from .masks import MASKS
 from .passes import forward_pass, lowered, run_chunks, run_contrast
 from .stages import pass_tiles
-from .state import MASKS, Pass, Results, Rows, Transposed, block_shape, cdiv, scores, temperature
+from .state import (
+    Pass,
+    PassSide,
+    Results,
+    Transposed,
+    block_shape,
+    cdiv,
+    scores,
+    temperature,
+)
 
 if TYPE_CHECKING:
     from ...loss.problem import Histories
@@ -39,14 +49,14 @@ class _Pass:
             # Nothing is left out: ids of which no two are equal.
             self.x.ids, self.y.ids = torch.ones_like(self.x.list), torch.zeros_like(self.y.list)
         known = {"ids": MASKS["batch"], "other_pages": MASKS["other_pages"]}
-        mask = known.get(pairs, contrast.MASK_SEQUENCE_IDS.value)
+        mask = known.get(pairs, MASKS["sequence ids"])
         offsets = torch.zeros(1, dtype=torch.int64, device=self.device)
         # log m is no more than a few times 1/tau; where rows are counted on the device, some
         # columns are none.
         biased = y.count is not None or (y.bias is not None and not y.merged)
         self.scores = scores(scoring, mask, offsets, unit.dtype, biased)
 
-    def _rows(self, block: Block) -> Rows:
+    def _rows(self, block: Block) -> PassSide:
         unit = block.rows
         if self.shape.stride != self.dim:
             unit = torch.nn.functional.pad(unit, (0, self.shape.stride - self.dim))
@@ -58,7 +68,7 @@ class _Pass:
         page = every if block.page is None else block.page.to(torch.int32)
         bias = None if block.bias is None else (block.bias * LOG2E.value).to(torch.float32)
         ids = every if block.ids is None else block.ids
-        return Rows(unit.contiguous(), count, every, page, ids, bias, every)
+        return PassSide(unit.contiguous(), count, every, page, ids, bias, every)
 
     def empty(self, tile: tiles.Tile, rows: int, parts: bool) -> Pass:
         s, new = self.shape, torch.empty
@@ -69,7 +79,7 @@ class _Pass:
         )
         return Pass(acc, top, total, None, s.slots(rows, tile), tile)
 
-    def collect(self, out: Pass, x: Rows, y: Rows, lse: Tensor | None) -> Tensor:
+    def collect(self, out: Pass, x: PassSide, y: PassSide, lse: Tensor | None) -> Tensor:
         s, n = self.shape, x.unit.shape[0]
         found = torch.zeros(n, self.dim, dtype=torch.float32, device=self.device)
         collect_rows[(cdiv(n, s.small.block_m),)](

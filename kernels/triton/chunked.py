@@ -10,14 +10,8 @@ import triton
 import triton.language as tl
 
 from .common import LOG2E, kernel, score_scale
-from .contrast import (
-    MASK_OTHER_PAGES,
-    MASK_PAGE,
-    MASK_SEQUENCE,
-    MASK_SEQUENCE_IDS,
-    add_in,
-    candidate_mask,
-)
+from .contrast import add_in
+from .masks import MASK_OTHER_PAGES, MASK_PAGE, MASK_SEQUENCE, MASK_SEQUENCE_IDS, candidate_mask
 
 
 @kernel(aligned=("p_stride",))

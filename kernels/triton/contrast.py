@@ -21,13 +21,7 @@ from .common import (
     schedule,
     score_scale,
 )
-
-# Which candidates a row has, its positive always apart (`candidate_mask`).
-MASK_BATCH = tl.constexpr(0)
-MASK_PAGE = tl.constexpr(1)
-MASK_OTHER_PAGES = tl.constexpr(2)
-MASK_SEQUENCE = tl.constexpr(3)
-MASK_SEQUENCE_IDS = tl.constexpr(4)
+from .masks import MASK_OTHER_PAGES, MASK_PAGE, MASK_SEQUENCE_IDS, candidate_mask
 
 # A row's sum is kept in this many parts, one to each column of the smallest matrix instruction:
 # threads hold columns of their own and meet once, after the loop.
@@ -39,22 +33,6 @@ LARGEST_FIXED_SCALE = tl.constexpr(1 / (SMALLEST_FIXED_TAU * LN2.value))
 # from it; below, each row's is made of its number: 11 instructions fewer a step at 256, 15 more and
 # spills at 128 (Triton 3.6, sm_90).
 MOVED_DIM = tl.constexpr(256)
-
-
-@triton.jit
-def candidate_mask(x_id, y_id, x_page, y_page, x_place, y_place, MASK: tl.constexpr):
-    """Pairs [BLOCK_M, BLOCK_N] whose exp(s) counts. An item with the id of the row's item, itself
-    included, does not; in the click sequence only the row itself and its id's re-occurrences on
-    other pages do not."""
-    allowed = x_id[:, None] != y_id[None, :]
-    if MASK == MASK_SEQUENCE_IDS:
-        itself = x_place[:, None] == y_place[None, :]
-        allowed = allowed | ((x_page[:, None] == y_page[None, :]) & (itself == 0))
-    elif MASK == MASK_PAGE:
-        allowed = allowed & (x_page[:, None] == y_page[None, :])
-    elif MASK == MASK_OTHER_PAGES:
-        allowed = allowed & (x_page[:, None] != y_page[None, :])
-    return allowed
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...loss.problem import LARGEST_DIM, Gradients, Needs, Problem, SequenceProblem
 from . import epilogue, tiles
 from .candidate import loss as candidate_loss
+from .masks import MASKS
 from .passes import forward_pass, lowered, run_chunks, run_contrast
 from .reconstruct import reconstruct_backward, reconstruct_forward
 from .sequence import sequence_backward, sequence_forward, sequence_saved_spec
@@ -41,12 +42,11 @@ from .stages import (
 )
 from .state import (
     HALF_LIFT,
-    MASKS,
     LossState,
     Pass,
+    PassSide,
     Plan,
     Results,
-    Rows,
     Scores,
     Shape,
     Spec,
@@ -311,7 +311,7 @@ def _transposed_passes(
     return results, factor
 
 
-def _transposed_pass(s: Shape, y: Rows, d_pv: Tensor | None) -> Pass:
+def _transposed_pass(s: Shape, y: PassSide, d_pv: Tensor | None) -> Pass:
     """Where such a pass goes: to dL/dE itself, if given and each tile is written whole and once."""
     capacity = y.unit.shape[0]
     tiles = cdiv(capacity, s.transposed.block_m)

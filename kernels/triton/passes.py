@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from . import chunked, contrast, tiles
-from .state import HALF_LIFT, Pass, Results, Rows, Scores, Shape, Transposed, cdiv
+from .masks import MASKS
+from .state import HALF_LIFT, Pass, PassSide, Results, Scores, Shape, Transposed, cdiv
 
 
 def forward_pass(
     s: Shape,
-    x: Rows,
-    y: Rows,
+    x: PassSide,
+    y: PassSide,
     scores: Scores,
     out: Pass,
     results: Results,
@@ -39,7 +40,14 @@ def forward_pass(
 
 
 def _finish(
-    s: Shape, x: Rows, y: Rows, scores: Scores, out: Pass, results: Results, first: int, number: int
+    s: Shape,
+    x: PassSide,
+    y: PassSide,
+    scores: Scores,
+    out: Pass,
+    results: Results,
+    first: int,
+    number: int,
 ) -> None:
     """Results of rows `first` to `first + number` from the parts in `out`."""
     items = contrast.Items(*results.items) if results.stats else None
@@ -66,8 +74,8 @@ def _finish(
 
 def run_contrast(
     s: Shape,
-    x: Rows,
-    y: Rows,
+    x: PassSide,
+    y: PassSide,
     scores: Scores,
     out: Pass,
     *,
@@ -97,7 +105,7 @@ def run_contrast(
         how = contrast.Constants(
             MASK=mask,
             # Where no ids but the rows' own places decide, both sides ascend by position or page.
-            DIAGONAL=mask == contrast.MASK_SEQUENCE.value
+            DIAGONAL=mask == MASKS["sequence"]
             or (mask in (0, 2) and x.ids is x.list and y.ids is y.list),
             X_OFFSET_AFTER=x_offset_after,
             Y_OFFSET_IS_COUNT=y.merged,
@@ -132,8 +140,8 @@ def run_contrast(
 
 def run_chunks(
     s: Shape,
-    x: Rows,
-    y: Rows,
+    x: PassSide,
+    y: PassSide,
     scores: Scores,
     lse: Tensor,
     transposed: Transposed | None,
@@ -180,8 +188,8 @@ class _Chunks:
     def __init__(
         self,
         s: Shape,
-        x: Rows,
-        y: Rows,
+        x: PassSide,
+        y: PassSide,
         scores: Scores,
         lse: Tensor,
         store: bool,

@@ -11,13 +11,14 @@ from torch import Tensor
 from ...loss.problem import Gradients, Needs, SequenceProblem
 from . import click_sequence, epilogue, tiles
 from .common import Source
+from .masks import MASKS
 from .passes import forward_pass, lowered, run_chunks, run_contrast
 from .stages import row_tiles, sequence_plan, sum_occurrences
 from .state import (
     HALF_LIFT,
     Pass,
+    PassSide,
     Results,
-    Rows,
     Scores,
     SequenceShape,
     SequenceState,
@@ -38,9 +39,9 @@ def sequence_saved_spec(p: SequenceProblem, needs: Needs) -> Spec:
     return SequenceState.spec(sequence_shape(p))
 
 
-def _sequence_rows(s: SequenceShape, t: SequenceState) -> Rows:
-    ids = t.row.id if s.mask == 4 else t.row.list
-    return Rows(t.c, t.counts, t.row.list, t.row.page, ids, None, t.ranks[0])
+def _sequence_rows(s: SequenceShape, t: SequenceState) -> PassSide:
+    ids = t.row.id if s.mask == MASKS["sequence ids"] else t.row.list
+    return PassSide(t.c, t.counts, t.row.list, t.row.page, ids, None, t.ranks[0])
 
 
 def _scores(p: SequenceProblem, s: SequenceShape) -> Scores:
@@ -59,7 +60,7 @@ def _page_mean(
     rows = _sequence_rows(s, t)
     click_sequence.page_mean[(cdiv(s.rows, s.attention.block_m),)](
         t.c,
-        rows.ids if s.mask == 4 else None,
+        rows.ids if s.mask == MASKS["sequence ids"] else None,
         rows.page,
         rows.count,
         p.history_offsets,

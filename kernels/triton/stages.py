@@ -17,8 +17,8 @@ from .state import (
     Listed,
     LossState,
     Pass,
+    PassSide,
     Plan,
-    Rows,
     SequenceState,
     Shape,
     cdiv,
@@ -131,15 +131,15 @@ def make_plan(p: Problem, s: Shape, t: Plan, clicked: Tensor | None) -> None:
         )
 
 
-def sides(p: Problem, s: Shape, t: LossState, direction: str) -> tuple[Rows, Rows]:
+def sides(p: Problem, s: Shape, t: LossState, direction: str) -> tuple[PassSide, PassSide]:
     """(anchors, candidates) of a direction."""
 
-    def side(unit: Any, listed: Any, flag: int, merged: bool = False) -> Rows:
+    def side(unit: Any, listed: Any, flag: int, merged: bool = False) -> PassSide:
         # Without ids an item is itself alone; a merged column's list holds item numbers, which are
         # the ids.
         ids = listed.list if p.ids is None or merged else listed.id
         count, rank = t.counts[flag : flag + 1], t.ranks[flag]
-        return Rows(unit, count, listed.list, listed.page, ids, listed.bias, rank, merged)
+        return PassSide(unit, count, listed.list, listed.page, ids, listed.bias, rank, merged)
 
     if direction == "reconstruct":
         anchors = t.r if t.r_anchor is None else t.r_anchor

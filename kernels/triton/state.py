@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import tiles
 from .common import SMALLEST_FIXED_TAU
+from .masks import MASKS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,7 +30,6 @@ HALF_LIFT = 12.0
 
 
 # Which candidates an anchor has, as the kernels are told.
-MASKS = {"batch": 0, "page": 1, "other_pages": 2}
 
 
 def cdiv(a: Any, b: int) -> Any:
@@ -207,7 +207,7 @@ def sequence_shape(p: SequenceProblem, values: bool = True) -> SequenceShape:
         pages=p.history_offsets.shape[0] - 1,
         items=0 if p.history_index is None else p.history.shape[0],
         id_dtype=torch.int64 if p.item_ids is not None else torch.int32,
-        mask=3 if p.ids is None else 4,
+        mask=MASKS["sequence" if p.ids is None else "sequence ids"],
     )
 
 
@@ -415,7 +415,7 @@ class SequenceState(State):
 
 
 @dataclass
-class Rows:
+class PassSide:
     """One side of a contrast pass: unit rows and what masks and offsets them. Without ids, `ids` is
     the list."""
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..attention import above_top, ascending, head_mask, row_products, softmax_block
 from ..common import LN2, load_source, rank_before, unit_scale
-from ..contrast import MASK_OTHER_PAGES, MASK_PAGE
+from ..masks import MASK_OTHER_PAGES, MASK_PAGE
 
 
 class Candidates(NamedTuple):

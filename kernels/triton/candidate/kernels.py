@@ -17,7 +17,8 @@ from __future__ import annotations
 import triton.language as tl
 
 from ..common import LOG2E, Source, kernel, load_source, rank_before, score_scale
-from ..contrast import MASK_OTHER_PAGES, MASK_PAGE, AnchorResults, Items, add_in, finish
+from ..contrast import AnchorResults, Items, add_in, finish
+from ..masks import MASK_OTHER_PAGES, MASK_PAGE
 from .attention import (
     Anchors,
     Attention,

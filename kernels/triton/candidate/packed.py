@@ -35,7 +35,7 @@ from ..common import (
     score_scale,
     unit_scale,
 )
-from ..contrast import MASK_OTHER_PAGES
+from ..masks import MASK_OTHER_PAGES
 from .packing import SIDE, SLOTS, SPAN, UNITS
 
 # Of n, a sum of squared weights: far below what weights can be.
@@ -178,7 +178,7 @@ def packed_scores(
     tl.store(total_ptr + where, total)
 
 
-class Pages(NamedTuple):
+class PackedPages(NamedTuple):
     """What the gradients of the scores need of each unit's page; SIDE times as many where anchors
     are told apart."""
 
@@ -281,7 +281,7 @@ def packed_columns(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if STEP == SLOTS:
         acc += tl.load(unit_gradient_ptr + where)
-    pages = Pages(
+    pages = PackedPages(
         unit_page_ptr,
         unit_poison_ptr,
         unit_lse_ptr,
@@ -404,7 +404,7 @@ def packed_history(
     pairs = tl.zeros([SLOTS, SLOTS], tl.float32)
     along = tl.zeros([BLOCK_M // 16, 8, SLOTS], tl.float32)
     cosines = tl.zeros([BLOCK_M, UNITS], tl.float32)
-    pages = Pages(
+    pages = PackedPages(
         unit_page_ptr,
         unit_poison_ptr,
         unit_lse_ptr,

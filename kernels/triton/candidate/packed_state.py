@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tiles
+from ..masks import MASKS
 from ..state import (
-    MASKS,
     Listed,
     Plan,
     Shape,

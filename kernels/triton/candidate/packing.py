@@ -17,7 +17,8 @@ from ..common import (
     score_scale,
     unit_scale,
 )
-from ..contrast import MASK_OTHER_PAGES, add_in
+from ..contrast import add_in
+from ..masks import MASK_OTHER_PAGES
 
 SPAN = tl.constexpr(4)
 UNITS = tl.constexpr(16)
