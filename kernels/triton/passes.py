@@ -106,7 +106,11 @@ def run_contrast(
             MASK=mask,
             # Where no ids but the rows' own places decide, both sides ascend by position or page.
             DIAGONAL=mask == MASKS["sequence"]
-            or (mask in (0, 2) and x.ids is x.list and y.ids is y.list),
+            or (
+                mask in (MASKS["batch"], MASKS["other_pages"])
+                and x.ids is x.list
+                and y.ids is y.list
+            ),
             X_OFFSET_AFTER=x_offset_after,
             Y_OFFSET_IS_COUNT=y.merged,
             Y_OFFSET_IS_LSE=y_offset_is_lse,
