@@ -163,7 +163,7 @@ s = state.loss_shape(make(0, impl="triton", dim=32))
 def rows(count):
     number = torch.zeros(32, dtype=torch.int32)
     count = torch.tensor([count], dtype=torch.int32)
-    return state.Rows(torch.ones(32, 32), count, number, number, number, None, number)
+    return state.PassSide(torch.ones(32, 32), count, number, number, number, None, number)
 left = [torch.full(size, 7.0) for size in ((32, 32), (32,), (32,))]
 out = state.Pass(*left, torch.empty(0, dtype=torch.int32), 62_500, s.tile)
 builder, real = interpreter.interpreter_builder, contrast.contrast
