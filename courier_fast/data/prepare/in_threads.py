@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import pickle
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -25,34 +24,69 @@ _PARTS = 1024  # a step sends each of its parts to each of the next
 _ALIGNED = 64
 
 
+class _InFile(NamedTuple):
+    """Where an array is: numbers of a type and shape, or what Arrow writes of an array."""
+
+    start: int
+    end: int
+    dtype: np.dtype[Any] | None = None
+    shape: tuple[int, ...] = ()
+
+
 class Stored:
-    """Some values in a file, which goes with the last of those who hold it."""
+    """Some values whose arrays are in a file, which goes with the last of those who hold it.
+
+    Nothing else is in there, so nothing that is read could run.
+    """
 
     def __init__(self, path: Path, values: Sequence[Any]) -> None:
-        self.path, self.places = path, list[tuple[int, int]]()
+        self.path = path
         weakref.finalize(self, path.unlink, missing_ok=True)
         with path.open("wb") as file:
-            for value in values:
-                arrays: list[pickle.PickleBuffer] = []
-                data = pickle.dumps(value, 5, buffer_callback=arrays.append)
-                where = []
-                for array in arrays:
-                    raw = np.frombuffer(array.raw(), np.uint8)
-                    file.write(bytes(-file.tell() % _ALIGNED))
-                    where.append((file.tell(), len(raw)))
-                    write_rows(file, raw)
-                start = file.tell()
-                file.write(pickle.dumps((data, where)))
-                self.places.append((start, file.tell()))
+            self._values = [_put(value, file) for value in values]
 
     def value(self, number: int, *, mapped: bool = True) -> Any:
         """One of the values; its arrays lie in the file, or are copies."""
-        with pa.memory_map(str(self.path)) as file:  # a buffer of it outlives it, unlike its handle
-            whole = memoryview(file.read_buffer())
-        start, end = self.places[number]
-        data, where = pickle.loads(whole[start:end])
-        arrays = (whole[at : at + size] for at, size in where)
-        return pickle.loads(data, buffers=arrays if mapped else map(bytes, arrays))
+        whole = pa.py_buffer(b"")  # which cannot be mapped
+        if self.path.stat().st_size:
+            with pa.memory_map(str(self.path)) as file:  # a buffer of it outlives it
+                whole = file.read_buffer()
+        return _got(self._values[number], whole, mapped)
+
+
+def _put(value: Any, file: BinaryIO) -> Any:
+    """The value with what is in the file in place of its arrays."""
+    if isinstance(value, np.ndarray):
+        start = _aligned(file)
+        write_rows(file, np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        return _InFile(start, file.tell(), value.dtype, value.shape)
+    if isinstance(value, pa.Array):
+        start = _aligned(file)
+        batch = pa.record_batch([value], ["array"])
+        with pa.ipc.new_stream(pa.PythonFile(file, "w"), batch.schema) as stream:
+            stream.write_batch(batch)
+        return _InFile(start, file.tell())
+    if type(value) is dict:
+        return {name: _put(one, file) for name, one in value.items()}
+    return [_put(one, file) for one in value] if type(value) is list else value
+
+
+def _aligned(file: BinaryIO) -> int:
+    file.write(bytes(-file.tell() % _ALIGNED))
+    return file.tell()
+
+
+def _got(value: Any, whole: pa.Buffer, mapped: bool) -> Any:
+    if isinstance(value, _InFile):
+        raw = whole.slice(value.start, value.end - value.start)
+        if value.dtype is None:
+            batch = pa.ipc.open_stream(raw if mapped else raw.to_pybytes()).read_next_batch()
+            return batch.column(0)
+        array = np.frombuffer(raw, value.dtype).reshape(value.shape)
+        return array if mapped else array.copy()
+    if type(value) is dict:
+        return {name: _got(one, whole, mapped) for name, one in value.items()}
+    return [_got(one, whole, mapped) for one in value] if type(value) is list else value
 
 
 class Reference:
