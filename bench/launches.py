@@ -249,48 +249,18 @@ def _problem(
     items: int = 4,
     past: int = 16,
     masks: bool = False,
-    ids: bool = False,
     weights: bool = False,
     log_q: bool = False,
     table: bool = False,
-    projected: bool = False,
-    tensor_tau: bool = False,
     **options: Any,
 ) -> Problem:
     """Pages of so many items and so much history each, which hold nothing; `options` are those of
-    `Problem`."""
-    from courier_fast.loss.problem import Problem
+    `testing.problems.problem`."""
+    from courier_fast.testing.problems import NoValues, problem
 
-    rows, history_rows = pages * items, pages * past
-    masks = masks or table
-
-    def embeddings(count: int) -> torch.Tensor:
-        return torch.empty(count, dim, dtype=dtype)
-
-    def if_(wanted: bool, tensor: torch.Tensor) -> torch.Tensor | None:
-        return tensor if wanted else None
-
-    return Problem(
-        pv=embeddings(max(rows // 2, 1) if table else rows),
-        history=if_(not table, embeddings(history_rows)),
-        query=if_(projected, embeddings(rows)),
-        key=if_(projected, embeddings(history_rows)),
-        value=if_(projected, embeddings(history_rows)),
-        pv_index=if_(table, torch.zeros(rows, dtype=torch.int64)),
-        history_index=if_(table, torch.zeros(history_rows, dtype=torch.int64)),
-        pv_offsets=torch.arange(pages + 1) * items,
-        history_offsets=torch.arange(pages + 1) * past,
-        pv_mask=if_(masks, torch.ones(rows, dtype=torch.bool)),
-        history_mask=if_(masks, torch.ones(history_rows, dtype=torch.bool)),
-        clicked=torch.ones(rows, dtype=torch.bool),
-        item_ids=if_(ids, torch.zeros(rows, dtype=torch.int64)),
-        log_q=if_(log_q, torch.zeros(rows)),
-        weights=if_(weights or log_q, torch.ones(rows)),
-        temperature=if_(tensor_tau, torch.tensor(0.1)),
-        tau=0.1,
-        attention_scale=dim**-0.5,
-        **options,
-    )
+    pv, history = ((pages * n, torch.arange(pages + 1) * n) for n in (items, past))
+    given = {"mask": masks or table, "weights": weights or log_q, "log_q": log_q, "table": table}
+    return problem(NoValues(), pv, history, dim=dim, dtype=dtype, **given, **options)
 
 
 # ---- what a launch compiles to -------------------------------------------------------------------

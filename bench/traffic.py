@@ -33,20 +33,6 @@ from bench.problems import SHAPES, Shape
 # multiprocessors.
 BYTES_PER_SECOND, FLOPS_PER_SECOND, PROCESSORS = 3e12, 791e12, 132
 
-ABSENT = (
-    "query",
-    "key",
-    "value",
-    "pv_index",
-    "history_index",
-    "pv_mask",
-    "history_mask",
-    "item_ids",
-    "log_q",
-    "weights",
-    "temperature",
-)
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -191,7 +177,8 @@ def walk(s: Sizes) -> list[Noted]:
     from courier_fast.kernels.triton import (
         loss as triton_loss,
     )
-    from courier_fast.loss.problem import Needs, Problem
+    from courier_fast.loss.problem import Needs
+    from courier_fast.testing.problems import NoValues, problem
 
     modules = (plan, attention, contrast, chunked, epilogue, click_sequence)
     noted: list[Noted] = []
@@ -199,23 +186,9 @@ def walk(s: Sizes) -> list[Noted]:
     tiles.programs = lambda device: PROCESSORS
     try:
         with FakeTensorMode():
-
-            def rows(count: int) -> torch.Tensor:
-                return torch.empty(count, s.dim, dtype=torch.bfloat16)
-
-            def offsets() -> torch.Tensor:
-                return torch.empty(s.pages + 1, dtype=torch.int64)
-
-            p = Problem(
-                pv=rows(s.rows),
-                history=rows(s.history),
-                pv_offsets=offsets(),
-                history_offsets=offsets(),
-                clicked=torch.empty(s.rows, dtype=torch.bool),
-                tau=0.1,
-                attention_scale=s.dim**-0.5,
-                **dict.fromkeys(ABSENT),  # type: ignore[arg-type]
-            )
+            offsets = torch.empty(s.pages + 1, dtype=torch.int64)
+            sides = (s.rows, offsets), (s.history, offsets.clone())
+            p = problem(NoValues(), *sides, dim=s.dim, dtype=torch.bfloat16)
             needs = Needs(pv=True, history=True)
             with noting(modules, noted):
                 loss, *_, saved = triton_loss.loss_forward(p, needs, False)
