@@ -239,7 +239,7 @@ def _add_attention_gradients(
     if not any(asked):
         return
     # Occurrences of a table's items are summed: in float32 until all are there.
-    for name in (x for x, need in asked._asdict().items() if need):
+    for name in asked.names:
         x, given = getattr(p, name), getattr(grads, name)
         kind = torch.float32 if p.history is None and name == "pv" else x.dtype
         new = torch.zeros_like(x, dtype=kind) if given is None else given.to(kind)

@@ -87,7 +87,7 @@ def _evaluate(
     graphs: Graphs | None,
     stats: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The loss and what belongs to `stats`, as `ops.loss` gives them."""
+    """The loss and what belongs to `stats`, as `operators.loss` gives them."""
     chosen = _choose(impl, p)
     p, union = beside.union(p, chosen)
     if union is not None and graphs is not None:

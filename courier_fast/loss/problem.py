@@ -146,6 +146,11 @@ class Needs(NamedTuple):
     value: bool = False
     temperature: bool = False
 
+    @property
+    def names(self) -> list[str]:
+        """Of these inputs."""
+        return [name for name, need in zip(self._fields, self, strict=True) if need]
+
     def of(self, p: Problem, role: str) -> bool:
         """Whether that of the attention's "query", "key" or "value" is, as `Problem.input_of`."""
         return bool(getattr(self, p.input_of(role)))
@@ -170,8 +175,7 @@ class Gradients:
 
     @classmethod
     def zeros(cls, p: Problem | SequenceProblem, needs: Needs) -> Gradients:
-        asked = (getattr(p, name) for name, need in zip(needs._fields, needs, strict=True) if need)
-        return cls.of(needs, map(torch.zeros_like, asked))
+        return cls.of(needs, (torch.zeros_like(getattr(p, name)) for name in needs.names))
 
     @classmethod
     def of_history(

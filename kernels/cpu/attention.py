@@ -12,6 +12,7 @@ from ...loss.problem import Gradients, Needs, Problem
 from .native import call, stage
 from .rows import (
     Rows,
+    history_gradients,
     placed,
 )
 
@@ -94,14 +95,8 @@ def reconstruction_gradients(
     together = p.key is None and p.value is None and want_k
     d_q, d_k, d_v = attention.gradients(d_r, want_q, want_k, needs.of(p, "value"), together)
 
-    def of_input(role: str, d: Tensor | None) -> Tensor | None:
-        """[K, D] from those of the real rows; a table's are summed below."""
-        name = p.input_of(role)
-        return d if d is None or name == "pv" else placed(getattr(p, name), history.keep, d)
-
-    if together:
-        d_v = None  # it is in d_k
-    found, of_table = Gradients.of_history(p, needs, of_input("key", d_k), of_input("value", d_v))
+    # The sum of both is in d_k.
+    found, of_table = history_gradients(p, needs, history.keep, d_k, None if together else d_v)
     if needs.key and found.key is None:
         found.key = torch.zeros_like(p.key)
     if needs.query:

@@ -29,6 +29,7 @@ from .rows import (
     Rows,
     anchors_of,
     can_merge,
+    history_gradients,
     inverse_tau_of,
     masked,
     merged,
@@ -245,13 +246,6 @@ class _Run(Tiles):
         if self.g is None:
             return Gradients()
 
-        def of_input(role: str, d: Tensor | None) -> Tensor | None:
-            """[K, D] from those of the listed rows; a table's are summed below."""
-            name = p.input_of(role)
-            if d is None or name == "pv":
-                return d
-            return placed(getattr(p, name), a.history.keep[listed], d)
-
         # Where q is e they are one operand, and where k is v.
         d_e, d_v = self.e.finished(), self.v.finished()
         d_k = d_v if self.k is self.v else self.k.finished()
@@ -259,9 +253,8 @@ class _Run(Tiles):
             if d_k is not None and d_v is not None and d_k is not d_v:
                 d_k = d_v.add_(d_k)
             d_v = None
-        found, of_table = Gradients.of_history(
-            p, needs, of_input("key", d_k), of_input("value", d_v)
-        )
+        rows = a.history.keep[listed]
+        found, of_table = history_gradients(p, needs, rows, d_k, d_v)
         if needs.temperature:
             assert p.temperature is not None
             slope = -self.slope * self.inverse_tau

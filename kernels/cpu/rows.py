@@ -206,8 +206,21 @@ def placed(like: Tensor, rows: Tensor, values: Tensor) -> Tensor:
 
 
 def gradient_shapes(p: Any, needs: Needs) -> list[tuple[Any, torch.dtype]]:
-    tensors = [getattr(p, x) for x, need in zip(needs._fields, needs, strict=True) if need]
+    tensors = [getattr(p, name) for name in needs.names]
     return [(tuple(t.shape), t.dtype) for t in tensors]
+
+
+def history_gradients(
+    p: Problem, needs: Needs, rows: Tensor, d_k: Tensor | None, d_v: Tensor | None
+) -> tuple[Gradients, Tensor | None]:
+    """`Gradients.of_history` of gradients of some `rows` of the histories; what a table's rows get
+    stays in their order."""
+
+    def of_input(role: str, d: Tensor | None) -> Tensor | None:
+        name = p.input_of(role)
+        return d if d is None or name == "pv" else placed(getattr(p, name), rows, d)
+
+    return Gradients.of_history(p, needs, of_input("key", d_k), of_input("value", d_v))
 
 
 def scaled(saved: Sequence[Tensor], needs: Needs, grad: Tensor) -> Gradients:

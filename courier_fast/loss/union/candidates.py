@@ -80,7 +80,7 @@ class CandidateUnion:
             "return_stats": stats,
             "memory rows": 0 if self.memory is None else len(self.memory.rows),
             "table_ids given": self.table_ids is not None,
-            "gradients wanted": str([n for n, w in operators.wanted(p)._asdict().items() if w]),
+            "gradients wanted": str(operators.wanted(p).names),
         }
         return self.processes.agree(facts, sizes)
 
