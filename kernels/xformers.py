@@ -88,6 +88,8 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
         )
     if getattr(p, "attention", "anchor") == "candidate":
         reasons.append('attention is "candidate", which needs kernels of its own')
+    if getattr(p, "reconstructed", None) is not None:
+        reasons.append("reconstructed is given: there is no attention for xformers to compute")
     reasons += _xformers_reasons(source, getattr(p, "num_heads", 1))
     try:
         triton_loss = _pipeline()

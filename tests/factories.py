@@ -19,7 +19,7 @@ from courier_fast.testing.problems import RandomValues, problem
 GPU = torch.cuda.is_available()
 DEVICES = {"cpu": "cpu"} | dict.fromkeys(("triton", "xformers"), "cuda" if GPU else "cpu")
 IMPLS = ("cpu", "triton", "xformers")
-LOSS_INPUTS = ("pv", "history", "query", "key", "value", "temperature")
+LOSS_INPUTS = ("pv", "history", "query", "key", "value", "temperature", "reconstructed")
 SEQUENCE_INPUTS = ("history", "temperature")
 
 

@@ -69,6 +69,32 @@ CASES: dict[str, dict[str, Any]] = {
     "dim-256": {"dim": 256, "pages": 6},
     "dim-300": {"dim": 300, "pages": 6},
     "dim-1024": {"dim": 1024, "pages": 4},
+    "given": {"given": True},
+    "given-both-padding-weights": {
+        "given": True,
+        "mask": True,
+        "weights": True,
+        "direction": "both",
+        "tensor_tau": True,
+    },
+    "given-identify-page-ids": {
+        "given": True,
+        "mask": True,
+        "ids": True,
+        "direction": "identify",
+        "negatives": "page",
+        "draws": 12,  # a page has few candidates: of three, one number is the largest error
+    },
+    "given-none-log-q": {"given": True, "mask": True, "log_q": True, "reduction": "none"},
+    "given-other-pages": {"given": True, "negatives": "other_pages", "longest_history": 0},
+    "given-items": {"given": True, "table": True},
+    "given-items-padding-both": {
+        "given": True,
+        "table": True,
+        "mask": True,
+        "direction": "both",
+    },
+    "given-dim-300": {"given": True, "mask": True, "dim": 300, "pages": 6},
 }
 
 
@@ -83,6 +109,8 @@ CASES: dict[str, dict[str, Any]] = {
         "tensor-tau-both-log-q",
         "none-weights-both",
         "dim-300",
+        "given-both-padding-weights",
+        "given-items",
     ),
 )
 @pytest.mark.parametrize("impl", IMPLS)

@@ -59,6 +59,16 @@ def attention_of(attention: str | None, direction: str) -> str:
     return "candidate" if plain else "anchor"
 
 
+def check_reconstructed(**others: Any) -> None:
+    """`others`: what R is made of; where it is given, they are None."""
+    given = [name for name, x in others.items() if x is not None]
+    if given:
+        raise ValueError(
+            "reconstructed: expected no history, attention, query, key or value beside it, got "
+            + " and ".join(f"{name} ({shown(others[name])})" for name in given)
+        )
+
+
 def finite(name: str, x: Any) -> float:
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{name}: expected a float, got {describe(x)}")
@@ -168,7 +178,7 @@ class CheckedInputs:
         given: the sides: PV and history, or the history alone. Tensors with a value per item follow
             the first.
         embeddings: the table that they index, or None.
-        projections: query, key and value, where a loss has them.
+        projections: query, key and value, or R, where a loss has them.
     """
 
     def __init__(
@@ -270,6 +280,25 @@ class CheckedInputs:
         if self._table is not None:
             fields["history"] = None
         return fields
+
+    def fields_of_reconstructed(self, clicked: Any, mask: Any | None) -> dict[str, Any]:
+        """`fields`, where R is given: no page has a history."""
+        layout, (rows, index) = self.sides["pv"], self.rows("pv")
+        return {
+            "pv": rows,
+            "pv_index": index,
+            "pv_offsets": layout.offsets,
+            "pv_mask": layout.mask,
+            "history": rows.detach()[:0] if index is None else None,
+            "history_index": None if index is None else index[:0],
+            "history_offsets": torch.zeros_like(layout.offsets),
+            "history_mask": None,
+            **dict.fromkeys(("query", "key", "value")),
+            "clicked": self._clicked(clicked),
+            "attention_scale": 0.0,
+            "reconstructed": self._projection("reconstructed", "pv"),
+            "reconstructed_mask": None if mask is None else self._bools("reconstructed_mask", mask),
+        }
 
     def attached(self, x: Tensor) -> Tensor:
         """With a gradient of zeros for inputs that have no influence."""

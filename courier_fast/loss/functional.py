@@ -10,9 +10,16 @@ from torch import Tensor
 
 from ..surroundings import has_values, without_autocast
 from . import operators, reference
-from .arguments import Attention, CheckedInputs, attention_of, check_choices, check_workspace
+from .arguments import (
+    Attention,
+    CheckedInputs,
+    attention_of,
+    check_choices,
+    check_reconstructed,
+    check_workspace,
+)
 from .cuda_graph import Graphs
-from .layouts import Given, require_flag, require_tensor, shown
+from .layouts import Given, describe, require_flag, require_tensor, shown
 from .options import WORKSPACE
 from .problem import Problem, SequenceProblem
 from .union import losses
@@ -41,9 +48,8 @@ class ReconstructionStats:
     rank: Tensor  # layout of clicked, int64: 1 + number of candidates that score above the positive
     is_anchor: Tensor  # layout of clicked, bool
     num_anchors: Tensor  # 0-d int64
-    num_clicked_without_history: (
-        Tensor  # 0-d int64: clicked items that are no anchors for want of a history
-    )
+    # 0-d int64: clicked items that are no anchors for want of a history, or of a given R
+    num_clicked_without_history: Tensor
     direction: str  # "reconstruct" or "identify": whose log_sum_exp and rank these are
 
     def recall_at(self, k: int) -> Tensor:
@@ -116,7 +122,7 @@ def _evaluate(
 
 def reconstruction_loss(
     pv: Tensor,
-    history: Tensor,
+    history: Tensor | None,
     clicked: Tensor,
     *,
     pv_mask: Tensor | None = None,
@@ -127,6 +133,8 @@ def reconstruction_loss(
     query: Tensor | None = None,
     key: Tensor | None = None,
     value: Tensor | None = None,
+    reconstructed: Tensor | None = None,
+    reconstructed_mask: Tensor | None = None,
     temperature: float | Tensor = 0.1,
     attention: str | None = None,
     attention_scale: float | None = None,
@@ -158,7 +166,8 @@ def reconstruction_loss(
 
     That is attention "candidate": each candidate asks the history itself. With "anchor" only the
     anchor does, and s_ij = cos(R_i, E_j) / temperature with R_i = R_bi, which knows the answer
-    before it is compared with anything; with "mean" nobody does, a = 1 / |history|.
+    before it is compared with anything; with "mean" nobody does, a = 1 / |history|. With
+    `reconstructed` R is the caller's, and the rest of it a contrast of R with E: InfoNCE.
 
     Anchors A are the clicked items whose page has a history. B pages, N page-view (PV) items, K
     history items:
@@ -167,7 +176,8 @@ def reconstruction_loss(
         pv: embeddings E of the PV items: padded [B, P, D] (with `pv_mask` [B, P], True = real),
             packed [N, D] with `pv_offsets` [B + 1], or a torch.jagged NestedTensor [B, *, D]. With
             `embeddings`: integer indices instead.
-        history: embeddings C of the history items, in the same kind of layout: [B, H, D] or [K, D].
+        history: embeddings C of the history items, in the same kind of layout: [B, H, D] or [K, D];
+            None with `reconstructed`.
         clicked: bool, or integers 0 and 1, one per PV item: [B, P] or [N].
         pv_mask, history_mask: which padded rows are real; None: all. What padding holds has no
             influence.
@@ -177,6 +187,12 @@ def reconstruction_loss(
             gradient, and each item is one candidate however often it occurs.
         query, key, value: attention inputs in the layouts of pv, history, history; default pv,
             history, history.
+        reconstructed: R of each PV item, made by the caller (another attention, the user's side of
+            two towers), in the layout of pv with D features, beside a table too; it takes a
+            gradient. Then there is no history, attention, query, key or value.
+        reconstructed_mask: which items have an R, in the layout of clicked; None: all. Those
+            without are no anchors, with directions "identify" and "both" no candidates either, and
+            what their rows of `reconstructed` hold has no influence.
         temperature: tau > 0, a float or a tensor of one number that may require a gradient.
         attention: "candidate" (direction "reconstruct" only), "anchor" or "mean"; default
             "candidate", in the other directions "anchor".
@@ -225,15 +241,33 @@ def reconstruction_loss(
     """
     processes = Participants.of(group)
     with reporting(processes):
-        attention = attention_of(attention, direction)
         check_choices(
-            attention=attention,
             negatives=negatives,
             direction=direction,
             reduction=reduction,
             exchange=exchange,
             impl=impl,
         )
+        if reconstructed is not None:
+            check_reconstructed(
+                history=history,
+                history_mask=history_mask,
+                history_offsets=history_offsets,
+                query=query,
+                key=key,
+                value=value,
+                attention=attention,
+                attention_scale=attention_scale,
+                attention_temperature=attention_temperature,
+                num_heads=None if num_heads == 1 else num_heads,
+            )
+        elif reconstructed_mask is not None:
+            raise ValueError(
+                "reconstructed_mask: expected None without reconstructed, got "
+                f"{describe(reconstructed_mask)}"
+            )
+        attention = attention_of(attention, direction)
+        check_choices(attention=attention)
         if attention == "candidate" and direction != "reconstruct":
             raise ValueError(
                 'direction: expected "reconstruct" with attention "candidate", '
@@ -243,14 +277,17 @@ def reconstruction_loss(
         check_workspace(workspace)
         require_flag("return_stats", return_stats)
         require_tensor("clicked", clicked)
-        attends = Attention(attention, attention_scale, attention_temperature, num_heads)
-        sides = (
-            Given("pv", pv, pv_mask, pv_offsets),
-            Given("history", history, history_mask, history_offsets),
-        )
-        inputs = CheckedInputs(sides, embeddings, validate, query=query, key=key, value=value)
+        sides = [Given("pv", pv, pv_mask, pv_offsets)]
+        if reconstructed is None:
+            attends = Attention(attention, attention_scale, attention_temperature, num_heads)
+            sides.append(Given("history", history, history_mask, history_offsets))
+            inputs = CheckedInputs(sides, embeddings, validate, query=query, key=key, value=value)
+            found = inputs.fields(attends, clicked)
+        else:
+            inputs = CheckedInputs(sides, embeddings, validate, reconstructed=reconstructed)
+            found = inputs.fields_of_reconstructed(clicked, reconstructed_mask)
         p = Problem(
-            **inputs.fields(attends, clicked),
+            **found,
             **inputs.temperature(temperature),
             weights=inputs.weights(weights),
             item_ids=inputs.ids("item_ids", item_ids),

@@ -93,6 +93,8 @@ class ReconstructionLoss(_Module):
         loss = loss_fn(pv, history, clicked, pv_mask=..., history_mask=...)
     """
 
+    _attention_by_default = False  # in what was pickled before
+
     def __init__(
         self,
         temperature: float = 0.1,
@@ -132,19 +134,23 @@ class ReconstructionLoss(_Module):
         fixed_or_learned = (temperature, learnable_temperature, min_temperature)
         super().__init__(fixed_or_learned, options, cuda_graph)
         Attention(options["attention"], attention_scale, attention_temperature, num_heads)
+        self._attention_by_default = attention is None
 
     def forward(
-        self, pv: Tensor, history: Tensor, clicked: Tensor, **inputs: Any
+        self, pv: Tensor, history: Tensor | None, clicked: Tensor, **inputs: Any
     ) -> Tensor | tuple[Tensor, ReconstructionStats]:
         """`inputs`: the tensor arguments of `reconstruction_loss` (masks, offsets, embeddings,
-        query, ids, weights, ...)."""
+        query, reconstructed, ids, weights, ...)."""
+        arguments = self._arguments(inputs)
+        if self._attention_by_default and inputs.get("reconstructed") is not None:
+            arguments["attention"] = None
         return reconstruction_loss(
             pv,
             history,
             clicked,
             temperature=self.temperature,
             _graphs=self._graphs,
-            **self._arguments(inputs),
+            **arguments,
         )
 
 

@@ -103,7 +103,7 @@ def flat(p: Problem | SequenceProblem) -> list[Any]:
 
 # The inputs that may take a gradient.
 _RECONSTRUCT_GRADS = ("pv", "history", "query", "key", "value")
-_LOSS_GRADS = (*_RECONSTRUCT_GRADS, "temperature")
+_LOSS_GRADS = (*_RECONSTRUCT_GRADS, "temperature", "reconstructed")
 _SEQUENCE_GRADS = ("history", "temperature")
 
 _lib = torch.library.Library("courier_fast", "DEF")

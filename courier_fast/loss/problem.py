@@ -57,6 +57,10 @@ class Problem:
     # scale of 0.
     attention: str = "anchor"
     cosine: bool = False  # "candidate" only: q and k are divided by their lengths, head by head
+    # R itself [N, D], with no history and no attention; and the rows that have one [N] bool, None:
+    # all.
+    reconstructed: Tensor | None = None
+    reconstructed_mask: Tensor | None = None
 
     @property
     def num_pv(self) -> int:
@@ -74,6 +78,12 @@ class Problem:
         """Identity of PV rows [N]: the given ids, else the table index, else None (no two rows are
         the same item)."""
         return self.item_ids if self.item_ids is not None else self.pv_index
+
+    @property
+    def embedded(self) -> list[Tensor]:
+        """The inputs that are rows of embeddings, those that are there."""
+        every = (getattr(self, name) for name in Needs._fields if name != "temperature")
+        return [x for x in every if x is not None]
 
     def input_of(self, role: str) -> str:
         """The input whose rows are the attention's "query", "key" or "value": the one of that name
@@ -145,6 +155,7 @@ class Needs(NamedTuple):
     key: bool = False
     value: bool = False
     temperature: bool = False
+    reconstructed: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -166,6 +177,7 @@ class Gradients:
     key: Tensor | None = None
     value: Tensor | None = None
     temperature: Tensor | None = None
+    reconstructed: Tensor | None = None
 
     @classmethod
     def of(cls, needs: Needs, found: Iterable[Tensor]) -> Gradients:

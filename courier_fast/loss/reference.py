@@ -246,13 +246,18 @@ def reconstruction_loss(p: Problem) -> LossOutput:
 
     A = {i: clicked, page has history, w_i > 0}. Direction "identify" has s_ji in place of s_ij,
     over the items j with a history; "both" is the mean of the two, and its statistics are those of
-    "reconstruct". With attention "candidate", s_ij = cos(R_bj, E_j) / tau on i's page b.
+    "reconstruct". With attention "candidate", s_ij = cos(R_bj, E_j) / tau on i's page b. Where R is
+    given, an item has a history if it has an R.
     """
     assert p.clicked is not None
     pv = _real_rows(p.pv_offsets, p.pv_mask, p.num_pv)
     history = _real_rows(p.history_offsets, p.history_mask, p.num_history)
     e_raw = _take(p.pv, p.pv_index, pv.keep)
     has_history = history.counts[pv.page] > 0
+    if p.reconstructed is not None:
+        has_history = torch.ones_like(has_history)
+        if p.reconstructed_mask is not None:
+            has_history = p.reconstructed_mask[pv.keep]
     clicked = p.clicked[pv.keep]
     weights = None if p.weights is None else p.weights[pv.keep]
     is_anchor = clicked & has_history
@@ -275,7 +280,8 @@ def reconstruction_loss(p: Problem) -> LossOutput:
         )
         cosine = candidate_cosines(histories, e, q, pages)[which]
     else:
-        r_raw, _ = _attend(p, pv, history)
+        given = p.reconstructed
+        r_raw = _attend(p, pv, history)[0] if given is None else given[pv.keep]
         cosine = normalize(r_raw[anchor]) @ e.T
     results = []
     if p.direction in ("reconstruct", "both"):
@@ -304,9 +310,8 @@ def reconstruction_loss(p: Problem) -> LossOutput:
     # A zero that depends on every input, the unused ones too (history beside key and value): a
     # batch without anchors or rows still gives each of them a (zero) gradient.
     attach = inverse_tau * 0
-    for x in (p.pv, p.history, p.query, p.key, p.value):
-        if x is not None:
-            attach = attach + x[:0].sum().to(loss_i.dtype)
+    for x in p.embedded:
+        attach = attach + x[:0].sum().to(loss_i.dtype)
     if p.reduction == "none":
         loss = spread(loss_i) + attach
     elif weights is None:

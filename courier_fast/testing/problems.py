@@ -64,6 +64,7 @@ def problem(
     log_q: bool = False,
     weights: bool = False,
     projected: bool = False,
+    given: bool = False,
     tau: float = 0.1,
     tensor_tau: bool = False,
     attention_scale: float | None = None,
@@ -76,6 +77,7 @@ def problem(
         table: half as many unique items as PV rows, and indices into them.
         mask, ids, log_q, weights: whether there are such; some weights are 0.
         projected: whether query, key and value are rows of their own.
+        given: R is, and there are no histories; with `mask` some items have none.
         options: further fields of `Problem`.
     """
     (rows, pv_offsets), (history_rows, history_offsets) = pv, history
@@ -94,6 +96,14 @@ def problem(
         values.spoil(e, pv_mask)
         values.spoil(c, history_mask)
     w = values.uniform(rows) * (values.uniform(rows) < 0.8) if weights else None
+    r, r_mask = leaf(rows) if given else None, None
+    if given:
+        history_offsets = torch.zeros_like(history_offsets)
+        c, history_mask = None if c is None else c[:0], None
+        history_index = None if history_index is None else history_index[:0]
+        if pv_mask is not None:
+            r_mask = values.uniform(rows) < 0.7
+            values.spoil(r, r_mask & pv_mask)
     return Problem(
         pv=e,
         history=c,
@@ -113,5 +123,7 @@ def problem(
         temperature=torch.tensor(tau) if tensor_tau else None,
         tau=tau,
         attention_scale=dim**-0.5 if attention_scale is None else attention_scale,
+        reconstructed=r,
+        reconstructed_mask=r_mask,
         **options,
     )

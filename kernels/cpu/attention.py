@@ -53,28 +53,32 @@ class Reconstruction:
 
 
 def attend(p: Problem, pv: Rows, history: Rows, rows: Tensor, raw: bool) -> Reconstruction:
-    """Reconstructions of `rows` (among the real PV rows, all of pages with a history)."""
+    """Reconstructions of `rows` (among the real PV rows, all of pages with a history); an R that is
+    given is attended to as a history of its own, of one row."""
     c_source = p.pv if p.history is None else p.history
     count, dim = rows.shape[0], p.pv.shape[1]
     first, last, weights_at, page_starts = torch.empty(4, count, dtype=torch.int64)
-    spans = (pv.page[rows], history.start, p.num_heads, first, last, weights_at, page_starts)
-    sizes, pages = call("spans", *spans)
-    weights = torch.empty(sizes, dtype=torch.float32)
     e_row = pv.source[rows]
     q = (p.pv, e_row) if p.query is None else (p.query, pv.keep[rows])
     k = (c_source, history.source) if p.key is None else (p.key, history.keep)
+    v = (c_source, history.source) if p.value is None else (p.value, history.keep)
+    page, start = pv.page[rows], history.start
+    if p.reconstructed is not None:
+        page, start = torch.arange(count), torch.arange(count + 1)
+        v = k = (p.reconstructed, pv.keep[rows])
     if not p.attention_scale:
         # Nobody asks: what q and k hold may be infinite, and 0 times that is not 0.
         nothing = torch.zeros(1, dim, dtype=p.pv.dtype)
         q, k = ((nothing, torch.zeros_like(index)) for _, index in (q, k))
-    v = (c_source, history.source) if p.value is None else (p.value, history.keep)
+    sizes, pages = call("spans", page, start, p.num_heads, first, last, weights_at, page_starts)
+    weights = torch.empty(sizes, dtype=torch.float32)
     arguments = (*q, *k, *v, first, last, weights_at, weights)
     unit = torch.empty(count, dim, dtype=p.pv.dtype)
     norm = torch.empty(count, dtype=torch.float32)
     positive = torch.empty(count, dtype=torch.float64)
     how = (p.attention_scale, p.num_heads)
     stage("attend", *arguments, p.pv, e_row, unit, norm, positive, *how, raw)
-    sizes = (dim, count, history.keep.shape[0])
+    sizes = (dim, count, v[1].shape[0])
     attention = Attention(arguments, *how, page_starts[:pages], *sizes)
     return Reconstruction(unit, norm, positive, attention)
 
@@ -90,6 +94,12 @@ def reconstruction_gradients(
     d_r: Tensor,  # [listed, D] gradient of R
 ) -> Gradients:
     """Through the attention: of all inputs but the temperature."""
+    if p.reconstructed is not None:
+        found, _ = Gradients.of_history(p, needs, None, None)
+        found.pv = None if total is None else total.to(p.pv.dtype)
+        if needs.reconstructed:
+            found.reconstructed = placed(p.reconstructed, pv.keep[listed], d_r)
+        return found
     asks = p.attention_scale != 0  # else q and k have none
     want_q, want_k = (asks and needs.of(p, role) for role in ("query", "key"))
     together = p.key is None and p.value is None and want_k

@@ -156,14 +156,19 @@ class Anchors:
     history: Rows
     row: Tensor  # [M] positions among the real PV rows
     weight: Tensor | None  # [M]
-    has_history: Tensor  # [n] of each real PV row's page
+    has_history: Tensor  # [n] of each real PV row's page; or whether the row's R is given
     left_out: Tensor  # [n] clicked, on a page without history
 
 
 def anchors_of(p: Problem) -> Anchors:
     assert p.clicked is not None
     pv, history = real_rows(p, "pv"), real_rows(p, "history")
-    has_history = (history.start.diff() > 0)[pv.page]
+    if p.reconstructed is None:
+        has_history = (history.start.diff() > 0)[pv.page]
+    elif p.reconstructed_mask is None:
+        has_history = torch.ones(len(pv.keep), dtype=torch.bool)
+    else:
+        has_history = p.reconstructed_mask[pv.keep]
     clicked = p.clicked[pv.keep]
     is_anchor = clicked & has_history
     weights = None if p.weights is None else p.weights[pv.keep]

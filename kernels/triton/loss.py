@@ -120,11 +120,11 @@ def saved_spec(p: Problem, needs: Needs) -> Spec:
 
 def loss_forward(p: Problem, needs: Needs, stats: bool) -> tuple[Any, ...]:
     """(loss, item_loss, log_sum_exp, positive_similarity, rank, is_anchor, num_skipped, saved)."""
-    return forward(p, needs, stats, None)
+    return forward(p, needs, stats, p.reconstructed)
 
 
 def forward(p: Problem, needs: Needs, stats: bool, given: Tensor | None) -> tuple[Any, ...]:
-    """The loss; `given` is R [N, D] where another implementation computes the attention."""
+    """The loss; `given` is R [N, D], of the problem or of another implementation's attention."""
     rows, device = p.num_pv if stats else 0, p.pv.device
     floats = (torch.zeros(rows, dtype=torch.float32, device=device) for _ in range(3))
     per_row = (*floats, torch.zeros(rows, dtype=torch.int64, device=device))
@@ -207,7 +207,11 @@ def _skipped_without_history(p: Problem) -> Tensor:
 
 def loss_backward(p: Problem, needs: Needs, saved: Sequence[Tensor], grad: Tensor) -> Gradients:
     """Of `p`'s inputs."""
-    return backward(p, needs, saved, grad, False)[0]
+    given = p.reconstructed is not None
+    grads, d_r = backward(p, needs, saved, grad, given)
+    if given and needs.reconstructed:
+        grads.reconstructed = d_r
+    return grads
 
 
 def backward(

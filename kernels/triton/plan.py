@@ -114,11 +114,13 @@ def mark_rows(
     history_offsets_ptr,
     history_mask_ptr,
     history_page_ptr,
+    reconstructed_mask_ptr,  # None where there is none
     rows,
     history_rows,
     pages,
     steps,
     blocks,
+    GIVEN: tl.constexpr,  # R is, with no history: items have one but where the mask says no
     EVERY_RECONSTRUCTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -151,12 +153,18 @@ def mark_rows(
     live = inside & (page < pages)
     if mask_ptr is not None:
         live = live & tl.load(mask_ptr + row, mask=inside, other=0).to(tl.int1)
-    first = tl.load(history_offsets_ptr + page, mask=live, other=0)
-    last = tl.load(history_offsets_ptr + page + 1, mask=live, other=0)
-    if history_mask_ptr is not None:
-        has_history = any_history(history_mask_ptr, first, last, live)
+    if GIVEN:
+        has_history = live
+        if reconstructed_mask_ptr is not None:
+            kept = tl.load(reconstructed_mask_ptr + row, mask=inside, other=0)
+            has_history = live & kept.to(tl.int1)
     else:
-        has_history = live & (last > first)
+        first = tl.load(history_offsets_ptr + page, mask=live, other=0)
+        last = tl.load(history_offsets_ptr + page + 1, mask=live, other=0)
+        if history_mask_ptr is not None:
+            has_history = any_history(history_mask_ptr, first, last, live)
+        else:
+            has_history = live & (last > first)
     clicked = live
     if clicked_ptr is not None:
         clicked = live & tl.load(clicked_ptr + row, mask=inside, other=0).to(tl.int1)

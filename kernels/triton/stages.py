@@ -107,11 +107,13 @@ def make_plan(p: Problem, s: Shape, t: Plan, clicked: Tensor | None) -> None:
         p.history_offsets,
         p.history_mask,
         t.history_page,
+        p.reconstructed_mask,
         s.rows,
         s.history_rows,
         s.pages,
         _steps(s.pages),
         blocks,
+        GIVEN=p.reconstructed is not None,
         EVERY_RECONSTRUCTION=s.identify,
         BLOCK=tiles.BLOCK_PLAN,
     )

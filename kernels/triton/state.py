@@ -212,7 +212,8 @@ def sequence_shape(p: SequenceProblem, values: bool = True) -> SequenceShape:
 
 
 def is_empty(p: Problem) -> bool:
-    return p.num_pv == 0 or p.num_history == 0 or p.pv_offsets.shape[0] == 1
+    nothing = p.reconstructed is None and p.num_history == 0
+    return p.num_pv == 0 or nothing or p.pv_offsets.shape[0] == 1
 
 
 def sequence_is_empty(p: SequenceProblem) -> bool:

@@ -22,7 +22,7 @@ BLOCKS = {
     "triton": "courier_fast.kernels.triton.blocks",
     "xformers": "courier_fast.kernels.triton.blocks",
 }
-_OPTIONAL = ("item_ids", "log_q", "weights", "query", "key", "value")
+_OPTIONAL = ("reconstructed", "item_ids", "log_q", "weights", "query", "key", "value")
 
 
 @dataclass

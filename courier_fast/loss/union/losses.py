@@ -122,8 +122,11 @@ def _batch(p: Problem, table_ids: Tensor | None) -> _Batch:
     history_page = reference.page_of_rows(p.history_offsets, p.history_mask, p.num_history)
     pages = p.pv_offsets.shape[0] - 1
     real = page >= 0
-    present = torch.cat([_counts(history_page, pages) > 0, real.new_zeros(1)])
-    has_history = present[page]  # page -1 is the last entry
+    if p.reconstructed is None:
+        present = torch.cat([_counts(history_page, pages) > 0, real.new_zeros(1)])
+        has_history = present[page]  # page -1 is the last entry
+    else:
+        has_history = real if p.reconstructed_mask is None else real & p.reconstructed_mask
     clicked = p.clicked & real
     is_anchor = clicked & has_history
     if p.weights is not None:
@@ -140,7 +143,9 @@ def _batch(p: Problem, table_ids: Tensor | None) -> _Batch:
 
 
 def _attended(p: Problem, impl: str, rows: Tensor) -> Tensor:
-    """R [N, D] of the rows flagged, by the attention of their own queries."""
+    """R [N, D] of the rows flagged, by the attention of their own queries where it is not given."""
+    if p.reconstructed is not None:
+        return p.reconstructed
     q = replace(p, pv_mask=rows, clicked=None, temperature=None, tau=1.0, log_q=None, weights=None)
     q = replace(q, item_ids=None, attention="anchor", cosine=False)
     return reference.reconstruct(q)[0] if impl == "reference" else operators.reconstruct(q, impl)
@@ -351,9 +356,8 @@ def _output(scored: _Scored, stats: bool) -> reference.LossOutput:
         weights = torch.ones_like(item) if p.weights is None else p.weights[anchors.index].double()
         loss = reduced(p.reduction, item, anchors.zeroed(weights), scored.union.processes)
     # A zero that depends on every input: whatever is not used here gets a gradient of zeros.
-    for x in (p.pv, p.history, p.query, p.key, p.value):
-        if x is not None:
-            loss = loss + x[:0].sum().double()
+    for x in p.embedded:
+        loss = loss + x[:0].sum().double()
     ranks = spread(above + 1) if stats else above
     return reference.LossOutput(
         loss.to(kind),
