@@ -36,7 +36,7 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"pages": 2, "longest_pv": 0},
     {"pages": 3, "longest_pv": 2},
 )
-PER_PV = ("pv", "query", "item_ids", "log_q", "weights", "clicked", "pv_index")
+PER_PV = ("pv", "query", "reconstructed", "item_ids", "log_q", "weights", "clicked", "pv_index")
 PER_HISTORY = ("history", "key", "value", "history_index", "item_ids")
 STATS = ("item_loss", "log_sum_exp", "positive_similarity", "rank", "is_anchor")
 MEMORY_ROWS = 5
@@ -149,6 +149,7 @@ def _with_memory(whole: dict[str, Any], memory: Rows) -> None:
         "weights": torch.zeros(n),
         "clicked": torch.zeros(n, dtype=torch.bool),
         "query": torch.zeros_like(memory.rows),
+        "reconstructed": torch.zeros_like(memory.rows),
     }
     for name, x in added.items():
         if whole[name] is not None:
@@ -201,17 +202,21 @@ def arguments(
         found |= {
             "negatives": p.negatives,
             "direction": p.direction,
-            "num_heads": p.num_heads,
-            "attention": p.attention if p.attention_scale else "mean",
         }
+        if p.reconstructed is None:
+            found["num_heads"] = p.num_heads
+            found["attention"] = p.attention if p.attention_scale else "mean"
         if p.cosine:
             found["attention_temperature"] = 1 / p.attention_scale
-        elif p.attention_scale:
+        elif p.attention_scale and p.reconstructed is None:
             found["attention_scale"] = p.attention_scale
     table = p.history_index is not None
     if table:
         found["embeddings"] = (p.history if isinstance(p, SequenceProblem) else p.pv).detach()
         found["table_ids"] = shard.table_ids
+    if getattr(p, "reconstructed", None) is not None:
+        del sides["history"]
+        found["history"] = None
     for name, per_row in sides.items():
         offsets = getattr(p, f"{name}_offsets")
         found |= (
@@ -223,7 +228,7 @@ def arguments(
                 continue
             found[field_name.replace("_index", "")] = _padded(x.detach(), masks[name])
     leaves = {}
-    for name in ("pv", "history", "query", "key", "value", "embeddings", "temperature"):
+    for name in ("embeddings", *LOSS_INPUTS):
         x = found.get(name)
         if isinstance(x, Tensor) and x.is_floating_point():
             leaves[name] = found[name] = x.clone().requires_grad_()
@@ -330,4 +335,6 @@ def expected(case: Case, p: Any, like: dict[str, Tensor]) -> dict[str, Tensor]:
         return out.loss
 
     found = results(loss, p, case.inputs) | (seen if case.stats else {})
+    if getattr(p, "reconstructed", None) is not None:
+        found.pop("history", None)  # no rows; a table has none
     return {n: x[: len(like[n])] if x.dim() else x for n, x in found.items()}
