@@ -161,6 +161,7 @@ SPECIAL: dict[str, tuple[int, torch.dtype, dict[str, Any]]] = {
     "log-q": (256, _BF16, {"log_q": True}),
     "stats": (256, _BF16, {"stats": True}),
     "heads": (256, _BF16, {"num_heads": 4, "projected": True}),
+    "given": (256, _BF16, {"given": True, "direction": "both"}),
     "candidate-256": (256, _BF16, {"attention": "candidate", "cosine": True}),
     "candidate-128": (
         128,

@@ -28,8 +28,6 @@ from bench.problems import Batch, Options, Shape, make_batch
 from courier_fast.testing.budget import DRAWS, Budget, Rounding, Yardstick, held
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What another library's attention would feed: launched by impl="xformers" alone.
-NOT_LAUNCHED = ("given_rows",)
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Smoke:
     dtype: str
     shape: Shape
     options: Options = field(default_factory=Options)
-    what: str = "loss"  # or "forward", "graph", "sequence", "reconstruct"
+    what: str = "loss"  # or "forward", "graph", "sequence", "reconstruct", "given" (R)
     tf32: bool = False
     more: dict[str, Any] = field(default_factory=dict)  # arguments of the function
 
@@ -84,6 +82,7 @@ def _others(dtype: str, shape: Shape) -> list[Smoke]:
     return [
         Smoke("no gradient", dtype, shape, what="forward"),
         Smoke("reconstruct", dtype, shape, what="reconstruct"),
+        Smoke("given", dtype, shape, Options(direction="both", ids=True), what="given"),
         Smoke("click sequence", dtype, shape, what="sequence"),
     ]
 
@@ -198,6 +197,17 @@ def _function(case: Smoke, impl: str) -> Callable[[Batch], Tensor]:
         return lambda b: courier_fast.reconstruct(
             b.pv, b.history, pv_offsets=b.pv_offsets, history_offsets=b.history_offsets, impl=impl
         )
+    if case.what == "given":
+        return lambda b: courier_fast.reconstruction_loss(
+            b.pv,
+            None,
+            b.clicked,
+            pv_offsets=b.pv_offsets,
+            reconstructed=b.pv.flip(0),
+            direction=b.options.direction,
+            item_ids=b.item_ids,
+            impl=impl,
+        )
     return lambda b: call(b, impl, **case.more)
 
 
@@ -206,7 +216,8 @@ def run_once(case: Smoke, function: Callable[[Batch], Tensor], batch: Batch) -> 
     if case.what == "forward":
         with torch.no_grad():
             return {"output": function(batch)}
-    inputs = {k: x for k, x in batch.inputs.items() if case.what != "sequence" or k == "history"}
+    names = {"sequence": ("history",), "given": ("pv",)}.get(case.what, batch.inputs)
+    inputs = {k: x for k, x in batch.inputs.items() if k in names}
     out = function(batch)
     generator = torch.Generator().manual_seed(7)
     upstream = torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
