@@ -155,11 +155,11 @@ def test_a_tile_divided_between_programs_in_a_sequence(ids: bool) -> None:
 # rows are in memory: its share would begin at 3.1e9 of 312,500 blocks, past what 32 bits hold.
 PAST_THE_WORK = """
 import torch, triton.runtime.interpreter as interpreter
-from courier_fast.kernels.triton import contrast, passes, state
+from courier_fast.kernels.triton import contrast, passes, shapes, state
 from courier_fast.loss.problem import Problem
 from factories import make
 
-s = state.loss_shape(make(0, impl="triton", dim=32))
+s = shapes.loss_shape(make(0, impl="triton", dim=32))
 def rows(count):
     number = torch.zeros(32, dtype=torch.int32)
     count = torch.tensor([count], dtype=torch.int32)

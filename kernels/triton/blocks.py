@@ -20,17 +20,9 @@ from .common import LOG2E
 from .epilogue import Parts
 from .masks import MASKS
 from .passes import forward_pass, lowered, run_chunks, run_contrast
+from .shapes import block_shape, cdiv
 from .stages import pass_tiles
-from .state import (
-    Pass,
-    PassSide,
-    Results,
-    Transposed,
-    block_shape,
-    cdiv,
-    scores,
-    temperature,
-)
+from .state import Pass, PassSide, Results, Transposed, scores, temperature
 
 if TYPE_CHECKING:
     from ...loss.problem import Histories

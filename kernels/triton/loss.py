@@ -23,6 +23,7 @@ from .masks import MASKS
 from .passes import forward_pass, lowered, run_chunks, run_contrast
 from .reconstruct import reconstruct_backward, reconstruct_forward
 from .sequence import sequence_backward, sequence_forward, sequence_saved_spec
+from .shapes import Shape, cdiv, is_empty, loss_shape
 from .stages import (
     attend,
     attention_backward,
@@ -48,12 +49,8 @@ from .state import (
     Plan,
     Results,
     Scores,
-    Shape,
     Spec,
     Transposed,
-    cdiv,
-    is_empty,
-    loss_shape,
     scores,
     temperature,
 )

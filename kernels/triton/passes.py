@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import chunked, contrast, tiles
 from .masks import MASKS
-from .state import HALF_LIFT, Pass, PassSide, Results, Scores, Shape, Transposed, cdiv
+from .shapes import Shape, cdiv
+from .state import HALF_LIFT, Pass, PassSide, Results, Scores, Transposed
 
 
 def forward_pass(

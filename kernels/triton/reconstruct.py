@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...loss.problem import Gradients, Needs, Problem
 from . import epilogue
+from .shapes import Shape, cdiv, is_empty, loss_shape
 from .stages import (
     attend,
     attention_backward,
@@ -15,7 +16,7 @@ from .stages import (
     spread,
     sum_occurrences,
 )
-from .state import Plan, Shape, cdiv, is_empty, loss_shape
+from .state import Plan
 
 
 def _reconstruct(p: Problem) -> tuple[Shape, Plan, Tensor]:

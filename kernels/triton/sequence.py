@@ -13,6 +13,7 @@ from . import click_sequence, epilogue, tiles
 from .common import Source
 from .masks import MASKS
 from .passes import forward_pass, lowered, run_chunks, run_contrast
+from .shapes import SequenceShape, cdiv, sequence_is_empty, sequence_shape
 from .stages import row_tiles, sequence_plan, sum_occurrences
 from .state import (
     HALF_LIFT,
@@ -20,14 +21,10 @@ from .state import (
     PassSide,
     Results,
     Scores,
-    SequenceShape,
     SequenceState,
     Spec,
     Transposed,
-    cdiv,
     scores,
-    sequence_is_empty,
-    sequence_shape,
     temperature,
 )
 

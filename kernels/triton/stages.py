@@ -12,18 +12,8 @@ from torch import Tensor
 from ...loss.problem import Needs, Problem, SequenceProblem
 from . import attention, contrast, epilogue, plan, tiles
 from .common import Source
-from .state import (
-    Kept,
-    Listed,
-    LossState,
-    Pass,
-    PassSide,
-    Plan,
-    SequenceState,
-    Shape,
-    cdiv,
-    temperature,
-)
+from .shapes import Shape, cdiv
+from .state import Kept, Listed, LossState, Pass, PassSide, Plan, SequenceState, temperature
 
 
 def _steps(pages: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ....loss.problem import Gradients, Needs, Problem
 from .. import tiles
 from ..masks import MASKS
+from ..shapes import Shape, cdiv
 from ..stages import (
     attention_sources,
     e_source,
@@ -22,7 +23,7 @@ from ..stages import (
     row_gradients,
     sum_occurrences,
 )
-from ..state import Shape, Spec, cdiv, temperature
+from ..state import Spec, temperature
 from . import kernels, packed_state
 from .packed_state import CandidateShape, CandidateState, candidate_shape
 

@@ -13,21 +13,13 @@ from torch import Tensor
 
 from .. import tiles
 from ..masks import MASKS
-from ..state import (
-    Listed,
-    Plan,
-    Shape,
-    State,
-    cdiv,
-    larger,
-    loss_shape,
-    part,
-    temperature,
-    tensor,
-)
+from ..shapes import Shape, cdiv, larger, loss_shape
+from ..state import Group, Listed, Make, Plan, temperature
 from . import packed, packing
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from ....loss.problem import Problem
 
 _SLOTS, _UNITS, _SIDE, _PADDING = (
@@ -81,35 +73,67 @@ def candidate_shape(p: Problem) -> CandidateShape:
 
 
 @dataclass
-class Packing(State):
+class Packing(Group):
     """What the backward needs of the packing."""
 
-    unit_page: Tensor = tensor("units", dtype=torch.int32)
-    block_group: Tensor = tensor("blocks", dtype=torch.int32)
-    block_most: Tensor = tensor("blocks", dtype=torch.int32)
-    page_place: Tensor = tensor("pages", dtype=torch.int32)
-    long: Tensor = tensor("pages", dtype=torch.int32)
-    packed_count: Tensor = tensor(3, dtype=torch.int32)
-    c: Tensor = tensor("block_slots", "block_d", dtype="dtype")
-    # Weights and gradients in products: float16 has too little range for them.
-    gram: Tensor = tensor("block_slots", _SLOTS, dtype="sums")
-    slot_log: Tensor = tensor("block_slots")
-    slot_length: Tensor = tensor("block_slots")
-    slot_row: Tensor = tensor("block_slots", dtype=torch.int64)
-    unit_poison: Tensor = tensor("units")
-    unit_column: Tensor = tensor(_SIDE, "units", dtype=torch.int32)
-    e: Tensor = tensor("padded_columns", "block_d", dtype="dtype")
-    e_length: Tensor = tensor("columns")
+    unit_page: Tensor
+    block_group: Tensor
+    block_most: Tensor
+    page_place: Tensor
+    long: Tensor
+    packed_count: Tensor
+    c: Tensor
+    gram: Tensor
+    slot_log: Tensor
+    slot_length: Tensor
+    slot_row: Tensor
+    unit_poison: Tensor
+    unit_column: Tensor
+    e: Tensor
+    e_length: Tensor
+
+    @classmethod
+    def build(cls, s: CandidateShape, make: Make) -> Self:
+        return cls(
+            unit_page=make((s.units,), torch.int32),
+            block_group=make((s.blocks,), torch.int32),
+            block_most=make((s.blocks,), torch.int32),
+            page_place=make((s.pages,), torch.int32),
+            long=make((s.pages,), torch.int32),
+            packed_count=make((3,), torch.int32),
+            c=make((s.block_slots, s.block_d), s.dtype),
+            # Weights and gradients in products: float16 has too little range for them.
+            gram=make((s.block_slots, _SLOTS), s.sums),
+            slot_log=make((s.block_slots,)),
+            slot_length=make((s.block_slots,)),
+            slot_row=make((s.block_slots,), torch.int64),
+            unit_poison=make((s.units,)),
+            unit_column=make((_SIDE, s.units), torch.int32),
+            e=make((s.padded_columns, s.block_d), s.dtype),
+            e_length=make((s.columns,)),
+        )
 
 
 @dataclass
 class CandidateState(Plan):
-    column: Listed = part(Listed, capacity="columns", bias="column_biased")
-    lse: Tensor = tensor("rows")
-    miss: Tensor = tensor("rows")
-    weight_sum: Tensor = tensor()
-    positive: Tensor | None = tensor("rows", 2, when="packed")
-    packing: Packing | None = part(Packing, "packed")
+    column: Listed
+    lse: Tensor
+    miss: Tensor
+    weight_sum: Tensor
+    positive: Tensor | None
+    packing: Packing | None
+
+    @classmethod
+    def build(cls, s: Any, make: Make) -> Self:
+        """Of a CandidateShape."""
+        return cls(
+            **vars(Plan.build(s, make)),
+            lse=make((s.rows,)),
+            miss=make((s.rows,)),
+            weight_sum=make(()),
+            positive=make((s.rows, 2)) if s.packed else None,
+            packing=Packing.build(s, make) if s.packed else None,
+        )
 
 
 def _anchors(p: Problem, s: CandidateShape, t: CandidateState, k: Packing) -> dict[str, Any]:
