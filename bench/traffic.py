@@ -167,11 +167,14 @@ def walk(s: Sizes) -> list[Noted]:
     TRITON_INTERPRET=1."""
     from courier_fast.kernels.triton import (
         attention,
+        attention_backward,
         chunked,
-        click_sequence,
         contrast,
-        epilogue,
+        gradients,
         plan,
+        results,
+        rows,
+        table,
         tiles,
     )
     from courier_fast.kernels.triton import (
@@ -180,7 +183,8 @@ def walk(s: Sizes) -> list[Noted]:
     from courier_fast.loss.problem import Needs
     from courier_fast.testing.problems import NoValues, problem
 
-    modules = (plan, attention, contrast, chunked, epilogue, click_sequence)
+    forward = (plan, rows, attention, contrast, chunked, results)
+    modules = (*forward, gradients, attention_backward, table)
     noted: list[Noted] = []
     before = tiles.programs
     tiles.programs = lambda device: PROCESSORS

@@ -28,8 +28,9 @@ from bench.problems import Batch, Options, Shape, make_batch
 from courier_fast.testing.budget import DRAWS, Budget, Rounding, Yardstick, held
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What another library's attention would feed: launched by impl="xformers" alone.
-NOT_LAUNCHED = ("given_rows",)
+# What another library's attention would feed, launched by impl="xformers" alone; and what only
+# `group` and `memory` launch.
+NOT_LAUNCHED = ("given_rows", "collect_rows")
 
 
 @dataclass(frozen=True)

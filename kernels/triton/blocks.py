@@ -15,14 +15,14 @@ from ...loss.union import blocks
 from . import tiles
 from .candidate import kernels
 from .candidate.loss import SLOTS, parts_of, tiles_of
-from .collect import collect_rows
-from .common import LOG2E
-from .epilogue import Parts
+from .chunked import Transposed, run_chunks
+from .common import LOG2E, temperature
+from .contrast import Pass, PassSide, lowered, run_contrast, scores
 from .masks import MASKS
-from .passes import forward_pass, lowered, run_chunks, run_contrast
+from .parts import collect
+from .passes import forward_pass
+from .results import Results
 from .shapes import block_shape, cdiv
-from .stages import pass_tiles
-from .state import Pass, PassSide, Results, Transposed, scores, temperature
 
 if TYPE_CHECKING:
     from ...loss.problem import Histories
@@ -71,24 +71,6 @@ class _Pass:
         )
         return Pass(acc, top, total, None, s.slots(rows, tile), tile)
 
-    def collect(self, out: Pass, x: PassSide, y: PassSide, lse: Tensor | None) -> Tensor:
-        s, n = self.shape, x.unit.shape[0]
-        found = torch.zeros(n, self.dim, dtype=torch.float32, device=self.device)
-        collect_rows[(cdiv(n, s.small.block_m),)](
-            Parts(out.acc, None if lse is None else out.top, lse),
-            x.count,
-            y.count,
-            found,
-            out.slots,
-            s.programs(out.tile),
-            D=self.dim,
-            how=pass_tiles(s, out.tile),
-            BLOCK_M=s.small.block_m,
-            BLOCK_D=s.block_d,
-            num_warps=s.small.num_warps,
-        )
-        return found
-
 
 def forward(x: Block, y: Block, pairs: str, scoring: Scoring, bar: Tensor | None) -> Partial:
     """As blocks.forward."""
@@ -98,7 +80,7 @@ def forward(x: Block, y: Block, pairs: str, scoring: Scoring, bar: Tensor | None
     out = run.empty(run.shape.tile, len(x), True)
     lse = torch.full((len(x),), -torch.inf, dtype=torch.float32, device=run.device)
     forward_pass(run.shape, run.x, run.y, run.scores, out, Results(lse, lse, lse))
-    mean = torch.where(lse[:, None] == -torch.inf, 0.0, run.collect(out, run.x, run.y, lse))
+    mean = torch.where(lse[:, None] == -torch.inf, 0.0, collect(run.shape, out, run.x, run.y, lse))
     ranks = None if bar is None else blocks.above(x, y, pairs, scoring, bar)
     return blocks.Partial(lse.double() * math.log(2.0), mean, ranks)
 
@@ -133,7 +115,7 @@ def backward(y: Block, x: Block, lse: Tensor, g: Tensor, pairs: str, scoring: Sc
         run_contrast(
             s, run.y, run.x, run.scores, out, y_offset=offset, y_offset_is_lse=True, **about
         )
-        found = run.collect(out, run.y, run.x, None)
+        found = collect(s, out, run.y, run.x, None)
     return found if factor is None else found * factor
 
 

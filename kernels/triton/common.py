@@ -15,13 +15,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from . import tiles
+
+if TYPE_CHECKING:
+    from ...loss.problem import Problem, SequenceProblem
+    from ...loss.union.blocks import Scoring
 
 # Vectors no longer than this count as zero: cosine 0, gradient 0.
 NORM_EPS = tl.constexpr(1e-12)
@@ -159,6 +164,16 @@ def score_scale(tau, TAU_IS_TENSOR: tl.constexpr):
         return tau
 
 
+def temperature(p: Problem | SequenceProblem | Scoring) -> dict[str, Any]:
+    """What `score_scale` of the kernels takes."""
+    known = p.temperature is None
+    tau = 1.0 / (p.tau * math.log(2.0)) if known else p.temperature
+    return {"tau": tau, "TAU_IS_TENSOR": not known}
+
+
+NO_TAU = {"tau": 1.0, "TAU_IS_TENSOR": False}
+
+
 @triton.jit
 def unit_scale(norm):
     """1 / norm, 0 for a zero vector; NaN stays NaN so that it shows in the loss."""
@@ -218,3 +233,11 @@ def normalize_backward(grad, unit, norm):
     """Gradient of x from that of x / |x|: (grad - (grad . unit) unit) / |x|."""
     along = tl.sum(grad * unit, axis=1)
     return (grad - along[:, None] * unit) * unit_scale(norm)[:, None]
+
+
+@triton.jit
+def add_in(top, total, new_top, new_total):
+    """Sum of two (maximum, sum of 2^(t - maximum)) pairs."""
+    highest = tl.maximum(top, new_top)
+    safe = tl.where(highest == -float("inf"), 0.0, highest)
+    return highest, total * tl.exp2(top - safe) + new_total * tl.exp2(new_top - safe)

@@ -1,8 +1,7 @@
-"""The state that forward and backward share, and what the passes are told: no launch."""
+"""The state that forward and backward share: no launch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,23 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import tiles
-from .common import SMALLEST_FIXED_TAU
 from .shapes import Shape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ...loss.problem import Problem, SequenceProblem
-    from ...loss.union.blocks import Scoring
-
-
-# float16 probabilities of many candidates would be subnormal: they are lifted by 2^12 and lowered
-# again in float32.
-HALF_LIFT = 12.0
-
-
-# ---- the state -----------------------------------------------------------------------------------
 
 Spec = list[tuple[tuple[Any, ...], torch.dtype]]
 # make(shape, dtype=torch.float32) is called for one tensor after the other, in the order of the
@@ -215,101 +202,3 @@ class SequenceState(State):
             anchors=make(()),
             kept=Kept.build(s, make, s.rows),
         )
-
-
-# ---- passes of the contrast ----------------------------------------------------------------------
-
-
-@dataclass
-class PassSide:
-    """One side of a contrast pass: unit rows and what masks and offsets them. Without ids, `ids` is
-    the list."""
-
-    unit: Tensor
-    count: Tensor
-    list: Tensor
-    page: Tensor
-    ids: Tensor
-    bias: Tensor | None
-    rank: Tensor  # prefix sums that made the list
-    merged: bool = False  # the bias is log m of m equal candidates
-
-
-@dataclass
-class Pass:
-    """Partial results of one contrast pass."""
-
-    acc: Tensor
-    top: Tensor | None
-    total: Tensor | None
-    above: Tensor | None
-    slots: int
-    tile: tiles.Tile
-    in_place: bool = False  # `acc` is where the rows' gradients go, each at its row's place
-
-
-@dataclass
-class Results:
-    """Where a forward pass leaves what it finds out of each row, beside the sums."""
-
-    lse: Tensor  # [capacity] in powers of two
-    miss: Tensor  # [capacity]
-    loss: Tensor  # [capacity]
-    positive: Tensor | None = None  # [capacity, 2]; None: positives are among the candidates
-    log_q: Tensor | None = None  # [N]
-    items: Sequence[Tensor] = ()  # [N] log-sum-exp, similarity and rank, with `stats`
-    stats: bool = False
-
-
-@dataclass
-class Transposed:
-    """sum_i g_i p_ij x_i, into `out` [y capacity, STRIDE]; g may be in units of its largest entry
-    (float16)."""
-
-    g: Tensor
-    out: Tensor
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Which pairs the passes score, and how."""
-
-    mask: int
-    tau: Any  # what `score_scale` of the kernels takes
-    tau_is_tensor: bool
-    page_offsets: Tensor
-    workspace: int  # bytes
-    # Whether the running maximum may be needed: tau unknown here or small, or no bound on the
-    # scores; and whether 1/tau may replace it. Where tau is on the device, both hold and the kernel
-    # looks there.
-    online: bool
-    fixed_shift: bool
-
-
-def temperature(p: Problem | SequenceProblem | Scoring) -> dict[str, Any]:
-    """What `score_scale` of the kernels takes."""
-    known = p.temperature is None
-    tau = 1.0 / (p.tau * math.log(2.0)) if known else p.temperature
-    return {"tau": tau, "TAU_IS_TENSOR": not known}
-
-
-def scores(
-    p: Problem | SequenceProblem | Scoring,
-    mask: int,
-    page_offsets: Tensor,
-    dtype: torch.dtype,
-    biased: bool,
-) -> Scores:
-    tau, tau_is_tensor = temperature(p).values()
-    # Biases are of unknown size; float16 products need every bit of their range.
-    bounded = not biased and dtype != torch.float16
-    large = p.tau >= SMALLEST_FIXED_TAU
-    return Scores(
-        mask,
-        tau,
-        tau_is_tensor,
-        page_offsets,
-        p.workspace,
-        online=tau_is_tensor or not large or not bounded,
-        fixed_shift=bounded and (tau_is_tensor or large),
-    )

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from ..common import LOG2E, Source, kernel, load_source, rank_before, score_scale
-from ..contrast import AnchorResults, Items, add_in, finish
+from ..common import LOG2E, Source, add_in, kernel, load_source, rank_before, score_scale
 from ..masks import MASK_OTHER_PAGES, MASK_PAGE
+from ..results import AnchorResults, Items, finish
 from .attention import (
     Anchors,
     Attention,

@@ -12,18 +12,17 @@ from torch import Tensor
 
 from ....loss.problem import Gradients, Needs, Problem
 from .. import tiles
+from ..attention import attention_sources
+from ..attention_backward import empty_history
+from ..common import temperature
+from ..gradients import run_row_gradients
 from ..masks import MASKS
+from ..plan import make_plan
+from ..results import reduce_losses
+from ..rows import e_source
 from ..shapes import Shape, cdiv
-from ..stages import (
-    attention_sources,
-    e_source,
-    empty_history,
-    make_plan,
-    reduce_losses,
-    row_gradients,
-    sum_occurrences,
-)
-from ..state import Spec, temperature
+from ..state import Spec
+from ..table import sum_occurrences
 from . import kernels, packed_state
 from .packed_state import CandidateShape, CandidateState, candidate_shape
 
@@ -175,7 +174,7 @@ def backward(p: Problem, needs: Needs, saved: Sequence[Tensor], grad: Tensor) ->
     s = candidate_shape(p)
     t = CandidateState.restored(s, saved)
     table, packing = p.history is None, t.packing
-    g = row_gradients(p, s, t, grad, t.weight_sum, 1.0)
+    g = run_row_gradients(p, s, t, grad, t.weight_sum, 1.0)
     shared = {
         **_inputs(p, t, s.merged),
         **_columns(p, s, t),

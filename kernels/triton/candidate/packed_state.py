@@ -12,9 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tiles
+from ..common import temperature
 from ..masks import MASKS
 from ..shapes import Shape, cdiv, larger, loss_shape
-from ..state import Group, Listed, Make, Plan, temperature
+from ..state import Group, Listed, Make, Plan
 from . import packed, packing
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from ..common import (
     LOG2E,
     NORM_EPS,
     Source,
+    add_in,
     kernel,
     load_rows,
     rank_before,
     score_scale,
     unit_scale,
 )
-from ..contrast import add_in
 from ..masks import MASK_OTHER_PAGES
 
 SPAN = tl.constexpr(4)
