@@ -25,7 +25,7 @@ from .attention import (
     products,
     softmax_block,
 )
-from .common import kernel, load_source, rank_before, source_row
+from .common import kernel, load_source, places_before, source_row
 from .plan import reconstructed
 from .shapes import Shape, cdiv
 from .state import Plan
@@ -230,7 +230,7 @@ def attend_dkv(
     history_rows,
     scale,
     pv_offsets_ptr,
-    rank_ptr,  # prefix sums that made the list
+    place_ptr,  # prefix sums that made the list
     dk_ptr,  # [K, D], or None as dv_ptr
     dv_ptr,  # [K, D]
     SUM_KV: tl.constexpr,
@@ -249,8 +249,8 @@ def attend_dkv(
     first = tl.min(tl.where(real, history_page, 2147483647), axis=0)
     last = tl.max(history_page, axis=0)
     there = last >= 0
-    low = rank_before(rank_ptr, tl.load(pv_offsets_ptr + first, mask=there, other=0))
-    high = rank_before(rank_ptr, tl.load(pv_offsets_ptr + last + 1, mask=there, other=0))
+    low = places_before(place_ptr, tl.load(pv_offsets_ptr + first, mask=there, other=0))
+    high = places_before(place_ptr, tl.load(pv_offsets_ptr + last + 1, mask=there, other=0))
     k = operand(k_of, row, real, DOT_TYPE, how)
     v = operand(v_of, row, real, DOT_TYPE, how)
     dk = tl.full([how.BLOCK_H, BLOCK_O], 0.0, tl.float32)
@@ -369,7 +369,7 @@ def attention_backward(
             dr,
             *sizes,
             p.pv_offsets,
-            t.ranks[int(s.identify)],
+            t.places[int(s.identify)],
             dk,
             dv,
             SUM_KV=p.key is None and p.value is None,

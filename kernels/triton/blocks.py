@@ -153,7 +153,7 @@ class _CandidatePass:
             "history_offsets_ptr": histories.offsets,
             "history_page_ptr": histories.page.to(torch.int32),
             "anchor_id_ptr": x.ids if identified else torch.ones_like(rows),
-            "anchor_rank_ptr": rows[1:],
+            "anchor_place_ptr": rows[1:],
             "column_list_ptr": columns,
             "column_page_ptr": nothing if y.page is None else y.page.to(torch.int32),
             "column_id_ptr": y.ids if identified else torch.zeros_like(columns),
@@ -202,7 +202,7 @@ def candidate_forward(
         **run.shared,
         anchor_page_ptr=run.anchor_page,
         anchor_count_ptr=run.anchor_count,
-        y_rank_ptr=run.every,
+        y_place_ptr=run.every,
         positive_ptr=positive,
         list_ptr=run.every,
         log_q_ptr=positive,
@@ -257,7 +257,7 @@ def candidate_backward(
     )
     kernels.candidate_history[(len(histories.offsets) - 1,)](
         **given,
-        y_rank_ptr=run.every,
+        y_place_ptr=run.every,
         page_place_ptr=run.every,
         dk_ptr=found.key,
         dv_ptr=found.key if found.value is None else found.value,

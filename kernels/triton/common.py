@@ -40,7 +40,7 @@ SMALLEST_FIXED_TAU = 0.05
 
 # Addresses of one number among others, or of a row of a table: whether they are multiples of 16
 # bytes says nothing.
-_ANYWHERE = ("count_ptr", "rank_ptr", "reconstructed_rank_ptr", "y_rank_ptr")
+_ANYWHERE = ("count_ptr", "place_ptr", "reconstructed_place_ptr", "y_place_ptr")
 
 
 def kernel(
@@ -113,9 +113,9 @@ def page_of(offsets_ptr, row, pages, steps):
 
 
 @triton.jit
-def rank_before(rank_ptr, row):
+def places_before(place_ptr, row):
     """Flagged rows among the first `row` ones, from the inclusive prefix sums."""
-    return tl.load(rank_ptr + row - 1, mask=row > 0, other=0)
+    return tl.load(place_ptr + row - 1, mask=row > 0, other=0)
 
 
 class Source(NamedTuple):

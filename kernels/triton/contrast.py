@@ -20,7 +20,7 @@ from .common import (
     LOG2E,
     SMALLEST_FIXED_TAU,
     kernel,
-    rank_before,
+    places_before,
     schedule,
     score_scale,
     temperature,
@@ -286,7 +286,7 @@ def contrast_rows(
     y,
     x_count,
     y_count,
-    y_rank_ptr,
+    y_place_ptr,
     sums,
     scale,
     how: tl.constexpr,
@@ -318,8 +318,8 @@ def contrast_rows(
     if how.MASK == MASK_PAGE:
         page_first = tl.load(x.page + first)
         page_last = tl.load(x.page + tl.minimum(first + how.BLOCK_M, x_count) - 1)
-        low = rank_before(y_rank_ptr, tl.load(y.page_offsets + page_first))
-        end = rank_before(y_rank_ptr, tl.load(y.page_offsets + page_last + 1))
+        low = places_before(y_place_ptr, tl.load(y.page_offsets + page_first))
+        end = places_before(y_place_ptr, tl.load(y.page_offsets + page_last + 1))
         columns = tl.cdiv(tl.cdiv(end - low, how.BLOCK_N), parts) * how.BLOCK_N
         low += part * columns
         high = tl.minimum(low + columns, end)
@@ -340,8 +340,8 @@ def contrast_rows(
         else:
             begin = tl.load(x.list + first, mask=there, other=0)
             end = tl.load(x.list + last, mask=there, other=0) + 1
-        own_first = rank_before(y_rank_ptr, begin) - (how.BLOCK_N - 1)
-        own_width = (rank_before(y_rank_ptr, end) - own_first).to(tl.uint32, bitcast=True)
+        own_first = places_before(y_place_ptr, begin) - (how.BLOCK_N - 1)
+        own_width = (places_before(y_place_ptr, end) - own_first).to(tl.uint32, bitcast=True)
 
     before = None if how.X_OFFSET_AFTER else x_offset
     rows = RowTile(unit, x_id, x_page, x_place, before, rank_score)
@@ -369,7 +369,7 @@ def contrast_rows(
 def contrast(
     x,  # Rows
     y,  # Columns
-    y_rank_ptr,  # the prefix sums that made the list of y
+    y_place_ptr,  # the prefix sums that made the list of y
     sums,  # Sums
     slots,
     programs,
@@ -432,7 +432,7 @@ def contrast(
                 y,
                 x_count,
                 y_count,
-                y_rank_ptr,
+                y_place_ptr,
                 sums,
                 scale,
                 how,
@@ -456,7 +456,7 @@ def contrast(
             y,
             x_count,
             y_count,
-            y_rank_ptr,
+            y_place_ptr,
             sums,
             scale,
             how,
@@ -488,7 +488,7 @@ class PassSide:
     page: Tensor
     ids: Tensor
     bias: Tensor | None
-    rank: Tensor  # prefix sums that made the list
+    place: Tensor  # of its rows from 1: the prefix sums that made the list
     merged: bool = False  # the bias is log m of m equal candidates
 
 
@@ -601,7 +601,7 @@ def run_contrast(
         contrast[(out.slots,)](
             rows,
             columns,
-            y.rank,
+            y.place,
             Sums(out.acc, out.top, out.total, out.above),
             out.slots,
             s.programs(out.tile),

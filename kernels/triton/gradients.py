@@ -88,7 +88,7 @@ def run_row_gradients(
 def reconstruction_gradient(
     list_ptr,
     count_ptr,
-    anchor_rank_ptr,  # [N] prefix sums
+    anchor_place_ptr,  # [N] prefix sums
     anchor_flag_ptr,  # [N]
     counts_ptr,  # [4], as of all rows of flags (plan.py)
     unit_ptr,  # [capacity, STRIDE] r
@@ -121,7 +121,7 @@ def reconstruction_gradient(
     position = tl.load(list_ptr + row, mask=valid, other=0)
     inverse_tau = score_scale(tau, TAU_IS_TENSOR) * LN2
     is_anchor = valid & (tl.load(anchor_flag_ptr + position, mask=valid, other=0) != 0)
-    anchor = tl.load(anchor_rank_ptr + position, mask=is_anchor, other=1) - 1
+    anchor = tl.load(anchor_place_ptr + position, mask=is_anchor, other=1) - 1
     g = anchor_gradient(up, anchor, is_anchor)
 
     dr = tl.full([how.BLOCK_M, how.BLOCK_D], 0.0, tl.float32)
@@ -183,7 +183,7 @@ def run_reconstruction_gradient(
     reconstruction_gradient[(programs,)](
         listed.list,
         listed.count,
-        t.ranks[0],
+        t.places[0],
         t.flags[0],
         t.counts,
         t.r,
@@ -208,7 +208,7 @@ def run_reconstruction_gradient(
 @kernel
 def pv_gradient(
     out_ptr,  # [N, D]
-    rank_ptr,  # [3, N] prefix sums: anchor, reconstructed, column
+    place_ptr,  # [3, N] prefix sums: anchor, reconstructed, column
     flag_ptr,  # [3, N]
     counts_ptr,  # [3]
     e_of,  # Source
@@ -242,12 +242,12 @@ def pv_gradient(
     inside = row < rows
     rows64 = rows.to(tl.int64)
     is_reconstructed = inside & (tl.load(flag_ptr + rows64 + row, mask=inside, other=0) != 0)
-    place = (tl.load(rank_ptr + rows64 + row, mask=is_reconstructed, other=1) - 1).to(tl.int64)
+    place = (tl.load(place_ptr + rows64 + row, mask=is_reconstructed, other=1) - 1).to(tl.int64)
     result = tl.full([how.BLOCK_M, how.BLOCK_D], 0.0, tl.float32)
     if up.grad is not None:
         is_column = inside & (tl.load(flag_ptr + 2 * rows64 + row, mask=inside, other=0) != 0)
         is_anchor = inside & (tl.load(flag_ptr + row, mask=inside, other=0) != 0)
-        anchor = tl.load(rank_ptr + row, mask=is_anchor, other=1) - 1
+        anchor = tl.load(place_ptr + row, mask=is_anchor, other=1) - 1
         g = anchor_gradient(up, anchor, is_anchor)
         miss = tl.full([how.BLOCK_M], 0.0, tl.float32)
         de = tl.full([how.BLOCK_M, how.BLOCK_D], 0.0, tl.float32)
@@ -261,7 +261,7 @@ def pv_gradient(
                     other=0.0,
                 ).to(tl.float32)
             else:
-                column = tl.load(rank_ptr + 2 * rows64 + row, mask=is_column, other=1) - 1
+                column = tl.load(place_ptr + 2 * rows64 + row, mask=is_column, other=1) - 1
                 part = pass_rows(
                     back,
                     counts_ptr + COLUMN,
@@ -330,7 +330,7 @@ def spread(
         miss = None if t.reconstruct is None else t.reconstruct.miss
     pv_gradient[(cdiv(s.rows, s.small.block_m),)](
         out,
-        t.ranks,
+        t.places,
         t.flags,
         t.counts,
         e_source(p),

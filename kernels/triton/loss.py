@@ -231,7 +231,7 @@ def backward(
             if column is None or not s.merged:
                 grads.pv = sum_occurrences(*rows)
             else:
-                columns = ItemColumns(t.item_count, t.item_rank)
+                columns = ItemColumns(t.item_count, t.item_place)
                 merged = up, columns, t.counts, column, temperature(p)
                 grads.pv = sum_occurrences(*rows, *merged)
     return grads, d_rows

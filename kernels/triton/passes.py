@@ -49,8 +49,8 @@ def sides(p: Problem, s: Shape, t: LossState, direction: str) -> tuple[PassSide,
         # Without ids an item is itself alone; a merged column's list holds item numbers, which are
         # the ids.
         ids = listed.list if p.ids is None or merged else listed.id
-        count, rank = t.counts[flag : flag + 1], t.ranks[flag]
-        return PassSide(unit, count, listed.list, listed.page, ids, listed.bias, rank, merged)
+        count, place = t.counts[flag : flag + 1], t.places[flag]
+        return PassSide(unit, count, listed.list, listed.page, ids, listed.bias, place, merged)
 
     if direction == "reconstruct":
         anchors = t.r if t.r_anchor is None else t.r_anchor

@@ -16,7 +16,7 @@ from .common import LOG2E, kernel, page_of
 from .shapes import Shape, cdiv
 from .state import Listed, Plan, SequenceState
 
-# Rows of `flags` and `ranks`.
+# Rows of `flags` and `places`.
 ANCHOR = tl.constexpr(0)
 RECONSTRUCTED = tl.constexpr(1)
 COLUMN = tl.constexpr(2)
@@ -227,7 +227,7 @@ def compact(
     page_ptr,
     id_ptr,  # None where there is none, as log_q_ptr
     log_q_ptr,
-    ranks_ptr,  # [FLAGS, rows] inclusive prefix sums
+    places_ptr,  # [FLAGS, rows] places in the lists from 1: inclusive prefix sums
     counts_ptr,  # [FLAGS]
     first,  # List of the first row of flags
     second,
@@ -250,12 +250,12 @@ def compact(
                 block_counts_ptr + number * blocks + other, mask=other < block, other=0
             )
         flag = tl.load(flags_ptr + number * rows64 + row, mask=inside, other=0).to(tl.int32)
-        rank = tl.cumsum(flag, axis=0) + tl.sum(before, axis=0)
-        tl.store(ranks_ptr + number * rows64 + row, rank, mask=inside)
+        upto = tl.cumsum(flag, axis=0) + tl.sum(before, axis=0)
+        tl.store(places_ptr + number * rows64 + row, upto, mask=inside)
         if block == blocks - 1:
-            tl.store(counts_ptr + number, tl.max(rank, axis=0))
+            tl.store(counts_ptr + number, tl.max(upto, axis=0))
         flagged = flag != 0
-        place = rank - 1
+        place = upto - 1
         if number == 0:
             store_list(flagged, place, row, page_ptr, id_ptr, log_q_ptr, first)
         if number == 1 and second.list is not None:
@@ -267,7 +267,7 @@ def compact(
 @kernel
 def compact_items(
     item_count_ptr,  # [n]
-    item_rank_ptr,  # [n] inclusive prefix sums of the items that occur
+    item_place_ptr,  # [n] likewise of the items that occur
     count_ptr,  # 0-d
     list_ptr,
     bias_ptr,
@@ -283,12 +283,12 @@ def compact_items(
         before += tl.sum((count > 0).to(tl.int32), axis=0)
     item = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     count = tl.load(item_count_ptr + item, mask=item < items, other=0)
-    rank = tl.cumsum((count > 0).to(tl.int32), axis=0) + before
-    tl.store(item_rank_ptr + item, rank, mask=item < items)
+    upto = tl.cumsum((count > 0).to(tl.int32), axis=0) + before
+    tl.store(item_place_ptr + item, upto, mask=item < items)
     if block == tl.num_programs(0) - 1:
-        tl.store(count_ptr, tl.max(rank, axis=0))
-    tl.store(list_ptr + rank - 1, item.to(tl.int32), mask=count > 0)
-    tl.store(bias_ptr + rank - 1, tl.log2(tl.maximum(count, 1).to(tl.float32)), mask=count > 0)
+        tl.store(count_ptr, tl.max(upto, axis=0))
+    tl.store(list_ptr + upto - 1, item.to(tl.int32), mask=count > 0)
+    tl.store(bias_ptr + upto - 1, tl.log2(tl.maximum(count, 1).to(tl.float32)), mask=count > 0)
 
 
 # ---- launches ------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def _compact(
         page,
         ids,
         log_q,
-        t.ranks,
+        t.places,
         t.counts,
         of(first),
         of(second),
@@ -390,7 +390,7 @@ def make_plan(p: Problem, s: Shape, t: Plan, clicked: Tensor | None) -> None:
         assert t.column is not None
         compact_items[(cdiv(s.items, tiles.BLOCK_PLAN),)](
             items,
-            t.item_rank,
+            t.item_place,
             t.counts[2:3],
             t.column.list,
             t.column.bias,

@@ -183,7 +183,7 @@ def list_gradient(s: Shape, t: Plan, grad: Tensor, dr: Tensor) -> None:
 def gather_anchors(
     unit_ptr,  # [capacity, STRIDE] r of every reconstructed item
     positive_ptr,  # [capacity, 2]
-    reconstructed_rank_ptr,  # [N]
+    reconstructed_place_ptr,  # [N]
     list_ptr,
     count_ptr,
     anchor_unit_ptr,
@@ -196,7 +196,7 @@ def gather_anchors(
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < tl.load(count_ptr)
     position = tl.load(list_ptr + row, mask=valid, other=0)
-    place = (tl.load(reconstructed_rank_ptr + position, mask=valid, other=1) - 1).to(tl.int64)
+    place = (tl.load(reconstructed_place_ptr + position, mask=valid, other=1) - 1).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
     mask = valid[:, None] & (dims < STRIDE)[None, :]
     unit = tl.load(unit_ptr + place[:, None] * STRIDE + dims[None, :], mask=mask, other=0.0)
@@ -211,7 +211,7 @@ def run_gather_anchors(s: Shape, t: LossState, every: Tensor, positive: Tensor) 
     gather_anchors[(cdiv(s.rows, s.small.block_m),)](
         t.r,
         every,
-        t.ranks[1],
+        t.places[1],
         t.anchor.list,
         t.counts[0:1],
         t.r_anchor,

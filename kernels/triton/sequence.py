@@ -43,7 +43,7 @@ def sequence_saved_spec(p: SequenceProblem, needs: Needs) -> Spec:
 
 def _sequence_rows(s: SequenceShape, t: SequenceState) -> PassSide:
     ids = t.row.id if s.mask == MASKS["sequence ids"] else t.row.list
-    return PassSide(t.c, t.counts, t.row.list, t.row.page, ids, None, t.ranks[0])
+    return PassSide(t.c, t.counts, t.row.list, t.row.page, ids, None, t.places[0])
 
 
 def _scores(p: SequenceProblem, s: SequenceShape) -> Scores:
@@ -57,7 +57,7 @@ def page_mean(
     page_ptr,
     count_ptr,
     history_offsets_ptr,
-    rank_ptr,  # prefix sums of the real rows
+    place_ptr,  # prefix sums of the real rows
     factor_ptr,  # [capacity] factor of each summed row, or None
     mean_ptr,  # [capacity, STRIDE] float32
     number_ptr,  # [capacity]
@@ -82,8 +82,8 @@ def page_mean(
     last = tl.load(page_ptr + tl.minimum(start + BLOCK_M, count) - 1)
     low = tl.load(history_offsets_ptr + first)
     high = tl.load(history_offsets_ptr + last + 1)
-    low = tl.load(rank_ptr + low - 1, mask=low > 0, other=0)
-    high = tl.load(rank_ptr + high - 1, mask=high > 0, other=0)
+    low = tl.load(place_ptr + low - 1, mask=low > 0, other=0)
+    high = tl.load(place_ptr + high - 1, mask=high > 0, other=0)
     if id_ptr is not None:
         row_id = tl.load(id_ptr + row, mask=valid, other=0)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -138,7 +138,7 @@ def _page_mean(
         rows.page,
         rows.count,
         p.history_offsets,
-        t.ranks,
+        t.places,
         factor,
         out,
         number,

@@ -124,13 +124,13 @@ class Plan(State):
     pv_page: Tensor
     # Of anchors, reconstructed rows, columns and clicked items that are skipped: plan.py.
     flags: Tensor
-    ranks: Tensor
+    places: Tensor  # of the flagged rows in their list, from 1: inclusive prefix sums
     counts: Tensor
     anchor: Listed
     reconstructed: Listed | None
     column: Listed | None
     item_count: Tensor | None
-    item_rank: Tensor | None
+    item_place: Tensor | None
 
     @classmethod
     def build(cls, s: Shape, make: Make) -> Self:
@@ -138,13 +138,13 @@ class Plan(State):
             history_page=make((s.history_rows,), torch.int32),
             pv_page=make((s.rows,), torch.int32),
             flags=make((4, s.rows), torch.int8),
-            ranks=make((4, s.rows), torch.int32),
+            places=make((4, s.rows), torch.int32),
             counts=make((4,), torch.int32),
             anchor=Listed.build(s, make, s.rows),
             reconstructed=Listed.build(s, make, s.rows, s.biased) if s.identify else None,
             column=Listed.build(s, make, s.columns, s.column_biased) if s.reconstruct else None,
             item_count=make((s.items,), torch.int32) if s.merged else None,
-            item_rank=make((s.items,), torch.int32) if s.merged else None,
+            item_place=make((s.items,), torch.int32) if s.merged else None,
         )
 
 
@@ -181,7 +181,7 @@ class LossState(Plan):
 class SequenceState(State):
     history_page: Tensor
     flags: Tensor
-    ranks: Tensor
+    places: Tensor
     counts: Tensor
     row: Listed
     c: Tensor
@@ -194,7 +194,7 @@ class SequenceState(State):
         return cls(
             history_page=make((s.rows,), torch.int32),
             flags=make((1, s.rows), torch.int8),
-            ranks=make((1, s.rows), torch.int32),
+            places=make((1, s.rows), torch.int32),
             counts=make((1,), torch.int32),
             row=Listed.build(s, make, s.rows),
             c=make((s.rows, s.stride), s.dtype),

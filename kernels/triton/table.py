@@ -17,10 +17,11 @@ from .shapes import Shape
 
 
 class ItemColumns(NamedTuple):
-    """Columns that are unique items: how often each is a candidate [n], and the prefix sums."""
+    """Columns that are unique items: how often each is a candidate [n], and their places
+    from 1."""
 
     count: Any
-    rank: Any
+    place: Any
 
 
 NO_COLUMNS = ItemColumns(None, None)
@@ -73,7 +74,7 @@ def table_gradient(
     result = tl.sum(total, axis=0)
     if back.acc is not None:
         if tl.load(columns.count + item) > 0:
-            column = tl.load(columns.rank + item) - 1 + tl.arange(0, 1)
+            column = tl.load(columns.place + item) - 1 + tl.arange(0, 1)
             de = pass_rows(
                 back,
                 counts_ptr + COLUMN,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from ..common import LOG2E, Source, add_in, kernel, load_source, rank_before, score_scale
+from ..common import LOG2E, Source, add_in, kernel, load_source, places_before, score_scale
 from ..masks import MASK_OTHER_PAGES, MASK_PAGE
 from ..results import AnchorResults, Items, finish
 from .attention import (
@@ -114,13 +114,13 @@ def candidate_scores(
     history_page_ptr,
     anchor_page_ptr,
     anchor_id_ptr,
-    anchor_rank_ptr,
+    anchor_place_ptr,
     anchor_count_ptr,
     column_list_ptr,
     column_page_ptr,
     column_id_ptr,
     column_bias_ptr,
-    y_rank_ptr,
+    y_place_ptr,
     column_count_ptr,
     positive_ptr,  # [capacity, 2]
     list_ptr,
@@ -162,10 +162,10 @@ def candidate_scores(
     if i >= count:
         return
     page = tl.load(anchor_page_ptr + i)
-    first = rank_before(anchor_rank_ptr, tl.load(pv_offsets_ptr + page))
+    first = places_before(anchor_place_ptr, tl.load(pv_offsets_ptr + page))
     if (i - first) % SLOTS != 0:
         return
-    last = rank_before(anchor_rank_ptr, tl.load(pv_offsets_ptr + page + 1))
+    last = places_before(anchor_place_ptr, tl.load(pv_offsets_ptr + page + 1))
     slot = i + tl.arange(0, SLOTS)
     slot_valid = slot < last
     where = part.to(tl.int64) * capacity + slot
@@ -195,7 +195,7 @@ def candidate_scores(
         if HAS_LOG_Q:
             place = tl.load(list_ptr + slot, mask=slot_valid, other=0)
             own -= tl.load(log_q_ptr + place, mask=slot_valid, other=0.0) * LOG2E
-    low, high = columns_of(page, pv_offsets_ptr, y_rank_ptr, tl.load(column_count_ptr), MASK)
+    low, high = columns_of(page, pv_offsets_ptr, y_place_ptr, tl.load(column_count_ptr), MASK)
     share_of = tl.cdiv(tl.cdiv(high - low, BLOCK_M), parts) * BLOCK_M
     begin = low + part * share_of
     end = tl.minimum(begin + share_of, high)
@@ -295,7 +295,7 @@ def candidate_columns(
     anchor_list_ptr,
     anchor_page_ptr,
     anchor_id_ptr,
-    anchor_rank_ptr,
+    anchor_place_ptr,
     anchor_count_ptr,
     column_list_ptr,
     column_page_ptr,
@@ -370,18 +370,18 @@ def candidate_columns(
     first = count * 0
     if MASK == MASK_PAGE:
         there = high_page >= 0
-        first = rank_before(
-            anchor_rank_ptr, tl.load(pv_offsets_ptr + low_page, mask=there, other=0)
+        first = places_before(
+            anchor_place_ptr, tl.load(pv_offsets_ptr + low_page, mask=there, other=0)
         )
-        count = rank_before(
-            anchor_rank_ptr, tl.load(pv_offsets_ptr + high_page + 1, mask=there, other=0)
+        count = places_before(
+            anchor_place_ptr, tl.load(pv_offsets_ptr + high_page + 1, mask=there, other=0)
         )
     index = first
     if PACKED:
         first = tl.load(long_ptr)
     while first < count:
         page = tl.load(anchor_page_ptr + first)
-        last = rank_before(anchor_rank_ptr, tl.load(pv_offsets_ptr + page + 1))
+        last = places_before(anchor_place_ptr, tl.load(pv_offsets_ptr + page + 1))
         past = tl.load(history_offsets_ptr + page)
         until = tl.load(history_offsets_ptr + page + 1)
         seen = inside
@@ -467,12 +467,12 @@ def candidate_history(
     history_page_ptr,
     anchor_list_ptr,
     anchor_id_ptr,
-    anchor_rank_ptr,
+    anchor_place_ptr,
     column_list_ptr,
     column_page_ptr,
     column_id_ptr,
     column_bias_ptr,
-    y_rank_ptr,
+    y_place_ptr,
     column_count_ptr,
     lse_ptr,
     miss_ptr,
@@ -523,11 +523,11 @@ def candidate_history(
     )
     anchors = Anchors(anchor_list_ptr, anchor_id_ptr, lse_ptr, miss_ptr, g_ptr)
     rules: tl.constexpr = Rules(MASK, MERGED, SLOTS)
-    first = rank_before(anchor_rank_ptr, tl.load(pv_offsets_ptr + page))
-    last = rank_before(anchor_rank_ptr, tl.load(pv_offsets_ptr + page + 1))
+    first = places_before(anchor_place_ptr, tl.load(pv_offsets_ptr + page))
+    last = places_before(anchor_place_ptr, tl.load(pv_offsets_ptr + page + 1))
     past = tl.load(history_offsets_ptr + page)
     until = tl.load(history_offsets_ptr + page + 1)
-    low, high = columns_of(page, pv_offsets_ptr, y_rank_ptr, tl.load(column_count_ptr), MASK)
+    low, high = columns_of(page, pv_offsets_ptr, y_place_ptr, tl.load(column_count_ptr), MASK)
     if first >= last:
         high = low
     inverse_tau = score_scale(tau, TAU_IS_TENSOR)

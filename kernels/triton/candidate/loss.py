@@ -62,7 +62,7 @@ def _columns(p: Problem, s: Shape, t: CandidateState) -> dict[str, Any]:
     """Lists of the columns and anchors, and which pairs of them count."""
     return {
         "anchor_id_ptr": t.anchor.list if p.ids is None else t.anchor.id,
-        "anchor_rank_ptr": t.ranks[0],
+        "anchor_place_ptr": t.places[0],
         "column_list_ptr": t.column.list,
         "column_page_ptr": t.column.page,
         "column_id_ptr": t.column.list if p.ids is None or s.merged else t.column.id,
@@ -127,7 +127,7 @@ def forward(
         **_columns(p, s, t),
         anchor_page_ptr=t.anchor.page,
         anchor_count_ptr=t.counts[0:1],
-        y_rank_ptr=t.ranks[2],
+        y_place_ptr=t.places[2],
         positive_ptr=positive,
         list_ptr=t.anchor.list,
         log_q_ptr=log_q,
@@ -198,7 +198,7 @@ def backward(p: Problem, needs: Needs, saved: Sequence[Tensor], grad: Tensor) ->
         # place of 16.
         kernels.candidate_history[(s.pages,)](
             **shared | {"num_stages": 1},
-            y_rank_ptr=t.ranks[2],
+            y_place_ptr=t.places[2],
             page_place_ptr=t.counts if packing is None else packing.page_place,
             dk_ptr=d_k if d_k is not None else g,
             dv_ptr=d_v if d_v is not None else g,

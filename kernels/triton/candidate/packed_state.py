@@ -141,7 +141,7 @@ def _anchors(p: Problem, s: CandidateShape, t: CandidateState, k: Packing) -> di
     """What the small kernels know of anchors and their pages."""
     return {
         "pv_offsets_ptr": p.pv_offsets,
-        "anchor_rank_ptr": t.ranks[0],
+        "anchor_place_ptr": t.places[0],
         "anchor_list_ptr": t.anchor.list,
         "anchor_page_ptr": t.anchor.page,
         "anchor_id_ptr": t.anchor.id if s.merged else t.anchor.list,
@@ -198,7 +198,7 @@ def pack(p: Problem, s: CandidateShape, t: CandidateState, k: Packing) -> None:
     packing.pack_pages[(1,)](
         p.pv_offsets,
         p.history_offsets,
-        t.ranks[0],
+        t.places[0],
         k.unit_page,
         k.page_place,
         k.long,
@@ -214,9 +214,9 @@ def pack(p: Problem, s: CandidateShape, t: CandidateState, k: Packing) -> None:
         p.history_offsets,
         t.history_page,
         t.anchor.list,
-        t.ranks[0],
+        t.places[0],
         p.pv_index if s.merged else k.slot_row,
-        t.item_rank if s.merged else t.ranks[2],
+        t.item_place if s.merged else t.places[2],
         k.unit_page,
         k.page_place,
         k.packed_count,

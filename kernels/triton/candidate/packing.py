@@ -14,7 +14,7 @@ from ..common import (
     add_in,
     kernel,
     load_rows,
-    rank_before,
+    places_before,
     score_scale,
     unit_scale,
 )
@@ -35,7 +35,7 @@ SIDE = tl.constexpr(4)
 def pack_pages(
     pv_offsets_ptr,
     history_offsets_ptr,
-    anchor_rank_ptr,
+    anchor_place_ptr,
     unit_page_ptr,  # [blocks * UNITS], -1 before
     page_place_ptr,  # [pages] its first unit, -1 where it has none
     long_ptr,  # [pages] first anchors of the pages that do not fit
@@ -49,7 +49,7 @@ def pack_pages(
     counts = tl.zeros([8], tl.int32)
     for start in range(0, pages, CHUNK):
         page = start + tl.arange(0, CHUNK)
-        size, _first = size_of(pv_offsets_ptr, history_offsets_ptr, anchor_rank_ptr, page, pages)
+        size, _first = size_of(pv_offsets_ptr, history_offsets_ptr, anchor_place_ptr, page, pages)
         counts += tl.sum((size[:, None] == sizes[None, :]).to(tl.int32), axis=0)
     blocks = tl.where(sizes < LARGEST, tl.cdiv(counts << sizes, UNITS), 0)
     base = tl.cumsum(blocks, axis=0) - blocks
@@ -57,10 +57,10 @@ def pack_pages(
     long = pages * 0
     for start in range(0, pages, CHUNK):
         page = start + tl.arange(0, CHUNK)
-        size, first = size_of(pv_offsets_ptr, history_offsets_ptr, anchor_rank_ptr, page, pages)
+        size, first = size_of(pv_offsets_ptr, history_offsets_ptr, anchor_place_ptr, page, pages)
         is_size = (size[:, None] == sizes[None, :]).to(tl.int32)
-        rank = tl.cumsum(is_size, axis=0) - is_size + seen[None, :]
-        place = (base * UNITS)[None, :] + (rank << sizes[None, :])
+        earlier = tl.cumsum(is_size, axis=0) - is_size + seen[None, :]
+        place = (base * UNITS)[None, :] + (earlier << sizes[None, :])
         place = tl.sum(place * is_size, axis=1)
         seen += tl.sum(is_size, axis=0)
         fits = (size >= 0) & (size < LARGEST)
@@ -86,11 +86,11 @@ def exponent_of(length):
 
 
 @triton.jit
-def size_of(pv_offsets_ptr, history_offsets_ptr, anchor_rank_ptr, page, pages):
+def size_of(pv_offsets_ptr, history_offsets_ptr, anchor_place_ptr, page, pages):
     """log2 of the units that pages need, LARGEST where they do not fit, -1 without an anchor; and
     their first anchors."""
     inside = page < pages
-    first, last = anchors_of(pv_offsets_ptr, anchor_rank_ptr, page, inside)
+    first, last = anchors_of(pv_offsets_ptr, anchor_place_ptr, page, inside)
     begin = tl.load(history_offsets_ptr + page, mask=inside, other=0)
     end = tl.load(history_offsets_ptr + page + 1, mask=inside, other=0)
     size = tl.where(last - first <= SIDE, exponent_of(end - begin), LARGEST)
@@ -98,11 +98,11 @@ def size_of(pv_offsets_ptr, history_offsets_ptr, anchor_rank_ptr, page, pages):
 
 
 @triton.jit
-def anchors_of(pv_offsets_ptr, anchor_rank_ptr, page, mask):
+def anchors_of(pv_offsets_ptr, anchor_place_ptr, page, mask):
     """The range of anchors of pages [BLOCK]."""
     first_row = tl.load(pv_offsets_ptr + page, mask=mask, other=0)
     last_row = tl.load(pv_offsets_ptr + page + 1, mask=mask, other=0)
-    return rank_before(anchor_rank_ptr, first_row), rank_before(anchor_rank_ptr, last_row)
+    return places_before(anchor_place_ptr, first_row), places_before(anchor_place_ptr, last_row)
 
 
 @kernel
@@ -113,9 +113,9 @@ def pack_blocks(
     history_offsets_ptr,
     history_page_ptr,
     anchor_list_ptr,
-    anchor_rank_ptr,
+    anchor_place_ptr,
     pv_index_ptr,
-    column_rank_ptr,
+    column_place_ptr,
     unit_page_ptr,
     page_place_ptr,
     packed_count_ptr,
@@ -183,13 +183,13 @@ def pack_blocks(
     units_here = block * UNITS + tl.arange(0, UNITS)
     page = tl.load(unit_page_ptr + units_here)
     there = page >= 0
-    first, last = anchors_of(pv_offsets_ptr, anchor_rank_ptr, page, there)
+    first, last = anchors_of(pv_offsets_ptr, anchor_place_ptr, page, there)
     for side in tl.static_range(SIDE):
         has = there & (first + side < last)
         item = tl.load(anchor_list_ptr + first + side, mask=has, other=0)
         if MERGED:
             item = tl.load(pv_index_ptr + item, mask=has, other=0).to(tl.int32)
-        column = tl.load(column_rank_ptr + item, mask=has, other=0) - 1
+        column = tl.load(column_place_ptr + item, mask=has, other=0) - 1
         tl.store(unit_column_ptr + side * units + units_here, column)
     tl.store(block_most_ptr + block, tl.max(last - first, axis=0))
     of_first = page == tl.load(unit_page_ptr + block * UNITS)
@@ -275,7 +275,7 @@ def own_score(i, valid, scale, own):
 @kernel
 def merge_packed(
     pv_offsets_ptr,
-    anchor_rank_ptr,
+    anchor_place_ptr,
     anchor_list_ptr,
     anchor_page_ptr,
     anchor_id_ptr,
@@ -319,7 +319,7 @@ def merge_packed(
         part_top = tl.load(packed_top_ptr + where, mask=valid, other=-float("inf"))
         part_total = tl.load(packed_total_ptr + where, mask=valid, other=0.0)
         top, total = add_in(top, total, part_top, part_total)
-    first, last = anchors_of(pv_offsets_ptr, anchor_rank_ptr, page, valid)
+    first, last = anchors_of(pv_offsets_ptr, anchor_place_ptr, page, valid)
     own_id = tl.load(anchor_id_ptr + i, mask=valid, other=0)
     if MASK != MASK_OTHER_PAGES:
         for side in tl.static_range(SIDE):
@@ -336,7 +336,7 @@ def merge_packed(
 def page_weights(
     pv_offsets_ptr,
     history_offsets_ptr,
-    anchor_rank_ptr,
+    anchor_place_ptr,
     anchor_list_ptr,
     anchor_page_ptr,
     anchor_id_ptr,
@@ -368,7 +368,7 @@ def page_weights(
     place = tl.load(page_place_ptr + page, mask=valid, other=-1)
     valid = valid & (place >= 0)
     scale = score_scale(tau, TAU_IS_TENSOR)
-    first, last = anchors_of(pv_offsets_ptr, anchor_rank_ptr, page, valid)
+    first, last = anchors_of(pv_offsets_ptr, anchor_place_ptr, page, valid)
     own_id = tl.load(anchor_id_ptr + i, mask=valid, other=0)
     own_of = Own(
         positive_ptr,
