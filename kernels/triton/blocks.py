@@ -167,7 +167,7 @@ class _CandidatePass:
             "SAME_Q": query is None,
             "MASK": MASKS["other_pages" if pairs == "other_pages" else "batch"],
             "HAS_BIAS": y.bias is not None,
-            "PACKED": False,
+            "BINNED": False,
             "SLOTS": SLOTS,
             **tiles,
         }
@@ -248,7 +248,7 @@ def candidate_backward(
         anchor_page_ptr=run.anchor_page,
         anchor_count_ptr=run.anchor_count,
         long_ptr=run.every,
-        packed_count_ptr=run.every,
+        bin_count_ptr=run.every,
         de_ptr=found.rows,
         dq_ptr=found.rows if found.query is None else found.query,
         tau_part_ptr=slope,

@@ -147,7 +147,7 @@ def candidate_scores(
     BIAS_IS_COUNT: tl.constexpr,
     HAS_LOG_Q: tl.constexpr,
     NEED_RANK: tl.constexpr,
-    PACKED: tl.constexpr,  # only pages without a place among the packed ones
+    BINNED: tl.constexpr,  # only pages without a place in a bin
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -169,7 +169,7 @@ def candidate_scores(
     slot = i + tl.arange(0, SLOTS)
     slot_valid = slot < last
     where = part.to(tl.int64) * capacity + slot
-    if PACKED:
+    if BINNED:
         if tl.load(page_place_ptr + page) >= 0:
             tl.store(top_ptr + where, slot * 0.0 - float("inf"), mask=slot_valid)
             tl.store(total_ptr + where, slot * 0.0, mask=slot_valid)
@@ -305,8 +305,8 @@ def candidate_columns(
     lse_ptr,
     miss_ptr,
     g_ptr,
-    long_ptr,  # first anchors of the pages that are not packed
-    packed_count_ptr,
+    long_ptr,  # first anchors of the pages that are in no bin
+    bin_count_ptr,
     de_ptr,  # [N or n, D], rows at their places
     dq_ptr,  # [N, D] likewise
     tau_part_ptr,  # [programs] sum of g cos
@@ -326,7 +326,7 @@ def candidate_columns(
     MERGED: tl.constexpr,
     WANT_E: tl.constexpr,
     WANT_Q: tl.constexpr,
-    PACKED: tl.constexpr,
+    BINNED: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -337,8 +337,8 @@ def candidate_columns(
     """dL/dE and dL/dq of a tile of candidates, over all pages with an anchor; with SAME_Q their sum
     is dL/dE."""
     pid = tl.program_id(0)
-    listed = tl.load(packed_count_ptr + 1) if PACKED else 0
-    if PACKED:
+    listed = tl.load(bin_count_ptr + 1) if BINNED else 0
+    if BINNED:
         if listed == 0:
             tl.store(tau_part_ptr + pid, 0.0)
             return
@@ -377,7 +377,7 @@ def candidate_columns(
             anchor_place_ptr, tl.load(pv_offsets_ptr + high_page + 1, mask=there, other=0)
         )
     index = first
-    if PACKED:
+    if BINNED:
         first = tl.load(long_ptr)
     while first < count:
         page = tl.load(anchor_page_ptr + first)
@@ -437,7 +437,7 @@ def candidate_columns(
                 part -= (turned * scale * q_inverse * q_inverse)[:, None] * q_head.to(tl.float32)
             d_q += part
         first = last
-        if PACKED:
+        if BINNED:
             index += 1
             first = tl.load(long_ptr + index, mask=index < listed, other=2147483647)
     dims = tl.arange(0, BLOCK_D)
@@ -497,7 +497,7 @@ def candidate_history(
     WANT_DK: tl.constexpr,
     WANT_DV: tl.constexpr,
     SUM_KV: tl.constexpr,
-    PACKED: tl.constexpr,
+    BINNED: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -508,7 +508,7 @@ def candidate_history(
     """dL/dk and dL/dv of a page's history, over all candidates; SUM_KV: their sum to dk. Zeros
     without an anchor."""
     page = tl.program_id(0)
-    if PACKED:
+    if BINNED:
         if tl.load(page_place_ptr + page) >= 0:
             return
     how: tl.constexpr = Attention(D, HEADS, COSINE, SAME_Q, BLOCK_H, BLOCK_D, PRECISION)
