@@ -36,9 +36,9 @@ _CONTRAST = (
     "scores",
     "product",
     "transposed_product",
-    "packed_scores",
-    "packed_columns",
-    "packed_history",
+    "binned_scores",
+    "binned_columns",
+    "binned_history",
 )
 
 

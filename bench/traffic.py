@@ -75,7 +75,7 @@ BYTES: dict[str, Formula] = {
     # both sides with ids, log-sum-exps; a row of dL/dE
     "contrast transposed": lambda s: s.vectors(s.rows + s.anchors) + 4 * (s.rows + s.anchors)
     + 4 * s.anchors + s.vectors(s.rows) + 4 * s.rows,
-    # list, flag, rank, parts with their maximum, lse, 1 - p, E, r, norm; dL/dR
+    # list, flag, place, parts with their maximum, lse, 1 - p, E, r, norm; dL/dR
     "reconstruction_gradient": lambda s: 9 * s.anchors
     + s.parts * (s.vectors(s.anchors) + 4 * s.anchors) + 12 * s.anchors
     + s.vectors(2 * s.anchors) + s.vectors(s.anchors),
@@ -88,7 +88,7 @@ BYTES: dict[str, Formula] = {
     # lists, those three, E and dL/dR of anchors, C with its pages; dq
     "attend_dq": lambda s: 20 * s.anchors + s.vectors(2 * s.anchors + s.history) + 4 * s.history
     + s.vectors(s.anchors),
-    # three flags and ranks, 1 - p, the row of the transposed pass, E, r and dq of anchors; dL/dE
+    # three flags and places, 1 - p, the row of the transposed pass, E, r and dq of anchors; dL/dE
     "pv_gradient": lambda s: 15 * s.rows + 4 * s.anchors + s.vectors(2 * s.rows)
     + s.vectors(2 * s.anchors) + s.vectors(s.rows),
 }
@@ -167,11 +167,14 @@ def walk(s: Sizes) -> list[Noted]:
     TRITON_INTERPRET=1."""
     from courier_fast.kernels.triton import (
         attention,
+        attention_backward,
         chunked,
-        click_sequence,
         contrast,
-        epilogue,
+        gradients,
         plan,
+        results,
+        rows,
+        table,
         tiles,
     )
     from courier_fast.kernels.triton import (
@@ -180,7 +183,8 @@ def walk(s: Sizes) -> list[Noted]:
     from courier_fast.loss.problem import Needs
     from courier_fast.testing.problems import NoValues, problem
 
-    modules = (plan, attention, contrast, chunked, epilogue, click_sequence)
+    forward = (plan, rows, attention, contrast, chunked, results)
+    modules = (*forward, gradients, attention_backward, table)
     noted: list[Noted] = []
     before = tiles.programs
     tiles.programs = lambda device: PROCESSORS

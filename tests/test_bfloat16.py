@@ -51,7 +51,7 @@ def rounds_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(builder, name, lambda self, x, kind: self.cast_impl(x, kind))
 
 
-PACKED: dict[str, Any] = {"attention": "candidate", "cosine": True, "attention_scale": 2.0}
+BINNED: dict[str, Any] = {"attention": "candidate", "cosine": True, "attention_scale": 2.0}
 CASES: dict[str, dict[str, Any]] = {
     "in-place": {"pages": 60, "clicked": 0.3},
     "both": {"direction": "both", "pages": 20},
@@ -60,14 +60,14 @@ CASES: dict[str, dict[str, Any]] = {
     "tau-0.02": {"tau": 0.02, "pages": 20},
     "chunks": {"dim": 300, "pages": 10},
     "candidate": {"attention": "candidate", "pages": 8},
-    "packed": PACKED | {"pages": 20},
-    "packed-items": PACKED | {"table": True, "tensor_tau": True, "pages": 12},
-    "packed-sharp": PACKED | {"attention_scale": 20.0, "tau": 0.02, "pages": 12},
-    "packed-long": PACKED | {"longest_history": 80, "pages": 5},
+    "binned": BINNED | {"pages": 20},
+    "binned-items": BINNED | {"table": True, "tensor_tau": True, "pages": 12},
+    "binned-sharp": BINNED | {"attention_scale": 20.0, "tau": 0.02, "pages": 12},
+    "binned-long": BINNED | {"longest_history": 80, "pages": 5},
 }
 
 
-@pytest.mark.long("kernels case by case", short=("both", "none", "candidate", "packed"))
+@pytest.mark.long("kernels case by case", short=("both", "none", "candidate", "binned"))
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients(case: str) -> None:
     check_loss("triton", draws=2, **({"dim": 32, "dtype": torch.bfloat16} | CASES[case]))

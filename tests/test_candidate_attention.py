@@ -78,7 +78,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tau-2": {"tau": 2.0},
     "all-clicked": {"clicked": 1.0},
     "items-all-clicked": {"clicked": 1.0, "table": True},
-    # By cosines: what Triton packs, and what it leaves out of that.
+    # By cosines: what Triton has in bins, and what it leaves out of them.
     "cosine-log-q-other-pages": {"log_q": True, "negatives": "other_pages"} | COSINE,
     "cosine-tensor-tau": {"tensor_tau": True} | COSINE,
     "cosine-weights": {"weights": True, "reduction": "sum"} | COSINE,
@@ -206,7 +206,7 @@ def test_half(impl: str, dtype: torch.dtype, case: str) -> None:
     check(impl, case, dtype=dtype, **({"pages": 14} if impl == "cpu" else {"pages": 7}))
 
 
-def test_which_pages_are_packed() -> None:
+def test_which_pages_are_binned() -> None:
     """By cosines, those of at most 4 anchors and 64 history rows: side by side with others that
     need as many units of 4."""
     pages = [(2, 1), (5, 64), (4, 5), (3, 0), (1, 65), (1, 33), (2, 4), (9, 2), (3, 9)]
@@ -217,23 +217,23 @@ def test_which_pages_are_packed() -> None:
     p = replace(p, cosine=True, attention_scale=5.0)
     skip_unless_available("triton", p)
     from courier_fast.kernels.triton import loss as triton_loss
-    from courier_fast.kernels.triton.candidate import packed_state
+    from courier_fast.kernels.triton.candidate import state
 
     if GPU and p.pv.dtype != torch.bfloat16:
         p = mapped(p, lambda _, x: x.bfloat16() if x.is_floating_point() else x)
     saved = triton_loss.loss_forward(p, Needs(pv=True, history=True), False)[-1]
-    shape = packed_state.candidate_shape(p)
-    packing = packed_state.CandidateState.restored(shape, saved).packing
-    assert packing is not None
+    shape = state.candidate_shape(p)
+    bins = state.CandidateState.restored(shape, saved).bins
+    assert bins is not None
     # Of one unit: pages 0 and 6; of two: page 2; of sixteen: 1 and 5. Page 4 is too long, page 7
     # has five anchors.
-    assert packing.page_place.tolist() == [0, 32, 16, -1, -1, 48, 1, -1, -1]
-    assert packing.packed_count.tolist() == [4, 2, 2]
-    assert packing.long[:2].tolist() == [10, 14]
+    assert bins.page_place.tolist() == [0, 32, 16, -1, -1, 48, 1, -1, -1]
+    assert bins.bin_count.tolist() == [4, 2, 2]
+    assert bins.long[:2].tolist() == [10, 14]
     page = torch.full((64,), -1)
     page[[0, 1]], page[16:18], page[32:48], page[48:] = torch.tensor([0, 6]), 2, 1, 5
-    assert packing.unit_page[:64].tolist() == page.tolist()
-    row = packing.slot_row.view(-1, 64)
+    assert bins.unit_page[:64].tolist() == page.tolist()
+    row = bins.slot_row.view(-1, 64)
     start = p.history_offsets.tolist()
     assert row[0, :6].tolist() == [start[0], -1, -1, -1, start[6], start[6] + 1]
     assert row[2].tolist() == list(range(start[1], start[2]))

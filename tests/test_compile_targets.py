@@ -46,13 +46,13 @@ OLDER_MAY_SPILL = {
     "candidate-items": 120,
     "candidate-dot": 48,
 }
-# The gradients of packed pages: what was reached. A step needs every register for its 128 x 64
+# The gradients of pages in bins: what was reached. A step needs every register for its 128 x 64
 # products and weights, and the sums go on top; smaller tiles would read the candidates more often
 # than the second-level cache gives them.
-PACKED_MAY_SPILL = {
-    "packed_history": 784,
-    "packed_columns": 256,
-    "pack_pages": 8,
+BINNED_MAY_SPILL = {
+    "binned_history": 784,
+    "binned_columns": 256,
+    "assign_bins": 8,
     "page_weights": 8,
 }
 
@@ -65,12 +65,11 @@ HOT_LOOPS = {
     "bf16-128": ((275, 286), (326, 349), (285, 325)),
     "bf16-64": ((147, 156), (171, 190), (164, 180)),
 }
-# Of a tile of candidates and a block, or half of one, of packed pages: the same of packed.py,
-# D = 256.
-PACKED_LOOPS = {
-    "packed_scores": (792, 843),
-    "packed_columns": (716, 696),
-    "packed_history": (1166, 1206),
+# Of a tile of candidates and a bin, or half of one: the same of binned.py, D = 256.
+BINNED_LOOPS = {
+    "binned_scores": (792, 843),
+    "binned_columns": (716, 696),
+    "binned_history": (1166, 1206),
 }
 SLACK = 4  # of the compiler: it orders and merges differently from one release to the next
 
@@ -117,10 +116,10 @@ def check(results: list[dict[str, Any]], may_spill: int = 0) -> None:
         assert x["error"] is None, f"{label}: {x['error']}"
         assert x["shared"] <= SHARED_MEMORY[x["capability"]], f"{label}: {x['shared']} bytes shared"
         spilled = f"{label}: {x['spilled']} bytes on the stack, {x['registers']} registers"
-        packed = PACKED_MAY_SPILL.get(x["name"], 0)
-        assert x["spilled"] <= max(may_spill, packed), spilled
+        binned = BINNED_MAY_SPILL.get(x["name"], 0)
+        assert x["spilled"] <= max(may_spill, binned), spilled
         in_loop = {"LDL", "STL"} & set(x["loop"])
-        assert packed or not in_loop, f"{label}: spills in the loop: {x['loop']}"
+        assert binned or not in_loop, f"{label}: spills in the loop: {x['loop']}"
         assert x["wgmma"] or not x["needs_wgmma"], f"{label}: no wgmma in the PTX"
 
 
@@ -161,14 +160,14 @@ def test_hot_loops_stay_bare(label: str) -> None:
 
 
 @pytest.mark.long("GPU targets")
-def test_loops_over_packed_pages_do_not_grow() -> None:
+def test_loops_over_bins_do_not_grow() -> None:
     if version() < (3, 6):
         pytest.skip("counted from Triton 3.6 on")
-    found = [x for x in compiled("candidate-256") if x["name"] in PACKED_LOOPS]
-    assert {x["name"] for x in found} == set(PACKED_LOOPS)
+    found = [x for x in compiled("candidate-256") if x["name"] in BINNED_LOOPS]
+    assert {x["name"] for x in found} == set(BINNED_LOOPS)
     for x in found:
         count, large = sum(x["loop"].values()), x["constexprs"].get("STEP") == 64
-        most = PACKED_LOOPS[x["name"]][version() >= (3, 7)]
+        most = BINNED_LOOPS[x["name"]][version() >= (3, 7)]
         assert count > most // 2, f"{x['name']}: {x['loop']} is no loop over candidates"
         assert large or count <= most + SLACK, f"{x['name']}: {count} instructions: {x['loop']}"
 

@@ -305,6 +305,7 @@ def test_temperature_of_0_005_is_right(impl: str) -> None:
     budget.check()
 
 
+KERNELS = Path(tiles.__file__).parent
 STRIDES = {"D", "STRIDE", "DQ_STRIDE", "BLOCK_D", "y_capacity", "chunk_rows"}
 
 
@@ -338,14 +339,11 @@ def test_narrow_products_are_found() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "kernel",
-    ["attention", "chunked", "click_sequence", "collect", "common", "contrast", "epilogue"],
-)
+@pytest.mark.parametrize("kernel", sorted(x.stem for x in KERNELS.glob("*.py")))
 def test_row_offsets_are_64_bit(kernel: str) -> None:
     """No kernel multiplies a 32-bit row number by a stride (flash-linear-attention #1080, FBGEMM
     #5755)."""
-    assert not narrow_products((Path(tiles.__file__).parent / f"{kernel}.py").read_text())
+    assert not narrow_products((KERNELS / f"{kernel}.py").read_text())
 
 
 def test_more_than_2_31_similarities() -> None:

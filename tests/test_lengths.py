@@ -228,7 +228,7 @@ ZERO_CASES = {name: CASES[name] for name in ZERO_NAMES} | {
 @pytest.mark.parametrize("impl", ["cpu", "triton"])
 @pytest.mark.parametrize("case", ZERO_CASES)
 def test_zero_rows(impl: str, case: str) -> None:
-    """A zero row of the history had no gradient as a value where pages are packed."""
+    """A zero row of the history had no gradient as a value where pages are in bins."""
     projected = bool(ZERO_CASES[case].get("projected"))
     problems, gradient = [], False
     for kind, of in ZERO.items():

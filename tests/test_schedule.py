@@ -26,7 +26,7 @@ triton = pytest.importorskip("triton")
 tl = triton.language
 
 from courier_fast.kernels.triton import loss as triton_loss  # noqa: E402
-from courier_fast.kernels.triton import stages, tiles  # noqa: E402
+from courier_fast.kernels.triton import table, tiles  # noqa: E402
 from courier_fast.kernels.triton.common import parts_of, schedule  # noqa: E402
 from courier_fast.loss import operators, reference  # noqa: E402
 
@@ -155,17 +155,17 @@ def test_a_tile_divided_between_programs_in_a_sequence(ids: bool) -> None:
 # rows are in memory: its share would begin at 3.1e9 of 312,500 blocks, past what 32 bits hold.
 PAST_THE_WORK = """
 import torch, triton.runtime.interpreter as interpreter
-from courier_fast.kernels.triton import contrast, passes, state
+from courier_fast.kernels.triton import contrast, shapes
 from courier_fast.loss.problem import Problem
 from factories import make
 
-s = state.loss_shape(make(0, impl="triton", dim=32))
+s = shapes.loss_shape(make(0, impl="triton", dim=32))
 def rows(count):
     number = torch.zeros(32, dtype=torch.int32)
     count = torch.tensor([count], dtype=torch.int32)
-    return state.PassSide(torch.ones(32, 32), count, number, number, number, None, number)
+    return contrast.PassSide(torch.ones(32, 32), count, number, number, number, None, number)
 left = [torch.full(size, 7.0) for size in ((32, 32), (32,), (32,))]
-out = state.Pass(*left, torch.empty(0, dtype=torch.int32), 62_500, s.tile)
+out = contrast.Pass(*left, torch.empty(0, dtype=torch.int32), 62_500, s.tile)
 builder, real = interpreter.interpreter_builder, contrast.contrast
 builder.set_grid_idx = lambda x, y, z: setattr(builder, "grid_idx", (40_000, y, z))
 class One:
@@ -174,8 +174,8 @@ class One:
         return real[(1,)]
 contrast.contrast = One()
 seed = torch.zeros(2, dtype=torch.int64)
-scores = state.Scores(0, 10.0, False, seed, 0, online=False, fixed_shift=True)
-passes.run_contrast(s, rows(160), rows(2_000_000), scores, out)
+scores = contrast.Scores(0, 10.0, False, seed, 0, online=False, fixed_shift=True)
+contrast.run_contrast(s, rows(160), rows(2_000_000), scores, out)
 assert all((x == 7.0).all() for x in left), "wrote"
 print("nothing written")
 """
@@ -223,7 +223,7 @@ def test_occurrences_are_sorted_by_keys_as_short_as_they_can_be(
     if items > 5:  # where each item begins would be 16 GiB
         monkeypatch.setattr(torch, "arange", lambda *_, **options: torch.tensor([0, 1], **options))
     index, page = torch.tensor([3, 0, 3, 1]), torch.tensor([0, 0, -1, 1])
-    order, starts = stages.occurrences(items, [(index, page), (index[:1], page[:1])])
+    order, starts = table.occurrences(items, [(index, page), (index[:1], page[:1])])
     assert sorted_ == [torch.int32 if items == 5 else torch.int64]
     assert order.tolist() == [1, 3, 0, 4, 2]  # padding last
     assert starts.tolist() == ([0, 1, 2, 2, 4, 4] if items == 5 else [0, 1])

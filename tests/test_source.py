@@ -100,7 +100,7 @@ def test_nothing_read_is_run() -> None:
     every = sources()
     assert {
         "courier_fast/loss/union/exchange.py",
-        "kernels/triton/candidate/packing.py",
+        "kernels/triton/candidate/bins.py",
         "docs/training.md 0",
     } <= every.keys()
     assert [f"{name}:{line}" for name, code in every.items() for line in findings(code)] == []

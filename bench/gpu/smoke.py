@@ -28,6 +28,8 @@ from bench.problems import Batch, Options, Shape, make_batch
 from courier_fast.testing.budget import DRAWS, Budget, Rounding, Yardstick, held
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What only `group` and `memory` launch.
+NOT_LAUNCHED = ("collect_rows",)
 
 
 @dataclass(frozen=True)

@@ -15,22 +15,14 @@ from ...loss.union import blocks
 from . import tiles
 from .candidate import kernels
 from .candidate.loss import SLOTS, parts_of, tiles_of
-from .collect import collect_rows
-from .common import LOG2E
-from .epilogue import Parts
+from .chunked import Transposed, run_chunks
+from .common import LOG2E, temperature
+from .contrast import Pass, PassSide, lowered, run_contrast, scores
 from .masks import MASKS
-from .passes import forward_pass, lowered, run_chunks, run_contrast
-from .stages import pass_tiles
-from .state import (
-    Pass,
-    PassSide,
-    Results,
-    Transposed,
-    block_shape,
-    cdiv,
-    scores,
-    temperature,
-)
+from .parts import collect
+from .passes import forward_pass
+from .results import Results
+from .shapes import block_shape, cdiv
 
 if TYPE_CHECKING:
     from ...loss.problem import Histories
@@ -79,24 +71,6 @@ class _Pass:
         )
         return Pass(acc, top, total, None, s.slots(rows, tile), tile)
 
-    def collect(self, out: Pass, x: PassSide, y: PassSide, lse: Tensor | None) -> Tensor:
-        s, n = self.shape, x.unit.shape[0]
-        found = torch.zeros(n, self.dim, dtype=torch.float32, device=self.device)
-        collect_rows[(cdiv(n, s.small.block_m),)](
-            Parts(out.acc, None if lse is None else out.top, lse),
-            x.count,
-            y.count,
-            found,
-            out.slots,
-            s.programs(out.tile),
-            D=self.dim,
-            how=pass_tiles(s, out.tile),
-            BLOCK_M=s.small.block_m,
-            BLOCK_D=s.block_d,
-            num_warps=s.small.num_warps,
-        )
-        return found
-
 
 def forward(x: Block, y: Block, pairs: str, scoring: Scoring, bar: Tensor | None) -> Partial:
     """As blocks.forward."""
@@ -106,7 +80,7 @@ def forward(x: Block, y: Block, pairs: str, scoring: Scoring, bar: Tensor | None
     out = run.empty(run.shape.tile, len(x), True)
     lse = torch.full((len(x),), -torch.inf, dtype=torch.float32, device=run.device)
     forward_pass(run.shape, run.x, run.y, run.scores, out, Results(lse, lse, lse))
-    mean = torch.where(lse[:, None] == -torch.inf, 0.0, run.collect(out, run.x, run.y, lse))
+    mean = torch.where(lse[:, None] == -torch.inf, 0.0, collect(run.shape, out, run.x, run.y, lse))
     ranks = None if bar is None else blocks.above(x, y, pairs, scoring, bar)
     return blocks.Partial(lse.double() * math.log(2.0), mean, ranks)
 
@@ -141,7 +115,7 @@ def backward(y: Block, x: Block, lse: Tensor, g: Tensor, pairs: str, scoring: Sc
         run_contrast(
             s, run.y, run.x, run.scores, out, y_offset=offset, y_offset_is_lse=True, **about
         )
-        found = run.collect(out, run.y, run.x, None)
+        found = collect(s, out, run.y, run.x, None)
     return found if factor is None else found * factor
 
 
@@ -179,7 +153,7 @@ class _CandidatePass:
             "history_offsets_ptr": histories.offsets,
             "history_page_ptr": histories.page.to(torch.int32),
             "anchor_id_ptr": x.ids if identified else torch.ones_like(rows),
-            "anchor_rank_ptr": rows[1:],
+            "anchor_place_ptr": rows[1:],
             "column_list_ptr": columns,
             "column_page_ptr": nothing if y.page is None else y.page.to(torch.int32),
             "column_id_ptr": y.ids if identified else torch.zeros_like(columns),
@@ -193,7 +167,7 @@ class _CandidatePass:
             "SAME_Q": query is None,
             "MASK": MASKS["other_pages" if pairs == "other_pages" else "batch"],
             "HAS_BIAS": y.bias is not None,
-            "PACKED": False,
+            "BINNED": False,
             "SLOTS": SLOTS,
             **tiles,
         }
@@ -228,7 +202,7 @@ def candidate_forward(
         **run.shared,
         anchor_page_ptr=run.anchor_page,
         anchor_count_ptr=run.anchor_count,
-        y_rank_ptr=run.every,
+        y_place_ptr=run.every,
         positive_ptr=positive,
         list_ptr=run.every,
         log_q_ptr=positive,
@@ -274,7 +248,7 @@ def candidate_backward(
         anchor_page_ptr=run.anchor_page,
         anchor_count_ptr=run.anchor_count,
         long_ptr=run.every,
-        packed_count_ptr=run.every,
+        bin_count_ptr=run.every,
         de_ptr=found.rows,
         dq_ptr=found.rows if found.query is None else found.query,
         tau_part_ptr=slope,
@@ -283,7 +257,7 @@ def candidate_backward(
     )
     kernels.candidate_history[(len(histories.offsets) - 1,)](
         **given,
-        y_rank_ptr=run.every,
+        y_place_ptr=run.every,
         page_place_ptr=run.every,
         dk_ptr=found.key,
         dv_ptr=found.key if found.value is None else found.value,

@@ -6,12 +6,20 @@ that of e.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .common import LOG2E, kernel, score_scale
-from .contrast import add_in
+from . import tiles
+from .common import LOG2E, add_in, kernel, score_scale
+from .contrast import HALF_LIFT, Columns, Pass, PassSide, Rows, Scores, Sums
 from .masks import MASK_OTHER_PAGES, MASK_PAGE, MASK_SEQUENCE, MASK_SEQUENCE_IDS, candidate_mask
+from .results import Results, finish_pass
+from .shapes import Shape, cdiv
 
 
 @kernel(aligned=("p_stride",))
@@ -296,3 +304,187 @@ def transposed_product(
         x = load_columns(x_ptr, tl.minimum(row, x_rows - 1), column, STRIDE, BLOCK_N)
         acc = tl.dot(tl.trans(p), x, acc, input_precision=PRECISION)
     tl.store(out, acc, mask=mask)
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Transposed:
+    """sum_i g_i p_ij x_i, into `out` [y capacity, STRIDE]; g may be in units of its largest entry
+    (float16)."""
+
+    g: Tensor
+    out: Tensor
+
+
+def run_chunks(
+    s: Shape,
+    x: PassSide,
+    y: PassSide,
+    scores: Scores,
+    lse: Tensor,
+    transposed: Transposed | None,
+    out: Pass | None = None,
+    results: Results | None = None,
+) -> None:
+    """A contrast direction in chunks of rows. `out` and `results`: the forward pass, which fills
+    `lse`; without them `lse` is known. With a fixed shift and `transposed`, the scores are computed
+    once and P serves two products."""
+    values = out is not None and s.values
+    run = _Chunks(s, x, y, scores, lse, values or transposed is not None, out, results)
+    scaled = None
+    if transposed is not None:
+        scaled = torch.empty(run.rows, s.stride, dtype=x.unit.dtype, device=s.device)
+    capacity = x.unit.shape[0]
+    for first in range(0, capacity, run.rows):
+        # Relative to the log-sum-exp, not to a shift.
+        normalised = out is None or scores.online
+        if out is not None and results is not None:
+            run.scores(first, False, True, run.store and not normalised)
+            run.reduce(first, out)
+            finish_pass(s, x, y, scores, out, results, first, min(run.rows, capacity - first))
+        if normalised and run.store:
+            run.scores(first, True, False, True)
+        if out is not None and values:
+            if normalised:
+                # The product's P is relative to the log-sum-exp now, not to the running maximum.
+                assert out.top is not None
+                last = min(first + run.rows, capacity)
+                torch.sub(lse[first:last], run.lift, out=out.top[first:last])
+            run.product(first, out.acc)
+        if transposed is not None:
+            top = out.top if out is not None else lse
+            run.transposed_product(first, transposed, scaled, top, normalised)
+
+
+_NO_SUMS = Sums(None, None, None, None)
+
+
+class _Chunks:
+    """The workspace of a direction in chunks of rows, and its launches for the chunk that begins
+    with row `first`."""
+
+    def __init__(
+        self,
+        s: Shape,
+        x: PassSide,
+        y: PassSide,
+        scores: Scores,
+        lse: Tensor,
+        store: bool,
+        out: Pass | None,
+        results: Results | None,
+    ) -> None:
+        tile, kind = s.product, x.unit.dtype
+        self.s, self.x, self.y, self.how, self.lse, self.store = s, x, y, scores, lse, store
+        self.online, self.results = out is not None and scores.online, results
+        self.rank = results is not None and results.stats
+        self.columns = y.unit.shape[0]
+        self.rows = min(
+            tiles.chunk_rows(self.columns, kind, scores.workspace, tile),
+            cdiv(x.unit.shape[0], tile.block_m) * tile.block_m,
+        )
+        self.tiles_m, self.tiles_n = cdiv(self.rows, tile.block_m), cdiv(self.columns, tile.block_n)
+        # Rows of P begin at multiples of a tile: loads stay wide, and a tile may be read beyond its
+        # last column.
+        self.stride = cdiv(self.tiles_n * tile.block_n, tile.block_m) * tile.block_m
+        self.p = torch.empty(self.rows, self.stride, dtype=kind, device=s.device) if store else None
+        parts = (self.tiles_n, self.rows)
+        top, total = (torch.empty(parts, dtype=torch.float32, device=s.device) for _ in range(2))
+        above = torch.empty(parts, dtype=torch.int32, device=s.device) if self.rank else None
+        self.sums = Sums(None, top, total, above)
+        self.lift = HALF_LIFT if kind == torch.float16 else 0.0
+        self.tile: dict[str, Any] = {
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+            "PRECISION": s.precision,
+            **tile.launch,
+        }
+
+    def scores(self, first: int, normalised: bool, sums: bool, keep: bool) -> None:
+        """P of the chunk if `keep`; with `sums` its rows' largest score and sum in each tile."""
+        x, y, results = self.x, self.y, self.results
+        positive = None if results is None else results.positive
+        log_q = None if results is None else results.log_q
+        scores[(self.tiles_m * self.tiles_n,)](
+            Rows(x.unit, x.ids, x.page, x.count, x.list, None, positive, log_q),
+            Columns(y.unit, y.ids, y.page, y.count, y.bias),
+            self.lse if normalised else None,
+            self.p if keep else None,
+            self.sums if sums else _NO_SUMS,
+            self.how.tau,
+            self.lift if normalised else 0.0,
+            first,
+            self.rows,
+            self.stride,
+            STRIDE=self.s.stride,
+            TAU_IS_TENSOR=self.how.tau_is_tensor,
+            MASK=self.how.mask,
+            Y_OFFSET_IS_COUNT=y.merged and results is not None,
+            ONLINE=self.online,
+            **self.tile,
+        )
+
+    def reduce(self, first: int, out: Pass) -> None:
+        """One part of each row, from those of the tiles."""
+        reduce_parts[(cdiv(self.rows, 256),)](
+            self.sums,
+            Sums(None, out.top, out.total, out.above if self.rank else None),
+            self.x.count,
+            self.y.count,
+            first,
+            self.rows,
+            BLOCK_N=self.s.product.block_n,
+            BLOCK=256,
+        )
+
+    def product(self, first: int, out: Tensor) -> None:
+        """P y."""
+        product[(self.tiles_m * cdiv(self.s.stride, self.s.product.block_n),)](
+            self.p,
+            self.y.unit,
+            self.x.count,
+            self.y.count,
+            out,
+            first,
+            self.rows,
+            self.stride,
+            STRIDE=self.s.stride,
+            **self.tile,
+        )
+
+    def transposed_product(
+        self, first: int, transposed: Transposed, scaled: Any, top: Tensor, normalised: bool
+    ) -> None:
+        """P^T of the scaled rows x, added to what earlier chunks gave."""
+        s, tile = self.s, self.s.product
+        scale_rows[(cdiv(self.rows, s.small.block_m),)](
+            self.x.unit,
+            transposed.g,
+            None if normalised else top,
+            self.lse,
+            scaled,
+            self.x.count,
+            first,
+            self.rows,
+            STRIDE=s.stride,
+            BLOCK_M=s.small.block_m,
+            BLOCK_D=tiles.next_power_of_2(s.stride),
+            num_warps=s.small.num_warps,
+        )
+        programs = cdiv(self.columns, tile.block_m) * cdiv(s.stride, tile.block_n)
+        transposed_product[(programs,)](
+            self.p,
+            scaled,
+            self.x.count,
+            self.y.count,
+            transposed.out,
+            first,
+            self.rows,
+            self.stride,
+            STRIDE=s.stride,
+            ACCUMULATE=first > 0,
+            **self.tile,
+        )

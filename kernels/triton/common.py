@@ -15,13 +15,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from . import tiles
+
+if TYPE_CHECKING:
+    from ...loss.problem import Problem, SequenceProblem
+    from ...loss.union.blocks import Scoring
 
 # Vectors no longer than this count as zero: cosine 0, gradient 0.
 NORM_EPS = tl.constexpr(1e-12)
@@ -35,7 +40,7 @@ SMALLEST_FIXED_TAU = 0.05
 
 # Addresses of one number among others, or of a row of a table: whether they are multiples of 16
 # bytes says nothing.
-_ANYWHERE = ("count_ptr", "rank_ptr", "reconstructed_rank_ptr", "y_rank_ptr")
+_ANYWHERE = ("count_ptr", "place_ptr", "reconstructed_place_ptr", "y_place_ptr")
 
 
 def kernel(
@@ -108,9 +113,9 @@ def page_of(offsets_ptr, row, pages, steps):
 
 
 @triton.jit
-def rank_before(rank_ptr, row):
+def places_before(place_ptr, row):
     """Flagged rows among the first `row` ones, from the inclusive prefix sums."""
-    return tl.load(rank_ptr + row - 1, mask=row > 0, other=0)
+    return tl.load(place_ptr + row - 1, mask=row > 0, other=0)
 
 
 class Source(NamedTuple):
@@ -157,6 +162,16 @@ def score_scale(tau, TAU_IS_TENSOR: tl.constexpr):
         return (1.0 / tl.load(tau).to(tl.float64) * LOG2E).to(tl.float32)
     else:
         return tau
+
+
+def temperature(p: Problem | SequenceProblem | Scoring) -> dict[str, Any]:
+    """What `score_scale` of the kernels takes."""
+    known = p.temperature is None
+    tau = 1.0 / (p.tau * math.log(2.0)) if known else p.temperature
+    return {"tau": tau, "TAU_IS_TENSOR": not known}
+
+
+NO_TAU = {"tau": 1.0, "TAU_IS_TENSOR": False}
 
 
 @triton.jit
@@ -218,3 +233,11 @@ def normalize_backward(grad, unit, norm):
     """Gradient of x from that of x / |x|: (grad - (grad . unit) unit) / |x|."""
     along = tl.sum(grad * unit, axis=1)
     return (grad - along[:, None] * unit) * unit_scale(norm)[:, None]
+
+
+@triton.jit
+def add_in(top, total, new_top, new_total):
+    """Sum of two (maximum, sum of 2^(t - maximum)) pairs."""
+    highest = tl.maximum(top, new_top)
+    safe = tl.where(highest == -float("inf"), 0.0, highest)
+    return highest, total * tl.exp2(top - safe) + new_total * tl.exp2(new_top - safe)

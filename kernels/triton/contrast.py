@@ -6,22 +6,31 @@ Scores are in powers of two: t_ij = log2(e) (cos_ij / tau + bias_j).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from . import tiles
 from .common import (
     LN2,
     LOG2E,
     SMALLEST_FIXED_TAU,
     kernel,
-    parts_of,
-    rank_before,
+    places_before,
     schedule,
     score_scale,
+    temperature,
 )
-from .masks import MASK_OTHER_PAGES, MASK_PAGE, MASK_SEQUENCE_IDS, candidate_mask
+from .masks import MASK_OTHER_PAGES, MASK_PAGE, MASK_SEQUENCE_IDS, MASKS, candidate_mask
+from .shapes import Shape
+
+if TYPE_CHECKING:
+    from ...loss.problem import Problem, SequenceProblem
+    from ...loss.union.blocks import Scoring
 
 # A row's sum is kept in this many parts, one to each column of the smallest matrix instruction:
 # threads hold columns of their own and meet once, after the loop.
@@ -277,7 +286,7 @@ def contrast_rows(
     y,
     x_count,
     y_count,
-    y_rank_ptr,
+    y_place_ptr,
     sums,
     scale,
     how: tl.constexpr,
@@ -309,8 +318,8 @@ def contrast_rows(
     if how.MASK == MASK_PAGE:
         page_first = tl.load(x.page + first)
         page_last = tl.load(x.page + tl.minimum(first + how.BLOCK_M, x_count) - 1)
-        low = rank_before(y_rank_ptr, tl.load(y.page_offsets + page_first))
-        end = rank_before(y_rank_ptr, tl.load(y.page_offsets + page_last + 1))
+        low = places_before(y_place_ptr, tl.load(y.page_offsets + page_first))
+        end = places_before(y_place_ptr, tl.load(y.page_offsets + page_last + 1))
         columns = tl.cdiv(tl.cdiv(end - low, how.BLOCK_N), parts) * how.BLOCK_N
         low += part * columns
         high = tl.minimum(low + columns, end)
@@ -331,8 +340,8 @@ def contrast_rows(
         else:
             begin = tl.load(x.list + first, mask=there, other=0)
             end = tl.load(x.list + last, mask=there, other=0) + 1
-        own_first = rank_before(y_rank_ptr, begin) - (how.BLOCK_N - 1)
-        own_width = (rank_before(y_rank_ptr, end) - own_first).to(tl.uint32, bitcast=True)
+        own_first = places_before(y_place_ptr, begin) - (how.BLOCK_N - 1)
+        own_width = (places_before(y_place_ptr, end) - own_first).to(tl.uint32, bitcast=True)
 
     before = None if how.X_OFFSET_AFTER else x_offset
     rows = RowTile(unit, x_id, x_page, x_place, before, rank_score)
@@ -360,7 +369,7 @@ def contrast_rows(
 def contrast(
     x,  # Rows
     y,  # Columns
-    y_rank_ptr,  # the prefix sums that made the list of y
+    y_place_ptr,  # the prefix sums that made the list of y
     sums,  # Sums
     slots,
     programs,
@@ -423,7 +432,7 @@ def contrast(
                 y,
                 x_count,
                 y_count,
-                y_rank_ptr,
+                y_place_ptr,
                 sums,
                 scale,
                 how,
@@ -447,146 +456,156 @@ def contrast(
             y,
             x_count,
             y_count,
-            y_rank_ptr,
+            y_place_ptr,
             sums,
             scale,
             how,
         )
 
 
-@triton.jit
-def add_in(top, total, new_top, new_total):
-    """Sum of two (maximum, sum of 2^(t - maximum)) pairs."""
-    highest = tl.maximum(top, new_top)
-    safe = tl.where(highest == -float("inf"), 0.0, highest)
-    return highest, total * tl.exp2(top - safe) + new_total * tl.exp2(new_top - safe)
+# ---- launches ------------------------------------------------------------------------------------
+
+# float16 probabilities of many candidates would be subnormal: they are lifted by 2^12 and lowered
+# again in float32.
+HALF_LIFT = 12.0
 
 
-class Items(NamedTuple):
-    """Statistics of each item, at its place in the batch [N]."""
-
-    lse: Any
-    positive: Any
-    rank: Any
-
-
-class AnchorResults(NamedTuple):
-    """What is known of each anchor [capacity] after the forward pass."""
-
-    loss: Any
-    lse: Any  # in powers of two
-    miss: Any  # 1 - p of the positive
-    items: Any  # None without statistics
+def lowered(g: Tensor) -> tuple[Tensor, Tensor]:
+    """g in units of its largest entry, and the factor to restore the products (float16 range)."""
+    largest = g.abs().amax()
+    largest = torch.where(largest == 0, 1.0, largest)
+    return g / largest, largest * 2.0**-HALF_LIFT
 
 
-@triton.jit
-def finish(row, valid, top, total, above, positive_ptr, list_ptr, log_q_ptr, scale, out):
-    """loss_i = logsumexp_{j in cand(i)} s_ij - s_ii from the sums over all but the positive."""
-    position = tl.load(list_ptr + row, mask=valid, other=0)
-    cosine = tl.load(positive_ptr + row.to(tl.int64) * 2, mask=valid, other=0.0)
-    positive = cosine * scale
-    if log_q_ptr is not None:
-        positive -= tl.load(log_q_ptr + position, mask=valid, other=0.0) * LOG2E
-    one = tl.full([row.shape[0]], 1.0, tl.float32)
-    # Alone among the candidates the positive is their log-sum-exp, to the bit.
-    top = tl.where(total > 0, top, -float("inf"))
-    highest, everything = add_in(top, total, positive, one)
-    lse = highest + tl.log2(everything)
-    tl.store(out.miss + row, total * tl.exp2(top - highest) / everything, mask=valid)
-    tl.store(out.loss + row, (lse - positive) * LN2, mask=valid)
-    tl.store(out.lse + row, lse, mask=valid)
-    if out.items is not None:
-        tl.store(out.items.lse + position, lse * LN2, mask=valid)
-        tl.store(out.items.positive + position, cosine, mask=valid)
-        tl.store(out.items.rank + position, above.to(tl.int64) + 1, mask=valid)
+@dataclass
+class PassSide:
+    """One side of a contrast pass: unit rows and what masks and offsets them. Without ids, `ids` is
+    the list."""
+
+    unit: Tensor
+    count: Tensor
+    list: Tensor
+    page: Tensor
+    ids: Tensor
+    bias: Tensor | None
+    place: Tensor  # of its rows from 1: the prefix sums that made the list
+    merged: bool = False  # the bias is log m of m equal candidates
 
 
-@kernel
-def finish_rows(
-    sums,  # Sums
-    x_count_ptr,
-    y_count_ptr,
-    positive_ptr,  # [capacity, 2] or None
-    list_ptr,  # [capacity] PV rows of the anchors
-    log_q_ptr,  # [N] or None
-    out,  # AnchorResults
-    slots,
-    programs,
-    first_row,
-    last_row,
-    tau,
-    TAU_IS_TENSOR: tl.constexpr,
-    STREAM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """loss_i = logsumexp_{j in cand(i)} s_ij - s_ii, the positive added in float32 apart from the
-    products.
+@dataclass
+class Pass:
+    """Partial results of one contrast pass."""
 
-    Without positives (click sequence) they are among the candidates, only the log-sum-exp is
-    wanted.
-    """
-    row = first_row + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x_count = tl.load(x_count_ptr)
-    valid = row < tl.minimum(x_count, last_row)
-    _tiles, blocks, parts, share = schedule(
-        x_count, tl.load(y_count_ptr), slots, programs, BLOCK_M, BLOCK_N, STREAM
+    acc: Tensor
+    top: Tensor | None
+    total: Tensor | None
+    above: Tensor | None
+    slots: int
+    tile: tiles.Tile
+    in_place: bool = False  # `acc` is where the rows' gradients go, each at its row's place
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Which pairs the passes score, and how."""
+
+    mask: int
+    tau: Any  # what `score_scale` of the kernels takes
+    tau_is_tensor: bool
+    page_offsets: Tensor
+    workspace: int  # bytes
+    # Whether the running maximum may be needed: tau unknown here or small, or no bound on the
+    # scores; and whether 1/tau may replace it. Where tau is on the device, both hold and the kernel
+    # looks there.
+    online: bool
+    fixed_shift: bool
+
+
+def scores(
+    p: Problem | SequenceProblem | Scoring,
+    mask: int,
+    page_offsets: Tensor,
+    dtype: torch.dtype,
+    biased: bool,
+) -> Scores:
+    tau, tau_is_tensor = temperature(p).values()
+    # Biases are of unknown size; float16 products need every bit of their range.
+    bounded = not biased and dtype != torch.float16
+    large = p.tau >= SMALLEST_FIXED_TAU
+    return Scores(
+        mask,
+        tau,
+        tau_is_tensor,
+        page_offsets,
+        p.workspace,
+        online=tau_is_tensor or not large or not bounded,
+        fixed_shift=bounded and (tau_is_tensor or large),
     )
-    scale = score_scale(tau, TAU_IS_TENSOR)
-    first, number = parts_of((row // BLOCK_M).to(tl.int64), blocks, parts, share)
-    most = tl.max(tl.where(valid, number, 0), axis=0)
-    top = tl.full([BLOCK], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    above = tl.zeros([BLOCK], tl.int32)
-    for part in range(most):
-        slot = (first + part) * BLOCK_M + row % BLOCK_M
-        there = valid & (part < number)
-        part_top = tl.load(sums.top + slot, mask=there, other=-float("inf"))
-        part_total = tl.load(sums.total + slot, mask=there, other=0.0)
-        top, total = add_in(top, total, part_top, part_total)
-        if out.items is not None:
-            above += tl.load(sums.above + slot, mask=there, other=0)
-    if positive_ptr is not None:
-        finish(row, valid, top, total, above, positive_ptr, list_ptr, log_q_ptr, scale, out)
-    else:
-        tl.store(out.lse + row, top + tl.log2(total), mask=valid)
 
 
-@kernel
-def reduce_loss(
-    first_ptr,  # [capacity] loss of each anchor
-    second_ptr,  # [capacity], of the other direction, or None
-    list_ptr,
-    count_ptr,
-    weights_ptr,  # [N] or None
-    loss_ptr,  # 0-d
-    weight_sum_ptr,  # 0-d: what the weighted sum was divided by
-    item_loss_ptr,  # [N] or None
-    MEAN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """sum_i w_i loss_i / sum_i w_i in one program: a fixed order, so the same bits every time."""
-    count = tl.load(count_ptr)
-    losses = tl.zeros([BLOCK], tl.float32)
-    weights = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, count, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        valid = row < count
-        loss = tl.load(first_ptr + row, mask=valid, other=0.0)
-        if second_ptr is not None:
-            loss = 0.5 * (loss + tl.load(second_ptr + row, mask=valid, other=0.0))
-        position = tl.load(list_ptr + row, mask=valid, other=0)
-        weight = tl.where(valid, 1.0, 0.0)
-        if weights_ptr is not None:
-            weight = tl.load(weights_ptr + position, mask=valid, other=0.0)
-        losses += weight * loss
-        weights += weight
-        if item_loss_ptr is not None:
-            tl.store(item_loss_ptr + position, loss, mask=valid)
-    divisor = 1.0
-    if MEAN:
-        weight = tl.sum(weights, axis=0)
-        divisor = tl.where(weight > 0, weight, 1.0)
-    tl.store(weight_sum_ptr, divisor)
-    tl.store(loss_ptr, tl.sum(losses, axis=0) / divisor)
+def run_contrast(
+    s: Shape,
+    x: PassSide,
+    y: PassSide,
+    scores: Scores,
+    out: Pass,
+    *,
+    y_offset: Tensor | None = None,
+    y_offset_is_lse: bool = False,
+    y_scale: Tensor | None = None,
+    x_offset: Tensor | None = None,
+    x_offset_after: bool = False,
+    positive: Tensor | None = None,
+    log_q: Tensor | None = None,
+    need_sum: bool = True,
+    need_rank: bool = False,
+) -> None:
+    """Sums in registers; `need_sum` off: the transposed pass, whose rows' log-sum-exp is known.
+    `y_offset`: else the bias."""
+    mask = scores.mask
+    y_offset = y.bias if y_offset is None else y_offset
+
+    fixed_shift, online = need_sum and scores.fixed_shift, need_sum and scores.online
+    either = fixed_shift and online
+    ways = ((True, False), (False, True)) if either else ((fixed_shift, online),)
+    rows = Rows(x.unit, x.ids, x.page, x.count, x.list, x_offset, positive, log_q)
+    columns = Columns(y.unit, y.ids, y.page, y.count, y_offset, y_scale, scores.page_offsets)
+    for fixed, running in ways:
+        how = Constants(
+            MASK=mask,
+            # Where no ids but the rows' own places decide, both sides ascend by position or page.
+            DIAGONAL=mask == MASKS["sequence"]
+            or (
+                mask in (MASKS["batch"], MASKS["other_pages"])
+                and x.ids is x.list
+                and y.ids is y.list
+            ),
+            X_OFFSET_AFTER=x_offset_after,
+            Y_OFFSET_IS_COUNT=y.merged,
+            Y_OFFSET_IS_LSE=y_offset_is_lse,
+            LIFT=HALF_LIFT if y_offset_is_lse and x.unit.dtype == torch.float16 else 0.0,
+            FIXED_SHIFT=fixed,
+            ONLINE=running,
+            NEED_SUM=need_sum,
+            NEED_VALUES=s.values,
+            NEED_RANK=need_rank,
+            TO_LIST=out.in_place,
+            STREAM=s.stream and not out.in_place,
+            EITHER=either,
+            TAU_IS_TENSOR=scores.tau_is_tensor,
+            BLOCK_M=out.tile.block_m,
+            BLOCK_N=out.tile.block_n,
+            BLOCK_D=s.stride,
+            PRECISION=s.precision,
+        )
+        contrast[(out.slots,)](
+            rows,
+            columns,
+            y.place,
+            Sums(out.acc, out.top, out.total, out.above),
+            out.slots,
+            s.programs(out.tile),
+            scores.tau,
+            how=how,
+            **out.tile.launch,
+        )

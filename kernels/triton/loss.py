@@ -17,46 +17,24 @@ import triton
 from torch import Tensor
 
 from ...loss.problem import LARGEST_DIM, Gradients, Needs, Problem, SequenceProblem
-from . import epilogue, tiles
+from . import tiles
+from .attention import run_attention
+from .attention_backward import attention_backward
 from .candidate import loss as candidate_loss
-from .masks import MASKS
-from .passes import forward_pass, lowered, run_chunks, run_contrast
+from .chunked import Transposed
+from .common import Source, temperature
+from .contrast import HALF_LIFT, Pass, lowered
+from .gradients import run_reconstruction_gradient, run_row_gradients, spread
+from .parts import Upstream
+from .passes import forward_pass, loss_scores, sides, transposed_passes
+from .plan import make_plan
 from .reconstruct import reconstruct_backward, reconstruct_forward
+from .results import Results, reduce_losses
+from .rows import e_source, normalize, normalize_given, run_gather_anchors
 from .sequence import sequence_backward, sequence_forward, sequence_saved_spec
-from .stages import (
-    attend,
-    attention_backward,
-    e_source,
-    forward_parts,
-    gather_anchors,
-    make_plan,
-    normalize,
-    normalize_given,
-    reconstructed,
-    reduce_losses,
-    row_gradients,
-    row_tiles,
-    sides,
-    spread,
-    sum_occurrences,
-)
-from .state import (
-    HALF_LIFT,
-    LossState,
-    Pass,
-    PassSide,
-    Plan,
-    Results,
-    Scores,
-    Shape,
-    Spec,
-    Transposed,
-    cdiv,
-    is_empty,
-    loss_shape,
-    scores,
-    temperature,
-)
+from .shapes import Shape, is_empty, loss_shape
+from .state import LossState, Plan, Spec
+from .table import ItemColumns, sum_occurrences
 
 __all__ = [
     "loss_backward",
@@ -158,15 +136,16 @@ def _forward(
     make_plan(p, s, t, p.clicked)
     positive = torch.empty(s.rows, 2, dtype=torch.float32, device=s.device)
     if t.e is not None and t.column is not None:
-        normalize(p, s, t.e, t.column.list, t.counts[2:3], not s.merged)
+        source = Source(p.pv, None) if s.merged else e_source(p)
+        normalize(source, s, t.e, t.column.list, t.counts[2:3])
     if given is not None:
         normalize_given(p, s, t, given, positive)
     else:
-        attend(p, s, t, t.r, t.norm, positive)
+        run_attention(p, s, t, t.r, t.norm, positive)
     if t.e_anchor is not None:
         every, positive = positive, torch.empty_like(positive)
-        normalize(p, s, t.e_anchor, t.anchor.list, t.counts[0:1], True)
-        gather_anchors(s, t, every, positive)
+        normalize(e_source(p), s, t.e_anchor, t.anchor.list, t.counts[0:1])
+        run_gather_anchors(s, t, every, positive)
 
     losses = []
     for direction in s.directions:
@@ -189,12 +168,8 @@ def _forward(
             g, factor = _early_row_gradients(p, s, t)
             transposed = Transposed(g, kept.dy)
             kept.factor.copy_(factor)
-        forward_pass(s, x, y, _scores(p, s), out, results, transposed)
+        forward_pass(s, x, y, loss_scores(p, s), out, results, transposed)
     return *reduce_losses(p, s, t, t.weight_sum, losses, per_row[0], stats), t
-
-
-def _scores(p: Problem, s: Shape) -> Scores:
-    return scores(p, MASKS[p.negatives], p.pv_offsets, s.dtype, s.biased)
 
 
 def _skipped_without_history(p: Problem) -> Tensor:
@@ -230,12 +205,12 @@ def backward(
     # stays out of the transposed pass: a factor of every column costs it 3 percent.
     uniform = p.weights is None and p.reduction != "none"
     share = 1.0 / len(s.directions)
-    g = None if uniform else row_gradients(p, s, t, grad, t.weight_sum, share)
+    g = None if uniform else run_row_gradients(p, s, t, grad, t.weight_sum, share)
     d_pv = torch.empty_like(p.pv) if needs.pv and p.history is not None else None
-    results, factor = _transposed_passes(p, s, t, needs, grad, g, d_pv)
+    results, factor = transposed_passes(p, s, t, needs, grad, g, d_pv)
     lower = 2.0**-HALF_LIFT if s.dtype == torch.float16 else 1.0
-    up = epilogue.Upstream(g, grad, t.weight_sum, share, lower, factor)
-    dr, tau_parts = _reconstruction_gradient(p, s, t, results.get("identify"), up)
+    up = Upstream(g, grad, t.weight_sum, share, lower, factor)
+    dr, tau_parts = run_reconstruction_gradient(p, s, t, results.get("identify"), up)
     d_rows = dq = dk = dv = None
     if given:
         d_rows = torch.empty(s.rows, s.dim, dtype=s.dtype, device=s.device)
@@ -260,107 +235,10 @@ def backward(
             if column is None or not s.merged:
                 grads.pv = sum_occurrences(*rows)
             else:
-                columns = epilogue.ItemColumns(t.item_count, t.item_rank)
+                columns = ItemColumns(t.item_count, t.item_place)
                 merged = up, columns, t.counts, column, temperature(p)
                 grads.pv = sum_occurrences(*rows, *merged)
     return grads, d_rows
-
-
-def _transposed_passes(
-    p: Problem,
-    s: Shape,
-    t: LossState,
-    needs: Needs,
-    grad: Tensor,
-    g: Tensor | None,
-    d_pv: Tensor | None,
-) -> tuple[dict[str, Pass], Tensor | None]:
-    """sum_i g_i p_ij x_i of each direction, to dL/dE itself where it can be; and the factor that is
-    left out of them.
-
-    `g` None: the same for every anchor, and left out."""
-    half = s.dtype == torch.float16
-    scale, factor = g, None
-    results: dict[str, Pass] = {}
-    for direction in s.directions:
-        if direction == "reconstruct" and not needs.pv:
-            continue
-        x, y = sides(p, s, t, direction)
-        kept = t.kept(direction)
-        if kept.dy is not None:
-            factor = kept.factor * grad
-            results[direction] = Pass(kept.dy, None, None, None, 1, s.transposed)
-            continue
-        if half and g is not None and factor is None:
-            scale, factor = lowered(g)
-        into = d_pv if direction == "reconstruct" and p.negatives != "page" else None
-        out = results[direction] = _transposed_pass(s, y, into)
-        if s.chunked:
-            assert scale is not None  # each row has its own: else P was used at once
-            run_chunks(s, x, y, _scores(p, s), kept.lse, Transposed(scale, out.acc))
-            continue
-        run_contrast(
-            s,
-            y,
-            x,
-            _scores(p, s),
-            out,
-            y_offset=kept.lse,
-            y_offset_is_lse=True,
-            y_scale=scale,
-            x_offset=y.bias,
-            x_offset_after=s.merged and not half,
-            need_sum=False,
-        )
-    return results, factor
-
-
-def _transposed_pass(s: Shape, y: PassSide, d_pv: Tensor | None) -> Pass:
-    """Where such a pass goes: to dL/dE itself, if given and each tile is written whole and once."""
-    capacity = y.unit.shape[0]
-    tiles = cdiv(capacity, s.transposed.block_m)
-    # Chunks are summed in float32; one pass is rounded once.
-    kind = torch.float32 if s.chunked else s.sums
-    whole = not s.chunked and s.stride == s.dim and 2 * tiles > s.programs(s.transposed)
-    if d_pv is not None and d_pv.dtype == kind and whole:
-        return Pass(d_pv, None, None, None, tiles, s.transposed, True)
-    acc = torch.empty(s.flat(capacity, s.transposed), s.stride, dtype=kind, device=s.device)
-    return Pass(acc, None, None, None, s.slots(capacity, s.transposed), s.transposed)
-
-
-def _reconstruction_gradient(
-    p: Problem, s: Shape, t: LossState, identify: Pass | None, up: epilogue.Upstream
-) -> tuple[Tensor, Tensor]:
-    """dL/dR of the listed rows, and parts of -tau dL/dtau; `identify`: its transposed pass."""
-    listed, back = reconstructed(t), epilogue.Parts(None)
-    if identify is not None and t.identify is not None:
-        back = epilogue.Parts(identify.acc, miss=t.identify.miss)
-    dr = torch.empty(s.rows, s.stride, dtype=s.dtype, device=s.device)
-    programs = cdiv(s.rows, s.small.block_m)
-    tau_parts = torch.empty(programs, dtype=torch.float32, device=s.device)
-    epilogue.reconstruction_gradient[(programs,)](
-        listed.list,
-        listed.count,
-        t.ranks[0],
-        t.flags[0],
-        t.counts,
-        t.r,
-        t.norm,
-        e_source(p),
-        up,
-        forward_parts(t.reconstruct),
-        back,
-        dr,
-        tau_parts,
-        s.slots(s.rows, s.tile),
-        s.programs(s.tile),
-        1 if identify is None else identify.slots,
-        s.programs(s.transposed),
-        **temperature(p),
-        how=row_tiles(s),
-        num_warps=s.small.num_warps,
-    )
-    return dr, tau_parts
 
 
 def _early_row_gradients(p: Problem, s: Shape, t: LossState) -> tuple[Tensor, Tensor]:
@@ -374,5 +252,5 @@ def _early_row_gradients(p: Problem, s: Shape, t: LossState) -> tuple[Tensor, Te
             if p.weights is None
             else torch.where(flags != 0, p.weights, 0).sum()
         )
-    g = row_gradients(p, s, t, one, weight_sum, 1.0 / len(s.directions))
+    g = run_row_gradients(p, s, t, one, weight_sum, 1.0 / len(s.directions))
     return lowered(g) if s.dtype == torch.float16 else (g, one)

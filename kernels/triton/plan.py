@@ -5,12 +5,18 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ...loss.problem import Problem, SequenceProblem
+from . import tiles
 from .common import LOG2E, kernel, page_of
+from .shapes import Shape, cdiv
+from .state import Listed, Plan, SequenceState
 
-# Rows of `flags` and `ranks`.
+# Rows of `flags` and `places`.
 ANCHOR = tl.constexpr(0)
 RECONSTRUCTED = tl.constexpr(1)
 COLUMN = tl.constexpr(2)
@@ -195,6 +201,14 @@ class List(NamedTuple):
     bias: Any  # None for anchors
 
 
+class Listing(NamedTuple):
+    """The PV rows that have an R [capacity], their pages, and how many they are."""
+
+    list: Any
+    page: Any
+    count: Any
+
+
 @triton.jit
 def store_list(flagged, place, row, page_ptr, id_ptr, log_q_ptr, out):
     """Positions, pages, ids and biases (-log_q, in powers of two) of the flagged rows, in order."""
@@ -221,7 +235,7 @@ def compact(
     page_ptr,
     id_ptr,  # None where there is none, as log_q_ptr
     log_q_ptr,
-    ranks_ptr,  # [FLAGS, rows] inclusive prefix sums
+    places_ptr,  # [FLAGS, rows] places in the lists from 1: inclusive prefix sums
     counts_ptr,  # [FLAGS]
     first,  # List of the first row of flags
     second,
@@ -244,12 +258,12 @@ def compact(
                 block_counts_ptr + number * blocks + other, mask=other < block, other=0
             )
         flag = tl.load(flags_ptr + number * rows64 + row, mask=inside, other=0).to(tl.int32)
-        rank = tl.cumsum(flag, axis=0) + tl.sum(before, axis=0)
-        tl.store(ranks_ptr + number * rows64 + row, rank, mask=inside)
+        upto = tl.cumsum(flag, axis=0) + tl.sum(before, axis=0)
+        tl.store(places_ptr + number * rows64 + row, upto, mask=inside)
         if block == blocks - 1:
-            tl.store(counts_ptr + number, tl.max(rank, axis=0))
+            tl.store(counts_ptr + number, tl.max(upto, axis=0))
         flagged = flag != 0
-        place = rank - 1
+        place = upto - 1
         if number == 0:
             store_list(flagged, place, row, page_ptr, id_ptr, log_q_ptr, first)
         if number == 1 and second.list is not None:
@@ -261,7 +275,7 @@ def compact(
 @kernel
 def compact_items(
     item_count_ptr,  # [n]
-    item_rank_ptr,  # [n] inclusive prefix sums of the items that occur
+    item_place_ptr,  # [n] likewise of the items that occur
     count_ptr,  # 0-d
     list_ptr,
     bias_ptr,
@@ -277,9 +291,125 @@ def compact_items(
         before += tl.sum((count > 0).to(tl.int32), axis=0)
     item = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     count = tl.load(item_count_ptr + item, mask=item < items, other=0)
-    rank = tl.cumsum((count > 0).to(tl.int32), axis=0) + before
-    tl.store(item_rank_ptr + item, rank, mask=item < items)
+    upto = tl.cumsum((count > 0).to(tl.int32), axis=0) + before
+    tl.store(item_place_ptr + item, upto, mask=item < items)
     if block == tl.num_programs(0) - 1:
-        tl.store(count_ptr, tl.max(rank, axis=0))
-    tl.store(list_ptr + rank - 1, item.to(tl.int32), mask=count > 0)
-    tl.store(bias_ptr + rank - 1, tl.log2(tl.maximum(count, 1).to(tl.float32)), mask=count > 0)
+        tl.store(count_ptr, tl.max(upto, axis=0))
+    tl.store(list_ptr + upto - 1, item.to(tl.int32), mask=count > 0)
+    tl.store(bias_ptr + upto - 1, tl.log2(tl.maximum(count, 1).to(tl.float32)), mask=count > 0)
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+
+def _steps(pages: int) -> int:
+    return (pages + 1).bit_length()
+
+
+def _compact(
+    t: Plan | SequenceState,
+    block_counts: Tensor,
+    page: Tensor,
+    ids: Tensor | None,
+    log_q: Tensor | None,
+    first: Listed,
+    second: Listed | None = None,
+    third: Listed | None = None,
+) -> None:
+    """Lists of the rows of each flag, where there is one; prefix sums, and the counts."""
+
+    def of(listed: Listed | None) -> List:
+        if listed is None:
+            return List(None, None, None, None)
+        return List(listed.list, listed.page, listed.id, listed.bias)
+
+    flags, blocks = t.flags.shape[0], block_counts.shape[1]
+    compact[(blocks,)](
+        t.flags,
+        block_counts,
+        page,
+        ids,
+        log_q,
+        t.places,
+        t.counts,
+        of(first),
+        of(second),
+        of(third),
+        t.flags.shape[1],
+        blocks,
+        FLAGS=flags,
+        BLOCK=tiles.BLOCK_PLAN,
+    )
+
+
+def sequence_plan(p: SequenceProblem, t: SequenceState) -> None:
+    """Page of every history row, and the list of the real ones; their count stays on the device."""
+    page, flags = t.history_page, t.flags
+    pages = p.history_offsets.shape[0] - 1
+    blocks = cdiv(page.shape[0], tiles.BLOCK_PLAN)
+    block_counts = torch.empty(1, blocks, dtype=torch.int32, device=page.device)
+    mark_sequence[(blocks,)](
+        p.history_offsets,
+        p.history_mask,
+        page,
+        flags,
+        block_counts,
+        page.shape[0],
+        pages,
+        _steps(pages),
+        blocks,
+        BLOCK=tiles.BLOCK_PLAN,
+    )
+    _compact(t, block_counts, page, p.ids, None, t.row)
+
+
+def make_plan(p: Problem, s: Shape, t: Plan, clicked: Tensor | None) -> None:
+    """Pages, flags, prefix sums and compacted lists; the counts stay on the device."""
+    items = t.item_count
+    if items is not None:
+        items.zero_()
+    blocks = cdiv(s.rows, tiles.BLOCK_PLAN)
+    block_counts = torch.empty(4, blocks, dtype=torch.int32, device=s.device)
+    mark_rows[(blocks + cdiv(s.history_rows, tiles.BLOCK_PLAN),)](
+        p.pv_offsets,
+        p.pv_mask,
+        clicked,
+        p.weights,
+        p.pv_index,
+        t.pv_page,
+        t.flags,
+        block_counts,
+        items,
+        p.history_offsets,
+        p.history_mask,
+        t.history_page,
+        p.reconstructed_mask,
+        s.rows,
+        s.history_rows,
+        s.pages,
+        _steps(s.pages),
+        blocks,
+        GIVEN=p.reconstructed is not None,
+        EVERY_RECONSTRUCTION=s.identify,
+        BLOCK=tiles.BLOCK_PLAN,
+    )
+    column = None if s.merged else t.column
+    log_q = p.log_q if s.directions else None
+    _compact(t, block_counts, t.pv_page, p.ids, log_q, t.anchor, t.reconstructed, column)
+    if s.merged:
+        assert t.column is not None
+        compact_items[(cdiv(s.items, tiles.BLOCK_PLAN),)](
+            items,
+            t.item_place,
+            t.counts[2:3],
+            t.column.list,
+            t.column.bias,
+            s.items,
+            BLOCK=tiles.BLOCK_PLAN,
+        )
+
+
+def reconstructed(t: Plan) -> Listing:
+    if t.reconstructed is None:
+        return Listing(t.anchor.list, t.anchor.page, t.counts[0:1])
+    return Listing(t.reconstructed.list, t.reconstructed.page, t.counts[1:2])

@@ -6,16 +6,14 @@ import torch
 from torch import Tensor
 
 from ...loss.problem import Gradients, Needs, Problem
-from . import epilogue
-from .stages import (
-    attend,
-    attention_backward,
-    make_plan,
-    reconstructed,
-    spread,
-    sum_occurrences,
-)
-from .state import Plan, Shape, cdiv, is_empty, loss_shape
+from .attention import run_attention
+from .attention_backward import attention_backward
+from .gradients import spread
+from .plan import make_plan
+from .rows import list_gradient
+from .shapes import Shape, is_empty, loss_shape
+from .state import Plan
+from .table import sum_occurrences
 
 
 def _reconstruct(p: Problem) -> tuple[Shape, Plan, Tensor]:
@@ -24,7 +22,7 @@ def _reconstruct(p: Problem) -> tuple[Shape, Plan, Tensor]:
     t = Plan.empty(s)
     make_plan(p, s, t, None)
     r = torch.zeros(s.rows, s.dim, dtype=s.dtype, device=s.device)
-    attend(p, s, t, r)
+    run_attention(p, s, t, r)
     return s, t, r
 
 
@@ -40,19 +38,8 @@ def reconstruct_backward(p: Problem, needs: Needs, grad: Tensor) -> Gradients:
     if is_empty(p):
         return Gradients.zeros(p, needs)
     s, t, r = _reconstruct(p)
-    listed = reconstructed(t)
     dr = torch.empty(s.rows, s.stride, dtype=s.dtype, device=s.device)
-    epilogue.given_gradient[(cdiv(s.rows, s.small.block_m),)](
-        grad.contiguous(),
-        listed.list,
-        listed.count,
-        dr,
-        D=s.dim,
-        STRIDE=s.stride,
-        BLOCK_M=s.small.block_m,
-        BLOCK_D=s.block_d,
-        num_warps=s.small.num_warps,
-    )
+    list_gradient(s, t, grad, dr)
     dq, dk, dv = attention_backward(p, s, t, needs, dr)
     grads, d_history = Gradients.of_history(p, needs, dk, dv)
     table = p.history is None

@@ -217,13 +217,13 @@ def candidate_tile(precision: str, block_d: int) -> Tile:
     return Tile(16, 16, 8, stages, registers=MOST_REGISTERS)
 
 
-def packs(dtype: torch.dtype, device: torch.device) -> bool:
+def has_bins(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether there is a tile for it: bfloat16 rows, 227 KiB of shared memory and wgmma or what
     came after it."""
     return interpreted() or (dtype == torch.bfloat16 and capability(device) in (90, 100, 103))
 
 
-def packed_tile(kind: str, device: torch.device) -> Tile:
+def binned_tile(kind: str, device: torch.device) -> Tile:
     """Attention for each candidate by dot products alone: block_m candidates by a block of 64
     history rows, or half of one; `kind` is "scores", "columns", "columns of large pages" or
     "history"."""

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..attention import above_top, ascending, head_mask, row_products, softmax_block
-from ..common import LN2, load_source, rank_before, unit_scale
+from ..common import LN2, load_source, places_before, unit_scale
 from ..masks import MASK_OTHER_PAGES, MASK_PAGE
 
 
@@ -176,13 +176,13 @@ def cosine_of(r, e, e_inverse):
 
 
 @triton.jit
-def columns_of(page, pv_offsets_ptr, column_rank_ptr, count, MASK: tl.constexpr):
+def columns_of(page, pv_offsets_ptr, column_place_ptr, count, MASK: tl.constexpr):
     """The range of columns among which a page's candidates are."""
     low = count * 0
     high = count
     if MASK == MASK_PAGE:
-        low = rank_before(column_rank_ptr, tl.load(pv_offsets_ptr + page))
-        high = rank_before(column_rank_ptr, tl.load(pv_offsets_ptr + page + 1))
+        low = places_before(column_place_ptr, tl.load(pv_offsets_ptr + page))
+        high = places_before(column_place_ptr, tl.load(pv_offsets_ptr + page + 1))
     return low, high
 
 

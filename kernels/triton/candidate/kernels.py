@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from ..common import LOG2E, Source, kernel, load_source, rank_before, score_scale
-from ..contrast import AnchorResults, Items, add_in, finish
+from ..common import LOG2E, Source, add_in, kernel, load_source, places_before, score_scale
 from ..masks import MASK_OTHER_PAGES, MASK_PAGE
+from ..results import AnchorResults, Items, finish
 from .attention import (
     Anchors,
     Attention,
@@ -114,13 +114,13 @@ def candidate_scores(
     history_page_ptr,
     anchor_page_ptr,
     anchor_id_ptr,
-    anchor_rank_ptr,
+    anchor_place_ptr,
     anchor_count_ptr,
     column_list_ptr,
     column_page_ptr,
     column_id_ptr,
     column_bias_ptr,
-    y_rank_ptr,
+    y_place_ptr,
     column_count_ptr,
     positive_ptr,  # [capacity, 2]
     list_ptr,
@@ -147,7 +147,7 @@ def candidate_scores(
     BIAS_IS_COUNT: tl.constexpr,
     HAS_LOG_Q: tl.constexpr,
     NEED_RANK: tl.constexpr,
-    PACKED: tl.constexpr,  # only pages without a place among the packed ones
+    BINNED: tl.constexpr,  # only pages without a place in a bin
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -162,14 +162,14 @@ def candidate_scores(
     if i >= count:
         return
     page = tl.load(anchor_page_ptr + i)
-    first = rank_before(anchor_rank_ptr, tl.load(pv_offsets_ptr + page))
+    first = places_before(anchor_place_ptr, tl.load(pv_offsets_ptr + page))
     if (i - first) % SLOTS != 0:
         return
-    last = rank_before(anchor_rank_ptr, tl.load(pv_offsets_ptr + page + 1))
+    last = places_before(anchor_place_ptr, tl.load(pv_offsets_ptr + page + 1))
     slot = i + tl.arange(0, SLOTS)
     slot_valid = slot < last
     where = part.to(tl.int64) * capacity + slot
-    if PACKED:
+    if BINNED:
         if tl.load(page_place_ptr + page) >= 0:
             tl.store(top_ptr + where, slot * 0.0 - float("inf"), mask=slot_valid)
             tl.store(total_ptr + where, slot * 0.0, mask=slot_valid)
@@ -195,7 +195,7 @@ def candidate_scores(
         if HAS_LOG_Q:
             place = tl.load(list_ptr + slot, mask=slot_valid, other=0)
             own -= tl.load(log_q_ptr + place, mask=slot_valid, other=0.0) * LOG2E
-    low, high = columns_of(page, pv_offsets_ptr, y_rank_ptr, tl.load(column_count_ptr), MASK)
+    low, high = columns_of(page, pv_offsets_ptr, y_place_ptr, tl.load(column_count_ptr), MASK)
     share_of = tl.cdiv(tl.cdiv(high - low, BLOCK_M), parts) * BLOCK_M
     begin = low + part * share_of
     end = tl.minimum(begin + share_of, high)
@@ -295,7 +295,7 @@ def candidate_columns(
     anchor_list_ptr,
     anchor_page_ptr,
     anchor_id_ptr,
-    anchor_rank_ptr,
+    anchor_place_ptr,
     anchor_count_ptr,
     column_list_ptr,
     column_page_ptr,
@@ -305,8 +305,8 @@ def candidate_columns(
     lse_ptr,
     miss_ptr,
     g_ptr,
-    long_ptr,  # first anchors of the pages that are not packed
-    packed_count_ptr,
+    long_ptr,  # first anchors of the pages that are in no bin
+    bin_count_ptr,
     de_ptr,  # [N or n, D], rows at their places
     dq_ptr,  # [N, D] likewise
     tau_part_ptr,  # [programs] sum of g cos
@@ -326,7 +326,7 @@ def candidate_columns(
     MERGED: tl.constexpr,
     WANT_E: tl.constexpr,
     WANT_Q: tl.constexpr,
-    PACKED: tl.constexpr,
+    BINNED: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -337,8 +337,8 @@ def candidate_columns(
     """dL/dE and dL/dq of a tile of candidates, over all pages with an anchor; with SAME_Q their sum
     is dL/dE."""
     pid = tl.program_id(0)
-    listed = tl.load(packed_count_ptr + 1) if PACKED else 0
-    if PACKED:
+    listed = tl.load(bin_count_ptr + 1) if BINNED else 0
+    if BINNED:
         if listed == 0:
             tl.store(tau_part_ptr + pid, 0.0)
             return
@@ -370,18 +370,18 @@ def candidate_columns(
     first = count * 0
     if MASK == MASK_PAGE:
         there = high_page >= 0
-        first = rank_before(
-            anchor_rank_ptr, tl.load(pv_offsets_ptr + low_page, mask=there, other=0)
+        first = places_before(
+            anchor_place_ptr, tl.load(pv_offsets_ptr + low_page, mask=there, other=0)
         )
-        count = rank_before(
-            anchor_rank_ptr, tl.load(pv_offsets_ptr + high_page + 1, mask=there, other=0)
+        count = places_before(
+            anchor_place_ptr, tl.load(pv_offsets_ptr + high_page + 1, mask=there, other=0)
         )
     index = first
-    if PACKED:
+    if BINNED:
         first = tl.load(long_ptr)
     while first < count:
         page = tl.load(anchor_page_ptr + first)
-        last = rank_before(anchor_rank_ptr, tl.load(pv_offsets_ptr + page + 1))
+        last = places_before(anchor_place_ptr, tl.load(pv_offsets_ptr + page + 1))
         past = tl.load(history_offsets_ptr + page)
         until = tl.load(history_offsets_ptr + page + 1)
         seen = inside
@@ -437,7 +437,7 @@ def candidate_columns(
                 part -= (turned * scale * q_inverse * q_inverse)[:, None] * q_head.to(tl.float32)
             d_q += part
         first = last
-        if PACKED:
+        if BINNED:
             index += 1
             first = tl.load(long_ptr + index, mask=index < listed, other=2147483647)
     dims = tl.arange(0, BLOCK_D)
@@ -467,12 +467,12 @@ def candidate_history(
     history_page_ptr,
     anchor_list_ptr,
     anchor_id_ptr,
-    anchor_rank_ptr,
+    anchor_place_ptr,
     column_list_ptr,
     column_page_ptr,
     column_id_ptr,
     column_bias_ptr,
-    y_rank_ptr,
+    y_place_ptr,
     column_count_ptr,
     lse_ptr,
     miss_ptr,
@@ -497,7 +497,7 @@ def candidate_history(
     WANT_DK: tl.constexpr,
     WANT_DV: tl.constexpr,
     SUM_KV: tl.constexpr,
-    PACKED: tl.constexpr,
+    BINNED: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -508,7 +508,7 @@ def candidate_history(
     """dL/dk and dL/dv of a page's history, over all candidates; SUM_KV: their sum to dk. Zeros
     without an anchor."""
     page = tl.program_id(0)
-    if PACKED:
+    if BINNED:
         if tl.load(page_place_ptr + page) >= 0:
             return
     how: tl.constexpr = Attention(D, HEADS, COSINE, SAME_Q, BLOCK_H, BLOCK_D, PRECISION)
@@ -523,11 +523,11 @@ def candidate_history(
     )
     anchors = Anchors(anchor_list_ptr, anchor_id_ptr, lse_ptr, miss_ptr, g_ptr)
     rules: tl.constexpr = Rules(MASK, MERGED, SLOTS)
-    first = rank_before(anchor_rank_ptr, tl.load(pv_offsets_ptr + page))
-    last = rank_before(anchor_rank_ptr, tl.load(pv_offsets_ptr + page + 1))
+    first = places_before(anchor_place_ptr, tl.load(pv_offsets_ptr + page))
+    last = places_before(anchor_place_ptr, tl.load(pv_offsets_ptr + page + 1))
     past = tl.load(history_offsets_ptr + page)
     until = tl.load(history_offsets_ptr + page + 1)
-    low, high = columns_of(page, pv_offsets_ptr, y_rank_ptr, tl.load(column_count_ptr), MASK)
+    low, high = columns_of(page, pv_offsets_ptr, y_place_ptr, tl.load(column_count_ptr), MASK)
     if first >= last:
         high = low
     inverse_tau = score_scale(tau, TAU_IS_TENSOR)

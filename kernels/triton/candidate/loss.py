@@ -12,19 +12,20 @@ from torch import Tensor
 
 from ....loss.problem import Gradients, Needs, Problem
 from .. import tiles
+from ..attention import attention_sources
+from ..attention_backward import empty_history
+from ..common import temperature
+from ..gradients import run_row_gradients
 from ..masks import MASKS
-from ..stages import (
-    attention_sources,
-    e_source,
-    empty_history,
-    make_plan,
-    reduce_losses,
-    row_gradients,
-    sum_occurrences,
-)
-from ..state import Shape, Spec, cdiv, temperature
-from . import kernels, packed_state
-from .packed_state import CandidateShape, CandidateState, candidate_shape
+from ..plan import make_plan
+from ..results import reduce_losses
+from ..rows import e_source
+from ..shapes import Shape, cdiv
+from ..state import Spec
+from ..table import sum_occurrences
+from . import binned, kernels
+from .bins import make_bins
+from .state import CandidateShape, CandidateState, candidate_shape
 
 # Anchors of a page whose sums are kept side by side.
 SLOTS = 16
@@ -62,7 +63,7 @@ def _columns(p: Problem, s: Shape, t: CandidateState) -> dict[str, Any]:
     """Lists of the columns and anchors, and which pairs of them count."""
     return {
         "anchor_id_ptr": t.anchor.list if p.ids is None else t.anchor.id,
-        "anchor_rank_ptr": t.ranks[0],
+        "anchor_place_ptr": t.places[0],
         "column_list_ptr": t.column.list,
         "column_page_ptr": t.column.page,
         "column_id_ptr": t.column.list if p.ids is None or s.merged else t.column.id,
@@ -103,9 +104,9 @@ def forward(
     positive = t.positive
     if positive is None:
         positive = torch.empty(s.rows, 2, dtype=torch.float32, device=s.device)
-    packing = t.packing
-    if packing is not None:
-        packed_state.pack(p, s, t, packing)
+    bins = t.bins
+    if bins is not None:
+        make_bins(p, s, t, bins)
     tiles = tiles_of(s)
     kernels.own_scores[(s.rows,)](
         **_inputs(p, t),
@@ -121,13 +122,13 @@ def forward(
     above = torch.empty((parts, s.rows) if stats else (1, 1), dtype=torch.int32, device=s.device)
     log_q = p.log_q if p.log_q is not None else positive
     # Ranks need every score beside every anchor's.
-    fast = None if stats else packing
+    fast = None if stats else bins
     kernels.candidate_scores[(s.rows, parts)](
         **_inputs(p, t, s.merged),
         **_columns(p, s, t),
         anchor_page_ptr=t.anchor.page,
         anchor_count_ptr=t.counts[0:1],
-        y_rank_ptr=t.ranks[2],
+        y_place_ptr=t.places[2],
         positive_ptr=positive,
         list_ptr=t.anchor.list,
         log_q_ptr=log_q,
@@ -140,12 +141,12 @@ def forward(
         BIAS_IS_COUNT=s.merged,
         HAS_LOG_Q=p.log_q is not None,
         NEED_RANK=stats,
-        PACKED=fast is not None,
+        BINNED=fast is not None,
         SLOTS=SLOTS,
         **tiles,
     )
     if fast is not None:
-        packed_state.scores(p, s, t, fast, top, total)
+        binned.scores(p, s, t, fast, top, total)
     losses = torch.empty(s.rows, dtype=torch.float32, device=s.device)
     kernels.finish_candidates[(cdiv(s.rows, 256),)](
         top,
@@ -173,8 +174,8 @@ def backward(p: Problem, needs: Needs, saved: Sequence[Tensor], grad: Tensor) ->
     """Of `p`'s inputs."""
     s = candidate_shape(p)
     t = CandidateState.restored(s, saved)
-    table, packing = p.history is None, t.packing
-    g = row_gradients(p, s, t, grad, t.weight_sum, 1.0)
+    table, bins = p.history is None, t.bins
+    g = run_row_gradients(p, s, t, grad, t.weight_sum, 1.0)
     shared = {
         **_inputs(p, t, s.merged),
         **_columns(p, s, t),
@@ -184,7 +185,7 @@ def backward(p: Problem, needs: Needs, saved: Sequence[Tensor], grad: Tensor) ->
         "miss_ptr": t.miss,
         "g_ptr": g,
         "MERGED": s.merged,
-        "PACKED": s.packed,
+        "BINNED": s.binned,
         "SLOTS": SLOTS,
         # float16 has too little range for gradients of a mean over many anchors: their products run
         # in tf32.
@@ -198,16 +199,16 @@ def backward(p: Problem, needs: Needs, saved: Sequence[Tensor], grad: Tensor) ->
         # place of 16.
         kernels.candidate_history[(s.pages,)](
             **shared | {"num_stages": 1},
-            y_rank_ptr=t.ranks[2],
-            page_place_ptr=t.counts if packing is None else packing.page_place,
+            y_place_ptr=t.places[2],
+            page_place_ptr=t.counts if bins is None else bins.page_place,
             dk_ptr=d_k if d_k is not None else g,
             dv_ptr=d_v if d_v is not None else g,
             WANT_DK=d_k is not None,
             WANT_DV=(d_k if together else d_v) is not None,
             SUM_KV=together,
         )
-    if packing is not None:
-        tau_sums += packed_state.backward(p, s, t, packing, g, d_e, d_k, needs.temperature)
+    if bins is not None:
+        tau_sums += binned.backward(p, s, t, bins, g, d_e, d_k, needs.temperature)
     grads, d_history = Gradients.of_history(p, needs, d_k, d_v)
     grads.pv, grads.query = d_e, d_q
     if needs.temperature:
@@ -248,8 +249,8 @@ def _column_gradients(
         **shared,
         anchor_page_ptr=t.anchor.page,
         anchor_count_ptr=t.counts[0:1],
-        long_ptr=t.counts if t.packing is None else t.packing.long,
-        packed_count_ptr=t.counts if t.packing is None else t.packing.packed_count,
+        long_ptr=t.counts if t.bins is None else t.bins.long,
+        bin_count_ptr=t.counts if t.bins is None else t.bins.bin_count,
         de_ptr=d_e if d_e is not None else g,
         dq_ptr=d_q if d_q is not None else g,
         tau_part_ptr=tau_parts,

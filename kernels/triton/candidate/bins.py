@@ -1,66 +1,67 @@
-"""Triton: pages packed into blocks (packed.py), and what goes between their anchors and blocks."""
+"""Triton: pages in bins, whose products binned.py has, and what goes between their anchors and
+bins."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ....loss.problem import Problem
 from ..common import (
     LOG2E,
     NORM_EPS,
     Source,
+    add_in,
     kernel,
     load_rows,
-    rank_before,
+    places_before,
     score_scale,
+    temperature,
     unit_scale,
 )
-from ..contrast import add_in
-from ..masks import MASK_OTHER_PAGES
+from ..masks import MASK_OTHER_PAGES, MASKS
+from ..shapes import cdiv
+from .state import PADDING, SIDE, SLOTS, SPAN, UNITS, Bins, CandidateShape, CandidateState
 
-SPAN = tl.constexpr(4)
-UNITS = tl.constexpr(16)
-SLOTS = tl.constexpr(64)
-# Rows of candidates that a tile may go past the last one.
-PADDING = tl.constexpr(128)
 # Pages take 1, 2, 4, 8 or 16 units.
 LARGEST = tl.constexpr(5)
-# Anchors of a page whose columns are told apart side by side.
-SIDE = tl.constexpr(4)
+ROWS = 16
 
 
 @kernel
-def pack_pages(
+def assign_bins(
     pv_offsets_ptr,
     history_offsets_ptr,
-    anchor_rank_ptr,
-    unit_page_ptr,  # [blocks * UNITS], -1 before
+    anchor_place_ptr,
+    unit_page_ptr,  # [bins * UNITS], -1 before
     page_place_ptr,  # [pages] its first unit, -1 where it has none
     long_ptr,  # [pages] first anchors of the pages that do not fit
-    packed_count_ptr,  # [3] blocks, pages that do not fit, blocks of more than one page
+    bin_count_ptr,  # [3] bins, pages that do not fit, bins of more than one page
     pages,
     CHUNK: tl.constexpr,
 ):
-    """Pages with an anchor in blocks, those of as many units side by side; one program, in order of
+    """Pages with an anchor in bins, those of as many units side by side; one program, in order of
     the pages."""
     sizes = tl.arange(0, 8)  # powers of two
     counts = tl.zeros([8], tl.int32)
     for start in range(0, pages, CHUNK):
         page = start + tl.arange(0, CHUNK)
-        size, _first = size_of(pv_offsets_ptr, history_offsets_ptr, anchor_rank_ptr, page, pages)
+        size, _first = size_of(pv_offsets_ptr, history_offsets_ptr, anchor_place_ptr, page, pages)
         counts += tl.sum((size[:, None] == sizes[None, :]).to(tl.int32), axis=0)
-    blocks = tl.where(sizes < LARGEST, tl.cdiv(counts << sizes, UNITS), 0)
-    base = tl.cumsum(blocks, axis=0) - blocks
+    bins = tl.where(sizes < LARGEST, tl.cdiv(counts << sizes, UNITS), 0)
+    base = tl.cumsum(bins, axis=0) - bins
     seen = tl.zeros([8], tl.int32)
     long = pages * 0
     for start in range(0, pages, CHUNK):
         page = start + tl.arange(0, CHUNK)
-        size, first = size_of(pv_offsets_ptr, history_offsets_ptr, anchor_rank_ptr, page, pages)
+        size, first = size_of(pv_offsets_ptr, history_offsets_ptr, anchor_place_ptr, page, pages)
         is_size = (size[:, None] == sizes[None, :]).to(tl.int32)
-        rank = tl.cumsum(is_size, axis=0) - is_size + seen[None, :]
-        place = (base * UNITS)[None, :] + (rank << sizes[None, :])
+        earlier = tl.cumsum(is_size, axis=0) - is_size + seen[None, :]
+        place = (base * UNITS)[None, :] + (earlier << sizes[None, :])
         place = tl.sum(place * is_size, axis=1)
         seen += tl.sum(is_size, axis=0)
         fits = (size >= 0) & (size < LARGEST)
@@ -71,9 +72,9 @@ def pack_pages(
         before = tl.cumsum(is_long, axis=0) - is_long + long
         tl.store(long_ptr + before, first, mask=is_long > 0)
         long += tl.sum(is_long, axis=0)
-    tl.store(packed_count_ptr, tl.sum(blocks, axis=0))
-    tl.store(packed_count_ptr + 1, long)
-    tl.store(packed_count_ptr + 2, tl.sum(tl.where(sizes < LARGEST - 1, blocks, 0), axis=0))
+    tl.store(bin_count_ptr, tl.sum(bins, axis=0))
+    tl.store(bin_count_ptr + 1, long)
+    tl.store(bin_count_ptr + 2, tl.sum(tl.where(sizes < LARGEST - 1, bins, 0), axis=0))
 
 
 @triton.jit
@@ -86,11 +87,11 @@ def exponent_of(length):
 
 
 @triton.jit
-def size_of(pv_offsets_ptr, history_offsets_ptr, anchor_rank_ptr, page, pages):
+def size_of(pv_offsets_ptr, history_offsets_ptr, anchor_place_ptr, page, pages):
     """log2 of the units that pages need, LARGEST where they do not fit, -1 without an anchor; and
     their first anchors."""
     inside = page < pages
-    first, last = anchors_of(pv_offsets_ptr, anchor_rank_ptr, page, inside)
+    first, last = anchors_of(pv_offsets_ptr, anchor_place_ptr, page, inside)
     begin = tl.load(history_offsets_ptr + page, mask=inside, other=0)
     end = tl.load(history_offsets_ptr + page + 1, mask=inside, other=0)
     size = tl.where(last - first <= SIDE, exponent_of(end - begin), LARGEST)
@@ -98,38 +99,38 @@ def size_of(pv_offsets_ptr, history_offsets_ptr, anchor_rank_ptr, page, pages):
 
 
 @triton.jit
-def anchors_of(pv_offsets_ptr, anchor_rank_ptr, page, mask):
+def anchors_of(pv_offsets_ptr, anchor_place_ptr, page, mask):
     """The range of anchors of pages [BLOCK]."""
     first_row = tl.load(pv_offsets_ptr + page, mask=mask, other=0)
     last_row = tl.load(pv_offsets_ptr + page + 1, mask=mask, other=0)
-    return rank_before(anchor_rank_ptr, first_row), rank_before(anchor_rank_ptr, last_row)
+    return places_before(anchor_place_ptr, first_row), places_before(anchor_place_ptr, last_row)
 
 
 @kernel
-def pack_blocks(
+def fill_bins(
     source_ptr,
     index_ptr,
     pv_offsets_ptr,
     history_offsets_ptr,
     history_page_ptr,
     anchor_list_ptr,
-    anchor_rank_ptr,
+    anchor_place_ptr,
     pv_index_ptr,
-    column_rank_ptr,
+    column_place_ptr,
     unit_page_ptr,
     page_place_ptr,
-    packed_count_ptr,
-    c_ptr,  # [blocks * SLOTS, BLOCK_D] unit rows
-    gram_ptr,  # [blocks, SLOTS, SLOTS] within pages
-    # [blocks * SLOTS] log2 |C|, the page's largest subtracted; 0 of zero rows, -inf in empty slots
+    bin_count_ptr,
+    c_ptr,  # [bins * SLOTS, BLOCK_D] unit rows
+    gram_ptr,  # [bins, SLOTS, SLOTS] within pages
+    # [bins * SLOTS] log2 |C|, the page's largest subtracted; 0 of zero rows, -inf in empty slots
     slot_log_ptr,
-    # [blocks * SLOTS] |C|; of a zero row minus the page's largest, 0 where all are zero
+    # [bins * SLOTS] |C|; of a zero row minus the page's largest, 0 where all are zero
     slot_length_ptr,
-    slot_row_ptr,  # [blocks * SLOTS] history rows, -1 in empty slots
-    unit_poison_ptr,  # [blocks * UNITS] NaN where the page's history is not finite, else 0
-    unit_column_ptr,  # [SIDE, blocks * UNITS] columns of the page's anchors, -1 for none
-    block_group_ptr,  # [blocks] units of each of its pages
-    block_most_ptr,  # [blocks] anchors of a page, at most
+    slot_row_ptr,  # [bins * SLOTS] history rows, -1 in empty slots
+    unit_poison_ptr,  # [bins * UNITS] NaN where the page's history is not finite, else 0
+    unit_column_ptr,  # [SIDE, bins * UNITS] columns of the page's anchors, -1 for none
+    bin_group_ptr,  # [bins] units of each of its pages
+    bin_most_ptr,  # [bins] anchors of a page, at most
     units,
     D: tl.constexpr,
     HAS_INDEX: tl.constexpr,
@@ -137,12 +138,12 @@ def pack_blocks(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Unit rows of a block's history side by side, the products of each page's with each other, and
+    """Unit rows of a bin's history side by side, the products of each page's with each other, and
     its anchors' columns."""
-    block = tl.program_id(0)
-    if block >= tl.load(packed_count_ptr):
+    bin = tl.program_id(0)
+    if bin >= tl.load(bin_count_ptr):
         return
-    slot = block * SLOTS + tl.arange(0, SLOTS)
+    slot = bin * SLOTS + tl.arange(0, SLOTS)
     page = tl.load(unit_page_ptr + slot // SPAN)
     there = page >= 0
     place = tl.load(page_place_ptr + page, mask=there, other=0)
@@ -154,7 +155,7 @@ def pack_blocks(
     wide = c.to(tl.float32)
     length = tl.sqrt(tl.sum(wide * wide, axis=1))
     finite = length < float("inf")
-    # Zeros in place of what is not finite: it must not reach the other pages of the block.
+    # Zeros in place of what is not finite: it must not reach the other pages of the bin.
     unit = tl.where(finite[:, None], wide * unit_scale(length)[:, None], 0.0)
     unit = unit.to(c_ptr.dtype.element_ty)
     same = there[:, None] & (page[:, None] == page[None, :])
@@ -180,20 +181,20 @@ def pack_blocks(
     bad = tl.max(tl.where(same & (real & (finite == 0))[None, :], 1, 0), axis=1)
     poison = tl.where(bad > 0, float("nan"), 0.0)
     tl.store(unit_poison_ptr + slot // SPAN, poison, mask=slot % SPAN == 0)
-    units_here = block * UNITS + tl.arange(0, UNITS)
+    units_here = bin * UNITS + tl.arange(0, UNITS)
     page = tl.load(unit_page_ptr + units_here)
     there = page >= 0
-    first, last = anchors_of(pv_offsets_ptr, anchor_rank_ptr, page, there)
+    first, last = anchors_of(pv_offsets_ptr, anchor_place_ptr, page, there)
     for side in tl.static_range(SIDE):
         has = there & (first + side < last)
         item = tl.load(anchor_list_ptr + first + side, mask=has, other=0)
         if MERGED:
             item = tl.load(pv_index_ptr + item, mask=has, other=0).to(tl.int32)
-        column = tl.load(column_rank_ptr + item, mask=has, other=0) - 1
+        column = tl.load(column_place_ptr + item, mask=has, other=0) - 1
         tl.store(unit_column_ptr + side * units + units_here, column)
-    tl.store(block_most_ptr + block, tl.max(last - first, axis=0))
-    of_first = page == tl.load(unit_page_ptr + block * UNITS)
-    tl.store(block_group_ptr + block, tl.sum(of_first.to(tl.int32), axis=0))
+    tl.store(bin_most_ptr + bin, tl.max(last - first, axis=0))
+    of_first = page == tl.load(unit_page_ptr + bin * UNITS)
+    tl.store(bin_group_ptr + bin, tl.sum(of_first.to(tl.int32), axis=0))
 
 
 @kernel
@@ -273,9 +274,9 @@ def own_score(i, valid, scale, own):
 
 
 @kernel
-def merge_packed(
+def merge_binned(
     pv_offsets_ptr,
-    anchor_rank_ptr,
+    anchor_place_ptr,
     anchor_list_ptr,
     anchor_page_ptr,
     anchor_id_ptr,
@@ -285,12 +286,12 @@ def merge_packed(
     log_q_ptr,
     pv_index_ptr,
     item_count_ptr,
-    packed_top_ptr,  # [packed_parts, units]
-    packed_total_ptr,
+    bin_top_ptr,  # [bin_parts, units]
+    bin_total_ptr,
     top_ptr,  # [capacity]
     total_ptr,
     units,
-    packed_parts,
+    bin_parts,
     tau,
     TAU_IS_TENSOR: tl.constexpr,
     MASK: tl.constexpr,
@@ -298,7 +299,7 @@ def merge_packed(
     MERGED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(max, sum) of an anchor of a packed page: of the page's parts and its other anchors."""
+    """(max, sum) of an anchor of a page in a bin: of the page's parts and its other anchors."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = i < tl.load(count_ptr)
     page = tl.load(anchor_page_ptr + i, mask=valid, other=0)
@@ -314,12 +315,12 @@ def merge_packed(
     )
     top = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for part in range(packed_parts):
+    for part in range(bin_parts):
         where = part * units.to(tl.int64) + place
-        part_top = tl.load(packed_top_ptr + where, mask=valid, other=-float("inf"))
-        part_total = tl.load(packed_total_ptr + where, mask=valid, other=0.0)
+        part_top = tl.load(bin_top_ptr + where, mask=valid, other=-float("inf"))
+        part_total = tl.load(bin_total_ptr + where, mask=valid, other=0.0)
         top, total = add_in(top, total, part_top, part_total)
-    first, last = anchors_of(pv_offsets_ptr, anchor_rank_ptr, page, valid)
+    first, last = anchors_of(pv_offsets_ptr, anchor_place_ptr, page, valid)
     own_id = tl.load(anchor_id_ptr + i, mask=valid, other=0)
     if MASK != MASK_OTHER_PAGES:
         for side in tl.static_range(SIDE):
@@ -336,7 +337,7 @@ def merge_packed(
 def page_weights(
     pv_offsets_ptr,
     history_offsets_ptr,
-    anchor_rank_ptr,
+    anchor_place_ptr,
     anchor_list_ptr,
     anchor_page_ptr,
     anchor_id_ptr,
@@ -368,7 +369,7 @@ def page_weights(
     place = tl.load(page_place_ptr + page, mask=valid, other=-1)
     valid = valid & (place >= 0)
     scale = score_scale(tau, TAU_IS_TENSOR)
-    first, last = anchors_of(pv_offsets_ptr, anchor_rank_ptr, page, valid)
+    first, last = anchors_of(pv_offsets_ptr, anchor_place_ptr, page, valid)
     own_id = tl.load(anchor_id_ptr + i, mask=valid, other=0)
     own_of = Own(
         positive_ptr,
@@ -416,3 +417,129 @@ def page_weights(
         tl.store(
             unit_own_ptr + side_of * units + place + unit, own, mask=valid & ((unit >> size) == 0)
         )
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+
+def make_bins(p: Problem, s: CandidateShape, t: CandidateState, b: Bins) -> None:
+    """Fills `b`."""
+    source = p.pv if p.history is None else p.history
+    b.unit_page.fill_(-1)
+    assign_bins[(1,)](
+        p.pv_offsets,
+        p.history_offsets,
+        t.places[0],
+        b.unit_page,
+        b.page_place,
+        b.long,
+        b.bin_count,
+        s.pages,
+        CHUNK=512,
+        num_warps=8,
+    )
+    fill_bins[(s.bins,)](
+        source,
+        p.history_index if p.history_index is not None else b.slot_row,
+        p.pv_offsets,
+        p.history_offsets,
+        t.history_page,
+        t.anchor.list,
+        t.places[0],
+        p.pv_index if s.merged else b.slot_row,
+        t.item_place if s.merged else t.places[2],
+        b.unit_page,
+        b.page_place,
+        b.bin_count,
+        b.c,
+        b.gram,
+        b.slot_log,
+        b.slot_length,
+        b.slot_row,
+        b.unit_poison,
+        b.unit_column,
+        b.bin_group,
+        b.bin_most,
+        s.units,
+        D=s.dim,
+        HAS_INDEX=p.history_index is not None,
+        MERGED=s.merged,
+        BLOCK_D=s.block_d,
+        PRECISION=s.precision,
+        num_warps=8,
+    )
+    unit_columns[(cdiv(b.e.shape[0], ROWS),)](
+        p.pv,
+        b.slot_row,
+        t.column.list,
+        t.counts[2:3],
+        b.e,
+        b.e_length,
+        D=s.dim,
+        HAS_INDEX=False,
+        BLOCK_M=ROWS,
+        BLOCK_D=s.block_d,
+    )
+
+
+def _anchors(p: Problem, s: CandidateShape, t: CandidateState, b: Bins) -> dict[str, Any]:
+    """What the small kernels know of anchors and their pages."""
+    return {
+        "pv_offsets_ptr": p.pv_offsets,
+        "anchor_place_ptr": t.places[0],
+        "anchor_list_ptr": t.anchor.list,
+        "anchor_page_ptr": t.anchor.page,
+        "anchor_id_ptr": t.anchor.id if s.merged else t.anchor.list,
+        "count_ptr": t.counts[0:1],
+        "page_place_ptr": b.page_place,
+        "positive_ptr": t.positive,
+        "log_q_ptr": p.log_q if p.log_q is not None else t.positive,
+        "pv_index_ptr": p.pv_index if s.merged else t.anchor.list,
+        "item_count_ptr": t.item_count if s.merged else t.anchor.list,
+        "units": s.units,
+        **temperature(p),
+        "MASK": MASKS[p.negatives],
+        "HAS_LOG_Q": p.log_q is not None,
+        "MERGED": s.merged,
+        "BLOCK": 256,
+    }
+
+
+def merge(
+    p: Problem,
+    s: CandidateShape,
+    t: CandidateState,
+    b: Bins,
+    parts: tuple[Tensor, Tensor],
+    top: Tensor,
+    total: Tensor,
+) -> None:
+    """The (max, sum) of anchors in bins, from `parts` of their pages, [parts, units] each."""
+    merge_binned[(cdiv(s.rows, 256),)](
+        **_anchors(p, s, t, b),
+        bin_top_ptr=parts[0],
+        bin_total_ptr=parts[1],
+        top_ptr=top,
+        total_ptr=total,
+        bin_parts=parts[0].shape[0],
+    )
+
+
+def weigh(
+    p: Problem, s: CandidateShape, t: CandidateState, b: Bins, g: Tensor
+) -> dict[str, Tensor]:
+    """What the gradients of the scores need of each unit's page."""
+    device, units = s.device, s.units
+    own = torch.empty(SIDE.value, units, dtype=torch.float32, device=device)
+    lse, weight = torch.empty(2, units, dtype=torch.float32, device=device)
+    page_weights[(cdiv(s.rows, 256),)](
+        **_anchors(p, s, t, b),
+        history_offsets_ptr=p.history_offsets,
+        lse_ptr=t.lse,
+        miss_ptr=t.miss,
+        g_ptr=g,
+        unit_lse_ptr=lse,
+        unit_weight_ptr=weight,
+        unit_own_ptr=own,
+    )
+    return {"unit_own_ptr": own, "unit_lse_ptr": lse, "unit_weight_ptr": weight}

@@ -7,25 +7,30 @@ cancels:
     x_k = e_j . c_k,   w_k = |C_k| exp((x_k - 1)/T),   G = c c^T,
     u = sum_k w_k x_k,   n = w^T G w,   s = u / (tau sqrt n)
 
-A block is UNITS units of SPAN history rows; pages whose histories need as many units, a power of
-two, share blocks. A tile of candidates times a block is two products (x and t = w G); sums over a
+A bin is UNITS units of SPAN history rows; pages whose histories need as many units, a power of
+two, share bins. A tile of candidates times a bin is two products (x and t = w G); sums over a
 page are sums over neighbouring columns. With g = dL/ds, A = g / (tau sqrt n), a = u / n and
 y_k = w_k (x_k - a t_k):
 
     dL/dx_k = A (w_k + y_k / T),   dL/de_j = sum_k dL/dx_k c_k,   dL/dlog|C_k| = sum_j A y_k,
     dL/dc_k = sum_j dL/dx_k e_j - sum_l M_kl c_l,   M_kl = sum_j A a w_k w_l
 
-Pages with more than SIDE anchors or with histories that do not fit into a block are left to
+Pages with more than SIDE anchors or with histories that do not fit into a bin are left to
 kernels.py.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ....loss.problem import Problem
+from .. import tiles
 from ..common import (
     LN2,
     exp2_flushed,
@@ -33,10 +38,13 @@ from ..common import (
     normalize_backward,
     rsqrt_flushed,
     score_scale,
+    temperature,
     unit_scale,
 )
-from ..masks import MASK_OTHER_PAGES
-from .packing import SIDE, SLOTS, SPAN, UNITS
+from ..masks import MASK_OTHER_PAGES, MASKS
+from ..shapes import cdiv
+from .bins import ROWS, merge, weigh
+from .state import SIDE, SLOTS, SPAN, UNITS, Bins, CandidateShape, CandidateState
 
 # Of n, a sum of squared weights: far below what weights can be.
 SMALLEST = tl.constexpr(1e-37)
@@ -77,7 +85,7 @@ def to_slots(x):
 
 
 @triton.jit
-def attend_block(x, slot_log, gram, group, sharpness, PRECISION: tl.constexpr):
+def attend_bin(x, slot_log, gram, group, sharpness, PRECISION: tl.constexpr):
     """w, t = w G [BLOCK_M, slots]; and u, 1 / sqrt n [BLOCK_M, units] of each unit's page."""
     w = exp2_flushed((x - 1.0) * sharpness + slot_log[None, :])
     # The same rounded weights above and below the line: a cosine of weights that are a little
@@ -100,20 +108,20 @@ def own_columns(unit_column_ptr, units, unit, column, side):
 
 
 @kernel
-def packed_scores(
+def binned_scores(
     e_ptr,
     c_ptr,
     gram_ptr,
     slot_log_ptr,
-    block_group_ptr,
-    block_most_ptr,
+    bin_group_ptr,
+    bin_most_ptr,
     unit_page_ptr,
     unit_poison_ptr,
     unit_column_ptr,
     column_page_ptr,
     column_bias_ptr,
     column_count_ptr,
-    packed_count_ptr,
+    bin_count_ptr,
     top_ptr,  # [parts, units]
     total_ptr,
     units,
@@ -127,19 +135,19 @@ def packed_scores(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(max, sum) of 2^t of a block's pages over part of the candidates, the anchors' own apart."""
-    block = tl.program_id(0)
+    """(max, sum) of 2^t of a bin's pages over part of the candidates, the anchors' own apart."""
+    bin = tl.program_id(0)
     part = tl.program_id(1)
-    if block >= tl.load(packed_count_ptr):
+    if bin >= tl.load(bin_count_ptr):
         return
     dims = tl.arange(0, BLOCK_D)
-    slot = block * SLOTS + tl.arange(0, SLOTS)
-    unit = block * UNITS + tl.arange(0, UNITS)
+    slot = bin * SLOTS + tl.arange(0, SLOTS)
+    unit = bin * UNITS + tl.arange(0, UNITS)
     c = tl.load(c_ptr + slot.to(tl.int64)[:, None] * BLOCK_D + dims[None, :])
     gram = tl.load(gram_ptr + slot.to(tl.int64)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :])
     slot_log = tl.load(slot_log_ptr + slot)
-    most = tl.load(block_most_ptr + block)
-    group = tl.load(block_group_ptr + block)
+    most = tl.load(bin_most_ptr + bin)
+    group = tl.load(bin_group_ptr + bin)
     page = tl.load(unit_page_ptr + unit)
     poison = tl.load(unit_poison_ptr + unit)
     scale = score_scale(tau, TAU_IS_TENSOR)
@@ -153,7 +161,7 @@ def packed_scores(
         inside = column < count
         e = tl.load(e_ptr + column.to(tl.int64)[:, None] * BLOCK_D + dims[None, :])
         x = tl.dot(e, tl.trans(c), input_precision=PRECISION)
-        _w, _t, u, root = attend_block(x, slot_log, gram, group, sharpness, PRECISION)
+        _w, _t, u, root = attend_bin(x, slot_log, gram, group, sharpness, PRECISION)
         t = u * root * scale + poison[None, :]
         if HAS_BIAS:
             t += tl.load(column_bias_ptr + column, mask=inside, other=0.0)[:, None]
@@ -178,7 +186,7 @@ def packed_scores(
     tl.store(total_ptr + where, total)
 
 
-class PackedPages(NamedTuple):
+class BinnedPages(NamedTuple):
     """What the gradients of the scores need of each unit's page; SIDE times as many where anchors
     are told apart."""
 
@@ -188,7 +196,7 @@ class PackedPages(NamedTuple):
     weight: Any
     column: Any  # [SIDE, units]
     own: Any  # [SIDE, units]
-    most: Any  # [blocks]
+    most: Any  # [bins]
     units: Any
 
 
@@ -200,13 +208,13 @@ class Columns(NamedTuple):
 
 
 @triton.jit
-def pair_gradients(u, root, column, inside, block, unit, scale, pages, columns, MASK: tl.constexpr):
+def pair_gradients(u, root, column, inside, bin, unit, scale, pages, columns, MASK: tl.constexpr):
     """dL/ds [BLOCK_M, UNITS] of each unit's page."""
     page = tl.load(pages.page + unit)
     # Without a page nothing was written.
     lse = tl.load(pages.lse + unit, mask=page >= 0, other=float("inf"))
     weight = tl.load(pages.weight + unit, mask=page >= 0, other=0.0)
-    most = tl.load(pages.most + block)
+    most = tl.load(pages.most + bin)
     t = u * root * scale - (lse - tl.load(pages.poison + unit))[None, :]
     if columns.bias is not None:
         t += tl.load(columns.bias + column, mask=inside, other=0.0)[:, None]
@@ -230,13 +238,13 @@ def pair_gradients(u, root, column, inside, block, unit, scale, pages, columns, 
 
 
 @kernel
-def packed_columns(
+def binned_columns(
     e_ptr,
     c_ptr,
     gram_ptr,
     slot_log_ptr,
-    block_group_ptr,
-    block_most_ptr,
+    bin_group_ptr,
+    bin_most_ptr,
     unit_page_ptr,
     unit_poison_ptr,
     unit_column_ptr,
@@ -246,7 +254,7 @@ def packed_columns(
     column_page_ptr,
     column_bias_ptr,
     column_count_ptr,
-    packed_count_ptr,
+    bin_count_ptr,
     unit_gradient_ptr,  # [columns, BLOCK_D] float32
     units,
     sharpness,
@@ -260,15 +268,15 @@ def packed_columns(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dL/de of a tile of candidates: half a block a step; then, in a launch of their own, the
-    blocks of one large page."""
+    """dL/de of a tile of candidates: half a bin a step; then, in a launch of their own, the
+    bins of one large page."""
     column = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     count = tl.load(column_count_ptr)
     first = count * 0
-    last = tl.load(packed_count_ptr + 2) * 2
+    last = tl.load(bin_count_ptr + 2) * 2
     if STEP == SLOTS:
         first = last // 2
-        last = tl.load(packed_count_ptr)
+        last = tl.load(bin_count_ptr)
         if first == last:
             return
     if tl.program_id(0) * BLOCK_M >= count:
@@ -281,34 +289,34 @@ def packed_columns(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if STEP == SLOTS:
         acc += tl.load(unit_gradient_ptr + where)
-    pages = PackedPages(
+    pages = BinnedPages(
         unit_page_ptr,
         unit_poison_ptr,
         unit_lse_ptr,
         unit_weight_ptr,
         unit_column_ptr,
         unit_own_ptr,
-        block_most_ptr,
+        bin_most_ptr,
         units,
     )
     columns = Columns(column_page_ptr, column_bias_ptr if HAS_BIAS else None)
     for step in range(first, last):
-        block = step * STEP // SLOTS
-        place = step * STEP - block * SLOTS + tl.arange(0, STEP)
-        slot = block * SLOTS + place
+        bin = step * STEP // SLOTS
+        place = step * STEP - bin * SLOTS + tl.arange(0, STEP)
+        slot = bin * SLOTS + place
         unit = step * (STEP // SPAN) + tl.arange(0, STEP // SPAN)
         c = tl.load(c_ptr + slot.to(tl.int64)[:, None] * BLOCK_D + dims[None, :])
         gram = tl.load(gram_ptr + slot.to(tl.int64)[:, None] * SLOTS + place[None, :])
         x = tl.dot(e, tl.trans(c), input_precision=PRECISION)
-        w, t, u, root = attend_block(
+        w, t, u, root = attend_bin(
             x,
             tl.load(slot_log_ptr + slot),
             gram,
-            tl.load(block_group_ptr + block),
+            tl.load(bin_group_ptr + bin),
             sharpness,
             PRECISION,
         )
-        g = pair_gradients(u, root, column, inside, block, unit, scale, pages, columns, MASK)
+        g = pair_gradients(u, root, column, inside, bin, unit, scale, pages, columns, MASK)
         weight = to_slots(g * root * (scale * LN2))
         slope = to_slots(u * root * root)
         dx = weight * w * (1.0 + (x - slope * t) * (sharpness * LN2))
@@ -323,7 +331,7 @@ def finish_columns(
     e_length_ptr,
     column_list_ptr,
     column_count_ptr,
-    packed_count_ptr,
+    bin_count_ptr,
     # [N or n, D], rows at their places; holds what pages that did not fit gave, if there are any
     de_ptr,
     D: tl.constexpr,
@@ -342,21 +350,21 @@ def finish_columns(
     position = tl.load(column_list_ptr + column, mask=inside, other=0)
     where = position.to(tl.int64)[:, None] * D + dims[None, :]
     mask = inside[:, None] & (dims < D)[None, :]
-    if tl.load(packed_count_ptr + 1) > 0:
+    if tl.load(bin_count_ptr + 1) > 0:
         grad += tl.load(de_ptr + where, mask=mask, other=0.0).to(tl.float32)
     tl.store(de_ptr + where, grad.to(de_ptr.dtype.element_ty), mask=mask)
 
 
 @kernel
-def packed_history(
+def binned_history(
     e_ptr,
     c_ptr,
     gram_ptr,
     slot_log_ptr,
     slot_length_ptr,
     slot_row_ptr,
-    block_group_ptr,
-    block_most_ptr,
+    bin_group_ptr,
+    bin_most_ptr,
     unit_page_ptr,
     unit_poison_ptr,
     unit_column_ptr,
@@ -367,9 +375,9 @@ def packed_history(
     column_page_ptr,
     column_bias_ptr,
     column_count_ptr,
-    packed_count_ptr,
+    bin_count_ptr,
     dc_ptr,  # [K, D]
-    tau_part_ptr,  # [blocks] sum of g cos
+    tau_part_ptr,  # [bins] sum of g cos
     units,
     sharpness,
     tau,
@@ -384,34 +392,34 @@ def packed_history(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dL/dC of a block's history, over all candidates."""
-    block = tl.program_id(0)
-    if block >= tl.load(packed_count_ptr):
+    """dL/dC of a bin's history, over all candidates."""
+    bin = tl.program_id(0)
+    if bin >= tl.load(bin_count_ptr):
         if WANT_TAU:
-            tl.store(tau_part_ptr + block, 0.0)
+            tl.store(tau_part_ptr + bin, 0.0)
         return
     dims = tl.arange(0, BLOCK_D)
     place = tl.arange(0, SLOTS)
-    slot = block * SLOTS + place
-    unit = block * UNITS + tl.arange(0, UNITS)
+    slot = bin * SLOTS + place
+    unit = bin * UNITS + tl.arange(0, UNITS)
     c = tl.load(c_ptr + slot.to(tl.int64)[:, None] * BLOCK_D + dims[None, :])
     gram = tl.load(gram_ptr + slot.to(tl.int64)[:, None] * SLOTS + place[None, :])
     slot_log = tl.load(slot_log_ptr + slot)
-    group = tl.load(block_group_ptr + block)
+    group = tl.load(bin_group_ptr + bin)
     scale = score_scale(tau, TAU_IS_TENSOR)
     count = tl.load(column_count_ptr)
     acc = tl.zeros([SLOTS, BLOCK_D], tl.float32)
     pairs = tl.zeros([SLOTS, SLOTS], tl.float32)
     along = tl.zeros([BLOCK_M // 16, 8, SLOTS], tl.float32)
     cosines = tl.zeros([BLOCK_M, UNITS], tl.float32)
-    pages = PackedPages(
+    pages = BinnedPages(
         unit_page_ptr,
         unit_poison_ptr,
         unit_lse_ptr,
         unit_weight_ptr,
         unit_column_ptr,
         unit_own_ptr,
-        block_most_ptr,
+        bin_most_ptr,
         units,
     )
     columns = Columns(column_page_ptr, column_bias_ptr if HAS_BIAS else None)
@@ -419,10 +427,8 @@ def packed_history(
         column = start + tl.arange(0, BLOCK_M)
         e = tl.load(e_ptr + column.to(tl.int64)[:, None] * BLOCK_D + dims[None, :])
         x = tl.dot(e, tl.trans(c), input_precision=PRECISION)
-        w, t, u, root = attend_block(x, slot_log, gram, group, sharpness, PRECISION)
-        g = pair_gradients(
-            u, root, column, column < count, block, unit, scale, pages, columns, MASK
-        )
+        w, t, u, root = attend_bin(x, slot_log, gram, group, sharpness, PRECISION)
+        g = pair_gradients(u, root, column, column < count, bin, unit, scale, pages, columns, MASK)
         if WANT_TAU:
             cosines += g * u * root
         if WANT_C:
@@ -443,10 +449,10 @@ def packed_history(
     if WANT_TAU:
         first = tl.load(page_place_ptr + page, mask=page >= 0, other=-1) == unit
         total = tl.where(first, tl.sum(cosines, axis=0), 0.0)
-        tl.store(tau_part_ptr + block, tl.sum(total, axis=0))
+        tl.store(tau_part_ptr + bin, tl.sum(total, axis=0))
     if WANT_C:
         slot_page = tl.load(unit_page_ptr + slot // SPAN)
-        other_page = tl.load(unit_page_ptr + (block * SLOTS + place) // SPAN)
+        other_page = tl.load(unit_page_ptr + (bin * SLOTS + place) // SPAN)
         pairs = tl.where(slot_page[:, None] == other_page[None, :], pairs, 0.0)
         acc -= tl.dot(pairs.to(DOT_TYPE), c.to(DOT_TYPE), input_precision=PRECISION)
         length = tl.load(slot_length_ptr + slot)
@@ -458,3 +464,107 @@ def packed_history(
         where = row.to(tl.int64)[:, None] * D + dims[None, :]
         mask = (row >= 0)[:, None] & (dims < D)[None, :]
         tl.store(dc_ptr + where, d_c.to(dc_ptr.dtype.element_ty), mask=mask)
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+
+def _tiles(p: Problem, s: CandidateShape, t: CandidateState, b: Bins, kind: str) -> dict[str, Any]:
+    """What the passes over candidates times bins have in common."""
+    tile = tiles.binned_tile(kind, s.device)
+    return {
+        "e_ptr": b.e,
+        "c_ptr": b.c,
+        "gram_ptr": b.gram,
+        "slot_log_ptr": b.slot_log,
+        "bin_group_ptr": b.bin_group,
+        "bin_most_ptr": b.bin_most,
+        "unit_page_ptr": b.unit_page,
+        "unit_poison_ptr": b.unit_poison,
+        "unit_column_ptr": b.unit_column,
+        "column_page_ptr": t.column.page,
+        "column_bias_ptr": b.slot_log if t.column.bias is None else t.column.bias,
+        "column_count_ptr": t.counts[2:3],
+        "bin_count_ptr": b.bin_count,
+        "units": s.units,
+        "sharpness": p.attention_scale / math.log(2.0),
+        **temperature(p),
+        "MASK": MASKS[p.negatives],
+        "HAS_BIAS": t.column.bias is not None,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_D": s.block_d,
+        "PRECISION": s.precision,
+        **tile.launch,
+    }
+
+
+def scores(
+    p: Problem, s: CandidateShape, t: CandidateState, b: Bins, top: Tensor, total: Tensor
+) -> None:
+    """Log-sum-exps of the anchors in bins over everything but their positives, to the first
+    rows of top and total."""
+    bins, device = s.bins, s.device
+    parts = max(1, min(16, tiles.programs(device) * 4 // max(bins, 1)))
+    bin_top = torch.empty(parts, bins * UNITS.value, dtype=torch.float32, device=device)
+    bin_total = torch.empty_like(bin_top)
+    binned_scores[(bins, parts)](
+        **_tiles(p, s, t, b, "scores"), parts=parts, top_ptr=bin_top, total_ptr=bin_total
+    )
+    merge(p, s, t, b, (bin_top, bin_total), top, total)
+
+
+def backward(
+    p: Problem,
+    s: CandidateShape,
+    t: CandidateState,
+    b: Bins,
+    g: Tensor,
+    d_e: Tensor | None,
+    d_c: Tensor | None,
+    want_tau: bool,
+) -> list[Tensor]:
+    """Adds to dL/dE and dL/dC; parts of sum of g cos."""
+    device = s.device
+    pages = weigh(p, s, t, b, g)
+    dots = {"DOT_TYPE": tl.bfloat16 if s.dtype == torch.bfloat16 else tl.float32}
+    if d_e is not None:
+        unit = torch.empty(b.e.shape, dtype=torch.float32, device=device)
+        # Half a bin at a time; and what one page fills, whole.
+        for kind, step in (("columns", SLOTS.value // 2), ("columns of large pages", SLOTS.value)):
+            given = _tiles(p, s, t, b, kind)
+            binned_columns[(cdiv(b.e.shape[0], given["BLOCK_M"]),)](
+                **given,
+                **pages,
+                **dots,
+                unit_gradient_ptr=unit,
+                STEP=step,
+            )
+        finish_columns[(cdiv(b.e.shape[0], ROWS),)](
+            unit,
+            b.e,
+            b.e_length,
+            t.column.list,
+            t.counts[2:3],
+            b.bin_count,
+            d_e,
+            D=s.dim,
+            BLOCK_M=ROWS,
+            BLOCK_D=s.block_d,
+        )
+    if d_c is None and not want_tau:
+        return []
+    tau_parts = torch.empty(s.bins, dtype=torch.float32, device=device)
+    binned_history[(s.bins,)](
+        **_tiles(p, s, t, b, "history"),
+        **pages,
+        **dots,
+        slot_length_ptr=b.slot_length,
+        slot_row_ptr=b.slot_row,
+        page_place_ptr=b.page_place,
+        D=s.dim,
+        dc_ptr=d_c if d_c is not None else g,
+        tau_part_ptr=tau_parts,
+        WANT_C=d_c is not None,
+        WANT_TAU=want_tau,
+    )
+    return [tau_parts]

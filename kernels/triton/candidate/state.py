@@ -1,0 +1,136 @@
+"""The shape and the state of attention "candidate": no launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .. import tiles
+from ..shapes import Shape, cdiv, larger, loss_shape
+from ..state import Group, Listed, Make, Plan
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from ....loss.problem import Problem
+
+# A bin is UNITS units of SPAN history rows, its slots.
+SPAN = tl.constexpr(4)
+UNITS = tl.constexpr(16)
+SLOTS = tl.constexpr(64)
+# Anchors of a page whose columns are told apart side by side.
+SIDE = tl.constexpr(4)
+# Rows of candidates that a tile may go past the last one.
+PADDING = tl.constexpr(128)
+# exp((x - 1) / T) squared must stay above float32's smallest number for every cosine x.
+_SHARPEST = 20.0
+
+
+@dataclass(frozen=True)
+class CandidateShape(Shape):
+    binned: bool = False
+    bins: Any = 0
+
+    @property
+    def bin_slots(self) -> Any:
+        return self.bins * SLOTS.value
+
+    @property
+    def units(self) -> Any:
+        return self.bins * UNITS.value
+
+    @property
+    def padded_columns(self) -> Any:
+        return cdiv(self.columns, PADDING.value) * PADDING.value
+
+
+def candidate_shape(p: Problem) -> CandidateShape:
+    s = loss_shape(p)
+    # A bin holds at least 33 rows, or 16 pages of a single unit; the last one of each size may
+    # hold less.
+    bins = torch.sym_min(s.pages, s.pages * 34 // 1024 + cdiv(s.history_rows, 33) + 6)
+    return CandidateShape(
+        **vars(s),
+        # Whether dot products of E and C are all that is needed, and every column is an item of its
+        # own.
+        binned=tiles.has_bins(s.dtype, s.device)
+        and s.dim <= tiles.LARGEST_REGISTER_DIM
+        and p.cosine
+        and 0 <= p.attention_scale <= _SHARPEST
+        and s.heads == 1
+        and p.query is None
+        and p.key is None
+        and p.value is None
+        and p.item_ids is None
+        and (s.merged or p.pv_index is None)
+        and p.negatives != "page",
+        bins=larger(bins, 1),
+    )
+
+
+@dataclass
+class Bins(Group):
+    """What the backward needs of the bins."""
+
+    unit_page: Tensor
+    bin_group: Tensor
+    bin_most: Tensor
+    page_place: Tensor
+    long: Tensor
+    bin_count: Tensor
+    c: Tensor
+    gram: Tensor
+    slot_log: Tensor
+    slot_length: Tensor
+    slot_row: Tensor
+    unit_poison: Tensor
+    unit_column: Tensor
+    e: Tensor
+    e_length: Tensor
+
+    @classmethod
+    def build(cls, s: CandidateShape, make: Make) -> Self:
+        return cls(
+            unit_page=make((s.units,), torch.int32),
+            bin_group=make((s.bins,), torch.int32),
+            bin_most=make((s.bins,), torch.int32),
+            page_place=make((s.pages,), torch.int32),
+            long=make((s.pages,), torch.int32),
+            bin_count=make((3,), torch.int32),
+            c=make((s.bin_slots, s.block_d), s.dtype),
+            # Weights and gradients in products: float16 has too little range for them.
+            gram=make((s.bin_slots, SLOTS.value), s.sums),
+            slot_log=make((s.bin_slots,)),
+            slot_length=make((s.bin_slots,)),
+            slot_row=make((s.bin_slots,), torch.int64),
+            unit_poison=make((s.units,)),
+            unit_column=make((SIDE.value, s.units), torch.int32),
+            e=make((s.padded_columns, s.block_d), s.dtype),
+            e_length=make((s.columns,)),
+        )
+
+
+@dataclass
+class CandidateState(Plan):
+    column: Listed
+    lse: Tensor
+    miss: Tensor
+    weight_sum: Tensor
+    positive: Tensor | None
+    bins: Bins | None
+
+    @classmethod
+    def build(cls, s: Any, make: Make) -> Self:
+        """Of a CandidateShape."""
+        return cls(
+            **vars(Plan.build(s, make)),
+            lse=make((s.rows,)),
+            miss=make((s.rows,)),
+            weight_sum=make(()),
+            positive=make((s.rows, 2)) if s.binned else None,
+            bins=Bins.build(s, make) if s.binned else None,
+        )
