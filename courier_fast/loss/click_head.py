@@ -6,7 +6,8 @@
 
 h [n, hidden] would be the largest tensor of a step, kept four times. Batch norm is linear once its
 statistics are known, so `_SlicedLoss` needs only two sums of h before the logits, and two sums of
-dL/dz h before the gradients, and makes h a slice of rows at a time whenever it is asked for.
+dL/dz h before the gradients. It makes h a slice of rows at a time, keeps the first slices, and
+makes the others again where they are needed again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from .union.exchange import Participants
 
 # Numbers of a slice of h: 8 MiB in float32, and on a GPU what keeps it busy.
 _SLICE = {"cpu": 1 << 21, "cuda": 1 << 24}
+# Those of the slices that are kept, 32 MiB in float32: all of a small batch.
+_KEPT = 1 << 23
 
 
 class _Sum(torch.autograd.Function):
@@ -121,7 +124,7 @@ class ClickHead(nn.Sequential):
         """By the running statistics, [n]."""
         moments = self._running(torch.zeros((), dtype=torch.float64, device=rows.r.device))
         folded = _Folded.of(_Weights(*self._weights(rows)), moments, self[2].eps)
-        return torch.cat([folded.logits(h) for _, h in _hidden(rows, folded.weights)])
+        return torch.cat([folded.logits(h) for *_, h in _hidden(rows, folded.weights, {})])
 
     def _weights(self, rows: ClickRows) -> list[Tensor]:
         """Those of `_Weights`: of the first layer in the type of the rows, others of sums."""
@@ -222,22 +225,31 @@ def _slices(rows: ClickRows, hidden: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _hidden(rows: ClickRows, w: _Weights) -> Iterator[tuple[slice, Tensor]]:
-    """h of a slice of rows after the other, in their type."""
+def _hidden(
+    rows: ClickRows, w: _Weights, kept: dict[int, Tensor]
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """A slice of rows after the other, its [R, E] and its h, both in the type of the rows. `kept`:
+    h by the first row; it grows up to its limit."""
     for at in _slices(rows, len(w.bias)):
-        x = torch.cat([rows.r[at], rows.e[at]], 1)
-        yield at, torch.addmm(w.bias, x, w.first.T).relu_()
+        x, h = torch.cat([rows.r[at], rows.e[at]], 1), kept.get(at.start)
+        if h is None:
+            h = torch.addmm(w.bias, x, w.first.T).relu_()
+            if sum(y.numel() for y in kept.values()) + h.numel() <= _KEPT:
+                kept[at.start] = h
+        yield at, x, h
 
 
-def _mean_and_var(rows: ClickRows, w: _Weights, count: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_and_var(
+    rows: ClickRows, w: _Weights, count: Tensor, kept: dict[int, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Of h over the rows of all processes, biased, float64: each slice about its own mean, these
     about that of all, so that nothing cancels."""
     weights, found = rows.weights, []
-    for at, h in _hidden(rows, w):
+    for at, _, h in _hidden(rows, w, kept):
         h, weight = h.to(rows.precise), weights[at]
         n = weight.sum(dtype=torch.float64)
         mean = (weight @ h).double() / n.clamp(min=1)
-        off = h.sub_(mean.to(h.dtype)).square_()
+        off = (h - mean.to(h.dtype)).square_()
         found.append((n, mean, (weight @ off).double()))
     n, mean, squares = (torch.stack(x) for x in zip(*found, strict=True))
     every = count.clamp(min=1)
@@ -254,15 +266,16 @@ class _SlicedLoss(torch.autograd.Function):
         w = _Weights(*weights)
         rows = replace(rows, r=r, e=e)  # without autograd
         assert rows.clicked is not None
+        kept: dict[int, Tensor] = {}
         if head.training:
-            moments = head._moments(*_mean_and_var(rows, w, count), count)
+            moments = head._moments(*_mean_and_var(rows, w, count, kept), count)
         else:
             moments = head._running(count)
         folded = _Folded.of(w, moments, head[2].eps)
         y, weight = rows.clicked.to(rows.precise), rows.weights
         logits, slope = y.new_empty(len(y)), y.new_empty(len(y))
         total, by_h = y.new_zeros((), dtype=torch.float64), torch.zeros_like(moments.mean)
-        for at, h in _hidden(rows, w):
+        for at, _, h in _hidden(rows, w, kept):
             off = folded.centred(h)
             z = torch.mv(off, folded.scale) + folded.shift
             logits[at] = z
@@ -270,8 +283,8 @@ class _SlicedLoss(torch.autograd.Function):
             each = functional.binary_cross_entropy_with_logits(z, y[at], reduction="none")
             total += (weight[at] * each).sum(dtype=torch.float64)
             by_h += slope[at] @ off
-        ctx.save_for_backward(r, e, *weights, slope, by_h, rows.live)
-        ctx.about = folded.mean, folded.rstd, moments.count, moments.own, rows.processes
+        ctx.save_for_backward(r, e, *weights, slope, by_h, rows.live, *kept.values())
+        ctx.about = folded.mean, folded.rstd, moments.count, moments.own, rows.processes, list(kept)
         ctx.mark_non_differentiable(logits)
         return total, logits
 
@@ -279,9 +292,10 @@ class _SlicedLoss(torch.autograd.Function):
     @once_differentiable
     @alone_backward
     def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:  # type: ignore[override]
-        r, e, *weights, slope, by_h, live = ctx.saved_tensors
+        mean, rstd, count, own, processes, starts = ctx.about
+        r, e, *weights = ctx.saved_tensors[:8]
+        slope, by_h, live, *kept = ctx.saved_tensors[8:]
         w = _Weights(*weights)
-        mean, rstd, count, own, processes = ctx.about
         rows = ClickRows(r, e, None, live, processes)
         slope = (slope * upstream).to(slope.dtype)
         own_sums = torch.cat([slope.sum(dtype=torch.float64).view(1), by_h * upstream])
@@ -292,9 +306,7 @@ class _SlicedLoss(torch.autograd.Function):
         shift, factor = -scale * by_mean[0], -scale * rstd.square() * by_mean[1:]
         d_r, d_e = torch.empty_like(r), torch.empty_like(e)
         d_first, d_bias = torch.zeros_like(w.first, dtype=slope.dtype), torch.zeros_like(shift)
-        for at in _slices(rows, len(w.bias)):
-            x = torch.cat([r[at], e[at]], 1)
-            h = torch.addmm(w.bias, x, w.first.T).relu_()
+        for at, x, h in _hidden(rows, w, dict(zip(starts, kept, strict=True))):
             d = (h.to(slope.dtype) - mean).mul_(factor).add_(shift)
             if live is not None:
                 d *= live[at, None]
