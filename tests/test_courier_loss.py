@@ -805,6 +805,32 @@ def test_second_derivatives_of_the_reference() -> None:
     assert torch.autograd.gradgradcheck(of, (p.pv, p.history), fast_mode=True)
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_gradients_by_torch_func(impl: str) -> None:
+    p, loss = pages(dtype=torch.float32), make_loss(torch.float32, impl=impl).eval()
+    truth = torch.autograd.grad(loss(**given(p)), list(p.leaves.values()))
+    arguments = given(p)
+
+    def of(leaves: dict[str, Tensor]) -> Tensor:
+        return loss(**(arguments | leaves))
+
+    found = torch.func.grad(of)({n: x.detach() for n, x in p.leaves.items()})
+    for x, y in zip(found.values(), truth, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.long("kernels case by case")
+def test_compiled() -> None:
+    p, loss = pages(dtype=torch.float32), make_loss(torch.float32)
+    truth = loss(**given(p))
+    compiled = torch.compile(make_loss(torch.float32), backend="aot_eager")
+    leaves = list(p.leaves.values())
+    found = compiled(**given(p))
+    torch.testing.assert_close(found, truth)
+    expected = torch.autograd.grad(truth, leaves)
+    torch.testing.assert_close(torch.autograd.grad(found, leaves), expected)
+
+
 def test_errors() -> None:
     rows: dict[str, Any] = given(pages(dtype=torch.float32))
     wide = torch.randn(17, DIM + 1)

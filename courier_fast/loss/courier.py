@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..surroundings import has_values, without_autocast
-from . import reference
+from . import operators, reference
 from .arguments import (
     Attention,
     CheckedInputs,
@@ -254,7 +254,10 @@ class CourierLoss(LossModule):
             )[0]
         if self.click_head is not None:
             rows, index = batch.click_rows(r, processes)
-            found["prediction"], logits = self.click_head.loss(rows, impl == "reference")
+            # Neither torch.compile nor torch.func takes the slices apart.
+            traced = torch.compiler.is_compiling() or operators.transformed()
+            exact = impl == "reference" or traced
+            found["prediction"], logits = self.click_head.loss(rows, exact)
             logits = batch.spread(logits, index)
         if "sequence" in contrasts:
             found["sequence"] = evaluate(contrasts["sequence"], call.impl, beside, None)[0]
