@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .lazy import find_moved, lazy
 
 if TYPE_CHECKING:
+    from .loss.courier import CourierLoss, CourierParts
     from .loss.functional import (
         ReconstructionStats,
         click_sequence_loss,
@@ -22,6 +23,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClickSequenceLoss",
+    "CourierLoss",
+    "CourierParts",
     "EmbeddingMemory",
     "ReconstructionLoss",
     "ReconstructionStats",
@@ -37,6 +40,7 @@ __getattr__, __dir__ = lazy(
     __name__,
     dict.fromkeys(__all__, "loss.functional")
     | dict.fromkeys(["ClickSequenceLoss", "ReconstructionLoss"], "loss.modules")
+    | dict.fromkeys(["CourierLoss", "CourierParts"], "loss.courier")
     | {"EmbeddingMemory": "loss.memory", "load": "serve.load"},
 )
 find_moved()

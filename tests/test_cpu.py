@@ -210,7 +210,7 @@ def test_auto_takes_the_kernels_for_small_batches() -> None:
 
     p = make(pages=2)
     skip_unless_available("cpu", p)
-    assert functional._choose("auto", p) == "cpu"
+    assert functional.choose("auto", p) == "cpu"
 
 
 # ---- chunks, threads, workspace ------------------------------------------------------------------

@@ -71,6 +71,17 @@ def loss_of_unique_items(names: dict[str, Any]) -> Check:
     return check
 
 
+def three_losses(names: dict[str, Any]) -> Check:
+    statistics(names)
+
+    def check(names: dict[str, Any]) -> None:
+        assert names["loss"] == sum(names["parts"][:3])
+        assert names["parts"].logits.shape == (4, 5)
+        assert names["loss_fn"].attention.in_proj_weight.grad.any()
+
+    return check
+
+
 def statistics(names: dict[str, Any]) -> Check:
     names |= {
         "loss_fn": cf.ReconstructionLoss(),
@@ -254,7 +265,8 @@ STAND_INS = {
     "docs/evaluation.md 1": features_of_impressions,
     "docs/hm-fashion.md 0": features_of_a_backbone,
     "docs/loss.md 0": loss_of_unique_items,
-    "docs/loss.md 1": statistics,
+    "docs/loss.md 1": three_losses,
+    "docs/loss.md 2": statistics,
     "docs/serving.md 0": encoder_of_a_run,
     "docs/serving.md 1": another_client,
     "docs/training.md 0": training_from_python,

@@ -19,6 +19,7 @@ from .layouts import (
     check_index,
     describe,
     require_flag,
+    require_size,
     require_tensor,
     shown,
     side,
@@ -87,10 +88,7 @@ class Attention:
     heads: Any
 
     def __post_init__(self) -> None:
-        if isinstance(self.heads, bool) or not isinstance(self.heads, int):
-            raise TypeError(f"num_heads: expected an int, got {describe(self.heads)}")
-        if self.heads < 1:
-            raise ValueError(f"num_heads: expected at least 1, got {shown(self.heads)}")
+        require_size("num_heads", self.heads)
         given = [n for n in ("scale", "temperature") if getattr(self, n) is not None]
         for name in given:
             finite(f"attention_{name}", getattr(self, name))
@@ -171,6 +169,19 @@ def _unit_heads(x: Tensor, heads: int) -> Tensor:
     return reference.normalize(x.view(len(x), heads, x.shape[1] // heads)).reshape(x.shape)
 
 
+def without_history(rows: Tensor, index: Tensor | None) -> dict[str, Any]:
+    """Fields of a Problem of these PV rows whose R is given: no page has a history."""
+    return {
+        "pv": rows,
+        "pv_index": index,
+        "history": rows.detach()[:0] if index is None else None,
+        "history_index": None if index is None else index[:0],
+        "history_mask": None,
+        **dict.fromkeys(("query", "key", "value")),
+        "attention_scale": 0.0,
+    }
+
+
 class CheckedInputs:
     """The embeddings of a call, checked and in one type, and the layout of each side.
 
@@ -224,8 +235,8 @@ class CheckedInputs:
                 raise ValueError(
                     f"{other.name}: expected {pages} pages, as in {self.items.name}, got {found}"
                 )
-        self._dim = (source.values() if source.is_nested else source).shape[-1]
-        if self._dim == 0:
+        self.dim = (source.values() if source.is_nested else source).shape[-1]
+        if self.dim == 0:
             name = self.items.name if table is None else "embeddings"
             raise ValueError(f"{name}: expected an embedding dimension of at least 1, got 0")
 
@@ -239,7 +250,7 @@ class CheckedInputs:
         layout, x = self.sides[name], self._inputs[name]
         assert x is not None
         if self._table is None:
-            return layout.flatten(name, x, (self._dim,)), None
+            return layout.flatten(name, x, (self.dim,)), None
         index = as_index(name, layout.flatten(name, x, ()))
         size = self._table.shape[0]
         index = check_index(name, index, layout.live(), size, self.validate)
@@ -249,11 +260,11 @@ class CheckedInputs:
         x = self._inputs[name]
         if x is None:
             return None
-        return self.sides[of].flatten(name, _float_rows(name, x, self._source), (self._dim,))
+        return self.sides[of].flatten(name, _float_rows(name, x, self._source), (self.dim,))
 
     def fields(self, attention: Attention, clicked: Any | None) -> dict[str, Any]:
         """Those of a Problem that say what is attended to, and by whom."""
-        options = attention.of(self._dim)
+        options = attention.of(self.dim)
         query, key = self._projection("query", "pv"), self._projection("key", "history")
         if not options["attention_scale"]:
             # 0 times a product is not computed: what it is made of may be infinite.
@@ -282,20 +293,13 @@ class CheckedInputs:
         return fields
 
     def fields_of_reconstructed(self, clicked: Any, mask: Any | None) -> dict[str, Any]:
-        """`fields`, where R is given: no page has a history."""
+        """`fields`, where R is given."""
         layout, (rows, index) = self.sides["pv"], self.rows("pv")
-        return {
-            "pv": rows,
-            "pv_index": index,
+        return without_history(rows, index) | {
             "pv_offsets": layout.offsets,
             "pv_mask": layout.mask,
-            "history": rows.detach()[:0] if index is None else None,
-            "history_index": None if index is None else index[:0],
             "history_offsets": torch.zeros_like(layout.offsets),
-            "history_mask": None,
-            **dict.fromkeys(("query", "key", "value")),
             "clicked": self._clicked(clicked),
-            "attention_scale": 0.0,
             "reconstructed": self._projection("reconstructed", "pv"),
             "reconstructed_mask": None if mask is None else self._bools("reconstructed_mask", mask),
         }
@@ -311,9 +315,9 @@ class CheckedInputs:
         tensor, tau = check_temperature(temperature, self.device, self.validate)
         return {"temperature": None if tensor is None else tensor.to(self._precise), "tau": tau}
 
-    def _per_item(self, name: str, x: Any) -> Tensor:
+    def _per_item(self, name: str, x: Any, of: str | None = None) -> Tensor:
         x = _on_device(name, require_tensor(name, x), self.device)
-        return self.items.flatten(name, x, ())
+        return (self.items if of is None else self.sides[of]).flatten(name, x, ())
 
     def _bools(self, name: str, x: Any) -> Tensor:
         return as_bool(name, self._per_item(name, x), self.items, self.validate)
@@ -324,9 +328,9 @@ class CheckedInputs:
             self.items.like = clicked
         return found
 
-    def ids(self, name: str, x: Any) -> Tensor | None:
-        """Integers, one per item."""
-        return None if x is None else as_index(name, self._per_item(name, x))
+    def ids(self, name: str, x: Any, of: str | None = None) -> Tensor | None:
+        """Integers, one per item, or per row of the side `of`."""
+        return None if x is None else as_index(name, self._per_item(name, x, of))
 
     def floats(self, name: str, x: Any) -> Tensor | None:
         """Floats, one per item; they take no gradient."""

@@ -69,7 +69,7 @@ class ReconstructionStats:
         return x.values() if x.is_nested else x
 
 
-def _choose(impl: str, p: Problem | SequenceProblem) -> str:
+def choose(impl: str, p: Problem | SequenceProblem) -> str:
     """The implementation to run; an explicit one never falls back."""
     if impl == "auto":
         candidate = {"cuda": "triton", "cpu": "cpu"}.get(operators.source_of(p).device.type)
@@ -86,7 +86,7 @@ def _choose(impl: str, p: Problem | SequenceProblem) -> str:
     return impl
 
 
-def _evaluate(
+def evaluate(
     p: Problem | SequenceProblem,
     impl: str,
     beside: Beside,
@@ -94,7 +94,7 @@ def _evaluate(
     stats: bool = False,
 ) -> tuple[Tensor, ...]:
     """The loss and what belongs to `stats`, as `operators.loss` gives them."""
-    chosen = _choose(impl, p)
+    chosen = choose(impl, p)
     p, union = beside.union(p, chosen)
     if union is not None and graphs is not None:
         raise ValueError(
@@ -118,6 +118,17 @@ def _evaluate(
         else:
             out = losses.reconstruction_loss(p, union, stats)
     return (out.loss, *out.rows, out.num_skipped)
+
+
+def evaluate_reconstruct(p: Problem, impl: str) -> Tensor:
+    """R [N, D] by the attention of `p`; zeros for padding and for pages without history."""
+    chosen = choose(impl, p)
+    if chosen != "reference":
+        return operators.reconstruct(p, chosen)
+    if torch.compiler.is_compiling() or has_values(p.pv):
+        with without_autocast(p.pv):
+            return reference.reconstruct(operators.checked(p))[0]
+    return operators.without_values(p, False, whole=False)[0]
 
 
 def reconstruction_loss(
@@ -298,7 +309,7 @@ def reconstruction_loss(
             workspace=workspace,
         )
         beside = Beside(processes, exchange, table_ids, memory, memory_ids, memory_log_q)
-        loss, *per_row, skipped = _evaluate(p, impl, beside, _graphs, bool(return_stats))
+        loss, *per_row, skipped = evaluate(p, impl, beside, _graphs, bool(return_stats))
         loss = inputs.attached(loss)
     if reduction == "none":
         loss = inputs.items.restore(loss)
@@ -361,14 +372,7 @@ def reconstruct(
         temperature=None,
         tau=1.0,
     )
-    chosen = _choose(impl, p)
-    if chosen != "reference":
-        r = operators.reconstruct(p, chosen)
-    elif torch.compiler.is_compiling() or has_values(p.pv):
-        with without_autocast(p.pv):
-            r = reference.reconstruct(operators.checked(p))[0]
-    else:
-        r = operators.without_values(p, False, whole=False)[0]
+    r = evaluate_reconstruct(p, impl)
     r = inputs.items.restore(inputs.attached(r))
     if not return_weights:
         return r
@@ -455,5 +459,5 @@ def click_sequence_loss(
             reduction=reduction,
             workspace=workspace,
         )
-        (loss,) = _evaluate(p, impl, Beside(processes, exchange, table_ids), _graphs)
+        (loss,) = evaluate(p, impl, Beside(processes, exchange, table_ids), _graphs)
         return inputs.items.restore(loss) if reduction == "none" else loss

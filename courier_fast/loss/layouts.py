@@ -77,6 +77,15 @@ def require_flag(name: str, x: Any) -> None:
         raise TypeError(f"{name}: expected True or False, got {describe(x)}")
 
 
+def require_size(name: str, x: Any) -> None:
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise TypeError(f"{name}: expected an int, got {describe(x)}")
+    if x < 1:
+        raise ValueError(f"{name}: expected at least 1, got {shown(x)}")
+    if x >= 1 << 31:
+        raise ValueError(f"{name}: expected less than 2**31, got {shown(x)}")
+
+
 @dataclass
 class Given:
     """One side of the problem, PV or history, as the user gives it."""

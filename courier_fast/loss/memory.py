@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..surroundings import has_values
-from .layouts import INTEGERS, describe, require_tensor, shown
+from .layouts import INTEGERS, describe, require_size, require_tensor
 from .union.exchange import Participants, reporting
 
 
@@ -49,12 +49,7 @@ class EmbeddingMemory(nn.Module):
     def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an int, got {describe(value)}")
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {shown(value)}")
-            if value >= 1 << 31:
-                raise ValueError(f"{name}: expected less than 2**31, got {shown(value)}")
+            require_size(name, value)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(
                 "dtype: expected a floating torch.dtype, got "

@@ -23,7 +23,7 @@ from .union.exchange import Group, warn_of_early_none, warn_of_late_world
 # ---- modules -------------------------------------------------------------------------------------
 
 
-class _Module(WithTemperature):
+class LossModule(WithTemperature):
     """The options of each call, and its graphs."""
 
     _may_be_early = False  # in what was pickled before
@@ -70,7 +70,7 @@ class _Module(WithTemperature):
         return self._options | inputs
 
 
-class ReconstructionLoss(_Module):
+class ReconstructionLoss(LossModule):
     """`reconstruction_loss` as a module: options at construction, tensors at the call.
 
     With `learnable_temperature` the parameter `log_inverse_temperature` holds log(1/tau) ([1],
@@ -154,7 +154,7 @@ class ReconstructionLoss(_Module):
         )
 
 
-class ClickSequenceLoss(_Module):
+class ClickSequenceLoss(LossModule):
     """`click_sequence_loss` as a module; temperature, `cuda_graph` as in `ReconstructionLoss`."""
 
     def __init__(
