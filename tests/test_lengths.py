@@ -220,6 +220,7 @@ ZERO_CASES = {name: CASES[name] for name in ZERO_NAMES} | {
 }
 
 
+@pytest.mark.long("kernels case by case", short=("candidate", "cosine", "anchor"))
 @pytest.mark.parametrize("impl", ["cpu", "triton"])
 @pytest.mark.parametrize("case", ZERO_CASES)
 def test_zero_rows(impl: str, case: str) -> None:
