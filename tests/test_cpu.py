@@ -264,7 +264,7 @@ PEAK = """
     torch.set_num_threads(2)
     options = dict(longest_pv=10, longest_history=10, dim=64, clicked={clicked}, ids={ids})
     options["dtype"] = getattr(torch, {dtype!r})
-    p = make(pages=3000, **options)
+    p = make(pages=2000, **options)
     if {ids}:
         p.item_ids.zero_()
     run(make(pages=200, **options))  # loads libraries, starts threads
@@ -285,12 +285,12 @@ PEAK = """
     ("dtype", "ids"), [("float32", False), ("float32", True), ("bfloat16", False)]
 )
 def test_memory_does_not_grow_with_rows_times_columns(dtype: str, ids: bool) -> None:
-    """All of 15,000 rows as anchors: the similarities are 900 MB in float32, with every item the
+    """All of 10,000 rows as anchors: the similarities are 400 MB in float32, with every item the
     same one too."""
     code = PEAK.format(tests=os.path.dirname(__file__), dtype=dtype, clicked=1.0, ids=ids)
     run = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
     done = subprocess.run(run, capture_output=True, text=True, check=True)
-    # One chunk of rows, and a few copies of the inputs (4 MB each in float32), which all rows are
+    # One chunk of rows, and a few copies of the inputs (3 MB each in float32), which all rows are
     # here.
     assert int(done.stdout) <= contrast.CHUNK_BYTES + (64 << 20)
 
