@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,6 +77,13 @@ def place(item: pytest.Item) -> tuple[bool, int]:
     name = item.path.name
     with_ray = "ray" in getattr(item, "fixturenames", ())
     return not with_ray, FIRST.index(name) if name in FIRST else len(FIRST)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --long a file without long tests is not imported."""
+    if not config.getoption("--long") or not collection_path.match("test_*.py"):
+        return None
+    return None if "mark.long(" in collection_path.read_text("utf-8") else True
 
 
 LEFT_OUT = pytest.StashKey[dict[str, int]]()  # how many tests of which kind

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -152,50 +154,64 @@ def yardstick_of(
     return Yardstick(run(in_float64(p, inputs)), run(p), rounded)
 
 
-def loss_yardstick(p: Problem, seed: int = 0) -> Yardstick:
-    return yardstick(lambda q: reference.reconstruction_loss(q).loss, p, LOSS_INPUTS, seed)
+def content(p: Any) -> tuple[Any, ...]:
+    """What the problem holds, to tell whether another is the same."""
+    found: list[Any] = [type(p)]
+    for field in fields(p):
+        x = getattr(p, field.name)
+        if isinstance(x, Tensor):
+            data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            x = x.dtype, x.shape, x.stride(), x.device, hashlib.sha256(data).digest()
+        found.append(x)
+    return tuple(found)
 
 
 _yardsticks: OrderedDict[Any, Yardstick] = OrderedDict()
 
 
-def shared(
-    compute: Callable[[Any, int], Yardstick], impl: str, seed: int, p: Any, case: dict[str, Any]
-) -> Yardstick:
-    """compute(p, seed), once for all implementations given p: the same seed, case and device."""
-    key = (compute, DEVICES[impl], seed, frozenset(case.items()))
-    if key not in _yardsticks:
-        _yardsticks[key] = compute(p, seed)
-        if len(_yardsticks) > 16:
-            _yardsticks.popitem(last=False)
-    return _yardsticks[key]
+def remembered(compute: Callable[[Any, int], Yardstick]) -> Callable[..., Yardstick]:
+    """compute(p, seed), once for all implementations and tests that are given the same problem one
+    after the other."""
+
+    @functools.wraps(compute)
+    def find(p: Any, seed: int = 0) -> Yardstick:
+        key = compute, seed, content(p)
+        if key not in _yardsticks:
+            _yardsticks[key] = compute(p, seed)
+            if len(_yardsticks) > 32:
+                _yardsticks.popitem(last=False)
+        return _yardsticks[key]
+
+    return find
 
 
-def check_loss(impl: str, draws: int = 3, **case: Any) -> None:
-    """Loss and every gradient of `draws` random problems within the budget."""
-    problems = [make(seed, impl=impl, **case) for seed in range(draws)]
-    check_problems(impl, problems, lambda p, seed: shared(loss_yardstick, impl, seed, p, case))
+@remembered
+def loss_yardstick(p: Problem, seed: int) -> Yardstick:
+    return yardstick(lambda q: reference.reconstruction_loss(q).loss, p, LOSS_INPUTS, seed)
 
 
-def check_problems(
-    impl: str,
-    problems: Sequence[Problem],
-    judged: Callable[[Problem, int], Yardstick] = loss_yardstick,
-) -> None:
-    skip_unless_available(impl, problems[0])
-    budget = Budget(problems[0].pv.dtype)
-    for seed, p in enumerate(problems):
-        found = results(lambda q: operators.loss(q, impl, False)[0], p, LOSS_INPUTS)
-        budget.add(judged(p, seed), found)
-    budget.check()
-
-
+@remembered
 def reconstruct_yardstick(p: Problem, seed: int) -> Yardstick:
     return yardstick(lambda q: reference.reconstruct(q)[0], p, LOSS_INPUTS[:5], seed)
 
 
+@remembered
 def sequence_yardstick(p: SequenceProblem, seed: int) -> Yardstick:
     return yardstick(reference.click_sequence_loss, p, SEQUENCE_INPUTS, seed)
+
+
+def check_loss(impl: str, draws: int = 3, **case: Any) -> None:
+    """Loss and every gradient of `draws` random problems within the budget."""
+    check_problems(impl, [make(seed, impl=impl, **case) for seed in range(draws)])
+
+
+def check_problems(impl: str, problems: Sequence[Problem]) -> None:
+    skip_unless_available(impl, problems[0])
+    budget = Budget(problems[0].pv.dtype)
+    for seed, p in enumerate(problems):
+        found = results(lambda q: operators.loss(q, impl, False)[0], p, LOSS_INPUTS)
+        budget.add(loss_yardstick(p, seed), found)
+    budget.check()
 
 
 def check_reconstruct(impl: str, draws: int = 3, **case: Any) -> None:
@@ -205,7 +221,7 @@ def check_reconstruct(impl: str, draws: int = 3, **case: Any) -> None:
     budget = Budget(problems[0].pv.dtype)
     for seed, p in enumerate(problems):
         found = results(lambda q: operators.reconstruct(q, impl), p, inputs)
-        budget.add(shared(reconstruct_yardstick, impl, seed, p, case), found)
+        budget.add(reconstruct_yardstick(p, seed), found)
     budget.check()
 
 
@@ -215,5 +231,5 @@ def check_sequence(impl: str, draws: int = 4, **case: Any) -> None:
     budget = Budget(problems[0].history.dtype)
     for seed, p in enumerate(problems):
         found = results(lambda q: operators.loss(q, impl)[0], p, SEQUENCE_INPUTS)
-        budget.add(shared(sequence_yardstick, impl, seed, p, case), found)
+        budget.add(sequence_yardstick(p, seed), found)
     budget.check()

@@ -41,7 +41,7 @@ def model(impl: str) -> tuple[torch.nn.Module, Callable[..., Tensor]]:
     return torch.nn.ModuleList([encoder, loss]), step
 
 
-@pytest.mark.long("kernels case by case", short=("cpu",))
+@pytest.mark.long("kernels case by case")
 @pytest.mark.parametrize(("impl", "backend"), [("cpu", "inductor"), ("triton", "aot_eager")])
 def test_compiles_without_graph_breaks_and_for_any_number_of_pages(impl: str, backend: str) -> None:
     torch._dynamo.reset()

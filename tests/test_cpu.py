@@ -20,7 +20,6 @@ from factories import (
     check_problems,
     check_reconstruct,
     check_sequence,
-    loss_yardstick,
     make,
     make_sequence,
     results,
@@ -239,13 +238,12 @@ def test_two_runs_and_any_threads(options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     alone = operators.reconstruct(p, "cpu")
     assert_same_bits(loss_results(p), loss_results(p))
-    yardsticks = [loss_yardstick(p, seed) for seed, p in enumerate(problems)]
-    check_problems("cpu", problems, lambda _, seed: yardsticks[seed])
+    check_problems("cpu", problems)
     for count in (2, 3):
         torch.set_num_threads(count)
         assert torch.equal(operators.reconstruct(p, "cpu"), alone)
         assert_same_bits(loss_results(p), loss_results(p))
-        check_problems("cpu", problems, lambda _, seed: yardsticks[seed])
+        check_problems("cpu", problems)
 
 
 PEAK = """
@@ -266,7 +264,7 @@ PEAK = """
     torch.set_num_threads(2)
     options = dict(longest_pv=10, longest_history=10, dim=64, clicked={clicked}, ids={ids})
     options["dtype"] = getattr(torch, {dtype!r})
-    p = make(pages=3000, **options)
+    p = make(pages=2000, **options)
     if {ids}:
         p.item_ids.zero_()
     run(make(pages=200, **options))  # loads libraries, starts threads
@@ -287,12 +285,12 @@ PEAK = """
     ("dtype", "ids"), [("float32", False), ("float32", True), ("bfloat16", False)]
 )
 def test_memory_does_not_grow_with_rows_times_columns(dtype: str, ids: bool) -> None:
-    """All of 15,000 rows as anchors: the similarities are 900 MB in float32, with every item the
+    """All of 10,000 rows as anchors: the similarities are 400 MB in float32, with every item the
     same one too."""
     code = PEAK.format(tests=os.path.dirname(__file__), dtype=dtype, clicked=1.0, ids=ids)
     run = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
     done = subprocess.run(run, capture_output=True, text=True, check=True)
-    # One chunk of rows, and a few copies of the inputs (4 MB each in float32), which all rows are
+    # One chunk of rows, and a few copies of the inputs (3 MB each in float32), which all rows are
     # here.
     assert int(done.stdout) <= contrast.CHUNK_BYTES + (64 << 20)
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -144,8 +145,9 @@ def run_prepare(out: str, folder: str, events: str, *more: str) -> int:
 
 @pytest.mark.long("object stores")
 def test_prepare_from_s3_to_s3_is_prepare_on_a_disk(
-    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: str, ray: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The first test with Ray, whose processes have the server's address."""
     folder = tmp_path / "shop"
     shop(folder)
     copy(folder, "s3://shop/source")
@@ -311,7 +313,12 @@ def test_the_shards_used_last_stay(tmp_path: Path) -> None:
     assert "".join(made) == "abcdb"  # b went for d, as a had been used since
 
 
-def _fetch(url: str, barrier: object) -> int:
+def _begin(barrier: Any) -> None:
+    """What a process of the pool is given at its start."""
+    globals()["_together"] = barrier.wait
+
+
+def _fetch(url: str) -> int:
     fetched = []
     folder = Folder(url)
     plain = Folder._fetch
@@ -321,7 +328,7 @@ def _fetch(url: str, barrier: object) -> int:
         plain(self, shard, to)
 
     Folder._fetch = counted  # type: ignore[method-assign]
-    barrier.wait()  # type: ignore[attr-defined]
+    _together()  # type: ignore[name-defined] # noqa: F821
     Dataset(url).images.take(range(60))
     assert folder.path == url
     return len(fetched)
@@ -330,8 +337,8 @@ def _fetch(url: str, barrier: object) -> int:
 @pytest.mark.long("object stores")
 def test_processes_fetch_a_shard_once(local: Dataset, remote: str) -> None:
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, context.Pool(2) as pool:
-        counts = pool.starmap(_fetch, [(remote, manager.Barrier(2))] * 2)
+    with context.Pool(2, _begin, (context.Barrier(2),)) as pool:
+        counts = pool.map(_fetch, [remote] * 2, chunksize=1)
     needed = len(local.tables["images"].shards) + len(local.items.shards)
     assert sum(counts) == needed
     with ThreadPoolExecutor(4) as threads:  # and threads of one
