@@ -28,7 +28,7 @@ PAGES = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=0, ma
 
 
 @pytest.mark.long("kernels case by case", short=("triton",))
-@pytest.mark.parametrize(("impl", "examples"), [("cpu", 40), ("triton", 10)])
+@pytest.mark.parametrize(("impl", "examples"), [("cpu", 60), ("triton", 15)])
 def test_ragged_batches(impl: str, examples: int) -> None:
     skip_unless_available(impl, make(0, impl=impl))
 
