@@ -160,7 +160,8 @@ def content(p: Any) -> tuple[Any, ...]:
     for field in fields(p):
         x = getattr(p, field.name)
         if isinstance(x, Tensor):
-            data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            plain = x.detach().cpu().clone(memory_format=torch.contiguous_format)
+            data = plain.view(-1).view(torch.uint8).numpy().tobytes()
             x = x.dtype, x.shape, x.stride(), x.device, hashlib.sha256(data).digest()
         found.append(x)
     return tuple(found)

@@ -127,7 +127,9 @@ def test_the_positive_in_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
         narrowed(positive)
 
     assert_caught(
-        problems("triton"), fused("triton"), lambda: planted_after(monkeypatch, "attend", change)
+        problems("triton"),
+        fused("triton"),
+        lambda: planted_after(monkeypatch, "run_attention", change),
     )
 
 
@@ -144,9 +146,9 @@ def test_no_running_maximum(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
             monkeypatch.setattr(Tensor, "logsumexp", fixed_shift)
         else:
             pipeline = pytest.importorskip("courier_fast.kernels.triton.loss")
-            right = pipeline._scores
+            right = pipeline.loss_scores
             without = lambda *a: replace(right(*a), online=False, fixed_shift=True)  # noqa: E731
-            monkeypatch.setattr(pipeline, "_scores", without)
+            monkeypatch.setattr(pipeline, "loss_scores", without)
 
     assert_caught(found, fused(impl), plant, eager if impl == "cpu" else None)
 

@@ -83,7 +83,6 @@ CASES: dict[str, dict[str, Any]] = {
         "ids": True,
         "direction": "identify",
         "negatives": "page",
-        "draws": 12,  # a page has few candidates: of three, one number is the largest error
     },
     "given-none-log-q": {"given": True, "mask": True, "log_q": True, "reduction": "none"},
     "given-other-pages": {"given": True, "negatives": "other_pages", "longest_history": 0},
@@ -96,6 +95,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "given-dim-300": {"given": True, "mask": True, "dim": 300, "pages": 6},
 }
+
+
+# A page has few candidates: of three problems, one number is the largest error.
+DRAWS = {"given-identify-page-ids": 12}
 
 
 @pytest.mark.long(
@@ -116,7 +119,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", CASES)
 def test_float32(impl: str, case: str) -> None:
-    check_loss(impl, **CASES[case])
+    check_loss(impl, DRAWS.get(case, 3), **CASES[case])
 
 
 def away_from_zero(x: Tensor) -> Tensor:

@@ -77,6 +77,12 @@ def naive_loss(p: Problem) -> dict[int, float]:
         return r
 
     r = [reconstruct(j, page[j]) for j in range(len(e))]
+    if p.reconstructed is not None:
+        given, mask = p.reconstructed.tolist(), p.reconstructed_mask
+        r = [
+            None if page[j] is None or (mask is not None and not mask[j]) else row
+            for j, row in enumerate(given)
+        ]
     ids = list(range(len(e))) if p.ids is None else p.ids.tolist()
     tau = p.tau if p.temperature is None else float(p.temperature.detach())
     log_q = [0.0] * len(e) if p.log_q is None else p.log_q.tolist()
