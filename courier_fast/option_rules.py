@@ -261,6 +261,14 @@ def _unweighted(weight: str) -> Callable[[Said], str | None]:
     return lambda s: None if s.value(weight) else f"with {weight} 0"
 
 
+def _reconstructs_nothing(said: Said) -> str | None:
+    newest = said.value("loss.sequence") == "newest" and said.value("loss.sequence_weight")
+    weights = ("loss.reconstruction_weight", "loss.prediction_weight")
+    if newest or any(map(said.value, weights)):
+        return None
+    return f"with {' 0, '.join(weights)} 0 and without loss.sequence newest"
+
+
 def _fixed_temperatures(said: Said) -> str | None:
     learned = ("loss.learnable_temperature", "loss.sequence_learnable_temperature")
     return None if any(map(said.value, learned)) else f"without {' or '.join(learned)}"
@@ -295,12 +303,12 @@ SETTINGS = [
         ("--model.weights", "w.safetensors"),
     ),
     Rule(
+        _loss("attention", "attention_scale", "attention_temperature", "heads", "projections"),
+        _reconstructs_nothing,
+        ("--loss.reconstruction_weight", "0"),
+    ),
+    Rule(
         _loss(
-            "attention",
-            "attention_scale",
-            "attention_temperature",
-            "heads",
-            "projections",
             "temperature",
             "learnable_temperature",
             "weight_power",
@@ -314,7 +322,7 @@ SETTINGS = [
         ("--loss.reconstruction_weight", "0"),
     ),
     Rule(
-        _loss("sequence_temperature", "sequence_learnable_temperature"),
+        _loss("sequence", "sequence_temperature", "sequence_learnable_temperature"),
         _unweighted("loss.sequence_weight"),
         ("--loss.sequence_weight", "0"),
     ),

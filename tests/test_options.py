@@ -70,7 +70,8 @@ ALWAYS = {
 ALWAYS_SETTINGS = {
     "data": "dataset features pages images share history ahead buckets",
     "model": "dim compile slice shard ema",
-    "loss": "unit candidates memory reconstruction_weight sequence_weight impl",
+    "loss": "recipe unit candidates memory reconstruction_weight prediction_weight "
+    "sequence_weight impl",
     "optim": "epochs steps lr min_lr warmup weight_decay betas clip",
     "run": "out seed device precision save_steps save_minutes keep log_steps tensorboard progress",
 }

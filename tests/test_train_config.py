@@ -99,7 +99,7 @@ def test_attention_of_the_settings(
         ),
         (
             {"reconstruction_weight": 0, "sequence_weight": 0},
-            "reconstruction_weight or sequence_weight above 0, got neither",
+            "reconstruction_weight, prediction_weight or sequence_weight above 0, got none of them",
         ),
         (
             {"reconstruction_weight": 0, "memory": 9},

@@ -166,8 +166,17 @@ def three(dataset: Dataset, features: Path, tmp_path_factory: pytest.TempPathFac
         },
         "gather": every | {"loss.exchange": "gather"},
         "ring": every | {"loss.exchange": "ring"},
+        "parts": {
+            "data.pages": 11,
+            "loss.prediction_weight": 1,
+            "loss.sequence": "newest",
+            "loss.sequence_learnable_temperature": True,
+        },
     }
     cases = {name: (name, overrides | more, 0) for name, more in differ.items()}
+    names = ("data.dataset", "data.features", "model.dim", "run.device", "run.out")
+    plain = {name: overrides[name] for name in names} | {"data.pages": 11}
+    cases["courier"] = ("courier", plain | {"loss.recipe": "courier"}, 0)
     return cases, on_processes(3, list(cases.values()), folder)
 
 
@@ -227,12 +236,12 @@ def test_gradient_over_processes_is_that_of_the_mean_over_all_anchors(three: Sta
             )
 
 
-@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("name", ["gather", "ring", "parts", "courier"])
 def test_gradient_over_the_candidates_of_all_processes_is_that_of_one_batch(
-    three: Started, exchange: str
+    three: Started, name: str
 ) -> None:
     world = 3
-    overrides, ranks = three[0][exchange][1], three[1][exchange]
+    overrides, ranks = three[0][name][1], three[1][name]
     trainer = Trainer(Config.load(None, overrides))
     pages = []
     for r in range(world):
@@ -248,10 +257,10 @@ def test_gradient_over_the_candidates_of_all_processes_is_that_of_one_batch(
             torch.testing.assert_close(
                 gradient, p.grad, rtol=1e-4, atol=1e-7 + 1e-5 * p.grad.abs().max().item()
             )
-        # The memory has what all of them have shown, on each.
+        # A memory has what all of them have shown, and batch norm its statistics, on each.
         assert x["after"].keys() == trainer.learner.modules.state_dict().keys()
-        assert any("memory" in name for name in x["after"])
-        assert all(torch.equal(t, ranks[0]["after"][name]) for name, t in x["after"].items())
+        assert any("memory" in n or "running_mean" in n for n in x["after"])
+        assert all(torch.equal(t, ranks[0]["after"][n]) for n, t in x["after"].items())
 
 
 @pytest.mark.long("several processes")
@@ -336,17 +345,18 @@ def resumed(dataset: Dataset, features: Path, tmp_path_factory: pytest.TempPathF
     cases = {
         "process": overrides | {"loss.candidates": "process"},
         "all": overrides | {"loss.candidates": "all", "loss.memory": 200, "loss.memory_after": 1},
+        "courier": overrides | {"loss.recipe": "courier", "loss.learnable_temperature": False},
     }
     run_script(RESUMED, 3, folder, json.dumps(cases), str(folder))
     return folder
 
 
 @pytest.mark.long("several processes")
-@pytest.mark.parametrize("candidates", ["process", "all"])
-def test_processes_that_resume_are_the_same_run(resumed: Path, candidates: str) -> None:
+@pytest.mark.parametrize("name", ["process", "all", "courier"])
+def test_processes_that_resume_are_the_same_run(resumed: Path, name: str) -> None:
     """Three add in an order that depends on where a gradient lies in its bucket: buckets are the
     same from the first step on."""
-    folder = resumed / candidates
+    folder = resumed / name
     assert len(metrics(folder / "whole")) == 6
     assert metrics(folder / "resumed") == metrics(folder / "whole")
     a, b = (load_file(folder / x / "encoder.safetensors") for x in ("resumed", "whole"))

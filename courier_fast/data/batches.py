@@ -69,6 +69,11 @@ class PageBatch:
         """History items whose page has another, different one: what L_seq averages over."""
         return int(_sequence_anchors(self.history_index, self.history_offsets))
 
+    @property
+    def num_newest_anchors(self) -> int:
+        """Histories of two items or more: what the loss of the newest clicks averages over."""
+        return int((np.diff(self.history_offsets) > 1).sum())
+
 
 @njit(cache=True, nogil=True)
 def _sequence_anchors(index, offsets):  # type: ignore[no-untyped-def]

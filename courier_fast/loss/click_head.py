@@ -91,7 +91,7 @@ class ClickHead(nn.Sequential):
     `loss` and `logits` take the rows as `ClickRows`, and weights in the type of the rows.
     """
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int = 1024) -> None:
         super().__init__(
             nn.Linear(2 * dim, hidden), nn.ReLU(), nn.BatchNorm1d(hidden), nn.Linear(hidden, 1)
         )

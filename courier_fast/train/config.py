@@ -25,6 +25,7 @@ from ..files import write_atomically
 from ..locations import local_path, location
 from ..loss.options import Attends, Direction, Exchange, Negatives
 from ..option_rules import without_effect
+from .recipes import RECIPES, Recipe, by_recipe
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -159,11 +160,16 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    attention: Attends | None = described(
+    recipe: Recipe = described(
+        "candidate",
+        "what holds for settings that are not given: the defaults listed here, or courier: those "
+        "of COURIER's authors, of loss, data.history and optim (docs/courier.md)",
+    )
+    attention: Attends | Literal["multihead"] | None = described(
         None,
         "whose query reconstructs an item from a history: each candidate's (the default; in other "
-        "directions anchor), "
-        "the clicked item's, or nobody's",
+        "directions anchor), the clicked item's, or nobody's (mean); multihead: the clicked "
+        "item's, by a multi-head attention with learned projections",
     )
     attention_scale: float | None = described(
         None, "factor of the attention's dot products, in place of attention_temperature"
@@ -218,8 +224,16 @@ class LossConfig(Section):
     reconstruction_weight: float = Field(
         1.0, ge=0, description="weight of the reconstruction loss; 0: without"
     )
+    prediction_weight: float = Field(
+        0.0, ge=0, description="weight of the click-prediction loss of a click head; 0: without"
+    )
     sequence_weight: float = Field(
         1.0, ge=0, description="weight of the click-sequence loss; 0: without"
+    )
+    sequence: Literal["pairs", "newest"] = described(
+        "pairs",
+        "which click-sequence loss: of all pairs of a history's clicks, or of its newest click, "
+        "reconstructed from the older ones",
     )
     sequence_temperature: float = Field(0.2, gt=0)
     sequence_learnable_temperature: bool = False
@@ -228,6 +242,8 @@ class LossConfig(Section):
     @model_validator(mode="after")
     def one_attention(self) -> LossConfig:
         chosen = self.reconstruction
+        if chosen["attention"] == "multihead":
+            return self._multihead()
         if chosen["attention"] == "candidate" and self.direction != "reconstruct":
             raise ValueError(
                 f"expected direction reconstruct with attention candidate, got {self.direction}"
@@ -254,6 +270,41 @@ class LossConfig(Section):
                     )
         return self
 
+    def _multihead(self) -> LossConfig:
+        """Its losses are those of `CourierLoss`, which has fewer options."""
+        expected: dict[str, Any] = {
+            "attention_scale": None,
+            "attention_temperature": None,
+            "projections": "none",
+            "direction": "reconstruct",
+            "negatives": "batch",
+            "memory": 0,
+            "log_q": False,
+            "weight_power": 0,
+            "learnable_temperature": False,
+        }
+        if self.sequence == "newest":
+            expected["sequence_learnable_temperature"] = False
+        for name, only in expected.items():
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"{name}: expected {str(only).lower()} with attention multihead, got "
+                    f"{str(getattr(self, name)).lower()}"
+                )
+        if not self.reconstructs:
+            raise ValueError(
+                "attention multihead: expected reconstruction_weight, prediction_weight, or with "
+                "sequence newest sequence_weight above 0, got none of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def one_batch_of_all_processes(self) -> LossConfig:
+        if self.candidates == "process" and (self.prediction_weight or self.is_multihead):
+            why = "prediction_weight above 0" if self.prediction_weight else "attention multihead"
+            raise ValueError(f"candidates: expected all or auto with {why}, got process")
+        return self
+
     @model_validator(mode="after")
     def memory_within_reach(self) -> LossConfig:
         if self.memory and self.negatives == "page":
@@ -263,9 +314,10 @@ class LossConfig(Section):
     @model_validator(mode="after")
     def one_loss(self) -> LossConfig:
         if not self.reconstruction_weight:
-            if not self.sequence_weight:
+            if not self.prediction_weight and not self.sequence_weight:
                 raise ValueError(
-                    "expected reconstruction_weight or sequence_weight above 0, got neither"
+                    "expected reconstruction_weight, prediction_weight or sequence_weight above "
+                    "0, got none of them"
                 )
             if self.memory:
                 raise ValueError(
@@ -273,6 +325,16 @@ class LossConfig(Section):
                     f"{self.memory} rows"
                 )
         return self
+
+    @property
+    def is_multihead(self) -> bool:
+        return self.attention == "multihead"
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether any of the losses is of reconstructions."""
+        newest = self.sequence == "newest" and self.sequence_weight
+        return bool(self.reconstruction_weight or self.prediction_weight or newest)
 
     @property
     def reconstruction(self) -> dict[str, Any]:
@@ -348,6 +410,11 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def filled_by_recipe(cls, values: Any) -> Any:
+        return by_recipe(values)
 
     @model_validator(mode="after")
     def one_batch_size(self) -> Config:
@@ -429,10 +496,12 @@ class Config(Section):
         """Settings that have no effect beside the others, and why; `typed`: those that the command
         line gave, of which a default counts, too."""
         values, defaults = {}, {}
+        recipe = RECIPES[self.loss.recipe]
         for section, model in self:
             for name, setting in type(model).model_fields.items():
-                values[f"{section}.{name}"] = getattr(model, name)
-                defaults[f"{section}.{name}"] = setting.default
+                full = f"{section}.{name}"
+                values[full] = getattr(model, name)
+                defaults[full] = recipe.get(full, setting.default)
         return without_effect(values, defaults, typed)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -40,8 +40,8 @@ def measure(trainer: Run, result: StepResult, norm: Tensor, lr: float) -> dict[s
     Every process calls it. Raises RuntimeError where the loss or the gradient is no longer finite.
     """
     p = trainer.progress
-    losses = [x.item() for x in (result.loss, result.rec, result.seq)]
-    loss, rec, seq, images, occurrences, damaged = trainer.processes.sum(
+    losses = [x.item() for x in (result.loss, result.rec, result.pred, result.seq)]
+    loss, rec, pred, seq, images, occurrences, damaged = trainer.processes.sum(
         [*losses, p.images, p.occurrences, p.damaged]
     )
     line: dict[str, Any] = {
@@ -52,12 +52,14 @@ def measure(trainer: Run, result: StepResult, norm: Tensor, lr: float) -> dict[s
         "loss_seq": seq,
         "lr": lr,
         "temperature": float(trainer.objective.rec.temperature),
-        "sequence_temperature": float(trainer.objective.seq.temperature),
+        "sequence_temperature": trainer.objective.sequence_temperature,
         "grad_norm": norm.item(),
         "images": int(images),
         "occurrences": int(occurrences),
         "damaged_share": damaged / max(images, 1),
     }
+    if trainer.objective.has_click_head:
+        line["loss_pred"] = pred
     if len(result.embeddings) > 1:
         line["uniformity"] = uniformity(result.embeddings).item()
         line["effective_rank"] = effective_rank(result.embeddings).item()

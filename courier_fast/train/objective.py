@@ -5,14 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import ClickSequenceLoss, EmbeddingMemory, ReconstructionLoss, ReconstructionStats
+from .. import (
+    ClickSequenceLoss,
+    CourierLoss,
+    EmbeddingMemory,
+    ReconstructionLoss,
+    ReconstructionStats,
+    reconstruct,
+)
 from ..data.batches import PageBatch
 from ..data.loader import Batch
+from ..loss.click_head import ClickHead, ClickRows
+from ..loss.union.exchange import Participants
 from .config import LossConfig
 
 
@@ -22,6 +32,7 @@ class StepResult:
 
     loss: Tensor
     rec: Tensor
+    pred: Tensor
     seq: Tensor
     embeddings: Tensor
     stats: ReconstructionStats | None
@@ -38,14 +49,53 @@ class _Projection(nn.Module):
         return x + functional.linear(x, self.weight.to(x.dtype))
 
 
+@dataclass
+class _Table:
+    """The embeddings of a batch, and what the attention's projections make of them."""
+
+    rows: Tensor  # [n, D]
+    projected: dict[str, Tensor]  # query, key, value [n, D], those that are projected
+
+    def of(self, pv: Tensor, history: Tensor) -> dict[str, Tensor]:
+        """The loss's arguments, for items and histories as indices."""
+        return {"embeddings": self.rows} | {
+            name: functional.embedding(pv if name == "query" else history, rows)
+            for name, rows in self.projected.items()
+        }
+
+
+def newest_clicks(batch: Batch) -> dict[str, Tensor]:
+    """Pages of one PV item, clicked: the newest item of each history; the older ones are their
+    history. Packed; a batch's page without a history is one without items."""
+    offsets, total = batch.history_offsets, len(batch.history_index)
+    count = int((np.diff(batch.plan.history_offsets) > 0).sum())
+    has = offsets.diff() > 0
+    is_newest = torch.zeros(total + 1, dtype=torch.uint8, device=offsets.device)
+    is_newest.scatter_(0, torch.where(has, offsets[1:] - 1, total), 1)
+    # A stable order has the older ones first, without asking a GPU how many these are.
+    items = batch.history_index[is_newest[:total].argsort(stable=True)]
+    before = functional.pad(has.cumsum(0), (1, 0))  # newest items of the pages before
+    return {
+        "pv": items[total - count :],
+        "history": items[: total - count],
+        "clicked": batch.clicked.new_ones(count),
+        "pv_offsets": before,
+        "history_offsets": offsets - before,
+    }
+
+
 class Objective(nn.Module):
-    """The weighted sum of L_rec and L_seq of a batch, from its unique embeddings; a loss of weight
-    0 is not computed.
+    """The weighted sum of L_rec, L_pred and L_seq of a batch, from its unique embeddings; a loss of
+    weight 0 is not computed.
 
     Each process sums its own anchors and divides by the anchors of all, so the sum of the
     processes' gradients is that of the mean over all anchors, however unequal the shards.
     Candidates are the items of all processes, or with `candidates` "process" those of its batch,
     and with a memory the candidates of earlier steps.
+
+    With attention "multihead" L_rec, L_pred and with sequence "newest" L_seq are those of
+    `CourierLoss`. With others L_pred is that of a click head on the items' reconstructions, and
+    the newest clicks are reconstructed as the items are.
 
     Args:
         dim: D of the embeddings.
@@ -68,26 +118,23 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         c = config
-        self.processes = group
+        self.config, self.processes = c, group
         self.group = None if c.candidates == "process" else group
-        self.exchange = c.exchange
-        reduction = "sum" if self.group is None else "mean"
-        self.rec_weight, self.seq_weight = c.reconstruction_weight, c.sequence_weight
-        self.unit, self.history_negatives = c.unit, c.history_negatives
-        self.rec = ReconstructionLoss(
-            c.temperature,
-            c.learnable_temperature,
-            c.min_temperature,
-            **c.options,
-            reduction=reduction,
-        )
-        self.seq = ClickSequenceLoss(
-            c.sequence_temperature,
-            c.sequence_learnable_temperature,
-            c.min_temperature,
-            reduction=reduction,
-            impl=c.impl,
-        )
+        self.rec: CourierLoss | ReconstructionLoss
+        self.seq: ClickSequenceLoss | ReconstructionLoss | None
+        self.seq, self.click_head = self._sequence_loss(), None
+        if c.is_multihead:
+            self.rec = self._multihead_loss(dim)
+        else:
+            self.rec = ReconstructionLoss(
+                c.temperature,
+                c.learnable_temperature,
+                c.min_temperature,
+                **c.options,
+                reduction=self._reduction,
+            )
+            if c.prediction_weight:
+                self.click_head = ClickHead(dim)
         # The mean asks nothing: it has no query and no key.
         names = [] if c.projections == "none" or c.attention == "mean" else ["query", "key"]
         if c.projections == "all":
@@ -100,11 +147,55 @@ class Objective(nn.Module):
         # For their sum, which the host needs: a GPU is not waited for.
         self.host_weights = None if weights is None else weights.cpu().double().numpy()
 
+    @property
+    def _reduction(self) -> str:
+        return "sum" if self.group is None else "mean"
+
+    def _multihead_loss(self, dim: int) -> CourierLoss:
+        c = self.config
+        newest = c.sequence_weight if c.sequence == "newest" else 0
+        return CourierLoss(
+            dim,
+            c.heads,
+            c.temperature,
+            c.sequence_temperature,
+            (c.reconstruction_weight, c.prediction_weight, newest),
+            impl=c.impl,
+        )
+
+    def _sequence_loss(self) -> ClickSequenceLoss | ReconstructionLoss | None:
+        """None where `CourierLoss` has it."""
+        c = self.config
+        options: dict[str, Any] = {
+            "temperature": c.sequence_temperature,
+            "learnable_temperature": c.sequence_learnable_temperature,
+            "min_temperature": c.min_temperature,
+            "reduction": self._reduction,
+            "impl": c.impl,
+        }
+        if c.sequence == "pairs":
+            return ClickSequenceLoss(**options)
+        return None if c.is_multihead else ReconstructionLoss(**options, **c.reconstruction)
+
+    @property
+    def has_click_head(self) -> bool:
+        return bool(self.config.prediction_weight)
+
+    @property
+    def sequence_temperature(self) -> float:
+        fixed = self.config.sequence_temperature
+        return fixed if self.seq is None else float(self.seq.temperature)
+
     def anchors(self, plan: PageBatch) -> float:
         """The weights of a batch's anchors, what L_rec is divided by; without, their number."""
         if self.host_weights is None:
             return plan.num_anchors
         return float(self.host_weights[plan.anchor_items].sum())
+
+    def sequence_anchors(self, plan: PageBatch) -> int:
+        """What L_seq is divided by."""
+        newest = self.config.sequence == "newest"
+        return plan.num_newest_anchors if newest else plan.num_sequence_anchors
 
     def _candidates(self, batch: Batch) -> dict[str, Any]:
         """Pages as the loss takes them; with `history_negatives` the items of all histories are
@@ -112,35 +203,34 @@ class Objective(nn.Module):
         clicked."""
         pv, clicked = batch.pv_index, batch.clicked
         pv_offsets, history_offsets = batch.pv_offsets, batch.history_offsets
-        if self.history_negatives:
+        if self.config.history_negatives:
             pv = torch.cat([pv, batch.history_index])
             clicked = functional.pad(clicked, (0, len(batch.history_index)))
             pv_offsets = torch.cat([pv_offsets, pv_offsets.new_tensor([len(pv)])])
             history_offsets = torch.cat([history_offsets, history_offsets[-1:]])
         ids = None if self.log_q is None and self.weights is None else self._ids(batch)[pv]
-        return {
+        pages = {
             "pv": pv,
             "clicked": clicked,
             "pv_offsets": pv_offsets,
             "history_offsets": history_offsets,
-            "log_q": None if self.log_q is None else self.log_q[ids],
-            "weights": None if self.weights is None else self.weights[ids],
         }
-
-    def _projected(self, table: Tensor, pv: Tensor, history: Tensor) -> dict[str, Tensor]:
-        """Query, key and value of the attention, those that are projected."""
-        return {
-            name: functional.embedding(pv if name == "query" else history, project(table))
-            for name, project in self.projections.items()
-        }
+        for name, values in {"log_q": self.log_q, "weights": self.weights}.items():
+            if values is not None:
+                pages[name] = values[ids]
+        return pages
 
     def _ids(self, batch: Batch) -> Tensor:
         """Items of the table's rows [n]."""
         return torch.from_numpy(batch.plan.items).to(batch.pv_index.device)
 
-    def _table(self, embeddings: Tensor, batch: Batch) -> Tensor:
-        table = embeddings[: batch.num_items]
-        return functional.normalize(table, dim=1) if self.unit else table
+    def _rows(self, embeddings: Tensor) -> Tensor:
+        """As the losses take them [..., D]."""
+        return functional.normalize(embeddings, dim=-1) if self.config.unit else embeddings
+
+    def _table(self, embeddings: Tensor, batch: Batch) -> _Table:
+        rows = self._rows(embeddings[: batch.num_items])
+        return _Table(rows, {name: project(rows) for name, project in self.projections.items()})
 
     def _share(self, loss: Tensor, anchors: float) -> Tensor:
         """This process's share of the mean: it has the sum of its anchors, or as many times the
@@ -154,7 +244,11 @@ class Objective(nn.Module):
         those of the memory."""
         shared, recalled = {}, {}
         if self.group is not None:
-            shared = {"table_ids": self._ids(batch), "group": self.group, "exchange": self.exchange}
+            shared = {
+                "table_ids": self._ids(batch),
+                "group": self.group,
+                "exchange": self.config.exchange,
+            }
         if recall and self.memory is not None:
             rows, ids, log_q = self.memory.read()
             recalled = {
@@ -176,31 +270,103 @@ class Objective(nn.Module):
     ) -> StepResult:
         """With `recall` the memory's rows are candidates, too. With other processes every one of
         them calls it, also without pages."""
-        table = self._table(embeddings, batch)
-        shared, recalled = self._reach(batch, table.dtype, recall)
-        found, rec, seq = None, table.new_zeros(()), table.new_zeros(())
-        if self.rec_weight:
-            candidates = self._candidates(batch)
-            rec = self.rec(
-                history=batch.history_index,
-                embeddings=table,
-                return_stats=stats,
-                **candidates,
-                **self._projected(table, candidates["pv"], batch.history_index),
-                **(shared | recalled),
-            )
-            rec, found = rec if stats else (rec, None)
-            rec = self._share(rec, anchors)
-        if self.seq_weight:
-            seq = self.seq(
-                batch.history_index,
-                history_offsets=batch.history_offsets,
-                embeddings=table,
-                **shared,
-            )
-            seq = self._share(seq, sequence_anchors)
-        loss = self.rec_weight * rec + self.seq_weight * seq
-        return StepResult(loss, rec, seq, embeddings.detach(), found)
+        table, c = self._table(embeddings, batch), self.config
+        shared, recalled = self._reach(batch, table.rows.dtype, recall)
+        found, loss = None, table.rows.new_zeros(())
+        rec, pred, seq = loss, loss, loss
+        if isinstance(self.rec, CourierLoss):
+            loss, (rec, pred, seq) = self._by_multihead(table, batch, shared)
+        else:
+            if c.reconstruction_weight:
+                rec, found = self._reconstruction(table, batch, stats, shared | recalled)
+                rec = self._share(rec, anchors)
+                loss = loss + c.reconstruction_weight * rec
+            if self.click_head is not None:
+                rows = self._click_rows(table, batch)
+                pred = self._share(self.click_head.loss(rows, c.impl == "reference")[0], 1)
+                loss = loss + c.prediction_weight * pred
+        if self.seq is not None and c.sequence_weight:
+            seq = self._share(self._sequence(table, batch, shared), sequence_anchors)
+            loss = loss + c.sequence_weight * seq
+        return StepResult(loss, rec, pred, seq, embeddings.detach(), found)
+
+    def _by_multihead(
+        self, table: _Table, batch: Batch, shared: dict[str, Any]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The weighted sum of the losses that share the attention, and the three of them."""
+        loss, parts = self.rec(
+            history=batch.history_index,
+            embeddings=table.rows,
+            return_parts=True,
+            **self._candidates(batch),
+            **shared,
+        )
+        loss, *three = (self._share(x, 1) for x in (loss, *parts[:3]))  # means, not sums
+        return loss, three
+
+    def _reconstruction(
+        self, table: _Table, batch: Batch, stats: bool, beside: dict[str, Any]
+    ) -> tuple[Tensor, ReconstructionStats | None]:
+        candidates = self._candidates(batch)
+        found = self.rec(
+            history=batch.history_index,
+            return_stats=stats,
+            **candidates,
+            **table.of(candidates["pv"], batch.history_index),
+            **beside,
+        )
+        return found if stats else (found, None)
+
+    def _sequence(self, table: _Table, batch: Batch, shared: dict[str, Any]) -> Tensor:
+        if isinstance(self.seq, ReconstructionLoss):
+            pages = newest_clicks(batch)
+            return self.seq(**pages, **table.of(pages["pv"], pages["history"]), **shared)
+        assert self.seq is not None
+        return self.seq(
+            batch.history_index,
+            history_offsets=batch.history_offsets,
+            embeddings=table.rows,
+            **shared,
+        )
+
+    def _attends(self) -> dict[str, Any]:
+        """Options of `reconstruct` for a given item, which asks for itself."""
+        found = self.config.reconstruction
+        if found.pop("attention") == "mean":
+            found["attention_scale"] = 0.0
+        return found | {"impl": self.config.impl}
+
+    def _click_rows(self, table: _Table, batch: Batch) -> ClickRows:
+        """The items of the pages, those of pages with a history."""
+        r = reconstruct(
+            batch.pv_index,
+            batch.history_index,
+            pv_offsets=batch.pv_offsets,
+            history_offsets=batch.history_offsets,
+            **table.of(batch.pv_index, batch.history_index),
+            **self._attends(),
+        )
+        live = None
+        if not np.diff(batch.plan.history_offsets).all():
+            sizes = batch.pv_offsets.diff()
+            has = batch.history_offsets.diff() > 0
+            live = has.repeat_interleave(sizes, output_size=len(batch.pv_index))
+        e = functional.embedding(batch.pv_index, table.rows)
+        return ClickRows(r, e, batch.clicked, live, Participants.of(self.group))
+
+    @torch.no_grad()
+    def click_logits(self, items: Tensor, history: Tensor, known: Tensor) -> Tensor:
+        """Logits [B, P] of the click head for items [B, P, D] after a history [B, H, D], where any
+        of it is `known` [B, H]; by the running statistics."""
+        e, history = self._rows(items), self._rows(history)
+        if isinstance(self.rec, CourierLoss):
+            return self.rec.click_logits(e, history, history_mask=known)
+        assert self.click_head is not None
+        asked = {n: p(e if n == "query" else history) for n, p in self.projections.items()}
+        r = reconstruct(e, history, history_mask=known, **asked, **self._attends())
+        assert isinstance(r, Tensor)
+        rows = ClickRows(r.flatten(0, 1), e.flatten(0, 1), None, None)
+        return self.click_head.logits(rows).view(e.shape[:2])
 
     @torch.no_grad()
     def remember(self, embeddings: Tensor, batch: Batch) -> None:
@@ -209,5 +375,6 @@ class Objective(nn.Module):
         if self.memory is None:
             return
         c = self._candidates(batch)
-        rows, ids = self._table(embeddings, batch)[c["pv"]], self._ids(batch)[c["pv"]]
-        self.memory.push(rows, ids, c["log_q"], group=self.processes)
+        rows = self._rows(embeddings[: batch.num_items])
+        rows, ids = rows[c["pv"]], self._ids(batch)[c["pv"]]
+        self.memory.push(rows, ids, c.get("log_q"), group=self.processes)

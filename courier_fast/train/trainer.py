@@ -1,4 +1,4 @@
-"""The training loop: L_rec + weight * L_seq over unique images, on one process or many.
+"""The training loop: a weighted sum of losses over unique images, on one process or many.
 
 from courier_fast.train.config import Config
 from courier_fast.train.trainer import Trainer
@@ -75,7 +75,7 @@ class Trainer:
     def backward(self, batch: Batch, stats: bool = False) -> StepResult:
         """Gradients of one batch, summed over the processes, in the parameters' `.grad`."""
         anchors, sequence_anchors = self.processes.sum(
-            [self.objective.anchors(batch.plan), batch.plan.num_sequence_anchors]
+            [self.objective.anchors(batch.plan), self.objective.sequence_anchors(batch.plan)]
         )
         seed = _mix(self.config.run.seed, self.progress.step, self.processes.rank)
         torch.manual_seed(seed)
