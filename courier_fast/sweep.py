@@ -32,6 +32,7 @@ from .data.embeddings import read_embeddings
 from .embed.device import add_device_arguments, device_of
 from .embed.encode import encode_all
 from .embed.sources import run_source
+from .evaluate.click import check_click_head, click_logits_of
 from .evaluate.comparison import draw_candidates, page_table
 from .evaluate.methods import Method
 from .evaluate.scores import SCORES, Reconstruction, check_score
@@ -174,11 +175,12 @@ class Judge:
     def values(self, embeddings: Array, run: Path) -> dict[str, Array]:
         """{"set/metric": value by page}; pages that have a target, in order."""
         reconstruction = Reconstruction.of_run(run) if self.score == "reconstruction" else None
+        click = click_logits_of(run) if self.score == "click" else None
         found: dict[str, Array] = {}
         for name, drawn in self.drawn.items():
             table, _ = page_table(
                 self.dataset,
-                Method("cell", embeddings),
+                Method("cell", embeddings, click=click),
                 drawn,
                 self.k,
                 score=self.score,
@@ -432,6 +434,9 @@ def run(args: argparse.Namespace) -> int:
         what="out: expected a new folder or a sweep's",
         inputs=(args.config, first.data.dataset, first.data.features, first.model.weights),
     )
+    if args.score == "click":
+        for cells in combinations:
+            check_click_head(cells[0].config, cells[0].title)
     judge = Judge(
         Dataset(first.data.dataset),
         args.split,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..output import check_file
 from . import methods
 from .comparison import compare
 from .methods import BASELINES, Method
-from .scores import SCORES, Reconstruction
+from .scores import SCORES, ClickLogits, Reconstruction
 from .targets import CANDIDATES
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SCORES,
         default="mean",
         help="similarity to the history, of every method; reconstruction: what the loss trains, "
-        "with the attention and unit of --run",
+        "with the attention and unit of --run; click: the click head of --run, baselines by mean",
     )
     parser.add_argument(
         "--bootstrap", type=int, default=1000, help="samples of the bootstrap over users"
@@ -111,16 +112,19 @@ def evaluate(args: argparse.Namespace) -> tuple[Dataset, list[Method], dict[str,
         check_file(args.json, "json", inputs=inputs_of(args), begins="{")
     dataset = Dataset(args.dataset)
     dataset.split(args.split)
-    reconstruction = None
+    reconstruction, click = None, None
     if args.score == "reconstruction" and args.run is not None:
         reconstruction = Reconstruction.of_run(args.run)
+    if args.score == "click":
+        click = _click_logits(args)
     wanted = args.baselines
     if wanted is None:
         # A run on a dataset without images was trained on features, which then are the backbone's.
         images = dataset.has_images
         possible = {"pixels": images, "backbone": images or args.run is not None}
         wanted = [name for name in BASELINES if possible.get(name, True)]
-    methods = [_main_method(args, dataset), *_baselines(args, dataset, wanted)]
+    main = replace(_main_method(args, dataset), click=click)
+    methods = [main, *_baselines(args, dataset, wanted)]
     result = compare(
         dataset,
         methods,
@@ -138,6 +142,14 @@ def evaluate(args: argparse.Namespace) -> tuple[Dataset, list[Method], dict[str,
     if args.json is not None:
         write_atomically(args.json, lambda path: path.write_text(json.dumps(result, indent=1)))
     return dataset, methods, result
+
+
+def _click_logits(args: argparse.Namespace) -> ClickLogits:
+    if args.run is None:
+        raise ValueError("--score click: expected --run, whose click head ranks, got --embeddings")
+    from .click import click_logits_of
+
+    return click_logits_of(args.run, device_of(args)[0])
 
 
 def _encode(name: str, model: Any, source: RowSource, args: argparse.Namespace) -> Method:
@@ -202,6 +214,8 @@ def print_result(result: dict[str, Any], console: Console | None = None) -> None
     if settings["reconstruction"] is not None:
         given = [f"{n} {v}" for n, v in settings["reconstruction"].items() if v is not None]
         score += f" ({', '.join(given)})"
+    elif score == "click":
+        score += " (baselines by mean)"
     for name, missing in result["missing"].items():
         if missing:
             log.warning("%s: %d items have no embedding; they come last", name, missing)

@@ -56,7 +56,7 @@ def compare(
         k: of HR@k.
         history: most recent events that candidates are compared with.
         score: "mean", "max" or "reconstruction" of every method with embeddings, see
-            `history_scores`.
+            `history_scores`; "click" of those with a click head, and "mean" of the others.
         reconstruction: settings of the score of that name, the same for every method; None: those
             that the loss has by default.
         bootstrap: samples of the bootstrap.
@@ -71,13 +71,19 @@ def compare(
 
     Raises:
         ValueError: methods of one name or of another number of items, an unknown split, candidate
-            set or score, settings of another score, nothing to rank.
+            set or score, settings of another score, score "click" with a first method that has no
+            click head, nothing to rank.
     """
     _check_methods(methods, dataset)
     unknown = sorted(set(candidates) - set(CANDIDATES))
     if unknown or not candidates:
         raise ValueError(f"candidates: expected some of {', '.join(CANDIDATES)}, got {unknown}")
     reconstruction = check_score(score, reconstruction)
+    if score == "click" and methods[0].click is None:
+        raise ValueError(
+            "score click: expected a click head with the embeddings of the first method, got none "
+            f"with {methods[0].name!r}"
+        )
     if not k or min(k) < 1:
         raise ValueError(f"k: expected numbers of at least 1, got {list(k)}")
     targets = find_targets(dataset, split, history)
@@ -174,12 +180,14 @@ def page_table(
         assert method.scores is not None
         scores = np.asarray(method.scores)[drawn.items]
     else:
+        by_click = score == "click"
         scores = history_scores(
             dataset,
             drawn,
             method.embeddings,
-            score=score,
+            score="mean" if by_click and method.click is None else score,
             reconstruction=reconstruction,
+            click=method.click if by_click else None,
             device=device,
         )
     pages, page = np.unique(drawn.targets.page, return_inverse=True)

@@ -11,6 +11,7 @@ from ..data.dataset import Dataset
 from ..data.images.decode import Decoder, make_decoder
 from ..embed.encode import encode_all
 from ..embed.sources import DatasetImages
+from .scores import ClickLogits
 
 Array = npt.NDArray
 
@@ -20,11 +21,13 @@ BASELINES = ("random", "popularity", "pixels", "backbone")
 @dataclass(frozen=True)
 class Method:
     """A way to score candidates: `embeddings` [items, D], compared with the history's, or `scores`
-    [items], the same for everybody."""
+    [items], the same for everybody; `click`: the click head that was trained with the
+    embeddings."""
 
     name: str
     embeddings: Array | None = None
     scores: Array | None = None
+    click: ClickLogits | None = None
 
     def __post_init__(self) -> None:
         if (self.embeddings is None) == (self.scores is None):

@@ -3,6 +3,7 @@ history."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from ..loss.arguments import Attention
 from .targets import Candidates
 
 Array = npt.NDArray
-SCORES = ("mean", "max", "reconstruction")
+SCORES = ("mean", "max", "reconstruction", "click")
+# Logits [B, P] of items [B, P, D] after a history [B, H, D], where any of it is known [B, H].
+ClickLogits = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class Reconstruction:
         from ..train.config import Config
 
         loss = Config.load(run / "config.toml").loss
+        if loss.is_multihead:
+            raise ValueError(
+                "score reconstruction: expected a run with another loss.attention than multihead, "
+                f"whose projections are not exported, got {run}"
+            )
         if loss.projections != "none":
             raise ValueError(
                 "score reconstruction: expected a run with loss.projections none, as they are not "
@@ -97,6 +105,7 @@ def history_scores(
     *,
     score: str = "mean",
     reconstruction: Reconstruction | None = None,
+    click: ClickLogits | None = None,
     device: torch.device | str = "cpu",
     chunk: int = 1 << 20,
 ) -> Array:
@@ -106,6 +115,7 @@ def history_scores(
         mean:            mean_k cos(E_j, C_k)
         max:             max_k cos(E_j, C_k)
         reconstruction:  cos(R_j, E_j),  R_j = sum_k softmax_k(logit_jk) C_k, as in the loss
+        click:           the logit of a click head, g([R_j, E_j]), with its own attention
 
     logit_jk is attention_scale * E_j . C_k, or cos(E_j, C_k) / attention_temperature, or with
     attention "mean" 0; with `unit`, E and C have length 1 in all of it.
@@ -118,12 +128,19 @@ def history_scores(
             embedding in its history.
         reconstruction: settings of the score of that name; None: those that the loss has by
             default.
+        click: the head of the score of that name.
         chunk: numbers in the candidates' embeddings at once, which bounds the memory.
 
     Raises:
-        ValueError: another shape, no finite row, an unknown score, or settings of another score.
+        ValueError: another shape, no finite row, an unknown score, settings of another score, or
+            score "click" without a head.
     """
     reconstruction = check_score(score, reconstruction)
+    if (score == "click") != (click is not None):
+        raise ValueError(
+            f"click: expected a click head with score click and with no other, got {click!r} with "
+            f"score {score!r}"
+        )
     check_embeddings(embeddings, dataset)
     have = np.isfinite(embeddings).all(1)
     table = torch.from_numpy(np.where(have[:, None], embeddings, 0).astype(np.float32)).to(device)
@@ -145,7 +162,9 @@ def history_scores(
         known &= have[history]
         e, c = (table[torch.from_numpy(a).to(device)].double() for a in (items, history))
         mask = torch.from_numpy(known).to(device)
-        if reconstruction is None:
+        if click is not None:
+            found = click(e, c, mask)
+        elif reconstruction is None:
             found = _similarities(e, c, mask, score)
         else:
             found = _reconstructed(e, c, mask, reconstruction)

@@ -45,7 +45,12 @@ def run(args: argparse.Namespace) -> int:
     embeddings = methods[0].embeddings
     assert embeddings is not None
     about = About(
-        dataset, args.run or args.embeddings.parent, embeddings, ctr=args.ctr, sweep=args.sweep
+        dataset,
+        args.run or args.embeddings.parent,
+        embeddings,
+        ctr=args.ctr,
+        sweep=args.sweep,
+        click=methods[0].click,
     )
     write_report(
         args.out, about, results, candidates=args.headline, history=args.history, seed=args.seed

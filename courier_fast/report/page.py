@@ -22,7 +22,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from .. import __version__
 from ..data.dataset import Dataset
-from ..evaluate.scores import Reconstruction
+from ..evaluate.scores import ClickLogits, Reconstruction
 from ..files import write_atomically
 from ..locations import local_path
 from .charts import forest
@@ -56,6 +56,7 @@ class About:
         settings: what was run, name to value, shown as it is; None: the run's settings that are not
             the defaults.
         lead: a sentence below the headline.
+        click: the click head that the results are by, where their score is "click".
     """
 
     dataset: Dataset
@@ -66,6 +67,7 @@ class About:
     seconds: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] | None = None
     lead: str = ""
+    click: ClickLogits | None = None
 
 
 def write_report(
@@ -112,7 +114,9 @@ def write_report(
         history=history,
         scored=results["settings"].get("score", "mean"),
         tables=ranking_tables(results),
-        slices=slice_charts(d, embeddings, results["settings"], history=history, seed=seed),
+        slices=slice_charts(
+            d, embeddings, results["settings"], history=history, seed=seed, click=about.click
+        ),
         ctr=None if about.ctr is None else ctr_tables(about.ctr),
         sweep=None if about.sweep is None else sweep_pictures(about.sweep),
         curves=curves(journal),

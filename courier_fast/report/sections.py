@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from ..data.dataset import Dataset
-from ..evaluate.scores import Reconstruction, history_scores
+from ..evaluate.scores import ClickLogits, Reconstruction, history_scores
 from ..evaluate.targets import find_targets, sampled_candidates
 from ..files import read_json
 from ..metrics.ranks import bootstrap_means, count_ranks, interval
@@ -37,6 +37,11 @@ KINDS = {
     "all_clicked": "with nothing but clicks",
     "cut": "cut to --page-size",
 }
+LOSSES = {
+    "reconstruction": "loss_rec",
+    "click prediction": "loss_pred",
+    "click sequence": "loss_seq",
+}
 SPLITS = {"train": "learn from", "validation": "choose by", "test": "test on"}
 
 
@@ -55,7 +60,7 @@ def curves(journal: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [(line["step"], line[key]) for line in journal if line.get(key) is not None]
 
     charts = (
-        ("Loss", "Lower is better.", {"reconstruction": "loss_rec", "click sequence": "loss_seq"}),
+        ("Loss", "Lower is better.", LOSSES),
         (
             "Top-1 of the batch",
             "Share of reconstructions nearest to their own item, among all items of the batch.",
@@ -146,17 +151,25 @@ def ranking_tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def slice_charts(
-    dataset: Dataset, embeddings: Array, settings: Mapping[str, Any], *, history: int, seed: int
+    dataset: Dataset,
+    embeddings: Array,
+    settings: Mapping[str, Any],
+    *,
+    history: int,
+    seed: int,
+    click: ClickLogits | None = None,
 ) -> list[dict[str, Any]]:
     """AUC of held-out clicks among items drawn uniformly, by category and by training clicks of the
     clicked item, with intervals over users. A click's AUC is the share of the other candidates that
-    it scores above; `settings` are those of the results."""
+    it scores above; `settings` are those of the results, `click` the head of the score "click"."""
     split, score = settings.get("split", "test"), settings.get("score", "mean")
     how = settings.get("reconstruction")
     reconstruction = Reconstruction(**how) if how else None
     targets = find_targets(dataset, split, history)
     drawn = sampled_candidates(dataset, targets, 100, seed=seed)
-    scores = history_scores(dataset, drawn, embeddings, score=score, reconstruction=reconstruction)
+    scores = history_scores(
+        dataset, drawn, embeddings, score=score, reconstruction=reconstruction, click=click
+    )
     auc, item = count_ranks(scores, drawn.offsets).auc(), drawn.targets.item
     user = dataset.page_user[drawn.targets.page]
     categories = [dataset.categories[int(i)].as_py() or "" for i in item]

@@ -227,9 +227,9 @@ class Checkpoints:
             )
         return state
 
-    def load(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    def load(self, path: Path, tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Any]:
         """Fills `tensors` in place from a checkpoint and returns its state.json; in which parts
-        each of the two is does not matter.
+        each of the two is does not matter. `prefix`: of the names that are meant.
 
         Raises ValueError where names or shapes differ, or a part is lacking.
         """
@@ -249,6 +249,7 @@ class Checkpoints:
                 f"{path}: the files of this checkpoint with its tensors (part-00000.safetensors) "
                 "are not there; remove it to go on from an earlier one"
             )
+        stored = {n: found for n, found in stored.items() if n.startswith(prefix)}
         wrong = sorted(set(stored) ^ set(tensors)) + [
             n
             for n in sorted(set(stored) & set(tensors))
