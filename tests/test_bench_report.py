@@ -347,8 +347,8 @@ def _compiled(problem: str, *kernels: str) -> list[list[str]]:
 
 @pytest.mark.long("GPU targets")
 def test_compiled_candidate_kernels() -> None:
-    lines = _compiled("candidate-256", "packed_scores", "candidate_history")
-    assert {x[0] for x in lines} == {"packed_scores", "candidate_history"}
+    lines = _compiled("candidate-256", "binned_scores", "candidate_history")
+    assert {x[0] for x in lines} == {"binned_scores", "candidate_history"}
     for name, registers, spilled, _shared, _wgmma, loop, *_ in lines:
         assert 32 <= int(registers) <= 255
         assert int(spilled) <= (16 if name == "candidate_history" else 0)
