@@ -169,16 +169,23 @@ def _unit_heads(x: Tensor, heads: int) -> Tensor:
     return reference.normalize(x.view(len(x), heads, x.shape[1] // heads)).reshape(x.shape)
 
 
-def without_history(rows: Tensor, index: Tensor | None) -> dict[str, Any]:
-    """Fields of a Problem of these PV rows whose R is given: no page has a history."""
+def fields_of_given(
+    rows: Tensor, index: Tensor | None, offsets: Tensor, r: Tensor | None, mask: Tensor | None
+) -> dict[str, Any]:
+    """Fields of a Problem of these PV rows, or a table and the index into it, whose R is given: no
+    page has a history."""
     return {
         "pv": rows,
         "pv_index": index,
+        "pv_offsets": offsets,
+        "history_offsets": torch.zeros_like(offsets),
         "history": rows.detach()[:0] if index is None else None,
         "history_index": None if index is None else index[:0],
         "history_mask": None,
         **dict.fromkeys(("query", "key", "value")),
         "attention_scale": 0.0,
+        "reconstructed": r,
+        "reconstructed_mask": mask,
     }
 
 
@@ -294,15 +301,11 @@ class CheckedInputs:
 
     def fields_of_reconstructed(self, clicked: Any, mask: Any | None) -> dict[str, Any]:
         """`fields`, where R is given."""
-        layout, (rows, index) = self.sides["pv"], self.rows("pv")
-        return without_history(rows, index) | {
-            "pv_offsets": layout.offsets,
-            "pv_mask": layout.mask,
-            "history_offsets": torch.zeros_like(layout.offsets),
-            "clicked": self._clicked(clicked),
-            "reconstructed": self._projection("reconstructed", "pv"),
-            "reconstructed_mask": None if mask is None else self._bools("reconstructed_mask", mask),
-        }
+        layout = self.sides["pv"]
+        fields = {"pv_mask": layout.mask, "clicked": self._clicked(clicked)}
+        r = self._projection("reconstructed", "pv")
+        mask = None if mask is None else self._bools("reconstructed_mask", mask)
+        return fields | fields_of_given(*self.rows("pv"), layout.offsets, r, mask)
 
     def attached(self, x: Tensor) -> Tensor:
         """With a gradient of zeros for inputs that have no influence."""

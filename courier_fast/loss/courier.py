@@ -17,8 +17,8 @@ from .arguments import (
     CheckedInputs,
     check_choices,
     check_workspace,
+    fields_of_given,
     finite,
-    without_history,
 )
 from .click_head import ClickHead, ClickRows
 from .functional import LEFT_OUT, choose, evaluate, evaluate_reconstruct
@@ -445,13 +445,9 @@ class _Batch:
 
     def contrast(self, r: Tensor) -> Problem:
         """L_rec."""
-        return replace(
-            self.p,
-            **without_history(self.p.pv, self.p.pv_index),
-            history_offsets=torch.zeros_like(self.p.pv_offsets),
-            reconstructed=r,
-            reconstructed_mask=self.has_history,
-        )
+        p = self.p
+        given = fields_of_given(p.pv, p.pv_index, p.pv_offsets, r, self.has_history)
+        return replace(p, **given)
 
     # ---- the newest clicks: pages of one PV item -----------------------------------------------
 
@@ -477,16 +473,14 @@ class _Batch:
         index = None if self.clicks.index is None else self.clicks.index[self.newest]
         rows = self.newest_clicks if index is None else self.p.pv
         fields = self.newest_fields
+        older = self.has_older[: len(self.newest)]
+        fields |= fields_of_given(rows, index, fields["pv_offsets"], r, older)
         return replace(
             self.p,
-            **without_history(rows, index),
             **fields,
-            history_offsets=torch.zeros_like(fields["pv_offsets"]),
             clicked=torch.ones_like(fields["pv_mask"]),
             item_ids=None if self.history_ids is None else self.history_ids[self.newest],
             tau=temperature,
-            reconstructed=r,
-            reconstructed_mask=self.has_older[: len(self.newest)],
         )
 
     # ---- the click head's rows -----------------------------------------------------------------

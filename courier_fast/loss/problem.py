@@ -85,6 +85,12 @@ class Problem:
         every = (getattr(self, name) for name in Needs._fields if name != "temperature")
         return [x for x in every if x is not None]
 
+    def has_given(self, rows: Tensor) -> Tensor:
+        """Which of these real PV rows have an R, where R is given."""
+        if self.reconstructed_mask is None:
+            return torch.ones_like(rows, dtype=torch.bool)
+        return self.reconstructed_mask[rows]
+
     def input_of(self, role: str) -> str:
         """The input whose rows are the attention's "query", "key" or "value": the one of that name
         where it is given, else the embeddings."""

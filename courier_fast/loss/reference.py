@@ -255,9 +255,7 @@ def reconstruction_loss(p: Problem) -> LossOutput:
     e_raw = _take(p.pv, p.pv_index, pv.keep)
     has_history = history.counts[pv.page] > 0
     if p.reconstructed is not None:
-        has_history = torch.ones_like(has_history)
-        if p.reconstructed_mask is not None:
-            has_history = p.reconstructed_mask[pv.keep]
+        has_history = p.has_given(pv.keep)
     clicked = p.clicked[pv.keep]
     weights = None if p.weights is None else p.weights[pv.keep]
     is_anchor = clicked & has_history

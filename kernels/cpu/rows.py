@@ -165,10 +165,8 @@ def anchors_of(p: Problem) -> Anchors:
     pv, history = real_rows(p, "pv"), real_rows(p, "history")
     if p.reconstructed is None:
         has_history = (history.start.diff() > 0)[pv.page]
-    elif p.reconstructed_mask is None:
-        has_history = torch.ones(len(pv.keep), dtype=torch.bool)
     else:
-        has_history = p.reconstructed_mask[pv.keep]
+        has_history = p.has_given(pv.keep)
     clicked = p.clicked[pv.keep]
     is_anchor = clicked & has_history
     weights = None if p.weights is None else p.weights[pv.keep]

@@ -114,7 +114,7 @@ def given_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """r = R / |R| of the listed rows and the positives' cosines, for another library's R."""
+    """r = R / |R| of the listed rows and the positives' cosines, for an R that is given."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < tl.load(count_ptr)
     position = tl.load(list_ptr + row, mask=valid, other=0)
