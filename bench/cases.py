@@ -9,7 +9,7 @@ from bench.candidates import OURS
 from bench.loss import Case
 from bench.problems import SHAPES, Options, Shape
 
-GROUPS = ("shapes", "dims", "rows", "types", "candidate", "options")
+GROUPS = ("shapes", "dims", "rows", "types", "candidate", "courier", "options")
 _NO_COMPILE = ("reference", "eager", "lce", *OURS)
 # The options of the loss, each to be compared with the bare one.
 VARIANTS = {
@@ -60,6 +60,21 @@ def _candidate(dtype: str) -> list[Case]:
     ]
 
 
+def _courier(dtype: str) -> list[Case]:
+    """The three losses of the authors, at 512 pages and at their 3,072."""
+    return [
+        Case(
+            f"courier {pages:,} {dtype}",
+            Shape(pages, 5, 5, 256, 0.2),
+            Options(courier=True),
+            dtype,
+            group="courier",
+            names=("eager", "compile", *OURS),
+        )
+        for pages in (512, 3072)
+    ]
+
+
 def _square(rows: int, dim: int) -> Shape:
     """N = M: every item was clicked."""
     return Shape(rows // 4, 4, 20, dim, 1.0)
@@ -99,6 +114,7 @@ def cases(device: str, quick: bool = False) -> list[Case]:
         dims, rows = (64, 256, 768), 2048
         lengths = (1024, 2048, 4096, 8192)
     dtype = "bfloat16"
+    found += [case for each in ("float32", dtype) for case in _courier(each)]
     found += _candidate(dtype)
     found += [Case(f"D = {d}", _square(rows, d), dtype=dtype, group="dims") for d in dims]
     found += [Case(f"N = M = {n:,}", _square(n, 256), dtype=dtype, group="rows") for n in lengths]
@@ -168,7 +184,7 @@ OVER_OTHERS = {
     (case, other): (0.25, 0.05)
     for case in ("candidate", "candidate, cosine")
     for other in ("eager", "eager_full")
-}
+} | {(f"courier 3,072 {dtype}", "eager"): (0.2, 0.05) for dtype in ("float32", "bfloat16")}
 
 # Of a variant over the bare loss, in the same run.
 VARIANT_GOALS = {

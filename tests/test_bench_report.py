@@ -127,6 +127,9 @@ def test_shares_of_what_others_take() -> None:
     assert f"- cpu over eager: {shares}" in text
     assert "- cpu over eager_full: 0.1 of its time" in text
     assert "0.025 of its memory (at most 0.05: met)" in text
+    found[0]["failures"] = [{"error": 3.0, "budget": 2.0}]
+    text = report.markdown(results() | {"cases": [case("candidate", "candidate", found)]})
+    assert f"- cpu over eager: {shares}" in text, "others take what they take, also where they err"
     found[2]["failures"] = [{"error": 3.0, "budget": 2.0}]
     text = report.markdown(results() | {"cases": [case("candidate", "candidate", found)]})
     assert "- cpu over" not in text, "a share of what is wrong"
@@ -169,8 +172,10 @@ def test_selection() -> None:
     assert {c.group for c in cases.selected("cpu", False, None, ["dims"])} == {"dims"}
     for device in ("cpu", "cuda"):
         found = cases.selected(device, False, None, ["candidate"])
-        assert {case for case, _ in cases.OVER_OTHERS} <= {c.name for c in found}
         assert all(c.options.attention == "candidate" for c in found)
+        three = cases.selected(device, False, None, ["courier"])
+        assert all(c.options.courier and {"eager", "cpu", "triton"} <= set(c.names) for c in three)
+        assert {case for case, _ in cases.OVER_OTHERS} <= {c.name for c in found + three}
         assert {"eager", "compile", "cpu", "triton"} <= set(found[0].names)
     with pytest.raises(ValueError, match="--case: expected some of paper.*got papr"):
         cases.selected("cuda", False, ["papr"], None)
