@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,9 @@ from torch.func import functional_call
 from torch.nn import functional
 
 import courier_fast
+from bench.problems import HEADS, HIDDEN, Batch
 
-if TYPE_CHECKING:
-    from bench.problems import Batch
-
-TAU, HEADS, HIDDEN = 0.05, 4, 1024
+TAU = 0.05
 # Multiply-adds of the products of L_rec, of L_seq, of the click head and of the projections.
 PRODUCTS = "(M N D + B^2 D + 2 N D hidden + 2 (N + K + B) D^2)"
 
@@ -26,24 +24,20 @@ def products(batch: Batch) -> int:
     return contrasts + 2 * rows * dim * HIDDEN + projected
 
 
-def parameters(dim: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Those of the attention and the click head, by their names in `CourierLoss`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=generator)))
-        module = courier_fast.CourierLoss(dim, HEADS, hidden=HIDDEN)
-    return {name: x.detach() for name, x in module.named_parameters()}
+@cache  # made once: its own parameters, which others stand in for, take time to draw
+def _fused(dim: int, device: torch.device, impl: str) -> nn.Module:
+    return courier_fast.CourierLoss(dim, HEADS, TAU, hidden=HIDDEN, impl=impl).to(device)
 
 
 def fused(batch: Batch, impl: str) -> Tensor:
     """Packed layout, or a table."""
-    module = courier_fast.CourierLoss(batch.dim, HEADS, TAU, hidden=HIDDEN, impl=impl)
     # Of the parameters' kind, whatever stands for numbers there.
     gamma = batch.parameters["click_head.2.weight"].detach()
     running = {"running_mean": torch.zeros_like(gamma), "running_var": torch.ones_like(gamma)}
     held = batch.parameters | {f"click_head.2.{name}": x for name, x in running.items()}
     pages = {"pv_offsets": batch.pv_offsets, "history_offsets": batch.history_offsets}
     rows = batch.pv, batch.history, batch.clicked
-    module.to(batch.clicked.device)
+    module = _fused(batch.dim, batch.clicked.device, impl)
     return functional_call(module, held, rows, pages | {"embeddings": batch.embeddings})
 
 
@@ -89,8 +83,13 @@ def _contrast(r: Tensor, e: Tensor, own: Tensor) -> Tensor:
     return functional.cross_entropy(_precise(logits) / TAU, own)
 
 
+@cache
+def _plain(dim: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    return PlainCourier(dim).to(device, dtype)
+
+
 def plain(batch: Batch, history: Tensor, present: Tensor) -> Tensor:
     """`history` [B, H, D] padded, and what is real of it."""
-    module = PlainCourier(batch.dim).to(batch.clicked.device, batch.pv.dtype)
+    module = _plain(batch.dim, batch.clicked.device, batch.pv.dtype)
     pv = batch.pv.view(len(history), -1, batch.dim)
     return functional_call(module, batch.parameters, (pv, history, present, batch.clicked))

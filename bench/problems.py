@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench import courier
+import courier_fast
+
+# Of the three losses of COURIER's authors.
+HEADS, HIDDEN = 4, 1024
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,14 @@ def _zipf(count: int, size: int, generator: torch.Generator) -> Tensor:
     return torch.multinomial(weights, size, replacement=True, generator=generator)
 
 
+def _parameters(dim: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Those of the attention and the click head, by their names in `CourierLoss`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=generator)))
+        module = courier_fast.CourierLoss(dim, HEADS, hidden=HIDDEN)
+    return {name: x.detach() for name, x in module.named_parameters()}
+
+
 def make_batch(
     shape: Shape, options: Options, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> Batch:
@@ -178,7 +189,7 @@ def make_batch(
         if options.learn_tau
         else None,
         longest_history=shape.longest_history,
-        parameters={n: leaf(x) for n, x in courier.parameters(shape.dim, generator).items()}
+        parameters={n: leaf(x) for n, x in _parameters(shape.dim, generator).items()}
         if options.courier
         else {},
     )

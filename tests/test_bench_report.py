@@ -23,6 +23,7 @@ from bench import __main__ as bench  # noqa: E402
 from bench import candidates, cases, errors, peers, report  # noqa: E402
 from bench.candidates import Candidate, make  # noqa: E402
 from bench.problems import Options, Shape, make_batch  # noqa: E402
+from courier_fast import surroundings  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -161,7 +162,8 @@ def test_quick_on_a_cpu_and_what_stays_when_it_is_cut_short(
     assert "**one**" in (tmp_path / "README.md").read_text()
 
 
-def test_selection() -> None:
+def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surroundings, "BFLOAT16_PRODUCTS", True)
     gpu = cases.cases("cuda")
     names = [c.name for c in gpu]
     assert len(set(names)) == len(names)
@@ -177,6 +179,9 @@ def test_selection() -> None:
         assert all(c.options.courier and {"eager", "cpu", "triton"} <= set(c.names) for c in three)
         assert {case for case, _ in cases.OVER_OTHERS} <= {c.name for c in found + three}
         assert {"eager", "compile", "cpu", "triton"} <= set(found[0].names)
+    monkeypatch.setattr(surroundings, "BFLOAT16_PRODUCTS", False)
+    assert {c.dtype for c in cases.cases("cpu")} == {"float32"}
+    assert cases.cases("cuda") == gpu
     with pytest.raises(ValueError, match="--case: expected some of paper.*got papr"):
         cases.selected("cuda", False, ["papr"], None)
 

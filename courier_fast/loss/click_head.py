@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ..surroundings import alone_backward
+from ..surroundings import alone_backward, has_slow_products
 from .union.exchange import Participants
 
 # Numbers of a slice of h: 8 MiB in float32, and on a GPU what keeps it busy.
@@ -61,6 +61,12 @@ class ClickRows:
     def total(self, x: Tensor) -> Tensor:
         """The sum of all processes."""
         return x if self.processes is None else _Sum.apply(x, self.processes)
+
+    def for_products(self) -> ClickRows:
+        """In float32 where those of the rows' type are slow."""
+        if not has_slow_products(self.r):
+            return self
+        return replace(self, r=self.r.float(), e=self.e.float())
 
     @property
     def weights(self) -> Tensor:
@@ -116,6 +122,7 @@ class ClickHead(nn.Sequential):
         if exact:
             total, logits = self._defined(rows, count)
         else:
+            rows = rows.for_products()
             total, logits = _SlicedLoss.apply(
                 rows.r, rows.e, *self._weights(rows), self, rows, count
             )
@@ -124,6 +131,7 @@ class ClickHead(nn.Sequential):
     @torch.no_grad()
     def logits(self, rows: ClickRows) -> Tensor:
         """By the running statistics, [n]."""
+        rows = rows.for_products()
         moments = self._running(torch.zeros((), dtype=torch.float64, device=rows.r.device))
         folded = _Folded.of(_Weights(*self._weights(rows)), moments, self[2].eps)
         return torch.cat([folded.logits(h) for *_, h in _hidden(rows, folded.weights, {})])
