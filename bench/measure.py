@@ -299,6 +299,7 @@ def surroundings(device: torch.device) -> dict[str, str | int | None]:
         "xformers": _version("xformers"),
         "gpu": gpu,
         "cpu": _processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else None,
     }
