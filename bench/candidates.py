@@ -271,13 +271,15 @@ def _linear_cross_entropy(batch: Batch, **options: Any) -> Tensor:
 
 
 def _courier(name: str, batch: Batch) -> Candidate | str:
+    if name not in ("eager", "compile"):
+        return "computes the reconstruction loss alone"
+    of = courier.plain(batch.dim, batch.clicked.device, batch.pv.dtype)
+
     def plain(b: Batch) -> Tensor:
-        return courier.plain(b, *padded(b)[1:])
+        return of(b, *padded(b)[1:])
 
     if name == "eager":
         return Candidate(name, plain)
-    if name != "compile":
-        return "computes the reconstruction loss alone"
     missing = _without_compiler(batch.clicked.device)
     return Candidate(name, torch.compile(plain)) if missing is None else missing
 

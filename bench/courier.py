@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -83,13 +84,12 @@ def _contrast(r: Tensor, e: Tensor, own: Tensor) -> Tensor:
     return functional.cross_entropy(_precise(logits) / TAU, own)
 
 
-@cache
-def _plain(dim: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    return PlainCourier(dim).to(device, dtype)
+def plain(dim: int, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The loss of a batch, its histories padded [B, H, D], and what is real of them [B, H]."""
+    module = PlainCourier(dim).to(device, dtype)
 
+    def loss(batch: Batch, history: Tensor, present: Tensor) -> Tensor:
+        pv = batch.pv.view(len(history), -1, dim)
+        return functional_call(module, batch.parameters, (pv, history, present, batch.clicked))
 
-def plain(batch: Batch, history: Tensor, present: Tensor) -> Tensor:
-    """`history` [B, H, D] padded, and what is real of it."""
-    module = _plain(batch.dim, batch.clicked.device, batch.pv.dtype)
-    pv = batch.pv.view(len(history), -1, batch.dim)
-    return functional_call(module, batch.parameters, (pv, history, present, batch.clicked))
+    return loss

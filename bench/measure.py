@@ -241,7 +241,7 @@ def shape_that_fits(shape: Shape, options: Options, device: torch.device) -> Sha
     """The shape, or the same pages but fewer of them, so that the reference and the model of its
     rounding fit into memory."""
     limit = 0.8 * free_memory(device)
-    if options.attention == "candidate":
+    if options.attention == "candidate" or options.courier:
         limit = min(limit, JUDGED_BYTES)
     # The model holds float64, and what it is moved by: 80 bytes a pair were measured, where the
     # reference takes 24.
