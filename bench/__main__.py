@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parent / "results"
 def machine(device: torch.device) -> str:
     """A folder's name for this machine."""
     known = measure.surroundings(device)
-    name = str(known["gpu"] or f"{known['cpu']} {known['threads']} cores")
+    name = str(known["gpu"] or "{cpu} {vectors} {threads} cores".format(**known))
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import courier_fast
-from bench import peers
+from bench import courier, peers
 from bench.problems import Batch, Options
 
 OURS = ("cpu", "triton", "triton_graph", "xformers")
@@ -53,6 +53,8 @@ def attention_of(options: Options) -> dict[str, Any]:
 
 def call(batch: Batch, impl: str, **arguments: Any) -> Tensor:
     """The public function, packed layout."""
+    if batch.options.courier:
+        return courier.fused(batch, impl)
     given: dict[str, Any] = {
         "pv_offsets": batch.pv_offsets,
         "history_offsets": batch.history_offsets,
@@ -80,6 +82,8 @@ def graphed(batch: Batch) -> Candidate | str:
     options = batch.options
     if options.learn_tau:
         return "the module learns a temperature of its own, not this one"
+    if options.courier:
+        return "the module of three losses has no graph"
     module = courier_fast.ReconstructionLoss(
         options.tau,
         negatives=options.negatives,
@@ -266,6 +270,20 @@ def _linear_cross_entropy(batch: Batch, **options: Any) -> Tensor:
     return function(r / batch.options.tau, e, rows, **options)
 
 
+def _courier(name: str, batch: Batch) -> Candidate | str:
+    if name not in ("eager", "compile"):
+        return "computes the reconstruction loss alone"
+    of = courier.plain(batch.dim, batch.clicked.device, batch.pv.dtype)
+
+    def plain(b: Batch) -> Tensor:
+        return of(b, *padded(b)[1:])
+
+    if name == "eager":
+        return Candidate(name, plain)
+    missing = _without_compiler(batch.clicked.device)
+    return Candidate(name, torch.compile(plain)) if missing is None else missing
+
+
 def _without_compiler(device: torch.device) -> str | None:
     if device.type == "cpu" and not any(shutil.which(c) for c in ("g++", "clang++", "c++", "cl")):
         return "torch.compile needs a C++ compiler on the CPU, and none is on the PATH"
@@ -281,6 +299,8 @@ def make(name: str, batch: Batch) -> Candidate | str:
         return graphed(batch)
     if name in OURS:
         return Candidate(name, lambda b: call(b, name), ours=True)
+    if options.courier:
+        return _courier(name, batch)
     if options.attention == "candidate":
         return _candidate_attention(name, batch)
     if name == "memeff":

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from bench.candidates import OURS
 from bench.loss import Case
 from bench.problems import SHAPES, Options, Shape
+from courier_fast import surroundings
 
-GROUPS = ("shapes", "dims", "rows", "types", "candidate", "options")
+GROUPS = ("shapes", "dims", "rows", "types", "candidate", "courier", "options")
 _NO_COMPILE = ("reference", "eager", "lce", *OURS)
 # The options of the loss, each to be compared with the bare one.
 VARIANTS = {
@@ -60,6 +61,21 @@ def _candidate(dtype: str) -> list[Case]:
     ]
 
 
+def _courier(dtype: str) -> list[Case]:
+    """The three losses of the authors, at 512 pages and at their 3,072."""
+    return [
+        Case(
+            f"courier {pages:,} {dtype}",
+            Shape(pages, 5, 5, 256, 0.2),
+            Options(courier=True),
+            dtype,
+            group="courier",
+            names=("eager", "compile", *OURS),
+        )
+        for pages in (512, 3072)
+    ]
+
+
 def _square(rows: int, dim: int) -> Shape:
     """N = M: every item was clicked."""
     return Shape(rows // 4, 4, 20, dim, 1.0)
@@ -80,6 +96,9 @@ def cases(device: str, quick: bool = False) -> list[Case]:
     dims: tuple[int, ...]
     lengths: tuple[int, ...]
     types: list[Case] = []
+    # Without products of it on this CPU, others take minutes for a step in bfloat16.
+    dtype = "bfloat16" if device == "cuda" or surroundings.BFLOAT16_PRODUCTS else "float32"
+    both = tuple(dict.fromkeys(["float32", dtype]))
     if device == "cuda":
         shapes = ("paper", "paper50", "big20", "big100", "big768", "huge")
         found = [Case(name, SHAPES[name]) for name in shapes]
@@ -92,14 +111,15 @@ def cases(device: str, quick: bool = False) -> list[Case]:
             Case("big20 float32", SHAPES["big20"], dtype="float32", group="types"),
         ]
     else:
-        found = [Case("paper", SHAPES["paper"], dtype=dtype) for dtype in ("bfloat16", "float32")]
-        found += [_items(device, "bfloat16")]
-        found.append(Case("forward", SHAPES["paper"], forward=True))
-        found += _candidate("float32")
+        found = [Case("paper", SHAPES["paper"], dtype=each) for each in both]
+        found += [_items(device, dtype)]
+        found.append(Case("forward", SHAPES["paper"], dtype=dtype, forward=True))
         dims, rows = (64, 256, 768), 2048
         lengths = (1024, 2048, 4096, 8192)
-    dtype = "bfloat16"
-    found += _candidate(dtype)
+    found += [
+        case for each in both if device == "cpu" or each == dtype for case in _candidate(each)
+    ]
+    found += [case for each in both for case in _courier(each)]
     found += [Case(f"D = {d}", _square(rows, d), dtype=dtype, group="dims") for d in dims]
     found += [Case(f"N = M = {n:,}", _square(n, 256), dtype=dtype, group="rows") for n in lengths]
     return [*found, *types]
@@ -168,7 +188,7 @@ OVER_OTHERS = {
     (case, other): (0.25, 0.05)
     for case in ("candidate", "candidate, cosine")
     for other in ("eager", "eager_full")
-}
+} | {(f"courier 3,072 {dtype}", "eager"): (0.2, 0.05) for dtype in ("float32", "bfloat16")}
 
 # Of a variant over the bare loss, in the same run.
 VARIANT_GOALS = {

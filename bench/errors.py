@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +32,8 @@ def _sum_over(anchors: Tensor, batch: Batch) -> Tensor:
 def exact(batch: Batch) -> dict[str, Tensor]:
     """The reference in float64, some anchors at a time: the loss is a sum over them."""
     double = batch.to(torch.float64)
+    if batch.options.courier:
+        return loss_and_gradients(lambda b: call(b, "reference"), double)
     anchors = batch.clicked.nonzero().squeeze(1)
     total: dict[str, Tensor] = {}
     each = batch.rows * (batch.dim if batch.options.attention == "candidate" else 1)
@@ -47,7 +48,7 @@ def _rounded(batch: Batch, draw: int) -> dict[str, Tensor]:
     """One draw of the model of rounding."""
     rounding = Rounding(draw, batch.clicked.device)
     leaves: dict[str, Any] = {name: rounding.leaf(x) for name, x in batch.inputs.items()}
-    found = loss_and_gradients(lambda b: call(b, "reference"), replace(batch, **leaves))
+    found = loss_and_gradients(lambda b: call(b, "reference"), batch.with_inputs(leaves))
     return {name: held(x) for name, x in found.items()}
 
 

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from bench import measure
+from bench import courier, measure
 from bench.candidates import NAMES, OURS, Candidate, call, make
 from bench.command import line_of, parser_of, write_json
 from bench.errors import errors, loss_and_gradients, yardstick
@@ -218,8 +218,12 @@ def _measured(
 
     size, rate = measure.product_rate(dtype, device)
     products = 2 if case.forward else 6
-    each = batch.attended if options.attention == "candidate" else batch.anchors
-    flops = products * each * batch.columns * batch.dim
+    each, of = batch.anchors, "M"
+    if options.attention == "candidate":
+        each, of = batch.attended, "(K of pages with an anchor)"
+    flops, floor_of = products * each * batch.columns * batch.dim, f"{products} {of} columns D"
+    if options.courier:
+        flops, floor_of = products * courier.products(batch), f"{products} {courier.PRODUCTS}"
     # What has to be read and written at least: both sides' rows, and the gradients.
     traffic = batch.gradient_bytes * (1 if case.forward else 2)
     about: dict[str, Any] = {
@@ -231,6 +235,7 @@ def _measured(
         "columns": batch.columns,
         "dim": batch.dim,
         "flops": flops,
+        "floor_of": floor_of,
         "bytes": traffic,
         "product": {"size": size, "flops_per_second": rate},
         "floor_seconds": flops / rate,
@@ -295,17 +300,13 @@ def heading(about: dict[str, Any]) -> list[str]:
     if not judged["whole"]:
         size = f"N = {judged['rows']:,}, M = {judged['anchors']:,}"
         scope = f"fewer pages ({size}): the reference does not fit at this shape, or takes long"
-    factor = 2 if case["forward"] else 6
-    each = "M"
-    if case["options"]["attention"] == "candidate":
-        each = "(K of pages with an anchor)"
     return [
         f"{case['name']} on {about['device']}: {case['dtype']}{', tf32' if case['tf32'] else ''}, "
         f"N = {about['rows']:,} PV items, M = {about['anchors']:,} anchors, "
         f"{about['columns']:,} columns, "
         f"K = {about['history']:,} history items, D = {about['dim']}"
         + "".join(f", {k} {v}" for k, v in options.items()),
-        f"floor: {factor} {each} columns D flops in {about['floor_seconds'] * 1e3:.4g} ms, at the "
+        f"floor: {about['floor_of']} flops in {about['floor_seconds'] * 1e3:.4g} ms, at the "
         f"{product['flops_per_second'] / 1e12:.4g} TFLOP/s of a product of size {product['size']}",
         f"errors: relative l2 against float64, on {scope}; "
         "budget: twice the error of eager code, or of its model (courier_fast.testing.budget), "

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+import courier_fast
+
+# Of the three losses of COURIER's authors.
+HEADS, HIDDEN = 4, 1024
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Options:
     stats: bool = False
     attention: str = "anchor"
     cosine: bool = False  # attention by cosines at a temperature of 1, embeddings of unit length
+    courier: bool = False  # the three losses of COURIER's authors, in place of all above
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Batch:
     weights: Tensor | None  # [N] float32
     temperature: Tensor | None  # 0-d
     longest_history: int
+    parameters: dict[str, Tensor] = field(default_factory=dict)  # of a loss that has some
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -72,7 +79,7 @@ class Batch:
         tau = {} if self.temperature is None else {"temperature": self.temperature}
         if self.embeddings is not None:
             return {"embeddings": self.embeddings} | tau
-        return {"pv": self.pv, "history": self.history} | tau
+        return {"pv": self.pv, "history": self.history} | tau | self.parameters
 
     @property
     def rows(self) -> int:
@@ -111,13 +118,27 @@ class Batch:
         }
         if self.weights is not None:
             leaves["weights"] = self.weights.to(dtype)
-        return replace(self, **leaves)
+        return self.with_inputs(leaves)
+
+    def with_inputs(self, leaves: dict[str, Any]) -> Batch:
+        """With others in place of some inputs."""
+        parameters = {name: leaves.get(name, x) for name, x in self.parameters.items()}
+        fields = {name: x for name, x in leaves.items() if name not in parameters}
+        return replace(self, **fields, parameters=parameters)
 
 
 def _zipf(count: int, size: int, generator: torch.Generator) -> Tensor:
     """`size` draws of `count` items, the k-th most popular with a weight of 1 / k."""
     weights = 1.0 / torch.arange(1, count + 1, dtype=torch.float64)
     return torch.multinomial(weights, size, replacement=True, generator=generator)
+
+
+def _parameters(dim: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Those of the attention and the click head, by their names in `CourierLoss`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=generator)))
+        module = courier_fast.CourierLoss(dim, HEADS, hidden=HIDDEN)
+    return {name: x.detach() for name, x in module.named_parameters()}
 
 
 def make_batch(
@@ -168,4 +189,7 @@ def make_batch(
         if options.learn_tau
         else None,
         longest_history=shape.longest_history,
+        parameters={n: leaf(x) for n, x in _parameters(shape.dim, generator).items()}
+        if options.courier
+        else {},
     )

@@ -21,6 +21,11 @@ _VALUES = {torch.full, torch.tensor, torch.as_tensor}
 _INTEGERS = {torch.arange}
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
+# Whether torch has products of bfloat16 for this CPU.
+BFLOAT16_PRODUCTS = torch.backends.mkldnn.is_available() and bool(
+    torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+
 
 class _Plain(TorchFunctionMode):
     """New tensors are float32 and on the device of the inputs, whatever the defaults are."""
@@ -93,6 +98,13 @@ def cast(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
     )
+
+
+def has_slow_products(x: Tensor) -> bool:
+    """Whether products of rows like these had better be made in float32: where torch has none of
+    bfloat16 for the CPU (of AMD's and Intel's, those without AVX-512), one is made number by number
+    and takes 4 to 160 times as long as in float32."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not BFLOAT16_PRODUCTS
 
 
 def has_values(x: Tensor) -> bool:

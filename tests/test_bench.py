@@ -117,6 +117,24 @@ def test_candidates_in_chunks_and_at_once_are_the_same_loss(
     assert "anchor" in str(make("lce", batch))
 
 
+def test_plain_and_fused_courier_are_the_same_losses() -> None:
+    batch = make_batch(SHAPES["tiny"], Options(courier=True), torch.float64, CPU)
+    batch = batch.to(torch.float64)
+    assert {n.split(".")[0] for n in batch.parameters} == {"attention", "click_head"}
+    truth = errors.exact(batch)
+    assert truth.keys() == {"loss", *batch.inputs}
+    made = make("eager", batch)
+    assert isinstance(made, Candidate)
+    for name, x in errors.loss_and_gradients(made.loss, batch).items():
+        # Batch norm takes what is added to all rows out again.
+        torch.testing.assert_close(x, truth[name], atol=1e-9, rtol=1e-7)
+    assert "reconstruction loss alone" in str(make("cce", batch))
+    moved = batch.with_inputs({"pv": batch.pv + 1, "click_head.3.bias": torch.ones(1)})
+    assert torch.equal(moved.pv, batch.pv + 1)
+    assert torch.equal(moved.parameters["click_head.3.bias"], torch.ones(1))
+    assert moved.parameters.keys() == batch.parameters.keys()
+
+
 def test_candidates_are_judged_on_few_pages() -> None:
     shape = Shape(512, 5, 20, 256, 0.2)
     few = measure.shape_that_fits(shape, Options(attention="candidate"), CPU)

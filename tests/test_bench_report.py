@@ -23,6 +23,7 @@ from bench import __main__ as bench  # noqa: E402
 from bench import candidates, cases, errors, peers, report  # noqa: E402
 from bench.candidates import Candidate, make  # noqa: E402
 from bench.problems import Options, Shape, make_batch  # noqa: E402
+from courier_fast import surroundings  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -127,6 +128,9 @@ def test_shares_of_what_others_take() -> None:
     assert f"- cpu over eager: {shares}" in text
     assert "- cpu over eager_full: 0.1 of its time" in text
     assert "0.025 of its memory (at most 0.05: met)" in text
+    found[0]["failures"] = [{"error": 3.0, "budget": 2.0}]
+    text = report.markdown(results() | {"cases": [case("candidate", "candidate", found)]})
+    assert f"- cpu over eager: {shares}" in text, "others take what they take, also where they err"
     found[2]["failures"] = [{"error": 3.0, "budget": 2.0}]
     text = report.markdown(results() | {"cases": [case("candidate", "candidate", found)]})
     assert "- cpu over" not in text, "a share of what is wrong"
@@ -158,7 +162,8 @@ def test_quick_on_a_cpu_and_what_stays_when_it_is_cut_short(
     assert "**one**" in (tmp_path / "README.md").read_text()
 
 
-def test_selection() -> None:
+def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surroundings, "BFLOAT16_PRODUCTS", True)
     gpu = cases.cases("cuda")
     names = [c.name for c in gpu]
     assert len(set(names)) == len(names)
@@ -169,9 +174,14 @@ def test_selection() -> None:
     assert {c.group for c in cases.selected("cpu", False, None, ["dims"])} == {"dims"}
     for device in ("cpu", "cuda"):
         found = cases.selected(device, False, None, ["candidate"])
-        assert {case for case, _ in cases.OVER_OTHERS} <= {c.name for c in found}
         assert all(c.options.attention == "candidate" for c in found)
+        three = cases.selected(device, False, None, ["courier"])
+        assert all(c.options.courier and {"eager", "cpu", "triton"} <= set(c.names) for c in three)
+        assert {case for case, _ in cases.OVER_OTHERS} <= {c.name for c in found + three}
         assert {"eager", "compile", "cpu", "triton"} <= set(found[0].names)
+    monkeypatch.setattr(surroundings, "BFLOAT16_PRODUCTS", False)
+    assert {c.dtype for c in cases.cases("cpu")} == {"float32"}
+    assert cases.cases("cuda") == gpu
     with pytest.raises(ValueError, match="--case: expected some of paper.*got papr"):
         cases.selected("cuda", False, ["papr"], None)
 

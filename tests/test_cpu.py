@@ -24,11 +24,14 @@ from factories import (
     make_sequence,
     results,
     skip_unless_available,
+    with_gradients,
 )
 from torch import Tensor
 
+from courier_fast import reconstruction_loss, surroundings
 from courier_fast.kernels.cpu import contrast, native
 from courier_fast.kernels.cpu import loss as cpu_loss
+from courier_fast.kernels.cpu.widen import widened
 from courier_fast.loss import operators
 from courier_fast.loss.problem import Problem
 
@@ -118,15 +121,86 @@ VARIANT_CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture
+def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages in bfloat16 also where a CPU would rather have them in float32."""
+    monkeypatch.setattr(surroundings, "BFLOAT16_PRODUCTS", True)
+
+
 @pytest.mark.parametrize("case", VARIANT_CASES)
-def test_variant(variant: str, case: str) -> None:
+def test_variant(variant: str, case: str, bfloat16_products: None) -> None:
     check_loss("cpu", **VARIANT_CASES[case])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_variant_of_the_other_operators(variant: str, dtype: torch.dtype) -> None:
+def test_variant_of_the_other_operators(
+    variant: str, dtype: torch.dtype, bfloat16_products: None
+) -> None:
     check_sequence("cpu", dtype=dtype, ids=True, pages=30)
     check_reconstruct("cpu", dtype=dtype, num_heads=2, dim=34)
+
+
+WIDENED: dict[str, dict[str, Any]] = {
+    "anchor": {"tensor_tau": True, "mask": True},
+    "both-projected": {"direction": "both", "projected": True},
+    "candidate": {"attention": "candidate", "projected": True},
+    "items": {"table": True},
+    "none": {"reduction": "none"},
+    "given": {"given": True},
+}
+
+
+def loss_alone(p: Any, inputs: tuple[str, ...]) -> dict[str, Tensor]:
+    """And its gradients; those of 1, as each scaling of a bfloat16 gradient rounds it again."""
+    loss = operators.loss(p, "cpu")[0]
+    leaves = {n: getattr(p, n) for n in inputs if getattr(p, n) is not None}
+    found = torch.autograd.grad(loss.sum(), list(leaves.values()))
+    return {"loss": loss.detach()} | dict(zip(leaves, found, strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("case", [*WIDENED, "sequence"])
+def test_bfloat16_without_products_is_float32(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients rounded once, at the end."""
+    monkeypatch.setattr(surroundings, "BFLOAT16_PRODUCTS", False)
+    how: dict[str, Any] = {"dtype": torch.bfloat16, "pages": 20}
+    p, inputs = make_sequence(ids=True, **how), SEQUENCE_INPUTS
+    if case != "sequence":
+        p, inputs = make(**how, **WIDENED[case]), LOSS_INPUTS
+    found = loss_alone(p, inputs)
+    wide = loss_alone(with_gradients(widened(p), inputs), inputs)
+    rounded = {n for n, x in wide.items() if x.dtype != found[n].dtype}
+    assert rounded == set(wide) - {"loss", "temperature"}
+    assert_same_bits(found, {n: x.to(found[n].dtype) for n, x in wide.items()})
+
+
+@needs_native
+@pytest.mark.parametrize("attention", ["anchor", "candidate"])
+def test_bfloat16_with_a_memory_and_without_products(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of candidates are products of float32 rows, whatever their type."""
+    monkeypatch.setattr(surroundings, "BFLOAT16_PRODUCTS", False)
+    p, kinds = make(dtype=torch.bfloat16, pages=20), set()
+    real = torch.mm
+
+    def mm(a: Tensor, b: Tensor, **more: Any) -> Tensor:
+        kinds.update((a.dtype, b.dtype))
+        return real(a, b, **more)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    rows = [x.detach().requires_grad_() for x in (p.pv, p.history)]
+    loss = reconstruction_loss(
+        *rows,
+        p.clicked,
+        pv_offsets=p.pv_offsets,
+        history_offsets=p.history_offsets,
+        memory=torch.randn(30, 24).bfloat16(),
+        attention=attention,
+        impl="cpu",
+    )
+    loss.backward()
+    assert kinds == {torch.float32}
 
 
 def test_ranks_of_a_variant(variant: str) -> None:

@@ -279,7 +279,7 @@ def yardstick(case: Smoke, batch: Batch) -> Yardstick:
     def rounded(draw: int) -> dict[str, Tensor]:
         rounding = Rounding(draw, batch.clicked.device)
         leaves: dict[str, Any] = {name: rounding.leaf(x) for name, x in batch.inputs.items()}
-        found = run_once(case, reference, replace(batch, **leaves))
+        found = run_once(case, reference, batch.with_inputs(leaves))
         return {name: held(x) for name, x in found.items()}
 
     truth = run_once(case, reference, batch.to(torch.float64))

@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ..surroundings import alone_backward
+from ..surroundings import alone_backward, has_slow_products
 from .union.exchange import Participants
 
 # Numbers of a slice of h: 8 MiB in float32, and on a GPU what keeps it busy.
 _SLICE = {"cpu": 1 << 21, "cuda": 1 << 24}
 # Those of the slices that are kept, 32 MiB in float32: all of a small batch.
 _KEPT = 1 << 23
+# Rows of a float32 sum.
+_SHORT = 64
 
 
 class _Sum(torch.autograd.Function):
@@ -59,6 +61,12 @@ class ClickRows:
     def total(self, x: Tensor) -> Tensor:
         """The sum of all processes."""
         return x if self.processes is None else _Sum.apply(x, self.processes)
+
+    def for_products(self) -> ClickRows:
+        """In float32 where those of the rows' type are slow."""
+        if not has_slow_products(self.r):
+            return self
+        return replace(self, r=self.r.float(), e=self.e.float())
 
     @property
     def weights(self) -> Tensor:
@@ -114,6 +122,7 @@ class ClickHead(nn.Sequential):
         if exact:
             total, logits = self._defined(rows, count)
         else:
+            rows = rows.for_products()
             total, logits = _SlicedLoss.apply(
                 rows.r, rows.e, *self._weights(rows), self, rows, count
             )
@@ -122,6 +131,7 @@ class ClickHead(nn.Sequential):
     @torch.no_grad()
     def logits(self, rows: ClickRows) -> Tensor:
         """By the running statistics, [n]."""
+        rows = rows.for_products()
         moments = self._running(torch.zeros((), dtype=torch.float64, device=rows.r.device))
         folded = _Folded.of(_Weights(*self._weights(rows)), moments, self[2].eps)
         return torch.cat([folded.logits(h) for *_, h in _hidden(rows, folded.weights, {})])
@@ -218,6 +228,15 @@ class _Folded:
         return self.centred(h) @ self.scale + self.shift
 
 
+def _weighted_sum(weights: Tensor, x: Tensor) -> Tensor:
+    """weights [n] @ x [n, hidden], float64: short products added up, as a float32 sum of thousands
+    of rows, one after the other, loses digits that a mean, and what nearly cancels, needs."""
+    whole = len(x) // _SHORT * _SHORT
+    blocks = weights[:whole].view(-1, 1, _SHORT) @ x[:whole].view(-1, _SHORT, x.shape[1])
+    rest = weights[whole:] @ x[whole:]
+    return blocks.sum((0, 1), dtype=torch.float64) + rest
+
+
 def _slices(rows: ClickRows, hidden: int) -> Iterator[slice]:
     """At least one, so that what is made of none has its shape."""
     size = max(_SLICE.get(rows.r.device.type, _SLICE["cpu"]) // hidden, 1)
@@ -248,9 +267,9 @@ def _mean_and_var(
     for at, _, h in _hidden(rows, w, kept):
         h, weight = h.to(rows.precise), weights[at]
         n = weight.sum(dtype=torch.float64)
-        mean = (weight @ h).double() / n.clamp(min=1)
+        mean = _weighted_sum(weight, h) / n.clamp(min=1)
         off = (h - mean.to(h.dtype)).square_()
-        found.append((n, mean, (weight @ off).double()))
+        found.append((n, mean, _weighted_sum(weight, off)))
     n, mean, squares = (torch.stack(x) for x in zip(*found, strict=True))
     every = count.clamp(min=1)
     middle = rows.total(n @ mean) / every
@@ -282,7 +301,9 @@ class _SlicedLoss(torch.autograd.Function):
             slope[at] = weight[at] * (z.sigmoid() - y[at])
             each = functional.binary_cross_entropy_with_logits(z, y[at], reduction="none")
             total += (weight[at] * each).sum(dtype=torch.float64)
-            by_h += slope[at] @ off
+            by_h += _weighted_sum(slope[at], off)
+        # `off` is from the mean as the rows' type holds it, and the slopes' sum is no small number.
+        by_h -= (moments.mean - folded.mean) * slope.sum(dtype=torch.float64)
         ctx.save_for_backward(r, e, *weights, slope, by_h, rows.live, *kept.values())
         ctx.about = folded.mean, folded.rstd, moments.count, moments.own, rows.processes, list(kept)
         ctx.mark_non_differentiable(logits)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..surroundings import has_values, without_autocast
+from ..surroundings import has_slow_products, has_values, without_autocast
 from . import operators, reference
 from .arguments import (
     Attention,
@@ -278,32 +278,37 @@ class CourierLoss(LossModule):
             "gradients wanted": str(wanted if torch.is_grad_enabled() else []),
         }
 
-    def _projection(self, which: int, x: Tensor) -> Tensor:
+    def _projection(self, which: int, x: Tensor, call: _Call) -> Tensor:
         """That of the attention's query, key or value (0, 1, 2), of rows in their type."""
-        weight = self.attention.in_proj_weight.chunk(3)[which]
-        bias = self.attention.in_proj_bias.chunk(3)[which]
-        return functional.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+        a = self.attention
+        return _linear(x, a.in_proj_weight.chunk(3)[which], a.in_proj_bias.chunk(3)[which], call)
 
     def _attended(self, p: Problem, call: _Call) -> Tensor:
-        r, out = evaluate_reconstruct(p, call.impl), self.attention.out_proj
-        return functional.linear(r, out.weight.to(r.dtype), out.bias.to(r.dtype))
+        out = self.attention.out_proj
+        return _linear(evaluate_reconstruct(p, call.impl), out.weight, out.bias, call)
 
     def _reconstructed(self, batch: _Batch, call: _Call) -> Tensor:
         """R [N, D]; whatever where a page has no history."""
-        query = batch.items.placed(self._projection(0, batch.items.values))
-        return self._attended(batch.attention(query, *self._keys_and_values(batch)), call)
+        query = batch.items.placed(self._projection(0, batch.items.values, call))
+        return self._attended(batch.attention(query, *self._keys_and_values(batch, call)), call)
 
-    def _keys_and_values(self, batch: _Batch) -> list[Tensor]:
+    def _keys_and_values(self, batch: _Batch, call: _Call) -> list[Tensor]:
         if not batch.keys_and_values:
             c = batch.clicks
-            batch.keys_and_values = [c.placed(self._projection(i, c.values)) for i in (1, 2)]
+            batch.keys_and_values = [c.placed(self._projection(i, c.values, call)) for i in (1, 2)]
         return batch.keys_and_values
 
     def _reconstructed_newest(self, batch: _Batch, call: _Call) -> Tensor:
         """R_t of each history's newest click [B, D]."""
-        query = self._projection(0, batch.newest_clicks)
-        p = batch.attention(query, *self._keys_and_values(batch))
+        query = self._projection(0, batch.newest_clicks, call)
+        p = batch.attention(query, *self._keys_and_values(batch, call))
         return self._attended(replace(p, **batch.newest_fields, history_mask=batch.is_older), call)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, call: _Call) -> Tensor:
+    """In the type of x, as the reference is; else in float32 in between where that is faster."""
+    y = x.float() if call.impl != "reference" and has_slow_products(x) else x
+    return functional.linear(y, weight.to(y.dtype), bias.to(y.dtype)).to(x.dtype)
 
 
 def _sequence_temperature(given: Any, default: float) -> float:

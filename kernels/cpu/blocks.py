@@ -13,6 +13,7 @@ from ...loss.union import blocks
 from . import candidate, operands
 from .contrast import contrast_block
 from .rows import Columns, on_other_pages, same_id
+from .widen import widened_block, widened_histories
 
 if TYPE_CHECKING:
     from ...loss.problem import Histories
@@ -42,6 +43,7 @@ def _candidates(x: Block, y: Block, pairs: str) -> Columns:
 
 def forward(x: Block, y: Block, pairs: str, scoring: Scoring, bar: Tensor | None) -> Partial:
     """As blocks.forward."""
+    x, y = widened_block(x), widened_block(y)
     if not len(y) or not len(x):
         return blocks.no_columns(x, bar)
     lse, mean, _ = contrast_block(
@@ -53,6 +55,7 @@ def forward(x: Block, y: Block, pairs: str, scoring: Scoring, bar: Tensor | None
 
 def backward(y: Block, x: Block, lse: Tensor, g: Tensor, pairs: str, scoring: Scoring) -> Tensor:
     """As blocks.backward."""
+    x, y = widened_block(x), widened_block(y)
     if not len(y) or not len(x):
         return torch.zeros(y.rows.shape)
     found = contrast_block(x.rows, _candidates(x, y, pairs), float(scoring.inverse_tau), lse, g)
@@ -145,6 +148,7 @@ def candidate_forward(
     histories: Histories, x: Block, y: Block, pairs: str, scoring: Scoring, bar: Tensor | None
 ) -> Partial:
     """As blocks.candidate_forward."""
+    histories, x, y = widened_histories(histories), widened_block(x), widened_block(y)
     if not len(x) or not len(y):
         return replace(blocks.no_columns(x, bar), mean=None)
     run = _Candidates(histories, x, y, pairs, scoring, None, bar)
@@ -155,6 +159,7 @@ def candidate_backward(
     histories: Histories, x: Block, y: Block, lse: Tensor, g: Tensor, pairs: str, scoring: Scoring
 ) -> CandidateGradients:
     """As blocks.candidate_backward."""
+    histories, x, y = widened_histories(histories), widened_block(x), widened_block(y)
     if not len(x) or not len(y):
         return blocks.no_gradients(histories, y)
     return _Candidates(histories, x, y, pairs, scoring, (lse, g), None).gradients(histories)

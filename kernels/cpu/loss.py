@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...loss.problem import Gradients, Needs, Problem, SequenceProblem
+from ...surroundings import has_slow_products
 from . import candidate, native
 from .attention import Reconstruction, attend, reconstruction_gradients
 from .contrast import Scores, contrast
@@ -38,6 +39,7 @@ from .rows import (
     shares_of,
 )
 from .sequence import sequence_backward, sequence_forward, sequence_saved_spec
+from .widen import narrowed, widened
 
 __all__ = [
     "loss_backward",
@@ -84,6 +86,9 @@ def saved_spec(p: Problem, needs: Needs) -> list[tuple[Any, torch.dtype]]:
 
 def _run(p: Problem, needs: Needs, want_rank: bool, upstream: Tensor | None) -> Result:
     """Forward pass and, if `needs` says so, all gradients; `upstream` [N] for reduction "none"."""
+    if has_slow_products(p.pv):
+        result = _run(widened(p), needs, want_rank, upstream)
+        return replace(result, gradients=narrowed(result.gradients, p))
     if p.attention == "candidate":
         return candidate.run(p, needs, want_rank, upstream)
     one = _Run(p, needs, want_rank, upstream)

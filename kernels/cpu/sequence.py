@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...loss.problem import Gradients, Needs, SequenceProblem
+from ...surroundings import has_slow_products
 from .contrast import contrast
 from .rows import (
     Columns,
@@ -21,6 +22,7 @@ from .rows import (
     real_rows,
     scaled,
 )
+from .widen import narrowed, widened
 
 
 def sequence_saved_spec(p: SequenceProblem, needs: Needs) -> list[tuple[Any, torch.dtype]]:
@@ -36,6 +38,9 @@ def _run_sequence(
     p: SequenceProblem, needs: Needs, upstream: Tensor | None
 ) -> tuple[Tensor, Tensor, Gradients]:
     """(losses of the anchors, their positions in the batch, gradients)."""
+    if has_slow_products(p.history):
+        loss, where, found = _run_sequence(widened(p), needs, upstream)
+        return loss, where, narrowed(found, p)
     inverse_tau = inverse_tau_of(p)
     rows = real_rows(p, "history")
     c, norm = normalize(p.history, rows.source)
