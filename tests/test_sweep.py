@@ -14,6 +14,7 @@ from train_factory import make_features
 from courier_fast.cli import main
 from courier_fast.data.dataset import Dataset
 from courier_fast.data.embeddings import trained_until
+from courier_fast.evaluate.click import click_logits_of
 from courier_fast.evaluate.comparison import compare
 from courier_fast.evaluate.methods import Method
 from courier_fast.markdown import markdown_table
@@ -149,6 +150,23 @@ def test_a_run_that_diverges_is_left_out_and_named(
     assert {r["loss.temperature"] for r in rows} == {"0.1"}
     assert "left out: temperature 0.5, seed 0: training has diverged" in capsys.readouterr().out
     assert sweep(dataset, features, tmp_path / "none", "--loss.temperature", 0.5) == 2
+
+
+def test_rows_are_ranked_by_the_click_head_of_their_run(
+    dataset: Dataset, features: Path, tmp_path: Path
+) -> None:
+    asked = ("--loss.recipe", "courier", "--optim.lr", 1e-3, 1e-2, "--score", "click")
+    assert sweep(dataset, features, tmp_path, *asked) == 0
+    rows = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert {r["optim.lr"] for r in rows} == {"0.001", "0.01"}
+    for row in rows:
+        (run,) = (tmp_path / "runs").glob(f"lr-{row['optim.lr']}_*")
+        (table,) = (tmp_path / "embeddings").glob(f"lr-{row['optim.lr']}_*.npy")
+        method = Method("x", np.load(table), click=click_logits_of(run))
+        options = {"split": "validation", "score": "click", "k": [10], "bootstrap": 2}
+        found = compare(dataset, [method], **options)
+        mean = found["sets"][row["candidates"]]["methods"]["x"][row["metric"]]["mean"]
+        assert row["mean"] == pytest.approx(mean)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,14 @@ def run(name, overrides, dump):
     trainer.fit()
     tensors(trainer, f"{name}-end")
 
+def again(name, overrides, other):
+    if rank == 0:  # what another run had after four steps
+        path = "checkpoints/step-00000004"
+        shutil.copytree(f"{other}/{path}", f"{overrides['run.out']}/{path}")
+        shutil.copy(f"{other}/metrics.jsonl", overrides["run.out"])
+    torch.distributed.barrier()
+    run(name, overrides, 0)
+
 def fails(name, overrides, who):
     trainer = Trainer(Config.load(None, overrides))
     write = trainer.checkpoints._write_part
@@ -107,7 +115,7 @@ def fails(name, overrides, who):
     open(f"{folder}/{name}-{rank}.txt", "w").write(said)
     torch.distributed.barrier()
 
-kinds = {"gradients": gradients, "compare": compare, "run": run, "fails": fails}
+kinds = {"gradients": gradients, "compare": compare, "run": run, "again": again, "fails": fails}
 for kind, name, overrides, more in json.loads(sys.argv[1]):
     kinds[kind](name, overrides, more)
 torch.distributed.barrier()
@@ -230,6 +238,13 @@ def batch_of_four(dataset: Dataset, folder: Path) -> tuple[dict[str, Any], int]:
     return base(dataset, **more), last
 
 
+def courier(overrides: dict[str, Any]) -> dict[str, Any]:
+    """With the authors' recipe: an attention and a click head beside the encoder, candidates and
+    batch norm of all processes."""
+    more = {"loss.recipe": "courier", "loss.candidates": "all", "loss.memory": 0}
+    return overrides | more | {"loss.learnable_temperature": False}
+
+
 def once_on_four(folder: Path, cases: list[Case]) -> tuple[Path, list[Case]]:
     with first_time(folder) as first:
         if first:
@@ -268,6 +283,7 @@ def replicas(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path
         ("compare", "conv-some", conv | {"model.checkpointing": True}, last),
         ("compare", "bfloat16", overrides | {"run.precision": "bfloat16"}, 0),
         ("compare", "bfloat16-conv", conv | {"run.precision": "bfloat16"}, 0),
+        ("compare", "courier-some", courier(overrides), last),
     ]
     return once_on_four(folder, cases)[0]
 
@@ -351,7 +367,7 @@ def test_sharded_gradients_are_those_of_one_process(
 
 
 @pytest.mark.long("sharding")
-@pytest.mark.parametrize("name", ["conv-some", "bfloat16", "bfloat16-conv"])
+@pytest.mark.parametrize("name", ["conv-some", "bfloat16", "bfloat16-conv", "courier-some"])
 def test_sharded_gradients_are_those_of_replicas(replicas: Path, name: str) -> None:
     """The mean of what each process has alone, by the error of DistributedDataParallel's: with
     batch norms, whose statistics are each process's own, and in bfloat16, where weights travel as
@@ -402,6 +418,10 @@ def run_two(four: tuple[Path, list[Case]], dataset: Dataset, folder: Path) -> No
     back = cases[-1][2] | {"model.shard": True, "optim.steps": 7}
     cases.append(("run", "sharded again", back, 6))
     cases.append(("run", "whole", killed_settings(dataset, folder / "whole"), 0))
+    names = ("courier", "courier again")
+    each = [courier(killed_settings(dataset, folder / name)) for name in names]
+    cases.append(("run", names[0], each[0], 0))
+    cases.append(("again", names[1], each[1], str(folder / names[0])))
     failing = killed_settings(dataset, folder / "fails") | {"run.save_steps": 1}
     cases.append(("fails", "fails", failing, 1))
     on_processes(2, cases, folder)
@@ -478,6 +498,22 @@ def test_a_run_goes_on_at_another_number_of_processes(
     assert a.keys() == b.keys() == load_encoder(two / "resumed").state_dict().keys()
     for name, tensor in a.items():
         assert (tensor - b[name]).norm() <= 1e-3 * tensor.norm(), name
+
+
+@pytest.mark.long("sharding")
+def test_what_a_loss_learns_is_in_sharded_checkpoints(two: Path) -> None:
+    """A run with an attention and a click head of its own goes on from its fourth step as if it had
+    not been cut; the encoder has none of them."""
+    whole, again = (
+        torch.load(two / f"{n}-end.pt", weights_only=True) for n in ("courier", "courier again")
+    )
+    assert len(metrics(two / "courier again")) == 6
+    for name in ("attention.in_proj_weight", "click_head.0.weight", "click_head.2.running_mean"):
+        assert any(n.endswith(name) for n in whole), name
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[n], again[n]) for n in whole)
+    exported = load_file(two / "courier again" / "encoder.safetensors")
+    assert not any("click_head" in n or "in_proj" in n for n in exported)
 
 
 def test_with_other_batches_no_page_is_lost_or_seen_twice(
