@@ -30,6 +30,7 @@ from courier_fast.testing.budget import DRAWS, Budget, Rounding, Yardstick, held
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What only `group` and `memory` launch.
 NOT_LAUNCHED = ("collect_rows",)
+_COURIER = Options(courier=True)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def _others(dtype: str, shape: Shape) -> list[Smoke]:
         Smoke("reconstruct", dtype, shape, what="reconstruct"),
         Smoke("given", dtype, shape, Options(direction="both", ids=True), what="given"),
         Smoke("click sequence", dtype, shape, what="sequence"),
+        Smoke("three losses", dtype, replace(shape, pages=min(shape.pages, 60)), _COURIER),
     ]
 
 
