@@ -138,6 +138,44 @@ def features_of_a_backbone(names: dict[str, Any]) -> Check:
     return check
 
 
+def network_from_a_projection(names: dict[str, Any]) -> Check:
+    """A projection of features of a small dataset, and the network's settings with one step."""
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("dataset_factory", exc_type=ImportError)
+    from dataset_factory import make_dataset
+    from safetensors.torch import load_file, save_file
+    from train_factory import settings
+
+    from courier_fast.train.trainer import Trainer
+
+    dataset = make_dataset(Path("data5"), users=6, items=12, pages=30, history=4)
+    torch.manual_seed(0)
+    backbone = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    save_file(backbone.state_dict(), "lite0.safetensors")
+    features = np.random.default_rng(0).normal(3, 2, (dataset.num_items, 1280))
+    np.save("features.npy", features.astype(np.float32))
+    Trainer(settings(dataset, Path("frozen"), data__features="features.npy", optim__steps=1)).fit()
+    Path("end-to-end.toml").write_text(
+        '[data]\ndataset = "data5"\nsize = 32\npages = 4\n[model]\ndim = 8\nbatch_norm = true\n'
+        'backbone = "tf_efficientnet_lite0"\nweights = "lite0.safetensors"\n'
+        '[optim]\nsteps = 1\n[run]\ndevice = "cpu"\nout = "end-to-end"\n'
+    )
+
+    def check(names: dict[str, Any]) -> None:
+        found, start = (
+            load_file(Path(x) / "encoder.safetensors") for x in ("end-to-end", "frozen")
+        )
+        given = load_file("lite0.safetensors")
+        assert torch.equal(found["backbone.bn1.running_mean"], given["bn1.running_mean"])
+        assert not torch.equal(found["backbone.conv_stem.weight"], given["conv_stem.weight"])
+        assert (found["head.1.weight"] - start["head.1.weight"]).norm() < 0.1
+        torch.testing.assert_close(
+            found["head.0.running_var"].sqrt(), 1 / start["backbone.scale"].float()
+        )
+
+    return check
+
+
 def features_of_impressions(names: dict[str, Any]) -> Check:
     make_dataset = pytest.importorskip("dataset_factory", exc_type=ImportError).make_dataset
     dataset = make_dataset(Path("shop"), pages=60, images=False)
@@ -264,6 +302,7 @@ STAND_INS = {
     "docs/evaluation.md 0": predicted_clicks,
     "docs/evaluation.md 1": features_of_impressions,
     "docs/hm-fashion.md 0": features_of_a_backbone,
+    "docs/hm-fashion.md 1": network_from_a_projection,
     "docs/loss.md 0": loss_of_unique_items,
     "docs/loss.md 1": three_losses,
     "docs/loss.md 2": statistics,
