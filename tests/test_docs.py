@@ -176,6 +176,19 @@ def network_from_a_projection(names: dict[str, Any]) -> Check:
     return check
 
 
+def attention_from_the_identity(names: dict[str, Any]) -> Check:
+    make_dataset = pytest.importorskip("dataset_factory", exc_type=ImportError).make_dataset
+    dataset = make_dataset(Path("data"), images=False)
+    np.save("lite0.npy", np.random.default_rng(0).normal(size=(dataset.num_items, 4)))
+
+    def check(names: dict[str, Any]) -> None:
+        assert names["trainer"].progress.step == 4
+        out = names["attention"].out_proj.weight.detach() - torch.eye(256)
+        assert 0 < out.abs().max() < 0.1
+
+    return check
+
+
 def features_of_impressions(names: dict[str, Any]) -> Check:
     make_dataset = pytest.importorskip("dataset_factory", exc_type=ImportError).make_dataset
     dataset = make_dataset(Path("shop"), pages=60, images=False)
@@ -299,6 +312,7 @@ def another_client(names: dict[str, Any]) -> Check:
 
 STAND_INS = {
     "README.md 0": loss_of_ones_own_training,
+    "docs/courier.md 0": attention_from_the_identity,
     "docs/evaluation.md 0": predicted_clicks,
     "docs/evaluation.md 1": features_of_impressions,
     "docs/hm-fashion.md 0": features_of_a_backbone,
