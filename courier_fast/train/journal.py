@@ -166,8 +166,8 @@ class Journal:
                 if name not in ("step", "time"):
                     self.board.add_scalar(name, value, line["step"])
         if self.bar:
-            top1, speed = line.get("top1", math.nan), line["images_per_s"]
-            text = f"loss {line['loss']:.3f}  top-1 {top1:.2f}  {speed:.0f} images/s"
+            top1 = f"  top-1 {line['top1']:.2f}" if "top1" in line else ""
+            text = f"loss {line['loss']:.3f}{top1}  {line['images_per_s']:.0f} images/s"
             self.bar.update(self.task, text=text)
 
     def advance(self) -> None:
