@@ -116,9 +116,7 @@ def cases(device: str, quick: bool = False) -> list[Case]:
         found.append(Case("forward", SHAPES["paper"], dtype=dtype, forward=True))
         dims, rows = (64, 256, 768), 2048
         lengths = (1024, 2048, 4096, 8192)
-    found += [
-        case for each in both if device == "cpu" or each == dtype for case in _candidate(each)
-    ]
+    found += [c for each in (both if device == "cpu" else (dtype,)) for c in _candidate(each)]
     found += [case for each in both for case in _courier(each)]
     found += [Case(f"D = {d}", _square(rows, d), dtype=dtype, group="dims") for d in dims]
     found += [Case(f"N = M = {n:,}", _square(n, 256), dtype=dtype, group="rows") for n in lengths]

@@ -107,6 +107,11 @@ def has_slow_products(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not BFLOAT16_PRODUCTS
 
 
+def for_products(x: Tensor) -> Tensor:
+    """Rows as their products had better be made: float32 where those of their type are slow."""
+    return x.float() if has_slow_products(x) else x
+
+
 def has_values(x: Tensor) -> bool:
     """Whether a tensor has numbers: not in FakeTensorMode, nor on the device "meta"."""
     return not isinstance(x, FakeTensor) and not x.is_meta

@@ -141,8 +141,7 @@ def features_of_a_backbone(names: dict[str, Any]) -> Check:
 def network_from_a_projection(names: dict[str, Any]) -> Check:
     """A projection of features of a small dataset, and the network's settings with one step."""
     timm = pytest.importorskip("timm")
-    pytest.importorskip("dataset_factory", exc_type=ImportError)
-    from dataset_factory import make_dataset
+    make_dataset = pytest.importorskip("dataset_factory", exc_type=ImportError).make_dataset
     from safetensors.torch import load_file, save_file
     from train_factory import settings
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ..surroundings import alone_backward, has_slow_products
+from ..surroundings import alone_backward, for_products
 from .union.exchange import Participants
 
 # Numbers of a slice of h: 8 MiB in float32, and on a GPU what keeps it busy.
@@ -64,9 +64,7 @@ class ClickRows:
 
     def for_products(self) -> ClickRows:
         """In float32 where those of the rows' type are slow."""
-        if not has_slow_products(self.r):
-            return self
-        return replace(self, r=self.r.float(), e=self.e.float())
+        return replace(self, r=for_products(self.r), e=for_products(self.e))
 
     @property
     def weights(self) -> Tensor:

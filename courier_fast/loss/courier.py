@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..surroundings import has_slow_products, has_values, without_autocast
+from ..surroundings import for_products, has_values, without_autocast
 from . import operators, reference
 from .arguments import (
     Attention,
@@ -307,7 +307,7 @@ class CourierLoss(LossModule):
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, call: _Call) -> Tensor:
     """In the type of x, as the reference is; else in float32 in between where that is faster."""
-    y = x.float() if call.impl != "reference" and has_slow_products(x) else x
+    y = x if call.impl == "reference" else for_products(x)
     return functional.linear(y, weight.to(y.dtype), bias.to(y.dtype)).to(x.dtype)
 
 

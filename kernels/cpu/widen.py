@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from ...loss.problem import Gradients, Histories, Problem, SequenceProblem
 from ...loss.union.blocks import Block
-from ...surroundings import has_slow_products
+from ...surroundings import for_products
 
 _P = TypeVar("_P", Problem, SequenceProblem)
 
@@ -28,14 +28,11 @@ def narrowed(found: Gradients, p: Problem | SequenceProblem) -> Gradients:
 
 def widened_block(x: Block) -> Block:
     """Float32 rows where products of the others are slow, else as it is."""
-    if not has_slow_products(x.rows):
-        return x
-    return replace(x, rows=x.rows.float(), query=None if x.query is None else x.query.float())
+    query = None if x.query is None else for_products(x.query)
+    return replace(x, rows=for_products(x.rows), query=query)
 
 
 def widened_histories(x: Histories) -> Histories:
     """As `widened_block`; keys and values that are one tensor stay one."""
-    if not has_slow_products(x.key):
-        return x
-    key = x.key.float()
-    return replace(x, key=key, value=key if x.value is x.key else x.value.float())
+    key = for_products(x.key)
+    return replace(x, key=key, value=key if x.value is x.key else for_products(x.value))
