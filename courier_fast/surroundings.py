@@ -1,5 +1,5 @@
-"""What is around a call and is no part of it: autocast, the default dtype and device, tensors
-without values."""
+"""What is around a call and is no part of it: autocast, the default dtype and device, the current
+GPU, tensors without values."""
 
 from __future__ import annotations
 
@@ -64,15 +64,30 @@ def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if _autocast_is_on(device) else _NOTHING
 
 
+def gpu_of(x: Tensor) -> int | None:
+    """The number of the GPU that holds a tensor; None for other devices."""
+    return x.get_device() if x.is_cuda else None
+
+
+def on_gpu_of(like: Tensor) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current GPU: inside, that is the tensor's one."""
+    gpu = None if torch.compiler.is_compiling() else gpu_of(like)
+    if gpu is None or gpu == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(gpu)
+
+
 def alone(like: Tensor) -> AbstractContextManager[Any]:
     """For what an implementation computes: the same whatever is around. Where nothing is, this
     costs nothing."""
-    plain = torch.get_default_dtype() != torch.float32 or torch._C._len_torch_function_stack() > 0
-    if not plain:
-        return without_autocast(like)
+    odd = torch.get_default_dtype() != torch.float32 or torch._C._len_torch_function_stack() > 0
+    plain: AbstractContextManager[Any] = _Plain(like.device) if odd else _NOTHING
+    needed = [x for x in (on_gpu_of(like), without_autocast(like), plain) if x is not _NOTHING]
+    if len(needed) < 2:
+        return needed[0] if needed else _NOTHING
     stack = ExitStack()
-    stack.enter_context(without_autocast(like))
-    stack.enter_context(_Plain(like.device))
+    for x in needed:
+        stack.enter_context(x)
     return stack
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import pickle
 import warnings
 from collections.abc import Callable
@@ -37,18 +38,25 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             count.append(1)
             super().__init__(*args)
 
-    def stand_in(body: Any, device: torch.device, pool: Any) -> Any:
-        results = body()
+    class StandIn:
+        def __init__(self, device: torch.device) -> None:
+            pass
 
-        def replay() -> None:
-            for kept, new in zip(results, body(), strict=True):
-                kept.copy_(new)
+        def take_turn(self) -> None:
+            pass
 
-        return results, replay
+        def capture(self, body: Any) -> Any:
+            results = body()
+
+            def replay() -> None:
+                for kept, new in zip(results, body(), strict=True):
+                    kept.copy_(new)
+
+            return results, replay
 
     monkeypatch.setattr(cuda_graph, "_Graph", Counted)
     if not GPU:
-        monkeypatch.setattr(cuda_graph, "capture", stand_in)
+        monkeypatch.setattr(cuda_graph, "Place", StandIn)
         monkeypatch.setattr(cuda_graph, "DEVICES", ("cpu",))
         monkeypatch.setattr(cuda_graph, "IMPLS", ("cpu",))
     return count
@@ -190,31 +198,105 @@ def test_inputs_changed_before_the_backward(captures: list[int]) -> None:
         loss.backward()
 
 
-def test_a_capture_is_on_a_stream_of_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's default is a stream of the GPU that the process captured on first."""
-    used: list[Any] = []
+class FakeGPU:
+    """A GPU's streams, graphs and their memory. As PyTorch does it: streams come round again after
+    a while, and a capture takes what an earlier one with the same pool, on the same stream, has
+    given back. Addresses are numbers."""
 
-    class Stream:
-        def __init__(self, device: torch.device) -> None:
-            self.device = device
+    STREAMS = 4
 
-        def wait_stream(self, other: Any) -> None:
-            pass
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pools = itertools.count()
+        self.numbers = itertools.cycle(range(self.STREAMS))
+        self.addresses = itertools.count()
+        self.free: dict[Any, list[int]] = {}
+        self.captures: list[Any] = []  # of (device, pool, stream)
+        self.current = self.stream("cuda:1", -1)
+        for name, value in {
+            "Stream": lambda device: self.stream(device, next(self.numbers)),
+            "current_stream": lambda device: self.current,
+            "stream": contextlib.nullcontext,
+            "graph_pool_handle": lambda: next(self.pools),
+            "CUDAGraph": lambda: SimpleNamespace(replay=None),
+            "graph": self.graph,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
 
-    def graph(*_: Any, stream: Any = None, **__: Any) -> Any:
-        used.append(stream)
+    def stream(self, device: Any, number: int) -> Any:
+        found = SimpleNamespace(device=device, number=number, waited=[])
+        found.wait_stream = lambda other: found.waited.append(other)
+        return found
+
+    def graph(self, _graph: Any, pool: Any, stream: Any, **_: Any) -> Any:
+        self.captures.append((stream.device, pool, stream.number))
         return contextlib.nullcontext()
 
-    for name, value in {
-        "Stream": Stream,
-        "current_stream": Stream,
-        "stream": contextlib.nullcontext,
-        "CUDAGraph": lambda: SimpleNamespace(replay=None),
-        "graph": graph,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    cuda_graph.capture(list, torch.device("cuda", 1), None)
-    assert [x.device for x in used] == [torch.device("cuda", 1)]
+    def allocate(self, count: int) -> list[int]:
+        """In the capture that is at work."""
+        free = self.free.setdefault(self.captures[-1], [])
+        return [free.pop() if free else next(self.addresses) for _ in range(count)]
+
+    def body(self, kept: int, scratch: int, used: list[set[int]]) -> list[Any]:
+        """What a pass does: `used` gets all that it writes."""
+        results, inside = self.allocate(kept), self.allocate(scratch)
+        self.free[self.captures[-1]] += inside
+        used.append({*inside, *results})
+        return results
+
+
+def test_captures_are_on_a_stream_of_their_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's default is a stream of the GPU that the process captured on first."""
+    gpu = FakeGPU(monkeypatch)
+    place = cuda_graph.Place(torch.device("cuda", 1))
+    for _ in range(2):
+        place.capture(list)
+    assert len(set(gpu.captures)) == 1  # one stream, one pool
+    assert gpu.captures[0][0] == torch.device("cuda", 1)
+
+
+def overwritten(gpu: FakeGPU) -> int:
+    """Signatures whose forward leaves something for its backward where another one writes."""
+    kept, written = [], []
+    for _ in range(3 * gpu.STREAMS):
+        place, used = cuda_graph.Place(torch.device("cuda", 1)), []
+        counted = [0]
+
+        def body(saved: int, scratch: int, used: Any = used, counted: Any = counted) -> Any:
+            counted[0] += 1
+            return gpu.body(saved, scratch, used) if counted[0] % 3 == 0 else []  # no warm-up
+
+        saved, _ = place.capture(lambda b=body: b(2, 5))
+        place.capture(lambda b=body: b(1, 3))
+        assert used[1] & used[0]  # they share what neither keeps
+        assert not used[1] & set(saved)
+        kept.append(set(saved))
+        written.append(set().union(*used))
+    others = [set().union(*written[:i], *written[i + 1 :]) for i in range(len(written))]
+    return sum(bool(saved & other) for saved, other in zip(kept, others, strict=True))
+
+
+def test_no_graph_writes_where_another_keeps_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when streams have come round: of as many signatures as one likes, a forward may be
+    replayed between forward and backward of another."""
+    assert not overwritten(FakeGPU(monkeypatch))
+
+
+def test_one_that_did_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGPU(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    assert overwritten(gpu)
+
+
+def test_another_stream_waits_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGPU(monkeypatch)
+    place = cuda_graph.Place(torch.device("cuda", 1))
+    first, second = gpu.current, gpu.stream("cuda:1", -2)
+    place.take_turn()
+    place.take_turn()
+    assert first.waited == []
+    gpu.current = second
+    place.take_turn()
+    assert second.waited == [first]
 
 
 def test_calls_before_backwards(captures: list[int]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..surroundings import on_gpu_of
 from . import operators
 from .problem import Needs, Problem, SequenceProblem
 
@@ -29,54 +30,54 @@ DEVICES: tuple[str, ...] = ("cuda",)
 Body = Callable[[], list[Tensor]]
 
 
-def capture(body: Body, device: torch.device, pool: Any) -> tuple[list[Tensor], Callable[[], None]]:
-    """(results, replay): `replay` does again what `body` did, into the same results."""
-    current = torch.cuda.current_stream(device)
-    # Not torch's own stream for captures: that one belongs to the GPU of the process's first
-    # capture.
-    side = torch.cuda.Stream(device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(2):  # kernels compile and libraries load outside of the graph
-            body()
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may go on allocating: a loader that pins memory, for one.
-    with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-        results = body()
-    return results, graph.replay
+class Place:
+    """Where the graphs of one signature are captured and keep their memory.
 
+    A capture takes what an earlier one in the same pool, on the same stream, has given back.
+    Forward and backward of a signature do, and are replayed in that order. Between signatures there
+    is no order: what one keeps for its backward must not be where another one works, so each has a
+    pool of its own.
+    """
 
-class _Turn:
-    """Graphs that share a memory pool belong to one stream at a time: a replay on another one waits
-    for the last."""
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: Any = None
+        # Not torch's own stream for captures: that one belongs to the GPU of the process's first
+        # capture.
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
 
-    def __init__(self) -> None:
-        self.pool: Any = None
-        self._stream: Any = None
+    def capture(self, body: Body) -> tuple[list[Tensor], Callable[[], None]]:
+        """(results, replay): `replay` does again what `body` did, into the same results."""
+        current = torch.cuda.current_stream(self._device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            for _ in range(2):  # kernels compile and libraries load outside of the graph
+                body()
+        current.wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on allocating: a loader that pins memory, for one.
+        with torch.cuda.graph(
+            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+        ):
+            results = body()
+        return results, graph.replay
 
-    def take(self, device: torch.device) -> None:
-        if device.type != "cuda":
-            return
-        stream = torch.cuda.current_stream(device)
-        if self._stream is not None and self._stream != stream:
-            stream.wait_stream(self._stream)
-        self._stream = stream
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
+    def take_turn(self) -> None:
+        """Its memory is of one stream at a time: a replay on another one waits for the last."""
+        stream = torch.cuda.current_stream(self._device)
+        if self._last is not None and self._last != stream:
+            stream.wait_stream(self._last)
+        self._last = stream
 
 
 class _Graph:
     """One signature: inputs, outputs, what the backward needs, and gradients, that stay where they
     are; the replays."""
 
-    def __init__(
-        self, p: Problem | SequenceProblem, needs: Needs, stats: bool, impl: str, turn: _Turn
-    ) -> None:
+    def __init__(self, p: Problem | SequenceProblem, needs: Needs, stats: bool, impl: str) -> None:
         flat = [x.detach().clone() if isinstance(x, Tensor) else x for x in operators.flat(p)]
         self._inputs = [x for x in flat if isinstance(x, Tensor)]
-        self._device = self._inputs[0].device
-        self._turn = turn
         self._call: object = None  # whose inputs and outputs are in the graphs' memory
         forward, backward = operators.passes(type(p)(*flat), impl)
         number = 0
@@ -90,15 +91,16 @@ class _Graph:
         def backward_body() -> list[Tensor]:
             return backward(needs, self._saved, self._upstream).present()
 
-        with torch.no_grad(), torch.cuda.device_of(self._inputs[0]):
-            turn.take(self._device)
-            results, self._forward = capture(forward_body, self._device, turn.pool)
+        with torch.no_grad(), on_gpu_of(self._inputs[0]):
+            self._place = Place(self._inputs[0].device)
+            self._place.take_turn()
+            results, self._forward = self._place.capture(forward_body)
             # Kept, as what is given back to the pool is used by the next capture.
             self._outputs, self._saved = results[:number], results[number:]
             if any(needs):
                 self._upstream = torch.ones_like(self._outputs[0])
                 self._forward()  # a capture runs nothing, and the backward reads counts from there
-                self._gradients, self._backward = capture(backward_body, self._device, turn.pool)
+                self._gradients, self._backward = self._place.capture(backward_body)
 
     def _replay(self, call: object, inputs: Sequence[Tensor]) -> None:
         torch._foreach_copy_(self._inputs, list(inputs))
@@ -107,8 +109,8 @@ class _Graph:
 
     def forward(self, call: object, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Outputs, in memory of their own."""
-        with torch.no_grad(), torch.cuda.device_of(self._inputs[0]):
-            self._turn.take(self._device)
+        with torch.no_grad(), on_gpu_of(self._inputs[0]):
+            self._place.take_turn()
             self._replay(call, inputs)
             return [x.clone() if x.numel() else x for x in self._outputs]
 
@@ -116,8 +118,8 @@ class _Graph:
         self, call: object, inputs: Sequence[Tensor], upstream: Tensor
     ) -> tuple[Tensor, ...]:
         """Gradients, in memory of their own."""
-        with torch.no_grad(), torch.cuda.device_of(self._inputs[0]):
-            self._turn.take(self._device)
+        with torch.no_grad(), on_gpu_of(self._inputs[0]):
+            self._place.take_turn()
             if self._call is not call:
                 self._replay(call, inputs)
             self._upstream.copy_(upstream)
@@ -168,7 +170,6 @@ class Graphs:
     def __init__(self, limit: int = 8) -> None:
         self.limit = limit
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
-        self._turn = _Turn()
         self._evicted = 0
 
     def __len__(self) -> int:
@@ -226,7 +227,7 @@ class Graphs:
         )
         graph = self._graphs.get(signature)
         if graph is None:
-            graph = self._graphs[signature] = _Graph(p, needs, stats, impl, self._turn)
+            graph = self._graphs[signature] = _Graph(p, needs, stats, impl)
             if len(self._graphs) > self.limit:
                 self._graphs.popitem(last=False)
                 self._evicted += 1
