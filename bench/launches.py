@@ -26,11 +26,6 @@ from triton.compiler import ASTSource, make_backend
 if TYPE_CHECKING:
     from courier_fast.loss.problem import Problem
 
-# Shared memory a block can have, in bytes, by compute capability: a kernel that wants more compiles
-# but cannot be launched.
-_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-SHARED_MEMORY = {capability: 1024 * kib for capability, kib in _KIB.items()}
-
 _CONTRAST = (
     "contrast",
     "scores",
@@ -295,8 +290,9 @@ def _options(launch: Any) -> dict[str, Any]:
 def lowered(
     launch: Any, capability: int, stages: Sequence[str] = ("ttir", "ttgir", "llir")
 ) -> dict[str, Any]:
-    """What Triton knows of a kernel after its own stages, "shared" (bytes of shared memory) after
-    the last of them; without machine code, which takes most of the time."""
+    """What Triton knows of a kernel after its own stages, "module" (the program) among it, "shared"
+    (bytes of shared memory) after the last of them; without machine code, which takes most of the
+    time."""
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
     options = backend.parse_options(_options(launch))
@@ -311,7 +307,7 @@ def lowered(
     metadata: dict[str, Any] = {"target": target, **options.__dict__}
     for stage in stages:
         module = known[stage](module, metadata)
-    return metadata
+    return metadata | {"module": module, "context": context}  # in which the program lives
 
 
 def compiled(launch: Any, capability: int, with_loop: bool = False) -> Compiled:

@@ -67,7 +67,7 @@ def grid(args: argparse.Namespace) -> Iterator[Any]:
 
 def fitting(tile: Any, kind: str, dim: int, capability: int) -> Any | None:
     """The tile with its programs on a multiprocessor; None if it spills or does not fit."""
-    from bench.launches import SHARED_MEMORY, compiled, launches_of
+    from bench.launches import compiled, launches_of
     from courier_fast.kernels.triton import tiles
 
     tiles.OVERRIDE = {("16-bit", k, dim): tile for k in KINDS}
@@ -83,7 +83,7 @@ def fitting(tile: Any, kind: str, dim: int, capability: int) -> Any | None:
             x = compiled(launch, capability)
         except Exception:  # a tile that the compiler refuses is no candidate
             return None
-        limit = SHARED_MEMORY.get(capability, 99 * 1024)
+        limit = tiles.SHARED_MEMORY.get(capability, 99 * 1024)
         if x.spilled or x.shared > limit:
             return None
         by_registers = 65_536 // (x.registers * 32 * tile.num_warps)

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-from bench.launches import SHARED_MEMORY, Launch, launches, lowered
+from bench.launches import Launch, launches, lowered
+from courier_fast.kernels.triton import tiles
+from courier_fast.kernels.triton.tiles import SHARED_MEMORY
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = (0, 1, 2, 15, 16, 17)
@@ -112,6 +114,35 @@ def paths() -> list[dict[str, Any]]:
     return compiled(path_cases(), ("ttir", "ttgir", "llir"))
 
 
+ATTENTIONS: tuple[dict[str, Any], ...] = (
+    {"num_heads": 4, "projected": True},
+    {"attention": "candidate"},
+    {"attention": "candidate", "cosine": True, "num_heads": 4, "projected": True},
+)
+
+
+def memory(capability: int, kind: str, dim: int) -> dict[str, Any]:
+    """Of a type of rows ("tf32": float32 and such products): what each launch takes of shared
+    memory, and what `tiles.candidate_bytes` says, without gradients and with them."""
+    dtype, tf32 = (FP32, True) if kind == "tf32" else (getattr(torch, kind), False)
+    sizes = {"dim": dim, "dtype": dtype, "capability": capability, "tf32": tf32}
+    cases = [sizes | {"everything": False} | options for options in ATTENTIONS]
+    found = compiled(cases, ("ttir", "ttgir", "llir"))
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    said = [tiles.candidate_bytes(dtype, dim, gradients) for gradients in (False, True)]
+    return {"launches": found, "said": said}
+
+
+def heads() -> list[str]:
+    """The attention's gradients with several heads after Triton's first stage, as text."""
+    found = launches(64, BF16, num_heads=4, projected=True, everything=False)
+    return [
+        str(lowered(x, 90, ("ttir",))["module"])
+        for x in found
+        if x.name in ("attend_sums", "attend_dq", "attend_dkv")
+    ]
+
+
 def ragged() -> list[int]:
     """Kernels compiled in all, after each of 40 batches of random sizes."""
     draw = random.Random(0)
@@ -127,4 +158,8 @@ def ragged() -> list[int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # a forked process would wait forever for the threads of this one
-    json.dump({"sizes": sizes, "paths": paths, "ragged": ragged}[sys.argv[1]](), sys.stdout)
+    if sys.argv[1] == "memory":
+        found: Any = memory(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    else:
+        found = {"sizes": sizes, "paths": paths, "heads": heads, "ragged": ragged}[sys.argv[1]]()
+    json.dump(found, sys.stdout)

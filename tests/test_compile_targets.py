@@ -20,7 +20,8 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 if not sys.platform.startswith("linux"):
     pytest.skip("Triton compiles on Linux only", allow_module_level=True)
 
-from bench.launches import COMMON, SHARED_MEMORY, SPECIAL  # noqa: E402
+from bench.launches import COMMON, SPECIAL  # noqa: E402
+from courier_fast.kernels.triton.tiles import SHARED_MEMORY  # noqa: E402
 
 # Bytes of a thread that may spill, outside of loops: two registers from tile to tile with Triton
 # 3.9; in attention for each candidate what is kept over the sum of long histories; and with several

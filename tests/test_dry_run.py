@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,10 @@ if not sys.platform.startswith("linux"):
     pytest.skip("Triton compiles on Linux only", allow_module_level=True)
 
 
-def worker(what: str, **environment: str) -> Any:
+def worker(*what: str, **environment: str) -> Any:
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, str(HERE / "dry_run_worker.py"), what],
+        [sys.executable, str(HERE / "dry_run_worker.py"), *what],
         env=inherited | environment,
         cwd=HERE.parent,
         capture_output=True,
@@ -44,6 +45,45 @@ def test_what_a_gpu_would_compile_compiles(what: str) -> None:
     assert not wrong, "\n".join(map(str, wrong[:10]))
     if what == "paths":  # else the limit would hold for anything
         assert max(x["shared"] for x in found if x["kernel"] == "contrast") > 90_000
+
+
+# Of attention for each candidate: the kernels of its forward pass (0), and of its gradients (1).
+CANDIDATE = {"own_scores": 0, "candidate_scores": 0, "candidate_columns": 1, "candidate_history": 1}
+
+
+@pytest.mark.long("GPU targets")
+@pytest.mark.parametrize("dim", [256, 512, 1024])
+@pytest.mark.parametrize("kind", ["float32", "tf32", "float16", "bfloat16"])
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])  # 87 is as 80, 89 and 12.x as 86
+def test_what_is_said_of_shared_memory_is_what_compiles(
+    capability: int, kind: str, dim: int
+) -> None:
+    """What `unavailable_reasons` lets pass can be launched, every kernel of it; what it refuses
+    cannot be."""
+    found = worker("memory", str(capability), kind, str(dim))
+    most = [0, 0]
+    for x in found["launches"]:
+        assert not x["error"], x
+        if x["kernel"] in CANDIDATE:
+            which = CANDIDATE[x["kernel"]]
+            most[which] = max(most[which], x["shared"])
+        else:
+            assert x["shared"] <= x["limit"], x
+    limit = found["launches"][0]["limit"]
+    for said, shared in zip(found["said"], most, strict=True):
+        assert shared > 0
+        # Up to 256 dimensions there is room, and blocks are loaded ahead.
+        assert dim <= 256 or shared <= said
+        assert (said <= limit) == (shared <= limit)
+
+
+def test_products_of_heads_and_rows_have_64_bits() -> None:
+    """Of 16 heads and 45 million items they are above 2^31."""
+    programs = worker("heads")
+    assert len(programs) == 3
+    for program in programs:
+        assert re.search(r"arith\.extsi %capacity\w* : i32 to i64", program)
+        assert not re.search(r"arith\.muli [^\n]*%capacity\w*[^\n]* : i32", program)
 
 
 def test_sizes_do_not_compile_anew() -> None:

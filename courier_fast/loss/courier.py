@@ -21,6 +21,7 @@ from .arguments import (
     finite,
 )
 from .click_head import ClickHead, ClickRows
+from .fallback import kernels_of
 from .functional import LEFT_OUT, choose, evaluate, evaluate_reconstruct
 from .layouts import Given, describe, require_flag, require_size, require_tensor, shown
 from .modules import LossModule
@@ -244,7 +245,7 @@ class CourierLoss(LossModule):
             processes = None
         impl = choose(call.impl, batch.p)
         if processes is not None:
-            processes.agree(self._facts(batch) | {"impl": impl}, [])
+            processes.agree(self._facts(batch) | {"impl": kernels_of(impl)}, [])
         found = dict.fromkeys(_PARTS, batch.items.values.new_zeros((), dtype=batch.precise))
         logits = None
         # All processes in this order, as each part has its exchanges.

@@ -19,6 +19,7 @@ from .arguments import (
     check_workspace,
 )
 from .cuda_graph import Graphs
+from .fallback import OR_REFERENCE, kernels_of
 from .layouts import Given, describe, require_flag, require_tensor, shown
 from .options import WORKSPACE
 from .problem import Problem, SequenceProblem
@@ -26,6 +27,9 @@ from .union import losses
 from .union.candidates import Beside
 from .union.exchange import Group, Participants, reporting
 
+# What impl="auto" takes where it can run. Triton's interpreter is for tests: impl="triton" on CPU
+# tensors has to be asked for.
+AUTO = {"cuda": "triton" + OR_REFERENCE, "cpu": "cpu"}
 # The `group` of a module that is given none.
 LEFT_OUT = Group(None)
 
@@ -72,13 +76,10 @@ class ReconstructionStats:
 def choose(impl: str, p: Problem | SequenceProblem) -> str:
     """The implementation to run; an explicit one never falls back."""
     if impl == "auto":
-        candidate = {"cuda": "triton", "cpu": "cpu"}.get(operators.source_of(p).device.type)
-        # The interpreter is for tests: impl="triton" on CPU tensors has to be asked for.
-        return (
-            candidate
-            if candidate is not None and not operators.unavailable_reasons(candidate, p)
-            else "reference"
-        )
+        candidate = AUTO.get(operators.source_of(p).device.type)
+        if candidate is None or operators.unavailable_reasons(kernels_of(candidate), p):
+            return "reference"
+        return candidate
     if impl != "reference":
         reasons = operators.unavailable_reasons(impl, p)
         if reasons:
@@ -102,21 +103,18 @@ def evaluate(
             "whose sizes the host has to know, got True"
         )
     if graphs is not None:
-        return graphs(p, chosen, stats)
-    if union is None and chosen != "reference":
+        return graphs(p, kernels_of(chosen), stats)
+    if union is None and chosen != "reference" and not operators.fell_back(p):
         return operators.loss(p, chosen, stats)
     source = operators.source_of(p)
     if not torch.compiler.is_compiling() and not has_values(source):
         return tuple(operators.without_values(p, stats))
     with without_autocast(source):
-        if isinstance(p, SequenceProblem):
-            if union is None:
-                return (reference.click_sequence_loss(operators.checked(p)),)
-            return (losses.click_sequence_loss(p, union),)
         if union is None:
-            out = reference.reconstruction_loss(operators.checked(p))
-        else:
-            out = losses.reconstruction_loss(p, union, stats)
+            return operators.defined(p)
+        if isinstance(p, SequenceProblem):
+            return (losses.click_sequence_loss(p, union),)
+        out = losses.reconstruction_loss(p, union, stats)
     return (out.loss, *out.rows, out.num_skipped)
 
 

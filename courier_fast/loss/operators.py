@@ -7,7 +7,8 @@ docs/contributing/add-a-backend.md lists the functions an implementation module 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import fields, replace
 from functools import partial
 from types import ModuleType
@@ -21,6 +22,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..surroundings import alone
+from . import reference
+from .fallback import OR_REFERENCE, has_failed, kernels_of, or_reference
 from .layouts import check_offsets, check_range
 from .problem import LARGEST_DIM, Gradients, Needs, Problem, SequenceProblem
 
@@ -32,7 +35,7 @@ IMPLEMENTATIONS = {
 
 
 def _module(impl: str) -> ModuleType:
-    return importlib.import_module(IMPLEMENTATIONS[impl])
+    return importlib.import_module(IMPLEMENTATIONS[kernels_of(impl)])
 
 
 def unavailable_reasons(impl: str, p: Problem | SequenceProblem) -> list[str]:
@@ -43,18 +46,28 @@ def unavailable_reasons(impl: str, p: Problem | SequenceProblem) -> list[str]:
     # kind.
     source = source_of(p)
     options = p.options | ({"attention_scale": 1.0} if isinstance(p, Problem) else {})  # of D
-    about = (impl, isinstance(p, Problem), str(source.device), source.dtype)
-    reasons = _reasons_while_tracing(*about, **options)
+    # A class of dimensions: one that the program leaves open is no constant.
+    width = 64
+    while width < LARGEST_DIM and width < source.shape[1]:
+        width *= 2
+    about = (impl, isinstance(p, Problem), str(source.device), source.dtype, width)
+    reasons = _reasons_while_tracing(*about, any(wanted(p)), **options)
     if impl != "cpu" and source.shape[1] > LARGEST_DIM:
         reasons = [*reasons, f"the embedding dimension is above {LARGEST_DIM}"]
     return reasons
 
 
 def _reasons_while_tracing(
-    impl: str, is_loss: bool, device: str, dtype: torch.dtype, **options: Any
+    impl: str,
+    is_loss: bool,
+    device: str,
+    dtype: torch.dtype,
+    dim: int,
+    gradients: bool,
+    **options: Any,
 ) -> list[str]:
     kind = Problem if is_loss else SequenceProblem
-    rows = torch.empty(0, 64 * options.get("num_heads", 1), dtype=dtype, device=device)
+    rows = torch.empty(0, dim, dtype=dtype, device=device, requires_grad=gradients)
     offsets = torch.zeros(1, dtype=torch.int64, device=device)
     values: dict[str, Any] = dict.fromkeys((f.name for f in fields(kind)), None)
     values |= {"history": rows, "history_offsets": offsets, "tau": 1.0, **options}
@@ -71,8 +84,9 @@ _reasons_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defin
 def _reasons(impl: str, p: Problem | SequenceProblem) -> list[str]:
     try:
         module = _module(impl)
-    except ImportError as error:
-        return [f"{IMPLEMENTATIONS[impl]} cannot be imported: {error}"]
+    except Exception as error:  # an installation that is broken fails in many ways
+        what = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        return [f"{IMPLEMENTATIONS[impl]} cannot be imported: {what}"]
     return module.unavailable_reasons(p)
 
 
@@ -172,9 +186,9 @@ class Operator:
         name(fields of the problem ..., needs, stats, impl) -> (outputs ..., saved)
         name_backward(fields ..., needs, impl, saved, grad) -> the gradients that `needs` asks for
 
-    `needs` are the values of a `Needs`. Only the first output takes a gradient. torch.compile and
-    those who watch operators see the two above; torch.func an autograd function with setup_context;
-    everyone else one that costs the host less.
+    `needs` are the values of a `Needs`; `impl` may end in OR_REFERENCE (fallback.py). Only the
+    first output takes a gradient. torch.compile and those who watch operators see the two above;
+    torch.func an autograd function with setup_context; everyone else one that costs the host less.
     """
 
     def __init__(
@@ -187,12 +201,13 @@ class Operator:
         backward: Callable[[Any, Any, Needs, Sequence[Tensor], Tensor], Gradients],
         fake: Callable[[Any, bool], list[Tensor]],
         saved_spec: Callable[[Any, Any, Needs], Any],
+        defined: Callable[[Any], tuple[Tensor, ...]],
     ) -> None:
         """`forward(module, p, needs, stats)`, `backward(module, p, needs, saved, grad)` and
         `saved_spec(module, p, needs)` call a function of an implementation's module;
-        `fake(p, stats)` gives empty outputs."""
+        `fake(p, stats)` gives empty outputs, `defined(p)` those of the reference."""
         self.gradients, self.forward, self.backward = gradients, forward, backward
-        self._problem, self._outputs = problem, outputs
+        self._problem, self._outputs, self.defined = problem, outputs, defined
         self.fake_outputs, self._saved_spec = fake, saved_spec
         inputs = f"{_schema_of(problem)}, bool[] needs"
         self._op = self._define(
@@ -239,10 +254,18 @@ class Operator:
 
     def run(self, p: Problem | SequenceProblem, impl: str, needs: Needs, stats: bool) -> Any:
         """What an implementation computes, without autograd, whatever is around."""
-        source = source_of(p)
-        # Kernels are launched on the current GPU: make it the inputs' one. On the CPU, nothing.
-        with torch.cuda.device_of(source), alone(source):
-            return self.forward(_module(impl), p, needs, stats)
+
+        def fallen_back() -> Any:
+            found = self.defined(p)
+            # An operator's outputs share no memory, and all have the promised shapes: also what is
+            # saved, which nobody will read.
+            rest = (x.clone() if stats else x.new_empty(0) for x in found[1:])
+            spec = self._saved_spec(_module(impl), p, needs)
+            saved = [found[0].new_empty(shape, dtype=dtype) for shape, dtype in spec]
+            return (found[0], *rest, saved)
+
+        run = partial(self.forward, _module(impl), p, needs, stats)
+        return self._or_reference(p, impl, needs, run, fallen_back)
 
     def run_backward(
         self,
@@ -252,9 +275,39 @@ class Operator:
         saved: Sequence[Tensor],
         grad: Tensor,
     ) -> Gradients:
+        run = partial(self.backward, _module(impl), p, needs, saved, grad)
+        return self._or_reference(p, impl, needs, run, partial(self._slopes, p, needs, grad))
+
+    def _or_reference(
+        self,
+        p: Problem | SequenceProblem,
+        impl: str,
+        needs: Needs,
+        run: Callable[[], Any],
+        fallen_back: Callable[[], Any],
+    ) -> Any:
         source = source_of(p)
-        with torch.cuda.device_of(source), alone(source):
-            return self.backward(_module(impl), p, needs, saved, grad)
+        with alone(source):
+            if not impl.endswith(OR_REFERENCE):
+                return run()
+            return or_reference(partial(self.about, p, needs), source, run, fallen_back)
+
+    def about(self, p: Problem | SequenceProblem, needs: Needs) -> Hashable:
+        """What decides which kernels are launched, and how they are compiled, but for sizes and
+        the temperature, which may be another at each step."""
+        source = source_of(p)
+        given = (x.dtype if isinstance(x, Tensor) else x for x in flat(p))
+        kind = (x for x in given if not isinstance(x, float))
+        precision = torch.get_float32_matmul_precision()
+        return self._op, source.device, source.shape[1], precision, needs, *kind
+
+    def _slopes(self, p: Any, needs: Needs, grad: Tensor) -> Gradients:
+        """The reference's gradients, of its forward pass once more."""
+        leaves = {name: getattr(p, name).detach().requires_grad_() for name in needs.names}
+        with _recording():
+            first = self.defined(replace(p, **leaves))[0]
+            found = torch.autograd.grad(first, list(leaves.values()), grad, materialize_grads=True)
+        return Gradients.of(needs, (x.contiguous() for x in found))
 
     def _fake(self, *inputs: Any) -> Any:
         *values, needs, stats, impl = inputs
@@ -295,6 +348,17 @@ class Operator:
         found = (run or self._backward_op)(*values, ctx.needs, ctx.impl, saved, grad)
         grads = Gradients.of(Needs(*ctx.needs), found)
         return (*(getattr(grads, name, None) for name in names), None, None, None)
+
+
+def _recording() -> AbstractContextManager[Any]:
+    """Inside, autograd is on, also in an operator, where its dispatch keys are off."""
+    on, off = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        off = off - torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    stack = ExitStack()
+    stack.enter_context(torch._C._ForceDispatchKeyGuard(on, off))
+    stack.enter_context(torch.enable_grad())
+    return stack
 
 
 def _without_operator(op: Operator) -> Any:
@@ -386,6 +450,11 @@ def _loss_fake(p: Problem, stats: bool) -> list[Tensor]:
     ]
 
 
+def _loss_defined(p: Problem) -> tuple[Tensor, ...]:
+    out = reference.reconstruction_loss(p)
+    return (out.loss, *out.rows, out.num_skipped)
+
+
 def _sequence_fake(p: SequenceProblem, stats: bool) -> list[Tensor]:
     shape = (p.num_history,) if p.reduction == "none" else ()
     return [p.history.new_empty(shape, dtype=torch.float32)]
@@ -400,6 +469,7 @@ _loss = Operator(
     lambda module, *args: module.loss_backward(*args),
     _loss_fake,
     lambda module, p, needs: module.saved_spec(p, needs),
+    _loss_defined,
 )
 _reconstruct = Operator(
     "reconstruct",
@@ -410,6 +480,7 @@ _reconstruct = Operator(
     lambda module, p, needs, saved, grad: module.reconstruct_backward(p, needs, grad),
     lambda p, stats: [p.pv.new_empty((p.num_pv, p.pv.shape[1]))],
     lambda module, p, needs: [],
+    lambda p: (reference.reconstruct(p)[0],),
 )
 _sequence = Operator(
     "click_sequence_loss",
@@ -420,6 +491,7 @@ _sequence = Operator(
     lambda module, *args: module.sequence_backward(*args),
     _sequence_fake,
     lambda module, p, needs: module.sequence_saved_spec(p, needs),
+    lambda p: (reference.click_sequence_loss(p),),
 )
 
 
@@ -432,6 +504,18 @@ def loss(p: Problem | SequenceProblem, impl: str, stats: bool = False) -> tuple[
     after it item_loss, log_sum_exp, positive_similarity, rank, is_anchor and num_skipped, which
     need `stats`."""
     return _operator_of(p)(p, impl, stats)
+
+
+def fell_back(p: Problem | SequenceProblem) -> bool:
+    """Whether the kernels of such a loss have failed, so that "auto" takes the reference."""
+    if torch.compiler.is_compiling():
+        return False
+    return has_failed(lambda: _operator_of(p).about(p, wanted(p)))
+
+
+def defined(p: Problem | SequenceProblem) -> tuple[Tensor, ...]:
+    """What `loss` gives, by the reference, all of it."""
+    return _operator_of(p).defined(checked(p))
 
 
 def reconstruct(p: Problem, impl: str) -> Tensor:

@@ -20,6 +20,10 @@ NORM_EPS = 1e-12
 LARGEST_DIM = 1024  # of embeddings, in Triton's kernels
 
 
+class LaunchError(RuntimeError):
+    """A kernel of an implementation cannot be compiled, or not be launched, on this device."""
+
+
 @dataclass
 class Problem:
     """B pages with N PV rows and K history rows, pages one after the other.

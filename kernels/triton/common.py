@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ...loss.problem import LaunchError
 from . import tiles
 
 if TYPE_CHECKING:
@@ -43,6 +44,17 @@ SMALLEST_FIXED_TAU = 0.05
 _ANYWHERE = ("count_ptr", "place_ptr", "reconstructed_place_ptr", "y_place_ptr")
 
 
+# What a launch reports of memory, and of kernels before it.
+_OTHERS = (
+    "out of memory",
+    "illegal memory access",
+    "misaligned address",
+    "unspecified launch failure",
+    "device-side assert",
+    "uncorrectable",
+)
+
+
 def kernel(
     fn: Callable[..., Any] | None = None,
     *,
@@ -55,6 +67,8 @@ def kernel(
     for sizes that are multiples of 16; where that decides how wide loads are, the argument is named
     in `aligned`. Whether a product and a sum are rounded once is said here, because Triton's
     default changes. `registers` of a thread, as of a `configs.Tile`.
+
+    A launch raises LaunchError where the kernel cannot be compiled, or not be launched.
     """
     if fn is None:
         return functools.partial(kernel, aligned=aligned, registers=registers)
@@ -66,8 +80,20 @@ def kernel(
         and (p.name[-4:] != "_ptr" or p.name in _ANYWHERE)
     ]
     compiled = triton.jit(fn, do_not_specialize=plain)
+    launch = compiled.run
     if isinstance(compiled, triton.JITFunction):  # not in the interpreter
-        compiled.run = functools.partial(compiled.run, enable_fp_fusion=True, maxnreg=registers)
+        launch = functools.partial(launch, enable_fp_fusion=True, maxnreg=registers)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return launch(*args, **kwargs)
+        except Exception as error:  # of the compiler, ptxas, the C compiler of the launcher, CUDA
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[-400:]}"
+            if any(words in what for words in _OTHERS):
+                raise
+            raise LaunchError(f"the kernel {fn.__name__} cannot be launched, {what}") from error
+
+    compiled.run = run
     return compiled
 
 

@@ -83,7 +83,26 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
         reasons.append(
             f"the embedding dimension is {source.shape[1]}; 1 to {LARGEST_DIM} is supported"
         )
+    if not reasons and not tiles.interpreted():
+        if isinstance(p, Problem) and p.attention == "candidate":
+            reasons += _shared_memory_reasons(p)
     return reasons
+
+
+def _shared_memory_reasons(p: Problem) -> list[str]:
+    """Of attention for each candidate: all other kernels fit into 99 KiB."""
+    inputs = (getattr(p, name) for name in Needs._fields)
+    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    dtype, dim, there = p.pv.dtype, p.pv.shape[1], tiles.shared_memory(p.pv.device)
+    needed = tiles.candidate_bytes(dtype, dim, gradients)
+    if needed <= there:
+        return []
+    kind = f"{dtype}".removeprefix("torch.") + (" and gradients" if gradients else "")
+    half = tiles.candidate_bytes(torch.bfloat16, dim, gradients)
+    return [
+        f'attention="candidate" of {dim} dimensions needs {needed // 1024} KiB of shared memory '
+        f"for {kind} ({half // 1024} for bfloat16), a block of this GPU has {there // 1024}"
+    ]
 
 
 def saved_spec(p: Problem, needs: Needs) -> Spec:

@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ TILES_32: tuple[Choice, ...] = (
     Choice(KINDS, 64, Tile(64, 32, 4, 2), "fits without spills"),
     Choice(KINDS, 256, Tile(64, 32, 8, 2), "fits without spills"),
 )
-# GPUs with 99 KiB of shared memory a block (compute capability 8.6, 8.9, 12.0): what fits.
+# GPUs with 99 KiB of shared memory a block (compute capability 8.6, 8.9, 12.x): what fits.
 SMALL_16: tuple[Choice, ...] = (
     Choice(KINDS, 64, Tile(64, 64, 4, 2, 2), "fits"),
     Choice(KINDS, 128, Tile(64, 64, 4, 2), "fits"),
@@ -74,7 +75,21 @@ SMALL_32: tuple[Choice, ...] = (
     Choice(KINDS, 128, Tile(32, 32, 4, 2), "fits"),
     Choice(KINDS, 256, Tile(32, 16, 4, 2), "fits"),
 )
-_SMALL = (86, 87, 89, 120, 121)
+# Bytes of shared memory that a block can have, by compute capability: a kernel that wants more
+# compiles but cannot be launched.
+_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+SHARED_MEMORY = {capability: 1024 * kib for capability, kib in _KIB.items()}
+# Below it, a GPU has 99 KiB.
+_LARGE = 160 * 1024
+# Attention for each candidate: bytes of shared memory for each dimension of its rows (block_dim),
+# without gradients and with them, as compiled with any options: operands of products, 16 rows of q,
+# k, v and dL/dR at once. Smaller tiles there are not: a product sums over at least 16 rows.
+CANDIDATE_BYTES: dict[Any, tuple[int, int]] = {
+    "ieee": (128, 384),
+    "tf32": (192, 384),
+    torch.float16: (96, 224),  # gradients in float32
+    torch.bfloat16: (96, 144),
+}
 # The compute capability that tiles are chosen for where there is no GPU to ask: what kernels are
 # compiled for.
 TARGET = 90
@@ -168,6 +183,24 @@ def capability(device: torch.device) -> int:
     return _capability(device) if device.type == "cuda" else TARGET
 
 
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block can have."""
+    if device.type == "cuda":
+        return _shared_memory(device)
+    return SHARED_MEMORY.get(TARGET, 99 * 1024)
+
+
+def candidate_bytes(dtype: torch.dtype, dim: int, gradients: bool) -> int:
+    """Shared memory that attention for each candidate needs."""
+    kind = dot_precision(dtype) if dtype == torch.float32 else dtype
+    return CANDIDATE_BYTES[kind][gradients] * block_dim(dim)
+
+
 def contrast_tile(
     dtype: torch.dtype, stride: int, device: torch.device, kind: str = "forward"
 ) -> Tile:
@@ -178,7 +211,7 @@ def contrast_tile(
         return own
     if interpreted():
         return Tile(32, 32, 4, 1)
-    small = capability(device) in _SMALL
+    small = shared_memory(device) < _LARGE
     if dtype == torch.float32:
         table = SMALL_32 if small else TILES_32
     else:
@@ -207,13 +240,16 @@ def attention_part(block_d: int) -> int:
     return block_d if block_d <= LARGEST_REGISTER_DIM else 64
 
 
-def candidate_tile(precision: str, block_d: int) -> Tile:
+def candidate_tile(dtype: torch.dtype, block_d: int, device: torch.device) -> Tile:
     """Attention for each candidate, with R in registers: block_m candidates by block_n history
     rows. Five tiles of block_m rows are held at a time: up to 256 dimensions of 16 bits they fit;
     larger ones spill."""
     if interpreted():
         return Tile(16, 16, 4, 1)
-    stages = 1 if precision == "ieee" or block_d > 256 else 2
+    # Blocks that are loaded ahead take memory: with several heads, 256 dimensions of float32 and
+    # tf32 products need 112 KiB, and 80 without.
+    tight = dtype == torch.float32 and block_d > 128 and shared_memory(device) < _LARGE
+    stages = 1 if dot_precision(dtype) == "ieee" or block_d > 256 or tight else 2
     return Tile(16, 16, 8, stages, registers=MOST_REGISTERS)
 
 

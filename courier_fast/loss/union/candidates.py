@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import operators
+from ..fallback import OR_REFERENCE, kernels_of, or_reference
 from ..layouts import as_index, describe, require_tensor
 from ..problem import Problem, SequenceProblem
+from . import blocks
 from .exchange import Participants
 
 BLOCKS = {
@@ -45,9 +47,10 @@ class CandidateUnion:
     table_ids: Tensor | None  # [n] int64: the ids of a table's rows, on every process
 
     @property
-    def backend(self) -> ModuleType:
+    def backend(self) -> Any:
         """The primitives: see blocks.py."""
-        return importlib.import_module(BLOCKS[self.impl])
+        found = importlib.import_module(BLOCKS[kernels_of(self.impl)])
+        return _BlocksOrReference(found) if self.impl.endswith(OR_REFERENCE) else found
 
     def agree(
         self, p: Problem | SequenceProblem, stats: bool, sizes: Sequence[int]
@@ -76,13 +79,34 @@ class CandidateUnion:
         facts |= {
             "temperature": temperature,
             "exchange": self.exchange,
-            "impl": self.impl,
+            "impl": kernels_of(self.impl),
             "return_stats": stats,
             "memory rows": 0 if self.memory is None else len(self.memory.rows),
             "table_ids given": self.table_ids is not None,
             "gradients wanted": str(operators.wanted(p).names),
         }
         return self.processes.agree(facts, sizes)
+
+
+@dataclass
+class _BlocksOrReference:
+    """Primitives, each of which is the reference's where its kernels cannot be launched: they leave
+    nothing for one another, and nothing of it travels."""
+
+    own: ModuleType
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        run, fallen_back = getattr(self.own, name), getattr(blocks, name)
+
+        def call(*args: Any) -> Any:
+            rows = [x.rows for x in args if isinstance(x, blocks.Block)]
+
+            def about() -> Hashable:
+                return name, *((x.dtype, x.shape[1], x.device) for x in rows)
+
+            return or_reference(about, rows[0], lambda: run(*args), lambda: fallen_back(*args))
+
+        return call
 
 
 @dataclass

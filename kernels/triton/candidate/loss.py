@@ -77,7 +77,7 @@ def _columns(p: Problem, s: Shape, t: CandidateState) -> dict[str, Any]:
 
 
 def tiles_of(s: Shape) -> dict[str, Any]:
-    tile = tiles.candidate_tile(s.precision, s.block_d)
+    tile = tiles.candidate_tile(s.dtype, s.block_d, s.device)
     return {
         "BLOCK_M": tile.block_m,
         "BLOCK_H": tile.block_n,
