@@ -83,9 +83,9 @@ def attention_weights(
     """a_jk [BLOCK_M, BLOCK_H] of the largest product and 1 / sum of a row's softmax, which
     `attend_sums` has left. With both and not with one log-sum-exp: of rows of length 1,000 that is
     rounded to whole numbers."""
-    where = head * capacity + place
+    where = head * capacity.to(tl.int64) + place
     top = tl.load(sums_ptr + where, mask=valid, other=0.0)
-    share = tl.load(sums_ptr + how.HEADS * capacity + where, mask=valid, other=0.0)
+    share = tl.load(sums_ptr + how.HEADS * capacity.to(tl.int64) + where, mask=valid, other=0.0)
     s = ascending(products(q, k, head, DOT_TYPE, how), scale)
     return tl.where(mine, above_top(s, top[:, None], scale) * share[:, None], 0.0)
 
@@ -143,11 +143,12 @@ def attend_sums(
             p, rescale, top = softmax_block(s, mine, top, scale)
             total = total * rescale + tl.sum(p, axis=1)
             delta = delta * rescale + tl.sum(tl.where(mine, p * da, 0.0), axis=1)
-        where = head * capacity + place
+        where = head * capacity.to(tl.int64) + place
         share = 1.0 / tl.where(total == 0.0, 1.0, total)
         tl.store(sums_ptr + where, tl.where(top == -float("inf"), 0.0, top), mask=valid)
-        tl.store(sums_ptr + how.HEADS * capacity + where, share, mask=valid)
-        tl.store(sums_ptr + 2 * how.HEADS * capacity + where, delta * share, mask=valid)
+        after = how.HEADS * capacity.to(tl.int64)
+        tl.store(sums_ptr + after + where, share, mask=valid)
+        tl.store(sums_ptr + 2 * after + where, delta * share, mask=valid)
 
 
 @kernel
@@ -181,7 +182,8 @@ def attend_dq(
     dr = gradient_operand(dr_ptr, place, valid, DOT_TYPE, how)
     dq = tl.full([how.BLOCK_M, how.BLOCK_D], 0.0, tl.float32)
     for head in range(how.HEADS):
-        delta = tl.load(sums_ptr + (2 * how.HEADS + head) * capacity + place, mask=valid, other=0.0)
+        where = (2 * how.HEADS + head) * capacity.to(tl.int64) + place
+        delta = tl.load(sums_ptr + where, mask=valid, other=0.0)
         q_head = of_head(q, head, DOT_TYPE, how)
         dr_head = of_head(dr, head, DOT_TYPE, how)
         acc = tl.full([how.BLOCK_M, how.BLOCK_D], 0.0, tl.float32)
@@ -272,9 +274,8 @@ def attend_dkv(
             DOT_TYPE
         )
         for head in range(how.HEADS):
-            delta = tl.load(
-                sums_ptr + (2 * how.HEADS + head) * capacity + place, mask=valid, other=0.0
-            )
+            where = (2 * how.HEADS + head) * capacity.to(tl.int64) + place
+            delta = tl.load(sums_ptr + where, mask=valid, other=0.0)
             if how.HEADS > 1:
                 own = head_mask(dims, head, how.D // how.HEADS)[None, :]
                 q_head = tl.where(own, q, 0.0).to(DOT_TYPE)
