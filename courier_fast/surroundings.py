@@ -65,8 +65,8 @@ def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
 
 
 def gpu_of(x: Tensor) -> int | None:
-    """The number of the GPU that holds a tensor; None for other devices."""
-    return x.get_device() if x.is_cuda else None
+    """The number of the GPU that holds a tensor's values; None for other devices."""
+    return x.get_device() if x.is_cuda and has_values(x) else None
 
 
 def on_gpu_of(like: Tensor) -> AbstractContextManager[Any]:
