@@ -85,7 +85,7 @@ _LARGE = 160 * 1024
 # without gradients and with them, as compiled with any options: operands of products, 16 rows of q,
 # k, v and dL/dR at once. Smaller tiles there are not: a product sums over at least 16 rows.
 CANDIDATE_BYTES: dict[Any, tuple[int, int]] = {
-    "ieee": (128, 384),
+    "ieee": (192, 384),
     "tf32": (192, 384),
     torch.float16: (96, 224),  # gradients in float32
     torch.bfloat16: (96, 144),
