@@ -116,10 +116,10 @@ def scores(
         tl.store(sums.top + part, shift, mask=x_valid)
         tl.store(sums.total + part, tl.sum(p, axis=1), mask=x_valid)
     if p_ptr is not None:
+        # The whole tile, which the products read: zeros past the last column.
         tl.store(
             p_ptr + local.to(tl.int64)[:, None] * p_stride + y_place[None, :],
             p.to(p_ptr.dtype.element_ty),
-            mask=x_valid[:, None] & y_valid[None, :],
         )
 
 
@@ -228,7 +228,7 @@ def product(
     inner = tl.arange(0, BLOCK_K)
     y_count = tl.load(y_count_ptr)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # Rows past the last one hold anything, and so do their sums, which are not stored.
+    # Rows past the last one are of no use, and their sums are not stored.
     p_row = p_ptr + local.to(tl.int64)[:, None] * p_stride
     whole = y_count // BLOCK_K * BLOCK_K
     for start in range(0, whole, BLOCK_K):
@@ -289,7 +289,7 @@ def transposed_product(
         acc = tl.load(out, mask=mask, other=0.0)
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # Columns past the last one hold anything, up to the end of the tile: their sums are not stored.
+    tl.static_assert(BLOCK_N % BLOCK_M == 0)  # P ends with a tile of BLOCK_N: it is all written
     p_column = p_ptr + y_place[None, :]
     whole = x_rows // BLOCK_K * BLOCK_K
     for start in range(0, whole, BLOCK_K):
@@ -386,9 +386,7 @@ class _Chunks:
             cdiv(x.unit.shape[0], tile.block_m) * tile.block_m,
         )
         self.tiles_m, self.tiles_n = cdiv(self.rows, tile.block_m), cdiv(self.columns, tile.block_n)
-        # Rows of P begin at multiples of a tile: loads stay wide, and a tile may be read beyond its
-        # last column.
-        self.stride = cdiv(self.tiles_n * tile.block_n, tile.block_m) * tile.block_m
+        self.stride = self.tiles_n * tile.block_n  # whole tiles: loads and stores have no mask
         self.p = torch.empty(self.rows, self.stride, dtype=kind, device=s.device) if store else None
         parts = (self.tiles_n, self.rows)
         top, total = (torch.empty(parts, dtype=torch.float32, device=s.device) for _ in range(2))
