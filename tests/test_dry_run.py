@@ -52,9 +52,9 @@ CANDIDATE = {"own_scores": 0, "candidate_scores": 0, "candidate_columns": 1, "ca
 
 
 @pytest.mark.long("GPU targets")
-# Each capability (87 is as 80, 89 and 12.x as 86), type and dimension, and both sides of each limit.
+# Each capability (87 is as 80, 89 and 12.x as 86), type and dimension, both sides of each limit.
 @pytest.mark.parametrize(
-    "capability, kind, dim",
+    ("capability", "kind", "dim"),
     [
         (80, "float32", 512),
         (80, "bfloat16", 1024),
