@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-import courier_fast
 from bench import courier, peers
-from bench.problems import Batch, Options
+from courier_fast.testing.batches import Batch, call, graphed
 
 OURS = ("cpu", "triton", "triton_graph", "xformers")
 NAMES = (
@@ -44,71 +43,9 @@ class Candidate:
     stored: bool = True  # whether it holds similarities of all pairs at all
 
 
-def attention_of(options: Options) -> dict[str, Any]:
-    return {
-        "attention": options.attention,
-        "attention_temperature": 1.0 if options.cosine else None,
-    }
-
-
-def call(batch: Batch, impl: str, **arguments: Any) -> Tensor:
-    """The public function, packed layout."""
-    if batch.options.courier:
-        return courier.fused(batch, impl)
-    given: dict[str, Any] = {
-        "pv_offsets": batch.pv_offsets,
-        "history_offsets": batch.history_offsets,
-        "embeddings": batch.embeddings,
-        "temperature": batch.options.tau if batch.temperature is None else batch.temperature,
-        "negatives": batch.options.negatives,
-        "direction": batch.options.direction,
-        "item_ids": batch.item_ids,
-        "log_q": batch.log_q,
-        "weights": batch.weights,
-        "return_stats": batch.options.stats,
-        "impl": impl,
-        **attention_of(batch.options),
-    }
-    given |= arguments
-    clicked = given.pop("clicked", batch.clicked)
-    result = courier_fast.reconstruction_loss(batch.pv, batch.history, clicked, **given)
-    return result[0] if isinstance(result, tuple) else result
-
-
-def graphed(batch: Batch) -> Candidate | str:
-    """The module with its CUDA graph."""
-    if not batch.clicked.is_cuda:
-        return "a CUDA graph needs a CUDA device"
-    options = batch.options
-    if options.learn_tau:
-        return "the module learns a temperature of its own, not this one"
-    if options.courier:
-        return "the module of three losses has no graph"
-    module = courier_fast.ReconstructionLoss(
-        options.tau,
-        negatives=options.negatives,
-        direction=options.direction,
-        return_stats=options.stats,
-        impl="triton",
-        cuda_graph=True,
-        **attention_of(options),
-    )
-
-    def loss(b: Batch) -> Tensor:
-        result = module(
-            b.pv,
-            b.history,
-            b.clicked,
-            pv_offsets=b.pv_offsets,
-            history_offsets=b.history_offsets,
-            embeddings=b.embeddings,
-            item_ids=b.item_ids,
-            log_q=b.log_q,
-            weights=b.weights,
-        )
-        return result[0] if isinstance(result, tuple) else result
-
-    return Candidate("triton_graph", loss, ours=True)
+def _graphed(batch: Batch) -> Candidate | str:
+    found = graphed(batch)
+    return found if isinstance(found, str) else Candidate("triton_graph", found, ours=True)
 
 
 def _logit_type(x: Tensor) -> torch.dtype:
@@ -296,7 +233,7 @@ def make(name: str, batch: Batch) -> Candidate | str:
     if name == "reference":
         return Candidate(name, lambda b: call(b, "reference"))
     if name == "triton_graph":
-        return graphed(batch)
+        return _graphed(batch)
     if name in OURS:
         return Candidate(name, lambda b: call(b, name), ours=True)
     if options.courier:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from bench.candidates import OURS
 from bench.loss import Case
-from bench.problems import SHAPES, Options, Shape
+from bench.problems import SHAPES
 from courier_fast import surroundings
+from courier_fast.testing.batches import Options, Shape
 
 GROUPS = ("shapes", "dims", "rows", "types", "candidate", "courier", "options")
 _NO_COMPILE = ("reference", "eager", "lce", *OURS)

@@ -1,19 +1,17 @@
-"""COURIER as its authors define it: `CourierLoss`, and the plain PyTorch that it replaces."""
+"""COURIER as its authors define it, in the plain PyTorch that `CourierLoss` replaces."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-import courier_fast
-from bench.problems import HEADS, HIDDEN, Batch
+from courier_fast.testing.batches import COURIER_TAU as TAU
+from courier_fast.testing.batches import HEADS, HIDDEN, Batch
 
-TAU = 0.05
 # Multiply-adds of the products of L_rec, of L_seq, of the click head and of the projections.
 PRODUCTS = "(M N D + B^2 D + 2 N D hidden + 2 (N + K + B) D^2)"
 
@@ -23,23 +21,6 @@ def products(batch: Batch) -> int:
     contrasts = (batch.anchors * rows + pages**2) * dim
     projected = 2 * (rows + len(batch.history) + pages) * dim**2
     return contrasts + 2 * rows * dim * HIDDEN + projected
-
-
-@cache  # made once: its own parameters, which others stand in for, take time to draw
-def _fused(dim: int, device: torch.device, impl: str) -> nn.Module:
-    return courier_fast.CourierLoss(dim, HEADS, TAU, hidden=HIDDEN, impl=impl).to(device)
-
-
-def fused(batch: Batch, impl: str) -> Tensor:
-    """Packed layout, or a table."""
-    # Of the parameters' kind, whatever stands for numbers there.
-    gamma = batch.parameters["click_head.2.weight"].detach()
-    running = {"running_mean": torch.zeros_like(gamma), "running_var": torch.ones_like(gamma)}
-    held = batch.parameters | {f"click_head.2.{name}": x for name, x in running.items()}
-    pages = {"pv_offsets": batch.pv_offsets, "history_offsets": batch.history_offsets}
-    rows = batch.pv, batch.history, batch.clicked
-    module = _fused(batch.dim, batch.clicked.device, impl)
-    return functional_call(module, held, rows, pages | {"embeddings": batch.embeddings})
 
 
 class PlainCourier(nn.Module):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.candidates import Loss, call
-from bench.problems import Batch
+from bench.candidates import Loss
+from courier_fast.testing.batches import Batch, call
 from courier_fast.testing.budget import DRAWS, Budget, Error, Rounding, Yardstick, held
 
 # Similarities that the float64 loss holds at a time.

@@ -35,10 +35,11 @@ from typing import Any
 import torch
 
 from bench import courier, measure
-from bench.candidates import NAMES, OURS, Candidate, call, make
+from bench.candidates import NAMES, OURS, Candidate, make
 from bench.command import line_of, parser_of, write_json
 from bench.errors import errors, loss_and_gradients, yardstick
-from bench.problems import SHAPES, Batch, Options, Shape, make_batch
+from bench.problems import SHAPES
+from courier_fast.testing.batches import Batch, Options, Shape, call, make_batch
 from courier_fast.testing.budget import Error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

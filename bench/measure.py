@@ -19,8 +19,8 @@ import torch
 
 from bench.candidates import Loss, make
 from bench.errors import loss_and_gradients
-from bench.problems import Batch, Options, Shape, make_batch
 from courier_fast.surroundings import has_slow_products
+from courier_fast.testing.batches import Batch, Options, Shape, make_batch
 
 MIB = 2**20
 

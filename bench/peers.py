@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from bench.problems import Batch
+    from courier_fast.testing.batches import Batch
 
 NAMES = ("cce", "liger", "inf_cl", "varlen", "memeff", "siglip", "xformers_ce")
 PACKAGES = {

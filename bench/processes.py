@@ -34,11 +34,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bench.candidates import call
 from bench.command import line_of, parser_of, write_json
 from bench.measure import surroundings
-from bench.problems import Batch, Options, Shape, make_batch
 from courier_fast.loss.union import exchange
+from courier_fast.testing.batches import Batch, Options, Shape, call, make_batch
 
 # What every call sends around first (exchange.Participants.compare), bytes of a process.
 HEADER = 8 * 8

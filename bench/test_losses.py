@@ -18,7 +18,7 @@ from bench.candidates import NAMES, Candidate, make
 from bench.cases import cases
 from bench.errors import errors, loss_and_gradients, yardstick
 from bench.loss import DTYPES, Case
-from bench.problems import Batch, make_batch
+from courier_fast.testing.batches import Batch, make_batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = cases(DEVICE, quick=os.environ.get("COURIER_FAST_BENCH") != "full")

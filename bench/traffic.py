@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.command import parser_of, write_json
-from bench.problems import SHAPES, Shape
+from bench.problems import SHAPES
+from courier_fast.testing.batches import Shape
 
 # One H100 80GB: a copy's bytes a second, a large bfloat16 product's flops a second,
 # multiprocessors.

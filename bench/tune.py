@@ -28,11 +28,10 @@ from typing import Any
 import torch
 
 from bench import measure
-from bench.candidates import call
 from bench.command import parser_of
 from bench.errors import errors, loss_and_gradients, yardstick
-from bench.problems import Batch, Options, Shape, make_batch
 from courier_fast.files import write_atomically
+from courier_fast.testing.batches import Batch, Options, Shape, call, make_batch
 
 KINDS = ("forward", "lse", "transposed")
 

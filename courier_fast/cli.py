@@ -49,6 +49,10 @@ COMMANDS = {
         "courier_fast.report.command",
         "one HTML page about a run: pictures, curves, numbers",
     ),
+    "doctor": (
+        "courier_fast.doctor.command",
+        "what is installed, which implementation runs and why, and whether its numbers are right",
+    ),
 }
 EXTRAS = {"ctr": "ctr", "export": "export", "index": "index"}  # of pip, where it is not "train"
 

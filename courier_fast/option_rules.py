@@ -212,6 +212,7 @@ RULES: dict[str, list[Rule]] = {
         without("--until", "--dataset"),
     ],
     "quickstart": [],
+    "doctor": [],
 }
 
 

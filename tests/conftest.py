@@ -25,7 +25,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from factories import DEVICES, poison  # noqa: E402
-from interpreter import make_fast  # noqa: E402
+
+from courier_fast.testing.interpreter import make_fast  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     make_fast()

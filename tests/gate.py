@@ -53,9 +53,9 @@ def losses(only: Sequence[str] | None = None) -> Part:
         make_sequence,
         results,
     )
-    from interpreter import make_fast
 
     from courier_fast.loss import operators
+    from courier_fast.testing.interpreter import make_fast
 
     make_fast()
     torch.set_num_threads(1)

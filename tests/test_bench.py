@@ -16,8 +16,15 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # at the end: the installed package comes before the source tree
 
 from bench import candidates, errors, loss, measure  # noqa: E402
-from bench.candidates import Candidate, call, eager_logits, make  # noqa: E402
-from bench.problems import SHAPES, Batch, Options, Shape, make_batch  # noqa: E402
+from bench.candidates import Candidate, eager_logits, make  # noqa: E402
+from bench.problems import SHAPES  # noqa: E402
+from courier_fast.testing.batches import (  # noqa: E402
+    Batch,
+    Options,
+    Shape,
+    call,
+    make_batch,
+)
 
 CPU = torch.device("cpu")
 FAST = ["--shape", "tiny", "--device", "cpu", "--repeats", "1", "--no-memory"]

@@ -25,6 +25,7 @@ from bench.gpu import record as records  # noqa: E402
 from bench.gpu import smoke, stages, summary, tools, worker  # noqa: E402
 from bench.gpu.record import FAILED, PASSED, SKIPPED, STOPPED, Record, Result  # noqa: E402
 from bench.gpu.worker import Setting  # noqa: E402
+from courier_fast.doctor import cases  # noqa: E402
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is interpreted")
 
@@ -63,47 +64,59 @@ def test_what_the_tests_stage_runs_is_there() -> None:
 
 
 @interpreted
-def test_the_smallest_cases_launch_every_kernel(tmp_path: Path) -> None:
+def test_the_smallest_cases_launch_every_kernel() -> None:
     source = "".join(p.read_text() for p in (ROOT / "kernels" / "triton").rglob("*.py"))
     launched = set(re.findall(r"^@kernel.*\ndef (\w+)\(", source, re.MULTILINE))
     assert "contrast" in launched
     seen: set[str] = set()
     for case in smoke.smallest("float32", 32):
-        result = smoke.check(case, "cpu", bare=True)
+        result = smoke.judged(case, "cpu", bare=True)
         assert result.status == PASSED
         seen |= set(result.data["kernels"])
-    assert seen == launched - set(smoke.NOT_LAUNCHED)
+    assert seen == launched
+
+
+def test_cases_have_names_of_their_own() -> None:
+    for every in (smoke.every(True), smoke.every(False)):
+        by_key = {case.key: case for case in every}
+        assert all(by_key[case.key] == case for case in every)
+    assert {x.shape.longest_history for x in every} >= {1, 300}
+    candidate = {(x.dtype, x.shape.dim) for x in every if x.options.attention == "candidate"}
+    assert candidate >= {("float32", 256), ("float32", 768), ("bfloat16", 768), ("float16", 256)}
+    assert every[0].options.attention == "candidate", "the default call comes first"
 
 
 @interpreted
 def test_a_wrong_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = smoke.smallest("float32", 32)[0]
-    assert smoke.check(case, "cpu").status == PASSED
-    right = smoke._function
+    case = next(x for x in smoke.smallest("float32", 32) if x.name == "anchor")
+    assert smoke.judged(case, "cpu").status == PASSED
+    right = cases._FUNCTIONS["loss"]
 
     def wrong(case: Any, impl: str) -> Any:
         loss = right(case, impl)
         return (lambda b: loss(b) * 1.001) if impl == "triton" else loss
 
-    monkeypatch.setattr(smoke, "_function", wrong)
-    result = smoke.check(case, "cpu")
+    monkeypatch.setitem(cases._FUNCTIONS, "loss", wrong)
+    result = smoke.judged(case, "cpu")
     assert result.status == FAILED
     assert re.search(
-        r"N = 6, M = \d+, K = \d+, D = 32: \w+ \(\w+\) has \d+\.\d+ x its budget", result.line
+        r"N = 15, M = \d+, K = \d+, D = 32: \w+ \(\w+\) has \d+\.\d+ x its budget", result.line
     )
     assert "contrast" in result.line
 
     def broken(case: Any, impl: str) -> Any:
         def loss(batch: Any) -> Any:
-            right(case, impl)(batch)
+            out = right(case, impl)(batch)
+            if impl != "triton":
+                return out
             raise RuntimeError("an illegal memory access was encountered")
 
         return loss
 
-    monkeypatch.setattr(smoke, "_function", broken)
-    found, sound = worker.attempt(lambda: smoke.check(case, "cpu"))
+    monkeypatch.setitem(cases._FUNCTIONS, "loss", broken)
+    found, sound = worker.attempt(lambda: smoke.judged(case, "cpu"))
     assert found.status == FAILED and sound
-    assert found.line.startswith("RuntimeError: reduce_loss: N = 6, M = "), "the last kernel"
+    assert found.line.startswith("WrongNumberError: reduce_loss: N = 15, M = "), "the last kernel"
 
 
 # ---- the driver ----------------------------------------------------------------------------------

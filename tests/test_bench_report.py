@@ -22,8 +22,8 @@ sys.path.append(str(ROOT))  # at the end: the installed package comes before the
 from bench import __main__ as bench  # noqa: E402
 from bench import candidates, cases, errors, peers, report  # noqa: E402
 from bench.candidates import Candidate, make  # noqa: E402
-from bench.problems import Options, Shape, make_batch  # noqa: E402
 from courier_fast import surroundings  # noqa: E402
+from courier_fast.testing.batches import Options, Shape, make_batch  # noqa: E402
 
 CPU = torch.device("cpu")
 

@@ -26,7 +26,8 @@ from dataclasses import asdict, replace
 sys.path.append(sys.argv[1])
 import torch
 from bench import traffic
-from bench.problems import SHAPES, Shape
+from bench.problems import SHAPES
+from courier_fast.testing.batches import Shape
 found = {}
 every = replace(SHAPES["paper"], clicked=1.0)
 s = traffic.sizes(every)

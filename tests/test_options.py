@@ -66,6 +66,7 @@ ALWAYS = {
     "index search": "index item image k html json",
     "index clusters": "embeddings out like",
     "quickstart": "out items users steps minutes short seed",
+    "doctor": "check",
 }
 ALWAYS_SETTINGS = {
     "data": "dataset features pages images share history ahead buckets",

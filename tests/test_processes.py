@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from factories import Budget, skip_unless_available, yardstick_of
-from interpreter import make_fast
 from process_problems import (
     Case,
     Shard,
@@ -31,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import courier_fast as cf
+from courier_fast.testing.interpreter import make_fast
 
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "anchor": {"attention": "anchor"},

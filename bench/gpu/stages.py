@@ -27,9 +27,9 @@ class Stage:
 
 
 def smoke(setting: Setting) -> Cases:
-    from bench.gpu.smoke import check, every
+    from bench.gpu.smoke import every, judged
 
-    return {x.key: partial(check, x, setting.device) for x in every(setting.rehearse)}
+    return {x.key: partial(judged, x, setting.device) for x in every(setting.rehearse)}
 
 
 # What runs on a GPU where there is one, quickest first, and which of its tests.
@@ -76,14 +76,14 @@ def sanitizer(setting: Setting) -> Cases:
 
 def _tiny() -> Any:
     from bench.loss import Case
-    from bench.problems import Shape
+    from courier_fast.testing.batches import Shape
 
     shape = Shape(8, 4, 5, 32, 0.4)
     return Case("tiny", shape, dtype="float32", names=("reference", "eager", "triton"))
 
 
 def _tiny_candidate() -> Any:
-    from bench.problems import Options, Shape
+    from courier_fast.testing.batches import Options, Shape
 
     options = Options(attention="candidate")
     return replace(_tiny(), name="tiny candidate", shape=Shape(4, 3, 4, 32, 0.4), options=options)

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from bench import measure
-from bench.candidates import call
 from bench.gpu.record import Result
 from bench.gpu.setting import Setting
-from bench.problems import Batch, Options, Shape, make_batch
+from courier_fast.testing.batches import Batch, Options, Shape, call, make_batch
 
 
 def _steps(

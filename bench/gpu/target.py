@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.candidates import call
 from bench.errors import loss_and_gradients
-from bench.problems import SHAPES, Options, make_batch
+from bench.problems import SHAPES
+from courier_fast.testing.batches import Options, call, make_batch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

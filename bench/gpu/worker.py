@@ -49,6 +49,9 @@ def main() -> int:
     if args.rehearse:
         import torch
 
+        from courier_fast.testing.interpreter import make_fast
+
+        make_fast()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     return run(STAGES[args.stage].cases(setting), Record(args.out, args.stage), setting)
 

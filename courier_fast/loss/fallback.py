@@ -58,6 +58,6 @@ def _message(error: LaunchError, like: Tensor) -> str:
     what = str(error).rstrip(".")
     return (
         f'courier_fast, impl="auto": {what}. The reference takes its place: its results are right, '
-        "but it is slower and needs more memory. Please report this as an issue, with "
-        f"{versions}, Python {platform.python_version()}{gpu}"
+        "but it is slower and needs more memory. Please report this as an issue, with what "
+        f"`courier-fast doctor` prints, {versions}, Python {platform.python_version()}{gpu}"
     )

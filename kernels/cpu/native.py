@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
+from ...loss.launched import tell
+
 library: Any = None
 error_text = ""
 try:
@@ -31,6 +33,7 @@ def stage(name: str, *arguments: Any) -> None:
 
 
 def call(name: str, *arguments: Any) -> Any:
+    tell(name)
     return getattr(library, name)(
         *[to_dlpack(x) if isinstance(x, Tensor) else x for x in arguments]
     )

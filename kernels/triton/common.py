@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ...loss.launched import tell
 from ...loss.problem import LaunchError
 from . import tiles
 
@@ -85,6 +86,7 @@ def kernel(
         launch = functools.partial(launch, enable_fp_fusion=True, maxnreg=registers)
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        tell(fn.__name__)
         try:
             return launch(*args, **kwargs)
         except Exception as error:  # of the compiler, ptxas, the C compiler of the launcher, CUDA

@@ -1,4 +1,5 @@
-"""Triton's interpreter without what it does over and over: three quarters of its time here."""
+"""Triton's interpreter without what it does over and over: three quarters of its time for the
+losses' small problems."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ def make_fast() -> None:
     """What the kernels compute is the same, bit for bit. Another version of Triton than those whose
     parts are found here is left as it is, part by part."""
     try:
-        interpreter = importlib.import_module("triton.runtime.interpreter")
+        interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     except ImportError:
         return
     if getattr(interpreter, "courier_fast_patched", False):
@@ -68,10 +69,11 @@ def _patch_language_once(interpreter: Any) -> None:
 def _leave_out_unused_checks(interpreter: Any) -> None:
     """At each sum and product of integers it computes whether they overflow, for an assertion that
     is made with the option `debug` alone, which it never sets."""
-    builder = getattr(interpreter, "interpreter_builder", None)
-    options = getattr(builder, "options", None)
+    builder: Any = getattr(interpreter, "interpreter_builder", None)
+    options: Any = getattr(builder, "options", None)
     if dataclasses.is_dataclass(options) and getattr(options, "debug", True) is False:
-        builder.options = dataclasses.replace(options, sanitize_overflow=False)  # type: ignore[union-attr]
+        change: Any = dataclasses.replace  # for the types, as whose class options are is not known
+        builder.options = change(options, sanitize_overflow=False)
 
 
 def _remember_types(interpreter: Any) -> None:

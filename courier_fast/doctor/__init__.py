@@ -1,0 +1,2 @@
+"""`courier-fast doctor`: what is there, which implementation runs, and whether its numbers are
+right."""

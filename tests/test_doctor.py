@@ -1,0 +1,285 @@
+"""courier-fast doctor: every missing thing is a line, and a wrong number is found and named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from courier_fast.cli import main
+from courier_fast.doctor import command, machine, probes
+from courier_fast.doctor.cases import of_a_machine
+from courier_fast.loss.problem import LaunchError
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def said(step: Callable[[Any], None]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    step(lambda name, text: found.update({name: text}))
+    return found
+
+
+# ---- what is there -------------------------------------------------------------------------------
+
+
+def test_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert torch.__version__ in lines["PyTorch"]
+    assert {"courier_fast", "Python", "native library", *probes.MODULES} <= set(lines)
+    assert 'impl="auto", cpu' in lines
+    if not torch.cuda.is_available():
+        assert lines["GPU"].startswith("none: ")
+
+
+def broken_packages(folder: Path) -> dict[str, str]:
+    """The environment of an installation in which everything is broken in a way of its own."""
+    sources = {
+        "torch": "raise OSError('libcudart.so.13: cannot open shared object file')",
+        "triton": "print('a banner')\nraise SystemError('no such symbol')",
+        "faiss": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)",
+        "ray": "raise ModuleNotFoundError(\"No module named 'ray'\", name='ray')",
+        "xformers": "raise ModuleNotFoundError(\"No module named 'flash'\", name='flash')",
+    }
+    for name, source in sources.items():
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(source)
+    return os.environ | {"PYTHONPATH": str(folder)}
+
+
+def test_what_is_missing_or_broken_is_a_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "courier_fast.cli", "doctor", "--check"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=broken_packages(tmp_path),
+        cwd=tmp_path,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    assert "PyTorch: broken: OSError: libcudart.so.13: cannot open shared object file" in lines
+    assert "Triton: broken: SystemError: no such symbol" in lines
+    assert "faiss: broken: its process ended by SIGSEGV" in lines
+    assert "Ray: not installed (package ray)" in lines
+    assert "xformers: broken: ModuleNotFoundError: No module named 'flash'" in lines
+    assert "a banner" not in done.stdout
+    assert lines[-1].startswith("nothing can be checked: OSError: libcudart")
+    assert done.stderr == ""
+    assert done.returncode == 1
+
+
+def test_a_hang_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "SECONDS", 0.3)
+    monkeypatch.setattr(machine, "_BOOT", "import time; time.sleep(60)")
+    monkeypatch.setattr(machine, "MODULES", {"faiss": "faiss"})
+    assert dict(machine.lines())["faiss"] == "not imported within 0 s"
+
+
+def test_a_native_library_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, probes.NATIVE, None)  # type: ignore[arg-type]
+    assert said(probes._native)["native library"].startswith(
+        "courier_fast._native is missing or does not load: "
+    )
+
+
+def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert "too old (found version 11040)" in said(probes._gpus)["GPU"]
+
+
+def test_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    about = SimpleNamespace(
+        name="A GPU", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132
+    )
+    about.shared_memory_per_block_optin = 227 * 1024
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: about)
+    found = said(probes._gpus)
+    assert list(found) == ["GPU 0", "GPU 1"]
+    assert found["GPU 1"] == (
+        "A GPU, compute capability 9.0, 80 GiB, 132 multiprocessors, "
+        "227 KiB of shared memory a block"
+    )
+
+
+def test_why_auto_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    from courier_fast.kernels.cpu import native
+
+    cpu = torch.device("cpu")
+    assert probes._chosen(cpu, torch.float16).startswith("reference (dtype is torch.float16; ")
+    monkeypatch.setattr(native, "library", None)
+    monkeypatch.setattr(native, "error_text", "no such file")
+    assert "does not load: no such file" in probes._chosen(cpu, torch.float32)
+
+
+# ---- the check -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Lets the check go one way, in float32."""
+
+    def only(impl: str) -> None:
+        device = "cuda" if torch.cuda.is_available() and impl != "cpu" else "cpu"
+        monkeypatch.setattr(
+            command, "_paths", lambda: iter([command.Path(impl, impl, device, ("float32",))])
+        )
+
+    return only
+
+
+def tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        if x.is_floating_point():
+            yield x
+    elif isinstance(x, tuple):
+        for y in x:
+            yield from tensors(y)
+
+
+def spoiled(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """What is launched, with every number that it writes a hundredth too large."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        found = [*tensors(args), *tensors(tuple(kwargs.values()))]
+        before = [x.clone() for x in found]
+        result = launch(*args, **kwargs)
+        for x, old in zip(found, before, strict=True):
+            x.copy_(torch.where(x != old, x * 1.01, x))
+        return result
+
+    return run
+
+
+def kernels(package: str = "") -> dict[str, Any]:
+    """Those of `kernels/triton`, by name."""
+    import courier_fast.kernels.triton.loss  # noqa: F401
+
+    inside = f"courier_fast.kernels.triton.{package}"
+    found = (x for n, m in sys.modules.items() if n.startswith(inside) for x in vars(m).values())
+    return {
+        x.fn.__name__: x
+        for x in found
+        if hasattr(x, "run") and not isinstance(x, type) and "run" in vars(x)
+    }
+
+
+TRITON = {
+    "attend": "reconstruct, no gradient",
+    "contrast": "given, no gradient",
+    "sequence_losses": "click sequence, no gradient",
+    "attend_dkv": "reconstruct",
+    "pv_gradient": "reconstruct",
+    "reconstruction_gradient": "given",
+    "page_mean": "click sequence, no gradient",
+    "row_gradients": "weights, statistics",
+    "transposed_product": "anchor, wide",
+}
+
+
+def found_wrong(path: str, case: str, name: str, out: str) -> None:
+    """A check that ended with the case and names the kernel and the sizes."""
+    *before, wrong, _ = out.splitlines()
+    assert all(" of its budget" in line for line in before)
+    where, _, about = wrong.partition(": WRONG: ")
+    assert where.startswith(f"{path}: {case}: float32, 5 pages of 3, history to 4, D = ")
+    assert about.startswith("N = 15, M = ")
+    assert " x its budget; kernels: " in about
+    assert not name or name in about.partition("kernels: ")[2].split(", ")
+
+
+@pytest.mark.long("planted faults", short=("attend", "reconstruction_gradient"))
+@pytest.mark.parametrize("name", TRITON)
+def test_a_planted_wrong_number_names_its_kernel(
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_path: Callable[[str], None],
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    one_path("triton")
+    found = kernels()[name]
+    monkeypatch.setattr(found, "run", spoiled(found.run))
+    assert command.check() == 1
+    found_wrong("triton", TRITON[name], name, capsys.readouterr().out)
+
+
+def test_wrong_numbers_of_attention_for_each_candidate_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_path: Callable[[str], None],
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    one_path("triton")
+    cases = [x for x in of_a_machine("float32", 32, 320) if x.name.startswith("candidate")]
+    monkeypatch.setattr(command, "_cases", lambda path, dtype: cases)
+    others = kernels("candidate")
+    assert others
+    for found in others.values():
+        monkeypatch.setattr(found, "run", spoiled(found.run))
+    assert command.check() == 1
+    found_wrong("triton", "candidate", "", capsys.readouterr().out)
+
+
+NATIVE = {
+    "attend": "reconstruct, no gradient",
+    "finish": "given, no gradient",
+    "attend_backward": "reconstruct",
+    "normalize_backward": "given",
+    "candidate": "candidate",
+}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_planted_wrong_number_names_its_native_stage(
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_path: Callable[[str], None],
+) -> None:
+    import courier_fast.kernels.cpu.loss  # noqa: F401
+    from courier_fast.kernels.cpu import native
+
+    if native.library is None:
+        pytest.skip(native.error_text)
+    one_path("cpu")
+    right = native.call
+    wrong = spoiled(right)
+    for module in [m for n, m in sys.modules.items() if n.startswith("courier_fast.kernels.cpu.")]:
+        if vars(module).get("call") is right:
+            monkeypatch.setattr(
+                module, "call", lambda n, *a: (wrong if n == name else right)(n, *a)
+            )
+    assert command.check() == 1
+    found_wrong("cpu", NATIVE[name], name, capsys.readouterr().out)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="interpreted")
+def test_a_kernel_that_cannot_be_launched_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_path: Callable[[str], None],
+) -> None:
+    one_path("triton")
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        raise LaunchError("the kernel attend cannot be launched, OutOfResources: shared memory")
+
+    monkeypatch.setattr(kernels()["attend"], "run", run)
+    assert command.check() == 1
+    assert "the kernel attend cannot be launched, OutOfResources" in capsys.readouterr().out
