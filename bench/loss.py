@@ -7,7 +7,8 @@
 - eager_full, compile: N x N logits, without and with torch.compile
 - compile_rows: the clicked rows, compiled
 - lce, lce_chunked: torch's linear_cross_entropy behind the eager attention
-- cce, liger, inf_cl, varlen, memeff, siglip, xformers_ce: other packages, see peers.py
+- cce, liger, liger_scaled, quack, inf_cl, varlen, memeff, siglip, xformers_ce: other packages, see
+  peers.py
 - cpu, triton, triton_graph (its CUDA graph), xformers: this package
 
 With attention for each candidate, eager and compile take some pages after the other, forward and

@@ -2,10 +2,11 @@
 when they are asked for.
 
 cce: cut-cross-entropy, with its gradient filter off, so that it computes the same. liger:
-liger-kernel's fused linear cross entropy. inf_cl: inf-cl's single-GPU loss. varlen: PyTorch's own
-varlen_attn and linear_cross_entropy. memeff: memeff's CLIP loss, direction "both" of a batch in
-which every item was clicked. siglip: siglip-kernel, a sigmoid loss of the same pairs: another loss,
-for its time only.
+liger-kernel's fused linear cross entropy; liger_scaled: its scaled one, with a temperature of its
+own, which on unit rows is this very contrast. quack: quack-kernels' chunked linear cross entropy.
+inf_cl: inf-cl's single-GPU loss. varlen: PyTorch's own varlen_attn and linear_cross_entropy.
+memeff: memeff's CLIP loss, direction "both" of a batch in which every item was clicked. siglip:
+siglip-kernel, a sigmoid loss of the same pairs: another loss, for its time only.
 """
 
 from __future__ import annotations
@@ -21,10 +22,22 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from courier_fast.testing.batches import Batch
 
-NAMES = ("cce", "liger", "inf_cl", "varlen", "memeff", "siglip", "xformers_ce")
+NAMES = (
+    "cce",
+    "liger",
+    "liger_scaled",
+    "quack",
+    "inf_cl",
+    "varlen",
+    "memeff",
+    "siglip",
+    "xformers_ce",
+)
 PACKAGES = {
     "cce": "cut-cross-entropy",
     "liger": "liger-kernel",
+    "liger_scaled": "liger-kernel",
+    "quack": "quack-kernels",
     "inf_cl": "inf-cl",
     "memeff": "memeff",
     "siglip": "siglip-kernel",
@@ -60,6 +73,8 @@ def cross_entropy(name: str, batch: Batch) -> Contrast | str:
     modules = {
         "cce": "cut_cross_entropy",
         "liger": "liger_kernel.transformers.functional",
+        "liger_scaled": "liger_kernel.ops.fused_linear_scaled_cross_entropy",
+        "quack": "quack.linear_cross_entropy",
         "inf_cl": "inf_cl",
     }
     module = _module(name, modules[name], batch)
@@ -69,6 +84,11 @@ def cross_entropy(name: str, batch: Batch) -> Contrast | str:
         return lambda r, e, rows: module.linear_cross_entropy(r / tau, e, rows, filter_eps=None)
     if name == "liger":
         return lambda r, e, rows: module.liger_fused_linear_cross_entropy(r / tau, e, rows)
+    if name == "liger_scaled":
+        scaled = module.LigerFusedLinearScaledCrossEntropyFunction
+        return lambda r, e, rows: scaled.apply(r, e, rows, tau).mean()
+    if name == "quack":
+        return lambda r, e, rows: module.chunked_linear_cross_entropy(r / tau, e, rows)
     head = next((d for d in (256, 128, 64, 32, 16) if batch.dim % d == 0), None)
     if head is None:
         return f"inf-cl takes dimensions that are multiples of 16, not {batch.dim}"
