@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 import textwrap
 import time
@@ -20,11 +21,13 @@ sys.path.append(str(ROOT))  # at the end: the installed package comes before the
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import courier_fast  # noqa: E402
+from bench import cases as bench_cases  # noqa: E402
 from bench.gpu import __main__ as driver  # noqa: E402
 from bench.gpu import record as records  # noqa: E402
 from bench.gpu import smoke, stages, summary, tools, worker  # noqa: E402
 from bench.gpu.record import FAILED, PASSED, SKIPPED, STOPPED, Record, Result  # noqa: E402
 from bench.gpu.worker import Setting  # noqa: E402
+from bench.problems import SHAPES  # noqa: E402
 from courier_fast.doctor import cases  # noqa: E402
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is interpreted")
@@ -276,6 +279,41 @@ def test_without_a_gpu_it_says_so(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_python_of_the_system_gets_an_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEP 668: pip refuses to install into the Python of Debian, Ubuntu and others."""
+    (tmp_path / "EXTERNALLY-MANAGED").touch()
+    monkeypatch.setattr(driver.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    assert driver.externally_managed()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
+    assert not driver.externally_managed()
+
+    python = driver.own_python(tmp_path)
+    assert python == tmp_path / "venv" / "bin" / "python"
+    assert "include-system-site-packages = true" in (tmp_path / "venv/pyvenv.cfg").read_text()
+    code = "import sys; print(sys.prefix != sys.base_prefix)"
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+    # The whole command goes on there; where there is no environment it says what to do.
+    ran: list[list[str]] = []
+
+    def again(command: list[str], **_: Any) -> Any:
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 7, "", "No module named venv")
+
+    monkeypatch.setattr(driver, "externally_managed", lambda: True)
+    monkeypatch.setattr(driver.subprocess, "run", again)
+    words = ["--rehearse", "--out", str(tmp_path)]
+    assert driver.main(words) == 7
+    assert ran == [[str(python), "-m", "bench.gpu", *words]]
+    problem = driver.own_python(tmp_path / "other")
+    assert isinstance(problem, str)
+    assert "PEP 668" in problem and "No module named venv" in problem
+
+
 # ---- the summary ---------------------------------------------------------------------------------
 
 
@@ -402,9 +440,34 @@ def test_ncu_is_read() -> None:
     assert first["stalls"] == {"long_scoreboard": 1.25, "wait": 0.75}
     assert first["registers"] == 246
     assert second["stalls"] == {"wait": 1000.5}
-    assert "transposed: tensor pipe 69.0 %" in found.line
+    assert "contrast: tensor pipe 71.5 %" in found.line
+    assert "contrast: tensor pipe 69.0 %" in found.line
     assert tools.of_ncu(1, "==ERROR== ERR_NVGPUCTRPERM").status == SKIPPED
     assert tools.of_ncu(1, "==ERROR== no kernels were profiled").status == FAILED
+
+
+def test_the_kernels_that_are_profiled_are_there() -> None:
+    source = "".join(p.read_text() for p in (ROOT / "kernels" / "triton").rglob("*.py"))
+    launched = re.findall(r"^@kernel.*\ndef (\w+)\(", source, re.MULTILINE)
+    pattern = tools.KERNELS.removeprefix("regex:")
+    chosen = {name for name in launched if re.search(pattern, name)}
+    assert "contrast" in chosen
+    assert {name.rpartition("_")[2] for name in chosen} >= {"scores", "columns", "history"}
+    command = tools.profile_command("candidate paper, cosine", Path("log.csv"))
+    assert command[command.index("--kernel-name") + 1] == tools.KERNELS
+    assert command[-5:] == ["--shape", "paper", "--attention", "candidate", "--cosine"]
+
+
+def test_the_default_call_is_measured_first() -> None:
+    known = {c.name: c for c in bench_cases.cases("cuda")}
+    assert set(stages.FIRST) <= set(known)
+    assert stages.FIRST[0] == "candidate paper"
+    for shape in ("paper", "paper50", "big20"):
+        for cosine in (False, True):
+            case = known[f"candidate {shape}{', cosine' * cosine}"]
+            assert case.shape == SHAPES[shape]
+            assert case.options.attention == "candidate" and case.options.cosine is cosine
+    assert {c.dtype for c in known.values() if c.group == "candidate"} >= {"float32", "float16"}
 
 
 def test_a_missing_tool_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ not use, the next ones get. Each case is written to DIR/<stage>.json as it ends,
 DIR/<stage>.log. The same command with the same DIR goes on with what is missing; a stage named by
 --stage that was finished begins again. A crash, a CUDA fault or a hang costs its case only.
 DIR/summary.md has a line for each stage and the targets beside what was measured. Nothing needs the
-network; a package that is missing costs a line. Exit code 1 if something failed.
+network; a package that is missing costs a line. A Python into which pip may not install (PEP 668)
+gets a virtual environment, DIR/venv. Exit code 1 if something failed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,6 +102,32 @@ def install(out: Path, source: str) -> str | None:
         return f"{' '.join(command[1:])}: {tools.last_lines(run.stdout + run.stderr)}"
     done.write_text(source)
     return None
+
+
+def externally_managed() -> bool:
+    """Whether pip may not install into this Python (PEP 668): the system's, outside of any virtual
+    environment."""
+    marker = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
+    return sys.prefix == sys.base_prefix and marker.exists()
+
+
+def own_python(out: Path) -> Path | str:
+    """The Python of a virtual environment in `out` that sees the packages of this one; what to do
+    where none can be made."""
+    folder = out / "venv"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        # Without a pip of its own, which needs packages of the system; it sees this Python's.
+        options = ["--system-site-packages", "--without-pip"]
+        command = [sys.executable, "-m", "venv", *options, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return (
+                f"this Python is managed by the system (PEP 668) and {' '.join(command[1:])} "
+                f"failed: {tools.last_lines(done.stdout + done.stderr)}. Make a virtual "
+                "environment with --system-site-packages and run this in it"
+            )
+    return python
 
 
 # ---- stages --------------------------------------------------------------------------------------
@@ -234,7 +262,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     command = " ".join(["python -m bench.gpu", *words])
     source = sources()
-    problem = None if args.no_install else install(args.out, source)
+    problem = None
+    if not args.no_install:
+        if externally_managed():
+            python = own_python(args.out)
+            if isinstance(python, Path):  # all of this again, there
+                run = subprocess.run([str(python), "-m", "bench.gpu", *words], check=False)
+                return run.returncode
+            problem = python
+        else:
+            problem = install(args.out, source)
     if problem is not None:
         os.environ[tools.FROM_SOURCE] = "1"
         print(f"not installed, the sources run as they are: {problem}", flush=True)

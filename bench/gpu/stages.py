@@ -117,6 +117,28 @@ def _measured(case: Any, setting: Setting, memory: bool) -> tuple[Result, dict[s
     return Result("; ".join(shown), FAILED if broken else "passed", data), found
 
 
+# What is measured first, the default call before all.
+FIRST = (
+    "candidate paper",
+    "candidate paper, cosine",
+    "paper",
+    "candidate paper50",
+    "candidate big20",
+    "big20",
+    "paper50",
+    "candidate paper50, cosine",
+    "candidate big20, cosine",
+    "items",
+    "candidate D = 768",
+    "candidate float32",
+    "big100",
+    "forward",
+    "big768",
+    "candidate",
+    "huge",
+)
+
+
 def bench(setting: Setting) -> Cases:
     import torch
 
@@ -134,20 +156,14 @@ def bench(setting: Setting) -> Cases:
         return {c.name: partial(lambda c: _measured(c, setting, False)[0], c) for c in tiny}
     # torch.compile on every shape would take longer than everything else.
     short = ("reference", "eager", "lce", *PEERS, *OURS)
-    compiled = ("paper", "paper50", "big20", "big100", "candidate", "big768")
-    chosen = [c if c.name in compiled else replace(c, names=short) for c in cases("cuda")]
-    first = (
-        "paper",
-        "paper50",
-        "big20",
-        "big100",
-        "items",
-        "forward",
-        "candidate",
-        "big768",
-        "huge",
-    )
-    chosen.sort(key=lambda c: first.index(c.name) if c.name in first else len(first))
+    compiled = ("paper", "big20", "big100", "candidate")
+    chosen = [
+        replace(c, names=tuple(n for n in c.names if n != "compile") or short)
+        if c.name not in compiled
+        else c
+        for c in cases("cuda")
+    ]
+    chosen.sort(key=lambda c: FIRST.index(c.name) if c.name in FIRST else len(FIRST))
     measured: Cases = {c.name: partial(lambda c: _measured(c, setting, True)[0], c) for c in chosen}
     return {"copy": copy} | measured
 
@@ -155,6 +171,7 @@ def bench(setting: Setting) -> Cases:
 def graph(setting: Setting) -> Cases:
     from bench.loss import Case
     from bench.problems import SHAPES
+    from courier_fast.testing.batches import Options
 
     def one(case: Any) -> Result:
         result, found = _measured(case, setting, False)
@@ -166,10 +183,10 @@ def graph(setting: Setting) -> Cases:
     names = ("triton", "triton_graph")
     if setting.rehearse:
         return {"tiny": lambda: one(replace(_tiny(), names=names))}
-    return {
-        n: partial(one, Case(n, SHAPES[n], names=names))
-        for n in ("paper", "tiny", "paper50", "big20")
-    }
+    default = Options(attention="candidate")
+    found = {f"candidate {n}": Case(n, SHAPES[n], default, names=names) for n in ("paper", "tiny")}
+    found |= {n: Case(n, SHAPES[n], names=names) for n in ("paper", "tiny", "paper50", "big20")}
+    return {name: partial(one, case) for name, case in found.items()}
 
 
 def options(setting: Setting) -> Cases:
@@ -241,7 +258,7 @@ def tune(setting: Setting) -> Cases:
 def profile(setting: Setting) -> Cases:
     from bench.gpu import tools
 
-    return {shape: partial(tools.profile, shape, setting) for shape in ("paper", "big20")}
+    return {what: partial(tools.profile, what, setting) for what in tools.PROFILES}
 
 
 def step(setting: Setting) -> Cases:
@@ -270,15 +287,16 @@ def dali(setting: Setting) -> Cases:
     return {"decode": decode}
 
 
+# Is it right, how fast is it, and why; then what takes long to ask.
 STAGES = {
-    "smoke": Stage(smoke, 60, workers=12),
-    "tests": Stage(tests, 90, workers=4),
-    "sanitizer": Stage(sanitizer, 60, workers=4),
+    "smoke": Stage(smoke, 90, workers=12),
     "bench": Stage(bench, 150),
     "graph": Stage(graph, 20),
-    "tune": Stage(tune, 60),
+    "profile": Stage(profile, 35),
+    "sanitizer": Stage(sanitizer, 60, workers=4),
+    "tests": Stage(tests, 70, workers=4),
     "options": Stage(options, 35),
-    "profile": Stage(profile, 25),
-    "step": Stage(step, 40),
-    "dali": Stage(dali, 20),
+    "tune": Stage(tune, 40),
+    "step": Stage(step, 25),
+    "dali": Stage(dali, 15),
 }

@@ -1,4 +1,7 @@
-"""A step for a profiler to look at: `python -m bench.gpu.target --shape paper`"""
+"""A step for a profiler to look at.
+
+python -m bench.gpu.target --shape paper [--attention candidate [--cosine]]
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,14 @@ from courier_fast.testing.batches import Options, call, make_batch
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.target", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="paper")
+    parser.add_argument("--attention", choices=("anchor", "candidate"), default="anchor")
+    parser.add_argument("--cosine", action="store_true")
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args(arguments)
     device = torch.device("cpu" if args.rehearse else "cuda")
     dtype = torch.float32 if args.rehearse else torch.bfloat16
-    batch = make_batch(SHAPES[args.shape], Options(), dtype, device)
+    options = Options(attention=args.attention, cosine=args.cosine)
+    batch = make_batch(SHAPES[args.shape], options, dtype, device)
     for measured in (False, True):
         if measured and device.type == "cuda":
             torch.cuda.synchronize()

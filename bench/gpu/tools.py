@@ -146,27 +146,41 @@ STALL = re.compile(
 )
 
 
-def profile_command(shape: str, log: Path, program: str = "ncu") -> list[str]:
-    """The contrast's passes of one step, after it has run before."""
+# Steps, by the options of bench.gpu.target.
+_DEFAULT = ("--attention", "candidate")
+PROFILES: dict[str, tuple[str, ...]] = {
+    "candidate paper": ("--shape", "paper", *_DEFAULT),
+    "candidate paper, cosine": ("--shape", "paper", *_DEFAULT, "--cosine"),
+    "paper": ("--shape", "paper"),
+    "candidate big20": ("--shape", "big20", *_DEFAULT),
+    "big20": ("--shape", "big20"),
+}
+# The kernels with a product in their loop: the contrast, and those of attention for each candidate.
+KERNELS = r"regex:^(contrast|\w+_(scores|columns|history))$"
+
+
+def profile_command(what: str, log: Path, program: str = "ncu") -> list[str]:
+    """The passes of one step, after it has run before."""
     sections = [x for name in SECTIONS for x in ("--section", name)]
-    options = ["--profile-from-start", "off", "--kernel-name", "contrast", "--csv", "--page", "raw"]
-    target = module("bench.gpu.target", "--shape", shape)
+    options = ["--profile-from-start", "off", "--kernel-name", KERNELS, "--csv", "--page", "raw"]
+    target = module("bench.gpu.target", *PROFILES[what])
     return [program, *options, "--log-file", str(log), *sections, *target]
 
 
-def profile(shape: str, setting: Setting) -> Result:
-    log = setting.out / f"ncu-{shape}.csv"
+def profile(what: str, setting: Setting) -> Result:
+    log = setting.out / f"ncu-{what.replace(', ', '-').replace(' ', '-')}.csv"
     if setting.rehearse:
-        command = profile_command(shape, log)
-        target = ["--shape", "tiny", "--rehearse"]
-        code, text = run(module("bench.gpu.target", *target)) if shape == "paper" else (0, "")
+        command = profile_command(what, log)
+        target = ["--shape", "tiny", *PROFILES[what][2:], "--rehearse"]
+        once = PROFILES[what][1] == "paper"  # the others are the same but for the shape
+        code, text = run(module("bench.gpu.target", *target)) if once else (0, "")
         if code:
             return Result(last_lines(text), FAILED)
         return Result(f"not run: {' '.join(command[:8])} ...")
     program = found("ncu")
     if program is None:
         return Result("ncu is not on the PATH", SKIPPED)
-    code, text = run(profile_command(shape, log, program))
+    code, text = run(profile_command(what, log, program))
     return of_ncu(code, (log.read_text() if log.exists() else "") + "\n" + text)
 
 
@@ -219,11 +233,11 @@ def of_ncu(code: int, text: str) -> Result:
     if not rows:
         return Result(f"ncu gave no rows (exit code {code}): {last_lines(text)}", FAILED)
     shown = []
-    for name, r in zip(("forward", "transposed", *["more"] * len(rows)), rows, strict=False):
+    for r in rows:
         waits = ", ".join(f"{k} {v:.2f}" for k, v in r["stalls"].items())
         tensor, issue = (
             ("?" if r[k] is None else f"{r[k]:.1f} %")
             for k in ("tensor_pipe_percent", "issue_slots_percent")
         )
-        shown.append(f"{name}: tensor pipe {tensor}, issue slots {issue}, waits for {waits}")
+        shown.append(f"{r['kernel']}: tensor pipe {tensor}, issue slots {issue}, waits for {waits}")
     return Result("; ".join(shown), data={"kernels": rows})
