@@ -93,8 +93,9 @@ def unavailable_reasons(p: Problem | SequenceProblem) -> list[str]:
     reasons += _xformers_reasons(source, getattr(p, "num_heads", 1))
     try:
         triton_loss = _pipeline()
-    except ImportError as error:
-        reasons.append(f"Triton, which the contrast needs, cannot be imported: {error}")
+    except Exception as error:  # an installation that is broken fails in many ways
+        what = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        reasons.append(f"Triton, which the contrast needs, cannot be imported: {what}")
         if source.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             reasons.append(f"dtype is {source.dtype}; float32, float16 or bfloat16 is needed")
         if not 1 <= source.shape[1] <= LARGEST_DIM:

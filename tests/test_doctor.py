@@ -78,6 +78,22 @@ def test_what_is_missing_or_broken_is_a_line(tmp_path: Path) -> None:
     assert done.returncode == 1
 
 
+def test_a_triton_that_is_broken_is_not_checked(tmp_path: Path) -> None:
+    environment = broken_packages(tmp_path) | {"TRITON_INTERPRET": "1"}
+    for name in ("torch", "xformers"):  # the rest is whole
+        (tmp_path / name / "__init__.py").unlink()
+        (tmp_path / name).rmdir()
+    code = "from courier_fast.doctor import command; print([p.impl for p in command._paths()])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert (
+        "not checked: triton: courier_fast.kernels.triton.loss cannot be imported: SystemError"
+        in done.stdout
+    )
+    assert "'cpu'" in done.stdout.splitlines()[-1]
+
+
 def test_a_hang_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "SECONDS", 0.3)
     monkeypatch.setattr(machine, "_BOOT", "import time; time.sleep(60)")

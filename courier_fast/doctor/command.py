@@ -92,6 +92,7 @@ def _paths() -> Iterator[Path]:
         elif device == "cuda":
             yield Path(f"{impl}, GPU", impl, device, ("bfloat16",), ("float32", "float16"))
         elif impl == "triton":  # the interpreter's products of bfloat16 are wrong
+            make_fast()
             yield Path("triton, interpreter", impl, device, ("float32",), ("float16",))
 
 
@@ -99,9 +100,11 @@ def _reasons(impl: str, device: str) -> list[str]:
     import torch
 
     from ..loss.operators import unavailable_reasons
-    from .probes import _problem
+    from .probes import empty_problem
 
-    return unavailable_reasons(impl, _problem(torch.device(device), torch.float32, 64, "anchor"))
+    return unavailable_reasons(
+        impl, empty_problem(torch.device(device), torch.float32, 64, "anchor")
+    )
 
 
 # Checked in every type.
@@ -133,8 +136,6 @@ def check() -> int:
         return 1
     if not torch.cuda.is_available():
         os.environ[INTERPRET] = "1"  # before the kernels are imported
-    if os.environ.get(INTERPRET) == "1":
-        make_fast()
     from .check import WrongNumberError
 
     start, count = time.monotonic(), 0

@@ -103,7 +103,7 @@ def _choices(say: Say) -> None:
     from ..loss.operators import IMPLEMENTATIONS, unavailable_reasons
 
     for device in ["cuda"] * torch.cuda.is_available() + ["cpu"]:
-        about = _problem(torch.device(device), torch.float32, 256, "candidate")
+        about = empty_problem(torch.device(device), torch.float32, 256, "candidate")
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             say(f'impl="auto", {device}', f"{str(dtype)[6:]}: {_chosen(about.pv.device, dtype)}")
         for impl in IMPLEMENTATIONS:
@@ -121,23 +121,19 @@ def _chosen(device: Any, dtype: Any) -> str:
     found: dict[tuple[str, str], list[str]] = {}
     for attention in ("candidate", "anchor"):
         for dim in (64, 128, 256, 512, 1024):
-            p = _problem(device, dtype, dim, attention)
+            p = empty_problem(device, dtype, dim, attention)
             chosen = kernels_of(choose("auto", p))
             wanted = kernels_of(AUTO[device.type])
             why = "" if chosen == wanted else "; ".join(unavailable_reasons(wanted, p))
             found.setdefault((chosen, why), []).append(f"{attention} D = {dim}")
     every = len(found) == 1
     return "; ".join(
-        f"{chosen}{'' if every else f' for {_and(which)}'}{f' ({why})' if why else ''}"
+        f"{chosen}{'' if every else ' for ' + ', '.join(which)}{f' ({why})' if why else ''}"
         for (chosen, why), which in found.items()
     )
 
 
-def _and(words: list[str]) -> str:
-    return ", ".join(words)
-
-
-def _problem(device: Any, dtype: Any, dim: int, attention: str) -> Any:
+def empty_problem(device: Any, dtype: Any, dim: int, attention: str) -> Any:
     """Without rows, with gradients."""
     import torch
 
