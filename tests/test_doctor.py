@@ -285,6 +285,30 @@ def test_a_planted_wrong_number_names_its_native_stage(
     found_wrong("cpu", NATIVE[name], name, capsys.readouterr().out)
 
 
+def test_what_an_implementation_refuses_is_not_checked(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_path: Callable[[str], None],
+) -> None:
+    pytest.importorskip("courier_fast._native")
+    from courier_fast.loss import operators
+
+    one_path("cpu")
+    cases = [x for x in of_a_machine("float32", 32, 320) if x.name in ("anchor", "candidate")]
+    monkeypatch.setattr(command, "_cases", lambda path, dtype: cases)
+    reasons = operators.unavailable_reasons
+
+    def refused(impl: str, p: Any) -> list[str]:
+        return ["shared memory"] if p.attention == "candidate" else reasons(impl, p)
+
+    monkeypatch.setattr(operators, "unavailable_reasons", refused)
+    assert command.check() == 0
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert "cpu: anchor: " in first and " of its budget" in first
+    assert second.startswith("cpu: candidate: ") and second.endswith("not checked: shared memory")
+    assert last.startswith("all 1 right, ")
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="interpreted")
 def test_a_kernel_that_cannot_be_launched_is_named(
     monkeypatch: pytest.MonkeyPatch,

@@ -20,7 +20,14 @@ from bench.cases import VARIANTS
 from bench.gpu.record import FAILED, SKIPPED, Result
 from bench.gpu.setting import attempt
 from courier_fast.doctor.cases import CANDIDATES, DTYPES, Case, of_a_machine, others
-from courier_fast.doctor.check import Problems, WrongNumberError, check, observed, size_of
+from courier_fast.doctor.check import (
+    CannotRunError,
+    Problems,
+    WrongNumberError,
+    check,
+    observed,
+    size_of,
+)
 from courier_fast.testing.batches import Options, Shape, graphed
 from courier_fast.testing.interpreter import make_fast
 
@@ -124,13 +131,15 @@ def judged(case: Case, device: str, bare: bool = False) -> Result:
     batch = problems.batch(0)
     if case.what == "graph" and isinstance(reason := graphed(batch), str):
         return Result(reason, SKIPPED)
-    if bare:
-        kernels = observed(case, case.function("triton"), batch, bare=True).kernels
-        kernels = sorted(set(kernels))
-        line = f"{size_of(batch)}: {len(kernels)} kernels ran"
-        return Result(line, data={"kernels": kernels})
     try:
+        if bare:
+            ran = observed(case, case.function("triton"), batch, bare=True)
+            kernels = sorted(set(ran.kernels))
+            line = f"{size_of(batch)}: {len(kernels)} kernels ran"
+            return Result(line, data={"kernels": kernels})
         found = check(problems, "triton")
+    except CannotRunError as error:
+        return Result(str(error), SKIPPED)
     except WrongNumberError as error:
         if error.__cause__ is not None:  # nothing was computed
             raise

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..loss.functional import REFUSED
 from ..loss.launched import listening
 from ..testing.batches import Batch
 from ..testing.budget import DRAWS, Budget, Error, Rounding, Yardstick, held
@@ -21,6 +22,10 @@ FIRST, MOST = 2, 8
 
 class WrongNumberError(RuntimeError):
     """Not within the error budget, or not computed at all; names kernels and shape."""
+
+
+class CannotRunError(RuntimeError):
+    """The implementation refuses the problem, with its reasons."""
 
 
 @dataclass
@@ -100,6 +105,8 @@ def observed(
             if batch.clicked.is_cuda:
                 torch.cuda.synchronize()
         except Exception as error:
+            if REFUSED in str(error):
+                raise CannotRunError(str(error).partition(REFUSED)[2].strip(": ")) from error
             kernel = run.kernels[-1] if run.kernels else "before the first kernel"
             line = f"{kernel}: {size_of(batch)}: {type(error).__name__}: {error}"
             raise WrongNumberError(line) from error
@@ -169,7 +176,8 @@ class Judged:
 
 
 def check(problems: Problems, impl: str, right: set[str] | None = None) -> Judged:
-    """Raises WrongNumberError where `impl` is not within the budget of a case.
+    """Raises WrongNumberError where `impl` is not within the budget of a case, CannotRunError where
+    it refuses it.
 
     An excess may be luck where there are few numbers: it has to stay with more problems. `right`
     are the kernels of cases that were right before, and gets those of this one.

@@ -136,7 +136,7 @@ def check() -> int:
         return 1
     if not torch.cuda.is_available():
         os.environ[INTERPRET] = "1"  # before the kernels are imported
-    from .check import WrongNumberError
+    from .check import CannotRunError, WrongNumberError
 
     start, count = time.monotonic(), 0
     problems: dict[tuple[str, Case], Any] = {}
@@ -147,6 +147,9 @@ def check() -> int:
                 print(f"{path.name}: {case.key}: ", end="", flush=True)
                 try:
                     print(_checked(path, case, problems), flush=True)
+                except CannotRunError as error:
+                    print(f"not checked: {error}", flush=True)
+                    continue
                 except WrongNumberError as error:
                     print(f"WRONG: {error}", flush=True)
                     print("Please report this as an issue, with all of the above.")

@@ -30,6 +30,8 @@ from .union.exchange import Group, Participants, reporting
 # What impl="auto" takes where it can run. Triton's interpreter is for tests: impl="triton" on CPU
 # tensors has to be asked for.
 AUTO = {"cuda": "triton" + OR_REFERENCE, "cpu": "cpu"}
+# How the error of an explicit `impl` begins, after its name.
+REFUSED = "cannot run this problem here"
 # The `group` of a module that is given none.
 LEFT_OUT = Group(None)
 
@@ -83,7 +85,7 @@ def choose(impl: str, p: Problem | SequenceProblem) -> str:
     if impl != "reference":
         reasons = operators.unavailable_reasons(impl, p)
         if reasons:
-            raise RuntimeError(f"impl={impl!r} cannot run this problem here: " + "; ".join(reasons))
+            raise RuntimeError(f"impl={impl!r} {REFUSED}: " + "; ".join(reasons))
     return impl
 
 
