@@ -171,7 +171,7 @@ def profile(what: str, setting: Setting) -> Result:
     log = setting.out / f"ncu-{what.replace(', ', '-').replace(' ', '-')}.csv"
     if setting.rehearse:
         command = profile_command(what, log)
-        target = ["--shape", "tiny", *PROFILES[what][2:], "--rehearse"]
+        target = [*PROFILES[what], "--rehearse"]
         once = PROFILES[what][1] == "paper"  # the others are the same but for the shape
         code, text = run(module("bench.gpu.target", *target)) if once else (0, "")
         if code:
