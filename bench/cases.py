@@ -130,7 +130,6 @@ def cases(device: str, quick: bool = False) -> list[Case]:
         found = [Case(name, SHAPES[name]) for name in shapes]
         found += [_items(device, "bfloat16"), Case("forward", SHAPES["big100"], forward=True)]
         found.append(Case("big100 both", SHAPES["big100"], Options(direction="both")))
-        found += _candidate_on_gpu()
         dims, rows = (64, 128, 256, 384, 512, 768, 1024), 32_768
         lengths = (2048, 8192, 32_768, 131_072, 262_144)
         types = [
@@ -144,6 +143,7 @@ def cases(device: str, quick: bool = False) -> list[Case]:
         dims, rows = (64, 256, 768), 2048
         lengths = (1024, 2048, 4096, 8192)
     found += [c for each in (both if device == "cpu" else (dtype,)) for c in _candidate(each)]
+    found += _candidate_on_gpu() if device == "cuda" else []
     found += [case for each in both for case in _courier(each)]
     found += [Case(f"D = {d}", _square(rows, d), dtype=dtype, group="dims") for d in dims]
     found += [Case(f"N = M = {n:,}", _square(n, 256), dtype=dtype, group="rows") for n in lengths]

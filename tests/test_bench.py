@@ -7,17 +7,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # at the end: the installed package comes before the source tree
 
-from bench import candidates, errors, loss, measure, peers  # noqa: E402
+from bench import candidates, errors, loss, measure  # noqa: E402
 from bench.candidates import Candidate, eager_logits, make  # noqa: E402
 from bench.problems import SHAPES  # noqa: E402
 from courier_fast.testing.batches import (  # noqa: E402
@@ -75,43 +73,6 @@ def test_an_implementation_asked_for_that_cannot_run_is_an_error(
     captured = capsys.readouterr()
     assert "xformers is not installed" in captured.out
     assert "cannot run: xformers" in captured.err
-
-
-def _scaled(r: Tensor, e: Tensor, rows: Tensor, temperature: float = 1.0) -> Tensor:
-    """A loss of each row, as liger-kernel 0.8.5 gives it."""
-    return functional.cross_entropy(r @ e.T / temperature, rows, reduction="none")
-
-
-def _chunked(x: Tensor, weight: Tensor, target: Tensor, chunk_size: int = 4096) -> Tensor:
-    """The mean, as quack-kernels 0.6.5 gives it."""
-    return functional.cross_entropy(x @ weight.T, target)
-
-
-@pytest.mark.parametrize(
-    ("name", "module", "fake"),
-    [
-        (
-            "liger_scaled",
-            "liger_kernel.ops.fused_linear_scaled_cross_entropy",
-            {"LigerFusedLinearScaledCrossEntropyFunction": SimpleNamespace(apply=_scaled)},
-        ),
-        ("quack", "quack.linear_cross_entropy", {"chunked_linear_cross_entropy": _chunked}),
-    ],
-)
-def test_peers_that_need_a_gpu_are_called_as_they_are_made(
-    name: str, module: str, fake: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batch = make_batch(SHAPES["tiny"], Options(tau=0.07), torch.float64, CPU)
-    found = make(name, batch)
-    assert isinstance(found, str) and "needs a CUDA device" in found
-    monkeypatch.setattr(
-        peers, "_module", lambda n, m, b: SimpleNamespace(**fake) if (n, m) == (name, module) else n
-    )
-    candidate = make(name, batch)
-    assert isinstance(candidate, Candidate) and not candidate.another
-    exact = errors.exact(batch)
-    for tensor, x in errors.loss_and_gradients(candidate.loss, batch).items():
-        torch.testing.assert_close(x, exact[tensor])
 
 
 @pytest.mark.parametrize(

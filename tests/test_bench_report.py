@@ -207,6 +207,15 @@ def _fakes() -> dict[str, Any]:
     def liger(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(input @ weight.T, target)
 
+    class Scaled:  # of liger-kernel 0.8.5: a loss of each row
+        @staticmethod
+        def apply(_input: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
+            logits = _input @ weight.T / temperature
+            return functional.cross_entropy(logits, target, reduction="none")
+
+    def quack(x: Tensor, weight: Tensor, target: Tensor, chunk_size: int = 4096) -> Tensor:
+        return functional.cross_entropy(x @ weight.T, target)
+
     def inf(q: Tensor, k: Tensor, labels: Tensor, scale: float, head_dim: int) -> Tensor:
         assert q.shape[1] % head_dim == 0
         return functional.cross_entropy(scale * q @ k.T, labels, reduction="none")
@@ -237,13 +246,19 @@ def _fakes() -> dict[str, Any]:
         "liger_kernel.transformers.functional": types.SimpleNamespace(
             liger_fused_linear_cross_entropy=liger
         ),
+        "liger_kernel.ops.fused_linear_scaled_cross_entropy": types.SimpleNamespace(
+            LigerFusedLinearScaledCrossEntropyFunction=Scaled
+        ),
+        "quack.linear_cross_entropy": types.SimpleNamespace(chunked_linear_cross_entropy=quack),
         "inf_cl": types.SimpleNamespace(cal_flash_loss=inf),
         "memeff": types.SimpleNamespace(MemoryEfficientCLIPLoss=Clip),
         "torch.nn.attention.varlen": types.SimpleNamespace(varlen_attn=varlen),
     }
 
 
-@pytest.mark.parametrize("name", ["cce", "liger", "inf_cl", "memeff", "varlen"])
+@pytest.mark.parametrize(
+    "name", ["cce", "liger", "liger_scaled", "quack", "inf_cl", "memeff", "varlen"]
+)
 def test_peers_are_called_for_this_loss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "varlen" and not hasattr(functional, "linear_cross_entropy"):
         pytest.skip("this torch has no linear_cross_entropy")
