@@ -43,7 +43,7 @@ COMMANDS = {
     ),
     "index": (
         "courier_fast.index.command",
-        "nearest neighbours of items and images; clusters",
+        "nearest neighbours of items and images; clusters, semantic ids",
     ),
     "report": (
         "courier_fast.report.command",

@@ -211,6 +211,10 @@ RULES: dict[str, list[Rule]] = {
         beside("--like", "--until", "--k", "--seed", example="clusters/"),
         without("--until", "--dataset"),
     ],
+    "index codes": [
+        beside("--like", "--until", "--levels", "--codes", "--seed", example="codes/"),
+        without("--until", "--dataset"),
+    ],
     "quickstart": [],
     "doctor": [],
 }

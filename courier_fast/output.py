@@ -101,6 +101,12 @@ CLUSTERS = Product(
     ("format", "clusters"),
     re.compile(r"clusters\.(json|parquet)|centroids_\d+\.npy"),
 )
+CODES = Product(
+    "earlier codes",
+    "codes.json",
+    ("format", "codes"),
+    re.compile(r"codes\.(json|parquet)|codebooks\.npy"),
+)
 
 
 # ---- the rule ------------------------------------------------------------------------------------

@@ -234,6 +234,80 @@ def test_clusters_are_of_known_items_and_the_same_again(dataset: Dataset) -> Non
         np.testing.assert_allclose(np.expm1(same[i]), expected, atol=1e-5)
 
 
+def test_codes_are_the_nearest_of_what_is_left() -> None:
+    rng = np.random.default_rng(2)
+    table = (3 * rng.normal(size=(300, 8))).astype(np.float32)
+    table[7] = np.nan
+    known = rng.random(300) < 0.7
+    have = np.isfinite(table).all(1)
+    found = features.code_features(table, known, levels=3, codes=16)
+    np.testing.assert_array_equal(found, features.code_features(table, known, levels=3, codes=16))
+    assert (found[7] == -1).all() and (found[have] >= 0).all() and found.max() == 15
+    books = features.codebooks_of(table, known, 3, 16)
+    left = table[have] / np.linalg.norm(table[have], axis=1, keepdims=True)
+    errors = [1.0]
+    for level, book in enumerate(books):
+        distance = np.square(left[:, None] - book).sum(2)
+        chosen = distance[np.arange(len(left)), found[have, level]]
+        np.testing.assert_allclose(chosen, distance.min(1), atol=1e-5)
+        left = left - book[found[have, level]]
+        errors.append(float(np.square(left).sum(1).mean()))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
+    # What is not known moves no codebook.
+    other = table.copy()
+    other[~known] = rng.normal(size=((~known).sum(), 8))
+    np.testing.assert_array_equal(books, features.codebooks_of(other, known, 3, 16))
+    few = features.codebooks_of(table[:5], None, 2, 16)
+    assert few.shape == (2, 5, 8)
+    for levels, codes, message in ((0, 4, "levels: expected at least 1"), (1, 0, "codes: exp")):
+        with pytest.raises(ValueError, match=message):
+            features.code_features(table, levels=levels, codes=codes)
+
+
+def test_prefixes_are_numbers_of_what_codes_begin_with() -> None:
+    codes = np.array(
+        [[3, 1, 0], [0, 5, 5], [3, 1, 2], [-1, -1, -1], [3, 0, 0], [0, 5, 5], [9, 9, 9]]
+    )
+    found = features.code_prefixes(codes)
+    have = codes[:, 0] >= 0
+    assert (found[~have] == -1).all()
+    for level in range(3):
+        begins = [tuple(x) for x in codes[have, : level + 1]]
+        numbers = found[have, level]
+        assert dict(zip(begins, numbers, strict=True)) == {
+            x: i for i, x in enumerate(sorted(set(begins)))
+        }
+        assert [numbers[begins.index(x)] for x in begins] == numbers.tolist()
+    known = np.array([True] * 3 + [True, False, True, False])
+    seen = features.code_prefixes(codes, known)
+    assert seen[:, 0].tolist() == [1, 0, 1, -1, 1, 0, -1]
+    assert seen[:, 1].tolist() == [1, 0, 1, -1, -1, 0, -1]  # 3, 0 is the beginning of none
+    assert seen[:, 2].tolist() == [1, 0, 2, -1, -1, 0, -1]
+
+
+def test_the_form_code_is_an_id_for_each_level_and_prefix(
+    world: tuple[Dataset, np.ndarray],
+) -> None:
+    d, style = world
+    protocol = make_protocol(d)
+    known = protocol.known_items(d)
+    inputs = Material(d, protocol).inputs("code", style)
+    plain = Material(d, protocol).inputs("none")
+    codes = features.code_features(style, known)
+    seen = features.code_prefixes(codes, known)
+    expected = np.concatenate([codes, seen[:, 1:]], 1) + 1
+    found = inputs.tables.codes.numpy()[:, plain.tables.codes.shape[1] :]
+    np.testing.assert_array_equal(found, expected)
+    assert (inputs.tables.codes.numpy() < np.array(inputs.tables.sizes)).all()
+    assert len(inputs.tables.sizes) == plain.tables.codes.shape[1] + 5
+    assert inputs.dense == plain.dense + 3
+    same = features.same_cluster(features.code_prefixes(codes), inputs.splits["train"].shown)
+    own = inputs.splits["train"].dense[:, -3:].numpy()
+    for level in range(3):  # as they are, but for mean, scale and outliers
+        if same[:, level].std() > 0:
+            assert np.corrcoef(own[:, level], same[:, level])[0, 1] > 0.9
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -97,7 +97,7 @@ def test_wrong_embeddings_are_named_before_any_training(
     [
         (
             ["--forms", "pixels"],
-            "form: expected one of none, vector, similarity, cluster, all, got 'pixels'",
+            "form: expected one of none, vector, similarity, cluster, code, all, got 'pixels'",
         ),
         (["--models", "deepfm"], "models: expected some of din, dcnv2, got 'deepfm'"),
         (["--protocol", "both"], "protocol: expected some of disjoint, shared, got 'both'"),
@@ -457,13 +457,20 @@ def test_export_has_the_impressions_and_all_forms(
     np.testing.assert_array_equal(vectors, features.vector_features(style, known))
     clusters = features.cluster_features(style, known)
     np.testing.assert_array_equal(items["style_cluster_256"], clusters[:, 0])
+    codes = features.code_features(style, known)
+    np.testing.assert_array_equal(items["style_code_3"], codes[:, 2])
+    seen, every = features.code_prefixes(codes, known), features.code_prefixes(codes)
+    np.testing.assert_array_equal(read["style_prefix_2"], seen[x.item, 1])
+    same = features.same_cluster(every, x)
+    np.testing.assert_array_equal(
+        np.stack([read[f"style_same_prefix_{i}"] for i in (1, 2, 3)], 1), same
+    )
     text = (tmp_path / "README.md").read_text()
     for table in (read, items):
         for column in table.column_names:
             generic = column.replace("style_similarity_", "style_similarity_*|").split("|")[0]
-            generic = (
-                "_".join([*generic.split("_")[:-1], "*"]) if "cluster_" in generic else generic
-            )
+            if any(x in generic for x in ("cluster_", "code_", "prefix_")):
+                generic = "_".join([*generic.split("_")[:-1], "*"])
             assert f"| {generic} |" in text, column
 
 

@@ -112,7 +112,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, np.ndar
     return d, style, path / "x"
 
 
-@pytest.mark.parametrize("form", ["none", "vector_style", "similarity_style", "cluster_style"])
+@pytest.mark.parametrize(
+    "form", ["none", "vector_style", "similarity_style", "cluster_style", "code_style"]
+)
 def test_fuxictr_reads_the_export(
     exported: tuple[Dataset, np.ndarray, Path], monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:

@@ -15,8 +15,9 @@ import pytest
 from dataset_factory import make_dataset
 
 from courier_fast.cli import main
-from courier_fast.ctr.features import cluster_features
+from courier_fast.ctr.features import cluster_features, code_features, nearest_codes
 from courier_fast.index.clusters import assign_clusters, fit_clusters
+from courier_fast.index.codes import code_report, extend_codes, fit_codes
 from courier_fast.index.index import Index, build, exact_search
 from courier_fast.index.neighbours import nearest_images, nearest_items, write_page
 
@@ -225,6 +226,94 @@ def test_clusters_are_those_of_the_features_and_stay(tmp_path: Path, vectors: np
         assign_clusters(IDS[:100], later, tmp_path, tmp_path / "x", space=SPACE)
     with pytest.raises(ValueError, match="clusters: expected numbers of at least 1"):
         fit_clusters(IDS, vectors, tmp_path / "x", clusters=[0])
+
+
+def read_codes(folder: Path) -> dict[str, tuple[int, ...]]:
+    table = pq.read_table(folder / "codes.parquet")
+    columns = [table[c].to_pylist() for c in table.column_names if c.startswith("code_")]
+    return dict(zip(table["item_id"].to_pylist(), zip(*columns, strict=True), strict=True))
+
+
+def test_a_table_of_codes_only_grows(tmp_path: Path, vectors: np.ndarray) -> None:
+    known, first, second = np.arange(2000) < 1500, tmp_path / "c", tmp_path / "later"
+    rows = vectors[:2000].copy()
+    rows[3] = np.nan
+    report = fit_codes(IDS[:2000], rows, first, known=known, levels=2, codes=32, space=SPACE)
+    old = read_codes(first)
+    expected = code_features(rows, known, levels=2, codes=32)
+    assert list(old.values()) == list(map(tuple, expected.tolist()))
+    # Of the items 1,900 to 2,999: a hundred have a code, of which some have moved far.
+    more = vectors[1900:].copy()
+    more[:10] = vectors[:10]
+    report = extend_codes(IDS[1900:], more, first, second, space=SPACE)
+    new = read_codes(second)
+    assert list(new) == IDS.to_pylist()
+    assert {i: new[i] for i in old} == old
+    books = np.load(first / "codebooks.npy")
+    np.testing.assert_array_equal(np.load(second / "codebooks.npy"), books)
+    assert [new[f"i{i:04}"] for i in range(2000, N)] == list(
+        map(tuple, nearest_codes(vectors[2000:], books).tolist())
+    )
+    moved = [old[f"i{1900 + i:04}"] != old[f"i{i:04}"] for i in range(10) if i != 3]
+    assert report["would_change"] in (sum(moved), sum(moved) + 1)  # item 3 has no embedding there
+    # An item without an embedding has no code to keep.
+    extend_codes(IDS[:10], vectors[:10], first, tmp_path / "x", space=SPACE)
+    assert read_codes(tmp_path / "x")["i0003"] != (-1, -1)
+    # The same vectors once more: nothing but the report's last line is new.
+    again = extend_codes(IDS[:2000], rows, first, tmp_path / "y", space=SPACE)
+    assert again == {**json.loads((first / "codes.json").read_text())["report"], "would_change": 0}
+    marks = pq.read_table(second / "codes.parquet").schema.metadata
+    assert marks[b"courier_fast.space"].decode() == SPACE
+    digest = json.loads((first / "codes.json").read_text())["files"]["codebooks.npy"]
+    assert marks[b"courier_fast.codebooks"].decode() == digest
+
+    with pytest.raises(ValueError, match="like: expected embeddings of the space sha256:aaaaaa"):
+        extend_codes(IDS, vectors, first, tmp_path / "z", space=None)
+    path = first / "codes.parquet"
+    path.write_bytes(path.read_bytes() + b"1")
+    with pytest.raises(ValueError, match=r"codes.parquet was altered"):
+        extend_codes(IDS, vectors, first, tmp_path / "z", space=SPACE)
+    with pytest.raises(FileNotFoundError, match="with codes.json"):
+        extend_codes(IDS, vectors, tmp_path, tmp_path / "z", space=SPACE)
+
+
+def test_the_report_of_codes() -> None:
+    """Four corners of a square, twice; codes that halve it, and then halve the halves."""
+    rows = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]] * 2, np.float32)
+    side, half = 2**-0.5, np.array([[2**-0.5, 0], [-(2**-0.5), 0]])
+    books = np.stack([half, half[:, ::-1]])
+    codes = nearest_codes(rows, books.astype(np.float32))
+    assert codes[:4].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    report = code_report(rows, codes, books)
+    assert report["shared"] == 1 and report["used"] == [2, 2] and report["even"] == [2, 2]
+    assert report["error"] == pytest.approx([side**2, 0])
+    # All seven others are among the ten nearest.
+    assert report["neighbours"] == report["by_chance"] == pytest.approx([3 / 7, 1 / 7], abs=1e-5)
+    alone = code_report(rows[:4], codes[:4], books)
+    assert alone["shared"] == 0 and alone["neighbours"] == pytest.approx([1 / 3, 0], abs=1e-5)
+    assert "neighbours" not in code_report(rows[:1], codes[:1], books)
+
+
+def test_codes_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = make_dataset(tmp_path / "d")
+    table = np.random.default_rng(0).normal(size=(data.num_items, 4)).astype(np.float32)
+    np.save(tmp_path / "e.npy", table)
+    about = {"item_ids": data.item_ids.to_pylist(), "space": SPACE}
+    (tmp_path / "e.npy.json").write_text(json.dumps(about))
+    common = ["index", "codes", "--embeddings", str(tmp_path / "e.npy"), "--out"]
+    early = ["--levels", "2", "--codes", "8", "--dataset", str(data.path), "--until", "2100-01-01"]
+    assert main([*common, str(tmp_path / "c"), *early]) == 0
+    said = capsys.readouterr().out
+    assert f"codes of {data.num_items:,} items" in said and "used 8, 8; squared error 0." in said
+    assert main([*common, str(tmp_path / "c2"), "--like", str(tmp_path / "c")]) == 0
+    assert read_codes(tmp_path / "c") == read_codes(tmp_path / "c2")
+    for options, message in (
+        (["--until", "1972-01-01"], "dataset: expected one with --until"),
+        (["--levels", "0"], "levels: expected at least 1, got 0"),
+        (["--like", str(tmp_path / "c"), "--codes", "8"], "--codes: has no effect with --like"),
+    ):
+        assert main([*common, str(tmp_path / "x"), *options]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -37,6 +37,7 @@ REQUIRED = {
     "index build": "--embeddings e.npy --out out",
     "index search": "--index index",
     "index clusters": "--embeddings e.npy --out out",
+    "index codes": "--embeddings e.npy --out out",
 }
 
 ONE_OF = {
@@ -65,6 +66,7 @@ ALWAYS = {
     "index build": "embeddings out kind",
     "index search": "index item image k html json",
     "index clusters": "embeddings out like",
+    "index codes": "embeddings out like",
     "quickstart": "out items users steps minutes short seed",
     "doctor": "check",
 }
@@ -226,6 +228,7 @@ def test_options_that_go_together_are_taken() -> None:
         "export --run r --out o --licence x --dataset ds --photos 9 --verify --vectors v.npy",
         "index search --index i --image a.jpg --encoder r --dataset ds --html p.html",
         "index clusters --embeddings e --out o --dataset ds --until 2020-01-01 --k 9",
+        "index codes --embeddings e --out o --dataset ds --until 2020-01-01 --levels 2",
         "sweep --out o --candidates sampled --count 5",
     ):
         words = line.split()

@@ -20,6 +20,8 @@ from .features import (
     CLUSTERS,
     SIMILARITY,
     cluster_features,
+    code_features,
+    code_prefixes,
     same_cluster,
     similarity_features,
     vector_features,
@@ -58,12 +60,18 @@ OF_EMBEDDING = {
     "embedding",
     "{}_same_cluster_*": "float32; log(1 + history items in the item's cluster), by number of "
     "clusters",
+    "{}_code_*": "int32; the item's semantic id, level by level, -1 without an embedding",
+    "{}_prefix_*": "int32; a number of its first 2, 3, ... levels, -1 also where no item before "
+    "the bound begins so",
+    "{}_same_prefix_*": "float32; log(1 + history items whose id begins so)",
 }
 ITEMS = {
     "item_id": "text",
     "category": "text, null where unknown",
     "{}_vector": "list of float32; centred and scaled to mean square 1, 0 without an embedding",
     "{}_cluster_*": "int32; k-means cluster by number of clusters, -1 without an embedding",
+    "{}_code_*": "int32; semantic id, level by level, -1 without an embedding",
+    "{}_prefix_*": "int32; a number of its first levels",
 }
 
 
@@ -102,19 +110,19 @@ def export_impressions(
     config = dataset_config(numbers, ((n, x.shape[1]) for n, x in embeddings.items()), history)
     write_atomically(folder / "dataset_config.yaml", lambda path: path.write_text(config))
     known = protocol.known_items(dataset)
-    clusters = {name: cluster_features(x, known) for name, x in embeddings.items()}
+    codes = {name: _Codes(x, known) for name, x in embeddings.items()}
     for name in RANGES:
         made = partial(
             _write_export,
             dataset=dataset,
             pages=getattr(protocol, name),
             embeddings=embeddings,
-            clusters=clusters,
+            codes=codes,
             history=history,
             rows=rows,
         )
         write_atomically(folder / f"{name}.parquet", made)
-    table = pa.table(_columns_of_items(dataset, embeddings, clusters, known))
+    table = pa.table(_columns_of_items(dataset, embeddings, codes, known))
     write_atomically(folder / "items.parquet", lambda path: pq.write_table(table, path))
     ids = np.array(dataset.item_ids.to_pylist())
     for name in embeddings:
@@ -137,7 +145,7 @@ def _write_export(
     dataset: Dataset,
     pages: range,
     embeddings: Mapping[str, Array],
-    clusters: Mapping[str, Array],
+    codes: Mapping[str, _Codes],
     history: int,
     rows: int,
 ) -> None:
@@ -150,7 +158,7 @@ def _write_export(
             some = range(first, min(first + step, pages.stop))
             columns = _columns(Impressions(d, some, history=history))
             for name, x in embeddings.items():
-                columns |= _embedding_columns(name, x, clusters[name], d, some, history)
+                columns |= _embedding_columns(name, x, codes[name], d, some, history)
             table = pa.table(columns)
             writer = writer or pq.ParquetWriter(path, table.schema)
             writer.write_table(table)
@@ -185,22 +193,36 @@ def _columns(x: Impressions) -> dict[str, pa.Array]:
     return found if x.weight is None else found | {"weight": pa.array(x.weight)}
 
 
+class _Codes:
+    """An embedding's clusters and codes by the names of their columns, [items] each: of the item,
+    and those that are counted in the history."""
+
+    def __init__(self, table: Array, known: Array) -> None:
+        clusters = dict(zip(CLUSTERS, cluster_features(table, known).T, strict=True))
+        codes = code_features(table, known)
+        levels = range(1, codes.shape[1] + 1)
+        seen, every = code_prefixes(codes, known).T, code_prefixes(codes).T
+        self.item = {f"cluster_{k}": x for k, x in clusters.items()}
+        self.item |= {f"code_{i}": codes[:, i - 1] for i in levels}
+        self.item |= {f"prefix_{i}": seen[i - 1] for i in levels[1:]}  # the first is code_1
+        self.counted = {f"same_cluster_{k}": x for k, x in clusters.items()}
+        self.counted |= {f"same_prefix_{i}": every[i - 1] for i in levels}
+
+
 def _embedding_columns(
-    name: str, table: Array, clusters: Array, dataset: Dataset, pages: range, history: int
+    name: str, table: Array, codes: _Codes, dataset: Dataset, pages: range, history: int
 ) -> dict[str, pa.Array]:
     x = Impressions(dataset, pages, history=history)
-    similar, same = similarity_features(table, x), same_cluster(clusters, x)
+    similar = similarity_features(table, x)
+    same = same_cluster(np.stack(list(codes.counted.values()), 1), x)
     columns = {f"{name}_similarity_{c}": similar[:, i] for i, c in enumerate(SIMILARITY)}
-    for i, k in enumerate(CLUSTERS):
-        columns |= {
-            f"{name}_cluster_{k}": clusters[x.item, i],
-            f"{name}_same_cluster_{k}": same[:, i],
-        }
+    columns |= {f"{name}_{n}": numbers[x.item] for n, numbers in codes.item.items()}
+    columns |= {f"{name}_{n}": same[:, i] for i, n in enumerate(codes.counted)}
     return {n: pa.array(np.ascontiguousarray(c)) for n, c in columns.items()}
 
 
 def _columns_of_items(
-    dataset: Dataset, embeddings: Mapping[str, Array], clusters: Mapping[str, Array], known: Array
+    dataset: Dataset, embeddings: Mapping[str, Array], codes: Mapping[str, _Codes], known: Array
 ) -> dict[str, pa.Array]:
     columns = {
         "item_id": dataset.item_ids,
@@ -211,8 +233,10 @@ def _columns_of_items(
         columns[f"{name}_vector"] = pa.FixedSizeListArray.from_arrays(
             pa.array(vectors.ravel()), vectors.shape[1]
         )
-        for i, k in enumerate(CLUSTERS):
-            columns[f"{name}_cluster_{k}"] = pa.array(np.ascontiguousarray(clusters[name][:, i]))
+        columns |= {
+            f"{name}_{n}": pa.array(np.ascontiguousarray(numbers))
+            for n, numbers in codes[name].item.items()
+        }
     return columns
 
 
@@ -229,8 +253,8 @@ def _dictionary(
     pages = dataset.info.get("pages", "given or made")
     drawn = "drawn, so the rate of clicks and calibration mean nothing"
     about = (
-        f"{protocol.describe(dataset)}. Histories hold at most {history} items. Clusters, centres "
-        "and scales of the embeddings come from items seen\nbefore that bound. "
+        f"{protocol.describe(dataset)}. Histories hold at most {history} items. Clusters, "
+        "codes, centres and scales of the embeddings come from\nitems seen before that bound. "
         f"Pages are {pages}: what was shown is {'known' if pages == 'given' else drawn}.\n"
         "Train on train.parquet, stop and choose by validation.parquet, look at test.parquet once. "
         "dataset_config.yaml describes all this to\nFuxiCTR (2.3), with the vectors in "

@@ -1,13 +1,15 @@
-"""Three forms in which a click-through-rate model can take a frozen embedding; pure functions, for
+"""Four forms in which a click-through-rate model can take a frozen embedding; pure functions, for
 this package's models or any other.
 
 - vector, `vector_features`: a row per item, for one linear layer beside the ids
 - similarity, `similarity_features`: numbers per impression, the candidate against the history
 - cluster, `cluster_features` and `same_cluster`: cluster numbers per item, for embeddings of their
   own; their agreement with the history per impression
+- code, `code_features`, `code_prefixes` and `same_cluster` of these: a semantic id, several numbers
+  per item from coarse to fine
 
-A row of the table that is not finite is an item without an embedding: vector 0, cluster -1, left
-out of histories; as a candidate, all its similarities are 0, and so is the column "count".
+A row of the table that is not finite is an item without an embedding: vector 0, cluster and codes
+-1, left out of histories; as a candidate, all its similarities are 0, and so is the column "count".
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray
 
-FORMS = ("none", "vector", "similarity", "cluster", "all")
+FORMS = ("none", "vector", "similarity", "cluster", "code", "all")
 BINS = 20
 SIMILARITY = (
     "max",
@@ -39,6 +41,7 @@ SIMILARITY = (
     *(f"histogram_{i:02}" for i in range(BINS)),
 )
 CLUSTERS = (256, 4096)
+LEVELS, CODES = 3, 256  # of semantic ids
 DECAY = 0.8  # of a history item's weight in "mean_recent" against the next newer one's
 
 
@@ -193,14 +196,17 @@ def cluster_features(
 def centroids_of(embeddings: Array, known: Array | None, clusters: int, seed: int = 0) -> Array:
     """[clusters, D] float32: k-means centroids by cosine of the rows of `known` (None: all); fewer
     where there are fewer rows."""
+    return _k_means(normalised(_with_embedding(embeddings, known)[1]), clusters, seed, True)
+
+
+def _k_means(rows: Array, clusters: int, seed: int, spherical: bool) -> Array:
     import faiss
 
-    rows = normalised(_with_embedding(embeddings, known)[1])
     means = faiss.Kmeans(
         rows.shape[1],
         min(clusters, len(rows)),
         niter=20,
-        spherical=True,
+        spherical=spherical,
         seed=seed,
         min_points_per_centroid=1,
     )
@@ -221,9 +227,87 @@ def nearest_centroid(embeddings: Array, centroids: Array) -> Array:
     return found
 
 
+def code_features(
+    embeddings: Array,
+    known: Array | None = None,
+    *,
+    levels: int = LEVELS,
+    codes: int = CODES,
+    seed: int = 0,
+) -> Array:
+    """[items, levels] int32: the item's semantic id by residual quantisation, from coarse to fine,
+    -1 without an embedding.
+
+    Args:
+        embeddings: [items, D].
+        known: [items] bool, the items that the codebooks are made of; None: all.
+        levels, codes: numbers of an id, and how many different ones each can be (at most the number
+            of known items).
+        seed: of the codebooks; same seed, same codes.
+    """
+    return nearest_codes(embeddings, codebooks_of(embeddings, known, levels, codes, seed))
+
+
+def codebooks_of(
+    embeddings: Array, known: Array | None, levels: int, codes: int, seed: int = 0
+) -> Array:
+    """[levels, codes, D] float32: of each level the k-means centroids of what the levels before
+    left of the unit rows of `known` (None: all); fewer codes where there are fewer rows."""
+    for name, number in (("levels", levels), ("codes", codes)):
+        if number < 1:
+            raise ValueError(f"{name}: expected at least 1, got {number}")
+    left = normalised(_with_embedding(embeddings, known)[1])
+    books = []
+    for level in range(levels):
+        books.append(_k_means(left, codes, seed + level, False))
+        left = left - books[-1][_nearest_code(left, books[-1])]
+    return np.stack(books)
+
+
+def nearest_codes(embeddings: Array, codebooks: Array) -> Array:
+    """[items, levels] int32: of each level [codes, D] the nearest code of what the levels before
+    left of x / |x|, -1 without an embedding."""
+    have, _ = _with_embedding(embeddings, None)
+    found = np.full((len(have), len(codebooks)), -1, np.int32)
+    left = normalised(embeddings[have].astype(np.float64))
+    for level, book in enumerate(codebooks):
+        code = _nearest_code(left, book)
+        found[have, level] = code
+        left = left - book[code]
+    return found
+
+
+def _nearest_code(rows: Array, book: Array) -> Array:
+    import faiss
+
+    index = faiss.IndexFlatL2(book.shape[1])
+    index.add(book)
+    return index.search(np.ascontiguousarray(rows), 1)[1][:, 0]
+
+
+def code_prefixes(codes: Array, known: Array | None = None) -> Array:
+    """[items, levels] int32: a number for each different beginning of a semantic id, of one level,
+    of two and so on, counted from 0 in the order of the codes; -1 without an embedding.
+
+    Args:
+        codes: [items, levels], of `code_features`.
+        known: [items] bool: beginnings that none of these has are -1; None: all.
+    """
+    found = np.full(codes.shape, -1, np.int32)
+    have = codes[:, 0] >= 0
+    counted = have if known is None else have & known
+    for level in range(codes.shape[1]):
+        there, number = np.unique(codes[have, : level + 1], axis=0, return_inverse=True)
+        number = number.reshape(-1)  # NumPy 2.0 keeps the axis
+        seen = np.zeros(len(there), bool)
+        seen[number[counted[have]]] = True
+        found[have, level] = np.where(seen, np.cumsum(seen) - 1, -1)[number]
+    return found
+
+
 def same_cluster(clusters: Array, impressions: Impressions) -> Array:
-    """[n, len(clusters)] float32: log(1 + history items in the item's cluster), for
-    `cluster_features`' [items, len(clusters)]."""
+    """[n, columns] float32: log(1 + history items in the item's cluster), for the [items, columns]
+    of `cluster_features` or `code_prefixes`."""
     out = np.zeros((len(impressions), clusters.shape[1]), np.float32)
     for rows, shown, past, items, history in _blocks(impressions, 1 << 18):
         for column in range(clusters.shape[1]):

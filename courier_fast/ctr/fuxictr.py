@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .features import CLUSTERS, SIMILARITY
+from .features import CLUSTERS, LEVELS, SIMILARITY
 
 SEPARATOR = "^"  # by which FuxiCTR joins a list of ids
 
@@ -51,6 +51,12 @@ def dataset_config(
         same = _numeric(f"{name}_same_cluster_{k}" for k in CLUSTERS)
         found[f"cluster_{name}"] = _dataset(
             [*base, *(_categorical(f"{name}_cluster_{k}") for k in CLUSTERS), *same]
+        )
+        levels = range(1, LEVELS + 1)
+        code = [f"code_{i}" for i in levels] + [f"prefix_{i}" for i in levels[1:]]
+        begins = _numeric(f"{name}_same_prefix_{i}" for i in levels)
+        found[f"code_{name}"] = _dataset(
+            [*base, *(_categorical(f"{name}_{c}") for c in code), *begins]
         )
     return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 

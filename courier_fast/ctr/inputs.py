@@ -14,8 +14,11 @@ from torch import Tensor
 from ..data.dataset import Dataset
 from .features import (
     CLUSTERS,
+    CODES,
     check_form,
     cluster_features,
+    code_features,
+    code_prefixes,
     same_cluster,
     similarity_features,
     vector_features,
@@ -146,6 +149,7 @@ class Material:
         if form != "none" and embeddings is None:
             raise ValueError(f"embeddings: expected some for the form {form!r}, got none")
         user, codes, sizes = self._codes
+        sizes = list(sizes)
         dense, vectors = {name: [x] for name, x in self._numbers.items()}, None
         if embeddings is not None and form in ("vector", "all"):
             vectors = torch.from_numpy(vector_features(embeddings, self.known))
@@ -155,9 +159,18 @@ class Material:
         if embeddings is not None and form in ("cluster", "all"):
             clusters = cluster_features(embeddings, self.known, seed=self.seed)
             codes = np.concatenate([codes, clusters + 1], 1)
-            sizes = [*sizes, *(k + 1 for k in CLUSTERS)]
+            sizes += [k + 1 for k in CLUSTERS]
             for name, x in self.shown.items():
                 dense[name].append(same_cluster(clusters, x))
+        if embeddings is not None and form in ("code", "all"):
+            levels = code_features(embeddings, self.known, seed=self.seed)
+            seen = code_prefixes(levels, self.known)
+            # The first level is its own prefix.
+            codes = np.concatenate([codes, levels + 1, seen[:, 1:] + 1], 1)
+            sizes += [*[CODES + 1] * levels.shape[1], *(int(n) + 2 for n in seen[:, 1:].max(0))]
+            every = code_prefixes(levels)
+            for name, x in self.shown.items():
+                dense[name].append(same_cluster(every, x))
         columns = _standardised({name: np.concatenate(x, 1) for name, x in dense.items()})
         tables = ItemTables(torch.from_numpy(codes.astype(np.int64)), tuple(sizes), vectors)
         splits = {

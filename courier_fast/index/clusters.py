@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,27 +66,32 @@ def assign_clusters(
 
     ValueError for vectors of another space than that folder's, or centroids that were altered.
     """
-    about_file = like / "clusters.json"
-    if not about_file.is_file():
+    about = read_like(like, "clusters", space)
+    files = {k: f"centroids_{k}.npy" for k in about["clusters"]}
+    listed = {name: about["files"][name] for name in files.values()}
+    check_listed(like, listed, "clusters.json", "fit them again")
+    centroids = {k: np.load(like / name, allow_pickle=False) for k, name in files.items()}
+    _write_clusters(ids, vectors, centroids, space, about["until"], out)
+
+
+def read_like(like: Path, kind: str, space: str | None) -> dict[str, Any]:
+    """What an earlier folder of `index clusters` or `index codes` says of itself, which is the
+    `kind`; ValueError if it is of another format or space."""
+    file = like / f"{kind}.json"
+    if not file.is_file():
         raise FileNotFoundError(
-            "like: expected a folder that `courier-fast index clusters` wrote (with "
-            f"clusters.json), got {like}"
+            f"like: expected a folder that `courier-fast index {kind}` wrote (with {file.name}), "
+            f"got {like}"
         )
-    about = read_json(about_file, "fit the clusters again")
+    about = read_json(file, "fit them again")
     if about.get("format") != FORMAT:
-        raise ValueError(
-            f"like: expected format {FORMAT}, got {about.get('format')} in {about_file}"
-        )
+        raise ValueError(f"like: expected format {FORMAT}, got {about.get('format')} in {file}")
     if about["space"] != space:
         raise ValueError(
             f"like: expected embeddings of the space {str(about['space'])[:19]} of {like}, "
             f"got {str(space)[:19]}"
         )
-    files = {k: f"centroids_{k}.npy" for k in about["clusters"]}
-    listed = {name: about["files"][name] for name in files.values()}
-    check_listed(like, listed, "clusters.json", "fit the clusters again")
-    centroids = {k: np.load(like / name, allow_pickle=False) for k, name in files.items()}
-    _write_clusters(ids, vectors, centroids, space, about["until"], out)
+    return about
 
 
 def _write_clusters(

@@ -1,4 +1,4 @@
-"""`courier-fast index build | search | clusters`."""
+"""`courier-fast index build | search | clusters | codes`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from ..files import write_atomically
 from ..locations import local_path, location
-from ..output import CLUSTERS, INDEX, check_file, check_output
+from ..output import CLUSTERS, CODES, INDEX, check_file, check_output
 from .index import KINDS, Index, build
 
 if TYPE_CHECKING:
@@ -54,18 +54,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_embeddings(one)
     one.add_argument("--out", type=local_path, required=True, help="folder of the clusters")
     one.add_argument("--k", type=int, nargs="+", default=[256, 4096], help="numbers of clusters")
-    one.add_argument(
+    _add_fit(one, "clustered; later ones get the nearest centroid", "earlier clusters")
+
+    one = actions.add_parser("codes", help="semantic ids of the items, from coarse to fine")
+    _add_embeddings(one)
+    one.add_argument("--out", type=local_path, required=True, help="folder of the codes")
+    one.add_argument("--levels", type=int, default=3, help="numbers of an id")
+    one.add_argument("--codes", type=int, default=256, help="different ones of each level")
+    _add_fit(one, "what the codebooks are made of", "earlier codes, which stay")
+
+
+def _add_fit(parser: argparse.ArgumentParser, known: str, like: str) -> None:
+    parser.add_argument(
         "--dataset", type=location, help="with --until: knows when items were first seen"
     )
-    one.add_argument(
-        "--until",
-        metavar="DATE",
-        help="only items first seen before are clustered; later ones get the nearest centroid",
+    parser.add_argument("--until", metavar="DATE", help=f"only items first seen before are {known}")
+    parser.add_argument(
+        "--like", type=local_path, help=f"folder of {like}: what was fitted there is taken"
     )
-    one.add_argument(
-        "--like", type=local_path, help="folder of earlier clusters: their centroids are taken"
-    )
-    one.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def _add_embeddings(parser: argparse.ArgumentParser) -> None:
@@ -78,9 +85,13 @@ def _add_embeddings(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"build": _run_build, "search": _run_search, "clusters": _run_clusters}[args.action](
-        args
-    )
+    runs = {
+        "build": _run_build,
+        "search": _run_search,
+        "clusters": _run_clusters,
+        "codes": _run_codes,
+    }
+    return runs[args.action](args)
 
 
 def _run_build(args: argparse.Namespace) -> int:
@@ -163,6 +174,40 @@ def _run_clusters(args: argparse.Namespace) -> int:
             seed=args.seed,
         )
     print(f"{args.out}: clusters of {len(ids):,} items, and their centroids")
+    return 0
+
+
+def _run_codes(args: argparse.Namespace) -> int:
+    from ..data.embeddings import read_vectors
+    from .codes import extend_codes, fit_codes
+
+    inputs = [args.embeddings, args.like, args.dataset]
+    check_output(args.out, CODES, inputs=inputs, overwrite=True)
+    ids, vectors, space = read_vectors(args.embeddings)
+    if args.like is not None:
+        report = extend_codes(ids, vectors, args.like, args.out, space=space)
+    else:
+        known = None if args.until is None else _seen_before(args, ids)
+        report = fit_codes(
+            ids,
+            vectors,
+            args.out,
+            known=known,
+            levels=args.levels,
+            codes=args.codes,
+            space=space,
+            until=args.until,
+            seed=args.seed,
+        )
+    kept = ", ".join(f"{x:.3f}" for x in report.get("neighbours", ()))
+    print(
+        f"{args.out}: codes of {len(ids):,} items; {report['shared']:.1%} share theirs with "
+        f"another; used {', '.join(map(str, report['used']))}; squared error "
+        f"{', '.join(f'{x:.3f}' for x in report['error'])}"
+        + (f"; of the 10 nearest, the same so far {kept}" if kept else "")
+    )
+    if report.get("would_change"):
+        print(f"{report['would_change']:,} items keep a code that they would not get now")
     return 0
 
 
