@@ -24,7 +24,7 @@ from dataset_factory import draw, images_of, make_dataset, rewrite
 from torch import Tensor, nn
 
 from courier_fast.data.dataset import Dataset
-from courier_fast.data.embeddings import read_embeddings, trained_until
+from courier_fast.data.embeddings import read_embeddings, read_vectors, trained_until
 from courier_fast.data.images.decode import make_decoder
 from courier_fast.data.images.pictures import seen_size
 from courier_fast.data.images.transforms import eval_windows
@@ -406,6 +406,60 @@ def test_commands_with_a_run(dataset: Dataset, tmp_path: Path) -> None:
     )
     assert method.name == "untrained backbone" and method.embeddings is not None
     np.testing.assert_allclose(method.embeddings, expected, atol=1e-5, equal_nan=True)
+
+
+def test_small_vectors(dataset: Dataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_run(run, dataset.path)
+    common = (embed_command, "--run", run, "--dataset", dataset.path, "--device", "cpu", "--out")
+    assert command(*common, tmp_path / "whole.npy") == 0
+    whole = read_vectors(tmp_path / "whole.npy")
+    have = np.isfinite(whole[1]).all(1)
+    assert 0 < have.sum() < len(have)
+    spaces = {whole[2]}
+    for suffix in ("npy", "parquet"):
+        for dtype, step in (("float32", 0), ("float16", 2**-11), ("int8", 0)):
+            out = tmp_path / f"{dtype}.{suffix}"
+            assert command(*common, out, "--dim", 5, "--dtype", dtype) == 0
+            about = json.loads(Path(f"{out}.json").read_text())
+            assert (about["dim"], about["dtype"]) == (5, dtype)
+            ids, found, space = read_vectors(out)
+            spaces.add(space)
+            rows = dict(zip(ids.to_pylist(), found, strict=True))
+            expected = dict(zip(whole[0].to_pylist(), whole[1][:, :5], strict=True))
+            if dtype == "int8":
+                most = np.abs(whole[1][have][:, :5]).max()
+                assert about["scale"] == pytest.approx(most / 127)
+                step = about["scale"] / 2 * (1 + 1e-5)
+            for name, row in expected.items():
+                if not np.isfinite(row).all():
+                    assert name not in rows or np.isnan(rows[name]).all()
+                else:
+                    # A product of fewer columns is rounded otherwise.
+                    near = 1e-6 + (np.abs(row) * step if dtype == "float16" else step)
+                    assert (np.abs(rows[name] - row) <= near).all()
+            stored = np.load(out) if suffix == "npy" else pq.read_table(out)["embedding"].type
+            kind = stored.dtype if suffix == "npy" else stored.value_type.to_pandas_dtype()
+            assert np.dtype(kind) == dtype
+            if suffix == "npy":
+                table = read_embeddings(out, dataset)
+                np.testing.assert_array_equal(np.isfinite(table).all(1), have)
+    assert len(spaces) == 2  # of all dimensions, and of the first five
+    # A folder of the first dimensions grows by them alone.
+    assert command(*common, tmp_path / "store", "--dim", 5) == 0
+    with pytest.raises(ValueError, match="space"):
+        command(*common, tmp_path / "store", "--only-new")
+    for options, message in (
+        ((tmp_path / "x.npy", "--dim", 9), "dim: expected 1 to 8, the encoder's, got 9"),
+        ((tmp_path / "x.npy", "--dim", 0), "dim: expected 1 to 8"),
+        ((tmp_path / "x", "--dtype", "int8"), "dtype: expected float32 with a folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            command(*common, *options)
+    beside = tmp_path / "int8.npy.json"
+    beside.write_text(beside.read_text().replace('"scale": ', '"scale": -'))
+    with pytest.raises(ValueError, match="expected a positive number as scale in .*int8.npy.json"):
+        read_vectors(tmp_path / "int8.npy")
 
 
 def test_commands_with_a_run_on_features(tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ ALWAYS = {
     "max-history seed validation-from test-from",
     "verify": "",
     "train": "",
-    "embed": "run dataset images out only-new compact engine batch device precision decoder "
-    "threads",
+    "embed": "run dataset images out dim dtype only-new compact engine batch device precision "
+    "decoder threads",
     "export": "run out verify",
     "evaluate": "dataset run embeddings split baselines candidates k history score bootstrap seed "
     "json device",
@@ -73,7 +73,7 @@ ALWAYS = {
 ALWAYS_SETTINGS = {
     "data": "dataset features pages images share history ahead buckets",
     "model": "dim compile slice shard ema",
-    "loss": "recipe unit candidates memory reconstruction_weight prediction_weight "
+    "loss": "recipe unit candidates memory prefixes reconstruction_weight prediction_weight "
     "sequence_weight impl",
     "optim": "epochs steps lr min_lr warmup weight_decay betas clip",
     "run": "out seed device precision save_steps save_minutes keep log_steps tensorboard progress",

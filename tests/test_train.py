@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from train_factory import make_features, metrics, settings
 from courier_fast import reconstruction_loss
 from courier_fast.data.dataset import Dataset
 from courier_fast.train.checkpoint import Checkpoints
-from courier_fast.train.encoder import load_encoder
+from courier_fast.train.encoder import first_dimensions, load_encoder
 from courier_fast.train.journal import measure
 from courier_fast.train.monitor import effective_rank, uniformity
+from courier_fast.train.objective import StepResult
 from courier_fast.train.trainer import Trainer
 
 PURCHASES = Path(__file__).parents[2] / "shared" / "data" / "hm-fashion"
@@ -312,6 +314,33 @@ def test_projections_are_the_identity_at_first_and_learned(
         assert len(moved) == count
         assert all(p.abs().sum() > 0 for p in moved)
         assert load_encoder(trainer.out).state_dict().keys() == plain.encoder.state_dict().keys()
+
+
+def second_step(trainer: Trainer) -> StepResult:
+    """Without an update; the first batch is in the memory."""
+    first = trainer.loader.load(0, 0)
+    trainer.objective.remember(trainer.backward(first).embeddings, first)
+    return trainer.backward(trainer.loader.load(0, 1))
+
+
+def test_prefixes_are_losses_of_the_first_dimensions(
+    dataset: Dataset, features: Path, tmp_path: Path
+) -> None:
+    """The mean of what runs of these dimensions alone have, candidates of earlier steps among
+    them."""
+    how = {"data__features": features, "loss__memory": 60, "loss__memory_after": 0}
+    many = Trainer(settings(dataset, tmp_path / "many", loss__prefixes=[2, 5], **how))
+    weight = many.encoder.head[1].weight
+    dim, expected, gradient = many.encoder.dim, [], torch.zeros_like(weight)
+    for size in (dim, 2, 5):
+        one = Trainer(settings(dataset, tmp_path / str(size), model__dim=size, **how))
+        one.encoder.load_state_dict(first_dimensions(deepcopy(many.encoder), size).state_dict())
+        expected.append(second_step(one).loss)
+        gradient[:size] += one.encoder.head[1].weight.grad / 3
+    found = second_step(many)
+    torch.testing.assert_close(found.loss, torch.stack(expected).mean())
+    torch.testing.assert_close(found.rec + found.seq, expected[0])
+    torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("candidates", ["all", "process"])

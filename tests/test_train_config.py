@@ -106,6 +106,11 @@ def test_attention_of_the_settings(
             "memory: expected a reconstruction_weight above 0 with it, got 0 and 9 rows",
         ),
         ({"heads": 3}, "loss.heads: expected a divisor of model.dim 256, got 3"),
+        ({"prefixes": [64, 256]}, "loss.prefixes: expected multiples of loss.heads 1, from 1 to"),
+        ({"prefixes": [3], "heads": 2}, "loss.prefixes: expected multiples of loss.heads 2, from"),
+        ({"prefixes": [64], "projections": "all"}, "prefixes: expected none with projections"),
+        ({"prefixes": [64], "prediction_weight": 1}, "prefixes: expected none with prediction_"),
+        ({"prefixes": [64], "attention": "multihead"}, r"prefixes: expected \[\] with attention"),
     ],
     ids=str,
 )

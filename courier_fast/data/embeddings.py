@@ -19,6 +19,8 @@ from .dataset import Dataset
 from .embedding_store import EmbeddingStore
 from .read.ids import MISSING, array, no_match, one
 
+NO_EMBEDDING = -128  # every number of a row of int8 that stands for none
+
 Array = npt.NDArray
 log = logging.getLogger(__name__)
 
@@ -103,8 +105,24 @@ def read_npy(path: Path) -> Array:
         ) from None
     if table.dtype.kind not in "fiu":
         raise ValueError(f"embeddings: expected numbers in {path}, got {table.dtype}")
+    return _as_floats(table, path)
+
+
+def _as_floats(table: Array, path: Path) -> Array:
+    """float32; of int8 by the scale in the JSON beside it (1 without), with NaN for rows of -128
+    alone."""
     with np.errstate(over="ignore"):  # infinity then, as a row without an embedding
-        return table.astype(np.float32, copy=False)
+        found = table.astype(np.float32, copy=False)
+    if table.dtype == np.int8:
+        scale = _beside(path).get("scale", 1.0)
+        if not isinstance(scale, int | float) or not 0 < scale < np.inf:
+            raise ValueError(
+                f"embeddings: expected a positive number as scale in {path}.json, got {scale!r}"
+            )
+        found *= np.float32(scale)
+        if table.ndim == 2 and table.shape[1]:
+            found[(table == NO_EMBEDDING).all(1)] = np.nan
+    return found
 
 
 def _ids_beside(path: Path) -> pa.Array | None:
@@ -190,8 +208,7 @@ def read_parquet(path: Path) -> tuple[pa.Array, Array]:
         raise ValueError(f"embeddings: expected rows of one length, got {got} in {path}")
     _check_once(ids, path)
     table = pc.list_flatten(rows).to_numpy().reshape(-1, widths[0])
-    with np.errstate(over="ignore"):  # infinity then, as a row without an embedding
-        return ids, table.astype(np.float32, copy=False)
+    return ids, _as_floats(table, path)
 
 
 def _check_lists(path: Path, kind: pa.DataType) -> None:

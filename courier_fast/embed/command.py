@@ -12,7 +12,7 @@ from ..locations import local_path, location
 from ..space import encoder_of_run, space_of
 from .device import add_device_arguments, device_of
 from .sources import FolderImages, RowSource, make_decoder_for, run_source
-from .write import check_embeddings_out, embed_source
+from .write import NUMBERS, check_embeddings_out, embed_source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a folder: afterwards all parts become one, without old rows and items that are "
         "gone",
     )
+    parser.add_argument("--dim", type=int, help="the first dimensions alone; default: all")
+    parser.add_argument(
+        "--dtype",
+        choices=NUMBERS,
+        default="float32",
+        help="of a file: as what numbers are stored; int8 with a scale in the JSON beside it",
+    )
     add_engine_arguments(parser)
     add_device_arguments(parser)
 
@@ -78,7 +85,7 @@ def _features_of(run: Path) -> Path | None:
 
 
 def _run(args: argparse.Namespace, how: dict[str, Any]) -> int:
-    from ..train.encoder import load_encoder
+    from ..train.encoder import first_dimensions, load_encoder
 
     inputs = [
         args.images,
@@ -90,6 +97,9 @@ def _run(args: argparse.Namespace, how: dict[str, Any]) -> int:
     device, dtype = device_of(args)
     encoder = load_encoder(args.run, device)
     about, weights = encoder_of_run(args.run)
+    if args.dim is not None:
+        encoder = first_dimensions(encoder, args.dim)
+        about |= {"dim": args.dim}  # another space than that of all
     space = space_of(weights, about)
     source: RowSource
     of_features = encoder.about["backbone"] is None
@@ -108,13 +118,18 @@ def _run(args: argparse.Namespace, how: dict[str, Any]) -> int:
         source = FolderImages(args.images, make_decoder_for(encoder, device, args), args.id_from)
     how |= {"batch": args.batch, "device": device, "dtype": dtype, "bar": True}
     if not args.out.suffix or args.out.is_dir():
+        if args.dtype != "float32":
+            raise ValueError(
+                f"dtype: expected float32 with a folder as --out, got {args.dtype}; it is for a "
+                ".npy or .parquet file"
+            )
         return _run_folder(args, encoder, source, how | {"space": space})
     if args.only_new or args.since or args.compact or args.remove_missing:
         raise ValueError(
             "only_new, since, remove_missing, compact: expected a folder as --out with them, "
             f"got {args.out}"
         )
-    report = embed_source(encoder, source, args.out, space=space, **how)
+    report = embed_source(encoder, source, args.out, space=space, numbers=args.dtype, **how)
     print(
         f"{report.path}: {report.rows:,} embeddings of {report.dim} dimensions in "
         f"{report.seconds:.1f} s"

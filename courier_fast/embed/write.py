@@ -19,6 +19,7 @@ import torch
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import nn
 
+from ..data.embeddings import NO_EMBEDDING
 from ..disk import size_text, writing
 from ..files import sync, write_atomically
 from ..locations import local_path
@@ -28,6 +29,9 @@ from .sources import RowSource, digest_of
 
 log = logging.getLogger(__name__)
 Array = npt.NDArray
+
+NUMBERS = ("float32", "float16", "int8")
+ROWS = 1 << 16  # at once
 
 
 # ---- to a file -----------------------------------------------------------------------------------
@@ -57,15 +61,17 @@ def embed_source(
     save_seconds: float = 5.0,
     bar: bool = False,
     space: str | None = None,
+    numbers: str = "float32",
     encode: Callable[..., Iterator[tuple[Array, Array, Array]]] = encode,
 ) -> EmbedReport:
     """Writes embeddings of every row of `source` to `out`, and a JSON file of the same name with
     ".json" added.
 
     `out` is .npy ([rows, D] float32 in the source's order) or .parquet (item_id string, embedding
-    fixed_size_list<float32>[D]). Items without an image or with a damaged one have NaN there. Until
-    it is complete the rows lie in `out`.partial; a run that was killed goes on from there, on a CPU
-    to the same bits. If the encoder, the inputs or a setting is another, it says so and starts
+    fixed_size_list<float32>[D]). Items without an image or with a damaged one have NaN there; as
+    int8 -128 (.npy) or null (.parquet), which no embedding has. Until it is complete
+    the rows lie in `out`.partial; a run that was killed goes on from there, on a CPU to the same
+    bits. If the encoder, the inputs or a setting is another, it says so and starts
     over.
 
     Args:
@@ -75,6 +81,8 @@ def embed_source(
         save_seconds: how often progress is saved.
         bar: shows progress in the terminal.
         space: identity of the encoder, for the JSON file.
+        numbers: float32, float16 or int8: as what they are stored; int8 times "scale" in the JSON
+            file is the embedding.
         encode: another way to the same batches (on_ray.py).
 
     Raises:
@@ -84,6 +92,8 @@ def embed_source(
     out, began = local_path(out), time.monotonic()
     if out.suffix not in (".npy", ".parquet"):
         raise ValueError(f"out: expected a .npy or .parquet file, got {out}")
+    if numbers not in NUMBERS:
+        raise ValueError(f"numbers: expected one of {', '.join(NUMBERS)}, got {numbers!r}")
     if batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
     check_embeddings_out(out)
@@ -132,6 +142,8 @@ def embed_source(
     )
     beside = {"rows": size, "dim": dim, "missing": report.missing, "damaged": report.damaged}
     beside |= {"space": space, "trained_until": getattr(encoder, "about", {}).get("trained_until")}
+    scale = scale_of(work.table) if numbers == "int8" else None
+    beside |= {"dtype": numbers} | ({} if scale is None else {"scale": scale})
     beside["not_followed"] = getattr(source, "not_followed", [])
     if out.suffix == ".npy":
         beside["item_ids"] = [str(name) for name in names]
@@ -139,8 +151,32 @@ def embed_source(
         out.with_name(f"{out.name}.json"),
         lambda path: path.write_text(json.dumps(beside, indent=1, ensure_ascii=False), "utf-8"),
     )
-    work.finish(out, names)
+    work.finish(out, names, Numbers(numbers, scale))
     return report
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """As what embeddings are stored."""
+
+    kind: str  # of NUMBERS
+    scale: float | None = None  # of int8
+
+    def of(self, rows: Array) -> Array:
+        if self.kind != "int8":
+            return rows.astype(self.kind, copy=False)
+        have = np.isfinite(rows).all(1, keepdims=True)
+        steps = np.clip(np.rint(np.where(have, rows, 0) / self.scale), -127, 127)
+        return np.where(have, steps, NO_EMBEDDING).astype(np.int8)
+
+
+def scale_of(table: Array) -> float:
+    """What the largest number of [rows, D] is 127 times of; 1 where there is none but 0."""
+    most = 0.0
+    for start in range(0, len(table), ROWS):
+        rows = np.abs(table[start : start + ROWS])
+        most = max(most, float(rows[np.isfinite(rows)].max(initial=0)))
+    return most / 127 if most else 1.0
 
 
 def check_embeddings_out(out: Path, inputs: Iterable[object] = ()) -> None:
@@ -188,10 +224,13 @@ class _Partial:
         write_atomically(self.progress, lambda path: path.write_text(json.dumps(state)))
         self.saved = time.monotonic()
 
-    def finish(self, out: Path, ids: Sequence[Any]) -> None:
+    def finish(self, out: Path, ids: Sequence[Any], numbers: Numbers) -> None:
         """Makes it `out`."""
         if out.suffix == ".parquet":
-            write_atomically(out, lambda path: _write_parquet(path, ids, self.table))
+            write_atomically(out, lambda path: _write_parquet(path, ids, self.table, numbers))
+            self.path.unlink(missing_ok=True)
+        elif numbers.kind != "float32":
+            write_atomically(out, lambda path: _write_npy(path, self.table, numbers))
             self.path.unlink(missing_ok=True)
         else:
             sync(self.path)
@@ -250,16 +289,29 @@ def _allocate(path: Path, rows: int, dim: int) -> np.memmap:
     return table
 
 
-def _write_parquet(path: Path, ids: Sequence[Any], table: Array, rows: int = 1 << 16) -> None:
+def _write_npy(path: Path, table: Array, numbers: Numbers) -> None:
+    with path.open("wb") as file:
+        about = {"descr": np.dtype(numbers.kind).str, "fortran_order": False, "shape": table.shape}
+        np.lib.format.write_array_header_1_0(file, about)
+        for start in range(0, len(table), ROWS):
+            file.write(numbers.of(table[start : start + ROWS]).tobytes())
+
+
+def _write_parquet(path: Path, ids: Sequence[Any], table: Array, numbers: Numbers) -> None:
     import pyarrow.parquet as pq
 
-    dim = table.shape[1]
-    schema = pa.schema([("item_id", pa.string()), ("embedding", pa.list_(pa.float32(), dim))])
+    dim, kind = table.shape[1], pa.from_numpy_dtype(np.dtype(numbers.kind))
+    schema = pa.schema([("item_id", pa.string()), ("embedding", pa.list_(kind, dim))])
     with pq.ParquetWriter(path, schema) as writer:
-        for start in range(0, len(table), rows):
-            values = pa.array(np.asarray(table[start : start + rows]).reshape(-1))
+        for start in range(0, len(table), ROWS):
+            some = np.asarray(table[start : start + ROWS])
+            absent = None
+            if numbers.kind == "int8":
+                absent = pa.array(~np.isfinite(some).all(1))
             columns = [
-                pa.array([str(i) for i in ids[start : start + rows]], pa.string()),
-                pa.FixedSizeListArray.from_arrays(values, dim),
+                pa.array([str(i) for i in ids[start : start + ROWS]], pa.string()),
+                pa.FixedSizeListArray.from_arrays(
+                    pa.array(numbers.of(some).reshape(-1)), dim, mask=absent
+                ),
             ]
             writer.write_table(pa.table(columns, schema=schema))

@@ -230,6 +230,11 @@ class LossConfig(Section):
     sequence_weight: float = Field(
         1.0, ge=0, description="weight of the click-sequence loss; 0: without"
     )
+    prefixes: list[int] = described(
+        [],
+        "numbers of first dimensions whose losses are minimised too, each like the whole: "
+        "embeddings that can be cut there",
+    )
     sequence: Literal["pairs", "newest"] = described(
         "pairs",
         "which click-sequence loss: of all pairs of a history's clicks, or of its newest click, "
@@ -282,6 +287,7 @@ class LossConfig(Section):
             "log_q": False,
             "weight_power": 0,
             "learnable_temperature": False,
+            "prefixes": [],
         }
         if self.sequence == "newest":
             expected["sequence_learnable_temperature"] = False
@@ -309,6 +315,19 @@ class LossConfig(Section):
     def memory_within_reach(self) -> LossConfig:
         if self.memory and self.negatives == "page":
             raise ValueError("expected negatives batch or other_pages with a memory, got page")
+        return self
+
+    @model_validator(mode="after")
+    def prefixes_of_what_has_them(self) -> LossConfig:
+        for name, unused in (
+            ("projections", self.projections != "none"),
+            ("prediction_weight", self.prediction_weight > 0),
+        ):
+            if self.prefixes and unused:
+                raise ValueError(
+                    f"prefixes: expected none with {name}, whose weights are of all dimensions, "
+                    f"got {self.prefixes}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -445,6 +464,16 @@ class Config(Section):
                 f"loss.heads: expected a divisor of model.dim {self.model.dim}, "
                 f"got {self.loss.heads}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def shorter_prefixes(self) -> Config:
+        for size in self.loss.prefixes:
+            if not 0 < size < self.model.dim or size % self.loss.heads:
+                raise ValueError(
+                    f"loss.prefixes: expected multiples of loss.heads {self.loss.heads}, from 1 to "
+                    f"below model.dim {self.model.dim}, got {size}"
+                )
         return self
 
     @classmethod

@@ -190,6 +190,22 @@ def build_projection(features: int, dim: int, table: Tensor | None = None) -> En
     return Encoder(standardise, dim, {"backbone": None, "features": features})
 
 
+def first_dimensions(encoder: Encoder, dim: int) -> Encoder:
+    """The encoder with the first `dim` dimensions of its embeddings alone. ValueError for more than
+    it has."""
+    if not 0 < dim <= encoder.dim:
+        raise ValueError(f"dim: expected 1 to {encoder.dim}, the encoder's, got {dim}")
+    whole = encoder.head[1]
+    assert isinstance(whole, nn.Linear)
+    short = nn.Linear(whole.in_features, dim).to(whole.weight)
+    with torch.no_grad():
+        short.weight.copy_(whole.weight[:dim])
+        short.bias.copy_(whole.bias[:dim])
+    encoder.head[1] = short
+    encoder.dim, encoder.about = dim, encoder.about | {"dim": dim}
+    return encoder
+
+
 def save_encoder(
     encoder: Encoder, folder: str | os.PathLike[str], state: dict[str, Tensor] | None = None
 ) -> None:

@@ -91,7 +91,8 @@ class Objective(nn.Module):
     Each process sums its own anchors and divides by the anchors of all, so the sum of the
     processes' gradients is that of the mean over all anchors, however unequal the shards.
     Candidates are the items of all processes, or with `candidates` "process" those of its batch,
-    and with a memory the candidates of earlier steps.
+    and with a memory the candidates of earlier steps. With `prefixes` the loss is the mean of that
+    and of the same of the first p dimensions, for each p (Matryoshka, Kusupati et al. 2022).
 
     With attention "multihead" L_rec, L_pred and with sequence "newest" L_seq are those of
     `CourierLoss`. With others L_pred is that of a click head on the items' reconstructions, and
@@ -238,11 +239,12 @@ class Objective(nn.Module):
         return loss / ((anchors or 1) if self.group is None else dist.get_world_size(self.group))
 
     def _reach(
-        self, batch: Batch, dtype: torch.dtype, recall: bool
+        self, batch: Batch, table: _Table, recall: bool
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """What both losses take for the candidates of other processes, and what L_rec takes for
         those of the memory."""
         shared, recalled = {}, {}
+        dim, dtype = table.rows.shape[1], table.rows.dtype
         if self.group is not None:
             shared = {
                 "table_ids": self._ids(batch),
@@ -253,7 +255,7 @@ class Objective(nn.Module):
             rows, ids, log_q = self.memory.read()
             recalled = {
                 "table_ids": self._ids(batch),
-                "memory": rows.to(dtype),
+                "memory": (rows if rows.shape[1] == dim else self._rows(rows[:, :dim])).to(dtype),
                 "memory_ids": ids,
                 "memory_log_q": log_q,
             }
@@ -269,9 +271,28 @@ class Objective(nn.Module):
         recall: bool = False,
     ) -> StepResult:
         """With `recall` the memory's rows are candidates, too. With other processes every one of
-        them calls it, also without pages."""
-        table, c = self._table(embeddings, batch), self.config
-        shared, recalled = self._reach(batch, table.rows.dtype, recall)
+        them calls it, also without pages. The parts are those of all dimensions."""
+        counts, prefixes = (anchors, sequence_anchors), self.config.prefixes
+        found = self._of_dimensions(embeddings, batch, counts, stats, recall)
+        for size in prefixes:
+            rows = embeddings[:, :size].contiguous()
+            more = self._of_dimensions(rows, batch, counts, False, recall)
+            found.loss = found.loss + more.loss
+        if prefixes:
+            found.loss = found.loss / (1 + len(prefixes))
+        return found
+
+    def _of_dimensions(
+        self,
+        embeddings: Tensor,
+        batch: Batch,
+        counts: tuple[float, int],
+        stats: bool,
+        recall: bool,
+    ) -> StepResult:
+        (anchors, sequence_anchors), c = counts, self.config
+        table = self._table(embeddings, batch)
+        shared, recalled = self._reach(batch, table, recall)
         found, loss = None, table.rows.new_zeros(())
         rec, pred, seq = loss, loss, loss
         if isinstance(self.rec, CourierLoss):
