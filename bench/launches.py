@@ -34,6 +34,9 @@ _CONTRAST = (
     "binned_scores",
     "binned_columns",
     "binned_history",
+    "lane_scores",
+    "lane_columns",
+    "lane_history",
 )
 
 

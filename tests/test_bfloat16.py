@@ -60,6 +60,8 @@ CASES: dict[str, dict[str, Any]] = {
     "tau-0.02": {"tau": 0.02, "pages": 20},
     "chunks": {"dim": 300, "pages": 10},
     "candidate": {"attention": "candidate", "pages": 8},
+    "candidate-heads": {"attention": "candidate", "num_heads": 4, "projected": True, "pages": 8},
+    "candidate-projected": BINNED | {"projected": True, "pages": 8},
     "binned": BINNED | {"pages": 20},
     "binned-items": BINNED | {"table": True, "tensor_tau": True, "pages": 12},
     "binned-sharp": BINNED | {"attention_scale": 20.0, "tau": 0.02, "pages": 12},

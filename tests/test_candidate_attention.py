@@ -57,6 +57,8 @@ CASES: dict[str, dict[str, Any]] = {
     "none-weights": {"reduction": "none", "weights": True},
     "heads": {"num_heads": 4},
     "heads-cosine": {"num_heads": 3} | COSINE,
+    "heads-long-histories": {"num_heads": 2, "longest_history": 40, "pages": 4},
+    "many-clicks": {"clicked": 1.0, "longest_pv": 40, "pages": 3},
     "projected": {"projected": True},
     "projected-cosine": {"projected": True} | COSINE,
     "projected-heads": {"projected": True, "num_heads": 2},
@@ -223,13 +225,15 @@ def test_which_pages_are_binned() -> None:
         p = mapped(p, lambda _, x: x.bfloat16() if x.is_floating_point() else x)
     saved = triton_loss.loss_forward(p, Needs(pv=True, history=True), False)[-1]
     shape = state.candidate_shape(p)
-    bins = state.CandidateState.restored(shape, saved).bins
+    found = state.CandidateState.restored(shape, saved)
+    bins = found.bins
     assert bins is not None
     # Of one unit: pages 0 and 6; of two: page 2; of sixteen: 1 and 5. Page 4 is too long, page 7
     # has five anchors.
     assert bins.page_place.tolist() == [0, 32, 16, -1, -1, 48, 1, -1, -1]
     assert bins.bin_count.tolist() == [4, 2, 2]
-    assert bins.long[:2].tolist() == [10, 14]
+    assert listed(found) == [[], [4, 7], [0, 1, 2, 4, 5, 6, 7]]
+
     page = torch.full((64,), -1)
     page[[0, 1]], page[16:18], page[32:48], page[48:] = torch.tensor([0, 6]), 2, 1, 5
     assert bins.unit_page[:64].tolist() == page.tolist()
@@ -237,6 +241,30 @@ def test_which_pages_are_binned() -> None:
     start = p.history_offsets.tolist()
     assert row[0, :6].tolist() == [start[0], -1, -1, -1, start[6], start[6] + 1]
     assert row[2].tolist() == list(range(start[1], start[2]))
+
+
+def listed(found: Any) -> list[list[int]]:
+    """Small pages, large ones, and all that have an anchor."""
+    return [x[:n].tolist() for x, n in zip(found.page_list, found.page_count, strict=True)]
+
+
+def test_which_pages_are_small() -> None:
+    """Those of at most 16 anchors and as many history rows as there are lanes for a head."""
+    pages = [(2, 1), (17, 3), (16, 32), (3, 0), (1, 33), (2, 16), (2, 17)]
+    rows, past = (sum(x) for x in zip(*pages, strict=True))
+    clicked = [1] * rows
+    clicked[-1] = 0
+    p = build("triton", normal(rows, 24), normal(past, 24), pages, clicked, attention="candidate")
+    skip_unless_available("triton", p)
+    from courier_fast.kernels.triton import loss as triton_loss
+    from courier_fast.kernels.triton.candidate import state
+
+    for heads, small in ((1, [0, 2, 5, 6]), (2, [0, 5]), (8, [])):
+        q = replace(p, num_heads=heads)
+        saved = triton_loss.loss_forward(q, Needs(pv=True, history=True), False)[-1]
+        found = state.CandidateState.restored(state.candidate_shape(q), saved)
+        large = [b for b in (0, 1, 2, 4, 5, 6) if b not in small]
+        assert listed(found) == [small, large, [0, 1, 2, 4, 5, 6]]
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -8,13 +8,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from ...loss.union import blocks
 from . import tiles
 from .candidate import kernels
-from .candidate.loss import SLOTS, parts_of, tiles_of
+from .candidate.attention import Anchors, Own
+from .candidate.lanes import LanePass, lanes_tile
+from .candidate.loss import Wanted, candidate_gradients, large_pages, parts_of, tiles_of
+from .candidate.pages import ANCHORS, Pages, place
 from .chunked import Transposed, run_chunks
 from .common import LOG2E, temperature
 from .contrast import Pass, PassSide, lowered, run_contrast, scores
@@ -22,7 +24,7 @@ from .masks import MASKS
 from .parts import collect
 from .passes import forward_pass
 from .results import Results
-from .shapes import block_shape, cdiv
+from .shapes import block_shape
 
 if TYPE_CHECKING:
     from ...loss.problem import Histories
@@ -134,14 +136,13 @@ class _CandidatePass:
         assert x.page is not None
         int32 = {"dtype": torch.int32, "device": self.device}
         rows, columns = torch.arange(self.m + 1, **int32), torch.arange(self.n, **int32)
-        tiles = tiles_of(block_shape(e))
-        self.block_m = tiles["BLOCK_M"]
         # First anchor of each page; where they are padded, the last ones are of no page.
         anchors = torch.searchsorted(
             x.page, torch.arange(len(histories.offsets), device=self.device)
         )
         identified = x.ids is not None and y.ids is not None
         query = None if y.query is None else y.query.contiguous()
+        self.shape = replace(block_shape(e), heads=histories.heads)
         key, value = histories.key.contiguous(), histories.value.contiguous()
         nothing = rows
         self.shared: dict[str, Any] = {
@@ -167,15 +168,19 @@ class _CandidatePass:
             "SAME_Q": query is None,
             "MASK": MASKS["other_pages" if pairs == "other_pages" else "batch"],
             "HAS_BIAS": y.bias is not None,
-            "BINNED": False,
-            "SLOTS": SLOTS,
-            **tiles,
         }
         for name in "qkve":
             self.shared |= {f"{name}_index_ptr": nothing, f"HAS_{name.upper()}_INDEX": False}
-        self.anchor_page = x.page.to(torch.int32)
-        self.anchor_count = self._count(x)
         self.every = rows
+        pages = len(histories.offsets) - 1
+        self.listed = torch.empty(3, pages, **int32), torch.empty(3, **int32)
+        place(
+            Pages(anchors, histories.offsets, rows[1:]),
+            self.listed,
+            lanes_tile(self.shape).block_n,
+            None,
+        )
+        self.pages = pages
 
     def _count(self, block: Block) -> Tensor:
         if block.count is not None:
@@ -198,24 +203,31 @@ def candidate_forward(
     if bar is not None:
         # Ties but for rounding are not above: see blocks.count_above.
         positive[:, 1] = bar / torch.as_tensor(scoring.inverse_tau, device=run.device) + 1e-6
-    kernels.candidate_scores[(run.m, parts)](
+    sums = {
+        "y_place_ptr": run.every,
+        "top_ptr": top,
+        "total_ptr": total,
+        "above_ptr": above,
+        "capacity": run.m,
+        "BIAS_IS_COUNT": y.merged,
+        "NEED_RANK": bar is not None,
+    }
+    kernels.candidate_scores[(min(run.pages, tiles.programs(run.device)), parts)](
         **run.shared,
-        anchor_page_ptr=run.anchor_page,
-        anchor_count_ptr=run.anchor_count,
-        y_place_ptr=run.every,
+        **sums,
+        **large_pages(run.listed),
+        **tiles_of(run.shape),
         positive_ptr=positive,
         list_ptr=run.every,
         log_q_ptr=positive,
-        page_place_ptr=run.every,
-        top_ptr=top,
-        total_ptr=total,
-        above_ptr=above,
-        capacity=run.m,
         parts=parts,
-        BIAS_IS_COUNT=y.merged,
         HAS_LOG_Q=False,
-        NEED_RANK=bar is not None,
+        SLOTS=ANCHORS.value,
     )
+    if lanes_tile(run.shape).block_n:
+        lanes, own = LanePass(run.shape, run.shared, run.listed), Own(positive, run.every, None)
+        mask, ids = run.shared["MASK"], run.shared["anchor_id_ptr"]
+        lanes.scores(parts, own, **sums, MASK=mask, anchor_id_ptr=ids)
     # Sums of nothing are 0, whose logarithm is right.
     lse = torch.logsumexp((top.double() + total.double().log2()) * math.log(2.0), 0)
     return blocks.Partial(lse, None, None if bar is None else above.sum(0))
@@ -229,41 +241,12 @@ def candidate_backward(
     if not len(x) or not len(y):
         return found
     run = _CandidatePass(histories, x, y, pairs, scoring)
-    programs = cdiv(run.n, run.block_m)
-    slope = torch.empty(programs, dtype=torch.float32, device=run.device)
-    given = run.shared | {
-        "anchor_list_ptr": run.every,
-        "lse_ptr": (lse * LOG2E.value).float(),
-        "miss_ptr": torch.zeros(
-            run.m, dtype=torch.float32, device=run.device
-        ),  # positives are elsewhere
-        "g_ptr": g.to(torch.float32),
-        "MERGED": False,
-        # float16 has too little range for gradients of a mean over many anchors: their products run
-        # in tf32.
-        "DOT_TYPE": tl.bfloat16 if y.rows.dtype == torch.bfloat16 else tl.float32,
-    }
-    kernels.candidate_columns[(programs,)](
-        **given,
-        anchor_page_ptr=run.anchor_page,
-        anchor_count_ptr=run.anchor_count,
-        long_ptr=run.every,
-        bin_count_ptr=run.every,
-        de_ptr=found.rows,
-        dq_ptr=found.rows if found.query is None else found.query,
-        tau_part_ptr=slope,
-        WANT_E=True,
-        WANT_Q=True,
+    nothing = torch.zeros(run.m, dtype=torch.float32, device=run.device)  # positives are elsewhere
+    lse = (lse * LOG2E.value).float()
+    anchors = Anchors(run.every, run.shared["anchor_id_ptr"], lse, nothing, g.to(torch.float32))
+    wanted = Wanted(found.rows, found.query, found.key, found.value, found.value is None, True)
+    slopes = candidate_gradients(
+        run.shape, run.shared, run.listed, anchors, run.every, wanted, merged=False
     )
-    kernels.candidate_history[(len(histories.offsets) - 1,)](
-        **given,
-        y_place_ptr=run.every,
-        page_place_ptr=run.every,
-        dk_ptr=found.key,
-        dv_ptr=found.key if found.value is None else found.value,
-        WANT_DK=True,
-        WANT_DV=True,
-        SUM_KV=found.value is None,
-    )
-    found.inverse_tau = slope.sum(dtype=torch.float64)
+    found.inverse_tau = torch.cat(slopes).sum(dtype=torch.float64)
     return found

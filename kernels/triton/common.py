@@ -42,7 +42,14 @@ SMALLEST_FIXED_TAU = 0.05
 
 # Addresses of one number among others, or of a row of a table: whether they are multiples of 16
 # bytes says nothing.
-_ANYWHERE = ("count_ptr", "place_ptr", "reconstructed_place_ptr", "y_place_ptr")
+_ANYWHERE = (
+    "count_ptr",
+    "place_ptr",
+    "reconstructed_place_ptr",
+    "y_place_ptr",
+    "page_list_ptr",
+    "page_count_ptr",
+)
 
 
 # What a launch reports of memory, and of kernels before it.
@@ -163,21 +170,25 @@ def source_row(source, row, mask):
 
 
 @triton.jit
-def load_rows(source, row, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of a source as [rows, BLOCK_D], zeros beyond D and where the mask is off."""
+def load_rows(
+    source, row, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, AGAIN: tl.constexpr = False
+):
+    """Rows of a source as [rows, BLOCK_D], zeros beyond D and where the mask is off; AGAIN: from
+    memory, whatever was loaded before."""
     dims = tl.arange(0, BLOCK_D)
     start = source_row(source, row, mask) * D
     return tl.load(
         source.rows + start[:, None] + dims[None, :],
         mask=mask[:, None] & (dims < D)[None, :],
         other=0.0,
+        eviction_policy="evict_first" if AGAIN else "",
     )
 
 
 @triton.jit
-def load_source(source, row, mask, how: tl.constexpr):
+def load_source(source, row, mask, how: tl.constexpr, AGAIN: tl.constexpr = False):
     """The same, of the constants of an attention."""
-    return load_rows(source, row, mask, how.D, how.BLOCK_D)
+    return load_rows(source, row, mask, how.D, how.BLOCK_D, AGAIN)
 
 
 @triton.jit

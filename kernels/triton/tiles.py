@@ -253,6 +253,39 @@ def candidate_tile(dtype: torch.dtype, block_d: int, device: torch.device) -> Ti
     return Tile(16, 16, 8, stages, registers=MOST_REGISTERS)
 
 
+# Attention for each candidate, pages whose history is one block: 32 rows of it, or 16 for each of
+# 2 to 4 heads. In fewer dimensions rows cancel too often for lengths that come from products.
+LEAST_LANES_DIM = 32
+NO_LANES = Tile(16, 0, 4, 1)
+
+
+def candidate_lanes(dtype: torch.dtype, block_d: int, heads: int, device: torch.device) -> Tile:
+    """block_m candidates by a block of block_n history rows for each head, as lanes side by side;
+    block_n is 0 where there is no such tile: float32 products that are exact are no faster so, and
+    what is left out does not fit into shared memory."""
+    exact = dtype == torch.float32 and dot_precision(dtype) == "ieee"
+    if block_d < LEAST_LANES_DIM or heads > 4:
+        return NO_LANES
+    rows = 32 if heads == 1 else 16
+    if interpreted():
+        return Tile(16, rows, 4, 1)
+    if exact:
+        return NO_LANES
+    lanes, there = next_power_of_2(heads) * rows, shared_memory(device)
+    large = there >= 227 * 1024
+    if block_d > LARGEST_REGISTER_DIM or dtype == torch.float32 or lanes > 32:
+        if not large or (lanes > 32 and (block_d > LARGEST_REGISTER_DIM or dtype.itemsize > 2)):
+            return NO_LANES
+    if block_d > LARGEST_REGISTER_DIM:
+        if dtype != torch.bfloat16:
+            return NO_LANES
+        size = 32 if block_d == 512 else 16
+        return Tile(size, size, 8, 1, registers=MOST_REGISTERS)
+    block_m = 32 if dtype == torch.float32 or there < _LARGE else 64
+    ahead = large and dtype == torch.bfloat16 and lanes == 32
+    return Tile(block_m, rows, 4, 2 if ahead else 1, registers=MOST_REGISTERS)
+
+
 def has_bins(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether there is a tile for it: bfloat16 rows, 227 KiB of shared memory and wgmma or what
     came after it."""

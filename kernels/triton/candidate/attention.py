@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..attention import above_top, ascending, head_mask, row_products, softmax_block
-from ..common import LN2, load_source, places_before, unit_scale
+from ..common import LN2, LOG2E, load_source, places_before, unit_scale
 from ..masks import MASK_OTHER_PAGES, MASK_PAGE
 
 
@@ -129,7 +129,7 @@ def attend_page(q, q_inverse, history, low, high, page, head, how: tl.constexpr)
     rows: tl.constexpr = q.shape[0]
     top = tl.full([rows], -float("inf"), tl.float32)
     total = tl.zeros([rows], tl.float32)
-    acc = tl.zeros([rows, how.BLOCK_D], tl.float32)
+    acc = tl.full([rows, how.BLOCK_D], 0.0, tl.float32)
     for start in range(low, high, how.BLOCK_H):
         row = start + tl.arange(0, how.BLOCK_H)
         mine = page_history(history.page, row, high, page)
@@ -144,20 +144,26 @@ def attend_page(q, q_inverse, history, low, high, page, head, how: tl.constexpr)
 
 
 @triton.jit
-def candidate_tile(position, valid, candidates, how: tl.constexpr):
-    """E and q of some candidates, and 1 / |E|."""
+def candidate_rows(position, valid, candidates, how: tl.constexpr):
+    """E and q of some candidates."""
     e = load_source(candidates.e, position, valid, how)
     q = e
     if not how.SAME_Q:
         q = load_source(candidates.q, position, valid, how)
+    return e, q
+
+
+@triton.jit
+def inverse_length(e):
+    """1 / |E| of rows."""
     wide = e.to(tl.float32)
-    return e, q, unit_scale(tl.sqrt(tl.sum(wide * wide, axis=1)))
+    return unit_scale(tl.sqrt(tl.sum(wide * wide, axis=1)))
 
 
 @triton.jit
 def reconstruct_candidates(q, history, low, high, page, how: tl.constexpr):
     """R of some candidates on one page, and the softmax of its last head."""
-    r = tl.zeros([q.shape[0], how.BLOCK_D], tl.float32)
+    r = tl.full([q.shape[0], how.BLOCK_D], 0.0, tl.float32)
     top = tl.zeros([q.shape[0]], tl.float32)
     share = top
     for head in range(how.HEADS):
@@ -184,6 +190,20 @@ def columns_of(page, pv_offsets_ptr, column_place_ptr, count, MASK: tl.constexpr
         low = places_before(column_place_ptr, tl.load(pv_offsets_ptr + page))
         high = places_before(column_place_ptr, tl.load(pv_offsets_ptr + page + 1))
     return low, high
+
+
+@triton.jit
+def listed_before(list_ptr, count, page):
+    """How many of the listed pages, which ascend, are before one."""
+    low = count * 0
+    high = count
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(list_ptr + middle) < page:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 @triton.jit
@@ -216,7 +236,7 @@ def load_bias(columns, column, inside):
 
 
 @triton.jit
-def score_gradients(
+def slot_gradients(
     t,  # [BLOCK_M], biases included
     tile,
     anchors,
@@ -225,27 +245,32 @@ def score_gradients(
     last,
     rules: tl.constexpr,
 ):
-    """dL/ds_bj [BLOCK_M]: sum over the page's anchors i of g_i (p_ij - [j = i])."""
+    """dL/ds_bj [BLOCK_M]: sum over the page's anchors i, SLOTS of them at most, of g_i (p_ij -
+    [j = i])."""
+    slot = first + tl.arange(0, rules.SLOTS)
+    slot_valid = slot < last
+    own_id = tl.load(anchors.id + slot, mask=slot_valid, other=0)
+    own = tl.load(anchors.list + slot, mask=slot_valid, other=-1)
+    lse = tl.load(anchors.lse + slot, mask=slot_valid, other=0.0)
+    g = tl.load(anchors.g + slot, mask=slot_valid, other=0.0)
+    pull = g * tl.load(anchors.miss + slot, mask=slot_valid, other=0.0)
+    allowed = allowed_pairs(tile.id, tile.page, tile.inside, own_id, page, slot_valid, rules.MASK)
+    # A row without weight has no share, also where its log-sum-exp is over nothing.
+    p = tl.where(allowed & (g != 0.0)[None, :], tl.exp2(t[:, None] - lse[None, :]), 0.0)
+    if rules.MERGED:
+        positive = tile.id[:, None] == own_id[None, :]
+    else:
+        positive = tile.position[:, None] == own[None, :]
+    positive = positive & tile.inside[:, None] & slot_valid[None, :]
+    return tl.sum(p * g[None, :] - tl.where(positive, pull[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def score_gradients(t, tile, anchors, page, first, last, rules: tl.constexpr):
+    """The same of any number of anchors."""
     found = tl.zeros([t.shape[0]], tl.float32)
     for start in range(first, last, rules.SLOTS):
-        slot = start + tl.arange(0, rules.SLOTS)
-        slot_valid = slot < last
-        own_id = tl.load(anchors.id + slot, mask=slot_valid, other=0)
-        own = tl.load(anchors.list + slot, mask=slot_valid, other=-1)
-        lse = tl.load(anchors.lse + slot, mask=slot_valid, other=0.0)
-        g = tl.load(anchors.g + slot, mask=slot_valid, other=0.0)
-        pull = g * tl.load(anchors.miss + slot, mask=slot_valid, other=0.0)
-        allowed = allowed_pairs(
-            tile.id, tile.page, tile.inside, own_id, page, slot_valid, rules.MASK
-        )
-        # A row without weight has no share, also where its log-sum-exp is over nothing.
-        p = tl.where(allowed & (g != 0.0)[None, :], tl.exp2(t[:, None] - lse[None, :]), 0.0)
-        if rules.MERGED:
-            positive = tile.id[:, None] == own_id[None, :]
-        else:
-            positive = tile.position[:, None] == own[None, :]
-        positive = positive & tile.inside[:, None] & slot_valid[None, :]
-        found += tl.sum(p * g[None, :] - tl.where(positive, pull[None, :], 0.0), axis=1)
+        found += slot_gradients(t, tile, anchors, page, start, last, rules)
     return found
 
 
@@ -337,3 +362,54 @@ def mean_gradient(
         )
         delta += tl.sum(tl.where(mine[None, :], a * da, 0.0), axis=1)
     return delta
+
+
+class Own(NamedTuple):
+    """What an anchor's rank is found from."""
+
+    positive: Any  # [capacity, 2]
+    list: Any  # [capacity]
+    log_q: Any  # [N], or None
+
+
+@triton.jit
+def own_ranked(own, slot, valid, inverse_tau):
+    """Scores of anchors' own items, as those of candidates are ranked."""
+    score = tl.load(own.positive + slot.to(tl.int64) * 2 + 1, mask=valid, other=0.0) * inverse_tau
+    if own.log_q is not None:
+        place = tl.load(own.list + slot, mask=valid, other=0)
+        score -= tl.load(own.log_q + place, mask=valid, other=0.0) * LOG2E
+    return score
+
+
+@triton.jit
+def scores_of(cosine, columns, column, inside, inverse_tau, BIAS_IS_COUNT: tl.constexpr):
+    """t of some columns, what is ranked, and how often."""
+    t = cosine * inverse_tau
+    ranked = t
+    multiple = tl.full([column.shape[0]], 1, tl.int32)
+    if columns.bias is not None:
+        bias = load_bias(columns, column, inside)
+        t += bias
+        if BIAS_IS_COUNT:
+            multiple = tl.floor(tl.exp2(bias) + 0.5).to(tl.int32)
+        else:
+            ranked = t
+    return t, ranked, multiple
+
+
+@triton.jit
+def add_scores(top, total, t, allowed):
+    """(max, sum) of 2^t of some anchors with one more tile of candidates."""
+    each = tl.where(allowed, t[:, None], -float("inf"))
+    new_top = tl.maximum(top, tl.max(each, axis=0))
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+    total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(each - shift[None, :]), axis=0)
+    return new_top, total
+
+
+@triton.jit
+def count_above(ranked, multiple, allowed, own):
+    """How many candidates of a tile are above the anchors' own items."""
+    better = allowed & (ranked[:, None] > own[None, :])
+    return tl.sum(tl.where(better, multiple[:, None], 0), axis=0)

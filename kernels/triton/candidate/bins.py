@@ -18,92 +18,16 @@ from ..common import (
     add_in,
     kernel,
     load_rows,
-    places_before,
     score_scale,
     temperature,
     unit_scale,
 )
 from ..masks import MASK_OTHER_PAGES, MASKS
 from ..shapes import cdiv
+from .pages import anchors_of, exponent_of
 from .state import PADDING, SIDE, SLOTS, SPAN, UNITS, Bins, CandidateShape, CandidateState
 
-# Pages take 1, 2, 4, 8 or 16 units.
-LARGEST = tl.constexpr(5)
 ROWS = 16
-
-
-@kernel
-def assign_bins(
-    pv_offsets_ptr,
-    history_offsets_ptr,
-    anchor_place_ptr,
-    unit_page_ptr,  # [bins * UNITS], -1 before
-    page_place_ptr,  # [pages] its first unit, -1 where it has none
-    long_ptr,  # [pages] first anchors of the pages that do not fit
-    bin_count_ptr,  # [3] bins, pages that do not fit, bins of more than one page
-    pages,
-    CHUNK: tl.constexpr,
-):
-    """Pages with an anchor in bins, those of as many units side by side; one program, in order of
-    the pages."""
-    sizes = tl.arange(0, 8)  # powers of two
-    counts = tl.zeros([8], tl.int32)
-    for start in range(0, pages, CHUNK):
-        page = start + tl.arange(0, CHUNK)
-        size, _first = size_of(pv_offsets_ptr, history_offsets_ptr, anchor_place_ptr, page, pages)
-        counts += tl.sum((size[:, None] == sizes[None, :]).to(tl.int32), axis=0)
-    bins = tl.where(sizes < LARGEST, tl.cdiv(counts << sizes, UNITS), 0)
-    base = tl.cumsum(bins, axis=0) - bins
-    seen = tl.zeros([8], tl.int32)
-    long = pages * 0
-    for start in range(0, pages, CHUNK):
-        page = start + tl.arange(0, CHUNK)
-        size, first = size_of(pv_offsets_ptr, history_offsets_ptr, anchor_place_ptr, page, pages)
-        is_size = (size[:, None] == sizes[None, :]).to(tl.int32)
-        earlier = tl.cumsum(is_size, axis=0) - is_size + seen[None, :]
-        place = (base * UNITS)[None, :] + (earlier << sizes[None, :])
-        place = tl.sum(place * is_size, axis=1)
-        seen += tl.sum(is_size, axis=0)
-        fits = (size >= 0) & (size < LARGEST)
-        tl.store(page_place_ptr + page, tl.where(fits, place, -1), mask=page < pages)
-        for unit in tl.static_range(UNITS):
-            tl.store(unit_page_ptr + place + unit, page, mask=fits & ((unit >> size) == 0))
-        is_long = (size == LARGEST).to(tl.int32)
-        before = tl.cumsum(is_long, axis=0) - is_long + long
-        tl.store(long_ptr + before, first, mask=is_long > 0)
-        long += tl.sum(is_long, axis=0)
-    tl.store(bin_count_ptr, tl.sum(bins, axis=0))
-    tl.store(bin_count_ptr + 1, long)
-    tl.store(bin_count_ptr + 2, tl.sum(tl.where(sizes < LARGEST - 1, bins, 0), axis=0))
-
-
-@triton.jit
-def exponent_of(length):
-    """log2 of the units that so many history rows take."""
-    exponent = (length > SPAN).to(tl.int32)
-    for more in tl.static_range(1, LARGEST):
-        exponent += (length > (SPAN << more)).to(tl.int32)
-    return exponent
-
-
-@triton.jit
-def size_of(pv_offsets_ptr, history_offsets_ptr, anchor_place_ptr, page, pages):
-    """log2 of the units that pages need, LARGEST where they do not fit, -1 without an anchor; and
-    their first anchors."""
-    inside = page < pages
-    first, last = anchors_of(pv_offsets_ptr, anchor_place_ptr, page, inside)
-    begin = tl.load(history_offsets_ptr + page, mask=inside, other=0)
-    end = tl.load(history_offsets_ptr + page + 1, mask=inside, other=0)
-    size = tl.where(last - first <= SIDE, exponent_of(end - begin), LARGEST)
-    return tl.where(inside & (last > first), size, -1), first
-
-
-@triton.jit
-def anchors_of(pv_offsets_ptr, anchor_place_ptr, page, mask):
-    """The range of anchors of pages [BLOCK]."""
-    first_row = tl.load(pv_offsets_ptr + page, mask=mask, other=0)
-    last_row = tl.load(pv_offsets_ptr + page + 1, mask=mask, other=0)
-    return places_before(anchor_place_ptr, first_row), places_before(anchor_place_ptr, last_row)
 
 
 @kernel
@@ -288,8 +212,10 @@ def merge_binned(
     item_count_ptr,
     bin_top_ptr,  # [bin_parts, units]
     bin_total_ptr,
-    top_ptr,  # [capacity]
+    top_ptr,  # [parts, capacity]
     total_ptr,
+    capacity,
+    parts,
     units,
     bin_parts,
     tau,
@@ -331,6 +257,10 @@ def merge_binned(
             top, total = add_in(top, total, t, tl.where(counts, 1.0, 0.0))
     tl.store(top_ptr + i, top, mask=valid)
     tl.store(total_ptr + i, total, mask=valid)
+    for part in range(1, parts):
+        where = part * capacity.to(tl.int64) + i
+        tl.store(top_ptr + where, tl.full([BLOCK], -float("inf"), tl.float32), mask=valid)
+        tl.store(total_ptr + where, tl.zeros([BLOCK], tl.float32), mask=valid)
 
 
 @kernel
@@ -423,21 +353,8 @@ def page_weights(
 
 
 def make_bins(p: Problem, s: CandidateShape, t: CandidateState, b: Bins) -> None:
-    """Fills `b`."""
+    """Fills `b`, whose pages are placed."""
     source = p.pv if p.history is None else p.history
-    b.unit_page.fill_(-1)
-    assign_bins[(1,)](
-        p.pv_offsets,
-        p.history_offsets,
-        t.places[0],
-        b.unit_page,
-        b.page_place,
-        b.long,
-        b.bin_count,
-        s.pages,
-        CHUNK=512,
-        num_warps=8,
-    )
     fill_bins[(s.bins,)](
         source,
         p.history_index if p.history_index is not None else b.slot_row,
@@ -521,6 +438,8 @@ def merge(
         bin_total_ptr=parts[1],
         top_ptr=top,
         total_ptr=total,
+        capacity=s.rows,
+        parts=top.shape[0],
         bin_parts=parts[0].shape[0],
     )
 

@@ -15,88 +15,95 @@ and from there as in any attention.
 from __future__ import annotations
 
 import triton.language as tl
+from torch import Tensor
 
-from ..common import LOG2E, Source, add_in, kernel, load_source, places_before, score_scale
+from ....loss.problem import Problem
+from .. import tiles
+from ..attention import attention_sources
+from ..common import (
+    Source,
+    add_in,
+    kernel,
+    load_source,
+    score_scale,
+)
 from ..masks import MASK_OTHER_PAGES, MASK_PAGE
 from ..results import AnchorResults, Items, finish
+from ..rows import e_source
 from .attention import (
     Anchors,
     Attention,
     Candidates,
     Columns,
     History,
+    Own,
     Rules,
     Tile,
+    add_scores,
     allowed_pairs,
-    candidate_tile,
+    candidate_rows,
     columns_of,
     cosine_of,
+    count_above,
     head_lengths,
     head_of,
+    inverse_length,
+    listed_before,
     load_bias,
     load_columns,
     load_head,
     mean_gradient,
     of_head,
+    own_ranked,
     page_gradients,
     page_history,
     reconstruct_candidates,
+    scores_of,
     weight_gradients,
 )
+from .pages import EVERY_PAGE, Pages, page_anchors
+from .state import CandidateShape, CandidateState
 
 
 @kernel
 def own_scores(
-    q_ptr,
-    q_index_ptr,
-    k_ptr,
-    k_index_ptr,
-    v_ptr,
-    v_index_ptr,
-    e_ptr,
-    e_index_ptr,
-    history_offsets_ptr,
+    q_of,  # Source, as all of that name
+    k_of,
+    v_of,
+    e_of,
+    pages,  # Pages
     history_page_ptr,
-    list_ptr,
-    list_page_ptr,
-    count_ptr,
+    list_ptr,  # PV rows of the anchors
+    page_list_ptr,
+    page_count_ptr,
     positive_ptr,  # [capacity, 2]: twice the same
     scale,
     D: tl.constexpr,
     HEADS: tl.constexpr,
     COSINE: tl.constexpr,
     SAME_Q: tl.constexpr,
-    HAS_Q_INDEX: tl.constexpr,
-    HAS_K_INDEX: tl.constexpr,
-    HAS_V_INDEX: tl.constexpr,
-    HAS_E_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """cos(R_i, E_i) of one anchor."""
-    i = tl.program_id(0)
-    if i >= tl.load(count_ptr):
-        return
+    """cos(R_i, E_i) of the anchors, page by page."""
     how: tl.constexpr = Attention(D, HEADS, COSINE, SAME_Q, BLOCK_H, BLOCK_D, PRECISION)
-    e_of = Source(e_ptr, e_index_ptr if HAS_E_INDEX else None)
-    q_of = Source(q_ptr, q_index_ptr if HAS_Q_INDEX else None)
     candidates = Candidates(e_of, q_of)
-    k_of = Source(k_ptr, k_index_ptr if HAS_K_INDEX else None)
-    v_of = Source(v_ptr, v_index_ptr if HAS_V_INDEX else None)
     history = History(k_of, v_of, history_page_ptr, scale)
-    row = tl.arange(0, BLOCK_M)
-    valid = row < 1
-    position = row + tl.load(list_ptr + i)
-    page = tl.load(list_page_ptr + i)
-    e, q, e_inverse = candidate_tile(position, valid, candidates, how)
-    past = tl.load(history_offsets_ptr + page)
-    until = tl.load(history_offsets_ptr + page + 1)
-    r, _top, _share = reconstruct_candidates(q, history, past, until, page, how)
-    cosine, _inverse = cosine_of(r, e, e_inverse)
-    for part in tl.static_range(2):
-        tl.store(positive_ptr + i.to(tl.int64) * 2 + part + row * 0, cosine, mask=valid)
+    for index in range(tl.program_id(0), tl.load(page_count_ptr), tl.num_programs(0)):
+        page = tl.load(page_list_ptr + index)
+        past = tl.load(pages.history_offsets + page)
+        until = tl.load(pages.history_offsets + page + 1)
+        first, last = page_anchors(pages, page)
+        for start in range(first, last, BLOCK_M):
+            i = start + tl.arange(0, BLOCK_M)
+            position = tl.load(list_ptr + i, mask=i < last, other=0)
+            e, q = candidate_rows(position, i < last, candidates, how)
+            r, _top, _share = reconstruct_candidates(q, history, past, until, page, how)
+            cosine, _inverse = cosine_of(r, e, inverse_length(e))
+            for part in tl.static_range(2):
+                tl.store(positive_ptr + i.to(tl.int64) * 2 + part, cosine, mask=i < last)
 
 
 @kernel
@@ -112,10 +119,10 @@ def candidate_scores(
     pv_offsets_ptr,
     history_offsets_ptr,
     history_page_ptr,
-    anchor_page_ptr,
     anchor_id_ptr,
     anchor_place_ptr,
-    anchor_count_ptr,
+    page_list_ptr,
+    page_count_ptr,
     column_list_ptr,
     column_page_ptr,
     column_id_ptr,
@@ -125,7 +132,6 @@ def candidate_scores(
     positive_ptr,  # [capacity, 2]
     list_ptr,
     log_q_ptr,
-    page_place_ptr,
     top_ptr,  # [parts, capacity]
     total_ptr,
     above_ptr,
@@ -147,33 +153,14 @@ def candidate_scores(
     BIAS_IS_COUNT: tl.constexpr,
     HAS_LOG_Q: tl.constexpr,
     NEED_RANK: tl.constexpr,
-    BINNED: tl.constexpr,  # only pages without a place in a bin
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(max, sum) of 2^t over some candidates, for up to SLOTS anchors of a page at a time: a
-    program for the first of each."""
-    i = tl.program_id(0)
+    """(max, sum) of 2^t over some candidates, for the anchors of listed pages, SLOTS at a time."""
     part = tl.program_id(1)
-    count = tl.load(anchor_count_ptr)
-    if i >= count:
-        return
-    page = tl.load(anchor_page_ptr + i)
-    first = places_before(anchor_place_ptr, tl.load(pv_offsets_ptr + page))
-    if (i - first) % SLOTS != 0:
-        return
-    last = places_before(anchor_place_ptr, tl.load(pv_offsets_ptr + page + 1))
-    slot = i + tl.arange(0, SLOTS)
-    slot_valid = slot < last
-    where = part.to(tl.int64) * capacity + slot
-    if BINNED:
-        if tl.load(page_place_ptr + page) >= 0:
-            tl.store(top_ptr + where, slot * 0.0 - float("inf"), mask=slot_valid)
-            tl.store(total_ptr + where, slot * 0.0, mask=slot_valid)
-            return
     how: tl.constexpr = Attention(D, HEADS, COSINE, SAME_Q, BLOCK_H, BLOCK_D, PRECISION)
     e_of = Source(e_ptr, e_index_ptr if HAS_E_INDEX else None)
     q_of = Source(q_ptr, q_index_ptr if HAS_Q_INDEX else None)
@@ -181,59 +168,53 @@ def candidate_scores(
     k_of = Source(k_ptr, k_index_ptr if HAS_K_INDEX else None)
     v_of = Source(v_ptr, v_index_ptr if HAS_V_INDEX else None)
     history = History(k_of, v_of, history_page_ptr, scale)
+    all = Pages(pv_offsets_ptr, history_offsets_ptr, anchor_place_ptr)
     columns = Columns(
         column_list_ptr, column_id_ptr, column_page_ptr, column_bias_ptr if HAS_BIAS else None
     )
-    own_id = tl.load(anchor_id_ptr + slot, mask=slot_valid, other=0)
     inverse_tau = score_scale(tau, TAU_IS_TENSOR)
-    own = tl.zeros([SLOTS], tl.float32)
-    if NEED_RANK:
-        own = (
-            tl.load(positive_ptr + slot.to(tl.int64) * 2 + 1, mask=slot_valid, other=0.0)
-            * inverse_tau
-        )
-        if HAS_LOG_Q:
-            place = tl.load(list_ptr + slot, mask=slot_valid, other=0)
-            own -= tl.load(log_q_ptr + place, mask=slot_valid, other=0.0) * LOG2E
-    low, high = columns_of(page, pv_offsets_ptr, y_place_ptr, tl.load(column_count_ptr), MASK)
-    share_of = tl.cdiv(tl.cdiv(high - low, BLOCK_M), parts) * BLOCK_M
-    begin = low + part * share_of
-    end = tl.minimum(begin + share_of, high)
-    past = tl.load(history_offsets_ptr + page)
-    until = tl.load(history_offsets_ptr + page + 1)
-    top = tl.full([SLOTS], -float("inf"), tl.float32)
-    total = tl.zeros([SLOTS], tl.float32)
-    above = tl.zeros([SLOTS], tl.int32)
-    for start in range(begin, end, BLOCK_M):
-        column = start + tl.arange(0, BLOCK_M)
-        inside = column < end
-        position, id, column_page = load_columns(columns, column, inside, MASK == MASK_OTHER_PAGES)
-        e, q, e_inverse = candidate_tile(position, inside, candidates, how)
-        r, _top, _share = reconstruct_candidates(q, history, past, until, page, how)
-        cosine, _inverse = cosine_of(r, e, e_inverse)
-        t = cosine * inverse_tau
-        multiple = tl.full([BLOCK_M], 1, tl.int32)
-        ranked = t
-        if HAS_BIAS:
-            bias = load_bias(columns, column, inside)
-            t += bias
-            if BIAS_IS_COUNT:
-                multiple = tl.floor(tl.exp2(bias) + 0.5).to(tl.int32)
-            else:
-                ranked = t
-        allowed = allowed_pairs(id, column_page, inside, own_id, page, slot_valid, MASK)
-        each = tl.where(allowed, t[:, None], -float("inf"))
-        new_top = tl.maximum(top, tl.max(each, axis=0))
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(each - shift[None, :]), axis=0)
-        top = new_top
-        if NEED_RANK:
-            better = allowed & (ranked[:, None] > own[None, :])
-            above += tl.sum(tl.where(better, multiple[:, None], 0), axis=0)
-    tl.store(top_ptr + where, top, mask=slot_valid)
-    tl.store(total_ptr + where, total, mask=slot_valid)
-    if NEED_RANK:
-        tl.store(above_ptr + where, above, mask=slot_valid)
+    columns_count = tl.load(column_count_ptr)
+    for index in range(tl.program_id(0), tl.load(page_count_ptr), tl.num_programs(0)):
+        page = tl.load(page_list_ptr + index)
+        low, high = columns_of(page, pv_offsets_ptr, y_place_ptr, columns_count, MASK)
+        share_of = tl.cdiv(tl.cdiv(high - low, BLOCK_M), parts) * BLOCK_M
+        begin = low + part * share_of
+        end = tl.minimum(begin + share_of, high)
+        past = tl.load(history_offsets_ptr + page)
+        until = tl.load(history_offsets_ptr + page + 1)
+        first, last = page_anchors(all, page)
+        for start_slot in range(first, last, SLOTS):
+            slot = start_slot + tl.arange(0, SLOTS)
+            slot_valid = slot < last
+            where = part.to(tl.int64) * capacity + slot
+            own_id = tl.load(anchor_id_ptr + slot, mask=slot_valid, other=0)
+            own = tl.zeros([SLOTS], tl.float32)
+            if NEED_RANK:
+                own_of = Own(positive_ptr, list_ptr, log_q_ptr if HAS_LOG_Q else None)
+                own = own_ranked(own_of, slot, slot_valid, inverse_tau)
+            top = tl.full([SLOTS], -float("inf"), tl.float32)
+            total = tl.zeros([SLOTS], tl.float32)
+            above = tl.zeros([SLOTS], tl.int32)
+            for start in range(begin, end, BLOCK_M):
+                column = start + tl.arange(0, BLOCK_M)
+                inside = column < end
+                position, id, column_page = load_columns(
+                    columns, column, inside, MASK == MASK_OTHER_PAGES
+                )
+                e, q = candidate_rows(position, inside, candidates, how)
+                r, _top, _share = reconstruct_candidates(q, history, past, until, page, how)
+                cosine, _inverse = cosine_of(r, e, inverse_length(e))
+                t, ranked, multiple = scores_of(
+                    cosine, columns, column, inside, inverse_tau, BIAS_IS_COUNT
+                )
+                allowed = allowed_pairs(id, column_page, inside, own_id, page, slot_valid, MASK)
+                top, total = add_scores(top, total, t, allowed)
+                if NEED_RANK:
+                    above += count_above(ranked, multiple, allowed, own)
+            tl.store(top_ptr + where, top, mask=slot_valid)
+            tl.store(total_ptr + where, total, mask=slot_valid)
+            if NEED_RANK:
+                tl.store(above_ptr + where, above, mask=slot_valid)
 
 
 @kernel
@@ -293,10 +274,10 @@ def candidate_columns(
     history_offsets_ptr,
     history_page_ptr,
     anchor_list_ptr,
-    anchor_page_ptr,
     anchor_id_ptr,
     anchor_place_ptr,
-    anchor_count_ptr,
+    page_list_ptr,
+    page_count_ptr,
     column_list_ptr,
     column_page_ptr,
     column_id_ptr,
@@ -305,8 +286,6 @@ def candidate_columns(
     lse_ptr,
     miss_ptr,
     g_ptr,
-    long_ptr,  # first anchors of the pages that are in no bin
-    bin_count_ptr,
     de_ptr,  # [N or n, D], rows at their places
     dq_ptr,  # [N, D] likewise
     tau_part_ptr,  # [programs] sum of g cos
@@ -326,7 +305,6 @@ def candidate_columns(
     MERGED: tl.constexpr,
     WANT_E: tl.constexpr,
     WANT_Q: tl.constexpr,
-    BINNED: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -337,11 +315,10 @@ def candidate_columns(
     """dL/dE and dL/dq of a tile of candidates, over all pages with an anchor; with SAME_Q their sum
     is dL/dE."""
     pid = tl.program_id(0)
-    listed = tl.load(bin_count_ptr + 1) if BINNED else 0
-    if BINNED:
-        if listed == 0:
-            tl.store(tau_part_ptr + pid, 0.0)
-            return
+    listed = tl.load(page_count_ptr)
+    if listed == 0:
+        tl.store(tau_part_ptr + pid, 0.0)
+        return
     how: tl.constexpr = Attention(D, HEADS, COSINE, SAME_Q, BLOCK_H, BLOCK_D, PRECISION)
     e_of = Source(e_ptr, e_index_ptr if HAS_E_INDEX else None)
     q_of = Source(q_ptr, q_index_ptr if HAS_Q_INDEX else None)
@@ -349,6 +326,7 @@ def candidate_columns(
     k_of = Source(k_ptr, k_index_ptr if HAS_K_INDEX else None)
     v_of = Source(v_ptr, v_index_ptr if HAS_V_INDEX else None)
     history = History(k_of, v_of, history_page_ptr, scale)
+    all = Pages(pv_offsets_ptr, history_offsets_ptr, anchor_place_ptr)
     columns = Columns(
         column_list_ptr, column_id_ptr, column_page_ptr, column_bias_ptr if HAS_BIAS else None
     )
@@ -359,29 +337,21 @@ def candidate_columns(
     with_page: tl.constexpr = MASK == MASK_OTHER_PAGES or MASK == MASK_PAGE
     position, id, column_page = load_columns(columns, column, inside, with_page)
     bias = load_bias(columns, column, inside)
-    e, q, e_inverse = candidate_tile(position, inside, candidates, how)
+    e, q = candidate_rows(position, inside, candidates, how)
     inverse_tau = score_scale(tau, TAU_IS_TENSOR)
     d_e = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     d_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    e_inverse = inverse_length(e)
     slope = tl.zeros([BLOCK_M], tl.float32)
-    count = tl.load(anchor_count_ptr)
     low_page = tl.min(tl.where(inside, column_page, 2147483647), axis=0)
     high_page = tl.max(tl.where(inside, column_page, -1), axis=0)
-    first = count * 0
+    index = listed * 0
     if MASK == MASK_PAGE:
-        there = high_page >= 0
-        first = places_before(
-            anchor_place_ptr, tl.load(pv_offsets_ptr + low_page, mask=there, other=0)
-        )
-        count = places_before(
-            anchor_place_ptr, tl.load(pv_offsets_ptr + high_page + 1, mask=there, other=0)
-        )
-    index = first
-    if BINNED:
-        first = tl.load(long_ptr)
-    while first < count:
-        page = tl.load(anchor_page_ptr + first)
-        last = places_before(anchor_place_ptr, tl.load(pv_offsets_ptr + page + 1))
+        index = listed_before(page_list_ptr, listed, low_page)
+        listed = listed_before(page_list_ptr, listed, high_page + 1)
+    while index < listed:
+        page = tl.load(page_list_ptr + index)
+        first, last = page_anchors(all, page)
         past = tl.load(history_offsets_ptr + page)
         until = tl.load(history_offsets_ptr + page + 1)
         seen = inside
@@ -436,10 +406,7 @@ def candidate_columns(
             if COSINE:
                 part -= (turned * scale * q_inverse * q_inverse)[:, None] * q_head.to(tl.float32)
             d_q += part
-        first = last
-        if BINNED:
-            index += 1
-            first = tl.load(long_ptr + index, mask=index < listed, other=2147483647)
+        index += 1
     dims = tl.arange(0, BLOCK_D)
     where = position.to(tl.int64)[:, None] * D + dims[None, :]
     mask = inside[:, None] & (dims < D)[None, :]
@@ -468,6 +435,8 @@ def candidate_history(
     anchor_list_ptr,
     anchor_id_ptr,
     anchor_place_ptr,
+    page_list_ptr,
+    page_count_ptr,
     column_list_ptr,
     column_page_ptr,
     column_id_ptr,
@@ -477,7 +446,6 @@ def candidate_history(
     lse_ptr,
     miss_ptr,
     g_ptr,
-    page_place_ptr,
     dk_ptr,  # [K, D]
     dv_ptr,
     tau,
@@ -497,7 +465,6 @@ def candidate_history(
     WANT_DK: tl.constexpr,
     WANT_DV: tl.constexpr,
     SUM_KV: tl.constexpr,
-    BINNED: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -505,12 +472,8 @@ def candidate_history(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dL/dk and dL/dv of a page's history, over all candidates; SUM_KV: their sum to dk. Zeros
-    without an anchor."""
-    page = tl.program_id(0)
-    if BINNED:
-        if tl.load(page_place_ptr + page) >= 0:
-            return
+    """dL/dk and dL/dv of the history of listed pages, over all candidates; SUM_KV: their sum to
+    dk."""
     how: tl.constexpr = Attention(D, HEADS, COSINE, SAME_Q, BLOCK_H, BLOCK_D, PRECISION)
     e_of = Source(e_ptr, e_index_ptr if HAS_E_INDEX else None)
     q_of = Source(q_ptr, q_index_ptr if HAS_Q_INDEX else None)
@@ -518,89 +481,122 @@ def candidate_history(
     k_of = Source(k_ptr, k_index_ptr if HAS_K_INDEX else None)
     v_of = Source(v_ptr, v_index_ptr if HAS_V_INDEX else None)
     history = History(k_of, v_of, history_page_ptr, scale)
+    all = Pages(pv_offsets_ptr, history_offsets_ptr, anchor_place_ptr)
     columns = Columns(
         column_list_ptr, column_id_ptr, column_page_ptr, column_bias_ptr if HAS_BIAS else None
     )
     anchors = Anchors(anchor_list_ptr, anchor_id_ptr, lse_ptr, miss_ptr, g_ptr)
     rules: tl.constexpr = Rules(MASK, MERGED, SLOTS)
-    first = places_before(anchor_place_ptr, tl.load(pv_offsets_ptr + page))
-    last = places_before(anchor_place_ptr, tl.load(pv_offsets_ptr + page + 1))
-    past = tl.load(history_offsets_ptr + page)
-    until = tl.load(history_offsets_ptr + page + 1)
-    low, high = columns_of(page, pv_offsets_ptr, y_place_ptr, tl.load(column_count_ptr), MASK)
-    if first >= last:
-        high = low
     inverse_tau = score_scale(tau, TAU_IS_TENSOR)
+    columns_count = tl.load(column_count_ptr)
     dims = tl.arange(0, BLOCK_D)
-    for block in range(past, until, BLOCK_H):
-        row = block + tl.arange(0, BLOCK_H)
-        mine = page_history(history_page_ptr, row, until, page)
-        all_k = load_source(history.k, row, mine, how)
-        all_v = load_source(history.v, row, mine, how)
-        d_k = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-        d_v = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-        for start in range(low, high, BLOCK_M):
-            column = start + tl.arange(0, BLOCK_M)
-            inside = column < high
-            position, id, column_page = load_columns(
-                columns, column, inside, MASK == MASK_OTHER_PAGES
-            )
-            bias = load_bias(columns, column, inside)
-            e, q, e_inverse = candidate_tile(position, inside, candidates, how)
-            tile = Tile(e, q, e_inverse, position, id, column_page, bias, inside)
-            top, share, dr, _de, _slope = page_gradients(
-                tile, history, anchors, page, first, last, past, until, inverse_tau, rules, how
-            )
-            for head in range(HEADS):
-                k = of_head(all_k, head, D, HEADS, BLOCK_D)
-                v = of_head(all_v, head, D, HEADS, BLOCK_D)
-                q_head, dr_head, q_inverse, top, share = head_of(
-                    tile, dr, top, share, history, past, until, page, head, how
+    for index in range(tl.program_id(0), tl.load(page_count_ptr), tl.num_programs(0)):
+        page = tl.load(page_list_ptr + index)
+        first, last = page_anchors(all, page)
+        past = tl.load(history_offsets_ptr + page)
+        until = tl.load(history_offsets_ptr + page + 1)
+        low, high = columns_of(page, pv_offsets_ptr, y_place_ptr, columns_count, MASK)
+        for block in range(past, until, BLOCK_H):
+            row = block + tl.arange(0, BLOCK_H)
+            mine = page_history(history_page_ptr, row, until, page)
+            all_k = load_source(history.k, row, mine, how)
+            all_v = load_source(history.v, row, mine, how)
+            d_k = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+            d_v = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+            for start in range(low, high, BLOCK_M):
+                column = start + tl.arange(0, BLOCK_M)
+                inside = column < high
+                position, id, column_page = load_columns(
+                    columns, column, inside, MASK == MASK_OTHER_PAGES
                 )
-                s, a, da = weight_gradients(
-                    q_head, q_inverse, dr_head, k, v, top, share, scale, mine, DOT_TYPE, how
+                bias = load_bias(columns, column, inside)
+                e, q = candidate_rows(position, inside, candidates, how)
+                tile = Tile(e, q, inverse_length(e), position, id, column_page, bias, inside)
+                top, share, dr, _de, _slope = page_gradients(
+                    tile, history, anchors, page, first, last, past, until, inverse_tau, rules, how
                 )
-                if WANT_DV:
-                    d_v = tl.dot(
-                        tl.trans(a.to(DOT_TYPE)),
-                        dr_head.to(DOT_TYPE),
-                        d_v,
-                        input_precision=PRECISION,
+                for head in range(HEADS):
+                    k = of_head(all_k, head, D, HEADS, BLOCK_D)
+                    v = of_head(all_v, head, D, HEADS, BLOCK_D)
+                    q_head, dr_head, q_inverse, top, share = head_of(
+                        tile, dr, top, share, history, past, until, page, head, how
                     )
-                if WANT_DK:
-                    delta = tl.sum(tl.where(mine[None, :], a * da, 0.0), axis=1)
-                    if until - past > BLOCK_H:
-                        delta = mean_gradient(
-                            q_head,
-                            q_inverse,
-                            dr_head,
-                            top,
-                            share,
-                            history,
-                            past,
-                            until,
-                            page,
-                            head,
-                            DOT_TYPE,
-                            how,
+                    s, a, da = weight_gradients(
+                        q_head, q_inverse, dr_head, k, v, top, share, scale, mine, DOT_TYPE, how
+                    )
+                    if WANT_DV:
+                        d_v = tl.dot(
+                            tl.trans(a.to(DOT_TYPE)),
+                            dr_head.to(DOT_TYPE),
+                            d_v,
+                            input_precision=PRECISION,
                         )
-                    ds = tl.where(mine[None, :], a * (da - delta[:, None]), 0.0)
-                    turned = tl.sum(tl.where(mine[None, :], ds * s, 0.0), axis=0)
-                    ds = ds * (scale * q_inverse)[:, None]
-                    k_inverse = head_lengths(k, COSINE)
-                    part = tl.dot(
-                        tl.trans(ds.to(DOT_TYPE)), q_head.to(DOT_TYPE), input_precision=PRECISION
-                    )
-                    part = of_head(part, head, D, HEADS, BLOCK_D)
-                    if COSINE:
-                        part = part * k_inverse[:, None]
-                        part -= (turned * scale * k_inverse * k_inverse)[:, None] * k.to(tl.float32)
-                    d_k += part
-        where = row.to(tl.int64)[:, None] * D + dims[None, :]
-        mask = (row < until)[:, None] & (dims < D)[None, :]
-        if SUM_KV:
-            d_k += d_v
-        if WANT_DK or SUM_KV:
-            tl.store(dk_ptr + where, d_k.to(dk_ptr.dtype.element_ty), mask=mask)
-        if WANT_DV and not SUM_KV:
-            tl.store(dv_ptr + where, d_v.to(dv_ptr.dtype.element_ty), mask=mask)
+                    if WANT_DK:
+                        delta = tl.sum(tl.where(mine[None, :], a * da, 0.0), axis=1)
+                        if until - past > BLOCK_H:
+                            delta = mean_gradient(
+                                q_head,
+                                q_inverse,
+                                dr_head,
+                                top,
+                                share,
+                                history,
+                                past,
+                                until,
+                                page,
+                                head,
+                                DOT_TYPE,
+                                how,
+                            )
+                        ds = tl.where(mine[None, :], a * (da - delta[:, None]), 0.0)
+                        turned = tl.sum(tl.where(mine[None, :], ds * s, 0.0), axis=0)
+                        ds = ds * (scale * q_inverse)[:, None]
+                        k_inverse = head_lengths(k, COSINE)
+                        part = tl.dot(
+                            tl.trans(ds.to(DOT_TYPE)),
+                            q_head.to(DOT_TYPE),
+                            input_precision=PRECISION,
+                        )
+                        part = of_head(part, head, D, HEADS, BLOCK_D)
+                        if COSINE:
+                            part = part * k_inverse[:, None]
+                            part -= (turned * scale * k_inverse * k_inverse)[:, None] * k.to(
+                                tl.float32
+                            )
+                        d_k += part
+            where = row.to(tl.int64)[:, None] * D + dims[None, :]
+            mask = (row < until)[:, None] & (dims < D)[None, :]
+            if SUM_KV:
+                d_k += d_v
+            if WANT_DK or SUM_KV:
+                tl.store(dk_ptr + where, d_k.to(dk_ptr.dtype.element_ty), mask=mask)
+            if WANT_DV and not SUM_KV:
+                tl.store(dv_ptr + where, d_v.to(dv_ptr.dtype.element_ty), mask=mask)
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+
+def score_own(p: Problem, s: CandidateShape, t: CandidateState, positive: Tensor) -> None:
+    """cos(R_i, E_i) of the anchors."""
+    tile = tiles.candidate_tile(s.dtype, s.block_d, s.device)
+    own_scores[(min(s.pages, 2 * tiles.programs(s.device)),)](
+        *attention_sources(p),
+        e_source(p),
+        Pages(p.pv_offsets, p.history_offsets, t.places[0]),
+        t.history_page,
+        t.anchor.list,
+        t.page_list[EVERY_PAGE],
+        t.page_count[EVERY_PAGE:],
+        positive,
+        p.attention_scale,
+        D=s.dim,
+        HEADS=s.heads,
+        COSINE=p.cosine,
+        SAME_Q=p.query is None,
+        BLOCK_M=16,
+        BLOCK_H=tile.block_n,
+        BLOCK_D=s.block_d,
+        PRECISION=s.precision,
+        **tile.launch,
+    )

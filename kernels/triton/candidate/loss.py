@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -24,11 +24,11 @@ from ..shapes import Shape, cdiv
 from ..state import Spec
 from ..table import sum_occurrences
 from . import binned, kernels
+from .attention import Anchors, Own
 from .bins import make_bins
+from .lanes import LanePass, lanes_tile
+from .pages import ANCHORS, LARGE_PAGES, Pages, place
 from .state import CandidateShape, CandidateState, candidate_shape
-
-# Anchors of a page whose sums are kept side by side.
-SLOTS = 16
 
 
 def saved_spec(p: Problem) -> Spec:
@@ -87,6 +87,17 @@ def tiles_of(s: Shape) -> dict[str, Any]:
     }
 
 
+def small_rows(s: Shape) -> int:
+    """History rows of a small page, 0 where none is: with bins what is in none is rare, and not
+    worth launches of its own."""
+    return 0 if getattr(s, "binned", False) else lanes_tile(s).block_n
+
+
+def large_pages(listed: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """The list of the pages that are not small, and how many they are."""
+    return {"page_list_ptr": listed[0][LARGE_PAGES], "page_count_ptr": listed[1][LARGE_PAGES:]}
+
+
 def parts_of(device: torch.device, pages: int) -> int:
     """Into how many the candidates are divided, where there are few pages: decided by what may be
     there, not by what is."""
@@ -104,49 +115,50 @@ def forward(
     positive = t.positive
     if positive is None:
         positive = torch.empty(s.rows, 2, dtype=torch.float32, device=s.device)
-    bins = t.bins
+    bins, small = t.bins, small_rows(s)
+    of_pages = Pages(p.pv_offsets, p.history_offsets, t.places[0])
+    listed = t.page_list, t.page_count
+    place(of_pages, listed, small, bins)
+    kernels.score_own(p, s, t, positive)
     if bins is not None:
         make_bins(p, s, t, bins)
-    tiles = tiles_of(s)
-    kernels.own_scores[(s.rows,)](
-        **_inputs(p, t),
-        list_ptr=t.anchor.list,
-        list_page_ptr=t.anchor.page,
-        count_ptr=t.counts[0:1],
-        positive_ptr=positive,
-        **(tiles | {"BLOCK_M": 16}),
-    )
+        if stats:  # ranks need every score beside every anchor's
+            listed = torch.empty_like(t.page_list), torch.empty_like(t.page_count)
+            small = lanes_tile(s).block_n
+            place(of_pages, listed, small, None)
     parts = parts_of(s.device, s.pages)
     top = torch.empty(parts, s.rows, dtype=torch.float32, device=s.device)
     total = torch.empty_like(top)
     above = torch.empty((parts, s.rows) if stats else (1, 1), dtype=torch.int32, device=s.device)
     log_q = p.log_q if p.log_q is not None else positive
-    # Ranks need every score beside every anchor's.
-    fast = None if stats else bins
-    kernels.candidate_scores[(s.rows, parts)](
-        **_inputs(p, t, s.merged),
-        **_columns(p, s, t),
-        anchor_page_ptr=t.anchor.page,
-        anchor_count_ptr=t.counts[0:1],
-        y_place_ptr=t.places[2],
+    given = _inputs(p, t, s.merged) | _columns(p, s, t)
+    sums = {
+        "y_place_ptr": t.places[2],
+        "top_ptr": top,
+        "total_ptr": total,
+        "above_ptr": above,
+        "capacity": s.rows,
+        "BIAS_IS_COUNT": s.merged,
+        "NEED_RANK": stats,
+    }
+    kernels.candidate_scores[(min(s.pages, tiles.programs(s.device)), parts)](
+        **given,
+        **sums,
+        **large_pages(listed),
+        **tiles_of(s),
         positive_ptr=positive,
         list_ptr=t.anchor.list,
         log_q_ptr=log_q,
-        page_place_ptr=above if fast is None else fast.page_place,
-        top_ptr=top,
-        total_ptr=total,
-        above_ptr=above,
-        capacity=s.rows,
         parts=parts,
-        BIAS_IS_COUNT=s.merged,
         HAS_LOG_Q=p.log_q is not None,
-        NEED_RANK=stats,
-        BINNED=fast is not None,
-        SLOTS=SLOTS,
-        **tiles,
+        SLOTS=ANCHORS.value,
     )
-    if fast is not None:
-        binned.scores(p, s, t, fast, top, total)
+    if small:
+        own = Own(positive, t.anchor.list, p.log_q)
+        passed = LanePass(s, given, listed)
+        passed.scores(parts, own, **sums, MASK=given["MASK"], anchor_id_ptr=given["anchor_id_ptr"])
+    if bins is not None and not stats:
+        binned.scores(p, s, t, bins, top, total)
     losses = torch.empty(s.rows, dtype=torch.float32, device=s.device)
     kernels.finish_candidates[(cdiv(s.rows, 256),)](
         top,
@@ -176,37 +188,14 @@ def backward(p: Problem, needs: Needs, saved: Sequence[Tensor], grad: Tensor) ->
     t = CandidateState.restored(s, saved)
     table, bins = p.history is None, t.bins
     g = run_row_gradients(p, s, t, grad, t.weight_sum, 1.0)
-    shared = {
-        **_inputs(p, t, s.merged),
-        **_columns(p, s, t),
-        **tiles_of(s),
-        "anchor_list_ptr": t.anchor.list,
-        "lse_ptr": t.lse,
-        "miss_ptr": t.miss,
-        "g_ptr": g,
-        "MERGED": s.merged,
-        "BINNED": s.binned,
-        "SLOTS": SLOTS,
-        # float16 has too little range for gradients of a mean over many anchors: their products run
-        # in tf32.
-        "DOT_TYPE": tl.bfloat16 if s.dtype == torch.bfloat16 else tl.float32,
-    }
-    d_e, d_q, tau_sums = _column_gradients(p, s, t, needs, g, shared)
+    given = _inputs(p, t, s.merged) | _columns(p, s, t)
+    listed = t.page_list, t.page_count
+    d_e, d_q = _empty_columns(p, s, needs)
     d_k, d_v = empty_history(p, s, needs, torch.zeros)
-    if d_k is not None or d_v is not None:
-        together = p.key is None and p.value is None
-        # A block that is loaded ahead takes registers that the products need: 72 bytes spilled in
-        # place of 16.
-        kernels.candidate_history[(s.pages,)](
-            **shared | {"num_stages": 1},
-            y_place_ptr=t.places[2],
-            page_place_ptr=t.counts if bins is None else bins.page_place,
-            dk_ptr=d_k if d_k is not None else g,
-            dv_ptr=d_v if d_v is not None else g,
-            WANT_DK=d_k is not None,
-            WANT_DV=(d_k if together else d_v) is not None,
-            SUM_KV=together,
-        )
+    together = p.key is None and p.value is None
+    wanted = Wanted(d_e, d_q, d_k, d_v, together, needs.temperature)
+    anchors = Anchors(t.anchor.list, given["anchor_id_ptr"], t.lse, t.miss, g)
+    tau_sums = candidate_gradients(s, given, listed, anchors, t.places[2], wanted, s.merged)
     if bins is not None:
         tau_sums += binned.backward(p, s, t, bins, g, d_e, d_k, needs.temperature)
     grads, d_history = Gradients.of_history(p, needs, d_k, d_v)
@@ -225,36 +214,87 @@ def backward(p: Problem, needs: Needs, saved: Sequence[Tensor], grad: Tensor) ->
     return grads
 
 
-def _column_gradients(
-    p: Problem,
-    s: CandidateShape,
-    t: CandidateState,
-    needs: Needs,
-    g: Tensor,
-    shared: dict[str, Any],
-) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
-    """(dL/dE of the columns, dL/dq, parts of the sum of g cos)."""
-    want_q = needs.of(p, "query")
-    if not (needs.pv or want_q or needs.temperature):
-        return None, None, []
+def _empty_columns(
+    p: Problem, s: CandidateShape, needs: Needs
+) -> tuple[Tensor | None, Tensor | None]:
+    """Zeros for dL/dE of the columns and dL/dq."""
     d_e = d_q = None
     if needs.pv:
         kind = torch.float32 if p.history is None else s.dtype
         d_e = torch.zeros(s.columns, s.dim, dtype=kind, device=s.device)
-    if p.query is not None and want_q:
+    if p.query is not None and needs.of(p, "query"):
         d_q = torch.zeros_like(p.query)
-    programs = cdiv(s.columns, shared["BLOCK_M"])
-    tau_parts = torch.empty(programs, dtype=torch.float32, device=s.device)
-    kernels.candidate_columns[(programs,)](
-        **shared,
-        anchor_page_ptr=t.anchor.page,
-        anchor_count_ptr=t.counts[0:1],
-        long_ptr=t.counts if t.bins is None else t.bins.long,
-        bin_count_ptr=t.counts if t.bins is None else t.bins.bin_count,
-        de_ptr=d_e if d_e is not None else g,
-        dq_ptr=d_q if d_q is not None else g,
-        tau_part_ptr=tau_parts,
-        WANT_E=needs.pv,
-        WANT_Q=want_q,
-    )
-    return d_e, d_q, [tau_parts]
+    return d_e, d_q
+
+
+class Wanted(NamedTuple):
+    """Where gradients go, zeros before; `together`: dL/dk and dL/dv summed to d_k."""
+
+    e: Tensor | None
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    together: bool
+    temperature: bool
+
+
+def candidate_gradients(
+    s: Shape,
+    given: dict[str, Any],
+    listed: tuple[Tensor, Tensor],
+    anchors: Anchors,
+    y_place: Tensor,
+    wanted: Wanted,
+    merged: bool,
+) -> list[Tensor]:
+    """Gradients of what is `given`, from the pages in no bin: those of long histories, and what the
+    others add. Parts of the sum of g cos."""
+    lanes = LanePass(s, given, listed) if small_rows(s) else None
+    rules = {"MASK": given["MASK"], "MERGED": merged}
+    long = {
+        **given,
+        **tiles_of(s),
+        **large_pages(listed),
+        "anchor_list_ptr": anchors.list,
+        "lse_ptr": anchors.lse,
+        "miss_ptr": anchors.miss,
+        "g_ptr": anchors.g,
+        "MERGED": merged,
+        "SLOTS": ANCHORS.value,
+        # float16 has too little range for gradients of a mean over many anchors: their products run
+        # in tf32.
+        "DOT_TYPE": tl.bfloat16 if s.dtype == torch.bfloat16 else tl.float32,
+    }
+    d_e, d_q, d_k, d_v, together, _ = wanted
+    nowhere = anchors.g
+    tau_sums = []
+    if d_e is not None or d_q is not None or wanted.temperature:
+        columns = given["column_list_ptr"].shape[0]
+        programs = cdiv(columns, long["BLOCK_M"])
+        tau_sums.append(torch.empty(programs, dtype=torch.float32, device=s.device))
+        kernels.candidate_columns[(programs,)](
+            **long,
+            de_ptr=d_e if d_e is not None else nowhere,
+            dq_ptr=d_q if d_q is not None else nowhere,
+            tau_part_ptr=tau_sums[0],
+            WANT_E=d_e is not None,
+            WANT_Q=d_q is not None,
+        )
+        if lanes is not None:
+            tau_sums.append(lanes.column_gradients(anchors, rules, d_e, d_q))
+    if d_k is not None or d_v is not None:
+        pages = listed[0].shape[1]
+        # A block that is loaded ahead takes registers that the products need: 72 bytes spilled in
+        # place of 16.
+        kernels.candidate_history[(min(pages, tiles.programs(s.device)),)](
+            **long | {"num_stages": 1},
+            y_place_ptr=y_place,
+            dk_ptr=d_k if d_k is not None else nowhere,
+            dv_ptr=d_v if d_v is not None else nowhere,
+            WANT_DK=d_k is not None,
+            WANT_DV=(d_k if together else d_v) is not None,
+            SUM_KV=together,
+        )
+        if lanes is not None:
+            lanes.history_gradients(anchors, rules, y_place, d_k, d_v, together)
+    return tau_sums

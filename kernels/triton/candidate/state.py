@@ -80,7 +80,6 @@ class Bins(Group):
     bin_group: Tensor
     bin_most: Tensor
     page_place: Tensor
-    long: Tensor
     bin_count: Tensor
     c: Tensor
     gram: Tensor
@@ -99,7 +98,6 @@ class Bins(Group):
             bin_group=make((s.bins,), torch.int32),
             bin_most=make((s.bins,), torch.int32),
             page_place=make((s.pages,), torch.int32),
-            long=make((s.pages,), torch.int32),
             bin_count=make((3,), torch.int32),
             c=make((s.bin_slots, s.block_d), s.dtype),
             # Weights and gradients in products: float16 has too little range for them.
@@ -120,6 +118,8 @@ class CandidateState(Plan):
     lse: Tensor
     miss: Tensor
     weight_sum: Tensor
+    page_list: Tensor  # as pages.py has them
+    page_count: Tensor
     positive: Tensor | None
     bins: Bins | None
 
@@ -131,6 +131,8 @@ class CandidateState(Plan):
             lse=make((s.rows,)),
             miss=make((s.rows,)),
             weight_sum=make(()),
+            page_list=make((3, s.pages), torch.int32),
+            page_count=make((3,), torch.int32),
             positive=make((s.rows, 2)) if s.binned else None,
             bins=Bins.build(s, make) if s.binned else None,
         )
