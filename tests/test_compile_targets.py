@@ -59,8 +59,8 @@ BINNED_MAY_SPILL = {
 # The same of the lanes of pages of one block: a sum of 64 x 256 numbers, half the registers of 128
 # threads, stands beside a step's logits, products and weights, with 4 heads of 64 lanes.
 LANES_MAY_SPILL = {"lane_scores": 456, "lane_columns": 1096, "lane_history": 1760}
-# Instructions of a step of 64 candidates on a page by 4 warps (bfloat16, D = 256, sm_90), with Triton
-# 3.6 and 3.8.
+# Instructions of a step of 64 candidates on a page by 4 warps (bfloat16, D = 256, sm_90); with
+# Triton 3.6, and 3.8.
 LANE_LOOPS = {
     "candidate-dot": {
         "lane_scores": (915, 974),
