@@ -376,7 +376,7 @@ def test_compiled_candidate_kernels() -> None:
     assert {x[0] for x in lines} == {"binned_scores", "candidate_history"}
     for name, registers, spilled, _shared, _wgmma, loop, *_ in lines:
         assert 32 <= int(registers) <= 255
-        assert int(spilled) <= (16 if name == "candidate_history" else 0)
+        assert int(spilled) <= (32 if name == "candidate_history" else 0)
         assert int(loop) > 100
 
 
