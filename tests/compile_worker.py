@@ -73,7 +73,7 @@ def cases(which: str, capability: int) -> list[Any]:
 
 
 # Kernels whose loop over columns or candidates is counted, which takes a disassembly of each.
-COUNTED = ("contrast", "binned_scores", "binned_columns", "binned_history")
+COUNTED = ("contrast", "binned_scores", "binned_gradients", "binned_columns", "binned_history")
 # Launch and capability by what it compiles to: several labels have some in common.
 JOBS: dict[tuple[str, int], Any] = {}  # forked processes have them
 

@@ -25,7 +25,13 @@ from ..state import Spec
 from ..table import sum_occurrences
 from . import binned, kernels
 from .bins import make_bins
-from .state import CandidateShape, CandidateState, candidate_shape
+from .state import (
+    CandidateShape,
+    CandidateState,
+    candidate_shape,
+    fast_path_reasons,
+    tell_slow_path,
+)
 
 # Anchors of a page whose sums are kept side by side.
 SLOTS = 16
@@ -121,8 +127,10 @@ def forward(
     total = torch.empty_like(top)
     above = torch.empty((parts, s.rows) if stats else (1, 1), dtype=torch.int32, device=s.device)
     log_q = p.log_q if p.log_q is not None else positive
-    # Ranks need every score beside every anchor's.
-    fast = None if stats else bins
+    reasons = fast_path_reasons(p, stats)
+    if reasons and s.device.type == "cuda":
+        tell_slow_path(*reasons)
+    fast = None if reasons else bins
     kernels.candidate_scores[(s.rows, parts)](
         **_inputs(p, t, s.merged),
         **_columns(p, s, t),
