@@ -561,7 +561,8 @@ def weigh(
 ) -> dict[str, Tensor]:
     """What the gradients of the scores need of each unit's page."""
     device, units = s.device, s.units
-    own = torch.empty(SIDE.value, units, dtype=torch.float32, device=device)
+    # A kernel that asks which of them there are spills 370 bytes more: zeros where there are none.
+    own = torch.zeros(SIDE.value, units, dtype=torch.float32, device=device)
     lse, weight = torch.empty(2, units, dtype=torch.float32, device=device)
     page_weights[(cdiv(s.rows, 256),)](
         **_anchors(p, s, t, b),
