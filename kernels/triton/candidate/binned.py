@@ -277,7 +277,7 @@ def binned_scores(
         _w, _t, u, n = attend_bin(x, b, sharpness, precision)
         t = u * rsqrt_flushed(tl.maximum(n, SMALLEST)) * (inverse * scale)[:, None]
         # No cosine is above 1, whatever was rounded.
-        t = tl.minimum(t, scale)
+        t = tl.minimum(t, scale, propagate_nan=tl.PropagateNan.ALL)
         if packed.column_bias is not None:
             t += tl.load(packed.column_bias + column, mask=column < count, other=0.0)[:, None]
         if has_own(b, start, BLOCK_M) | (start + BLOCK_M > count):
@@ -411,7 +411,7 @@ def binned_gradients(
             # sum_k w_k y_k is 0: what is left of it is the rounding of a.
             y -= to_slots(over_page(w * y, b.group, False) * root * root) * t
         per_u = root * (inverse * scale)[:, None]
-        t = tl.minimum(u * per_u, scale)
+        t = tl.minimum(u * per_u, scale, propagate_nan=tl.PropagateNan.ALL)
         g = pair_gradients(t, start, packed, pages, b, units, count, how)
         row = bin * mine.rows.to(tl.int64) + column - mine.first
         w_dot = w.to(dot_type)
