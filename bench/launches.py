@@ -32,6 +32,7 @@ _CONTRAST = (
     "product",
     "transposed_product",
     "binned_scores",
+    "binned_gradients",
     "binned_columns",
     "binned_history",
     "lane_scores",

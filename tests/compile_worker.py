@@ -74,7 +74,9 @@ def cases(which: str, capability: int) -> list[Any]:
 
 # Kernels whose loop over columns or candidates is counted, which takes a disassembly of each.
 PASSES = ("scores", "columns", "history")
-COUNTED = {"contrast"} | {f"{x}_{y}" for x in ("binned", "lane") for y in PASSES}
+COUNTED = {"contrast", "binned_gradients"} | {
+    f"{x}_{y}" for x in ("binned", "lane") for y in PASSES
+}
 # Launch and capability by what it compiles to: several labels have some in common.
 JOBS: dict[tuple[str, int], Any] = {}  # forked processes have them
 

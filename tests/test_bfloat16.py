@@ -66,6 +66,10 @@ CASES: dict[str, dict[str, Any]] = {
     "binned-items": BINNED | {"table": True, "tensor_tau": True, "pages": 12},
     "binned-sharp": BINNED | {"attention_scale": 20.0, "tau": 0.02, "pages": 12},
     "binned-long": BINNED | {"longest_history": 80, "pages": 5},
+    "binned-dot": {"attention": "candidate", "pages": 20},
+    "binned-dot-items": {"attention": "candidate", "table": True, "pages": 12},
+    "binned-dot-sharp": {"attention": "candidate", "attention_scale": 20.0, "pages": 12},
+    "binned-dot-dim-300": {"attention": "candidate", "dim": 300, "pages": 6},
 }
 
 

@@ -89,7 +89,10 @@ CASES: dict[str, dict[str, Any]] = {
     "cosine-long-histories": {"longest_history": 90, "pages": 5} | COSINE,
     "cosine-several-tiles": {"pages": 40} | COSINE,
     "cosine-sharp": {"cosine": True, "attention_scale": 20.0},
+    "cosine-sharper": {"cosine": True, "attention_scale": 100.0},
     "cosine-tau-0.01": {"tau": 0.01} | COSINE,
+    "log-q-other-pages": {"log_q": True, "negatives": "other_pages"},
+    "clicks-all-over": {"clicked": 0.8, "longest_pv": 8},
     "cosine-dim-100": {"dim": 100, "pages": 6} | COSINE,
     "sharp": {"attention_scale": 3.0},
     "long-histories": {"longest_history": 80, "pages": 5},
@@ -209,7 +212,7 @@ def test_half(impl: str, dtype: torch.dtype, case: str) -> None:
 
 
 def test_which_pages_are_binned() -> None:
-    """By cosines, those of at most 4 anchors and 64 history rows: side by side with others that
+    """Those of at most 4 anchors and 64 history rows: side by side with others that
     need as many units of 4."""
     pages = [(2, 1), (5, 64), (4, 5), (3, 0), (1, 65), (1, 33), (2, 4), (9, 2), (3, 9)]
     clicked = [int(k < (5 if n == 9 else 4)) for n, _ in pages for k in range(n)]

@@ -15,7 +15,6 @@ LARGER = {
     "candidate_scores": 50,
     "candidate_columns": 49,
     "candidate_history": 50,
-    "binned_history": 34,
 }
 FOLDER = "candidate"  # where kernels may still share more
 

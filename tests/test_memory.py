@@ -24,7 +24,8 @@ SHAPES = {
     "65,535 rows": ((13_107, 5, 137_623, 256, True), 160, 13),
     "65,535 rows, no gradient": ((13_107, 5, 137_623, 256, False), 100, 7),
     "65,535 rows, D = 768": ((13_107, 5, 137_623, 768, True), 1536, None),
-    "candidate": ((3072, 5, 16_896, 256, True, "candidate"), 56, None),
+    # dL/dx of a chunk of candidates: 256 of it.
+    "candidate": ((3072, 5, 16_896, 256, True, "candidate"), 368, None),
     "candidate, no gradient": ((3072, 5, 16_896, 256, False, "candidate"), 40, None),
     "262,145 rows": ((52_429, 5, 550_504, 256, True), 2048, 13),
 }

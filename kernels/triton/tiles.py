@@ -287,20 +287,39 @@ def candidate_lanes(dtype: torch.dtype, block_d: int, heads: int, device: torch.
 
 
 def has_bins(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there is a tile for it: bfloat16 rows, 227 KiB of shared memory and wgmma or what
-    came after it."""
-    return interpreted() or (dtype == torch.bfloat16 and capability(device) in (90, 100, 103))
+    """Whether there is a tile for it: 227 KiB of shared memory and wgmma or what came after it."""
+    wide = dtype in (torch.bfloat16, torch.float32)
+    return interpreted() or (wide and capability(device) in (90, 100, 103))
 
 
-def binned_tile(kind: str, device: torch.device) -> Tile:
-    """Attention for each candidate by dot products alone: block_m candidates by a block of 64
-    history rows, or half of one; `kind` is "scores", "columns", "columns of large pages" or
-    "history"."""
+@dataclass(frozen=True)
+class BinnedTile(Tile):
+    """block_k dimensions of a product of rows at a time."""
+
+    block_k: int = 0
+
+
+def binned_tile(kind: str, dtype: torch.dtype, block_d: int, device: torch.device) -> BinnedTile:
+    """Attention for each candidate by products alone: block_m candidates by a bin of 64 history
+    rows; `kind` is "scores" or "gradients"."""
     if interpreted():
-        return Tile(16, 64, 4, 1)
-    rows = 64 if kind == "columns of large pages" or capability(device) >= 100 else 128
-    width = 32 if kind == "columns" else 64
-    return Tile(rows, width, 8, 2, registers=MOST_REGISTERS)
+        return BinnedTile(16, 64, 4, 1, block_k=min(block_d, 256))
+    if dtype == torch.float32:
+        stages = 1 if dot_precision(dtype) == "ieee" else 2
+        return BinnedTile(64, 64, 8, stages, registers=MOST_REGISTERS, block_k=16)
+    rows = 64 if capability(device) >= 100 else 128
+    wide = block_d if block_d <= LARGEST_REGISTER_DIM else 64
+    return BinnedTile(rows, 64, 8, 2, registers=MOST_REGISTERS, block_k=wide)
+
+
+def binned_products(dtype: torch.dtype, block_d: int, device: torch.device) -> ProductTile:
+    """The products with dL/dx: block_m history rows or a "gradients" tile of candidates, block_n
+    dimensions, block_k candidates at a time."""
+    if interpreted():
+        return ProductTile(128, min(block_d, 256), 4, 1, block_k=128)
+    if dtype == torch.float32:
+        return ProductTile(64, min(block_d, 64), 4, 1, block_k=16)
+    return ProductTile(128, min(block_d, 256), 8, 3, block_k=64)
 
 
 def rows_tile(stride: int) -> Tile:

@@ -1,19 +1,25 @@
-"""Triton: attention for each candidate where nothing but dot products is needed: one head, by
-cosines, E and C themselves.
+"""Triton: attention for each candidate where nothing but products of E and C is needed: one head,
+by dot products or by cosines, E and C themselves as query, key and value.
 
-With unit rows e_j, c_k, lengths |C_k| and attention temperature T, the softmax's denominator
-cancels:
+Rows e_j, c_k are E and C; by cosines they are these of unit length, and the length of C_k is part
+of its weight. The softmax's denominator cancels, up to any shift of a page's logits. With an
+attention scale c, and h_j = |E_j| (1 by cosines):
 
-    x_k = e_j . c_k,   w_k = |C_k| exp((x_k - 1)/T),   G = c c^T,
-    u = sum_k w_k x_k,   n = w^T G w,   s = u / (tau sqrt n)
+    x_k = e_j . c_k,   l_k = c x_k [+ log |C_k|],   w_k = exp(l_k - max l),   G = C C^T (c c^T),
+    u = sum_k w_k x_k,   n = w^T G w,   s = cos / tau,   cos = u / (h_j sqrt n)
 
 A bin is UNITS units of SPAN history rows; pages whose histories need as many units, a power of
-two, share bins. A tile of candidates times a bin is two products (x and t = w G); sums over a
-page are sums over neighbouring columns. With g = dL/ds, A = g / (tau sqrt n), a = u / n and
-y_k = w_k (x_k - a t_k):
+two, share bins. A tile of candidates times a bin is two products (x and t = w G); maxima and sums
+over a page are those over neighbouring columns. With g = dL/ds, A = g / (tau h_j sqrt n),
+a = u / n and y_k = A w_k (x_k - a t_k):
 
-    dL/dx_k = A (w_k + y_k / T),   dL/de_j = sum_k dL/dx_k c_k,   dL/dlog|C_k| = sum_j A y_k,
-    dL/dc_k = sum_j dL/dx_k e_j - sum_l M_kl c_l,   M_kl = sum_j A a w_k w_l
+    dL/dx_k = A w_k + c y_k,   M_kl = sum_j A a w_k w_l,
+    dL/dC_k = sum_j dL/dx_k E_j - sum_l M_kl C_l,
+    dL/dE_j = sum_bk dL/dx_k C_k - (sum_b g s) E_j / |E_j|^2
+
+By cosines dL/dC and dL/dE are those of c and e so far (without the last term), and
+dL/dlog |C_k| = sum_j y_k. dL/dx of a chunk of candidates is stored, rounded once, and both
+gradients are plain products with it.
 
 Pages with more than SIDE anchors or with histories that do not fit into a bin are left to
 kernels.py.
@@ -35,7 +41,6 @@ from ..common import (
     LN2,
     exp2_flushed,
     kernel,
-    normalize_backward,
     rsqrt_flushed,
     score_scale,
     temperature,
@@ -43,38 +48,49 @@ from ..common import (
 )
 from ..masks import MASK_OTHER_PAGES, MASKS
 from ..shapes import cdiv
-from .bins import ROWS, merge, weigh
-from .state import SIDE, SLOTS, SPAN, UNITS, Bins, CandidateShape, CandidateState
+from .bins import LOWEST, ROWS, merge, weigh
+from .state import PADDING, SIDE, SLOTS, SPAN, UNITS, Bins, CandidateShape, CandidateState
 
-# Of n, a sum of squared weights: far below what weights can be.
-SMALLEST = tl.constexpr(1e-37)
+# Of n, where the page's largest weight is 1: a reconstruction of length 0 (NORM_EPS, squared).
+SMALLEST = tl.constexpr(1e-24)
 
 
 @triton.jit
-def units_together(x, TOGETHER: tl.constexpr):
-    """Each unit's number replaced by the sum of so many neighbours' [BLOCK_M, units]."""
+def combined(x, MAXIMUM: tl.constexpr):
+    """Sums over the last axis, or maxima."""
+    last: tl.constexpr = len(x.shape) - 1
+    if MAXIMUM:
+        return tl.max(x, axis=last)
+    else:
+        return tl.sum(x, axis=last)
+
+
+@triton.jit
+def units_together(x, TOGETHER: tl.constexpr, MAXIMUM: tl.constexpr):
+    """Each unit's number replaced by the sum of so many neighbours', or the maximum
+    [BLOCK_M, units]."""
     rows: tl.constexpr = x.shape[0]
     groups: tl.constexpr = x.shape[1] // TOGETHER
-    sums = tl.sum(tl.reshape(x, (rows, groups, TOGETHER)), axis=2)
-    each = tl.broadcast_to(tl.expand_dims(sums, 2), (rows, groups, TOGETHER))
+    found = combined(tl.reshape(x, (rows, groups, TOGETHER)), MAXIMUM)
+    each = tl.broadcast_to(tl.expand_dims(found, 2), (rows, groups, TOGETHER))
     return tl.reshape(each, (rows, x.shape[1]))
 
 
 @triton.jit
-def page_sums(x, group):
-    """Sums over each unit's page, [BLOCK_M, slots] -> [BLOCK_M, units]."""
+def over_page(x, group, MAXIMUM: tl.constexpr):
+    """Sums over each unit's page, or maxima, [BLOCK_M, slots] -> [BLOCK_M, units]."""
     units: tl.constexpr = x.shape[1] // SPAN
-    sums = tl.sum(tl.reshape(x, (x.shape[0], units, SPAN)), axis=2)
+    found = combined(tl.reshape(x, (x.shape[0], units, SPAN)), MAXIMUM)
     if group > 1:
         if group == 2:
-            sums = units_together(sums, 2)
+            found = units_together(found, 2, MAXIMUM)
         elif group == 4:
-            sums = units_together(sums, 4)
+            found = units_together(found, 4, MAXIMUM)
         elif group == 8:
-            sums = units_together(sums, 8)
+            found = units_together(found, 8, MAXIMUM)
         elif units == UNITS:
-            sums = units_together(sums, UNITS)
-    return sums
+            found = units_together(found, UNITS, MAXIMUM)
+    return found
 
 
 @triton.jit
@@ -84,418 +100,623 @@ def to_slots(x):
     return tl.reshape(each, (x.shape[0], x.shape[1] * SPAN))
 
 
-@triton.jit
-def attend_bin(x, slot_log, gram, group, sharpness, PRECISION: tl.constexpr):
-    """w, t = w G [BLOCK_M, slots]; and u, 1 / sqrt n [BLOCK_M, units] of each unit's page."""
-    w = exp2_flushed((x - 1.0) * sharpness + slot_log[None, :])
-    # The same rounded weights above and below the line: a cosine of weights that are a little
-    # different.
-    w_dot = w.to(gram.dtype)
-    w = w_dot.to(tl.float32)
-    t = tl.dot(w_dot, gram, input_precision=PRECISION)
-    u = page_sums(w * x, group)
-    # No cosine is above 1, whatever was rounded.
-    n = tl.maximum(page_sums(w * t, group), u * u)
-    # A reconstruction of length 0: no cosine, no gradient.
-    n = tl.where(n < SMALLEST, float("inf"), n)
-    return w, t, u, rsqrt_flushed(n)
+class Packed(NamedTuple):
+    """Candidates and bins, and each unit's page (state.py)."""
+
+    e: Any
+    e_inverse: Any
+    c: Any
+    gram: Any
+    slot_log: Any
+    bin_group: Any
+    bin_most: Any
+    unit_page: Any
+    unit_poison: Any
+    unit_column: Any
+    column_page: Any  # [columns]
+    column_bias: Any  # [columns], or None
+
+
+class How(NamedTuple):
+    """Constants of a pass over candidates times bins."""
+
+    COSINE: Any
+    TAU_IS_TENSOR: Any
+    MASK: Any
+    BLOCK_M: Any
+    BLOCK_D: Any
+    BLOCK_K: Any  # dimensions of a product at a time
+    PRECISION: Any
+
+
+class Bin(NamedTuple):
+    """A bin, loaded."""
+
+    c: Any  # [SLOTS, BLOCK_D]; nothing where rows are longer than BLOCK_K
+    gram: Any  # [SLOTS, SLOTS]
+    slot_log: Any  # [SLOTS]
+    unit: Any  # [UNITS]
+    poison: Any  # [UNITS]
+    page: Any  # [UNITS]
+    group: Any
+    most: Any
+    low: Any  # range of its anchors' columns
+    high: Any
 
 
 @triton.jit
-def own_columns(unit_column_ptr, units, unit, column, side):
+def rows_of(ptr, row, first, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows [rows, WIDTH] from dimension `first` on."""
+    dims = first + tl.arange(0, WIDTH)
+    return tl.load(ptr + row.to(tl.int64)[:, None] * STRIDE + dims[None, :])
+
+
+@triton.jit
+def load_bin(packed, bin, units, how: tl.constexpr):
+    slot = bin * SLOTS + tl.arange(0, SLOTS)
+    unit = bin * UNITS + tl.arange(0, UNITS)
+    c = tl.full([], 0, tl.int32)
+    if how.BLOCK_K == how.BLOCK_D:
+        c = rows_of(packed.c, slot, 0, how.BLOCK_D, how.BLOCK_D)
+    low = tl.full([], 2147483647, tl.int32)
+    high = tl.full([], -1, tl.int32)
+    for side in tl.static_range(SIDE):
+        column = tl.load(packed.unit_column + side * units + unit)
+        low = tl.minimum(low, tl.min(tl.where(column < 0, 2147483647, column), axis=0))
+        high = tl.maximum(high, tl.max(column, axis=0))
+    return Bin(
+        c,
+        rows_of(packed.gram, slot, 0, SLOTS, SLOTS),
+        tl.load(packed.slot_log + slot),
+        unit,
+        tl.load(packed.unit_poison + unit),
+        tl.load(packed.unit_page + unit),
+        tl.load(packed.bin_group + bin),
+        tl.load(packed.bin_most + bin),
+        low,
+        high,
+    )
+
+
+@triton.jit
+def products(packed, bin, c, start, how: tl.constexpr):
+    """x [BLOCK_M, SLOTS] of a tile of candidates and a bin."""
+    precision: tl.constexpr = how.PRECISION
+    if how.BLOCK_K == how.BLOCK_D:
+        # One address of 64 bits, and offsets of 32: others would take 32 registers.
+        place = (
+            tl.arange(0, how.BLOCK_M)[:, None] * how.BLOCK_D + tl.arange(0, how.BLOCK_D)[None, :]
+        )
+        e = tl.load(packed.e + start.to(tl.int64) * how.BLOCK_D + place)
+        return tl.dot(e, tl.trans(c), input_precision=precision)
+    else:
+        column = start + tl.arange(0, how.BLOCK_M)
+        slot = bin * SLOTS + tl.arange(0, SLOTS)
+        x = tl.full([how.BLOCK_M, SLOTS], 0.0, tl.float32)
+        for first in range(0, how.BLOCK_D, how.BLOCK_K):
+            e = rows_of(packed.e, column, first, how.BLOCK_D, how.BLOCK_K)
+            c_part = rows_of(packed.c, slot, first, how.BLOCK_D, how.BLOCK_K)
+            x = tl.dot(e, tl.trans(c_part), x, input_precision=precision)
+        return x
+
+
+@triton.jit
+def attend_bin(x, b, sharpness, PRECISION: tl.constexpr):
+    """w, t = w G [BLOCK_M, slots]; and u, n [BLOCK_M, units] of each unit's page."""
+    logit = x * sharpness + b.slot_log[None, :]
+    w = exp2_flushed(logit - to_slots(over_page(logit, b.group, True)))
+    if b.gram.dtype == tl.bfloat16:
+        # The same short weights above and below the line: a cosine of weights that are a little
+        # different. Cut off, not rounded: a factor that they have in common changes nothing.
+        w = (w.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    t = tl.dot(w.to(b.gram.dtype), b.gram, input_precision=PRECISION)
+    return w, t, over_page(w * x, b.group, False), over_page(w * t, b.group, False)
+
+
+@triton.jit
+def e_factor(packed, column, how: tl.constexpr):
+    """1 / h [BLOCK_M], 0 past the last candidate."""
+    if how.COSINE:
+        return tl.full([how.BLOCK_M], 1.0, tl.float32)
+    else:
+        return tl.load(packed.e_inverse + column)
+
+
+@triton.jit
+def has_own(b, start, BLOCK_M: tl.constexpr):
+    """Whether a tile of candidates may hold items of the bin's anchors: a branch that all threads
+    take alike, and seldom."""
+    return (b.high >= start) & (b.low < start + BLOCK_M)
+
+
+@triton.jit
+def own_columns(packed, units, b, column, side):
     """Which columns [BLOCK_M] are that of each unit's anchor number `side` [UNITS]."""
-    return column[:, None] == tl.load(unit_column_ptr + side * units + unit)[None, :]
+    return column[:, None] == tl.load(packed.unit_column + side * units + b.unit)[None, :]
+
+
+@triton.jit
+def of_own_page(packed, b, column, inside):
+    """Which candidates are on each unit's page [BLOCK_M, UNITS]."""
+    page = tl.load(packed.column_page + column, mask=inside, other=-2)
+    return page[:, None] == b.page[None, :]
 
 
 @kernel
 def binned_scores(
-    e_ptr,
-    c_ptr,
-    gram_ptr,
-    slot_log_ptr,
-    bin_group_ptr,
-    bin_most_ptr,
-    unit_page_ptr,
-    unit_poison_ptr,
-    unit_column_ptr,
-    column_page_ptr,
-    column_bias_ptr,
+    packed,  # Packed
     column_count_ptr,
     bin_count_ptr,
     top_ptr,  # [parts, units]
     total_ptr,
     units,
     parts,
-    sharpness,  # log2(e) / T
+    sharpness,  # c log2(e)
     tau,
-    TAU_IS_TENSOR: tl.constexpr,
-    MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    how: tl.constexpr,
 ):
     """(max, sum) of 2^t of a bin's pages over part of the candidates, the anchors' own apart."""
     bin = tl.program_id(0)
     part = tl.program_id(1)
     if bin >= tl.load(bin_count_ptr):
         return
-    dims = tl.arange(0, BLOCK_D)
-    slot = bin * SLOTS + tl.arange(0, SLOTS)
-    unit = bin * UNITS + tl.arange(0, UNITS)
-    c = tl.load(c_ptr + slot.to(tl.int64)[:, None] * BLOCK_D + dims[None, :])
-    gram = tl.load(gram_ptr + slot.to(tl.int64)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :])
-    slot_log = tl.load(slot_log_ptr + slot)
-    most = tl.load(bin_most_ptr + bin)
-    group = tl.load(bin_group_ptr + bin)
-    page = tl.load(unit_page_ptr + unit)
-    poison = tl.load(unit_poison_ptr + unit)
-    scale = score_scale(tau, TAU_IS_TENSOR)
+    precision: tl.constexpr = how.PRECISION
+    BLOCK_M: tl.constexpr = how.BLOCK_M
+    b = load_bin(packed, bin, units, how)
+    scale = score_scale(tau, how.TAU_IS_TENSOR)
     count = tl.load(column_count_ptr)
+    top = tl.full([BLOCK_M, UNITS], LOWEST, tl.float32)
+    total = tl.full([BLOCK_M, UNITS], 0.0, tl.float32)
     share = tl.cdiv(tl.cdiv(count, BLOCK_M), parts) * BLOCK_M
     begin = part * share
-    top = tl.full([BLOCK_M, UNITS], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M, UNITS], tl.float32)
-    for start in range(begin, tl.minimum(begin + share, count), BLOCK_M):
+    for ahead in range(0, tl.minimum(share, count - begin), BLOCK_M):
+        start = begin + ahead
         column = start + tl.arange(0, BLOCK_M)
-        inside = column < count
-        e = tl.load(e_ptr + column.to(tl.int64)[:, None] * BLOCK_D + dims[None, :])
-        x = tl.dot(e, tl.trans(c), input_precision=PRECISION)
-        _w, _t, u, root = attend_bin(x, slot_log, gram, group, sharpness, PRECISION)
-        t = u * root * scale + poison[None, :]
-        if HAS_BIAS:
-            t += tl.load(column_bias_ptr + column, mask=inside, other=0.0)[:, None]
-        left_out = own_columns(unit_column_ptr, units, unit, column, 0)
-        left_out = left_out | (inside == 0)[:, None]
-        if most > 1:
-            for side in tl.static_range(1, SIDE):
-                left_out = left_out | own_columns(unit_column_ptr, units, unit, column, side)
-        if MASK == MASK_OTHER_PAGES:
-            column_page = tl.load(column_page_ptr + column, mask=inside, other=-2)
-            left_out = left_out | (column_page[:, None] == page[None, :])
-        t = tl.where(left_out, -float("inf"), t)
+        x = products(packed, bin, b.c, start, how)
+        inverse = e_factor(packed, column, how)
+        _w, _t, u, n = attend_bin(x, b, sharpness, precision)
+        t = u * rsqrt_flushed(tl.maximum(n, SMALLEST)) * (inverse * scale)[:, None]
+        # No cosine is above 1, whatever was rounded.
+        t = tl.minimum(t, scale, propagate_nan=tl.PropagateNan.ALL)
+        if packed.column_bias is not None:
+            t += tl.load(packed.column_bias + column, mask=column < count, other=0.0)[:, None]
+        if has_own(b, start, BLOCK_M) | (start + BLOCK_M > count):
+            left_out = (column >= count)[:, None] | own_columns(packed, units, b, column, 0)
+            if b.most > 1:
+                for side in tl.static_range(1, SIDE):
+                    left_out = left_out | own_columns(packed, units, b, column, side)
+            t = tl.where(left_out, -float("inf"), t)
+        if how.MASK == MASK_OTHER_PAGES:
+            t = tl.where(of_own_page(packed, b, column, column < count), -float("inf"), t)
         new_top = tl.maximum(top, t)
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        total = total * tl.exp2(top - shift) + tl.exp2(t - shift)
+        total = total * exp2_flushed(top - new_top) + exp2_flushed(t - new_top)
         top = new_top
     highest = tl.max(top, axis=0)
-    shift = tl.where(highest == -float("inf"), 0.0, highest)
-    total = tl.sum(total * tl.exp2(top - shift[None, :]), axis=0)
-    where = part.to(tl.int64) * units + unit
-    tl.store(top_ptr + where, highest)
-    tl.store(total_ptr + where, total)
+    total = tl.sum(total * tl.exp2(top - highest[None, :]), axis=0)
+    where = part.to(tl.int64) * units + b.unit
+    tl.store(top_ptr + where, tl.where(highest == LOWEST, -float("inf"), highest))
+    tl.store(total_ptr + where, total + b.poison)
 
 
-class BinnedPages(NamedTuple):
+class PageGradients(NamedTuple):
     """What the gradients of the scores need of each unit's page; SIDE times as many where anchors
     are told apart."""
 
-    page: Any  # [units]
-    poison: Any
-    lse: Any
-    weight: Any
-    column: Any  # [SIDE, units]
+    lse: Any  # [units]
+    weight: Any  # [units]
     own: Any  # [SIDE, units]
-    most: Any  # [bins]
-    units: Any
-
-
-class Columns(NamedTuple):
-    """Of the candidates [columns]; bias None where there is none."""
-
-    page: Any
-    bias: Any
 
 
 @triton.jit
-def pair_gradients(u, root, column, inside, bin, unit, scale, pages, columns, MASK: tl.constexpr):
-    """dL/ds [BLOCK_M, UNITS] of each unit's page."""
-    page = tl.load(pages.page + unit)
+def pair_gradients(t, start, packed, pages, b, units, count, how: tl.constexpr):
+    """dL/dt [BLOCK_M, UNITS] of each unit's page. Past the last candidate it may be anything
+    finite: what is made of it has a factor of 0."""
+    column = start + tl.arange(0, how.BLOCK_M)
     # Without a page nothing was written.
-    lse = tl.load(pages.lse + unit, mask=page >= 0, other=float("inf"))
-    weight = tl.load(pages.weight + unit, mask=page >= 0, other=0.0)
-    most = tl.load(pages.most + bin)
-    t = u * root * scale - (lse - tl.load(pages.poison + unit))[None, :]
-    if columns.bias is not None:
-        t += tl.load(columns.bias + column, mask=inside, other=0.0)[:, None]
+    lse = tl.load(pages.lse + b.unit, mask=b.page >= 0, other=float("inf"))
+    weight = tl.load(pages.weight + b.unit, mask=b.page >= 0, other=0.0) * LN2
+    t -= (lse - b.poison)[None, :]
+    if packed.column_bias is not None:
+        t += tl.load(packed.column_bias + column, mask=column < count, other=0.0)[:, None]
     g = exp2_flushed(t) * weight[None, :]
-    counts = inside[:, None]
-    if MASK == MASK_OTHER_PAGES:
-        column_page = tl.load(columns.page + column, mask=inside, other=-2)
-        counts = counts & (column_page[:, None] != page[None, :])
-    g = tl.where(counts, g, 0.0)
-    here = own_columns(pages.column, pages.units, unit, column, 0)
-    own = tl.load(pages.own + unit)
-    g = tl.where(here, own[None, :], g)
-    if most > 1:
-        for side in tl.static_range(1, SIDE):
-            again = own_columns(pages.column, pages.units, unit, column, side)
-            own = tl.load(pages.own + side * pages.units + unit)
-            # Anchors of one item have one column.
-            g = tl.where(again, tl.where(here, g, 0.0) + own[None, :], g)
-            here = here | again
+    if how.MASK == MASK_OTHER_PAGES:
+        g = tl.where(of_own_page(packed, b, column, column < count), 0.0, g)
+    if has_own(b, start, how.BLOCK_M):
+        here = own_columns(packed, units, b, column, 0)
+        g = tl.where(here, tl.load(pages.own + b.unit)[None, :] * LN2, g)
+        if b.most > 1:
+            for side in tl.static_range(1, SIDE):
+                again = own_columns(packed, units, b, column, side)
+                own = tl.load(pages.own + side * units + b.unit) * LN2
+                # Anchors of one item have one column.
+                g = tl.where(again, tl.where(here, g, 0.0) + own[None, :], g)
+                here = here | again
     return g
+
+
+class Chunk(NamedTuple):
+    """Candidates whose dL/dx is stored: first, one past the last, and room for how many."""
+
+    first: Any
+    last: Any
+    rows: Any
+
+
+@triton.jit
+def chunk_of(chunk, elements, column_count_ptr, bin_count_ptr):
+    """As many candidates as there is room for beside the bins that there are."""
+    count = tl.load(column_count_ptr)
+    bins = tl.maximum(tl.load(bin_count_ptr), 1)
+    room = elements.to(tl.int64) // (bins.to(tl.int64) * SLOTS)
+    room = tl.minimum(room, tl.cdiv(count, PADDING) * PADDING) // PADDING * PADDING
+    first = tl.minimum(chunk * room, count)
+    last = tl.minimum(first + room, count)
+    return Chunk(first.to(tl.int32), last.to(tl.int32), room.to(tl.int32))
+
+
+@kernel
+def binned_gradients(
+    packed,  # Packed
+    pages,  # PageGradients
+    column_count_ptr,
+    bin_count_ptr,
+    dx_ptr,  # [bins, rows of a chunk, SLOTS]
+    pairs_ptr,  # [parts, bins * SLOTS, SLOTS] M of a bin's rows
+    along_ptr,  # [parts, bins * SLOTS] dL/dlog |C|; by cosines
+    score_ptr,  # [bins, rows of a chunk] sum of g s of a bin's pages
+    units,
+    parts,
+    chunk,
+    elements,
+    sharpness,
+    tau,
+    how: tl.constexpr,
+):
+    """dL/dx of a bin's history and a chunk of candidates, and what else is a sum over them."""
+    bin = tl.program_id(0)
+    part = tl.program_id(1)
+    if bin >= tl.load(bin_count_ptr):
+        return
+    mine = chunk_of(chunk, elements, column_count_ptr, bin_count_ptr)
+    if mine.first >= mine.last:
+        return
+    precision: tl.constexpr = how.PRECISION
+    BLOCK_M: tl.constexpr = how.BLOCK_M
+    dot_type: tl.constexpr = dx_ptr.dtype.element_ty
+    b = load_bin(packed, bin, units, how)
+    once = 1.0 / b.group  # a page has its score in each of its units
+    scale = score_scale(tau, how.TAU_IS_TENSOR)
+    count = tl.load(column_count_ptr)
+    place = tl.arange(0, SLOTS)
+    slot = part.to(tl.int64) * units * SPAN + bin * SLOTS + place
+    pairs_at = pairs_ptr + slot[:, None] * SLOTS + place[None, :]
+    pairs = tl.full([SLOTS, SLOTS], 0.0, tl.float32)
+    if chunk > 0:
+        pairs = tl.load(pairs_at)
+    along = tl.full([BLOCK_M // 16, 8, SLOTS], 0.0, tl.float32)
+    share = tl.cdiv(tl.cdiv(mine.last - mine.first, BLOCK_M), parts) * BLOCK_M
+    begin = mine.first + part * share
+    for ahead in range(0, tl.minimum(share, mine.last - begin), BLOCK_M):
+        start = begin + ahead
+        column = start + tl.arange(0, BLOCK_M)
+        x = products(packed, bin, b.c, start, how)
+        inverse = e_factor(packed, column, how)
+        w, t, u, n = attend_bin(x, b, sharpness, precision)
+        # A reconstruction of length 0: no cosine, no gradient.
+        root = rsqrt_flushed(tl.where(n < SMALLEST, float("inf"), n))
+        # Before the scores' gradients: then x and t are done with.
+        slope = to_slots(u * root * root)
+        y = x - slope * t
+        if dot_type == tl.float32:
+            # sum_k w_k y_k is 0: what is left of it is the rounding of a.
+            y -= to_slots(over_page(w * y, b.group, False) * root * root) * t
+        per_u = root * (inverse * scale)[:, None]
+        t = tl.minimum(u * per_u, scale, propagate_nan=tl.PropagateNan.ALL)
+        g = pair_gradients(t, start, packed, pages, b, units, count, how)
+        row = bin * mine.rows.to(tl.int64) + column - mine.first
+        w_dot = w.to(dot_type)
+        factor = g * per_u
+        tl.store(score_ptr + row, tl.sum(factor * u, axis=1) * once)
+        w = to_slots(factor) * w
+        pairs = tl.dot(tl.trans((w * slope).to(dot_type)), w_dot, pairs, input_precision=precision)
+        y = w * y
+        if how.COSINE:
+            # Rows that a thread holds both of.
+            along += tl.sum(tl.reshape(y, (BLOCK_M // 16, 2, 8, SLOTS)), axis=1)
+        dx = (w + y * (sharpness * LN2)).to(dot_type)
+        tl.store(dx_ptr + row[:, None] * SLOTS + place[None, :], dx)
+    tl.store(pairs_at, pairs)
+    if how.COSINE:
+        total = tl.sum(tl.sum(along, axis=0), axis=0)
+        if chunk > 0:
+            total += tl.load(along_ptr + slot)
+        tl.store(along_ptr + slot, total)
+
+
+class Products(NamedTuple):
+    """Constants of the products with dL/dx: BLOCK_M candidates, BLOCK_N dimensions."""
+
+    COSINE: Any
+    D: Any
+    BLOCK_M: Any
+    BLOCK_N: Any
+    BLOCK_D: Any
+    PRECISION: Any
+
+
+@triton.jit
+def division(mine, programs, BLOCK_M: tl.constexpr):
+    """Tiles of a chunk's candidates, and parts of each over the bins."""
+    count = tl.cdiv(mine.last - mine.first, BLOCK_M)
+    return count, tl.maximum(programs // tl.maximum(count, 1), 1)
 
 
 @kernel
 def binned_columns(
-    e_ptr,
+    dx_ptr,
+    score_ptr,
     c_ptr,
-    gram_ptr,
-    slot_log_ptr,
-    bin_group_ptr,
-    bin_most_ptr,
-    unit_page_ptr,
-    unit_poison_ptr,
-    unit_column_ptr,
-    unit_own_ptr,
-    unit_lse_ptr,
-    unit_weight_ptr,
-    column_page_ptr,
-    column_bias_ptr,
     column_count_ptr,
     bin_count_ptr,
-    unit_gradient_ptr,  # [columns, BLOCK_D] float32
-    units,
-    sharpness,
-    tau,
-    TAU_IS_TENSOR: tl.constexpr,
-    MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    DOT_TYPE: tl.constexpr,
-    STEP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    sum_ptr,  # [programs * BLOCK_M, BLOCK_D] float32
+    score_sum_ptr,  # [programs * BLOCK_M]
+    chunk,
+    elements,
+    programs,
+    how: tl.constexpr,
 ):
-    """dL/de of a tile of candidates: half a bin a step; then, in a launch of their own, the
-    bins of one large page."""
-    column = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    count = tl.load(column_count_ptr)
-    first = count * 0
-    last = tl.load(bin_count_ptr + 2) * 2
-    if STEP == SLOTS:
-        first = last // 2
-        last = tl.load(bin_count_ptr)
-        if first == last:
-            return
-    if tl.program_id(0) * BLOCK_M >= count:
+    """sum over some of the bins of dL/dx C and of g s, of a tile of a chunk's candidates."""
+    mine = chunk_of(chunk, elements, column_count_ptr, bin_count_ptr)
+    count, parts = division(mine, programs, how.BLOCK_M)
+    slot = tl.program_id(0)
+    if slot >= count * parts:
         return
-    inside = column < count
-    dims = tl.arange(0, BLOCK_D)
-    e = tl.load(e_ptr + column.to(tl.int64)[:, None] * BLOCK_D + dims[None, :])
-    scale = score_scale(tau, TAU_IS_TENSOR)
-    where = column.to(tl.int64)[:, None] * BLOCK_D + dims[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if STEP == SLOTS:
-        acc += tl.load(unit_gradient_ptr + where)
-    pages = BinnedPages(
-        unit_page_ptr,
-        unit_poison_ptr,
-        unit_lse_ptr,
-        unit_weight_ptr,
-        unit_column_ptr,
-        unit_own_ptr,
-        bin_most_ptr,
-        units,
-    )
-    columns = Columns(column_page_ptr, column_bias_ptr if HAS_BIAS else None)
-    for step in range(first, last):
-        bin = step * STEP // SLOTS
-        place = step * STEP - bin * SLOTS + tl.arange(0, STEP)
-        slot = bin * SLOTS + place
-        unit = step * (STEP // SPAN) + tl.arange(0, STEP // SPAN)
-        c = tl.load(c_ptr + slot.to(tl.int64)[:, None] * BLOCK_D + dims[None, :])
-        gram = tl.load(gram_ptr + slot.to(tl.int64)[:, None] * SLOTS + place[None, :])
-        x = tl.dot(e, tl.trans(c), input_precision=PRECISION)
-        w, t, u, root = attend_bin(
-            x,
-            tl.load(slot_log_ptr + slot),
-            gram,
-            tl.load(bin_group_ptr + bin),
-            sharpness,
-            PRECISION,
-        )
-        g = pair_gradients(u, root, column, inside, bin, unit, scale, pages, columns, MASK)
-        weight = to_slots(g * root * (scale * LN2))
-        slope = to_slots(u * root * root)
-        dx = weight * w * (1.0 + (x - slope * t) * (sharpness * LN2))
-        acc = tl.dot(dx.to(DOT_TYPE), c.to(DOT_TYPE), acc, input_precision=PRECISION)
-    tl.store(unit_gradient_ptr + where, acc)
+    tile = slot // parts
+    part = slot - tile * parts
+    first = tl.program_id(1) * how.BLOCK_N
+    precision: tl.constexpr = how.PRECISION
+    bins = tl.load(bin_count_ptr)
+    share = tl.cdiv(bins, parts)
+    place = tl.arange(0, SLOTS)
+    row = tile * how.BLOCK_M + tl.arange(0, how.BLOCK_M)
+    acc = tl.full([how.BLOCK_M, how.BLOCK_N], 0.0, tl.float32)
+    scores = tl.full([how.BLOCK_M], 0.0, tl.float32)
+    for bin in range(part * share, tl.minimum(part * share + share, bins)):
+        at = bin * mine.rows.to(tl.int64) + row
+        dx = tl.load(dx_ptr + at[:, None] * SLOTS + place[None, :])
+        c = rows_of(c_ptr, place + bin * SLOTS, first, how.BLOCK_D, how.BLOCK_N)
+        acc = tl.dot(dx, c.to(dx.dtype), acc, input_precision=precision)
+        scores += tl.load(score_ptr + at)
+    out = slot.to(tl.int64) * how.BLOCK_M + tl.arange(0, how.BLOCK_M)
+    dims = first + tl.arange(0, how.BLOCK_N)
+    tl.store(sum_ptr + out[:, None] * how.BLOCK_D + dims[None, :], acc)
+    tl.store(score_sum_ptr + out, scores)
+
+
+@triton.jit
+def sum_of_parts(sum_ptr, row, inside, parts, first, how: tl.constexpr):
+    """Sums over the parts of some candidates of a chunk, BLOCK_N dimensions from `first` on."""
+    at = row // how.BLOCK_M * parts * how.BLOCK_M + row % how.BLOCK_M
+    dims = first + tl.arange(0, how.BLOCK_N)
+    total = tl.full([row.shape[0], how.BLOCK_N], 0.0, tl.float32)
+    for part in range(parts):
+        where = (at + part * how.BLOCK_M).to(tl.int64)[:, None] * how.BLOCK_D + dims[None, :]
+        total += tl.load(sum_ptr + where, mask=inside[:, None], other=0.0)
+    return total
 
 
 @kernel
 def finish_columns(
-    unit_gradient_ptr,
+    sum_ptr,
+    score_sum_ptr,
     e_ptr,
-    e_length_ptr,
+    e_inverse_ptr,
     column_list_ptr,
     column_count_ptr,
     bin_count_ptr,
     # [N or n, D], rows at their places; holds what pages that did not fit gave, if there are any
     de_ptr,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    score_gradient_ptr,  # [columns] sum of g s
+    chunk,
+    elements,
+    programs,
+    BLOCK_R: tl.constexpr,
+    how: tl.constexpr,
 ):
-    """dL/dE from the gradients of the unit rows."""
-    column = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = column < tl.load(column_count_ptr)
-    dims = tl.arange(0, BLOCK_D)
-    where = column.to(tl.int64)[:, None] * BLOCK_D + dims[None, :]
-    grad = tl.load(unit_gradient_ptr + where, mask=inside[:, None], other=0.0)
-    e = tl.load(e_ptr + where, mask=inside[:, None], other=0.0).to(tl.float32)
-    length = tl.load(e_length_ptr + column, mask=inside, other=0.0)
-    grad = normalize_backward(grad, e, length)
+    """dL/dE of a chunk's candidates from the parts of their sums."""
+    mine = chunk_of(chunk, elements, column_count_ptr, bin_count_ptr)
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if mine.first + tl.program_id(0) * BLOCK_R >= mine.last:
+        return
+    column = mine.first + row
+    inside = column < mine.last
+    _count, parts = division(mine, programs, how.BLOCK_M)
+    at = row // how.BLOCK_M * parts * how.BLOCK_M + row % how.BLOCK_M
+    scores = tl.zeros([BLOCK_R], tl.float32)
+    for part in range(parts):
+        scores += tl.load(score_sum_ptr + at + part * how.BLOCK_M, mask=inside, other=0.0)
+    tl.store(score_gradient_ptr + column, scores, mask=inside)
+    if de_ptr is None:
+        return
+    inverse = tl.load(e_inverse_ptr + column, mask=inside, other=0.0)
+    # dL/dE = factor (sum - along E)
+    along = scores * inverse * inverse
+    factor = inverse
+    if how.COSINE:
+        along = tl.zeros([BLOCK_R], tl.float32)
+        for first in range(0, how.BLOCK_D, how.BLOCK_N):
+            e = rows_of(e_ptr, column, first, how.BLOCK_D, how.BLOCK_N).to(tl.float32)
+            along += tl.sum(sum_of_parts(sum_ptr, row, inside, parts, first, how) * e, axis=1)
+    else:
+        factor = inverse * 0.0 + 1.0
     position = tl.load(column_list_ptr + column, mask=inside, other=0)
-    where = position.to(tl.int64)[:, None] * D + dims[None, :]
-    mask = inside[:, None] & (dims < D)[None, :]
-    if tl.load(bin_count_ptr + 1) > 0:
-        grad += tl.load(de_ptr + where, mask=mask, other=0.0).to(tl.float32)
-    tl.store(de_ptr + where, grad.to(de_ptr.dtype.element_ty), mask=mask)
+    long = tl.load(bin_count_ptr + 1) > 0
+    for first in range(0, how.BLOCK_D, how.BLOCK_N):
+        dims = first + tl.arange(0, how.BLOCK_N)
+        e = rows_of(e_ptr, column, first, how.BLOCK_D, how.BLOCK_N).to(tl.float32)
+        grad = sum_of_parts(sum_ptr, row, inside, parts, first, how)
+        grad = (grad - along[:, None] * e) * factor[:, None]
+        where = position.to(tl.int64)[:, None] * how.D + dims[None, :]
+        mask = inside[:, None] & (dims < how.D)[None, :]
+        if long:
+            grad += tl.load(de_ptr + where, mask=mask, other=0.0).to(tl.float32)
+        tl.store(de_ptr + where, grad.to(de_ptr.dtype.element_ty), mask=mask)
 
 
 @kernel
 def binned_history(
+    dx_ptr,
     e_ptr,
-    c_ptr,
-    gram_ptr,
-    slot_log_ptr,
-    slot_length_ptr,
-    slot_row_ptr,
-    bin_group_ptr,
-    bin_most_ptr,
-    unit_page_ptr,
-    unit_poison_ptr,
-    unit_column_ptr,
-    unit_own_ptr,
-    unit_lse_ptr,
-    unit_weight_ptr,
-    page_place_ptr,
-    column_page_ptr,
-    column_bias_ptr,
     column_count_ptr,
     bin_count_ptr,
-    dc_ptr,  # [K, D]
-    tau_part_ptr,  # [bins] sum of g cos
-    units,
-    sharpness,
-    tau,
-    TAU_IS_TENSOR: tl.constexpr,
-    MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    WANT_C: tl.constexpr,
-    WANT_TAU: tl.constexpr,
-    D: tl.constexpr,
-    DOT_TYPE: tl.constexpr,
+    sum_ptr,  # [bins * SLOTS, BLOCK_D] float32
+    chunk,
+    elements,
+    BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dL/dC of a bin's history, over all candidates."""
+    """sum of dL/dx E over a chunk of candidates, added to that of the chunks before."""
+    slots = tl.load(bin_count_ptr) * SLOTS
+    if tl.program_id(0) * BLOCK_S >= slots:
+        return
+    mine = chunk_of(chunk, elements, column_count_ptr, bin_count_ptr)
+    if (mine.first >= mine.last) & (chunk > 0):
+        return
+    slot = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    first = tl.program_id(1) * BLOCK_N
+    dims = first + tl.arange(0, BLOCK_N)
+    inside = (slot < slots)[:, None]
+    where = slot.to(tl.int64)[:, None] * BLOCK_D + dims[None, :]
+    acc = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
+    if chunk > 0:
+        acc += tl.load(sum_ptr + where, mask=inside, other=0.0)
+    # Addresses as in `products`. Past the last bin it is read again, for nothing.
+    row = tl.arange(0, BLOCK_M)
+    bin = tl.program_id(0) * (BLOCK_S // SLOTS)
+    real = tl.minimum(slot, slots - 1) - bin * SLOTS
+    at = row[:, None] * SLOTS + (real // SLOTS * mine.rows * SLOTS + real % SLOTS)[None, :]
+    dx_at = dx_ptr + bin * mine.rows.to(tl.int64) * SLOTS
+    e_at = e_ptr + mine.first.to(tl.int64) * BLOCK_D + first
+    of_e = row[:, None] * BLOCK_D + tl.arange(0, BLOCK_N)[None, :]
+    for _ in range(0, mine.last - mine.first, BLOCK_M):
+        dx = tl.load(dx_at + at)
+        acc = tl.dot(
+            tl.trans(dx), tl.load(e_at + of_e).to(dx.dtype), acc, input_precision=PRECISION
+        )
+        dx_at += BLOCK_M * SLOTS
+        e_at += BLOCK_M * BLOCK_D
+    tl.store(sum_ptr + where, acc, mask=inside)
+
+
+@triton.jit
+def history_part(sum_ptr, pairs, c_ptr, bin, first, how: tl.constexpr):
+    """C and dL/dC, but for their lengths, BLOCK_N dimensions from `first` on."""
+    precision: tl.constexpr = how.PRECISION
+    slot = bin * SLOTS + tl.arange(0, SLOTS)
+    c = rows_of(c_ptr, slot, first, how.BLOCK_D, how.BLOCK_N)
+    grad = rows_of(sum_ptr, slot, first, how.BLOCK_D, how.BLOCK_N)
+    grad -= tl.dot(pairs, c.to(pairs.dtype), input_precision=precision)
+    return c.to(tl.float32), grad
+
+
+@kernel
+def finish_history(
+    sum_ptr,
+    pairs_ptr,
+    along_ptr,
+    c_ptr,
+    slot_length_ptr,
+    slot_row_ptr,
+    unit_page_ptr,
+    bin_count_ptr,
+    dc_ptr,  # [K, D]
+    units,
+    parts,
+    DOT_TYPE: tl.constexpr,
+    how: tl.constexpr,
+):
+    """dL/dC of a bin's history from the sums."""
     bin = tl.program_id(0)
     if bin >= tl.load(bin_count_ptr):
-        if WANT_TAU:
-            tl.store(tau_part_ptr + bin, 0.0)
         return
-    dims = tl.arange(0, BLOCK_D)
     place = tl.arange(0, SLOTS)
     slot = bin * SLOTS + place
-    unit = bin * UNITS + tl.arange(0, UNITS)
-    c = tl.load(c_ptr + slot.to(tl.int64)[:, None] * BLOCK_D + dims[None, :])
-    gram = tl.load(gram_ptr + slot.to(tl.int64)[:, None] * SLOTS + place[None, :])
-    slot_log = tl.load(slot_log_ptr + slot)
-    group = tl.load(bin_group_ptr + bin)
-    scale = score_scale(tau, TAU_IS_TENSOR)
-    count = tl.load(column_count_ptr)
-    acc = tl.zeros([SLOTS, BLOCK_D], tl.float32)
     pairs = tl.zeros([SLOTS, SLOTS], tl.float32)
-    along = tl.zeros([BLOCK_M // 16, 8, SLOTS], tl.float32)
-    cosines = tl.zeros([BLOCK_M, UNITS], tl.float32)
-    pages = BinnedPages(
-        unit_page_ptr,
-        unit_poison_ptr,
-        unit_lse_ptr,
-        unit_weight_ptr,
-        unit_column_ptr,
-        unit_own_ptr,
-        bin_most_ptr,
-        units,
-    )
-    columns = Columns(column_page_ptr, column_bias_ptr if HAS_BIAS else None)
-    for start in range(0, count, BLOCK_M):
-        column = start + tl.arange(0, BLOCK_M)
-        e = tl.load(e_ptr + column.to(tl.int64)[:, None] * BLOCK_D + dims[None, :])
-        x = tl.dot(e, tl.trans(c), input_precision=PRECISION)
-        w, t, u, root = attend_bin(x, slot_log, gram, group, sharpness, PRECISION)
-        g = pair_gradients(u, root, column, column < count, bin, unit, scale, pages, columns, MASK)
-        if WANT_TAU:
-            cosines += g * u * root
-        if WANT_C:
-            weight = to_slots(g * root * (scale * LN2)) * w
-            slope = to_slots(u * root * root)
-            y = weight * (x - slope * t)
-            # Rows that a thread holds both of.
-            along += tl.sum(tl.reshape(y, (BLOCK_M // 16, 2, 8, SLOTS)), axis=1)
-            dx = weight + y * (sharpness * LN2)
-            acc = tl.dot(tl.trans(dx.to(DOT_TYPE)), e.to(DOT_TYPE), acc, input_precision=PRECISION)
-            pairs = tl.dot(
-                tl.trans((weight * slope).to(DOT_TYPE)),
-                w.to(DOT_TYPE),
-                pairs,
-                input_precision=PRECISION,
-            )
-    page = tl.load(unit_page_ptr + unit)
-    if WANT_TAU:
-        first = tl.load(page_place_ptr + page, mask=page >= 0, other=-1) == unit
-        total = tl.where(first, tl.sum(cosines, axis=0), 0.0)
-        tl.store(tau_part_ptr + bin, tl.sum(total, axis=0))
-    if WANT_C:
-        slot_page = tl.load(unit_page_ptr + slot // SPAN)
-        other_page = tl.load(unit_page_ptr + (bin * SLOTS + place) // SPAN)
-        pairs = tl.where(slot_page[:, None] == other_page[None, :], pairs, 0.0)
-        acc -= tl.dot(pairs.to(DOT_TYPE), c.to(DOT_TYPE), input_precision=PRECISION)
-        length = tl.load(slot_length_ptr + slot)
-        wide = c.to(tl.float32)
-        d_c = normalize_backward(acc, wide, tl.abs(length))
-        total = tl.sum(tl.sum(along, axis=0), axis=0)
-        d_c += (total * unit_scale(tl.abs(length)))[:, None] * wide
-        row = tl.load(slot_row_ptr + slot)
-        where = row.to(tl.int64)[:, None] * D + dims[None, :]
-        mask = (row >= 0)[:, None] & (dims < D)[None, :]
-        tl.store(dc_ptr + where, d_c.to(dc_ptr.dtype.element_ty), mask=mask)
+    along = tl.zeros([SLOTS], tl.float32)
+    for part in range(parts):
+        at = part * units.to(tl.int64) * SPAN + slot
+        pairs += tl.load(pairs_ptr + at[:, None] * SLOTS + place[None, :])
+        if how.COSINE:
+            along += tl.load(along_ptr + at)
+    page = tl.load(unit_page_ptr + slot // SPAN)
+    other = tl.load(unit_page_ptr + (bin * SLOTS + place) // SPAN)
+    pairs = tl.where(page[:, None] == other[None, :], pairs, 0.0).to(DOT_TYPE)
+    # dL/dC = factor (sum + along C)
+    factor = tl.full([SLOTS], 1.0, tl.float32)
+    if how.COSINE:
+        length = tl.abs(tl.load(slot_length_ptr + slot))
+        factor = unit_scale(length)
+        for first in range(0, how.BLOCK_D, how.BLOCK_N):
+            c, grad = history_part(sum_ptr, pairs, c_ptr, bin, first, how)
+            along -= tl.sum(grad * c, axis=1)
+    row = tl.load(slot_row_ptr + slot)
+    for first in range(0, how.BLOCK_D, how.BLOCK_N):
+        dims = first + tl.arange(0, how.BLOCK_N)
+        c, grad = history_part(sum_ptr, pairs, c_ptr, bin, first, how)
+        if how.COSINE:
+            grad = (grad + along[:, None] * c) * factor[:, None]
+        where = row.to(tl.int64)[:, None] * how.D + dims[None, :]
+        mask = (row >= 0)[:, None] & (dims < how.D)[None, :]
+        tl.store(dc_ptr + where, grad.to(dc_ptr.dtype.element_ty), mask=mask)
 
 
 # ---- launches ------------------------------------------------------------------------------------
 
 
-def _tiles(p: Problem, s: CandidateShape, t: CandidateState, b: Bins, kind: str) -> dict[str, Any]:
+def _pass(p: Problem, s: CandidateShape, t: CandidateState, b: Bins, kind: str) -> dict[str, Any]:
     """What the passes over candidates times bins have in common."""
-    tile = tiles.binned_tile(kind, s.device)
+    tile = tiles.binned_tile(kind, s.dtype, s.block_d, s.device)
+    tau = temperature(p)
     return {
-        "e_ptr": b.e,
-        "c_ptr": b.c,
-        "gram_ptr": b.gram,
-        "slot_log_ptr": b.slot_log,
-        "bin_group_ptr": b.bin_group,
-        "bin_most_ptr": b.bin_most,
-        "unit_page_ptr": b.unit_page,
-        "unit_poison_ptr": b.unit_poison,
-        "unit_column_ptr": b.unit_column,
-        "column_page_ptr": t.column.page,
-        "column_bias_ptr": b.slot_log if t.column.bias is None else t.column.bias,
+        "packed": Packed(
+            b.e,
+            b.e_inverse,
+            b.c,
+            b.gram,
+            b.slot_log,
+            b.bin_group,
+            b.bin_most,
+            b.unit_page,
+            b.unit_poison,
+            b.unit_column,
+            t.column.page,
+            t.column.bias,
+        ),
         "column_count_ptr": t.counts[2:3],
         "bin_count_ptr": b.bin_count,
         "units": s.units,
+        "parts": parts_of_candidates(s),
         "sharpness": p.attention_scale / math.log(2.0),
-        **temperature(p),
-        "MASK": MASKS[p.negatives],
-        "HAS_BIAS": t.column.bias is not None,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_D": s.block_d,
-        "PRECISION": s.precision,
+        "tau": tau["tau"],
+        "how": How(
+            p.cosine,
+            tau["TAU_IS_TENSOR"],
+            MASKS[p.negatives],
+            tile.block_m,
+            s.block_d,
+            tile.block_k,
+            s.precision,
+        ),
         **tile.launch,
     }
+
+
+def parts_of_candidates(s: CandidateShape) -> int:
+    """Into how many the candidates are divided, where there may be few bins."""
+    return max(1, min(16, tiles.programs(s.device) * 4 // max(s.bins, 1)))
 
 
 def scores(
@@ -503,12 +724,11 @@ def scores(
 ) -> None:
     """Log-sum-exps of the anchors in bins over everything but their positives, to the first
     rows of top and total."""
-    bins, device = s.bins, s.device
-    parts = max(1, min(16, tiles.programs(device) * 4 // max(bins, 1)))
-    bin_top = torch.empty(parts, bins * UNITS.value, dtype=torch.float32, device=device)
-    bin_total = torch.empty_like(bin_top)
-    binned_scores[(bins, parts)](
-        **_tiles(p, s, t, b, "scores"), parts=parts, top_ptr=bin_top, total_ptr=bin_total
+    bin_top, bin_total = torch.empty(
+        2, parts_of_candidates(s), s.units, dtype=torch.float32, device=s.device
+    )
+    binned_scores[(s.bins, parts_of_candidates(s))](
+        **_pass(p, s, t, b, "scores"), top_ptr=bin_top, total_ptr=bin_total
     )
     merge(p, s, t, b, (bin_top, bin_total), top, total)
 
@@ -524,47 +744,105 @@ def backward(
     want_tau: bool,
 ) -> list[Tensor]:
     """Adds to dL/dE and dL/dC; parts of sum of g cos."""
-    device = s.device
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=s.device)
+
+    both = _pass(p, s, t, b, "gradients")
+    tile = tiles.binned_tile("gradients", s.dtype, s.block_d, s.device)
+    product = tiles.binned_products(s.dtype, s.block_d, s.device)
+    candidates, parts = b.e.shape[0], both["parts"]
+    chunks, elements, dx = stored_gradients(p, s, candidates)
+    score = floats(dx.numel() // SLOTS.value)
+    pairs, along = floats(parts, s.bin_slots, SLOTS.value), floats(parts, s.bin_slots)
+    sum_c = floats(s.bin_slots, s.block_d) if d_c is not None else None
+    programs = tiles.programs(s.device)
+    rows = max(programs, cdiv(candidates, tile.block_m)) * tile.block_m
+    sum_e, score_sum = floats(rows, s.block_d), floats(rows)
+    score_gradient = torch.zeros(s.columns, dtype=torch.float32, device=s.device)
     pages = weigh(p, s, t, b, g)
-    dots = {"DOT_TYPE": tl.bfloat16 if s.dtype == torch.bfloat16 else tl.float32}
-    if d_e is not None:
-        unit = torch.empty(b.e.shape, dtype=torch.float32, device=device)
-        # Half a bin at a time; and what one page fills, whole.
-        for kind, step in (("columns", SLOTS.value // 2), ("columns of large pages", SLOTS.value)):
-            given = _tiles(p, s, t, b, kind)
-            binned_columns[(cdiv(b.e.shape[0], given["BLOCK_M"]),)](
-                **given,
-                **pages,
-                **dots,
-                unit_gradient_ptr=unit,
-                STEP=step,
-            )
-        finish_columns[(cdiv(b.e.shape[0], ROWS),)](
-            unit,
-            b.e,
-            b.e_length,
-            t.column.list,
-            t.counts[2:3],
-            b.bin_count,
-            d_e,
-            D=s.dim,
-            BLOCK_M=ROWS,
-            BLOCK_D=s.block_d,
+    how = Products(p.cosine, s.dim, tile.block_m, product.block_n, s.block_d, s.precision)
+    widths = cdiv(s.block_d, product.block_n)
+    for chunk in range(chunks):
+        of = {
+            "column_count_ptr": t.counts[2:3],
+            "bin_count_ptr": b.bin_count,
+            "chunk": chunk,
+            "elements": elements,
+        }
+        binned_gradients[(s.bins, parts)](
+            **both | of,
+            pages=PageGradients(**pages),
+            dx_ptr=dx,
+            pairs_ptr=pairs,
+            along_ptr=along,
+            score_ptr=score,
         )
-    if d_c is None and not want_tau:
-        return []
-    tau_parts = torch.empty(s.bins, dtype=torch.float32, device=device)
-    binned_history[(s.bins,)](
-        **_tiles(p, s, t, b, "history"),
-        **pages,
-        **dots,
-        slot_length_ptr=b.slot_length,
-        slot_row_ptr=b.slot_row,
-        page_place_ptr=b.page_place,
-        D=s.dim,
-        dc_ptr=d_c if d_c is not None else g,
-        tau_part_ptr=tau_parts,
-        WANT_C=d_c is not None,
-        WANT_TAU=want_tau,
-    )
-    return [tau_parts]
+        if d_e is not None or want_tau:
+            binned_columns[(rows // tile.block_m, widths)](
+                dx,
+                score,
+                b.c,
+                **of,
+                sum_ptr=sum_e,
+                score_sum_ptr=score_sum,
+                programs=programs,
+                how=how,
+                **product.launch,
+            )
+            finish_columns[(cdiv(candidates, ROWS),)](
+                sum_e,
+                score_sum,
+                b.e,
+                b.e_inverse,
+                t.column.list,
+                **of,
+                de_ptr=d_e,
+                score_gradient_ptr=score_gradient,
+                programs=programs,
+                BLOCK_R=ROWS,
+                how=how,
+            )
+        if sum_c is not None:
+            binned_history[(cdiv(s.bin_slots, product.block_m), widths)](
+                dx,
+                b.e,
+                **of,
+                sum_ptr=sum_c,
+                BLOCK_S=product.block_m,
+                BLOCK_M=min(product.block_k, tile.block_m),
+                BLOCK_N=product.block_n,
+                BLOCK_D=s.block_d,
+                PRECISION=s.precision,
+                **product.launch,
+            )
+    if d_c is not None:
+        finish_history[(s.bins,)](
+            sum_c,
+            pairs,
+            along,
+            b.c,
+            b.slot_length,
+            b.slot_row,
+            b.unit_page,
+            b.bin_count,
+            d_c,
+            s.units,
+            parts,
+            DOT_TYPE=tl.bfloat16 if dx.dtype == torch.bfloat16 else tl.float32,
+            how=how,
+            num_warps=8,
+            maxnreg=tiles.MOST_REGISTERS,
+        )
+    # s = cos / tau
+    return [score_gradient * p.temperature] if want_tau and p.temperature is not None else []
+
+
+def stored_gradients(p: Problem, s: CandidateShape, candidates: int) -> tuple[int, int, Tensor]:
+    """(chunks of candidates, elements of dL/dx, where it goes): at most a quarter of the workspace,
+    but as many candidates as a tile has."""
+    kind = torch.bfloat16 if s.dtype == torch.bfloat16 else torch.float32
+    most = min(p.workspace // 4 // kind.itemsize, 2**31 - 1)
+    elements = max(min(most, s.bin_slots * candidates), s.bin_slots * PADDING.value)
+    rows = elements // s.bin_slots // PADDING.value * PADDING.value
+    return cdiv(candidates, rows), elements, torch.empty(elements, dtype=kind, device=s.device)

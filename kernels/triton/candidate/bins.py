@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....loss.problem import Problem
+from .. import tiles
 from ..common import (
     LOG2E,
     NORM_EPS,
@@ -19,6 +20,7 @@ from ..common import (
     kernel,
     load_rows,
     score_scale,
+    source_row,
     temperature,
     unit_scale,
 )
@@ -27,7 +29,17 @@ from ..shapes import cdiv
 from .pages import anchors_of, exponent_of
 from .state import PADDING, SIDE, SLOTS, SPAN, UNITS, Bins, CandidateShape, CandidateState
 
+# Of logits and scores: below all there are.
+LOWEST = tl.constexpr(-1e30)
 ROWS = 16
+
+
+@triton.jit
+def load_part(source, row, mask, first, D: tl.constexpr, WIDTH: tl.constexpr):
+    """WIDTH dimensions of rows of a source, zeros beyond D and where the mask is off."""
+    dims = first + tl.arange(0, WIDTH)
+    at = source_row(source, row, mask)[:, None] * D + dims[None, :]
+    return tl.load(source.rows + at, mask=mask[:, None] & (dims < D)[None, :], other=0.0)
 
 
 @kernel
@@ -44,9 +56,10 @@ def fill_bins(
     unit_page_ptr,
     page_place_ptr,
     bin_count_ptr,
-    c_ptr,  # [bins * SLOTS, BLOCK_D] unit rows
+    c_ptr,  # [bins * SLOTS, BLOCK_D] history rows, by cosines of unit length
     gram_ptr,  # [bins, SLOTS, SLOTS] within pages
-    # [bins * SLOTS] log2 |C|, the page's largest subtracted; 0 of zero rows, -inf in empty slots
+    # [bins * SLOTS] LOWEST in empty slots, else 0; by cosines log2 |C|, the page's largest
+    # subtracted, and 0 of zero rows
     slot_log_ptr,
     # [bins * SLOTS] |C|; of a zero row minus the page's largest, 0 where all are zero
     slot_length_ptr,
@@ -57,12 +70,14 @@ def fill_bins(
     bin_most_ptr,  # [bins] anchors of a page, at most
     units,
     D: tl.constexpr,
+    COSINE: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     MERGED: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Unit rows of a bin's history side by side, the products of each page's with each other, and
+    """Rows of a bin's history side by side, the products of each page's with each other, and
     its anchors' columns."""
     bin = tl.program_id(0)
     if bin >= tl.load(bin_count_ptr):
@@ -75,28 +90,36 @@ def fill_bins(
     real = there & (row < tl.load(history_offsets_ptr + page + 1, mask=there, other=0))
     real = real & (tl.load(history_page_ptr + row, mask=real, other=-1) == page)
     source = Source(source_ptr, index_ptr if HAS_INDEX else None)
-    c = load_rows(source, row, real, D, BLOCK_D)
-    wide = c.to(tl.float32)
-    length = tl.sqrt(tl.sum(wide * wide, axis=1))
+    squares = tl.zeros([SLOTS], tl.float32)
+    for first in range(0, BLOCK_D, BLOCK_K):
+        wide = load_part(source, row, real, first, D, BLOCK_K).to(tl.float32)
+        squares += tl.sum(wide * wide, axis=1)
+    length = tl.sqrt(squares)
     finite = length < float("inf")
-    # Zeros in place of what is not finite: it must not reach the other pages of the bin.
-    unit = tl.where(finite[:, None], wide * unit_scale(length)[:, None], 0.0)
-    unit = unit.to(c_ptr.dtype.element_ty)
+    gram = tl.zeros([SLOTS, SLOTS], tl.float32)
+    for first in range(0, BLOCK_D, BLOCK_K):
+        wide = load_part(source, row, real, first, D, BLOCK_K).to(tl.float32)
+        if COSINE:
+            wide = wide * unit_scale(length)[:, None]
+        # Zeros in place of what is not finite: it must not reach the other pages of the bin.
+        c = tl.where(finite[:, None], wide, 0.0).to(c_ptr.dtype.element_ty)
+        dims = first + tl.arange(0, BLOCK_K)
+        tl.store(c_ptr + slot.to(tl.int64)[:, None] * BLOCK_D + dims[None, :], c)
+        gram = tl.dot(c, tl.trans(c), gram, input_precision=PRECISION)
     same = there[:, None] & (page[:, None] == page[None, :])
-    some = length > NORM_EPS
-    log = tl.where(real & finite & some, tl.log2(length), -float("inf"))
-    highest = tl.max(tl.where(same, log[None, :], -float("inf")), axis=1)
-    log -= tl.where(highest == -float("inf"), 0.0, highest)
-    # A zero row adds nothing to any sum, whatever its weight; but that weight is its gradient's as
-    # a value.
-    nothing = real & finite & (some == 0)
-    log = tl.where(nothing, 0.0, log)
-    length = tl.where(nothing, -tl.exp2(highest), length)
-    gram = tl.dot(unit, tl.trans(unit), input_precision=PRECISION)
+    log = tl.where(real & finite, 0.0, LOWEST)
+    if COSINE:
+        some = length > NORM_EPS
+        log = tl.where(real & finite & some, tl.log2(length), -float("inf"))
+        highest = tl.max(tl.where(same, log[None, :], -float("inf")), axis=1)
+        log -= tl.where(highest == -float("inf"), 0.0, highest)
+        # A zero row adds nothing to any sum, whatever its weight; but that weight is its gradient's
+        # as a value.
+        nothing = real & finite & (some == 0)
+        log = tl.where(nothing, 0.0, tl.maximum(log, LOWEST))
+        length = tl.where(nothing, -tl.exp2(highest), length)
     gram = tl.where(same, gram, 0.0)
-    dims = tl.arange(0, BLOCK_D)
     other = tl.arange(0, SLOTS)
-    tl.store(c_ptr + slot.to(tl.int64)[:, None] * BLOCK_D + dims[None, :], unit)
     where = slot.to(tl.int64)[:, None] * SLOTS + other[None, :]
     tl.store(gram_ptr + where, gram.to(gram_ptr.dtype.element_ty))
     tl.store(slot_log_ptr + slot, log)
@@ -122,31 +145,35 @@ def fill_bins(
 
 
 @kernel
-def unit_columns(
+def pack_columns(
     source_ptr,
     index_ptr,
     list_ptr,
     count_ptr,
-    e_ptr,  # [columns, BLOCK_D]; zeros up to the end of a tile of PADDING
-    length_ptr,  # [columns]
+    # [columns, BLOCK_D], by cosines of unit length; zeros up to the end of a tile of PADDING
+    e_ptr,
+    inverse_ptr,  # [columns] 1 / |E|; so, too
     D: tl.constexpr,
+    COSINE: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Unit rows of the candidates, and their lengths."""
+    """Rows of the candidates, and their lengths."""
     column = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     count = tl.load(count_ptr)
     inside = column < count
     position = tl.load(list_ptr + column, mask=inside, other=0)
     source = Source(source_ptr, index_ptr if HAS_INDEX else None)
     e = load_rows(source, position, inside, D, BLOCK_D).to(tl.float32)
-    length = tl.sqrt(tl.sum(e * e, axis=1))
-    e = (e * unit_scale(length)[:, None]).to(e_ptr.dtype.element_ty)
+    inverse = unit_scale(tl.sqrt(tl.sum(e * e, axis=1)))
+    if COSINE:
+        e = e * inverse[:, None]
     dims = tl.arange(0, BLOCK_D)
     where = column.to(tl.int64)[:, None] * BLOCK_D + dims[None, :]
-    tl.store(e_ptr + where, e, mask=(column < tl.cdiv(count, PADDING) * PADDING)[:, None])
-    tl.store(length_ptr + column, length, mask=inside)
+    padded = column < tl.cdiv(count, PADDING) * PADDING
+    tl.store(e_ptr + where, e.to(e_ptr.dtype.element_ty), mask=padded[:, None])
+    tl.store(inverse_ptr + column, inverse, mask=padded)
 
 
 @triton.jit
@@ -379,20 +406,24 @@ def make_bins(p: Problem, s: CandidateShape, t: CandidateState, b: Bins) -> None
         b.bin_most,
         s.units,
         D=s.dim,
+        COSINE=p.cosine,
         HAS_INDEX=p.history_index is not None,
         MERGED=s.merged,
         BLOCK_D=s.block_d,
+        BLOCK_K=tiles.binned_tile("scores", s.dtype, s.block_d, s.device).block_k,
         PRECISION=s.precision,
         num_warps=8,
+        maxnreg=tiles.MOST_REGISTERS,
     )
-    unit_columns[(cdiv(b.e.shape[0], ROWS),)](
+    pack_columns[(cdiv(b.e.shape[0], ROWS),)](
         p.pv,
         b.slot_row,
         t.column.list,
         t.counts[2:3],
         b.e,
-        b.e_length,
+        b.e_inverse,
         D=s.dim,
+        COSINE=p.cosine,
         HAS_INDEX=False,
         BLOCK_M=ROWS,
         BLOCK_D=s.block_d,
@@ -449,7 +480,8 @@ def weigh(
 ) -> dict[str, Tensor]:
     """What the gradients of the scores need of each unit's page."""
     device, units = s.device, s.units
-    own = torch.empty(SIDE.value, units, dtype=torch.float32, device=device)
+    # A kernel that asks which of them there are spills 370 bytes more: zeros where there are none.
+    own = torch.zeros(SIDE.value, units, dtype=torch.float32, device=device)
     lse, weight = torch.empty(2, units, dtype=torch.float32, device=device)
     page_weights[(cdiv(s.rows, 256),)](
         **_anchors(p, s, t, b),
@@ -461,4 +493,4 @@ def weigh(
         unit_weight_ptr=weight,
         unit_own_ptr=own,
     )
-    return {"unit_own_ptr": own, "unit_lse_ptr": lse, "unit_weight_ptr": weight}
+    return {"lse": lse, "weight": weight, "own": own}

@@ -28,7 +28,13 @@ from .attention import Anchors, Own
 from .bins import make_bins
 from .lanes import LanePass, lanes_tile
 from .pages import ANCHORS, LARGE_PAGES, Pages, place
-from .state import CandidateShape, CandidateState, candidate_shape
+from .state import (
+    CandidateShape,
+    CandidateState,
+    candidate_shape,
+    fast_path_reasons,
+    tell_slow_path,
+)
 
 
 def saved_spec(p: Problem) -> Spec:
@@ -131,6 +137,9 @@ def forward(
     total = torch.empty_like(top)
     above = torch.empty((parts, s.rows) if stats else (1, 1), dtype=torch.int32, device=s.device)
     log_q = p.log_q if p.log_q is not None else positive
+    reasons = fast_path_reasons(p, stats)
+    if reasons and s.device.type == "cuda":
+        tell_slow_path(*reasons)
     given = _inputs(p, t, s.merged) | _columns(p, s, t)
     sums = {
         "y_place_ptr": t.places[2],

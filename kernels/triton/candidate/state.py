@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +28,6 @@ SLOTS = tl.constexpr(64)
 SIDE = tl.constexpr(4)
 # Rows of candidates that a tile may go past the last one.
 PADDING = tl.constexpr(128)
-# exp((x - 1) / T) squared must stay above float32's smallest number for every cosine x.
-_SHARPEST = 20.0
 
 
 @dataclass(frozen=True)
@@ -48,27 +48,42 @@ class CandidateShape(Shape):
         return cdiv(self.columns, PADDING.value) * PADDING.value
 
 
+def fast_path_reasons(p: Problem, stats: bool = False) -> list[str]:
+    """Why no page of this problem is packed (binned.py); empty if those that fit are. What must
+    hold: products of E and C are all that is needed, and every column is an item of its own."""
+    kind = str(p.pv.dtype).removeprefix("torch.")
+    own = [name for name in ("query", "key", "value") if getattr(p, name) is not None]
+    found = {
+        f"{kind} here: bfloat16 or float32, and compute capability 9.0 or 10.x": (
+            not tiles.has_bins(p.pv.dtype, p.pv.device)
+        ),
+        f"num_heads is {p.num_heads}": p.num_heads != 1,
+        f"{' and '.join(own)} of the caller's own": bool(own),
+        "item_ids": p.item_ids is not None,
+        "a table's items are no columns (log_q, other negatives, more items than rows)": (
+            p.pv_index is not None and not loss_shape(p).merged
+        ),
+        'negatives is "page"': p.negatives == "page",
+        # Every cosine is 1 or -1 and the gradients are 0, which sums of E and C miss.
+        "one dimension": p.pv.shape[1] == 1 and not p.cosine,
+        "return_stats: ranks need every score beside every anchor's": stats,
+    }
+    return [reason for reason, holds in found.items() if holds]
+
+
 def candidate_shape(p: Problem) -> CandidateShape:
     s = loss_shape(p)
     # A bin holds at least 33 rows, or 16 pages of a single unit; the last one of each size may
     # hold less.
     bins = torch.sym_min(s.pages, s.pages * 34 // 1024 + cdiv(s.history_rows, 33) + 6)
-    return CandidateShape(
-        **vars(s),
-        # Whether dot products of E and C are all that is needed, and every column is an item of its
-        # own.
-        binned=tiles.has_bins(s.dtype, s.device)
-        and s.dim <= tiles.LARGEST_REGISTER_DIM
-        and p.cosine
-        and 0 <= p.attention_scale <= _SHARPEST
-        and s.heads == 1
-        and p.query is None
-        and p.key is None
-        and p.value is None
-        and p.item_ids is None
-        and (s.merged or p.pv_index is None)
-        and p.negatives != "page",
-        bins=larger(bins, 1),
+    return CandidateShape(**vars(s), binned=not fast_path_reasons(p), bins=larger(bins, 1))
+
+
+@functools.cache
+def tell_slow_path(*reasons: str) -> None:
+    """Once in a process."""
+    logging.getLogger(__name__).info(
+        'attention="candidate" takes the slower kernels: %s', "; ".join(reasons)
     )
 
 
@@ -89,7 +104,7 @@ class Bins(Group):
     unit_poison: Tensor
     unit_column: Tensor
     e: Tensor
-    e_length: Tensor
+    e_inverse: Tensor
 
     @classmethod
     def build(cls, s: CandidateShape, make: Make) -> Self:
@@ -108,7 +123,7 @@ class Bins(Group):
             unit_poison=make((s.units,)),
             unit_column=make((SIDE.value, s.units), torch.int32),
             e=make((s.padded_columns, s.block_d), s.dtype),
-            e_length=make((s.columns,)),
+            e_inverse=make((s.padded_columns,)),
         )
 
 
