@@ -252,7 +252,8 @@ def listed(found: Any) -> list[list[int]]:
 
 
 def test_which_pages_are_small() -> None:
-    """Those of at most 16 anchors and as many history rows as there are lanes for a head."""
+    """Those of at most 16 anchors and as many history rows as there are lanes for a head, where
+    none is in a bin."""
     pages = [(2, 1), (17, 3), (16, 32), (3, 0), (1, 33), (2, 16), (2, 17)]
     rows, past = (sum(x) for x in zip(*pages, strict=True))
     clicked = [1] * rows
@@ -262,6 +263,7 @@ def test_which_pages_are_small() -> None:
     from courier_fast.kernels.triton import loss as triton_loss
     from courier_fast.kernels.triton.candidate import state
 
+    p = replace(p, item_ids=torch.arange(rows))
     for heads, small in ((1, [0, 2, 5, 6]), (2, [0, 5]), (8, [])):
         q = replace(p, num_heads=heads)
         saved = triton_loss.loss_forward(q, Needs(pv=True, history=True), False)[-1]
