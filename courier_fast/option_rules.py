@@ -90,13 +90,18 @@ def _given_pages(said: Said) -> str | None:
         return "with --page-column, whose pages are given and not made around clicks"
     if said.value("--layout") == "ebnerd":
         return "with --layout ebnerd, whose pages are given and not made around clicks"
+    if said.given("--history-column"):
+        return "with --history-column, whose pages are given and not made around clicks"
     return None
 
 
 def _made_pages(said: Said) -> str | None:
     if _given_pages(said):
         return None
-    return "without --page-column (or --layout ebnerd): pages are made around clicks then"
+    return (
+        "without --page-column, --history-column (or --layout ebnerd): pages are made around "
+        "clicks then"
+    )
 
 
 def _no_backbone(said: Said) -> str | None:
@@ -117,7 +122,14 @@ def _nothing_encoded(said: Said) -> str | None:
     return "with --embeddings and --baselines that lack backbone: nothing is encoded"
 
 
-_COLUMNS = [f"--{n}-column" for n in ("user", "item", "time", "category", "page", "clicked")]
+def _repeats(said: Said) -> str | None:
+    return None if said.given("--history-column") else _given_pages(said)
+
+
+_NAMES = ("user", "item", "time", "category", "page", "clicked", "history")
+_COLUMNS = [f"--{n}-column" for n in _NAMES]
+_HISTORIES = ["--history-order", "--padding-id", "--split-column", "--results-column"]
+_HISTORIES += ["--position-column", "--keep-own"]
 _RATED = ["movielens", "amazon-reviews-2023"]
 _ENGINE = without("--engine ray", "--ray-address")
 _PAGES = ("--layout", "ebnerd")
@@ -160,9 +172,22 @@ RULES: dict[str, list[Rule]] = {
         ),
         only("--layout", _RATED, "--min-rating", example="hm"),
         without("--items", "--category-column"),
-        without("--page-column", "--clicked-column"),
+        without("--page-column or --history-column", "--clicked-column"),
+        without("--history-column", *_HISTORIES),
+        beside("--page-column", "--results-column", "--position-column", example="p"),
+        beside(
+            "--split-column",
+            "--time-column",
+            "--time-format",
+            "--validation-share",
+            "--test-share",
+            "--validation-from",
+            "--test-from",
+            example="s --history-column h",
+        ),
         Rule(("--keep-unclicked",), _made_pages),
-        Rule(("--negatives", "--live-days", "--repeats"), _given_pages, _PAGES),
+        Rule(("--negatives", "--live-days"), _given_pages, _PAGES),
+        Rule(("--repeats",), _repeats, _PAGES),
         Rule(
             ("--negatives category",),
             lambda s: (

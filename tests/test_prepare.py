@@ -31,6 +31,7 @@ HM = Path(__file__).parents[2] / "shared/data/hm-fashion"
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are read a few at a time, and parts are of a few rows."""
     monkeypatch.setattr(rows, "BATCH", 17)
+    monkeypatch.setattr(rows, "WITH_LISTS", 5)
     monkeypatch.setattr(in_threads, "_OF_ROW", 1 << 23)
     monkeypatch.setattr(in_threads, "_FEWEST", 8)
 

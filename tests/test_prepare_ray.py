@@ -17,6 +17,7 @@ import polars as pl
 import pytest
 from PIL import Image
 from prepare_factory import digest, random_events, source_of
+from test_given_histories import item_rows, log
 
 from courier_fast.cli import main
 from courier_fast.data.dataset import Dataset
@@ -70,7 +71,7 @@ def mortal(step: Callable[..., Any], grave: Path) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def stream(*args: Any) -> Iterator[Any]:
-        rows.BATCH = 40
+        rows.BATCH, rows.WITH_LISTS = 40, 7
         for n, value in enumerate(step(*args)):
             yield value
             if n == 2:
@@ -178,6 +179,33 @@ def test_given_pages_whole_or_cut(tmp_path: Path, ray: Any, graves: Graves) -> N
         "time missing or unreadable": 1,
     }
     assert sum(name.startswith("page_items/") for name in files) > 3
+    assert graves.left() == []
+
+
+@pytest.mark.long("Ray")
+@pytest.mark.parametrize("split", [None, "fold"])
+@pytest.mark.parametrize("views", [False, True])
+def test_given_histories(
+    tmp_path: Path, ray: Any, graves: Graves, views: bool, split: str | None
+) -> None:
+    """Of three files, whose order decides; some items without an image are in histories."""
+    graves.dig("by_user", "to_users")
+    (tmp_path / "log").mkdir()
+    names = np.random.default_rng(0).choice(["train", "test", "validation"], (3, 90)).tolist()
+    for n in range(3):
+        pages = [{**page, "page": f"{n}-{page['page']}"} for page in log(n, pages=90)]
+        frame = item_rows(pages, fold=names[n])
+        if views:
+            frame = pl.DataFrame(pages).with_columns(fold=pl.Series(names[n]))
+        frame.write_parquet(tmp_path / f"log/{n}.parquet")
+    columns = Columns(page="page_id", history="past", split=split)
+    if views:
+        columns = Columns("user", "items", history="past", split=split)
+    images = drawn_images(tmp_path / "images", [str(i) for i in range(1, 36)])
+    source = generic([tmp_path / "log"], None, columns)
+    files, report = both(tmp_path, source, replace(SMALL, max_history=3), images)
+    assert len(report["histories"]["dropped"]) == 4
+    assert sum(name.startswith("events/") for name in files) > 3
     assert graves.left() == []
 
 

@@ -110,7 +110,7 @@ class Plan:
             d.pv_item,
             d.pv_clicked,
             d.event_item,
-            d.event_moment,
+            *([] if d.histories_given else [d.event_moment]),
         ]
         if d.pv_weight is not None:
             arrays.append(d.pv_weight)

@@ -27,7 +27,7 @@ from .features import (
     vector_features,
 )
 from .fuxictr import SEPARATOR, dataset_config
-from .impressions import Impressions, Protocol
+from .impressions import Impressions, Protocol, histories_said
 from .inputs import RANGES, base_numbers
 
 log = logging.getLogger(__name__)
@@ -252,10 +252,12 @@ def _dictionary(
 
     pages = dataset.info.get("pages", "given or made")
     drawn = "drawn, so the rate of clicks and calibration mean nothing"
+    said = histories_said(dataset)
     about = (
         f"{protocol.describe(dataset)}. Histories hold at most {history} items. Clusters, "
         "codes, centres and scales of the embeddings come from\nitems seen before that bound. "
         f"Pages are {pages}: what was shown is {'known' if pages == 'given' else drawn}.\n"
+        f"{'' if said is None else said + chr(10)}"
         "Train on train.parquet, stop and choose by validation.parquet, look at test.parquet once. "
         "dataset_config.yaml describes all this to\nFuxiCTR (2.3), with the vectors in "
         "*_vectors.npz: a dataset for each form and embedding."

@@ -90,28 +90,54 @@ class Impressions:
 
     @property
     def hour(self) -> Array:
-        """[n] of the day, UTC."""
-        return self.time // 3600 % 24
+        """[n] of the day, UTC; 0 where pages have no times."""
+        return self.time // 3600 % 24 * self.dataset.timed
 
     @property
     def weekday(self) -> Array:
-        """[n] 0 on Mondays, UTC."""
-        return (self.time // DAY + 3) % 7
+        """[n] 0 on Mondays, UTC; 0 where pages have no times."""
+        return (self.time // DAY + 3) % 7 * self.dataset.timed
 
     def popularity(self) -> Array:
         """[n, 2] float32 log(1 + clicks on the item strictly before the page's second): all of
-        them, and those of the last 30 days."""
+        them, and those of the last 30 days (all, where pages have no times).
+
+        Clicks are the dataset's events, or, where histories are given, the clicks on its pages."""
         d = self.dataset
-        item, time = d.event_item.astype(np.int64), d.event_time
+        item, time = _clicks(d)
         # One sorted key answers "how many events of this item before this time".
-        low = min(time.min(initial=0), d.page_time.min(initial=0) - RECENT)
+        window = RECENT if d.timed else len(d.page_time)
+        low = min(time.min(initial=0), d.page_time.min(initial=0) - window)
         span = max(time.max(initial=0), d.page_time.max(initial=0)) - low + 2
         key = np.sort(item * span + (time - low))
         mine = self.item.astype(np.int64) * span
         before, recent, first = (
-            np.searchsorted(key, mine + at) for at in (self.time - low, self.time - RECENT - low, 0)
+            np.searchsorted(key, mine + at) for at in (self.time - low, self.time - window - low, 0)
         )
         return np.log1p(np.stack([before - first, before - recent], 1)).astype(np.float32)
+
+
+def _clicks(d: Dataset) -> tuple[Array, Array]:
+    """Items that were clicked, int64, and when."""
+    if not d.histories_given:
+        return d.event_item.astype(np.int64), d.event_time
+    page = np.repeat(np.arange(d.num_pages), d.pv_end - d.pv_start)
+    return d.pv_item[d.pv_clicked].astype(np.int64), d.page_time[page[d.pv_clicked]]
+
+
+def histories_said(dataset: Dataset) -> str | None:
+    """A line about histories that are given, for people; None for others."""
+    if not dataset.histories_given:
+        return None
+    own = "with" if dataset.info.get("options", {}).get("keep_own") else "without"
+    return f"Histories are given: lists of the source, {own} what was clicked on their own page."
+
+
+def _range(dataset: Dataset, pages: range) -> str:
+    """When a range of pages begins, for people."""
+    if not dataset.timed:
+        return f"page {pages.start:,}"
+    return str(as_date(dataset.page_time[pages.start]))
 
 
 @dataclass(frozen=True)
@@ -135,15 +161,20 @@ class Protocol:
             ("test", self.test),
         ]
         said = ", ".join(
-            f"{what} {len(pages):,} pages from {as_date(dataset.page_time[pages.start])}"
-            for what, pages in parts
+            f"{what} {len(pages):,} pages from {_range(dataset, pages)}" for what, pages in parts
         )
-        return f"{self.name}: {said}; embeddings must come from pages before {as_date(self.bound)}"
+        bound = as_date(self.bound) if dataset.timed else f"page {self.bound:,}"
+        return f"{self.name}: {said}; embeddings must come from pages before {bound}"
 
     def known_items(self, dataset: Dataset) -> Array:
         """[items] bool: shown or clicked before `bound`: what k-means and standardisation see."""
         known = np.zeros(dataset.num_items, bool)
-        known[dataset.event_item[dataset.event_moment < self.bound]] = True
+        if dataset.histories_given:
+            d, pages = dataset, np.flatnonzero(dataset.page_moment < self.bound)
+            past = d.events.column("item").ranges(d.history_start[pages], d.history_end[pages])
+            known[past] = True
+        else:
+            known[dataset.event_item[dataset.event_moment < self.bound]] = True
         known[Impressions(dataset, self.encoder).item] = True
         return known
 
@@ -204,15 +235,20 @@ def check_dataset(dataset: Dataset) -> None:
     empty = d.history_end <= d.history_start
     if empty.all():
         raise ValueError(f"history: expected a page with one in {path}, got none")
+    if not d.histories_given:
+        _check_past(d, empty)
+    for name in ("train", "validation", "test"):
+        check_impressions(Impressions(d, name), name)
+
+
+def _check_past(d: Dataset, empty: Array) -> None:
     future = ~empty & (d.event_moment[np.maximum(d.history_end, 1) - 1] >= d.page_moment)
     if future.any():
         raise ValueError(
-            f"history: expected events strictly before their page in {path}, got {future.sum()} "
+            f"history: expected events strictly before their page in {d.path}, got {future.sum()} "
             "pages that look into the future "
             f"(first: page {future.argmax()})"
         )
-    for name in ("train", "validation", "test"):
-        check_impressions(Impressions(d, name), name)
 
 
 def check_impressions(shown: Impressions, name: str) -> None:

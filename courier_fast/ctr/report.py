@@ -23,7 +23,7 @@ from ..metrics.calibration import calibration, fit_platt
 from ..metrics.clicks import auc
 from .cells import NONE, RANDOM, Cell, Plan, read_predictions
 from .features import SIMILARITY, similarity_features
-from .impressions import Impressions
+from .impressions import Impressions, histories_said
 from .judge import calibrated, judge
 from .slices import Slice, slices
 
@@ -58,6 +58,7 @@ def make_report(plan: Plan, out: Path, split: str = "test") -> dict[str, Any]:
         "dataset": str(plan.dataset.path),
         "split": split,
         "pages": plan.dataset.info.get("pages", "given or made"),
+        "histories": histories_said(plan.dataset),
         "weighted": shown.weight is not None,
         "protocols": {p.name: p.describe(plan.dataset) for p in plan.protocols},
         "settings": asdict(plan.settings)
@@ -263,6 +264,7 @@ def notes_of(report: dict[str, Any]) -> list[str]:
         made.get(
             report["pages"], "Whether pages are given or made is not recorded in this dataset."
         ),
+        *([report["histories"]] if report.get("histories") else []),
         *([WEIGHTED] if report.get("weighted") else []),
         *(f"Pages, {line}." for line in report["protocols"].values()),
         f"Probabilities are means of {seeds} seeds; beside their AUC stands that of one seed, mean "

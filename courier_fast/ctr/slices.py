@@ -19,14 +19,16 @@ CATEGORIES = 20  # the largest ones; the others together
 def slices(shown: Impressions, cosine: Array | None = None) -> Iterator[Slice]:
     """Each slice that has impressions.
 
-    Kinds: clicks of the item on pages of the train split; days since it was first seen; length of
+    Kinds: clicks of the item on pages of the train split; days (without times, pages) since it was
+    first seen; length of
     the history; `cosine` [n], if given, in quartiles, NaN apart; category.
     """
     clicks = shown.dataset.item_clicks[shown.item]
-    age = (shown.time - shown.dataset.item_first_seen[shown.item]) // DAY
+    day = DAY if shown.dataset.timed else 1
+    age = (shown.time - shown.dataset.item_first_seen[shown.item]) // day
     for kind, values, bounds in (
         ("clicks in training", clicks, (0, 1, 5, 20)),
-        ("days since first seen", age, (0, 7, 30, 90)),
+        (f"{'days' if shown.dataset.timed else 'pages'} since first seen", age, (0, 7, 30, 90)),
         ("history", shown.history_length, (0, 1, 5, 10)),
     ):
         if (values < bounds[0]).any():

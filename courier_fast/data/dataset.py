@@ -1,7 +1,8 @@
 """The dataset folder: what `courier-fast prepare` writes and everything else reads. It may be local
 or in an object store (storage.py).
 
-- dataset.json: format, source, pages ("given" or "made"), options,
+- dataset.json: format, source, pages ("given" or "made"), histories ("given", where the source had
+  them), times ("order", where it had none), options,
   splits {name: [first page, end)}, counts, manifest (its checksum)
 - manifest.json: tables {name: [{name, rows, bytes, sha256} of each shard]}
 - users/, a row per user: user_id (string)
@@ -16,6 +17,10 @@ or in an object store (storage.py).
   only where some page was cut)
 - images/, a row per item: jpeg (binary; null without an image)
 - report.json: what was kept and dropped, and why
+
+Where histories are given, events are their lists, by user and page, each once where pages of a user
+have the same; they have no time, and `item` is the table's only column. Without times a page's time
+is its row: pages are in the order of the source.
 
 A page's history is a slice of its user's events, so nothing is stored twice: the last events
 strictly before the page's time are those up to `history_end`. Pages are ordered by time, so a split
@@ -243,6 +248,24 @@ class Dataset:
     def event_moment(self) -> Array:
         """[events] as `page_moment`."""
         return self._moment("events")
+
+    @property
+    def histories_given(self) -> bool:
+        """Whether histories are lists of the source, whose events have no times."""
+        return self.info.get("histories") == "given"
+
+    @property
+    def timed(self) -> bool:
+        """Whether times are times; else they are the order of pages."""
+        return self.info.get("times") != "order"
+
+    def need_times(self, option: str) -> None:
+        """ValueError that names the option where pages have no times."""
+        if not self.timed:
+            raise ValueError(
+                f"{option}: expected a dataset with times, got {self.path}, whose pages are in the "
+                "order of their rows alone"
+            )
 
     def _moment(self, name: str) -> Array:
         table = self.tables[name]

@@ -156,7 +156,9 @@ def _run_folder(
                 "since: expected --dataset, which knows when items were first seen, "
                 "and --only-new with it"
             )
-        rows = rows_since(Dataset(args.dataset).item_first_seen, args.since)
+        dataset = Dataset(args.dataset)
+        dataset.need_times("since")
+        rows = rows_since(dataset.item_first_seen, args.since)
     store, report = embed_new(
         encoder,
         source,

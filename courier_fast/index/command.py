@@ -223,5 +223,6 @@ def _seen_before(args: argparse.Namespace, ids: pa.Array) -> np.ndarray:
             "dataset: expected one with --until, which knows when items were first seen; got none"
         )
     dataset = Dataset(args.dataset)
+    dataset.need_times("until")
     place = pc.fill_null(pc.index_in(ids, dataset.item_ids), -1).to_numpy()
     return (place >= 0) & (dataset.item_first_seen[place] < epoch("until", args.until))

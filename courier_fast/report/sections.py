@@ -205,13 +205,14 @@ def summary(dataset: Dataset) -> dict[str, Any]:
     """What `prepare` read, kept and dropped, by its report.json; the splits' times."""
     about = dataset.report
     facts, dropped = [], []
-    for name in ("events", "impressions", "pages"):
+    for name in ("events", "impressions", "histories", "pages"):
         found = about.get(name)
         if found:
             read = found.get("read", found.get("candidates"))
             kept = found.get("kept", read - sum(found["dropped"].values()))
             # Events that given pages make are not among those read.
-            facts.append((name.capitalize(), f"{kept:,}", f"of {read:,}" if read >= kept else ""))
+            said = "Items of given histories" if name == "histories" else name.capitalize()
+            facts.append((said, f"{kept:,}", f"of {read:,}" if read >= kept else ""))
             dropped += [(f"{name}: {why}", f"{n:,}") for why, n in found["dropped"].items()]
             facts += [
                 (f"{name.capitalize()} {what}", f"{found[n]:,}", "")
@@ -227,7 +228,7 @@ def summary(dataset: Dataset) -> dict[str, Any]:
             if n
         ]
     for name, split in about.get("splits", {}).items():
-        when = f"{split['from'][:10]} to {split['to'][:10]}" if split["pages"] else ""
+        when = f"{split['from'][:10]} to {split['to'][:10]}" if "from" in split else ""
         facts.append((f"Pages to {SPLITS.get(name, name)}", f"{split['pages']:,}", when))
     return {"facts": facts, "dropped": dropped}
 

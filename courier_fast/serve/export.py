@@ -246,6 +246,8 @@ def _origin(run: Path) -> dict[str, Any]:
     times = data.page_time[rows.start : rows.stop]
 
     def date(seconds: float) -> str:
+        if not data.timed:
+            return f"page {seconds:.0f}"
         return datetime.fromtimestamp(float(seconds), timezone.utc).isoformat()
 
     found["dataset"] = {

@@ -12,7 +12,8 @@ from ...engines import add_engine_arguments
 from ...locations import local_path, location
 from ..read.times import FORMATS
 from ..tables import SHARD_BYTES, SHARD_ROWS
-from .layouts import LAYOUTS, Columns, Source, generic
+from .histories import DIFFER
+from .layouts import LAYOUTS, ORDERS, Columns, Source, generic
 from .options import NEGATIVES, PrepareOptions
 from .run import prepare
 
@@ -24,7 +25,7 @@ def print_report(report: dict[str, Any]) -> None:
     def reasons(dropped: dict[str, int]) -> str:
         return "\n".join(f"{n:,} {why}" for why, n in dropped.items())
 
-    for name in ("events", "impressions"):
+    for name in ("events", "impressions", "histories"):
         if name in report:
             counts = report[name]
             kept = counts.get("kept", counts["read"] - sum(counts["dropped"].values()))
@@ -35,6 +36,13 @@ def print_report(report: dict[str, Any]) -> None:
     )
     console = Console()
     console.print(table)
+    if given := report.get("histories"):
+        console.print(
+            f"histories are given: {given['stored']:,} items are stored, as pages of a user with "
+            "the same list share it"
+        )
+        if given[DIFFER]:
+            console.print(f"histories: {given[DIFFER]:,} {DIFFER}; the first is taken")
     if "unclicked" in pages:
         console.print(
             f"kept: {pages['unclicked']:,} pages without a click, {pages['all_clicked']:,} with "
@@ -65,7 +73,7 @@ def print_report(report: dict[str, Any]) -> None:
         for link in images["folders_not_followed"]:
             console.print(f"{link}: a link out of the folder of images, not followed", markup=False)
     for name, split in report["splits"].items():
-        when = f", {split['from']} to {split['to']}" if split["pages"] else ""
+        when = f", {split['from']} to {split['to']}" if "from" in split else ""
         console.print(f"{name}: {split['pages']:,} pages{when}")
 
 
@@ -131,6 +139,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--page-column", help="page or impression id: a row is then an item shown on that page")
     add("--clicked-column", default=columns.clicked, help="whether it was clicked")
 
+    add(
+        "--history-column",
+        help="what the user had before, the newest last: a list, or text between blanks, commas or "
+        "bars; without --page-column a row is then a page view, whose items and clicks are lists",
+    )
+    add("--history-order", choices=ORDERS, default=columns.history_order)
+    add("--padding-id", default=columns.padding, help="stands for no item in a history")
+    add(
+        "--split-column",
+        help="train, validation or test; else times decide, or without them the order of rows",
+    )
+    add("--results-column", help="of a page view: a list, or JSON, of objects with these fields")
+    add("--position-column", help="of a page view: where its items stood")
+
     add = parser.add_argument_group("pages").add_argument
     add("--page-size", type=int, default=options.page_size, help="items of a page")
     add(
@@ -161,7 +183,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats",
         choices=("drop", "keep"),
         default=options.repeats,
-        help="made pages whose item the user had before",
+        help="made pages whose item the user had before; items that a given history has again",
+    )
+    add(
+        "--keep-own",
+        action="store_true",
+        help="what was clicked on a page stays in its given history",
     )
     add("--validation-share", type=float, default=options.validation_share)
     add("--test-share", type=float, default=options.test_share)
@@ -173,9 +200,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def source_of(args: argparse.Namespace) -> Source:
     """The source that the command line names."""
     if args.layout == "generic":
-        names = ("user", "item", "time", "category", "page", "clicked")
+        names: tuple[str, ...] = ("user", "item", "time", "category", "page", "clicked")
+        names += ("history", "split", "position", "results")
         columns = Columns(
-            **{n: getattr(args, f"{n}_column") for n in names}, time_format=args.time_format
+            **{n: getattr(args, f"{n}_column") for n in names},
+            time_format=args.time_format,
+            history_order=args.history_order,
+            padding=args.padding_id,
         )
         of_row = (columns.user, columns.item, columns.time)
         if len({*of_row}) < 3:

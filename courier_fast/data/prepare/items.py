@@ -88,6 +88,8 @@ class Candidates:
                     self.note([f"items: {again.n_unique():,} items have rows that differ {shown}"])
                 self.note(items_note(ids["item_id"], found["item_id"], source.items))
             table = ids.join(found, on="item_id", how="left", maintain_order="left")
+        if not source.timed:  # nothing that these could be compared with
+            table = table.drop("first_seen", "last_seen", strict=False)
         extra = {
             "category": pl.String,
             "image": pl.String,

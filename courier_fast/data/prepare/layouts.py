@@ -15,8 +15,10 @@ from typing import Any
 import polars as pl
 
 from ...locations import Location, location
-from ..read import truth
+from ..dataset import SPLITS
+from ..read import lists, truth
 from ..read.ids import label, text, written_as_floats
+from ..read.page_views import Shown, page_views
 from ..read.scan import (
     Schema,
     Table,
@@ -35,7 +37,21 @@ from ..read.times import TimeForm, check_format
 
 log = logging.getLogger(__name__)
 
+ORDERS = ("newest-last", "newest-first")
 _LOOKED_AT = 100_000  # rows of a column that is asked what it says
+
+
+@dataclass(frozen=True)
+class GivenHistories:
+    """How lists of a column history are read.
+
+    Args:
+        newest_first: their order; else the newest item is the last.
+        padding: what stands for no item.
+    """
+
+    newest_first: bool = False
+    padding: str = "0"
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,10 @@ class Source:
             made from them.
         impressions: a row per item shown: page_id, user_id, item_id, time, clicked (bool, or the
             words of truth.py). Their clicks are events too.
+        histories: what the lists in a column history of impressions are; None: histories are events
+            before. With them time may be lacking, so that the order of rows decides, or a column
+            split does (its number in SPLITS); and a row may be a page view, without page_id, whose
+            item_id and clicked are lists.
         items: item_id and, each optional, category, image (a file's stem where it is not the id),
             first_seen and last_seen (int64 seconds: when the item was on offer).
         files: what is read, for the record.
@@ -62,6 +82,7 @@ class Source:
     layout: str
     events: pl.LazyFrame | None = None
     impressions: pl.LazyFrame | None = None
+    histories: GivenHistories | None = None
     items: pl.LazyFrame | None = None
     files: Sequence[Location] = ()
     parts: Callable[[], list[pl.LazyFrame]] | None = None
@@ -73,6 +94,18 @@ class Source:
         """Of a second: 1,000,000 where some time has parts of one, else 1."""
         tables = [t for t in (self.events, self.impressions) if t is not None]
         return 1_000_000 if any("microsecond" in t.collect_schema() for t in tables) else 1
+
+    @property
+    def timed(self) -> bool:
+        """Whether rows have times; else their order decides."""
+        rows = self.impressions if self.histories else None
+        return rows is None or "time" in rows.collect_schema()
+
+    @property
+    def named_splits(self) -> bool:
+        """Whether rows say which split they are of."""
+        rows = self.impressions if self.histories else None
+        return rows is not None and "split" in rows.collect_schema()
 
     def tables(self, name: str) -> list[pl.LazyFrame]:
         """The rows of "events" or "impressions", in order, in tables to read at the same time."""
@@ -91,6 +124,13 @@ class Columns:
     `time_format` says what times are where their column does not: seconds, milliseconds,
     microseconds, nanoseconds (since 1970), days (of a spreadsheet), days-1904, order (numbers that
     only order events), or a strptime pattern; see times.py.
+
+    With `history`, each row holds its page's as a list, or as text between blanks, commas or bars:
+    the newest item last, or first with `history_order` "newest-first"; `padding` is no item. A row
+    without `page` is then a page view: `item`, `clicked` and `position` (optional, by which items
+    are sorted) hold lists, or are fields of the objects in the list `results`. Times are read where
+    the column is there; without them, or with `split` (train, validation or test in each row), the
+    order of rows decides.
     """
 
     user: str = "user_id"
@@ -100,9 +140,28 @@ class Columns:
     page: str | None = None
     clicked: str = "clicked"
     time_format: str | None = None
+    history: str | None = None
+    history_order: str = "newest-last"
+    padding: str = "0"
+    split: str | None = None
+    position: str | None = None
+    results: str | None = None
 
     def __post_init__(self) -> None:
         check_format(self.time_format)
+        if self.history_order not in ORDERS:
+            raise ValueError(f"history_order: expected one of {ORDERS}, got {self.history_order!r}")
+        if self.history is None and (self.split or self.position or self.results):
+            raise ValueError("split, position, results: expected a history column beside them")
+        if self.page is not None and (self.position or self.results):
+            raise ValueError(
+                "position, results: expected rows that are page views, without a page column"
+            )
+
+    @property
+    def views(self) -> bool:
+        """Whether a row is a page view."""
+        return self.history is not None and self.page is None
 
 
 # ---- columns -------------------------------------------------------------------------------------
@@ -191,6 +250,64 @@ def _rated(frame: pl.LazyFrame, least: float | None) -> pl.LazyFrame:
     return frame.filter(pl.col("rating").cast(pl.Float64, strict=False) >= least)
 
 
+# ---- histories that are given --------------------------------------------------------------------
+
+
+def _with_history(table: Table, c: Columns, timed: bool) -> pl.LazyFrame:
+    """Rows with their histories: items shown, or page views."""
+    assert c.history is not None
+    shown = Shown(c.item, c.clicked, c.position, c.results)
+    plain = [c.user, *([c.time] if timed else []), *([c.split] if c.split else [])]
+    nested = [c.history]
+    if c.page is None:
+        nested += shown.columns
+    else:
+        plain += [c.page, c.item, c.clicked]
+    frame = lists.with_rows(table.frame(*plain, *nested, lists=nested))
+    path = table.path
+    chosen = [_id(frame, path, c.user, "user_id")]
+    if c.page is None:
+        chosen.append(page_views(frame, path, shown).alias("shown"))
+    else:
+        chosen += [_id(frame, path, c.page, "page_id"), _id(frame, path, c.item, "item_id")]
+        chosen.append(_truth(frame, path, c.clicked))
+    chosen.append(lists.checked(frame, path, c.history, "history"))
+    if c.split:
+        chosen.append(_split(path, c.split))
+    when = time_form(frame, c.time, path, c.time_format) if timed else None
+    if when is not None:
+        frame = when.flat(frame.select(*chosen, when.expression(c.time)))
+    else:
+        frame = frame.select(chosen)
+    return frame.unnest("shown") if c.page is None else frame
+
+
+def _split(path: Location, column: str) -> pl.Expr:
+    """The number of a split by its name."""
+
+    def read(values: list[pl.Series], row: lists.Row) -> pl.Series:
+        names = values[0].cast(pl.String).str.strip_chars()
+        found = names.replace_strict(list(SPLITS), range(len(SPLITS)), default=None)
+        for i in found.is_null().arg_true().head(1).to_list():
+            raise ValueError(f"{row(i, 0)}: expected {', '.join(SPLITS)}, got {names[i]!r}")
+        return found.cast(pl.Int64)
+
+    return lists.each(path, [column], pl.Int64, read).alias("split")
+
+
+def _one_kind(frames: Sequence[pl.LazyFrame]) -> list[pl.LazyFrame]:
+    """Frames whose histories are of one type, so that they are one table."""
+    kinds = {frame.collect_schema()["history"] for frame in frames}
+    if len(kinds) == 1:
+        return list(frames)
+
+    def read(values: pl.Series) -> pl.Series:
+        return lists.text_of(lists.split(values), "history")
+
+    text = pl.col("history").map_batches(read, pl.List(pl.String), is_elementwise=True)
+    return [frame.with_columns(text) for frame in frames]
+
+
 # ---- layouts -------------------------------------------------------------------------------------
 
 
@@ -212,6 +329,8 @@ def generic(
         raise ValueError("interactions: expected at least one file, got none")
 
     def rows(table: Table) -> pl.LazyFrame:
+        if c.history is not None:
+            return _with_history(table, c, timed)
         if c.page is None:
             frame = table.frame(c.user, c.item, c.time)
             return _events(frame, table.path, c.user, c.item, c.time, c.time_format)
@@ -224,15 +343,20 @@ def generic(
 
     more: dict[str, Any] = {} if items is None else _about(items, c)
     read = tables(interactions)
+    named = c.time != Columns.time or c.time_format is not None
+    timed = c.split is None and (named or any(table.known([c.time]) for table in read))
     # What a column holds is decided here, once for each file, and is the same wherever its rows are
     # read.
     parts = _together([rows(table) for table in read])
-    if c.page is None:
+    if c.history is not None:
+        parts = _one_kind(parts)
+        more["histories"] = GivenHistories(c.history_order == ORDERS[1], c.padding)
+    elif c.page is None:
         note = next(filter(None, (_flag_note(table, c) for table in read)), None)
         more["notes"] = [*more.get("notes", ()), *([note] if note else [])]
     files = [*interactions, *([items] if items else [])]
     more |= {"files": files, "parts": parts.copy}
-    if c.page is None:
+    if c.page is None and c.history is None:
         return Source("generic", events=pl.concat(parts), **more)
     return Source("generic", impressions=pl.concat(parts), **more)
 

@@ -27,7 +27,9 @@ class PrepareOptions:
             its last; where its first_seen and last_seen are given, those hold.
         min_history: earlier events that the user of a page needs.
         max_history: the most recent events that are a page's history.
-        repeats: "drop" made pages whose clicked item the user had before, or "keep" them.
+        repeats: "drop" made pages whose clicked item the user had before, or "keep" them; of given
+            histories, items that come again in one (the newest stays).
+        keep_own: what a page's user clicked on it stays in its given history.
         validation_share, test_share: shares of the pages, the last ones in time; the cut is never
             inside a timestamp.
         validation_from, test_from: dates (ISO 8601 and the other forms of times.py; UTC) that cut
@@ -47,6 +49,7 @@ class PrepareOptions:
     min_history: int = 3
     max_history: int = 50
     repeats: str = "drop"
+    keep_own: bool = False
     validation_share: float = 0.1
     test_share: float = 0.1
     validation_from: str | None = None

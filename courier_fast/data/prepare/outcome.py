@@ -19,10 +19,12 @@ from ..dataset import SPLITS, write_json, write_manifest
 from ..read import truth
 from ..read.scan import some
 from ..read.times import SECOND
+from .histories import DIFFER
 from .layouts import Source
 from .options import PrepareOptions, microseconds
 from .page_ids import PageIds
 from .pages import ALL_CLICKED, DROP_REASONS, UNCLICKED
+from .rows import SPLIT
 
 Array = npt.NDArray
 log = logging.getLogger(__name__)
@@ -54,15 +56,23 @@ def say_page_ids(
 
 
 def splits_of(
-    times: Sequence[int], dropped: dict[str, int], options: PrepareOptions, ticks: int = 1
+    times: Sequence[int],
+    dropped: dict[str, int],
+    options: PrepareOptions,
+    ticks: int = 1,
+    named: bool = False,
 ) -> dict[str, list[int]]:
-    """First page and end of each split."""
+    """First page and end of each split; `named`: the times say it, and `ticks` 0 that they only
+    order."""
     if not len(times):
         raise ValueError(f"pages: expected at least one, got none; dropped: {dropped}")
     bounds = [0, *split_bounds(times, options, ticks)]
+    if named:
+        bounds[1:3] = (bisect_left(times, SPLIT), bisect_left(times, 2 * SPLIT))
     if not bounds[1]:
+        before = f" before {_iso(times[0] // ticks)}" if ticks else ""
         raise ValueError(
-            f"splits: expected pages to train on, got none before {_iso(times[0] // ticks)}: all "
+            f"splits: expected pages to train on, got none{before}: all "
             f"{len(times)} pages are in validation or test"
         )
     splits = {name: bounds[i : i + 2] for i, name in enumerate(SPLITS)}
@@ -91,7 +101,8 @@ class Outcome:
     lengths: Array  # [max_history + 1] pages by the length of their history
     cut: int
     statuses: Counter[int] = field(default_factory=Counter)
-    ticks: int = 1  # of a second, in which `times` are
+    ticks: int = 1  # of a second, in which `times` are; 0: they only order
+    histories: Counter[str] | None = None  # items of given ones
     notes: Sequence[str] = ()
     page_ids: dict[str, int] | None = None  # of given pages
 
@@ -103,6 +114,7 @@ class Outcome:
                 n: {**of, "kept": self.events} if n == "events" else of
                 for n, of in counts_of(self.rows).items()
             },
+            **({} if self.histories is None else {"histories": self._histories(self.histories)}),
             "users": self.users,
             "items": self.items,
             "images": self.images,
@@ -117,16 +129,23 @@ class Outcome:
                 **({"page_ids": self.page_ids} if self.page_ids else {}),
             },
             "splits": {
-                name: {
-                    "pages": b - a,
-                    "from": _iso(self.times[a] // self.ticks),
-                    "to": _iso(self.times[b - 1] // self.ticks),
-                }
-                if b > a
-                else {"pages": 0}
-                for name, (a, b) in self.splits.items()
+                name: {"pages": b - a, **self._dates(a, b)} for name, (a, b) in self.splits.items()
             },
             "notes": list(self.notes),
+        }
+
+    def _dates(self, a: int, b: int) -> dict[str, str]:
+        if b == a or not self.ticks:
+            return {}
+        first, last = (self.times[row] // self.ticks for row in (a, b - 1))
+        return {"from": _iso(first), "to": _iso(last)}
+
+    def _histories(self, counts: Counter[str]) -> dict[str, Any]:
+        special = ("read", "kept", DIFFER)
+        return {
+            **{n: counts[n] for n in special},
+            "stored": self.events,
+            "dropped": {n: count for n, count in counts.items() if n not in special and count},
         }
 
 
@@ -149,6 +168,8 @@ def write_about(
             "images": str(images) if images else None,
         },
         "pages": "made" if source.impressions is None else "given",
+        **({} if source.histories is None else {"histories": "given"}),
+        **({} if source.timed else {"times": "order"}),
         "options": asdict(options),
         "splits": outcome.splits,
         "counts": {

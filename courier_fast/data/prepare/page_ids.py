@@ -81,13 +81,16 @@ class PageIds:
 
 
 def page_ids_of(rows: Mapping[str, Array], bounds: Array, ticks: int = 1) -> PageIds:
-    """Of rows shown by user and page, with times in ticks of a second; bounds [pages + 1]: where
-    pages begin."""
+    """Of rows shown by user and page, with times in ticks of a second (0: they only order); bounds
+    [pages + 1]: where pages begin."""
     starts = bounds[:-1]
     if not len(starts):
         return PageIds()
     low, high = (pick.reduceat(rows["time"], starts) for pick in (np.minimum, np.maximum))
-    apart, user = np.flatnonzero(high - low > APART * ticks), rows["user"][starts].astype(np.int64)
+    apart, user = (
+        np.flatnonzero((high - low > APART * ticks) & (ticks > 0)),
+        rows["user"][starts].astype(np.int64),
+    )
     first = None
     if len(apart):
         at = apart[0]

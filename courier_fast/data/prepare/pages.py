@@ -253,16 +253,14 @@ def given_pages(  # type: ignore[no-untyped-def]
     item,
     time,
     click,
-    base,
-    events,
     size,
     min_history,
     max_history,
     keep_unclicked,
     seed,
+    history,
     page_user,
     page_time,
-    history,
     items,
     clicked,
     weight,
@@ -279,11 +277,12 @@ def given_pages(  # type: ignore[no-untyped-def]
         bounds: [n + 1] the rows of each page.
         user, key, item, time, click: [rows]; the user as one of `events`, `key` a uint64 of the
             page that seeds its sample.
-        base: the row that events.item[0] has among those of all users.
+        history: [n, 2] of all users' events those that each page may have; out: its newest
+            `max_history`.
         keep_unclicked: pages of which nothing or everything was clicked stay.
         weight: out, as `items`: of an item that was not clicked, how many such items of its page it
             stands for; 1 for the clicked.
-        page_user, page_time, history, items, clicked, counts, status: out, as in `make_pages`.
+        page_user, page_time, items, clicked, counts, status: out, as in `make_pages`.
 
     Returns:
         How many items were written.
@@ -309,13 +308,12 @@ def given_pages(  # type: ignore[no-untyped-def]
             if click[r] and not mark[place]:
                 mark[place] = 1
                 clicks += 1
-        first, last = events.first[user[start]], events.first[user[start] + 1]
-        end = _before(events.time, first, last, page_time[i])
+        length = history[i, 1] - history[i, 0]
         if clicks == 0 and not keep_unclicked:
             status[i] = NO_CLICK
         elif clicks == shown and not keep_unclicked:
             status[i] = NO_NEGATIVE
-        elif end - first < min_history:
+        elif length < min_history:
             status[i] = SHORT_HISTORY
         else:
             _seed(state, seed, key[start])
@@ -337,8 +335,16 @@ def given_pages(  # type: ignore[no-untyped-def]
             written += kept
             counts[i] = kept
             status[i] = UNCLICKED if clicks == 0 else ALL_CLICKED if clicks == shown else KEPT
-            history[i, 0], history[i, 1] = base + max(first, end - max_history), base + end
+            history[i, 0] = history[i, 1] - min(length, max_history)
     return written
+
+
+@njit(cache=True, nogil=True)
+def _events_before(bounds, user, time, base, events, out):  # type: ignore[no-untyped-def]
+    for i in range(len(bounds) - 1):
+        when = time[bounds[i] : bounds[i + 1]].min()
+        first, last = events.first[user[bounds[i]]], events.first[user[bounds[i]] + 1]
+        out[i, 0], out[i, 1] = base + first, base + _before(events.time, first, last, when)
 
 
 # ---- tables of pages -----------------------------------------------------------------------------
@@ -452,32 +458,37 @@ def page_bounds(rows: Mapping[str, Array]) -> Array:
     return np.append(np.flatnonzero(new), total)
 
 
+def before_pages(rows: Mapping[str, Array], base: int, events: Events) -> Array:
+    """[pages, 2] the events of each page's user before it, of rows as those of `pages_shown`;
+    `base`: the row that events.item[0] has among those of all users."""
+    bounds = page_bounds(rows)
+    out = np.zeros((len(bounds) - 1, 2), np.int64)
+    _events_before(bounds, rows["user"], rows["time"], base, events, out)
+    return out
+
+
 def pages_shown(
-    rows: Mapping[str, Array],
-    base: int,
-    events: Events,
-    options: PrepareOptions,
-    ticks: int = 1,
+    rows: Mapping[str, Array], history: Array, options: PrepareOptions, ticks: int = 1
 ) -> PageViews:
-    """Pages, by user and page, of rows shown (user, page, item, time, clicked, so sorted)."""
+    """Pages, by user and page, of rows shown (user, page, item, time, clicked, so sorted).
+    `history` [pages, 2]: rows of all users' events, of which each has the newest; `ticks` of a
+    second in times, 0: they only order."""
     bounds, total = page_bounds(rows), len(rows["user"])
     n = len(bounds) - 1
-    user, time, history = np.zeros(n, np.int32), np.zeros(n, np.int64), np.zeros((n, 2), np.int64)
+    user, time = np.zeros(n, np.int32), np.zeros(n, np.int64)
     shown = [np.zeros(total, kind) for kind in (np.int32, np.uint8, np.float32)]
     counts, status = np.zeros((2, n), np.int32)
     written = given_pages(
         bounds,
         *(rows[c] for c in ("user", "page", "item", "time", "clicked")),
-        base,
-        events,
         options.page_size,
         options.min_history,
         options.max_history,
         options.keep_unclicked,
         options.seed,
+        history,
         user,
         time,
-        history,
         *shown,
         counts,
         status,

@@ -148,6 +148,7 @@ class _Run:
         self.options, self.begin = options, begin
         self.options_ref = executor.put(options)
         self.given = source.impressions is not None
+        self.ticks = source.ticks if source.timed else 0  # of a second in times; 0: of none
         self.counts: dict[str, Counter[str]] = {}
 
     def run(self) -> dict[str, Any]:
@@ -157,8 +158,13 @@ class _Run:
         users, events, shown, found, about = self.by_user(pieces)
         del pieces
         first_seen, last_seen = spans(self.get(found), items.table)
-        again = sum(a["again"] for a in about)
-        self.counts.setdefault("events", Counter())["the same user, item and time again"] += again
+        histories = None
+        if self.source.histories is None:
+            again = sum(a["again"] for a in about)
+            events_of = self.counts.setdefault("events", Counter())
+            events_of["the same user, item and time again"] += again
+        else:
+            histories = sum((Counter(a["lists"]) for a in about), Counter())
         counts = {n: [a[n] for a in about] for n in ("users", "events", "pages")}
         _check_codes(sum(counts["users"]))
         log.info("pages")
@@ -172,19 +178,24 @@ class _Run:
         starts = _starts([s["pages"] for s in sums])
         first_items = _starts([s["items"] for s in sums])
         times = _Times(self.executor, pages, starts)
-        splits = splits_of(times, dropped(statuses), self.options, items.ticks)
+        named = self.source.named_splits
+        splits = splits_of(times, dropped(statuses), self.options, self.ticks, named)
         last = splits["train"][1] - 1
         train_end = times.cell("pv_end", last) + int(first_items[_place(starts, last)[0]])
         clicks = self.clicks(of_pages, first_items, train_end, len(items.table))
+        if not self.source.timed:
+            first_seen, last_seen = self.ranks(pages, first_seen, last_seen)
         of_items = items.columns(clicks, first_seen, last_seen)
         weight = ["weight"] if cut else []
         time = ["time", "microsecond"] if items.ticks > 1 else ["time"]
         of_page = ["user", *time[:1], "history_start", "history_end", "pv_start", "pv_end"]
+        of_page += time[1:] if self.source.timed else ["order"]
+        of_event = ["item", *time] if histories is None else ["item"]
         written = {
             "users": self.write("users", users, of_user, ["user_id"]),
             "items": write_shards(self.folder, "items", of_items, self.options.shard_rows),
-            "events": self.write("events", events, _starts(counts["events"]), ["item", *time]),
-            "pages": self.write("pages", pages, starts, [*of_page, *time[1:]], first_items),
+            "events": self.write("events", events, _starts(counts["events"]), of_event),
+            "pages": self.write("pages", pages, starts, of_page, first_items),
             "page_items": self.write(
                 "page_items", of_pages, first_items, ["item", "clicked", *weight]
             ),
@@ -204,7 +215,8 @@ class _Run:
             lengths=np.sum([s["lengths"] for s in sums], axis=0),
             cut=cut,
             statuses=statuses,
-            ticks=items.ticks,
+            ticks=self.ticks,
+            histories=histories,
             notes=[*self.source.notes, *items.notes, *notes],
             page_ids=ids.counts(),
         )
@@ -221,7 +233,7 @@ class _Run:
                 blocks.append((name, about["rows"], rows, items_of))
                 names.append(items_of)
                 samples.append(pl.Series("id", about["users"], pl.String))
-                total += about["rows"]
+                total += about["size"]
         ids = self.tree(steps.union, names) if names else None
         table = pl.DataFrame(
             {"item_id": pl.Series("id", [] if ids is None else self.get(ids), pl.String)}
@@ -324,7 +336,7 @@ class _Run:
         self, pieces: list[list[Any]]
     ) -> tuple[list[Any], list[Any], list[Any], Any, list[Any]]:
         """By part: users' ids, events, rows shown, counts; and when items were seen."""
-        done = [self.task(steps.by_user, 5)(self.given, *of) for of in pieces]
+        done = [self.task(steps.by_user, 5)(self.given, self.options_ref, *of) for of in pieces]
         users, events, shown, found, about = (list(of) for of in zip(*done, strict=True))
         return users, events, shown, self.tree(steps.merge_spans, found), self.get(about)
 
@@ -357,7 +369,7 @@ class _Run:
                 past,
                 bounds,
                 self.options_ref,
-                items.ticks,
+                self.ticks,
             )
             for p in range(len(events))
         ]
@@ -423,6 +435,13 @@ class _Run:
         found, out = self.get(self.tree(steps.add_clicks, counts)), np.zeros(items, np.int64)
         out[found["item"]] = found["clicks"]
         return out
+
+    def ranks(self, pages: list[Any], first: Array, last: Array) -> tuple[Array, Array]:
+        """Numbers of pages in place of times that only order: the first at or after, the last
+        up to."""
+        refs = [self.task(steps.ranks)(part, first, last) for part in pages]
+        before, until = self.get(self.tree(steps.add, refs))
+        return np.minimum(before, np.maximum(until - 1, 0)), np.maximum(until - 1, 0)
 
     def write(
         self,

@@ -12,15 +12,18 @@ import polars as pl
 import pyarrow as pa
 from numba import njit
 
-from ..read import truth
-from ..read.ids import missing
+from ..read import lists, truth
+from ..read.ids import as_text, missing
 from ..read.scan import reading, some
-from .layouts import Source
+from .layouts import GivenHistories, Source
 from .pages import mix
 
 Array = npt.NDArray
 
 BATCH = 1 << 19  # rows that are read at once
+WITH_LISTS = 1 << 13  # the same, with histories
+SHARE = 32  # so many items of a list take about what a row takes
+SPLIT = 1 << 61  # between the places of two splits' rows, where these are their times
 MAX_ID = 1024  # bytes; a longer "id" is something else, an unclosed quote for example
 
 
@@ -66,19 +69,52 @@ def _hash(offsets, data):  # type: ignore[no-untyped-def]
     return out
 
 
-def batches(frame: pl.LazyFrame, table: str, source: Source) -> Iterator[pl.DataFrame]:
-    """The rows of events or shown, a batch at a time, in order."""
-    columns = ["user_id", "item_id", "time"] + ["page_id", "clicked"] * (table == "shown")
-    columns += ["microsecond"] * ("microsecond" in frame.collect_schema())
+def batches(frame: pl.LazyFrame, table: str, source: Source, number: int) -> Iterator[pl.DataFrame]:
+    """The rows of events or shown, a batch at a time, in order; those shown with their place, which
+    orders them among the rows of all tables (this one's `number`)."""
+    have = frame.collect_schema()
+    columns = ["user_id", "item_id"] + ["clicked"] * (table == "shown")
+    columns += [n for n in ("time", "page_id", "microsecond", "history", "split") if n in have]
+    size = WITH_LISTS if "history" in have else BATCH
+    place = number << 40
     with reading(some([str(f) for f in source.files]) or "the source"):
-        yield from frame.select(columns).collect_batches(
-            chunk_size=BATCH, maintain_order=True, engine="streaming"
-        )
+        for batch in frame.select(columns).collect_batches(
+            chunk_size=size, maintain_order=True, engine="streaming"
+        ):
+            if table == "shown":
+                end = place + len(batch)
+                batch = batch.with_columns(place=pl.int_range(place, end, dtype=pl.Int64))
+                place = end
+            yield batch
+
+
+def sizes(batch: pl.DataFrame) -> Array:
+    """[n] int64: what each row takes, in shares of a plain one."""
+    out = np.full(len(batch), SHARE)
+    for name in ("item_id", "history"):
+        if name not in batch.columns:
+            continue
+        kind, column = batch[name].dtype, batch[name]
+        if isinstance(kind, pl.List):
+            items = column.list.len()
+        elif isinstance(kind, pl.Array):
+            items = pl.Series([kind.shape[0]] * len(batch))
+        elif name == "history":
+            items = column.str.len_bytes() // 4
+        else:
+            continue
+        out += items.fill_null(0).to_numpy() * (SHARE if name == "item_id" else 1)
+    return out
 
 
 def clean(batch: pl.DataFrame, counts: Counter[str], ticks: int = 1) -> pl.DataFrame:
-    """The rows that can be used: user_id, item_id, time (in ticks, `ticks` of them a second), and
-    of impressions page (uint64, of its id) and clicked (uint8). Counts the others."""
+    """The rows that can be used: user_id, item_id, time (in ticks, `ticks` of them a second; their
+    place, after the split, where they have none), and of impressions page (uint64, of its id),
+    clicked (uint8), place and, where they have histories, list. Counts the others."""
+    if isinstance(batch["item_id"].dtype, pl.List):
+        empty = int((batch["item_id"].list.len().fill_null(0) == 0).sum())
+        counts["a page view without items"] += empty
+        batch = batch.explode("item_id", "clicked", keep_nulls=False)
     names = [n for n in ("user_id", "item_id", "page_id") if n in batch.columns]
     counts["read"] += len(batch)
     known = batch.filter(pl.all_horizontal(pl.col(n).is_not_null() for n in names))
@@ -91,19 +127,39 @@ def clean(batch: pl.DataFrame, counts: Counter[str], ticks: int = 1) -> pl.DataF
             known = known.filter(~words)
     short = known.filter(pl.all_horizontal(pl.col(n).str.len_bytes() <= MAX_ID for n in names))
     counts[f"an id of over {MAX_ID:,} bytes"] += len(known) - len(short)
+    split = pl.col("split") if "split" in batch.columns else pl.lit(0, pl.Int64)
+    if "time" not in batch.columns:
+        short = short.with_columns(time=split * SPLIT + pl.col("place"))
     batch = _in_ticks(short, ticks).filter(pl.col("time").is_not_null())
     counts["time missing or unreadable"] += len(short) - len(batch)
-    if "page_id" in names:
+    if "clicked" in batch.columns:
         clicked = truth.read(batch["clicked"])
         counts[truth.UNKNOWN] += clicked.null_count()
+        page = pl.col("place").cast(pl.UInt64)
+        if "page_id" in names:  # a page of two splits is one of each
+            page = pl.col("page_id").map_batches(hash_ids, pl.UInt64) ^ split.cast(pl.UInt64)
         batch = batch.select(
             "user_id",
             "item_id",
             "time",
-            page=pl.col("page_id").map_batches(hash_ids, pl.UInt64),
+            "place",
+            *(["list"] if "list" in batch.columns else []),
+            page=page,
             clicked=clicked.fill_null(False).cast(pl.UInt8),
         )
     return batch
+
+
+def past_items(columns: pl.Series, form: GivenHistories, where: str) -> tuple[Array, pl.Series]:
+    """Where each of some lists begins, and the last ends, in the ids of all, without what is no
+    item: oldest first."""
+    found = lists.split(columns)
+    ends, values = lists.flat(found.list.reverse() if form.newest_first else found)
+    ids = as_text(values, where)
+    there = ids.is_not_null() & ~missing(ids) & (ids != form.padding)
+    there &= ids.str.len_bytes() <= MAX_ID
+    before = np.concatenate([[0], np.cumsum(there.to_numpy(), dtype=np.int64)])
+    return before[ends], ids.filter(there)
 
 
 def _in_ticks(rows: pl.DataFrame, ticks: int) -> pl.DataFrame:

@@ -76,6 +76,16 @@ def prepare(
             f"ebnerd), got {source.layout} with clicks alone: its pages are "
             "made around them"
         )
+    if options.validation_from and (not source.timed or source.named_splits):
+        raise ValueError(
+            "validation_from, test_from: expected pages with times, got a source whose "
+            f"{'rows name their splits' if source.named_splits else 'order of rows decides'}"
+        )
+    if options.keep_own and source.histories is None:
+        raise ValueError(
+            "keep_own: expected a source with given histories (--history-column), got one whose "
+            "histories are the events before a page"
+        )
     if source.events is None and source.impressions is None:
         raise ValueError("source: expected events or impressions, got neither")
     if engine not in ENGINES:

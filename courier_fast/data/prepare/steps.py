@@ -22,6 +22,7 @@ from ...locations import Location
 from ..images.files import Paths
 from ..read.times import SECOND
 from ..tables import copy_items, write_images, write_shard
+from . import histories
 from .images import check_images
 from .layouts import Source
 from .options import PrepareOptions
@@ -29,13 +30,24 @@ from .pages import (
     Events,
     Market,
     PageViews,
+    before_pages,
     by_item,
     count_statuses,
     page_bounds,
     pages_around,
     pages_shown,
 )
-from .rows import arrow_text, batches, buffers, clean, coded, time_columns
+from .rows import (
+    SHARE,
+    arrow_text,
+    batches,
+    buffers,
+    clean,
+    coded,
+    past_items,
+    sizes,
+    time_columns,
+)
 
 Array = npt.NDArray
 Columns = dict[str, Any]
@@ -49,6 +61,7 @@ _SHOWN = {
     "clicked": pl.UInt8,
     "place": pl.Int64,
 }
+_LIST = ("list", "ends", "past")  # of rows with given histories: which list, and all lists
 _SAMPLE = 1024  # rows of a part from which the bounds of the next parts are taken
 
 
@@ -104,30 +117,48 @@ def read(
     the others from the next.
     """
     held: list[pl.DataFrame] = []
-    rows, place = 0, number << 40  # rows shown stay in the order of the source
-    for batch in chain.from_iterable(batches(f, table, source) for f in frames):
+    size, limit = 0, block * SHARE
+    for batch in chain.from_iterable(
+        batches(frame, table, source, number + n) for n, frame in enumerate(frames)
+    ):
+        ends = size + np.cumsum(sizes(batch))
+        while len(ends) and ends[-1] >= limit:
+            cut = int(np.searchsorted(ends, limit)) + 1
+            yield from _block(pl.concat([*held, batch[:cut]]), source, ticks)
+            held, batch, ends = [], batch[cut:], ends[cut:] - ends[cut - 1]
         held.append(batch)
-        rows += len(batch)
-        while rows >= block:
-            whole = pl.concat(held)
-            yield from _block(whole[:block], place, ticks)
-            held, rows, place = [whole[block:]], rows - block, place + block
-    if rows:
-        yield from _block(pl.concat(held), place, ticks)
+        size = int(ends[-1]) if len(ends) else 0
+    if sum(map(len, held)):
+        yield from _block(pl.concat(held), source, ticks)
 
 
-def _block(batch: pl.DataFrame, place: int, ticks: int) -> Iterator[Any]:
+def _block(batch: pl.DataFrame, source: Source, ticks: int) -> Iterator[Any]:
     counts: Counter[str] = Counter()
+    past = None
+    if source.histories is not None:  # a list once, where rows of a page have it one after another
+        past, first = batch["history"], batch["history"].rle_id()
+        batch = batch.drop("history").with_columns(list=first)
     known = clean(batch, counts, ticks)
     user, users = coded(known["user_id"])
-    item, items = coded(known["item_id"])
-    rows = {"user": user, "item": item, "time": known["time"].to_numpy()}
+    rows: Columns = {"time": known["time"].to_numpy()}
     if "page" in known.columns:
-        rows |= {n: known[n].to_numpy() for n in ("page", "clicked")}
-        rows["place"] = np.arange(place, place + len(known))
+        rows |= {n: known[n].to_numpy() for n in ("page", "clicked", "place")}
+    ids, size = known["item_id"], len(known)
+    if past is not None and source.histories is not None:
+        used, which = np.unique(known["list"].to_numpy(), return_inverse=True)
+        one = np.searchsorted(first.to_numpy(), used)  # the first row that has it
+        ends, of_lists = past_items(past.gather(one), source.histories, "--history-column")
+        ids = pl.concat([ids, of_lists])
+        rows |= {"list": which.astype(np.int32), "ends": ends}
+        size += len(of_lists) // SHARE
+    item, items = coded(ids)
+    rows = {"user": user, "item": item[: len(known)], **rows}
+    if past is not None:
+        rows["past"] = item[len(known) :]
     yield {"users": arrow_text(users), **rows}
     yield arrow_text(items)
-    yield {"counts": counts, "rows": len(known), "users": arrow_text(users[_sampled(user)])}
+    sample = arrow_text(users[_sampled(user)])
+    yield {"counts": counts, "rows": len(known), "size": size, "users": sample}
 
 
 def _sampled(column: Array) -> Array:
@@ -143,13 +174,15 @@ def to_users(
     `ids`, `chosen`: [all items] sorted ids, and the row in the table of items, -1 where it does not
     stay. `bounds`: ids, sorted.
     """
-    item = chosen[search(ids, items)][rows["item"]]
+    codes = chosen[search(ids, items)]
+    item = codes[rows["item"]]
+    past = codes[rows["past"]] if "past" in rows else None
     part = search(bounds, rows["users"])[rows["user"]]
     parts = len(bounds) + 1
     part[item < 0] = parts
     order = np.argsort(part.astype(np.uint16) if parts < 1 << 16 else part, kind="stable")
     ends = np.cumsum(np.bincount(part, minlength=parts + 1))
-    others = [n for n in rows if n not in ("users", "user", "item")]
+    others = [n for n in rows if n not in ("users", "user", "item", *_LIST)]
     out: list[Any] = []
     for b in range(parts):
         here = order[ends[b - 1] if b else 0 : ends[b]]
@@ -159,43 +192,74 @@ def to_users(
             "user": user.astype(np.int32),
             "item": item[here],
         }
-        out.append(piece | {n: rows[n][here] for n in others})
+        piece |= {n: rows[n][here] for n in others}
+        if past is not None:
+            piece |= _taken(rows["list"][here], rows["ends"], past)
+        out.append(piece)
     return [*out, {"rows": int(ends[-2]), "bytes": sum(map(nbytes, out))}]
 
 
+def _taken(which: Array, ends: Array, past: Array) -> Columns:
+    """The lists that some rows have, `which` of all."""
+    used, place = np.unique(which, return_inverse=True)
+    counts = (ends[1:] - ends[:-1])[used]
+    return {
+        "list": place.astype(np.int32),
+        "ends": np.concatenate([[0], np.cumsum(counts)]),
+        "past": copy_items(ends[used], counts, past),
+    }
+
+
 def by_user(
-    given: bool, *pieces: Columns
+    given: bool, options: PrepareOptions, *pieces: Columns
 ) -> tuple[Columns, Columns, Columns | None, Columns, Columns]:
     """The rows of some users: their ids, sorted; events by user, time and item, each once; rows
     shown by user and page; when items were seen; and counts, with a sample of when pages are."""
     users = union(*(p["users"] for p in pieces))
     frames: dict[bool, list[pl.DataFrame]] = {False: [], True: []}
+    lists = 0  # before those of a piece
     for piece in pieces:
         user = search(users, piece["users"])[piece["user"]].astype(np.int32)
-        columns = {n: c for n, c in piece.items() if n != "users"}
+        columns = {n: c for n, c in piece.items() if n not in ("users", "ends", "past")}
+        if "list" in piece:
+            columns["list"] = columns["list"].astype(np.int64) + lists
+            lists += len(piece["ends"]) - 1
         frames["page" in piece].append(pl.DataFrame({**columns, "user": user}))
     none = pl.DataFrame(schema=_SHOWN)
-    shown = pl.concat([none, *frames[True]])
-    rows = pl.concat([none.select(_EVENT), *frames[False]])
-    clicks = pl.concat([rows, shown.filter(clicked=1).select(_EVENT)])
-    events = clicks.unique().sort("user", "time", "item")
-    seen = pl.concat([rows, shown.select(_EVENT)])
-    span = seen.group_by("item").agg(first=pl.min("time"), last=pl.max("time"))
-    sizes = np.bincount(events["user"].to_numpy(), minlength=len(users))
-    about: Columns = {
-        "users": len(users),
-        "events": len(events),
-        "again": len(clicks) - len(events),
-    }
-    time = events["time"].to_numpy()
+    has_lists = any("list" in piece for piece in pieces)
+    if has_lists:
+        none = none.with_columns(list=pl.lit(0, pl.Int64))
+    shown = pl.concat([none, *(f.select(none.columns) for f in frames[True])])
+    rows = pl.concat([none.select(_EVENT), *(f.select(_EVENT) for f in frames[False])])
     pages: Columns | None = None
+    time = rows["time"].to_numpy()[:0]
     if given:
-        pages = columns_of(shown.sort("user", "page", "place").drop("place"))
+        ordered = shown.sort("user", "page", "place", maintain_order=True)
+        pages = columns_of(ordered.drop("place"))
         first = page_bounds(pages)[:-1]
-        time = np.minimum.reduceat(pages["time"], first) if len(first) else time[:0]
+        time = np.minimum.reduceat(pages["time"], first) if len(first) else time
+    about: Columns = {"users": len(users), "again": 0}
+    if has_lists:
+        assert pages is not None
+        which, held = pages.pop("list"), [p for p in pieces if "list" in p]
+        of = histories.joined(held)
+        of_users, about["lists"] = histories.of_pages(pages, which, of, options)
+        in_lists = histories.spans(of, which, pages)
+        seen = pl.concat([shown.select("item", "time"), in_lists])
+    else:
+        clicks = pl.concat([rows, shown.filter(clicked=1).select(_EVENT)])
+        events = clicks.unique().sort("user", "time", "item")
+        sizes = np.bincount(events["user"].to_numpy(), minlength=len(users))
+        of_users = columns_of(events.drop("user"))
+        of_users["first"] = np.concatenate([[0], np.cumsum(sizes)])
+        seen = pl.concat([rows, shown.select(_EVENT)])
+        about["again"] = len(clicks) - len(events)
+        if not given:
+            time = events["time"].to_numpy()
+    span = seen.group_by("item").agg(first=pl.min("time"), last=pl.max("time"))
     places = _sampled(np.arange(len(time)))
-    about |= {"pages": len(time), "time": time[places], "row": places}
-    of_users = {**columns_of(events.drop("user")), "first": np.concatenate([[0], np.cumsum(sizes)])}
+    about |= {"events": len(of_users["item"]), "pages": len(time)}
+    about |= {"time": time[places], "row": places}
     return {"user_id": users}, of_users, pages, columns_of(span), about
 
 
@@ -264,12 +328,16 @@ def pages_of_users(
     """The pages of some users by time, cut at `bounds`; and what became of them. `bases`: users,
     events and candidates for pages before these."""
     of_user, of_event, of_page = bases
+    if shown is not None and "start" in events:
+        past_rows = np.stack([events["start"], events["end"]], 1) + of_event
+        given = pages_shown(shown, past_rows, options, ticks)
+        return [*_pieces(given, of_user, of_page, bounds), _about(given, of_user)]
     first = events["first"]
     users = np.repeat(np.arange(len(first) - 1), np.diff(first))
     order = by_item(users, events["item"]).astype(np.int32)
     of_users = Events(events["item"], events["time"], order, first)
     if shown is not None:
-        pages = pages_shown(shown, of_event, of_users, options, ticks)
+        pages = pages_shown(shown, before_pages(shown, of_event, of_users), options, ticks)
     else:
         assert market is not None
         before = np.zeros(0, np.int64)
@@ -346,6 +414,17 @@ def add_clicks(*counts: Columns) -> Columns:
     return columns_of(frame.group_by("item").agg(pl.sum("clicks")).sort("item"))
 
 
+def ranks(pages: Columns, first: Array, last: Array) -> list[Array]:
+    """How many of these pages, in order of time, are before each time of `first`, and up to each of
+    `last`."""
+    before = np.searchsorted(pages["time"], first, "left")
+    return [before, np.searchsorted(pages["time"], last, "right")]
+
+
+def add(*counts: list[Array]) -> list[Array]:
+    return [np.sum(of, axis=0) for of in zip(*counts, strict=True)]
+
+
 def cell(columns: Columns, name: str, row: int) -> int:
     return int(columns[name][row])
 
@@ -364,8 +443,8 @@ def write_rows(
 ) -> list[dict[str, Any]]:
     """Writes some shards (number, first row, end), whose rows are in `parts`, of which each begins
     at a row of `starts`; columns pv_* are moved by `shifts`. With microsecond among the names, time
-    is in microseconds."""
-    entries, stored = [], [n for n in names if n != "microsecond"]
+    is in microseconds; with order, the number of the row is its time."""
+    entries, stored = [], [n for n in names if n not in ("microsecond", "order")]
     for number, first, end in shards:
         columns: Columns = {}
         for name in stored:
@@ -377,7 +456,9 @@ def write_rows(
                 columns[name] = np.concatenate(pieces)
             else:
                 columns[name] = pa.concat_arrays(pieces).cast(pa.string())
-        if len(stored) < len(names):
+        if "order" in names:
+            columns["time"] = np.arange(first, end)
+        if "microsecond" in names:
             columns |= time_columns(columns["time"], SECOND)
         entries.append(write_shard(folder, table, number, columns))
     return entries

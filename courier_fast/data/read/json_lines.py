@@ -22,6 +22,7 @@ from .delimited import first_bytes, first_line, is_packed, not_utf8, open_bytes
 
 Kinds = Mapping[str, "pl.DataType | type[pl.DataType]"]
 _ROWS = 1 << 17
+_FEW = 1 << 12  # rows with lists
 _LONGEST = 1 << 28  # bytes of a line
 
 
@@ -32,11 +33,13 @@ class JsonLines:
     Args:
         kinds: types of fields that are no text: numbers, or lists.
         needed: fields that have to have a value somewhere.
+        lists: fields that may hold lists, which are given as JSON; text as it is.
     """
 
     path: Location
     kinds: Kinds
     needed: Sequence[str] = ()
+    lists: Sequence[str] = ()
 
     def read(self, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
         """Some fields, in batches, null where a line lacks one.
@@ -77,7 +80,7 @@ class JsonLines:
                 f"format='newline_delimited', columns={{{fields}}}, "
                 f"compression='{'gzip' if packed else 'none'}', maximum_object_size={_LONGEST})"
             )
-            for batch in rows.to_arrow_reader(_ROWS):
+            for batch in rows.to_arrow_reader(_FEW if set(self.lists) & set(columns) else _ROWS):
                 frame = pl.from_arrow(batch)
                 assert isinstance(frame, pl.DataFrame)
                 yield frame
@@ -116,6 +119,8 @@ class JsonLines:
         kind = self.kinds.get(raw.name, pl.String)
         if isinstance(kind, pl.List):
             return raw.str.json_decode(kind)
+        if raw.name in self.lists:
+            return _text(raw)
         nested = raw.str.contains(r"^[\[{]")
         if nested.any():
             at = int(nested.fill_null(False).arg_true()[0])
@@ -154,7 +159,9 @@ def _quoted(name: str, mark: str) -> str:
     return mark + name.replace(mark, mark * 2) + mark
 
 
-def json_lines(path: Location, kinds: Kinds, needed: Sequence[str] = ()) -> JsonLines:
+def json_lines(
+    path: Location, kinds: Kinds, needed: Sequence[str] = (), lists: Sequence[str] = ()
+) -> JsonLines:
     """A file of JSON lines; ValueError where it does not begin as one."""
     start = first_bytes(path).lstrip()
     name = str(path).rsplit("/", 1)[-1]
@@ -165,4 +172,4 @@ def json_lines(path: Location, kinds: Kinds, needed: Sequence[str] = ()) -> Json
         )
     if start and not start.startswith(b"{"):
         raise ValueError(f"{path}: expected JSON lines, an object in each, got {first_line(start)}")
-    return JsonLines(path, kinds, needed)
+    return JsonLines(path, kinds, needed, lists)

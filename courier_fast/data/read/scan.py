@@ -64,6 +64,8 @@ _FOREIGN = (
 )
 _OPENED = 16  # remote files whose headers are read at once
 _ROWS = 1 << 17
+_VALUES = 1 << 22  # of lists, that are read at once
+_BUFFER = 1 << 20  # bytes
 
 Read = Callable[[Sequence[str]], Iterator[pl.DataFrame]]
 Schema = dict[str, "pl.DataType | type[pl.DataType]"]
@@ -167,15 +169,18 @@ class Table:
                     found |= {c for c in others if batch[c].null_count() < len(batch)}
         return found
 
-    def frame(self, *columns: str, optional: Sequence[str] = ()) -> pl.LazyFrame:
+    def frame(
+        self, *columns: str, optional: Sequence[str] = (), lists: Sequence[str] = ()
+    ) -> pl.LazyFrame:
         """These columns, and those of `optional` that the file has.
 
-        ValueError where one is missing, is there twice or holds lists.
+        ValueError where one is missing, is there twice or holds lists, but for those of `lists`,
+        which JSON lines give as text.
         """
         if self.any_column:
             inside = [c for c in columns if c not in self.hive_columns]
             others = [c for c in optional if c not in self.hive_columns]
-            read: Read = json_lines(self.path, {}, inside).read
+            read: Read = json_lines(self.path, {}, inside, lists).read
             # Some field, for the number of rows, where folders name all columns.
             schema: Schema = dict.fromkeys([*inside, *others] or ["row"], pl.String)
         else:
@@ -185,7 +190,7 @@ class Table:
             read = self.read
             schema = {c: self.schema[c] for c in [*columns, *there] if c in self.schema}
         for name, kind in schema.items():
-            if kind.is_nested() or kind == pl.Object:
+            if name not in lists and (kind.is_nested() or kind == pl.Object):
                 raise ValueError(
                     f"{self.path}: expected text, numbers or times as {name}, got {kind}"
                 )
@@ -257,7 +262,7 @@ class Parquet:
     path: Location
 
     @contextmanager
-    def _open(self) -> Iterator[parquet.ParquetFile]:
+    def _open(self, buffer: int = 0) -> Iterator[parquet.ParquetFile]:
         if isinstance(self.path, Path):
             file: Any = self.path.open("rb")
         else:
@@ -265,7 +270,10 @@ class Parquet:
             file = system.open_input_file(name)
         with file:
             yield parquet.ParquetFile(
-                file, coerce_int96_timestamp_unit="us", pre_buffer=not isinstance(self.path, Path)
+                file,
+                coerce_int96_timestamp_unit="us",
+                pre_buffer=buffer == 0 and not isinstance(self.path, Path),
+                buffer_size=buffer,
             )
 
     def columns(self) -> list[tuple[str, Any]]:
@@ -275,13 +283,23 @@ class Parquet:
 
     def read(self, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
         """Some columns, in batches; text in any form as text."""
-        with self._open() as file:
+        nested = {name for name, kind in self.columns() if kind.is_nested()}
+        # Of lists a row group may be larger than memory: its columns are read piece by piece.
+        with self._open(_BUFFER if nested & set(columns) else 0) as file:
             for group in range(file.num_row_groups):  # what is read ahead is let go after each
-                for batch in file.iter_batches(_ROWS, [group], columns=list(columns)):
+                rows = _rows_at_once(file.metadata.row_group(group), nested & set(columns))
+                for batch in file.iter_batches(rows, [group], columns=list(columns)):
                     arrays = [_plain(batch.column(name)) for name in columns]
                     frame = pl.from_arrow(pa.table(arrays, list(columns)))
                     assert isinstance(frame, pl.DataFrame)
                     yield frame
+
+
+def _rows_at_once(group: Any, lists: set[str]) -> int:
+    """So many that their lists hold about _VALUES."""
+    columns = [group.column(i) for i in range(group.num_columns)] if lists else []
+    values = sum(c.num_values for c in columns if c.path_in_schema.split(".")[0] in lists)
+    return min(max(_VALUES * group.num_rows // max(values, 1), 1), _ROWS)
 
 
 def _polars_type(kind: pa.DataType) -> Any:
