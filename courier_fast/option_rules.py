@@ -85,11 +85,17 @@ def only(other: str, values: Sequence[str], *options: str, example: str = "") ->
 # ---- the commands --------------------------------------------------------------------------------
 
 
+# Layouts whose rows say what was shown, and those whose rows also give histories.
+_SHOWN = ("ebnerd", "mmctr", "qilin")
+_LISTS = ("mmctr", "qilin")
+
+
 def _given_pages(said: Said) -> str | None:
     if said.given("--page-column"):
         return "with --page-column, whose pages are given and not made around clicks"
-    if said.value("--layout") == "ebnerd":
-        return "with --layout ebnerd, whose pages are given and not made around clicks"
+    if said.value("--layout") in _SHOWN:
+        layout = said.value("--layout")
+        return f"with --layout {layout}, whose pages are given and not made around clicks"
     if said.given("--history-column"):
         return "with --history-column, whose pages are given and not made around clicks"
     return None
@@ -99,8 +105,8 @@ def _made_pages(said: Said) -> str | None:
     if _given_pages(said):
         return None
     return (
-        "without --page-column, --history-column (or --layout ebnerd): pages are made around "
-        "clicks then"
+        "without --page-column, --history-column (or --layout "
+        f"{' or '.join(_SHOWN)}): pages are made around clicks then"
     )
 
 
@@ -122,14 +128,24 @@ def _nothing_encoded(said: Said) -> str | None:
     return "with --embeddings and --baselines that lack backbone: nothing is encoded"
 
 
+def _given_histories(said: Said) -> bool:
+    return said.given("--history-column") or said.value("--layout") in _LISTS
+
+
 def _repeats(said: Said) -> str | None:
-    return None if said.given("--history-column") else _given_pages(said)
+    return None if _given_histories(said) else _given_pages(said)
+
+
+def _own(said: Said) -> str | None:
+    if _given_histories(said):
+        return None
+    return f"without --history-column (or --layout {' or '.join(_LISTS)})"
 
 
 _NAMES = ("user", "item", "time", "category", "page", "clicked", "history")
 _COLUMNS = [f"--{n}-column" for n in _NAMES]
 _HISTORIES = ["--history-order", "--padding-id", "--split-column", "--results-column"]
-_HISTORIES += ["--position-column", "--keep-own"]
+_HISTORIES += ["--position-column"]
 _RATED = ["movielens", "amazon-reviews-2023"]
 _ENGINE = without("--engine ray", "--ray-address")
 _PAGES = ("--layout", "ebnerd")
@@ -174,12 +190,12 @@ RULES: dict[str, list[Rule]] = {
         without("--items", "--category-column"),
         without("--page-column or --history-column", "--clicked-column"),
         without("--history-column", *_HISTORIES),
+        Rule(("--keep-own",), _own),
         beside("--page-column", "--results-column", "--position-column", example="p"),
         beside(
             "--split-column",
             "--time-column",
             "--time-format",
-            "--validation-share",
             "--test-share",
             "--validation-from",
             "--test-from",

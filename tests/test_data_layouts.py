@@ -7,11 +7,15 @@ import json
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
+from courier_fast.data.dataset import Dataset
 from courier_fast.data.prepare import layouts
 from courier_fast.data.prepare.layouts import Columns, Source
+from courier_fast.data.prepare.options import PrepareOptions
+from courier_fast.data.prepare.run import prepare
 from courier_fast.data.read import truth
 
 NOON = 1_600_000_000  # 2020-09-13 12:26:40 UTC
@@ -290,9 +294,121 @@ def test_a_folder_of_something_else_is_refused(name: str, tmp_path: Path) -> Non
         ("amazon-reviews-2023", "All_Beauty.csv"),
         ("microlens", "MicroLens-50k_pairs.csv"),
         ("pixelrec", "Pixel1M.csv"),
+        ("ninerec", "QB_pair.csv"),
     ],
 )
 def test_another_header_is_refused(name: str, file: str, tmp_path: Path) -> None:
     (tmp_path / file).write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=rf"{file}: expected the columns .*, got a, b"):
         layouts.LAYOUTS[name](tmp_path)
+
+
+def write_mmctr(folder: Path, *, labels: bool = True) -> None:
+    """Twelve pages a split, of three rows each: one history, three items."""
+    rng = np.random.default_rng(0)
+    (folder / "MicroLens_1M_x1").mkdir()
+    for split in ("train", "valid", "test"):
+        rows = []
+        for page in range(12):
+            past = [0, 0, *rng.integers(1, 20, 4).tolist()]
+            for place, item in enumerate(rng.choice(np.arange(1, 30), 3, replace=False).tolist()):
+                rows.append((page % 4, past, item, 3, 5, int(place == page % 3)))
+        names = ["user_id", "item_seq", "item_id", "likes_level", "views_level", "label"]
+        frame = pl.DataFrame(rows, names, orient="row")
+        frame = frame if labels or split != "test" else frame.drop("label")
+        frame.write_parquet(folder / f"MicroLens_1M_x1/{split}.parquet")
+    about = {"item_id": list(range(30)), "item_tags": [[i % 3 + 1, 0, 0, 0, 0] for i in range(30)]}
+    about["item_emb_d128"] = [[0.5] * 128] * 30
+    pl.DataFrame(about).write_parquet(folder / "MicroLens_1M_x1/item_info.parquet")
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_mmctr(tmp_path: Path, labels: bool) -> None:
+    write_mmctr(tmp_path, labels=labels)
+    source = layouts.mmctr(tmp_path)
+    assert categories(source)["4"] == "2" and "0" not in categories(source)
+    report = prepare(tmp_path / "out", source=source, options=PrepareOptions(min_history=1))
+    data = Dataset(tmp_path / "out")
+    assert {n: of["pages"] for n, of in report["splits"].items()} == {
+        "train": 12,
+        "validation": 12,
+        "test": 12 * labels,
+    }
+    assert (data.pv_end - data.pv_start).tolist() == [3] * data.num_pages
+    train = pl.read_parquet(tmp_path / "MicroLens_1M_x1/train.parquet")
+    ids = [int(i) for i in data.item_ids.to_pylist()]
+    first = train[:3]
+    assert [ids[i] for i in data.pv_item[:3]] == first["item_id"].to_list()
+    assert data.pv_clicked[:3].tolist() == [bool(c) for c in first["label"]]
+    hit = first.filter(label=1)["item_id"][0]
+    past = [i for i in first["item_seq"][0].to_list() if i not in (0, hit)]
+    newest = list(dict.fromkeys(past[::-1]))[::-1]
+    assert [ids[i] for i in data.event_item[data.history_start[0] : data.history_end[0]]] == newest
+    assert any("no labels" in note for note in report["notes"]) is not labels
+
+
+def write_qilin(folder: Path, form: str) -> None:
+    rng = np.random.default_rng(0)
+    for split, pages in (("train", 30), ("test", 10)):
+        rows = []
+        for page in range(pages):
+            notes = rng.choice(40, 4, replace=False).tolist()
+            order = rng.permutation(4).tolist()
+            results = [
+                {"note_idx": notes[i], "position": i, "click": int(i == 1), "like": 0, "share": 0}
+                for i in order
+            ]
+            rows.append(
+                {
+                    "request_idx": page,
+                    "user_idx": page % 5,
+                    "session_idx": page,
+                    "recent_clicked_note_idxs": rng.choice(40, 5, replace=False).tolist(),
+                    "rec_result_details_with_idx": results
+                    if form == "objects"
+                    else json.dumps(results),
+                }
+            )
+        name = f"recommendation_{split}"
+        (folder / name).mkdir()
+        pl.DataFrame(rows).write_parquet(folder / name / "train-00000-of-00001.parquet")
+    (folder / "notes").mkdir()
+    notes = {"note_idx": list(range(40)), "taxonomy1_id": ["home", "food"] * 20}
+    notes["image_path"] = [
+        [f"image/part_{i % 3}/img_{i}.jpg", "image/other.jpg"] for i in range(40)
+    ]
+    pl.DataFrame(notes).write_parquet(folder / "notes/train-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize("form", ["objects", "json"])
+def test_qilin(tmp_path: Path, form: str) -> None:
+    write_qilin(tmp_path, form)
+    source = layouts.qilin(tmp_path)
+    assert source.items is not None
+    about = source.items.collect().rows()
+    assert about[:2] == [("0", "home", "img_0"), ("1", "food", "img_1")]
+    report = prepare(tmp_path / "out", source=source, options=PrepareOptions(min_history=1))
+    data = Dataset(tmp_path / "out")
+    splits = {n: of["pages"] for n, of in report["splits"].items()}
+    assert splits == {"train": 27, "validation": 3, "test": 10}
+    # In order of positions the second is clicked.
+    assert data.pv_clicked.reshape(-1, 4).tolist() == [[False, True, False, False]] * 40
+    first = pl.read_parquet(tmp_path / "recommendation_train/*.parquet").row(0, named=True)
+    results = first["rec_result_details_with_idx"]
+    results = json.loads(results) if form == "json" else results
+    shown = [r["note_idx"] for r in sorted(results, key=lambda r: r["position"])]
+    ids = [int(i) for i in data.item_ids.to_pylist()]
+    assert [ids[i] for i in data.pv_item[:4]] == shown
+    past = [i for i in first["recent_clicked_note_idxs"] if i != shown[1]]
+    assert [ids[i] for i in data.event_item[data.history_start[0] : data.history_end[0]]] == past
+
+
+def test_ninerec(tmp_path: Path) -> None:
+    (tmp_path / "QB_behaviour.tsv").write_text("u1\t3 1 2\nu2\t9\n")
+    (tmp_path / "QB_item.csv").write_text("3,a title,another\n")
+    ordered = [("u1", "3", -2), ("u1", "1", -1), ("u1", "2", 0), ("u2", "9", 0)]
+    assert events(layouts.ninerec(tmp_path)) == ordered
+    (tmp_path / "QB_pair.csv").write_text("user,item\nu1,3\n")  # without times
+    assert events(layouts.ninerec(tmp_path)) == ordered
+    (tmp_path / "QB_pair.csv").write_text(f"user,item,timestamp\nu1,3,{NOON}\n")
+    assert events(layouts.ninerec(tmp_path)) == [("u1", "3", NOON)]

@@ -68,8 +68,8 @@ class Source:
             words of truth.py). Their clicks are events too.
         histories: what the lists in a column history of impressions are; None: histories are events
             before. With them time may be lacking, so that the order of rows decides, or a column
-            split does (its number in SPLITS); and a row may be a page view, without page_id, whose
-            item_id and clicked are lists.
+            split does (its number in SPLITS). Without page_id a row is a page view, whose item_id
+            and clicked are lists; or an item, and the rows of a user with one history are a page.
         items: item_id and, each optional, category, image (a file's stem where it is not the id),
             first_seen and last_seen (int64 seconds: when the item was on offer).
         files: what is read, for the record.
@@ -504,16 +504,20 @@ def microlens(folder: Path) -> Source:
         return Source(
             "microlens", events=_events(scan(path), path, "user", "item", "timestamp"), files=[path]
         )
-    events = (
+    return Source("microlens", events=_sequences(path), files=[path])
+
+
+def _sequences(path: Path) -> pl.LazyFrame:
+    """Events of lines of a user, a tab, and items between blanks; times end at 0 for every user's
+    last item."""
+    last = 1 - pl.col("item_id").list.len().cast(pl.Int64)
+    return (
         scan_lines(path, "\t", ("user_id", "items"))
         .with_columns(pl.col("items").str.split(" ").alias("item_id"))
-        .with_columns(
-            pl.int_ranges(1 - pl.col("item_id").list.len().cast(pl.Int64), 1).alias("time")
-        )
+        .with_columns(pl.int_ranges(last, 1).alias("time"))
         .select("user_id", "item_id", "time")
         .explode("item_id", "time")
     )
-    return Source("microlens", events=events, files=[path])
 
 
 def pixelrec(folder: Path) -> Source:
@@ -591,6 +595,112 @@ def ebnerd(folder: Path) -> Source:
     )
 
 
+def _in_split(frame: pl.LazyFrame, split: str) -> pl.LazyFrame:
+    return frame.with_columns(split=pl.lit(SPLITS.index(split), pl.Int64))
+
+
+def mmctr(folder: Path) -> Source:
+    """MM-CTR of the WWW 2025 challenge: MicroLens_1M_x1/train.parquet, valid.parquet and, where it
+    has labels, test.parquet (user_id, item_seq padded with 0, item_id, label); the first of an
+    item's tags in item_info.parquet is its category.
+
+    Rows have no page: those of a user with the same item_seq are one.
+    """
+    inner = folder / "MicroLens_1M_x1"
+    folder = inner if inner.is_dir() else folder
+    frames, files, notes = [], [], []
+    for name, split in (("train", "train"), ("valid", "validation"), ("test", "test")):
+        found = find_any(folder, f"{name}.parquet") if split == "test" else None
+        if found == []:
+            continue
+        path = found[0] if found else find_one(folder, f"{name}.parquet")
+        table = scan(path)
+        if split == "test" and "label" not in table.collect_schema():
+            notes.append(f"{path}: it has no labels, so it is not read: no page is for test")
+            continue
+        frame = lists.with_rows(need(table, path, "user_id", "item_seq", "item_id", "label"))
+        rows = frame.select(
+            text("user_id", "user_id", path),
+            text("item_id", "item_id", path),
+            _truth(frame, path, "label"),
+            lists.checked(frame, path, "item_seq", "history"),
+        )
+        frames.append(_in_split(rows, split))
+        files.append(path)
+    items = None
+    for about in find_any(folder, "item_info.parquet"):
+        frame = need(scan(about), about, "item_id", "item_tags")
+        frame = frame.with_columns(pl.col("item_tags").list.first())
+        items = frame.select(text("item_id", "item_id", about), label("item_tags", "category"))
+        items = items.filter(pl.col("item_id") != "0")
+        files.append(about)
+    return Source(
+        "mmctr",
+        impressions=pl.concat(_one_kind(frames)),
+        histories=GivenHistories(),
+        items=items,
+        files=files,
+        parts=_one_kind(frames).copy,
+        notes=notes,
+    )
+
+
+def qilin(folder: Path) -> Source:
+    """Qilin's recommendation pages: recommendation_train and recommendation_test, a file or folder
+    of Parquet each (user_idx, recent_clicked_note_idxs and rec_result_details_with_idx: note_idx,
+    position and click of each note, as objects or JSON); of notes, taxonomy1_id is the
+    category and the name of the first of image_path the image's.
+
+    Validation is the last of recommendation_train.
+    """
+    shown = Shown("note_idx", "click", "position", "rec_result_details_with_idx")
+    frames, files = [], []
+    for split in ("train", "test"):
+        name = f"recommendation_{split}"
+        for path in find(folder, f"{name}*.parquet", f"{name}/*.parquet"):
+            columns = ("user_idx", "recent_clicked_note_idxs", *shown.columns)
+            frame = lists.with_rows(need(scan(path), path, *columns))
+            rows = frame.select(
+                text("user_idx", "user_id", path),
+                page_views(frame, path, shown).alias("shown"),
+                lists.checked(frame, path, "recent_clicked_note_idxs", "history"),
+            )
+            frames.append(_in_split(rows.unnest("shown"), split))
+            files.append(path)
+    abouts = []
+    for about in find_any(folder, "notes*.parquet", "notes/*.parquet"):
+        frame = need(scan(about), about, "note_idx", "taxonomy1_id", "image_path")
+        stem = pl.col("image_path").list.first().str.extract(r"([^/]+?)(?:\.[^./]+)?$")
+        category = label("taxonomy1_id", "category", about)
+        abouts.append(
+            frame.select(text("note_idx", "item_id", about), category, stem.alias("image"))
+        )
+        files.append(about)
+    return Source(
+        "qilin",
+        impressions=pl.concat(_one_kind(frames)),
+        # Whether a note may be called 0 is not said.
+        histories=GivenHistories(padding=""),
+        items=pl.concat(abouts) if abouts else None,
+        files=files,
+        parts=_one_kind(frames).copy,
+    )
+
+
+def ninerec(folder: Path) -> Source:
+    """NineRec, one of its sets: <set>_pair.csv (user, item, timestamp), or, where that has no times
+    (QB, TN), <set>_behaviour.tsv, whose order counts; covers <item>.jpg."""
+    path = find_one(folder, "*_pair.csv", "*_behaviour.tsv")
+    ordered = find_any(folder, "*_behaviour.tsv")
+    if path.suffix == ".csv":
+        frame = scan(path)
+        if not ordered or "timestamp" in frame.collect_schema():
+            events = _events(frame, path, "user", "item", "timestamp")
+            return Source("ninerec", events=events, files=[path])
+    path = find_one(folder, "*_behaviour.tsv")
+    return Source("ninerec", events=_sequences(path), files=[path])
+
+
 LAYOUTS: dict[str, Callable[..., Source]] = {
     "hm": hm,
     "movielens": movielens,
@@ -598,4 +708,7 @@ LAYOUTS: dict[str, Callable[..., Source]] = {
     "microlens": microlens,
     "pixelrec": pixelrec,
     "ebnerd": ebnerd,
+    "mmctr": mmctr,
+    "qilin": qilin,
+    "ninerec": ninerec,
 }

@@ -62,13 +62,15 @@ def splits_of(
     ticks: int = 1,
     named: bool = False,
 ) -> dict[str, list[int]]:
-    """First page and end of each split; `named`: the times say it, and `ticks` 0 that they only
-    order."""
+    """First page and end of each split; `named`: the times say it, and validation, where no page is
+    of it, is the last pages to train on; `ticks` 0: times only order."""
     if not len(times):
         raise ValueError(f"pages: expected at least one, got none; dropped: {dropped}")
     bounds = [0, *split_bounds(times, options, ticks)]
     if named:
         bounds[1:3] = (bisect_left(times, SPLIT), bisect_left(times, 2 * SPLIT))
+        if bounds[1] == bounds[2]:
+            bounds[1] = round(bounds[1] * (1 - options.validation_share))
     if not bounds[1]:
         before = f" before {_iso(times[0] // ticks)}" if ticks else ""
         raise ValueError(

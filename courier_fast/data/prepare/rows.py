@@ -111,7 +111,8 @@ def clean(batch: pl.DataFrame, counts: Counter[str], ticks: int = 1) -> pl.DataF
     """The rows that can be used: user_id, item_id, time (in ticks, `ticks` of them a second; their
     place, after the split, where they have none), and of impressions page (uint64, of its id),
     clicked (uint8), place and, where they have histories, list. Counts the others."""
-    if isinstance(batch["item_id"].dtype, pl.List):
+    views = isinstance(batch["item_id"].dtype, pl.List)
+    if views:
         empty = int((batch["item_id"].list.len().fill_null(0) == 0).sum())
         counts["a page view without items"] += empty
         batch = batch.explode("item_id", "clicked", keep_nulls=False)
@@ -135,7 +136,7 @@ def clean(batch: pl.DataFrame, counts: Counter[str], ticks: int = 1) -> pl.DataF
     if "clicked" in batch.columns:
         clicked = truth.read(batch["clicked"])
         counts[truth.UNKNOWN] += clicked.null_count()
-        page = pl.col("place").cast(pl.UInt64)
+        page = (pl.col("place") if views else split).cast(pl.UInt64)
         if "page_id" in names:  # a page of two splits is one of each
             page = pl.col("page_id").map_batches(hash_ids, pl.UInt64) ^ split.cast(pl.UInt64)
         batch = batch.select(
@@ -160,6 +161,24 @@ def past_items(columns: pl.Series, form: GivenHistories, where: str) -> tuple[Ar
     there &= ids.str.len_bytes() <= MAX_ID
     before = np.concatenate([[0], np.cumsum(there.to_numpy(), dtype=np.int64)])
     return before[ends], ids.filter(there)
+
+
+def pages_of_lists(page: Array, which: Array, ends: Array, ids: pl.Series) -> Array:
+    """[n] uint64: what all rows with one list, and of one split, have in common: their page, where
+    rows do not say it. `which` list each has; `page`: their splits."""
+    of_ids = hash_ids(ids).to_numpy()
+    return _folded(ends, of_ids)[which] ^ page
+
+
+@njit(cache=True, nogil=True)
+def _folded(ends, values):  # type: ignore[no-untyped-def]
+    out = np.empty(len(ends) - 1, np.uint64)
+    for i in range(len(out)):
+        value = np.uint64(ends[i + 1] - ends[i])
+        for k in range(ends[i], ends[i + 1]):
+            value = mix(value ^ values[k])
+        out[i] = value
+    return out
 
 
 def _in_ticks(rows: pl.DataFrame, ticks: int) -> pl.DataFrame:

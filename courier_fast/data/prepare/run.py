@@ -72,8 +72,8 @@ def prepare(
     options = options or PrepareOptions()
     if options.keep_unclicked and source.impressions is None:
         raise ValueError(
-            "keep_unclicked: expected a source with impressions (--page-column, or --layout "
-            f"ebnerd), got {source.layout} with clicks alone: its pages are "
+            "keep_unclicked: expected a source with impressions (--page-column, --history-column, "
+            f"or a --layout with them), got {source.layout} with clicks alone: its pages are "
             "made around them"
         )
     if options.validation_from and (not source.timed or source.named_splits):

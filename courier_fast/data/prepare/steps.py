@@ -44,6 +44,7 @@ from .rows import (
     buffers,
     clean,
     coded,
+    pages_of_lists,
     past_items,
     sizes,
     time_columns,
@@ -138,6 +139,7 @@ def _block(batch: pl.DataFrame, source: Source, ticks: int) -> Iterator[Any]:
     if source.histories is not None:  # a list once, where rows of a page have it one after another
         past, first = batch["history"], batch["history"].rle_id()
         batch = batch.drop("history").with_columns(list=first)
+    views = isinstance(batch["item_id"].dtype, pl.List)
     known = clean(batch, counts, ticks)
     user, users = coded(known["user_id"])
     rows: Columns = {"time": known["time"].to_numpy()}
@@ -149,6 +151,8 @@ def _block(batch: pl.DataFrame, source: Source, ticks: int) -> Iterator[Any]:
         one = np.searchsorted(first.to_numpy(), used)  # the first row that has it
         ends, of_lists = past_items(past.gather(one), source.histories, "--history-column")
         ids = pl.concat([ids, of_lists])
+        if not views and "page_id" not in batch.columns:
+            rows["page"] = pages_of_lists(rows["page"], which, ends, of_lists)
         rows |= {"list": which.astype(np.int32), "ends": ends}
         size += len(of_lists) // SHARE
     item, items = coded(ids)
