@@ -86,8 +86,8 @@ def only(other: str, values: Sequence[str], *options: str, example: str = "") ->
 
 
 # Layouts whose rows say what was shown, and those whose rows also give histories.
-_SHOWN = ("ebnerd", "mmctr", "qilin")
-_LISTS = ("mmctr", "qilin")
+_SHOWN = ("ebnerd", "mmctr", "qilin", "taobao-mm")
+_LISTS = ("mmctr", "qilin", "taobao-mm")
 
 
 def _given_pages(said: Said) -> str | None:

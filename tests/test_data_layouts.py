@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from prepare_factory import digest
+from test_prepare import small_parts
 
 from courier_fast.data.dataset import Dataset
 from courier_fast.data.prepare import layouts
@@ -412,3 +414,60 @@ def test_ninerec(tmp_path: Path) -> None:
     assert events(layouts.ninerec(tmp_path)) == ordered
     (tmp_path / "QB_pair.csv").write_text(f"user,item,timestamp\nu1,3,{NOON}\n")
     assert events(layouts.ninerec(tmp_path)) == [("u1", "3", NOON)]
+
+
+def write_taobao(folder: Path) -> None:
+    """Users in both splits; one has two rows of features, one has none, one no sample."""
+    rng = np.random.default_rng(0)
+    users = [-7, *range(1, 20)]
+    for split in ("train", "test"):
+        samples = [
+            (user, int(item), [int(n != 1), int(n == 1)])
+            for user in users
+            for n, item in enumerate(rng.choice(np.arange(-15, 0), 4, replace=False))
+        ]
+        pl.DataFrame(
+            samples, {"129_1": pl.Int64, "205": pl.Int64, "label_0": pl.List(pl.Int8)}, orient="row"
+        ).write_parquet(folder / f"{split}_samples.parquet")
+        rows = [(user, rng.integers(-15, 30, 8).tolist()) for user in [3, *users[:-1], 99]]
+        past = pl.DataFrame(rows, {"129_1": pl.Int64, "150_2_180": pl.List(pl.Int64)}, orient="row")
+        past.with_columns(pl.col("150_2_180").alias("151_2_180")).write_parquet(
+            folder / f"{split}_user_features.parquet", row_group_size=5
+        )
+    about = {"205": list(range(-15, 30)), "206": [i % 4 for i in range(45)]}
+    pl.DataFrame(about).write_parquet(folder / "item_features.parquet")
+
+
+def test_taobao_mm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_taobao(tmp_path)
+    found = []
+    for parts in (False, True):
+        if parts:
+            small_parts(monkeypatch)
+        options = PrepareOptions(min_history=1, max_history=5, overwrite=True)
+        report = prepare(tmp_path / "out", source=layouts.taobao_mm(tmp_path), options=options)
+        found.append(digest(tmp_path / "out"))
+    assert found[0] == found[1]
+    data = Dataset(tmp_path / "out")
+    ids, users = [int(i) for i in data.item_ids.to_pylist()], data.user_ids.to_pylist()
+    assert "99" not in users and "-7" in users
+    assert {n: of["pages"] for n, of in report["splits"].items()} == {
+        "train": 17,
+        "validation": 2,
+        "test": 19,
+    }
+    assert report["pages"]["dropped"] == {"fewer earlier events than --min-history": 2}
+    for page in range(data.num_pages):
+        split = "test" if page >= 19 else "train"
+        user = int(users[data.page_user[page]])
+        samples = pl.read_parquet(tmp_path / f"{split}_samples.parquet").filter(
+            pl.col("129_1") == user
+        )
+        shown = [ids[i] for i in data.pv_item[data.pv_start[page] : data.pv_end[page]]]
+        assert shown == samples["205"].to_list()
+        of = pl.read_parquet(tmp_path / f"{split}_user_features.parquet")
+        past = of.filter(pl.col("129_1") == user)["150_2_180"][0].to_list()
+        past = [i for i in past if i not in (0, shown[1])]
+        newest = list(dict.fromkeys(past[::-1]))[:5][::-1]
+        history = data.event_item[data.history_start[page] : data.history_end[page]]
+        assert [ids[i] for i in history] == newest

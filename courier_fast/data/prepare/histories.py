@@ -61,7 +61,7 @@ def spans(of: Lists, which: Array, rows: Mapping[str, Array]) -> pl.DataFrame:
     sizes = np.diff(of.ends)
     found = pl.DataFrame(
         {"item": of.item, "first": np.repeat(first, sizes), "last": np.repeat(last, sizes)}
-    ).filter(pl.col("item") >= 0)
+    ).filter(pl.col("item") >= 0, pl.col("first") <= pl.col("last"))  # of lists that a row has
     each = found.group_by("item").agg(pl.min("first"), pl.max("last"))
     return pl.concat([each.select("item", time=n) for n in ("first", "last")])
 

@@ -231,4 +231,7 @@ def spans(found: Mapping[str, Array], table: pl.DataFrame) -> tuple[Array, Array
         known = table[name].is_not_null().to_numpy()
         seen[known] = pick(seen[known], table[name].drop_nulls().to_numpy())
         spans.append(seen)
-    return spans[0], spans[1]
+    first, last = spans
+    never = first > last  # in a history that no page has
+    first[never] = last[never] = last.max(where=~never, initial=0)
+    return first, last

@@ -70,6 +70,8 @@ class Source:
             before. With them time may be lacking, so that the order of rows decides, or a column
             split does (its number in SPLITS). Without page_id a row is a page view, whose item_id
             and clicked are lists; or an item, and the rows of a user with one history are a page.
+        user_histories: user_id, history and, optional, split: the lists of users, where impressions
+            have no column history. A page has the first that is of its user, and split.
         items: item_id and, each optional, category, image (a file's stem where it is not the id),
             first_seen and last_seen (int64 seconds: when the item was on offer).
         files: what is read, for the record.
@@ -83,6 +85,7 @@ class Source:
     events: pl.LazyFrame | None = None
     impressions: pl.LazyFrame | None = None
     histories: GivenHistories | None = None
+    user_histories: pl.LazyFrame | None = None
     items: pl.LazyFrame | None = None
     files: Sequence[Location] = ()
     parts: Callable[[], list[pl.LazyFrame]] | None = None
@@ -108,11 +111,13 @@ class Source:
         return rows is not None and "split" in rows.collect_schema()
 
     def tables(self, name: str) -> list[pl.LazyFrame]:
-        """The rows of "events" or "impressions", in order, in tables to read at the same time."""
-        frame = self.events if name == "events" else self.impressions
+        """The rows of "events", "impressions" or "user_histories", in order, in tables to read at
+        the same time."""
+        frame = getattr(self, name)
         if frame is None:
             return []
-        in_parts = self.parts is not None and (self.impressions is None or name == "impressions")
+        own = "events" if self.impressions is None else "impressions"
+        in_parts = self.parts is not None and name == own
         return self.parts() if in_parts and self.parts is not None else [frame]
 
 
@@ -701,6 +706,46 @@ def ninerec(folder: Path) -> Source:
     return Source("ninerec", events=_sequences(path), files=[path])
 
 
+def taobao_mm(folder: Path) -> Source:
+    """TAOBAO-MM: train_samples.parquet and test_samples.parquet (129_1 the user, 205 the item,
+    label_0 two numbers of which the second is 1 for a click), the histories 150_2_180 of
+    train_user_features.parquet and test_user_features.parquet, and 206 of item_features.parquet as
+    the category.
+
+    A page is all that the samples of a split show to a user. Validation is the last of train.
+    """
+    frames, past, files = [], [], []
+    for split in ("train", "test"):
+        path = find_one(folder, f"{split}_samples.parquet")
+        hit = pl.col("label_0").list.get(1, null_on_oob=True).cast(pl.String).alias("clicked")
+        frame = need(scan(path), path, "129_1", "205", "label_0")
+        kind = frame.collect_schema()["label_0"]
+        if not isinstance(kind, pl.List):
+            raise ValueError(f"{path}: expected lists of two numbers as label_0, got {kind}")
+        rows = frame.select(text("129_1", "user_id", path), text("205", "item_id", path), hit)
+        frames.append(_in_split(rows, split))
+        before = find_one(folder, f"{split}_user_features.parquet")
+        frame = need(scan(before), before, "129_1", "150_2_180")
+        history = lists.checked(lists.with_rows(frame), before, "150_2_180", "history")
+        rows = lists.with_rows(frame).select(text("129_1", "user_id", before), history)
+        past.append(_in_split(rows, split))
+        files += [path, before]
+    items = None
+    for about in find_any(folder, "item_features.parquet"):
+        frame = need(scan(about), about, "205", "206")
+        items = frame.select(text("205", "item_id", about), label("206", "category", about))
+        files.append(about)
+    return Source(
+        "taobao-mm",
+        impressions=pl.concat(frames),
+        histories=GivenHistories(),
+        user_histories=pl.concat(_one_kind(past)),
+        items=items,
+        files=files,
+        parts=frames.copy,
+    )
+
+
 LAYOUTS: dict[str, Callable[..., Source]] = {
     "hm": hm,
     "movielens": movielens,
@@ -710,5 +755,6 @@ LAYOUTS: dict[str, Callable[..., Source]] = {
     "ebnerd": ebnerd,
     "mmctr": mmctr,
     "qilin": qilin,
+    "taobao-mm": taobao_mm,
     "ninerec": ninerec,
 }

@@ -19,7 +19,7 @@ from ..dataset import SPLITS, write_json, write_manifest
 from ..read import truth
 from ..read.scan import some
 from ..read.times import SECOND
-from .histories import DIFFER
+from .histories import DIFFER, DROPPED
 from .layouts import Source
 from .options import PrepareOptions, microseconds
 from .page_ids import PageIds
@@ -143,11 +143,10 @@ class Outcome:
         return {"from": _iso(first), "to": _iso(last)}
 
     def _histories(self, counts: Counter[str]) -> dict[str, Any]:
-        special = ("read", "kept", DIFFER)
         return {
-            **{n: counts[n] for n in special},
+            **{n: counts[n] for n in ("read", "kept", DIFFER)},
             "stored": self.events,
-            "dropped": {n: count for n, count in counts.items() if n not in special and count},
+            "dropped": {why: counts[why] for why in DROPPED.values() if counts[why]},
         }
 
 

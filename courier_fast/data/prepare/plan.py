@@ -43,6 +43,11 @@ from .rows import arrow_text
 Array = npt.NDArray
 log = logging.getLogger(__name__)
 
+_TABLES = (
+    ("events", "events"),
+    ("impressions", "shown"),
+    ("user_histories", "user_histories"),
+)
 IMAGES = 64  # of a part
 MAX_CODES = np.iinfo(np.int32).max  # users, or items
 _FAN = 32  # parts that are summed up at once
@@ -266,10 +271,12 @@ class _Run:
     def streams(self) -> list[tuple[str, Any]]:
         """What those who read give, with the names of the source's tables."""
         whole, read = self.source, self.executor.stream(steps.read, 3)
-        plain = dataclasses.replace(whole, events=None, impressions=None, items=None, parts=None)
+        plain = dataclasses.replace(
+            whole, events=None, impressions=None, user_histories=None, items=None, parts=None
+        )
         return [
             (name, read(frames, table, plain, number, self.executor.block, whole.ticks))
-            for name, table in (("events", "events"), ("impressions", "shown"))
+            for name, table in _TABLES
             for number, frames in enumerate(self.executor.readers(whole.tables(name)))
         ]
 

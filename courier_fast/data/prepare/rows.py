@@ -73,7 +73,8 @@ def batches(frame: pl.LazyFrame, table: str, source: Source, number: int) -> Ite
     """The rows of events or shown, a batch at a time, in order; those shown with their place, which
     orders them among the rows of all tables (this one's `number`)."""
     have = frame.collect_schema()
-    columns = ["user_id", "item_id"] + ["clicked"] * (table == "shown")
+    columns = ["user_id"] + ["item_id"] * (table != "user_histories")
+    columns += ["clicked"] * (table == "shown")
     columns += [n for n in ("time", "page_id", "microsecond", "history", "split") if n in have]
     size = WITH_LISTS if "history" in have else BATCH
     place = number << 40
@@ -136,9 +137,10 @@ def clean(batch: pl.DataFrame, counts: Counter[str], ticks: int = 1) -> pl.DataF
     if "clicked" in batch.columns:
         clicked = truth.read(batch["clicked"])
         counts[truth.UNKNOWN] += clicked.null_count()
-        page = (pl.col("place") if views else split).cast(pl.UInt64)
-        if "page_id" in names:  # a page of two splits is one of each
-            page = pl.col("page_id").map_batches(hash_ids, pl.UInt64) ^ split.cast(pl.UInt64)
+        page = pl.col("place").cast(pl.UInt64)
+        if not views:  # a page of two splits is one of each
+            of = pl.col("page_id" if "page_id" in names else "user_id")
+            page = of.map_batches(hash_ids, pl.UInt64) ^ split.cast(pl.UInt64)
         batch = batch.select(
             "user_id",
             "item_id",
@@ -149,6 +151,15 @@ def clean(batch: pl.DataFrame, counts: Counter[str], ticks: int = 1) -> pl.DataF
             clicked=clicked.fill_null(False).cast(pl.UInt8),
         )
     return batch
+
+
+def known_users(batch: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
+    """The rows of users' histories that can be used. Counts the others."""
+    counts["read"] += len(batch)
+    users = batch["user_id"]
+    fits = users.is_not_null() & ~missing(users) & (users.str.len_bytes() <= MAX_ID)
+    counts["no user id"] += len(batch) - int(fits.sum())
+    return batch.filter(fits)
 
 
 def past_items(columns: pl.Series, form: GivenHistories, where: str) -> tuple[Array, pl.Series]:
@@ -164,8 +175,8 @@ def past_items(columns: pl.Series, form: GivenHistories, where: str) -> tuple[Ar
 
 
 def pages_of_lists(page: Array, which: Array, ends: Array, ids: pl.Series) -> Array:
-    """[n] uint64: what all rows with one list, and of one split, have in common: their page, where
-    rows do not say it. `which` list each has; `page`: their splits."""
+    """[n] uint64: of a user's rows in a split, `page`, those that have one list in common, `which`
+    each: their page, where rows do not say it."""
     of_ids = hash_ids(ids).to_numpy()
     return _folded(ends, of_ids)[which] ^ page
 

@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 from numba import njit
 
 from ...locations import Location
+from ..dataset import SPLITS
 from ..images.files import Paths
 from ..read.times import SECOND
 from ..tables import copy_items, write_images, write_shard
@@ -39,11 +41,13 @@ from .pages import (
 )
 from .rows import (
     SHARE,
+    SPLIT,
     arrow_text,
     batches,
     buffers,
     clean,
     coded,
+    known_users,
     pages_of_lists,
     past_items,
     sizes,
@@ -135,8 +139,11 @@ def read(
 
 def _block(batch: pl.DataFrame, source: Source, ticks: int) -> Iterator[Any]:
     counts: Counter[str] = Counter()
+    if "item_id" not in batch.columns:
+        yield from _lists_block(known_users(batch, counts), source, counts)
+        return
     past = None
-    if source.histories is not None:  # a list once, where rows of a page have it one after another
+    if "history" in batch.columns:  # a list once, where rows of a page have it one after another
         past, first = batch["history"], batch["history"].rle_id()
         batch = batch.drop("history").with_columns(list=first)
     views = isinstance(batch["item_id"].dtype, pl.List)
@@ -165,6 +172,24 @@ def _block(batch: pl.DataFrame, source: Source, ticks: int) -> Iterator[Any]:
     yield {"counts": counts, "rows": len(known), "size": size, "users": sample}
 
 
+def _lists_block(known: pl.DataFrame, source: Source, counts: Counter[str]) -> Iterator[Any]:
+    """As `_block`, of users' histories."""
+    assert source.histories is not None
+    user, users = coded(known["user_id"])
+    ends, of_lists = past_items(known["history"], source.histories, "histories")
+    past, items = coded(of_lists)
+    split = np.zeros(len(known), np.int64)
+    if "split" in known.columns:
+        split = known["split"].to_numpy()
+    which = np.arange(len(known), dtype=np.int32)
+    rows = {"user": user, "time": split, "list": which, "ends": ends, "past": past}
+    yield {"users": arrow_text(users), **rows}
+    yield arrow_text(items)
+    size = len(known) + len(of_lists) // SHARE
+    sample = arrow_text(users[_sampled(user)])
+    yield {"counts": counts, "rows": len(known), "size": size, "users": sample}
+
+
 def _sampled(column: Array) -> Array:
     return column[:: max(1, len(column) // _SAMPLE)]
 
@@ -179,7 +204,7 @@ def to_users(
     stay. `bounds`: ids, sorted.
     """
     codes = chosen[search(ids, items)]
-    item = codes[rows["item"]]
+    item = codes[rows["item"]] if "item" in rows else np.zeros(len(rows["user"]), np.int32)
     past = codes[rows["past"]] if "past" in rows else None
     part = search(bounds, rows["users"])[rows["user"]]
     parts = len(bounds) + 1
@@ -194,7 +219,7 @@ def to_users(
         piece = {
             "users": rows["users"].take(pa.array(used)),
             "user": user.astype(np.int32),
-            "item": item[here],
+            **({"item": item[here]} if "item" in rows else {}),
         }
         piece |= {n: rows[n][here] for n in others}
         if past is not None:
@@ -219,10 +244,12 @@ def by_user(
 ) -> tuple[Columns, Columns, Columns | None, Columns, Columns]:
     """The rows of some users: their ids, sorted; events by user, time and item, each once; rows
     shown by user and page; when items were seen; and counts, with a sample of when pages are."""
-    users = union(*(p["users"] for p in pieces))
+    of_pages = [p for p in pieces if "item" in p]
+    of_lists = [p for p in pieces if "item" not in p]  # users' histories
+    users = union(pieces[0]["users"][:0], *(p["users"] for p in of_pages))
     frames: dict[bool, list[pl.DataFrame]] = {False: [], True: []}
     lists = 0  # before those of a piece
-    for piece in pieces:
+    for piece in of_pages:
         user = search(users, piece["users"])[piece["user"]].astype(np.int32)
         columns = {n: c for n, c in piece.items() if n not in ("users", "ends", "past")}
         if "list" in piece:
@@ -230,8 +257,9 @@ def by_user(
             lists += len(piece["ends"]) - 1
         frames["page" in piece].append(pl.DataFrame({**columns, "user": user}))
     none = pl.DataFrame(schema=_SHOWN)
-    has_lists = any("list" in piece for piece in pieces)
-    if has_lists:
+    in_rows = any("list" in piece for piece in of_pages)
+    has_lists = in_rows or bool(of_lists)
+    if in_rows:
         none = none.with_columns(list=pl.lit(0, pl.Int64))
     shown = pl.concat([none, *(f.select(none.columns) for f in frames[True])])
     rows = pl.concat([none.select(_EVENT), *(f.select(_EVENT) for f in frames[False])])
@@ -245,8 +273,11 @@ def by_user(
     about: Columns = {"users": len(users), "again": 0}
     if has_lists:
         assert pages is not None
-        which, held = pages.pop("list"), [p for p in pieces if "list" in p]
-        of = histories.joined(held)
+        of = histories.joined([p for p in pieces if "list" in p])
+        if in_rows:
+            which = pages.pop("list")
+        else:
+            which, of = _lists_of_users(pages, users, of_lists, of)
         of_users, about["lists"] = histories.of_pages(pages, which, of, options)
         in_lists = histories.spans(of, which, pages)
         seen = pl.concat([shown.select("item", "time"), in_lists])
@@ -265,6 +296,30 @@ def by_user(
     about |= {"events": len(of_users["item"]), "pages": len(time)}
     about |= {"time": time[places], "row": places}
     return {"user_id": users}, of_users, pages, columns_of(span), about
+
+
+def _lists_of_users(
+    pages: Columns, users: pa.Array, pieces: Sequence[Columns], of: histories.Lists
+) -> tuple[Array, histories.Lists]:
+    """[rows] the list of each row's user and split, the first of several; and all lists, with an
+    empty one at the end for users that have none."""
+    keys, lists, before = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+    for piece in pieces if len(users) else ():
+        place = search(users, piece["users"])
+        known = np.minimum(place, len(users) - 1)
+        theirs = users.take(pa.array(known)).cast(pa.string())
+        same = np.array(pc.equal(theirs, piece["users"].cast(pa.string())))
+        user = np.where(same, known, -1)[piece["user"]]
+        here = user >= 0
+        keys.append((user * len(SPLITS) + piece["time"])[here])
+        lists.append((np.arange(len(user)) + before)[here])
+        before += len(user)
+    key, first = np.unique(np.concatenate(keys), return_index=True)
+    wanted = pages["user"].astype(np.int64) * len(SPLITS) + pages["time"] // SPLIT
+    found = np.searchsorted(key, wanted)
+    has = np.append(key, -1)[found] == wanted
+    which = np.where(has, np.append(np.concatenate(lists)[first], 0)[found], before)
+    return which, histories.Lists(np.append(of.ends, of.ends[-1]), of.item)
 
 
 def columns_of(frame: pl.DataFrame) -> Columns:
