@@ -164,7 +164,7 @@ def cpu_of_steps(arguments: Sequence[str], out: Path) -> dict[str, float]:
         _, cost = timed(steps.to_users, block, items, ids, row, steps.union(cuts))
         seconds["to_users"] += cost
         pieces.append(steps.to_users(block, items, ids, row, steps.union(users[:0]))[0])
-    (_, events, _, _, _), seconds["by_user"] = timed(steps.by_user, False, *pieces)
+    (_, events, _, _, _), seconds["by_user"] = timed(steps.by_user, False, options, *pieces)
     few = {"first": events["first"][:100]} | {
         n: events[n][: events["first"][99]] for n in ("item", "time")
     }

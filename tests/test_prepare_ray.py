@@ -17,12 +17,13 @@ import polars as pl
 import pytest
 from PIL import Image
 from prepare_factory import digest, random_events, source_of
+from test_data_layouts import write_taobao
 from test_given_histories import item_rows, log
 
 from courier_fast.cli import main
 from courier_fast.data.dataset import Dataset
 from courier_fast.data.prepare import on_ray, plan, rows, steps
-from courier_fast.data.prepare.layouts import Columns, Source, generic
+from courier_fast.data.prepare.layouts import Columns, Source, generic, taobao_mm
 from courier_fast.data.prepare.options import PrepareOptions
 from courier_fast.data.prepare.run import prepare
 
@@ -206,6 +207,15 @@ def test_given_histories(
     files, report = both(tmp_path, source, replace(SMALL, max_history=3), images)
     assert len(report["histories"]["dropped"]) == 4
     assert sum(name.startswith("events/") for name in files) > 3
+    assert graves.left() == []
+
+
+@pytest.mark.long("Ray")
+def test_histories_of_users(tmp_path: Path, ray: Any, graves: Graves) -> None:
+    graves.dig("by_user")
+    (tmp_path / "published").mkdir()
+    write_taobao(tmp_path / "published")
+    both(tmp_path, taobao_mm(tmp_path / "published"), SMALL)
     assert graves.left() == []
 
 

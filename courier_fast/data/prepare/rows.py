@@ -69,7 +69,9 @@ def _hash(offsets, data):  # type: ignore[no-untyped-def]
     return out
 
 
-def batches(frame: pl.LazyFrame, table: str, source: Source, number: int) -> Iterator[pl.DataFrame]:
+def batches(
+    frame: pl.LazyFrame, table: str, source: Source, number: int = 0
+) -> Iterator[pl.DataFrame]:
     """The rows of events or shown, a batch at a time, in order; those shown with their place, which
     orders them among the rows of all tables (this one's `number`)."""
     have = frame.collect_schema()
