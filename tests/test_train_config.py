@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from train_factory import metrics, settings
 
 from courier_fast import cli
 from courier_fast.data.dataset import Dataset
-from courier_fast.train.config import Config
+from courier_fast.train.config import Config, add_arguments, overrides_of
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +111,27 @@ def test_attention_of_the_settings(
         ({"prefixes": [3], "heads": 2}, "loss.prefixes: expected multiples of loss.heads 2, from"),
         ({"prefixes": [64], "projections": "all"}, "prefixes: expected none with projections"),
         ({"prefixes": [64], "prediction_weight": 1}, "prefixes: expected none with prediction_"),
-        ({"prefixes": [64], "attention": "multihead"}, r"prefixes: expected \[\] with attention"),
+        ({"prefixes": [64], "attention": "multihead"}, r"prefixes: expected \(\) with attention"),
     ],
     ids=str,
 )
 def test_attention_that_does_not_go_together(loss: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config.load(None, {"data.dataset": "x"} | {f"loss.{k}": v for k, v in loss.items()})
+
+
+def test_prefixes_are_numbers_on_the_command_line_and_a_list_in_a_file(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = ["--data.dataset", "x", "--loss.prefixes", "64", "128"]
+    config = Config.load(None, overrides_of(parser.parse_args(given)))
+    assert config.loss.prefixes == (64, 128)
+    config.save(tmp_path / "c.toml")
+    assert Config.load(tmp_path / "c.toml").loss.prefixes == (64, 128)
+    for wrong in ("[64, 128]", "64,128", "1.5"):
+        given[3:] = [wrong]
+        with pytest.raises(ValueError, match=r"loss.prefixes.0: .* got '"):
+            Config.load(None, overrides_of(parser.parse_args(given)))
 
 
 def test_memory_has_no_page() -> None:

@@ -230,8 +230,8 @@ class LossConfig(Section):
     sequence_weight: float = Field(
         1.0, ge=0, description="weight of the click-sequence loss; 0: without"
     )
-    prefixes: list[int] = described(
-        [],
+    prefixes: tuple[int, ...] = described(
+        (),
         "numbers of first dimensions whose losses are minimised too, each like the whole: "
         "embeddings that can be cut there",
     )
@@ -287,7 +287,7 @@ class LossConfig(Section):
             "log_q": False,
             "weight_power": 0,
             "learnable_temperature": False,
-            "prefixes": [],
+            "prefixes": (),
         }
         if self.sequence == "newest":
             expected["sequence_learnable_temperature"] = False
@@ -326,7 +326,7 @@ class LossConfig(Section):
             if self.prefixes and unused:
                 raise ValueError(
                     f"prefixes: expected none with {name}, whose weights are of all dimensions, "
-                    f"got {self.prefixes}"
+                    f"got {list(self.prefixes)}"
                 )
         return self
 
