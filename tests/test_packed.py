@@ -158,7 +158,7 @@ def test_why_a_call_takes_the_slower_kernels(options: dict[str, Any], reason: st
 def test_the_log_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     from courier_fast.kernels.triton.candidate.state import tell_slow_path
 
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "courier_fast")
     for _ in range(2):
         tell_slow_path("a reason", "another")
     assert caplog.messages == ['attention="candidate" takes the slower kernels: a reason; another']

@@ -177,6 +177,10 @@ def of_a_machine(dtype: str, dim: int, wide: int) -> list[Case]:
     found += [Case(name, dtype, shape, x) for name, x in options.items()]
     found.append(Case("heads", dtype, shape, more={"num_heads": 4}))
     found += [Case(name, dtype, shape, x) for name, x in CANDIDATES.items()]
+    # In float32 with products of tf32: exact ones take other kernels.
+    tf32 = dtype == "float32"
+    heads = {"num_heads": 4}
+    found.append(Case("candidate, heads", dtype, shape, _CANDIDATE, tf32=tf32, more=heads))
     whole = replace(shape, dim=wide)
     found += [
         Case("anchor, wide", dtype, whole),
