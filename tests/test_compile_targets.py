@@ -25,14 +25,16 @@ from courier_fast.kernels.triton.tiles import SHARED_MEMORY  # noqa: E402
 
 # Bytes of a thread that may spill, outside of loops: two registers from tile to tile with Triton
 # 3.9; in attention for each candidate what is kept over the sum of long histories; and with several
-# heads one tile more.
+# heads one tile more, and addresses of 64 bits from head to head.
 MAY_SPILL = {
     "log-q": 8,
+    "heads": 16,
     "candidate-heads": 128,
     "candidate-items": 40,
     "candidate-256": 40,
     "candidate-128": 40,
     "candidate-dot": 40,
+    "candidate-ids": 40,
     "candidate-fp32-64": 40,
     "candidate-fp16-128": 40,
 }
@@ -42,7 +44,7 @@ OLDER_MAY_SPILL = {
     "bf16-768": 8,
     "fp32-256": 8,
     "fp32-64": 88,
-    "heads": 24,
+    "heads": 32,
     "candidate-256": 104,
     "candidate-items": 120,
     "candidate-dot": 48,
@@ -62,10 +64,10 @@ LANES_MAY_SPILL = {"lane_scores": 456, "lane_columns": 1096, "lane_history": 176
 # Instructions of a step of 64 candidates on a page by 4 warps (bfloat16, D = 256, sm_90); with
 # Triton 3.6, and 3.8.
 LANE_LOOPS = {
-    "candidate-dot": {
-        "lane_scores": (915, 974),
-        "lane_columns": (1505, 1413),
-        "lane_history": (1295, 1300),
+    "candidate-ids": {
+        "lane_scores": (924, 984),
+        "lane_columns": (1537, 1456),
+        "lane_history": (1325, 1342),
     },
     "candidate-heads": {
         "lane_scores": (1574, 1561),
