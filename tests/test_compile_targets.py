@@ -48,6 +48,7 @@ OLDER_MAY_SPILL = {
     "candidate-256": 104,
     "candidate-items": 120,
     "candidate-dot": 48,
+    "candidate-ids": 56,
 }
 # Of pages in bins: what was reached. dL/dx of a tile holds five tiles of numbers and what is known
 # of the pages, 184 bytes too much in bfloat16; the most is that of exact products of float32.
