@@ -60,7 +60,7 @@ ALWAYS = {
     "report": "dataset run embeddings split baselines candidates k history score bootstrap seed "
     "json device out ctr sweep headline",
     "ctr": "dataset embeddings out models forms protocol seeds split history min-count batch lr l2 "
-    "epochs no-control allow-missing threads export",
+    "epochs no-control allow-missing threads proxies export",
     "sweep": "out seeds split candidates k history score bootstrap batch device precision decoder "
     "threads",
     "index build": "embeddings out kind",

@@ -29,6 +29,7 @@ from .fit import Settings
 from .impressions import PROTOCOLS, Impressions, Protocol, as_date, check_dataset, make_protocol
 from .models import MODELS
 from .plots import write_plots
+from .proxies import judge_proxies, ranked_names
 from .report import make_report, print_ctr_report, write_ctr_report
 
 log = logging.getLogger(__name__)
@@ -124,6 +125,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, default=0, help="cells trained at once; 0: as many as cores"
     )
     parser.add_argument(
+        "--proxies",
+        action="store_true",
+        help="also tell which proxy metric of the embeddings, on validation, foretells best what "
+        "they add; of four or more",
+    )
+    parser.add_argument(
         "--export",
         type=local_path,
         help="also write the impressions with every form as Parquet there, for a model of your own",
@@ -154,6 +161,8 @@ def run(args: argparse.Namespace) -> int:
         )
     dataset = Dataset(args.dataset)
     plan = _plan(args, dataset)  # what is wrong is an error before the work, not after
+    if args.proxies:
+        ranked_names(plan)
     for protocol in plan.protocols:
         log.info("%s", protocol.describe(dataset))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -184,6 +193,8 @@ def run(args: argparse.Namespace) -> int:
     if found:
         log.info("%d of %d cells were there already", found, total)
     report = make_report(plan, args.out, args.split)
+    if args.proxies:
+        report["proxies"] = judge_proxies(plan, args.out, report)
     write_ctr_report(report, args.out)
     for path in write_plots(report, args.out):
         log.info("%s", path)

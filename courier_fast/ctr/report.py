@@ -25,6 +25,8 @@ from .cells import NONE, RANDOM, Cell, Plan, read_predictions
 from .features import SIMILARITY, similarity_features
 from .impressions import Impressions, histories_said
 from .judge import calibrated, judge
+from .proxies import ABOUT as ABOUT_PROXIES
+from .proxies import proxy_table
 from .slices import Slice, slices
 
 log = logging.getLogger(__name__)
@@ -249,6 +251,9 @@ def markdown(report: dict[str, Any]) -> str:
                     *slice_cells(kind, [s for s in table["slices"] if s["kind"] == kind])
                 )
             )
+    if report.get("proxies"):
+        parts += ["## What foretells the gain", ABOUT_PROXIES]
+        parts.append(markdown_table(*proxy_table(report["proxies"])))
     return "\n\n".join(parts) + "\n"
 
 
@@ -374,7 +379,16 @@ def print_ctr_report(report: dict[str, Any], console: Console | None = None) -> 
             highlight=False,
         )
         console.print(_rich(table))
+    if report.get("proxies"):
+        console.print(_plain("What foretells the gain", *proxy_table(report["proxies"])))
     console.print("All columns and slices are in ctr.md, all numbers in ctr.json.", highlight=False)
+
+
+def _plain(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    grid = Table(*head, box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for line in lines:
+        grid.add_row(*line)
+    return grid
 
 
 def _rich(table: dict[str, Any]) -> Table:
