@@ -24,25 +24,19 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from factories import DEVICES, poison  # noqa: E402
+from factories import DEVICES  # noqa: E402
 
 from courier_fast.testing.interpreter import make_fast  # noqa: E402
+from courier_fast.testing.poison import poisoned  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     make_fast()
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.empty gives NaN and huge integers: nothing may depend on what was there before."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        original = getattr(owner, name)
-
-        def poisoned(*args: Any, _original: Any = original, **kwargs: Any) -> torch.Tensor:
-            return poison(_original(*args, **kwargs))
-
-        monkeypatch.setattr(owner, name, poisoned)
-    return
+def poisoned_memory() -> Iterator[None]:
+    with poisoned():
+        yield
 
 
 @pytest.fixture(autouse=True)

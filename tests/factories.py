@@ -25,14 +25,6 @@ LOSS_INPUTS = ("pv", "history", "query", "key", "value", "temperature", "reconst
 SEQUENCE_INPUTS = ("history", "temperature")
 
 
-def poison(x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta":
-        return x
-    if x.is_floating_point():
-        return x.fill_(torch.nan)
-    return x if x.dtype == torch.bool else x.fill_(torch.iinfo(x.dtype).max)
-
-
 def skip_unless_available(impl: str, p: Problem | SequenceProblem) -> None:
     """Skip with the reasons; `p` decides on type and device."""
     if impl != "reference" and (reasons := operators.unavailable_reasons(impl, p)):

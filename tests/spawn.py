@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from factories import poison
+
+from courier_fast.testing.poison import poisoned
 
 GROUP_TIMEOUT = 60.0
 
@@ -80,20 +81,15 @@ def _child(
     with open(folder / f"{rank}.txt", "w") as report:
         faulthandler.dump_traceback_later(seconds, file=report, exit=True)
         try:
-            for owner, name in (
-                (torch, "empty"),
-                (torch, "empty_like"),
-                (torch.Tensor, "new_empty"),
-            ):
-                setattr(owner, name, _poisoned(getattr(owner, name)))
-            dist.init_process_group(
-                "gloo",
-                init_method=f"file://{folder}/rendezvous",
-                rank=rank,
-                world_size=size,
-                timeout=timedelta(seconds=GROUP_TIMEOUT),
-            )
-            found = work(*args)
+            with poisoned():
+                dist.init_process_group(
+                    "gloo",
+                    init_method=f"file://{folder}/rendezvous",
+                    rank=rank,
+                    world_size=size,
+                    timeout=timedelta(seconds=GROUP_TIMEOUT),
+                )
+                found = work(*args)
             torch.save(found, folder / f"{rank}.pt")
         except BaseException:
             traceback.print_exc(file=report)
@@ -152,8 +148,3 @@ def _script(
             os.dup2(file.fileno(), stream)
     sys.argv = ["worker.py", *arguments]
     exec(compile(source, "worker.py", "exec"), {"__name__": "__main__"})
-
-
-def _poisoned(original: Callable[..., Any]) -> Callable[..., Any]:
-    """As conftest.poisoned_memory does it."""
-    return lambda *args, **kwargs: poison(original(*args, **kwargs))

@@ -147,16 +147,22 @@ def test_why_auto_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def one_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Lets the check go one way, in float32."""
+def checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., list[str]]:
+    """The lines of a check of one path, in float32, of some cases or all; it has to end so."""
 
-    def only(impl: str) -> None:
+    def check(impl: str, status: int = 1, only: Callable[[str], bool] | None = None) -> list[str]:
         device = "cuda" if torch.cuda.is_available() and impl != "cpu" else "cpu"
-        monkeypatch.setattr(
-            command, "_paths", lambda: iter([command.Path(impl, impl, device, ("float32",))])
-        )
+        path = command.Path(impl, impl, device, ("float32",))
+        monkeypatch.setattr(command, "_paths", lambda: iter([path]))
+        if only is not None:
+            cases = [x for x in of_a_machine("float32", 32, 320) if only(x.name)]
+            monkeypatch.setattr(command, "_cases", lambda path, dtype: cases)
+        assert command.check() == status
+        return capsys.readouterr().out.splitlines()
 
-    return only
+    return check
 
 
 def tensors(x: Any) -> Iterator[Tensor]:
@@ -208,9 +214,9 @@ TRITON = {
 }
 
 
-def found_wrong(path: str, case: str, name: str, out: str) -> None:
+def found_wrong(path: str, case: str, name: str, lines: list[str]) -> None:
     """A check that ended with the case and names the kernel and the sizes."""
-    *before, wrong, _ = out.splitlines()
+    *before, wrong, _ = lines
     assert all(" of its budget" in line for line in before)
     where, _, about = wrong.partition(": WRONG: ")
     assert where.startswith(f"{path}: {case}: float32, 5 pages of 3, history to 4, D = ")
@@ -222,34 +228,24 @@ def found_wrong(path: str, case: str, name: str, out: str) -> None:
 @pytest.mark.long("planted faults", short=("attend", "reconstruction_gradient"))
 @pytest.mark.parametrize("name", TRITON)
 def test_a_planted_wrong_number_names_its_kernel(
-    name: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    one_path: Callable[[str], None],
+    name: str, monkeypatch: pytest.MonkeyPatch, checked: Callable[..., list[str]]
 ) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    one_path("triton")
     found = kernels()[name]
     monkeypatch.setattr(found, "run", spoiled(found.run))
-    assert command.check() == 1
-    found_wrong("triton", TRITON[name], name, capsys.readouterr().out)
+    found_wrong("triton", TRITON[name], name, checked("triton"))
 
 
 def test_wrong_numbers_of_attention_for_each_candidate_are_found(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    one_path: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch, checked: Callable[..., list[str]]
 ) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    one_path("triton")
-    cases = [x for x in of_a_machine("float32", 32, 320) if x.name.startswith("candidate")]
-    monkeypatch.setattr(command, "_cases", lambda path, dtype: cases)
     others = kernels("candidate")
     assert others
     for found in others.values():
         monkeypatch.setattr(found, "run", spoiled(found.run))
-    assert command.check() == 1
-    found_wrong("triton", "candidate", "", capsys.readouterr().out)
+    lines = checked("triton", only=lambda name: name.startswith("candidate"))
+    found_wrong("triton", "candidate", "", lines)
 
 
 NATIVE = {
@@ -263,17 +259,13 @@ NATIVE = {
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_a_planted_wrong_number_names_its_native_stage(
-    name: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    one_path: Callable[[str], None],
+    name: str, monkeypatch: pytest.MonkeyPatch, checked: Callable[..., list[str]]
 ) -> None:
     import courier_fast.kernels.cpu.loss  # noqa: F401
     from courier_fast.kernels.cpu import native
 
     if native.library is None:
         pytest.skip(native.error_text)
-    one_path("cpu")
     right = native.call
     wrong = spoiled(right)
     for module in [m for n, m in sys.modules.items() if n.startswith("courier_fast.kernels.cpu.")]:
@@ -281,29 +273,22 @@ def test_a_planted_wrong_number_names_its_native_stage(
             monkeypatch.setattr(
                 module, "call", lambda n, *a: (wrong if n == name else right)(n, *a)
             )
-    assert command.check() == 1
-    found_wrong("cpu", NATIVE[name], name, capsys.readouterr().out)
+    found_wrong("cpu", NATIVE[name], name, checked("cpu"))
 
 
 def test_what_an_implementation_refuses_is_not_checked(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    one_path: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch, checked: Callable[..., list[str]]
 ) -> None:
     pytest.importorskip("courier_fast._native")
     from courier_fast.loss import operators
 
-    one_path("cpu")
-    cases = [x for x in of_a_machine("float32", 32, 320) if x.name in ("anchor", "candidate")]
-    monkeypatch.setattr(command, "_cases", lambda path, dtype: cases)
     reasons = operators.unavailable_reasons
 
     def refused(impl: str, p: Any) -> list[str]:
         return ["shared memory"] if p.attention == "candidate" else reasons(impl, p)
 
     monkeypatch.setattr(operators, "unavailable_reasons", refused)
-    assert command.check() == 0
-    first, second, last = capsys.readouterr().out.splitlines()
+    first, second, last = checked("cpu", 0, lambda name: name in ("anchor", "candidate"))
     assert "cpu: anchor: " in first and " of its budget" in first
     assert second.startswith("cpu: candidate: ") and second.endswith("not checked: shared memory")
     assert last.startswith("all 1 right, ")
@@ -311,15 +296,11 @@ def test_what_an_implementation_refuses_is_not_checked(
 
 @pytest.mark.skipif(not INTERPRETED, reason="interpreted")
 def test_a_kernel_that_cannot_be_launched_is_named(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    one_path: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch, checked: Callable[..., list[str]]
 ) -> None:
-    one_path("triton")
-
     def run(*args: Any, **kwargs: Any) -> None:
         raise LaunchError("the kernel attend cannot be launched, OutOfResources: shared memory")
 
     monkeypatch.setattr(kernels()["attend"], "run", run)
-    assert command.check() == 1
-    assert "the kernel attend cannot be launched, OutOfResources" in capsys.readouterr().out
+    lines = checked("triton")
+    assert any("the kernel attend cannot be launched, OutOfResources" in line for line in lines)

@@ -14,6 +14,7 @@ from ..loss.functional import REFUSED
 from ..loss.launched import listening
 from ..testing.batches import Batch
 from ..testing.budget import DRAWS, Budget, Error, Rounding, Yardstick, held
+from ..testing.poison import poisoned
 from .cases import DTYPES, Case
 
 # Random problems of few rows, and how many before a number is called wrong.
@@ -49,30 +50,6 @@ def noted(names: list[str]) -> Iterator[None]:
 
     with listening(hear):
         yield
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN and huge integers: nothing may depend on what was there before."""
-    owners = ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"))
-    originals = [getattr(owner, name) for owner, name in owners]
-
-    def poison(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def make(*args: Any, **kwargs: Any) -> Tensor:
-            x = original(*args, **kwargs)
-            if x.dtype == torch.bool or x.device.type == "meta":
-                return x
-            return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
-
-        return make
-
-    try:
-        for (owner, name), original in zip(owners, originals, strict=True):
-            setattr(owner, name, poison(original))
-        yield
-    finally:
-        for (owner, name), original in zip(owners, originals, strict=True):
-            setattr(owner, name, original)
 
 
 def results(
