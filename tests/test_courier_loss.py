@@ -4,133 +4,46 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from factories import Budget, mapped, offsets_of, yardstick_of
-from spawn import spawn
+from courier_factory import (
+    DIM,
+    EDGES,
+    HEADS,
+    HIDDEN,
+    INPUTS,
+    PARAMETERS,
+    PARTS,
+    RAGGED,
+    SEQUENCE_TAU,
+    TAU,
+    TOLERANCE,
+    Pages,
+    as_table,
+    assert_close,
+    given,
+    gradients,
+    make_loss,
+    mask_of,
+    of_table,
+    padded,
+    pages,
+    results_of,
+    step_of,
+    weighted,
+)
+from factories import Budget, mapped, yardstick_of
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize
 
 import courier_fast as cf
 from courier_fast import surroundings
-from courier_fast.loss import click_head, courier
-from courier_fast.loss.click_head import ClickHead, ClickRows
-from courier_fast.testing.budget import Yardstick
-
-DIM, HEADS, HIDDEN = 8, 4, 16
-TAU, SEQUENCE_TAU = 0.3, 0.5
-PARTS = ("reconstruction", "prediction", "sequence")
-TOLERANCE = 1e-10  # of float64, against another order of the same sums
-
-
-# ---- batches -------------------------------------------------------------------------------------
-
-
-@dataclass
-class Pages:
-    """Packed."""
-
-    pv: Tensor  # [N, D]
-    history: Tensor  # [K, D]
-    clicked: Tensor  # [N]
-    item_ids: Tensor  # [N]
-    history_ids: Tensor  # [K]
-    lengths: Tensor  # [B]
-    history_lengths: Tensor  # [B]
-
-    @property
-    def leaves(self) -> dict[str, Tensor]:
-        return {"pv": self.pv, "history": self.history}
-
-
-RAGGED = ((3, 2, 4, 0, 5, 1, 2), (2, 0, 3, 1, 4, 1, 5))
-# What a user may have, by page: PV items, and clicks in the history.
-EDGES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "no page": ((), ()),
-    "no PV item": ((0, 0), (2, 3)),
-    "no history": ((3, 2), (0, 0)),
-    "nothing": ((0, 0, 0), (0, 0, 0)),
-    "one click each": ((3, 2), (1, 1)),
-    "one row": ((1, 2, 0), (2, 0, 3)),
-    "one history": ((3,), (4,)),
-}
-
-
-def pages(
-    lengths: tuple[tuple[int, ...], tuple[int, ...]] = RAGGED,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    clicked: float = 0.6,
-    items: int = 9,
-) -> Pages:
-    """Ids are those of `items` rows, so that a row says which it is."""
-    g = torch.Generator().manual_seed(seed)
-    pv_lengths, history_lengths = (torch.tensor(x, dtype=torch.int64) for x in lengths)
-    n, k = int(pv_lengths.sum()), int(history_lengths.sum())
-    table = torch.randn(items, DIM, generator=g, dtype=torch.float64).to(dtype)
-    ids = [torch.randint(0, items, (rows,), generator=g) for rows in (n, k)]
-    rows = [table[x].clone().requires_grad_() for x in ids]
-    return Pages(*rows, torch.rand(n, generator=g) < clicked, *ids, pv_lengths, history_lengths)
-
-
-def padded(x: Tensor, lengths: Tensor, more: int = 1) -> Tensor:
-    """[B, longest + more, ...]; padding holds NaN."""
-    longest = (int(lengths.max()) if len(lengths) else 0) + more
-    mask = mask_of(lengths, more)
-    worst = torch.nan if x.is_floating_point() else 0
-    found = x.new_full((len(lengths), longest, *x.shape[1:]), worst)
-    return found.index_put((mask,), x)
-
-
-def mask_of(lengths: Tensor, more: int = 1) -> Tensor:
-    longest = (int(lengths.max()) if len(lengths) else 0) + more
-    return torch.arange(longest) < lengths[:, None]
-
-
-def given(p: Pages, layout: str = "packed", ids: bool = True) -> dict[str, Any]:
-    """Arguments of the loss."""
-    found: dict[str, Any] = {"pv": p.pv, "history": p.history, "clicked": p.clicked}
-    if ids:
-        found |= {"item_ids": p.item_ids, "history_ids": p.history_ids}
-    of_history = ("history", "history_ids")
-    sides = {n: p.history_lengths if n in of_history else p.lengths for n in found}
-    offsets = {"pv": offsets_of(p.lengths), "history": offsets_of(p.history_lengths)}
-    if layout == "padded":
-        found = {n: padded(x, sides[n]) for n, x in found.items()}
-        masks = {"pv_mask": mask_of(p.lengths), "history_mask": mask_of(p.history_lengths)}
-        return found | masks
-    if layout == "nested":
-        make = torch.nested.nested_tensor_from_jagged
-        return {
-            n: make(x, offsets["history" if n in of_history else "pv"]) for n, x in found.items()
-        }
-    if layout == "past":  # rows past the last offset
-        found = {n: torch.cat([x, worst_of(x)]) for n, x in found.items()}
-    return found | {f"{n}_offsets": x for n, x in offsets.items()}
-
-
-def worst_of(x: Tensor) -> Tensor:
-    return x.new_full((2, *x.shape[1:]), torch.nan if x.is_floating_point() else 0)
-
-
-def make_loss(dtype: torch.dtype = torch.float64, seed: int = 1, **options: Any) -> cf.CourierLoss:
-    """With biases and batch norm away from where they start."""
-    torch.manual_seed(seed)
-    options = {"temperature": TAU, "sequence_temperature": SEQUENCE_TAU} | options
-    loss = cf.CourierLoss(DIM, HEADS, hidden=HIDDEN, **options).to(dtype)
-    with torch.no_grad():
-        for x in loss.parameters():
-            x += 0.2 * torch.randn_like(x)
-    return loss
-
+from courier_fast.loss import courier
 
 # ---- the definition ------------------------------------------------------------------------------
 
@@ -200,25 +113,6 @@ def contrast(
     again[torch.arange(len(target)), target] = False
     loss = cross_entropy(logits.masked_fill(again, -torch.inf), target, reduction="sum")
     return loss / max(len(target), 1)
-
-
-def gradients(loss: Tensor, module: nn.Module, p: Pages) -> dict[str, Tensor]:
-    leaves = p.leaves | dict(module.named_parameters())
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return {
-        n: torch.zeros_like(x) if g is None else g
-        for (n, x), g in zip(leaves.items(), found, strict=True)
-    }
-
-
-def assert_close(
-    found: dict[str, Tensor], truth: dict[str, Tensor], eps: float = TOLERANCE
-) -> None:
-    assert found.keys() == truth.keys()
-    for name, x in truth.items():
-        assert found[name].shape == x.shape, name
-        off = (found[name] - x).abs().max() if x.numel() else 0
-        assert off <= eps * (1 + x.abs().max() if x.numel() else 1), f"{name}: off by {off}"
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -291,60 +185,6 @@ def test_the_first_temperature_is_that_of_both() -> None:
 # ---- backends ------------------------------------------------------------------------------------
 
 
-@dataclass
-class Weighted:
-    """What takes a gradient, and the rest, in one: for the yardstick."""
-
-    pv: Tensor
-    history: Tensor
-    in_proj_weight: Tensor
-    in_proj_bias: Tensor
-    out_proj_weight: Tensor
-    out_proj_bias: Tensor
-    first_weight: Tensor
-    first_bias: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
-    last_weight: Tensor
-    last_bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-
-
-_NAMES = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
-PARAMETERS = [f"attention.{x}" for x in _NAMES] + [
-    f"click_head.{i}.{x}" for i in (0, 2, 3) for x in ("weight", "bias")
-]
-INPUTS = tuple(f.name for f in fields(Weighted))[:-2]
-BUFFERS = ("running_mean", "running_var")
-
-
-def weighted(p: Pages, loss: nn.Module) -> Weighted:
-    state = dict(loss.named_parameters())
-    assert list(state) == PARAMETERS
-    leaves = (x.detach().clone().requires_grad_() for x in (p.pv, p.history, *state.values()))
-    return Weighted(*leaves, *(loss.click_head[2].get_buffer(n).clone() for n in BUFFERS))
-
-
-def results_of(impl: str, p: Pages, how: dict[str, Any], w: Weighted) -> dict[str, Tensor]:
-    """Loss, parts, gradients and running statistics."""
-    leaves = {name: getattr(w, name) for name in INPUTS}
-    loss = cf.CourierLoss(DIM, HEADS, TAU, SEQUENCE_TAU, hidden=HIDDEN, impl=impl)
-    rows = replace(p, pv=w.pv, history=w.history)
-    names = dict(zip(PARAMETERS, list(leaves.values())[2:], strict=True))
-    running = {x: getattr(w, x).clone() for x in BUFFERS}
-    buffers = {f"click_head.2.{x}": values for x, values in running.items()}
-    arguments = given(rows, "packed") | how | {"return_parts": True}
-    found, parts = torch.func.functional_call(loss, names | buffers, (), arguments)
-    grads = torch.autograd.grad(found, list(leaves.values()))
-    return (
-        {"output": found.detach(), "logits": parts.logits}
-        | {x: getattr(parts, x) for x in PARTS}
-        | dict(zip(leaves, grads, strict=True))
-        | running
-    )
-
-
 @pytest.mark.long("kernels case by case", short=("cpu",))
 @pytest.mark.parametrize(
     ("impl", "dtype"),
@@ -374,269 +214,7 @@ def test_backends_are_within_the_budget(
     budget.check()
 
 
-# ---- the click head ------------------------------------------------------------------------------
-
-
-def head_rows(n: int, live: bool, seed: int = 0) -> ClickRows:
-    g = torch.Generator().manual_seed(seed)
-    r, e = (torch.randn(n, DIM, generator=g).double().requires_grad_() for _ in range(2))
-    y = torch.rand(n, generator=g) < 0.4
-    return ClickRows(r, e, y, torch.rand(n, generator=g) < 0.7 if live else None)
-
-
-def head_results(head: ClickHead, rows: ClickRows, exact: bool) -> dict[str, Tensor]:
-    head = copy.deepcopy(head)
-    loss, logits = head.loss(rows, exact)
-    leaves = {"r": rows.r, "e": rows.e} | dict(head.named_parameters())
-    found = torch.autograd.grad(3 * loss, list(leaves.values()))
-    grads = dict(zip(leaves, found, strict=True))
-    return {"loss": loss.detach(), "logits": logits} | grads | dict(head.named_buffers())
-
-
-@pytest.mark.parametrize("live", [False, True], ids=["all rows", "some rows"])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@pytest.mark.parametrize("n", [37, 3, 1, 0])
-def test_slices_of_rows_are_the_definition(
-    n: int, training: bool, live: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where batch norm sees one row, or none."""
-    monkeypatch.setitem(click_head._SLICE, "cpu", 8 * HIDDEN)
-    monkeypatch.setattr(click_head, "_KEPT", 17 * HIDDEN)  # two slices of five
-    head = make_loss().click_head.train(training)
-    with torch.no_grad():
-        head[2].running_mean.normal_()
-        head[2].running_var.uniform_(0.5, 2)
-        # Far from 0: a variance from the sums of h and h^2 would cancel.
-        head[0].bias += 1000
-    rows = head_rows(n, live)
-    truth = head_results(head, rows, exact=True)
-    found = head_results(head, rows, exact=False)
-    assert all(torch.isfinite(x).all() for x in truth.values())
-    assert_close(found, truth)
-    counted = n if rows.live is None else int(rows.live.sum())
-    assert int(found["2.num_batches_tracked"]) == int(training and counted > 1)
-    if training and not live and n > 1:
-        own = copy.deepcopy(head)
-        z = own(torch.cat([rows.r, rows.e], 1))[:, 0]
-        assert (z - found["logits"]).abs().max() < 1e-8  # cancels by 1000
-        assert_close({n: found[n] for n, _ in own.named_buffers()}, dict(own.named_buffers()))
-
-
-def test_sums_over_many_rows_keep_their_digits() -> None:
-    """With a mean whose rows are added up one after the other in float32, gamma's gradient, where
-    nearly all cancels, is at 54 times its budget."""
-    head, rows = make_loss(torch.float32).click_head, head_rows(5000, True)
-    short = replace(rows, r=rows.r.float(), e=rows.e.float())
-    truth = head_results(copy.deepcopy(head).double(), rows, exact=True)
-    eager, found = (head_results(head, short, exact) for exact in (True, False))
-    budget = Budget(torch.float32)
-    budget.add(Yardstick(truth, eager, []), found)
-    budget.check()
-
-
-def test_the_hidden_layer_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond what a small batch has."""
-    n, some = 400, 50
-    monkeypatch.setitem(click_head._SLICE, "cpu", 10 * HIDDEN)
-    monkeypatch.setattr(click_head, "_KEPT", some * HIDDEN)
-    kept: list[Tensor] = []
-    head = make_loss(torch.float32).click_head
-    rows = head_rows(n, False)
-    rows = replace(rows, r=rows.r.float(), e=rows.e.float())
-    for exact in (True, False):
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-            head.loss(rows, exact)
-        of_hidden = [len(x) for x in kept if x.dim() == 2 and x.shape == (len(x), HIDDEN)]
-        rows_kept = sum(x for x in of_hidden if x != HIDDEN)  # less the weights
-        assert rows_kept >= 2 * n if exact else rows_kept == some
-
-
-# ---- several processes ---------------------------------------------------------------------------
-
-SHARDS = (RAGGED, ((), ()), ((2, 1, 3), (3, 1, 0)))
-
-
-def joined(shards: list[Pages]) -> Pages:
-    """Their union."""
-    values = {f.name: [getattr(s, f.name) for s in shards] for f in fields(Pages)}
-    whole = Pages(**{n: torch.cat([x.detach() for x in xs]) for n, xs in values.items()})
-    return replace(whole, **{n: x.requires_grad_() for n, x in whole.leaves.items()})
-
-
-def shards_of(dtype: torch.dtype) -> list[Pages]:
-    return [pages(x, seed=i, dtype=dtype) for i, x in enumerate(SHARDS)]
-
-
-def step_of(loss: cf.CourierLoss, p: Pages, **more: Any) -> dict[str, Tensor]:
-    found, parts = loss(**given(p, "padded"), return_parts=True, **more)
-    values = {x: getattr(parts, x) for x in PARTS} | {"output": found.detach()}
-    grads = gradients(found, loss, p)
-    logits = parts.logits[mask_of(p.lengths)]
-    buffers = {n: x.clone() for n, x in loss.named_buffers()}
-    return values | grads | buffers | {"logits": logits}
-
-
-def on_each(impl: str, dtype: torch.dtype, exchange: str) -> dict[str, Tensor]:
-    p = shards_of(dtype)[dist.get_rank()]
-    kind = torch.float32 if impl == "cpu" else dtype
-    loss = make_loss(kind, impl=impl, group="world", exchange=exchange)
-    return step_of(loss, p)
-
-
-def in_one(every: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """As DistributedDataParallel takes the mean of gradients."""
-    whole = {}
-    for name in every[0]:
-        parts = [x[name] for x in every]
-        if name in ("pv", "history"):
-            whole[name] = torch.cat(parts) / len(parts)
-        elif name == "logits":
-            whole[name] = torch.cat(parts)
-        elif "running" in name or "num_batches" in name:
-            assert all(torch.equal(x, parts[0]) for x in parts), name
-            whole[name] = parts[0]
-        else:
-            whole[name] = torch.stack(parts).mean(0)
-    return whole
-
-
-def on_processes(exchange: str) -> list[Any]:
-    """Everything that processes are needed for, in one start of them."""
-    exact = on_each("reference", torch.float64, exchange)
-    fused = on_each("cpu", torch.float32, exchange)
-    rank = dist.get_rank()
-    head = make_loss().click_head
-    # The slices in float64, as the fused losses take float32 alone.
-    rows = replace(head_rows((11, 0, 5)[rank], False, rank), processes=_participants())
-    return [exact, fused, head_results(head, rows, False), errors(), with_table()]
-
-
-def with_table() -> dict[str, Tensor]:
-    """The loss and the gradient of this process's table."""
-    rows, table = as_table(shards_of(torch.float64)[dist.get_rank()])
-    about = {"embeddings": table, "table_ids": torch.arange(10), "group": "world"}
-    found = make_loss(impl="reference")(**given(rows, ids=False), **about)
-    return {"output": found.detach(), "table": torch.autograd.grad(found, table)[0]}
-
-
-def _participants() -> Any:
-    return cf.loss.union.exchange.Participants(dist.group.WORLD)
-
-
-def errors() -> list[str]:
-    """Of mistakes of process 1."""
-    found = []
-    first = dist.get_rank() == 1
-    p = pages(seed=dist.get_rank())
-    good = given(p)
-    mistakes: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        ({}, {"clicked": p.clicked[1:]}),
-        ({}, {"history_ids": p.history_ids.float()}),
-        ({"weights": (1, 2, 1)}, {}),
-        ({"weights": (0, 1, 0)}, {}),
-        ({"hidden": 8}, {}),
-        ({"sequence_temperature": 0.4}, {}),
-        ({}, {"item_ids": None}),
-    ]
-    for options, arguments in mistakes:
-        options = {"temperature": TAU, "hidden": HIDDEN} | (options if first else {})
-        loss = cf.CourierLoss(DIM, HEADS, group="world", **options).double()
-        try:
-            loss(**(good | (arguments if first else {})))
-            found.append("no error")
-        except (ValueError, TypeError) as error:
-            found.append(str(error))
-    return found
-
-
-EXPECTED_ERRORS = (
-    "rank 1: clicked: expected shape",
-    "rank 1: history_ids: expected an integer tensor",
-    "weights: expected the same on every process",
-    "weights: expected the same on every process",
-    "hidden: expected the same on every process",
-    "temperature: expected the same on every process",
-    "item_ids given: expected the same on every process",
-)
-
-
-@pytest.mark.long("several processes", short=("gather",))
-@pytest.mark.parametrize("exchange", ["gather", "ring"])
-def test_uneven_shards_are_one_batch(exchange: str, tmp_path: Path) -> None:
-    """One of three processes has no page."""
-    every = spawn(on_processes, 3, tmp_path, exchange)
-    truth = step_of(make_loss(impl="reference"), joined(shards_of(torch.float64)))
-    assert_close(in_one([x[0] for x in every]), truth)
-    # The items of a table: its gradient is that of its rows.
-    shards = shards_of(torch.float64)
-    split = {n: truth[n].split([len(getattr(s, n)) for s in shards]) for n in ("pv", "history")}
-    for rank, shard in enumerate(shards):
-        mine = of_table(shard, {n: x[rank] for n, x in split.items()})
-        assert_close({"table": every[rank][4]["table"] / 3}, {"table": mine})
-    output = torch.stack([x[4]["output"] for x in every]).mean()
-    assert_close({"output": output}, {"output": truth["output"]})
-    # Batch norm of the union is no sum of products in another order alone: float32 by its budget.
-    whole = joined(shards_of(torch.float32))
-    loss = make_loss(torch.float32)
-    rename = dict(zip(PARAMETERS, INPUTS[2:], strict=True))
-    rename |= {f"click_head.2.{x}": x for x in BUFFERS}
-    fused = {rename.get(n, n): x for n, x in in_one([x[1] for x in every]).items()}
-    run = partial(results_of, "reference", whole, {})
-    budget = Budget(torch.float32)
-    yardstick = yardstick_of(run, weighted(whole, loss), INPUTS)
-    budget.add(yardstick, fused)
-    budget.check()
-    # The click head's slices.
-    rows = [head_rows(n, False, rank) for rank, n in enumerate((11, 0, 5))]
-    leaves = [
-        torch.cat([x.detach() for x in xs]).requires_grad_()
-        for xs in ([x.r for x in rows], [x.e for x in rows])
-    ]
-    clicked = torch.cat([x.clicked for x in rows])
-    one = head_results(make_loss().click_head, ClickRows(*leaves, clicked, None), True)
-    found = [x[2] for x in every]
-    three = {
-        n: torch.stack([x[n] for x in found]).mean(0)
-        for n in one
-        if n not in ("r", "e") and n != "logits" and "num" not in n
-    }
-    three |= {n: torch.cat([x[n] for x in found]) / 3 for n in ("r", "e")}
-    assert_close(three, {n: one[n] for n in three})
-    for rank, messages in enumerate(x[3] for x in every):
-        for message, expected in zip(messages, EXPECTED_ERRORS, strict=True):
-            assert message.startswith(expected), (rank, message)
-
-
-def test_a_group_of_one_has_the_bits_of_none(tmp_path: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/r", rank=0, world_size=1)
-    try:
-        for impl, kind in (("reference", torch.float64), ("cpu", torch.float32)):
-            loss, p = make_loss(kind, impl=impl), pages(dtype=kind)
-            alone = step_of(copy.deepcopy(loss), p)
-            grouped = step_of(loss, p, group=dist.group.WORLD)
-            assert all(torch.equal(x, alone[n]) for n, x in grouped.items())
-    finally:
-        dist.destroy_process_group()
-
-
 # ---- layouts -------------------------------------------------------------------------------------
-
-
-def as_table(p: Pages, items: int = 10) -> tuple[Pages, Tensor]:
-    """Indices in the place of rows, and the items' table, NaN where nobody asks."""
-    table = torch.full((items, DIM), torch.nan, dtype=p.pv.dtype)
-    for ids, rows in ((p.item_ids, p.pv), (p.history_ids, p.history)):
-        table[ids] = rows.detach()
-    return replace(p, pv=p.item_ids, history=p.history_ids), table.requires_grad_()
-
-
-def of_table(p: Pages, grads: dict[str, Tensor], items: int = 10) -> Tensor:
-    """Gradient of such a table, from those of the rows."""
-    whole = torch.zeros(items, DIM, dtype=grads["pv"].dtype)
-    for ids, name in ((p.item_ids, "pv"), (p.history_ids, "history")):
-        whole.index_add_(0, ids, grads[name])
-    return whole
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded", "past", "nested"])
