@@ -102,6 +102,7 @@ BINNED_LOOPS = {
         "binned_history": (184, 182),
     },
 }
+BINNED_ELSEWHERE = 136  # bytes spilled at most on sm_80 and sm_86
 BINNED_RELOADS = {"candidate-dot": (7, 11), "candidate-256": (10, 29)}
 SLACK = 4  # of the compiler: it orders and merges differently from one release to the next
 
@@ -152,7 +153,8 @@ def check(results: list[dict[str, Any]], may_spill: int = 0) -> None:
         assert x["spilled"] <= max(may_spill, reached), spilled
         in_loop = {"LDL", "STL"} & set(x["loop"])
         assert reached or not in_loop, f"{label}: spills in the loop: {x['loop']}"
-        assert x["wgmma"] or not x["needs_wgmma"], f"{label}: no wgmma in the PTX"
+        needed = x["needs_wgmma"] and x["capability"] == 90
+        assert x["wgmma"] or not needed, f"{label}: no wgmma in the PTX"
 
 
 def test_detects_spills_and_wgmma() -> None:
@@ -206,6 +208,16 @@ def test_loops_over_bins_do_not_grow(label: str) -> None:
         reloads = BINNED_RELOADS[label][newer] if x["name"] == "binned_gradients" else 0
         assert x["loop"].get("LDL", 0) <= reloads, f"{x['name']}: {x['loop']}"
         assert not x["loop"].get("STL"), f"{x['name']}: {x['loop']}"
+
+
+@pytest.mark.long("GPU targets")
+def test_bins_have_registers_and_memory_elsewhere() -> None:
+    names = BINNED_MAY_SPILL.keys() | BINNED_LOOPS["candidate-dot"].keys()
+    for capability in (80, 86):
+        found = [x for x in outcomes("candidate-dot", capability) if x["name"] in names]
+        assert {"binned_scores", "binned_gradients"} <= {x["name"] for x in found}
+        check(found)
+        assert max(x["spilled"] for x in found) <= BINNED_ELSEWHERE
 
 
 @pytest.mark.long("GPU targets")

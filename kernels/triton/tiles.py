@@ -286,10 +286,9 @@ def candidate_lanes(dtype: torch.dtype, block_d: int, heads: int, device: torch.
     return Tile(block_m, rows, 4, 2 if ahead else 1, registers=MOST_REGISTERS)
 
 
-def has_bins(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there is a tile for it: 227 KiB of shared memory and wgmma or what came after it."""
-    wide = dtype in (torch.bfloat16, torch.float32)
-    return interpreted() or (wide and capability(device) in (90, 100, 103))
+def has_bins(dtype: torch.dtype) -> bool:
+    """Whether there is a tile for it."""
+    return interpreted() or dtype in (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -307,9 +306,13 @@ def binned_tile(kind: str, dtype: torch.dtype, block_d: int, device: torch.devic
     if dtype == torch.float32:
         stages = 1 if dot_precision(dtype) == "ieee" else 2
         return BinnedTile(64, 64, 8, stages, registers=MOST_REGISTERS, block_k=16)
-    rows = 64 if capability(device) >= 100 else 128
-    wide = block_d if block_d <= LARGEST_REGISTER_DIM else 64
-    return BinnedTile(rows, 64, 8, 2, registers=MOST_REGISTERS, block_k=wide)
+    rows, warps, wide = 128, 8, block_d if block_d <= LARGEST_REGISTER_DIM else 64
+    if capability(device) in (100, 103):
+        rows = 64
+    elif shared_memory(device) < _LARGE and wide > 128:
+        # 137 KiB are too much. Half as many warps: on 64 rows 8 would do everything twice.
+        rows, warps = 64, 4
+    return BinnedTile(rows, 64, warps, 2, registers=MOST_REGISTERS, block_k=wide)
 
 
 def binned_products(dtype: torch.dtype, block_d: int, device: torch.device) -> ProductTile:
@@ -319,7 +322,9 @@ def binned_products(dtype: torch.dtype, block_d: int, device: torch.device) -> P
         return ProductTile(128, min(block_d, 256), 4, 1, block_k=128)
     if dtype == torch.float32:
         return ProductTile(64, min(block_d, 64), 4, 1, block_k=16)
-    return ProductTile(128, min(block_d, 256), 8, 3, block_k=64)
+    # Elsewhere operands are in registers, too: beside them a sum of 256 columns spills 256 bytes.
+    columns = 256 if capability(device) in (90, 100, 103) else 128
+    return ProductTile(128, min(block_d, columns), 8, 3, block_k=64)
 
 
 def rows_tile(stride: int) -> Tile:

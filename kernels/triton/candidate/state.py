@@ -54,9 +54,7 @@ def fast_path_reasons(p: Problem, stats: bool = False) -> list[str]:
     kind = str(p.pv.dtype).removeprefix("torch.")
     own = [name for name in ("query", "key", "value") if getattr(p, name) is not None]
     found = {
-        f"{kind} here: bfloat16 or float32, and compute capability 9.0 or 10.x": (
-            not tiles.has_bins(p.pv.dtype, p.pv.device)
-        ),
+        f"{kind}, not bfloat16 or float32": not tiles.has_bins(p.pv.dtype),
         f"num_heads is {p.num_heads}": p.num_heads != 1,
         f"{' and '.join(own)} of the caller's own": bool(own),
         "item_ids": p.item_ids is not None,
