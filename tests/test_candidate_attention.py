@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from courier_fast.kernels.cpu import candidate
 from courier_fast.loss import operators, reference
 from courier_fast.loss.options import CHOICES
 from courier_fast.loss.problem import Needs
+from courier_fast.testing.interpreter import truncated_tf32
 
 IMPLS = ("cpu", "triton")
 CANDIDATE: dict[str, Any] = {"attention": "candidate"}
@@ -208,7 +210,9 @@ HALF_CASES = (
 @pytest.mark.parametrize(("impl", "dtype"), [(i, t) for i in IMPLS for t in HALF[i]], ids=str)
 @pytest.mark.parametrize("case", HALF_CASES)
 def test_half(impl: str, dtype: torch.dtype, case: str) -> None:
-    check(impl, case, dtype=dtype, **({"pages": 14} if impl == "cpu" else {"pages": 7}))
+    """float16 has too little range for weights and gradients: their products run in tf32."""
+    with truncated_tf32() if impl == "triton" and not GPU else nullcontext():
+        check(impl, case, dtype=dtype, **({"pages": 14} if impl == "cpu" else {"pages": 7}))
 
 
 def test_which_pages_are_binned() -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
 
 
 def make_fast() -> None:
@@ -22,6 +25,30 @@ def make_fast() -> None:
     _patch_language_once(interpreter)
     _leave_out_unused_checks(interpreter)
     _remember_types(interpreter)
+
+
+@contextmanager
+def truncated_tf32() -> Iterator[None]:
+    """Inside, products in tf32 drop what a GPU does not look at, the last 13 bits of float32
+    operands; the interpreter takes them whole."""
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    whole = builder.create_dot
+
+    def seen(x: Any) -> Any:
+        bits = np.ascontiguousarray(x.data).view(np.int32) & np.int32(-1 << 13)
+        return handle(bits.view(np.float32), x.dtype)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, *more: Any) -> Any:
+        if a.data.dtype == np.float32 and "TF32" in str(precision):
+            a, b = seen(a), seen(b)
+        return whole(self, a, b, d, precision, *more)
+
+    builder.create_dot = create_dot
+    try:
+        yield
+    finally:
+        builder.create_dot = whole
 
 
 def _patch_language_once(interpreter: Any) -> None:

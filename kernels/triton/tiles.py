@@ -286,11 +286,6 @@ def candidate_lanes(dtype: torch.dtype, block_d: int, heads: int, device: torch.
     return Tile(block_m, rows, 4, 2 if ahead else 1, registers=MOST_REGISTERS)
 
 
-def has_bins(dtype: torch.dtype) -> bool:
-    """Whether there is a tile for it."""
-    return interpreted() or dtype in (torch.bfloat16, torch.float32)
-
-
 @dataclass(frozen=True)
 class BinnedTile(Tile):
     """block_k dimensions of a product of rows at a time."""
@@ -307,10 +302,13 @@ def binned_tile(kind: str, dtype: torch.dtype, block_d: int, device: torch.devic
         stages = 1 if dot_precision(dtype) == "ieee" else 2
         return BinnedTile(64, 64, 8, stages, registers=MOST_REGISTERS, block_k=16)
     rows, warps, wide = 128, 8, block_d if block_d <= LARGEST_REGISTER_DIM else 64
+    if dtype == torch.float16:
+        wide = min(wide, 64)  # its weights and gradients are float32: twice the memory
     if capability(device) in (100, 103):
         rows = 64
-    elif shared_memory(device) < _LARGE and wide > 128:
-        # 137 KiB are too much. Half as many warps: on 64 rows 8 would do everything twice.
+    elif shared_memory(device) < _LARGE and (wide > 128 or dtype == torch.float16):
+        # 137 KiB, and 105 of float16, are too much. Half as many warps: on 64 rows 8 would do
+        # everything twice.
         rows, warps = 64, 4
     return BinnedTile(rows, 64, warps, 2, registers=MOST_REGISTERS, block_k=wide)
 

@@ -11,7 +11,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .. import tiles
 from ..shapes import Shape, cdiv, larger, loss_shape
 from ..state import Group, Listed, Make, Plan
 
@@ -51,10 +50,8 @@ class CandidateShape(Shape):
 def fast_path_reasons(p: Problem, stats: bool = False) -> list[str]:
     """Why no page of this problem is packed (binned.py); empty if those that fit are. What must
     hold: products of E and C are all that is needed, and every column is an item of its own."""
-    kind = str(p.pv.dtype).removeprefix("torch.")
     own = [name for name in ("query", "key", "value") if getattr(p, name) is not None]
     found = {
-        f"{kind}, not bfloat16 or float32": not tiles.has_bins(p.pv.dtype),
         f"num_heads is {p.num_heads}": p.num_heads != 1,
         f"{' and '.join(own)} of the caller's own": bool(own),
         "item_ids": p.item_ids is not None,
