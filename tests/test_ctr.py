@@ -84,7 +84,7 @@ def test_protocols_divide_the_pages_by_time(world: tuple[Dataset, Any]) -> None:
     for share in (0.0, 0.8, 1.0):
         with pytest.raises(ValueError, match=f"encoder_share: expected .* got {share}"):
             make_protocol(d, "disjoint", share)
-    with pytest.raises(ValueError, match="protocol: expected one of disjoint, shared, got 'both'"):
+    with pytest.raises(ValueError, match="protocol: expected one of disjoint, shared, warm, got"):
         make_protocol(d, "both")
 
 
@@ -479,7 +479,7 @@ def test_it_keeps_the_weights_of_the_best_look(world: tuple[Dataset, np.ndarray]
     assert -np.log(np.where(clicked, p, 1 - p)).mean() == pytest.approx(min(found.losses))
     assert len(found.losses) < 12  # stopped
     assert found.losses[-1] > min(found.losses)
-    blocks = predict(found.model, inputs.splits["validation"], 50)  # however it is cut
+    blocks = predict(found.model, inputs.splits["validation"], impressions=50)  # however it is cut
     np.testing.assert_allclose(blocks, p, rtol=1e-5)
 
 

@@ -59,8 +59,8 @@ ALWAYS = {
     "json device",
     "report": "dataset run embeddings split baselines candidates k history score bootstrap seed "
     "json device out ctr sweep headline",
-    "ctr": "dataset embeddings out models forms protocol seeds split history min-count batch lr l2 "
-    "epochs no-control allow-missing threads proxies export",
+    "ctr": "dataset embeddings out models forms protocol seeds split history batch lr l2 "
+    "no-control allow-missing threads proxies",
     "sweep": "out seeds split candidates k history score bootstrap batch device precision decoder "
     "threads",
     "index build": "embeddings out kind",

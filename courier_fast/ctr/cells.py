@@ -25,8 +25,9 @@ import torch
 from ..data.dataset import Dataset
 from ..files import write_atomically
 from .fit import Settings, fit
-from .impressions import Protocol
+from .impressions import SCRATCH, Protocol
 from .inputs import Inputs, Material
+from .warm import go_on
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,10 @@ class Plan:
         tables = {name: [_digest(x) for x in of] for name, of in self.embeddings.items()} | {
             NONE: [""]
         }
-        bounds = {p.name: [p.bound, p.train.start] for p in self.protocols}
+        bounds = {
+            p.name: [p.bound, p.train.start, *(x.start for of in p.periods.values() for x in of)]
+            for p in self.protocols
+        }
 
         def of(cell: Cell) -> str:
             about = {
@@ -170,6 +174,15 @@ def read_predictions(path: Path, ranges: Sequence[str]) -> dict[str, Array]:
     read = pq.read_table(path, columns=["range", "p"])
     where, p = read["range"].combine_chunks().to_numpy(zero_copy_only=False), read["p"].to_numpy()
     return {name: p[where == name].astype(np.float64) for name in ranges}
+
+
+def mean_predictions(
+    plan: Plan, out: Path, split: str, model: str, form: str, embedding: str, protocol: str
+) -> Array:
+    """[n] probabilities of a range, means over the seeds."""
+    cells = [Cell(model, form, embedding, protocol, seed) for seed in range(plan.seeds)]
+    read = [read_predictions(out / "cells" / cell.file, (split,))[split] for cell in cells]
+    return np.mean(read, 0)
 
 
 def _predicted_columns(inputs: Inputs, predictions: dict[str, Array]) -> dict[str, Any]:
@@ -224,7 +237,7 @@ def run_plan(
     folder.mkdir(parents=True, exist_ok=True)
     stop = threading.Event()
 
-    def one(cell: Cell, inputs: Inputs) -> None:
+    def one(cell: Cell, inputs: Inputs, protocol: Protocol, before: Inputs | None) -> None:
         torch.set_num_threads(1)
         report = began(cell)
 
@@ -233,7 +246,11 @@ def run_plan(
                 raise _StoppedError
             report(share)
 
-        fitted = fit(cell.model, inputs, plan.settings, cell.seed, progress)
+        if protocol.periods:
+            of = cell.model, inputs, protocol, plan.settings, cell.seed
+            fitted = go_on(*of, before=before, progress=progress)
+        else:
+            fitted = fit(cell.model, inputs, plan.settings, cell.seed, progress)
         columns = _predicted_columns(inputs, fitted.predictions)
         write_cell(folder / cell.file, cell, fingerprint(cell), columns, fitted.losses)
         ended(cell)
@@ -250,10 +267,14 @@ def run_plan(
                         found += 1
                         ended(cell)
                 for place in sorted({plan.place(cell) for cell in missing}):
-                    inputs = _inputs(plan, group, place, material)
+                    inputs, before = _inputs(plan, group, place, material), None
+                    if group[0].periods and group[0].name != SCRATCH and group[1] != NONE:
+                        before = _inputs(plan, (group[0], NONE, NONE), 0, material)
                     mine = [cell for cell in missing if plan.place(cell) == place]
-                    waiting.append([pool.submit(one, cell, inputs) for cell in mine])
-                    del inputs
+                    waiting.append(
+                        [pool.submit(one, cell, inputs, group[0], before) for cell in mine]
+                    )
+                    del inputs, before
                     # The next inputs are made while these cells are trained; no more, for the
                     # memory.
                     _wait(waiting.popleft() if len(waiting) > 1 else ())
@@ -276,7 +297,9 @@ def _inputs(
             plan.dataset,
             protocol,
             history=plan.history,
-            least=plan.least,
+            # A table that only grows has a row for every id; which ones will come again, nobody
+            # knows.
+            least=0 if protocol.periods else plan.least,
             ranges=("train", *plan.ranges),
         )
     table = plan.embeddings[name][place] if name in plan.embeddings else None

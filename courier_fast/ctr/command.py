@@ -10,7 +10,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import faiss  # noqa: F401  (missing: said before any work)
@@ -26,11 +26,20 @@ from .cells import NONE, RANDOM, Cell, Plan, run_plan
 from .export import EXPORTED, export_impressions, is_export
 from .features import FORMS, check_form, random_vectors
 from .fit import Settings
-from .impressions import PROTOCOLS, Impressions, Protocol, as_date, check_dataset, make_protocol
+from .impressions import (
+    PROTOCOLS,
+    SCRATCH,
+    Impressions,
+    Protocol,
+    as_date,
+    check_dataset,
+    make_protocol,
+)
 from .models import MODELS
 from .plots import write_plots
 from .proxies import judge_proxies, ranked_names
 from .report import make_report, print_ctr_report, write_ctr_report
+from .warm_report import write_warm_plot
 
 log = logging.getLogger(__name__)
 
@@ -78,13 +87,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["disjoint"],
         help=f"some of {', '.join(PROTOCOLS)}: whether the embeddings were trained on other pages "
-        "than the CTR model is",
+        "than the CTR model is; warm: models of ids go on over the newer pages, with the embedding "
+        "added and without",
+    )
+    parser.add_argument(
+        "--periods",
+        type=int,
+        default=0,
+        help="of warm, of as many pages each; 0: days (10 where pages have no times)",
     )
     parser.add_argument(
         "--encoder-share",
         type=float,
         default=0.5,
-        help="of all pages, the first ones, left to the embeddings by disjoint",
+        help="of all pages, the first ones, left to the embeddings by disjoint and warm",
     )
     parser.add_argument(
         "--seeds", type=int, default=3, help="models of each cell; their probabilities are averaged"
@@ -174,8 +190,9 @@ def run(args: argparse.Namespace) -> int:
             for seed, x in enumerate(of)
             if name != RANDOM
         }
-        for protocol in plan.protocols:
-            folder = args.export / protocol.name if len(plan.protocols) > 1 else args.export
+        exported = [p for p in plan.protocols if not p.periods]
+        for protocol in exported:
+            folder = args.export / protocol.name if len(exported) > 1 else args.export
             export_impressions(dataset, protocol, own, folder, history=plan.history)
             print(f"{folder}: impressions of {protocol.name} as Parquet, described in README.md")
     groups = plan.groups()
@@ -196,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
     if args.proxies:
         report["proxies"] = judge_proxies(plan, args.out, report)
     write_ctr_report(report, args.out)
-    for path in write_plots(report, args.out):
+    for path in [*write_plots(report, args.out), *write_warm_plot(report["warm"], args.out)]:
         log.info("%s", path)
     print_ctr_report(report)
     return 0
@@ -223,7 +240,8 @@ def _plan(args: argparse.Namespace, dataset: Dataset) -> Plan:
     check_dataset(dataset)
     Impressions(dataset, args.split, history=args.history)  # its own check
     names = dict.fromkeys(args.protocol)
-    protocols = [make_protocol(dataset, name, args.encoder_share) for name in names]
+    protocols = [make_protocol(dataset, n, args.encoder_share, args.periods) for n in names]
+    protocols += [replace(p, name=SCRATCH) for p in protocols if p.periods]
     tables: dict[str, list[Array]] = {}
     for text in args.embeddings:
         name, paths = _named_files(text, args.seeds)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,14 @@ class Fitted:
     model: torch.nn.Module
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """What is drawn inside depends on the seed alone, and on no other thread."""
+    with _SEEDING, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
 def fit(
     name: str,
     inputs: Inputs,
@@ -74,8 +83,7 @@ def fit(
         progress: called with the share of the steps that are done.
     """
     s = settings or Settings()
-    with _SEEDING, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = make_model(name, inputs.tables, inputs.users, inputs.dense)
     optimizer = torch.optim.Adam(model.parameters(), lr=s.lr)
     train, validation = inputs.splits["train"], inputs.splits["validation"]
@@ -86,7 +94,7 @@ def fit(
     for epoch in range(s.epochs):
         order = np.random.default_rng([seed, epoch]).permutation(len(train.shown.pages))
         for step, pages in enumerate(np.array_split(order, min(steps, len(order))), 1):
-            _step(model, optimizer, train, np.sort(pages), s.l2)
+            train_step(model, optimizer, train, np.sort(pages), s.l2)
             progress((epoch + step / steps) / s.epochs)
             if step not in looks:
                 continue
@@ -107,9 +115,10 @@ def fit(
     return Fitted({r: predict(model, inputs.splits[r]) for r in ranges}, losses, model)
 
 
-def _step(
+def train_step(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, train: Split, pages: Array, l2: float
 ) -> None:
+    """On some pages of a range."""
     model.train()
     batch = train.batch(pages)
     loss = functional.binary_cross_entropy_with_logits(model(batch), batch.clicked, batch.weight)
@@ -121,11 +130,16 @@ def _step(
 
 
 @torch.no_grad()
-def predict(model: torch.nn.Module, split: Split, impressions: int = 1 << 13) -> Array:
-    """[n] float32 probabilities, in the order of the split's impressions."""
+def predict(
+    model: torch.nn.Module, split: Split, pages: Array | None = None, impressions: int = 1 << 13
+) -> Array:
+    """[n] float32 probabilities, in the order of the split's impressions; of some pages in a row,
+    if given."""
     model.eval()
-    pages = np.arange(len(split.shown.pages))
-    parts = max(1, math.ceil(len(split.shown) / impressions))
+    if pages is None:
+        pages = np.arange(len(split.shown.pages))
+    offsets = split.shown.offsets
+    parts = max(1, math.ceil(int(offsets[pages[-1] + 1] - offsets[pages[0]]) / impressions))
     found = [
         torch.sigmoid(model(split.batch(some))).numpy()
         for some in np.array_split(pages, min(parts, len(pages)))

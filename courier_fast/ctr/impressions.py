@@ -3,16 +3,19 @@ and what must not be there.
 
     time ->  [ encoder pages ][ CTR training pages ][ validation ][ test ]  protocol "disjoint"
              [ encoder pages = CTR training pages  ][ validation ][ test ]  protocol "shared"
+             [ encoder pages ][ older pages ][ period | period | period ]   protocol "warm"
 
 What is counted, fitted or clustered beside the CTR model comes from the encoder pages, the weights
 from the CTR training pages, the moment to stop from validation. With "shared" the embeddings were
 trained on the very clicks that the CTR model then learns from, so it trusts them more than they
-deserve later; in production it is always "disjoint".
+deserve later; in production it is always "disjoint". "warm" has the ranges of "disjoint", but its
+models go on learning over validation and test (warm.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -24,7 +27,9 @@ from ..data.dataset import Dataset
 
 Array = npt.NDArray
 
-PROTOCOLS = ("disjoint", "shared")
+PROTOCOLS = ("disjoint", "shared", "warm")
+SCRATCH = "warm-scratch"  # the other half of "warm": the inputs are there from the start
+PERIODS = 10  # where pages have no times
 DAY = 86_400
 RECENT = 30 * DAY
 
@@ -143,7 +148,7 @@ def _range(dataset: Dataset, pages: range) -> str:
 @dataclass(frozen=True)
 class Protocol:
     """Which pages teach what; all are rows of the dataset's pages. `bound` (seconds) is where the
-    encoder's pages end."""
+    encoder's pages end. `periods`, of a warm start: the pages of validation and test, cut."""
 
     name: str
     encoder: range
@@ -151,6 +156,7 @@ class Protocol:
     validation: range
     test: range
     bound: float
+    periods: Mapping[str, Sequence[range]] = field(default_factory=dict)
 
     def describe(self, dataset: Dataset) -> str:
         """A line about the ranges, for people."""
@@ -164,6 +170,9 @@ class Protocol:
             f"{what} {len(pages):,} pages from {_range(dataset, pages)}" for what, pages in parts
         )
         bound = as_date(self.bound) if dataset.timed else f"page {self.bound:,}"
+        if self.periods:
+            count = sum(map(len, self.periods.values()))
+            said += f", the last two in {count} periods, each predicted and then trained on"
         return f"{self.name}: {said}; embeddings must come from pages before {bound}"
 
     def known_items(self, dataset: Dataset) -> Array:
@@ -179,21 +188,25 @@ class Protocol:
         return known
 
 
-def make_protocol(dataset: Dataset, name: str = "disjoint", encoder_share: float = 0.5) -> Protocol:
+def make_protocol(
+    dataset: Dataset, name: str = "disjoint", encoder_share: float = 0.5, periods: int = 0
+) -> Protocol:
     """The ranges of a dataset's pages. The bound between encoder and CTR training never divides a
     moment.
 
     Args:
-        encoder_share: of all pages, the first ones, for "disjoint".
+        encoder_share: of all pages, the first ones, for "disjoint" and "warm".
+        periods: of "warm", of as many pages each; 0: days (UTC), or 10 where pages have no times.
 
     Raises:
-        ValueError: an unknown protocol, or a share that leaves a range without pages.
+        ValueError: an unknown protocol, a share that leaves a range without pages, or a period
+            without a page or a click.
     """
     if name not in PROTOCOLS:
         raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {name!r}")
     train, validation, test = (dataset.split(s) for s in ("train", "validation", "test"))
     time, cut = dataset.page_moment, train.stop
-    if name == "disjoint":
+    if name != "shared":
         if not 0 < encoder_share < 1:
             raise ValueError(f"encoder_share: expected above 0 and below 1, got {encoder_share}")
         cut = dataset.first_pages(encoder_share).stop
@@ -204,9 +217,44 @@ def make_protocol(dataset: Dataset, name: str = "disjoint", encoder_share: float
                 f"and CTR model, got {encoder_share}"
             )
     encoder = range(train.start, cut)
-    ctr = range(cut, train.stop) if name == "disjoint" else train
+    ctr = range(cut, train.stop) if name != "shared" else train
     bound = time[cut].item() if cut < len(time) else int(time[-1]) + 1
-    return Protocol(name, encoder, ctr, validation, test, bound)
+    found = Protocol(name, encoder, ctr, validation, test, bound)
+    if name == "warm":
+        found = replace(found, periods=_periods(dataset, (validation, test), periods))
+    return found
+
+
+def _periods(
+    dataset: Dataset, ranges: tuple[range, range], count: int
+) -> dict[str, tuple[range, ...]]:
+    """The pages of validation and test, cut between moments alone: into days, or together into so
+    many periods of about as many pages."""
+    first, last = ranges[0].start, ranges[1].stop
+    time = dataset.page_moment[first:last]
+    if count > last - first or count < 0:
+        raise ValueError(
+            f"periods: expected at most the {last - first} pages of validation and test, got "
+            f"{count}"
+        )
+    if count == 0 and dataset.timed:
+        cuts = np.flatnonzero(np.diff(time // DAY)) + 1
+    else:
+        wanted = np.linspace(0, last - first, (count or min(PERIODS, last - first)) + 1)[1:-1]
+        # A moment is not divided.
+        cuts = np.searchsorted(time, time[wanted.astype(np.int64)])
+    bounds = np.unique(np.concatenate([[0], cuts, [ranges[1].start - first], [last - first]]))
+    found: dict[str, list[range]] = {"validation": [], "test": []}
+    for start, stop in zip(bounds + first, bounds[1:] + first, strict=False):
+        found["validation" if start < ranges[1].start else "test"].append(range(start, stop))
+        clicked = dataset.pv_clicked[dataset.pv_start[start] : dataset.pv_end[stop - 1]]
+        if not clicked.any():
+            since = _range(dataset, range(start, stop))
+            raise ValueError(
+                f"periods: expected a click in each, got none on the {stop - start} pages from "
+                f"{since} on; fewer --periods are longer"
+            )
+    return {name: tuple(of) for name, of in found.items()}
 
 
 def as_date(seconds: float) -> str:

@@ -23,7 +23,7 @@ from ..nearest import exact_search, normalised
 from ..train.config import LossConfig
 from ..train.monitor import effective_rank
 from ..train.objective import Objective
-from .cells import NONE, RANDOM, Cell, Plan, read_predictions
+from .cells import NONE, RANDOM, Plan, mean_predictions
 from .impressions import Impressions, category_codes
 
 Array = npt.NDArray
@@ -126,8 +126,9 @@ def judge_proxies(plan: Plan, out: Path, report: Mapping[str, Any]) -> list[dict
                 if row["form"] == form
             }
             gain = np.array([gains[name] for name in names])
-            of = partial(_predictions, plan, out, report["split"], table)
-            none, read = of(NONE, NONE), [of(form, name) for name in names]
+            of = partial(mean_predictions, plan, out, report["split"], table["model"])
+            none = of(NONE, NONE, table["protocol"])
+            read = [of(form, name, table["protocol"]) for name in names]
             rates.append(
                 {
                     "model": table["model"],
@@ -156,15 +157,6 @@ def ranked_names(plan: Plan) -> list[str]:
             f"{len(names)}"
         )
     return names
-
-
-def _predictions(
-    plan: Plan, out: Path, split: str, table: Mapping[str, Any], form: str, name: str
-) -> Array:
-    """[n] probabilities, means over the seeds."""
-    cells = [Cell(table["model"], form, name, table["protocol"], s) for s in range(plan.seeds)]
-    read = [read_predictions(out / "cells" / cell.file, (split,))[split] for cell in cells]
-    return np.mean(read, 0)
 
 
 def _rates(metrics: Array, gain: Array, seed: int = 0) -> dict[str, dict[str, float]]:

@@ -28,6 +28,8 @@ from .judge import calibrated, judge
 from .proxies import ABOUT as ABOUT_PROXIES
 from .proxies import proxy_table
 from .slices import Slice, slices
+from .warm_report import ABOUT as ABOUT_WARM
+from .warm_report import warm_gains, warm_tables
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ def make_report(plan: Plan, out: Path, split: str = "test") -> dict[str, Any]:
         "embeddings": {name: x[0].shape[1] for name, x in plan.embeddings.items()},
         "encoders": {name: len(x) for name, x in plan.embeddings.items()},
         "tables": tables,
+        "warm": warm_gains(plan, out, split),
         "alarms": [
             f"{model} {row['form']} {row['embedding']} ({protocol}): AUC {row['auc']['value']:.4f} "
             f"is above {LEAK}: an input knows the answer"
@@ -251,6 +254,10 @@ def markdown(report: dict[str, Any]) -> str:
                     *slice_cells(kind, [s for s in table["slices"] if s["kind"] == kind])
                 )
             )
+    if report.get("warm", []):
+        parts += ["## Warm start", ABOUT_WARM]
+        for title, head, lines in warm_tables(report.get("warm", [])):
+            parts += [f"### {title}", markdown_table(head, lines)]
     if report.get("proxies"):
         parts += ["## What foretells the gain", ABOUT_PROXIES]
         parts.append(markdown_table(*proxy_table(report["proxies"])))
@@ -379,6 +386,8 @@ def print_ctr_report(report: dict[str, Any], console: Console | None = None) -> 
             highlight=False,
         )
         console.print(_rich(table))
+    for title, head, lines in warm_tables(report.get("warm", [])):
+        console.print(_plain(f"warm start: {title}", head, lines))
     if report.get("proxies"):
         console.print(_plain("What foretells the gain", *proxy_table(report["proxies"])))
     console.print("All columns and slices are in ctr.md, all numbers in ctr.json.", highlight=False)
