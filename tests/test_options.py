@@ -60,7 +60,7 @@ ALWAYS = {
     "report": "dataset run embeddings split baselines candidates k history score bootstrap seed "
     "json device out ctr sweep headline",
     "ctr": "dataset embeddings out models forms protocol seeds split history batch lr l2 "
-    "no-control allow-missing threads proxies",
+    "no-control allow-missing threads proxies gate policy",
     "sweep": "out seeds split candidates k history score bootstrap batch device precision decoder "
     "threads",
     "index build": "embeddings out kind",

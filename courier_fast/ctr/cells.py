@@ -25,6 +25,7 @@ import torch
 from ..data.dataset import Dataset
 from ..files import write_atomically
 from .fit import Settings, fit
+from .harm import GATE, POLICY, Policy
 from .impressions import SCRATCH, Protocol
 from .inputs import Inputs, Material
 from .warm import go_on
@@ -77,6 +78,13 @@ class Plan:
     history: int = 20
     least: int = 2
     ranges: tuple[str, ...] = ("validation", "test")
+    policy: Policy | None = None  # of the forms that end in "+policy"
+
+    def off(self, form: str, embedding: str) -> Array | None:
+        """[items] bool: where the policy fills in zeros; None where none is asked for."""
+        if self.policy is None or not form.endswith(POLICY):
+            return None
+        return self.policy.off(form, embedding, self.dataset)
 
     def groups(self) -> list[tuple[Protocol, str, str]]:
         """Protocol, form, embedding; first without one, which the others are compared with."""
@@ -85,6 +93,7 @@ class Plan:
             for protocol in self.protocols
             for form in self.forms
             for name in ([NONE] if form == NONE else self.embeddings)
+            if name != RANDOM or not form.endswith((GATE, POLICY))
         ]
         return sorted(made, key=lambda g: (self.protocols.index(g[0]), g[1] != NONE))
 
@@ -136,6 +145,9 @@ class Plan:
                 "least": self.least,
                 "ranges": self.ranges,
             }
+            off = self.off(cell.form, cell.embedding)
+            if off is not None:
+                about["off"] = _digest(off)
             return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
         return of
@@ -303,7 +315,7 @@ def _inputs(
             ranges=("train", *plan.ranges),
         )
     table = plan.embeddings[name][place] if name in plan.embeddings else None
-    return material[protocol.name].inputs(form, table)
+    return material[protocol.name].inputs(form, table, plan.off(form, name))
 
 
 def _wait(futures: Iterable[Future[None]]) -> None:

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from .cells import NONE, RANDOM, Cell, Plan, run_plan
 from .export import EXPORTED, export_impressions, is_export
 from .features import FORMS, check_form, random_vectors
 from .fit import Settings
+from .harm import GATE, POLICY, Policy
+from .harm_report import decided, harm
 from .impressions import (
     PROTOCOLS,
     SCRATCH,
@@ -46,6 +48,7 @@ log = logging.getLogger(__name__)
 Array = npt.NDArray
 
 DIMENSIONS = "embeddings.json"
+DECIDED = "policy.json"
 DESCRIPTION = (
     "Trains click-through-rate models on the dataset's pages with and without each embedding, in "
     "several forms, and prints what it adds. "
@@ -128,6 +131,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         value = getattr(defaults, name)
         parser.add_argument(f"--{name}", type=type(value), default=value, help=text)
     parser.add_argument(
+        "--gate",
+        action="store_true",
+        help="every form also with a gate for each category, learned, on what the embedding says",
+    )
+    parser.add_argument(
+        "--policy",
+        type=local_path,
+        help="policy.json of an earlier run: every form also with zeros in the categories that it "
+        "turns off; the export has them, too",
+    )
+    parser.add_argument(
         "--no-control",
         action="store_true",
         help="without the random vectors that show what capacity alone is worth",
@@ -156,11 +170,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     inputs = [
         args.dataset,
+        *([] if args.policy is None or args.policy.parent == args.out else [args.policy]),
         *(path for text in args.embeddings for path in _named_files(text, max(args.seeds, 1))[1]),
     ]
     check_growing(
         args.out,
-        ("cells", "ctr.json", "ctr.md", DIMENSIONS),
+        ("cells", "ctr.json", "ctr.md", DIMENSIONS, DECIDED),
         _is_ctr,
         what="out: expected a new folder or one of `ctr`",
         inputs=inputs,
@@ -190,10 +205,11 @@ def run(args: argparse.Namespace) -> int:
             for seed, x in enumerate(of)
             if name != RANDOM
         }
+        off = _exported_off(plan, own)
         exported = [p for p in plan.protocols if not p.periods]
         for protocol in exported:
             folder = args.export / protocol.name if len(exported) > 1 else args.export
-            export_impressions(dataset, protocol, own, folder, history=plan.history)
+            export_impressions(dataset, protocol, own, folder, history=plan.history, off=off)
             print(f"{folder}: impressions of {protocol.name} as Parquet, described in README.md")
     groups = plan.groups()
     total = sum(len(plan.cells(group)) for group in groups)
@@ -210,6 +226,11 @@ def run(args: argparse.Namespace) -> int:
     if found:
         log.info("%d of %d cells were there already", found, total)
     report = make_report(plan, args.out, args.split)
+    policy = plan.policy
+    if policy is None:
+        policy = decided(plan, args.out)
+        policy.write(args.out / DECIDED)
+    report["harm"] = harm(plan, args.out, args.split, policy)
     if args.proxies:
         report["proxies"] = judge_proxies(plan, args.out, report)
     write_ctr_report(report, args.out)
@@ -217,6 +238,19 @@ def run(args: argparse.Namespace) -> int:
         log.info("%s", path)
     print_ctr_report(report)
     return 0
+
+
+def _exported_off(plan: Plan, names: Iterable[str]) -> dict[str, dict[str, Array]]:
+    """{embedding: {form: [items] bool}} of a policy; embeddings of several seeds have its name in
+    front."""
+    if plan.policy is None:
+        return {}
+    found: dict[str, dict[str, Array]] = {}
+    for name in names:
+        of = max((n for n in plan.embeddings if name.startswith(n)), key=len)
+        rows = [row for row in plan.policy.rows if row["embedding"] == of]
+        found[name] = {r["form"]: plan.policy.off(r["form"], of, plan.dataset) for r in rows}
+    return found
 
 
 def _is_ctr(folder: Path) -> bool:
@@ -261,17 +295,25 @@ def _plan(args: argparse.Namespace, dataset: Dataset) -> Plan:
     if not args.no_control:
         widest = max(x[0].shape[1] for x in tables.values())
         tables[RANDOM] = [random_vectors(dataset.num_items, widest)]
+    forms = [form for form in args.forms if form != NONE]
+    variants = [GATE] * args.gate + [POLICY] * (args.policy is not None)
+    policy = None
+    if args.policy is not None:
+        policy = Policy.read(args.policy, dataset, {n: x for n, x in tables.items() if n != RANDOM})
+        for form, name in itertools.product(forms, (n for n in tables if n != RANDOM)):
+            policy.row(form, name)
     return Plan(
         dataset,
         tables,
         list(dict.fromkeys(args.models)),
-        list(dict.fromkeys([NONE, *args.forms])),
+        list(dict.fromkeys([NONE, *forms, *(form + x for form in forms for x in variants)])),
         protocols,
         args.seeds,
         settings,
         args.history,
         args.min_count,
         ("validation",) if args.split == "validation" else ("validation", "test"),
+        policy,
     )
 
 

@@ -18,6 +18,7 @@ from ..data.dataset import Dataset
 from ..files import read_json, write_atomically
 from .features import (
     CLUSTERS,
+    FORMS,
     SIMILARITY,
     cluster_features,
     code_features,
@@ -95,6 +96,7 @@ def export_impressions(
     *,
     history: int = 20,
     rows: int = 1 << 20,
+    off: Mapping[str, Mapping[str, Array]] | None = None,
 ) -> None:
     """Writes train, validation and test.parquet (a row per impression), items.parquet, for FuxiCTR
     dataset_config.yaml and each embedding's vectors, and README.md into the folder.
@@ -104,13 +106,16 @@ def export_impressions(
 
     Args:
         rows: impressions written at once, about; bounds the memory.
+        off: {embedding: {form: [items] bool}}, items for which that form's columns say nothing, as
+            a policy has it (harm.py): numbers and vectors are zeros, clusters and codes -1.
     """
     folder.mkdir(parents=True, exist_ok=True)
     numbers = [n for n in IMPRESSIONS if n.startswith(("popularity", "same_"))]
     config = dataset_config(numbers, ((n, x.shape[1]) for n, x in embeddings.items()), history)
     write_atomically(folder / "dataset_config.yaml", lambda path: path.write_text(config))
     known = protocol.known_items(dataset)
-    codes = {name: _Codes(x, known) for name, x in embeddings.items()}
+    off = {name: dict(of) for name, of in (off or {}).items()}
+    codes = {name: _Codes(x, known, off.get(name, {})) for name, x in embeddings.items()}
     for name in RANGES:
         made = partial(
             _write_export,
@@ -195,9 +200,10 @@ def _columns(x: Impressions) -> dict[str, pa.Array]:
 
 class _Codes:
     """An embedding's clusters and codes by the names of their columns, [items] each: of the item,
-    and those that are counted in the history."""
+    and those that are counted in the history; `off` of what `export_impressions` has."""
 
-    def __init__(self, table: Array, known: Array) -> None:
+    def __init__(self, table: Array, known: Array, off: Mapping[str, Array]) -> None:
+        self.off = {form: off.get(form, np.zeros(len(table), bool)) for form in FORMS[1:]}
         clusters = dict(zip(CLUSTERS, cluster_features(table, known).T, strict=True))
         codes = code_features(table, known)
         levels = range(1, codes.shape[1] + 1)
@@ -205,8 +211,13 @@ class _Codes:
         self.item = {f"cluster_{k}": x for k, x in clusters.items()}
         self.item |= {f"code_{i}": codes[:, i - 1] for i in levels}
         self.item |= {f"prefix_{i}": seen[i - 1] for i in levels[1:]}  # the first is code_1
+        self.item = {n: np.where(self.off_of(n), np.int32(-1), x) for n, x in self.item.items()}
         self.counted = {f"same_cluster_{k}": x for k, x in clusters.items()}
         self.counted |= {f"same_prefix_{i}": every[i - 1] for i in levels}
+
+    def off_of(self, column: str) -> Array:
+        """[items] bool, by the form that a column is of."""
+        return self.off["cluster" if "cluster" in column else "code"]
 
 
 def _embedding_columns(
@@ -215,6 +226,9 @@ def _embedding_columns(
     x = Impressions(dataset, pages, history=history)
     similar = similarity_features(table, x)
     same = same_cluster(np.stack(list(codes.counted.values()), 1), x)
+    similar[codes.off["similarity"][x.item]] = 0
+    for i, n in enumerate(codes.counted):
+        same[codes.off_of(n)[x.item], i] = 0
     columns = {f"{name}_similarity_{c}": similar[:, i] for i, c in enumerate(SIMILARITY)}
     columns |= {f"{name}_{n}": numbers[x.item] for n, numbers in codes.item.items()}
     columns |= {f"{name}_{n}": same[:, i] for i, n in enumerate(codes.counted)}
@@ -230,6 +244,7 @@ def _columns_of_items(
     }
     for name, x in embeddings.items():
         vectors = vector_features(x, known)
+        vectors[codes[name].off["vector"]] = 0
         columns[f"{name}_vector"] = pa.FixedSizeListArray.from_arrays(
             pa.array(vectors.ravel()), vectors.shape[1]
         )

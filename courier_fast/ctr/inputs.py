@@ -23,6 +23,7 @@ from .features import (
     similarity_features,
     vector_features,
 )
+from .harm import GATE, base_form
 from .impressions import Impressions, Protocol, category_codes, id_codes
 from .models import ImpressionBatch, ItemTables
 
@@ -143,8 +144,17 @@ class Material:
         category, names = category_codes(d)
         return user, np.stack([item, category], 1), [int(item.max()) + 1, len(names)]
 
-    def inputs(self, form: str, embeddings: Array | None = None) -> Inputs:
-        """ValueError for an unknown form, or one without the embeddings [items, D] it needs."""
+    def inputs(
+        self, form: str, embeddings: Array | None = None, off: Array | None = None
+    ) -> Inputs:
+        """Those of a form, behind which "+gate" may stand. ValueError for an unknown form, or one
+        without the embeddings [items, D] it needs.
+
+        Args:
+            off: [items] bool, items for which what the embedding says is zeros: vectors, numbers
+                before they are standardised, and codes, whose 0 stands for none.
+        """
+        gated, form = form.endswith(GATE), base_form(form)
         check_form(form)
         if form != "none" and embeddings is None:
             raise ValueError(f"embeddings: expected some for the form {form!r}, got none")
@@ -171,8 +181,17 @@ class Material:
             every = code_prefixes(levels)
             for name, x in self.shown.items():
                 dense[name].append(same_cluster(every, x))
+        if off is not None:
+            codes[off, 2:] = 0
+            if vectors is not None:
+                vectors[torch.from_numpy(off)] = 0
+            for name, x in self.shown.items():
+                for numbers in dense[name][1:]:
+                    numbers[off[x.item]] = 0
         columns = _standardised({name: np.concatenate(x, 1) for name, x in dense.items()})
-        tables = ItemTables(torch.from_numpy(codes.astype(np.int64)), tuple(sizes), vectors)
+        added = columns["train"].shape[1] - self._numbers["train"].shape[1]
+        codes = torch.from_numpy(codes.astype(np.int64))
+        tables = ItemTables(codes, tuple(sizes), vectors, added, gated)
         splits = {
             name: Split(
                 x,

@@ -49,11 +49,18 @@ class ImpressionBatch:
 @dataclass(frozen=True)
 class ItemTables:
     """What is known of every item: codes [items, C], each of an embedding of `sizes[c]` rows (the
-    first column is the id), and vectors [items, D] or None."""
+    first columns are id and category), and vectors [items, D] or None.
+
+    With `gated` all that is known by an embedding, the other codes, the vectors and the last
+    `added` numbers of an impression, is weighed by a gate of the item's category between 0 and 2,
+    2 sigmoid(w) with w = 0 at first (as LHUC, Swietojanski and Renals 2014): it begins as without.
+    """
 
     codes: Tensor
     sizes: tuple[int, ...]
     vectors: Tensor | None = None
+    added: int = 0
+    gated: bool = False
 
 
 class Dice(nn.Module):
@@ -92,12 +99,26 @@ class ItemEmbedding(nn.Module):
         )
         self.vector = None if tables.vectors is None else nn.Linear(tables.vectors.shape[1], ID)
         self.dim = sum(widths) + (0 if self.vector is None else ID)
+        self.gates = None
+        if tables.gated:
+            self.gates = nn.Embedding.from_pretrained(
+                torch.zeros(tables.sizes[1], 1), freeze=False
+            )
+
+    def gate(self, items: Tensor) -> Tensor | None:
+        """[U, 1] of items [U]; None without gates."""
+        if self.gates is None:
+            return None
+        return 2 * torch.sigmoid(self.gates(self.tables.codes[items, 1]))
 
     def forward(self, items: Tensor) -> Tensor:
         codes = self.tables.codes[items]
         parts = [table(codes[:, i]) for i, table in enumerate(self.codes)]
         if self.vector is not None and self.tables.vectors is not None:
             parts.append(self.vector(self.tables.vectors[items]))
+        gate = self.gate(items)
+        if gate is not None:
+            parts = [*parts[:2], *(gate * part for part in parts[2:])]
         return torch.cat(parts, 1)
 
 
@@ -113,7 +134,11 @@ class _Model(nn.Module):
         """Rows of the items [U, d], of the candidates [B, d], and the rest [B, context]."""
         rows = self.items(batch.items)
         rest = [self.user(batch.user), self.hour(batch.hour), self.weekday(batch.weekday)]
-        return rows, functional.embedding(batch.item, rows), torch.cat([*rest, batch.dense], 1)
+        dense, added = batch.dense, self.items.tables.added
+        gate = self.items.gate(batch.items[batch.item]) if added else None
+        if gate is not None:
+            dense = torch.cat([dense[:, :-added], gate * dense[:, -added:]], 1)
+        return rows, functional.embedding(batch.item, rows), torch.cat([*rest, dense], 1)
 
 
 class DIN(_Model):

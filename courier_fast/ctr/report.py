@@ -23,6 +23,8 @@ from ..metrics.calibration import calibration, fit_platt
 from ..metrics.clicks import auc
 from .cells import NONE, RANDOM, Cell, Plan, read_predictions
 from .features import SIMILARITY, similarity_features
+from .harm_report import ABOUT as ABOUT_HARM
+from .harm_report import COMPARED, harm_tables
 from .impressions import Impressions, histories_said
 from .judge import calibrated, judge
 from .proxies import ABOUT as ABOUT_PROXIES
@@ -144,6 +146,8 @@ def _against(plan: Plan, shown: Impressions, p: dict[str, Array]) -> list[dict[s
     for form in (f for f in plan.forms if f != NONE):
         for other in others:
             names = [_name(form, first), _name(form, other)]
+            if not set(names) <= p.keys():
+                continue  # the control has no policy and no gates
             judged = judge(
                 shown.clicked,
                 {n: p[n] for n in names},
@@ -245,7 +249,9 @@ def markdown(report: dict[str, Any]) -> str:
                 "form by form"
             )
             parts.append(
-                markdown_table(["form", *others], [[f, *(of[f, o] for o in others)] for f in forms])
+                markdown_table(
+                    ["form", *others], [[f, *(of.get((f, o), "") for o in others)] for f in forms]
+                )
             )
         for kind in dict.fromkeys(s["kind"] for s in table["slices"]):
             parts.append(f"### {table['model']}, {table['protocol']}: by {kind}")
@@ -258,6 +264,10 @@ def markdown(report: dict[str, Any]) -> str:
         parts += ["## Warm start", ABOUT_WARM]
         for title, head, lines in warm_tables(report.get("warm", [])):
             parts += [f"### {title}", markdown_table(head, lines)]
+    if report.get("harm"):
+        parts += ["## Harm", ABOUT_HARM]
+        for title, head, lines in harm_tables(report["harm"]):
+            parts += [f"### {title}" if title != COMPARED else title, markdown_table(head, lines)]
     if report.get("proxies"):
         parts += ["## What foretells the gain", ABOUT_PROXIES]
         parts.append(markdown_table(*proxy_table(report["proxies"])))
@@ -388,6 +398,9 @@ def print_ctr_report(report: dict[str, Any], console: Console | None = None) -> 
         console.print(_rich(table))
     for title, head, lines in warm_tables(report.get("warm", [])):
         console.print(_plain(f"warm start: {title}", head, lines))
+    for title, head, lines in harm_tables(report.get("harm", [])):
+        if title == COMPARED:
+            console.print(_plain(title, head, lines))
     if report.get("proxies"):
         console.print(_plain("What foretells the gain", *proxy_table(report["proxies"])))
     console.print("All columns and slices are in ctr.md, all numbers in ctr.json.", highlight=False)

@@ -42,7 +42,7 @@ def warm_gains(plan: Plan, out: Path, split: str) -> list[dict[str, Any]]:
     for model in plan.models:
         of = partial(mean_predictions, plan, out, split, model)
         none = of(NONE, NONE, protocol.name)
-        for form, name in ((f, n) for f in plan.forms if f != NONE for n in plan.embeddings):
+        for form, name in ((f, n) for x, f, n in plan.groups() if x is protocol and f != NONE):
             p = {
                 NONE: none,
                 "warm": of(form, name, protocol.name),
