@@ -101,9 +101,7 @@ class ItemEmbedding(nn.Module):
         self.dim = sum(widths) + (0 if self.vector is None else ID)
         self.gates = None
         if tables.gated:
-            self.gates = nn.Embedding.from_pretrained(
-                torch.zeros(tables.sizes[1], 1), freeze=False
-            )
+            self.gates = nn.Embedding.from_pretrained(torch.zeros(tables.sizes[1], 1), freeze=False)
 
     def gate(self, items: Tensor) -> Tensor | None:
         """[U, 1] of items [U]; None without gates."""
