@@ -121,6 +121,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             continue
         others.append(item)
         if mark is not None:
+            if not mark.args:
+                raise pytest.UsageError(f"{item.nodeid}: long: expected a reason, got none")
             left_out[mark.args[0]] = left_out.get(mark.args[0], 0) + 1
     items[:] = chosen
     if others:

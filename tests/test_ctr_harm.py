@@ -224,7 +224,7 @@ def test_variants_beside_all_on(world: World, tmp_path: Path) -> None:
     assert changed == (set() if same else {"dcnv2-similarity+policy-style-disjoint-0.parquet"})
 
 
-@pytest.mark.long
+@pytest.mark.long("whole commands")
 def test_the_command_decides_and_applies(world: World, tmp_path: Path) -> None:
     d, style = world
     np.save(tmp_path / "style.npy", style)

@@ -146,7 +146,7 @@ def test_three_embeddings_are_too_few(
     assert not (tmp_path / "out" / "cells").exists()
 
 
-@pytest.mark.long
+@pytest.mark.long("whole commands")
 def test_the_command_writes_it(world: World, tmp_path: Path) -> None:
     d, style = world
     paths = []

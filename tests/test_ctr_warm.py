@@ -158,7 +158,7 @@ def test_a_signal_is_found_and_noise_is_not(tmp_path: Path) -> None:
     assert np.array_equal(first, again)
 
 
-@pytest.mark.long
+@pytest.mark.long("whole commands")
 def test_the_command(world: World, tmp_path: Path) -> None:
     d, style = world
     np.save(tmp_path / "style.npy", style)
