@@ -100,7 +100,7 @@ def test_wrong_embeddings_are_named_before_any_training(
             "form: expected one of none, vector, similarity, cluster, code, all, got 'pixels'",
         ),
         (["--models", "deepfm"], "models: expected some of din, dcnv2, got 'deepfm'"),
-        (["--protocol", "both"], "protocol: expected some of disjoint, shared, got 'both'"),
+        (["--protocol", "both"], "protocol: expected some of disjoint, shared, warm, got 'both'"),
         (["--encoder-share", "0.9"], "encoder_share: expected a share"),
         (["--seeds", "0"], "seeds, threads, min_count: expected at least 1, 0 and 1, got 0"),
         (["--history", "0"], "history: expected at least 1, got 0"),
