@@ -16,6 +16,7 @@ import torch
 from ctr_factory import make_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from courier_fast.cli import main
 from courier_fast.ctr import Impressions, make_protocol
@@ -28,6 +29,7 @@ from courier_fast.ctr.harm import Policy, category_gains, decide, shrink
 from courier_fast.ctr.harm_report import decided, harm, harm_notes, harm_tables, lowest
 from courier_fast.ctr.impressions import SCRATCH, category_codes
 from courier_fast.ctr.inputs import Material
+from courier_fast.ctr.plots import _harmed, _variants, write_plots
 from courier_fast.ctr.report import make_report, markdown, print_ctr_report, write_ctr_report
 from courier_fast.data.dataset import Dataset
 
@@ -481,6 +483,31 @@ def test_the_report_says_what_decided_and_that_validation_is_no_judge(
     for text in (*texts, " ".join(capsys.readouterr().out.split())):
         assert "decided on validation of protocol disjoint" in text
         assert ("the very pages that the policy was decided on" in text) == (split == "validation")
+    paths = {path.name: path for path in write_plots(report, tmp_path)}
+    assert paths["harm.png"].read_bytes()[:4] == b"\x89PNG"
+    assert "harm.png" not in {p.name for p in write_plots(report | {"harm": []}, tmp_path)}
+
+
+def test_the_picture_marks_what_is_off(planted: tuple[Plan, Path]) -> None:
+    plan, out = planted
+    [x, _] = harm(plan, out, "test", decided(plan, out))
+    x["categories"][0]["category"] = "$^$"  # no formula, which would be an error
+    above, below = Figure().subplots(2)
+    _harmed(above, x)
+    _variants(below, x)
+    names = [text.get_text().partition(" (")[0] for text in above.get_yticklabels()]
+    rows = lowest(x)
+    assert names == [row["category"] for row in rows]
+    every, marked = above.containers  # with their intervals
+    assert every[0].get_xdata() == pytest.approx([1000 * row["shrunken"] for row in rows])
+    assert marked[0].get_xdata() == pytest.approx([1000 * rows[0]["shrunken"]])
+    assert marked[0].get_ydata() == [len(rows) - 1]  # on top
+    lines = {line.get_label(): line.get_xdata()[0] for line in above.lines}
+    assert lines["mean of all categories"] == pytest.approx(1000 * x["mean"])
+    [value] = below.containers[0][0].get_xdata()
+    assert value == pytest.approx(-1000 * x["variants"]["+policy"]["logloss"]["value"])
+    assert value > 0  # better than all on
+    above.figure.canvas.draw()
 
 
 # ---- the command ---------------------------------------------------------------------------------
