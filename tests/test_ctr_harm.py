@@ -24,11 +24,12 @@ from courier_fast.ctr.cells import NONE, Plan, run_plan, write_cell
 from courier_fast.ctr.command import _exported, _exported_off
 from courier_fast.ctr.export import export_impressions
 from courier_fast.ctr.features import FORMS
-from courier_fast.ctr.fit import Settings, fit
+from courier_fast.ctr.fit import Settings, fit, predict, seeded
 from courier_fast.ctr.harm import Policy, category_gains, decide, shrink
 from courier_fast.ctr.harm_report import decided, harm, harm_notes, harm_tables, lowest
 from courier_fast.ctr.impressions import SCRATCH, category_codes
-from courier_fast.ctr.inputs import Material
+from courier_fast.ctr.inputs import Inputs, Material
+from courier_fast.ctr.models import MODELS, make_model
 from courier_fast.ctr.plots import _harmed, _variants, write_plots
 from courier_fast.ctr.report import make_report, markdown, print_ctr_report, write_ctr_report
 from courier_fast.data.dataset import Dataset
@@ -395,8 +396,8 @@ def test_each_seed_of_an_embedding_is_exported_with_its_policy(world: World) -> 
 
 @pytest.mark.parametrize("name", ["din", "dcnv2"])
 def test_gates_close_where_the_embedding_misleads(name: str, tmp_path: Path) -> None:
-    """In category c1 what the embedding says is turned round in the training pages' second half
-    and noise after: less weight there than elsewhere."""
+    """The vectors of category c1 are noise: what the embedding says has less weight there than
+    elsewhere."""
     d, style = make_world(tmp_path / "d", style_decides=True, users=150, items=200, pages=3000)
     rng = np.random.default_rng(5)
     misled = style.copy()
@@ -410,11 +411,40 @@ def test_gates_close_where_the_embedding_misleads(name: str, tmp_path: Path) -> 
     assert gates[1] < gates[[0, 2, 3]].min() - 0.02
 
 
-def test_gates_begin_nearly_open_and_without_an_embedding_there_are_none(world: World) -> None:
+@pytest.mark.parametrize("form", ["similarity", "all"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gates_begin_open_and_weigh_what_the_embedding_says(
+    name: str, form: str, world: World
+) -> None:
     d, style = world
-    material = Material(d, make_protocol(d))
-    assert material.inputs("cluster+gate", style).tables.gated
-    assert not material.inputs("cluster", style).tables.gated
+    material = Material(d, make_protocol(d), ranges=("train", "validation"))
+    plain, gated = material.inputs(form, style), material.inputs(form + "+gate", style)
+
+    def model_of(inputs: Inputs) -> Any:
+        with seeded(0):
+            return make_model(name, inputs.tables, inputs.users, inputs.dense)
+
+    model, split = model_of(gated), gated.splits["validation"]
+    before = predict(model, split)
+    assert np.array_equal(before, predict(model_of(plain), plain.splits["validation"]))
+    with torch.no_grad():
+        model.items.gates.weight[1] = -100.0  # shut, for c1
+    changed = predict(model, split) != before
+    x = split.shown
+    c1 = np.arange(d.num_items) % 4 == 1
+    told, rows = c1[x.item], x.page - x.pages.start
+    if form == "all":  # vectors and codes are in the history, too
+        seen = np.concatenate([[0], np.cumsum(c1[d.event_item])])
+        told = told | (seen[x.history_end] > seen[x.history_start])[rows]
+    assert (told[changed]).all()
+    assert changed[told].mean() > 0.9
+
+
+@pytest.mark.parametrize("form", [NONE, "cluster"])
+def test_without_being_asked_for_there_are_no_gates(form: str, world: World) -> None:
+    inputs = Material(world[0], make_protocol(world[0])).inputs(form, world[1])
+    model: Any = make_model("din", inputs.tables, inputs.users, inputs.dense)
+    assert model.items.gates is None
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -549,6 +579,25 @@ def test_variants_beside_all_on(world: World, tmp_path: Path) -> None:
     changed = {p.name for p in (out / "cells").iterdir() if times[p.name] != p.stat().st_mtime_ns}
     same = other.policy.row("similarity", "style")["off"] == ["c3"]
     assert changed == (set() if same else {"dcnv2-similarity+policy-style-disjoint-0.parquet"})
+
+
+def test_what_misleads_since_training_is_turned_off_and_the_policy_mends_it(tmp_path: Path) -> None:
+    """From vectors to a policy and back: in c1 taste is turned round from validation on."""
+    sizes = {"users": 150, "items": 200, "pages": 4000}
+    d, style = make_world(tmp_path / "d", style_decides=True, turned=1, **sizes)
+    np.save(tmp_path / "style.npy", style)
+    what = ["ctr", "--dataset", str(d.path), "--embeddings", str(tmp_path / "style.npy")]
+    what += ["--models", "dcnv2", "--forms", "similarity", "--seeds", "1", "--epochs", "2"]
+    what += ["--protocol", "shared", "--no-control", "--out", str(tmp_path / "out")]
+    assert main(what) == 0
+    [row] = json.loads((tmp_path / "out" / "policy.json").read_text())["rows"]
+    assert row["off"] == ["c1"]
+    assert main([*what, "--policy", str(tmp_path / "out" / "policy.json")]) == 0
+    [x] = json.loads((tmp_path / "out" / "ctr.json").read_text())["harm"]
+    harmed = {row["category"] for row in x["categories"] if row["high"] < 0}
+    assert harmed == {row["category"] for row in x["categories"] if row["off"]} == {"c1"}
+    worth = x["variants"]["+policy"]
+    assert worth["logloss"]["high"] < 0 < worth["auc"]["low"]
 
 
 @pytest.mark.long("whole commands")
