@@ -22,11 +22,13 @@ def make_world(
     pages: int = 6000,
     shown: int = 6,
     seed: int = 0,
+    turned: int | None = None,
 ) -> tuple[Dataset, np.ndarray]:
     """The folder and the items' styles [items, 8] of length 1. A user's taste is a style, too.
 
     Clicks have probability sigmoid(4 taste . style - 2), or sigmoid(quality - 1.5) with a normally
-    distributed quality of each item.
+    distributed quality of each item. From validation on, taste is turned round for the items of the
+    category `turned` (0 to 3): what was learned of it then misleads.
     """
     rng = np.random.default_rng(seed)
     style, taste = (rng.normal(size=(n, 8)) for n in (items, users))
@@ -41,6 +43,9 @@ def make_world(
         if style_decides
         else quality[item] - 1.5
     )
+    if turned is not None:
+        late = np.arange(pages)[:, None] >= int(0.8 * pages)
+        logit = np.where(late & (item % 4 == turned), -4 - logit, logit)
     clicked = rng.random(item.shape) < 1 / (1 + np.exp(-logit))
     write_world(path, user, time, item, clicked, items)
     return Dataset(path), style.astype(np.float32)

@@ -318,7 +318,8 @@ def test_an_image_is_worth_what_it_decides(tmp_path: Path, style_decides: bool) 
         assert (one["embedding"], one["other"]) == ("style", "random")
         assert (one["auc"]["low"] > 0.05) == style_decides, one
     pictures = {p.name: p.read_bytes()[:4] for p in (tmp_path / "out").glob("*.png")}
-    assert pictures == dict.fromkeys(["gains.png", "categories.png", "calibration.png"], b"\x89PNG")
+    names = ["gains.png", "categories.png", "calibration.png", "harm.png"]
+    assert pictures == dict.fromkeys(names, b"\x89PNG")
     text = (tmp_path / "out" / "ctr.md").read_text()
     assert text.count("minus none |") >= 3
     assert f"| similarity | style | {rows[0]['auc']['value']:.4f}" in text

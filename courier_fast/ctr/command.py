@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from .export import EXPORTED, export_impressions, is_export
 from .features import FORMS, check_form, random_vectors
 from .fit import Settings
 from .harm import GATE, POLICY, Policy
-from .harm_report import decided, harm
+from .harm_report import decided, harm, harm_notes
 from .impressions import (
     PROTOCOLS,
     SCRATCH,
@@ -139,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         type=local_path,
         help="policy.json of an earlier run: every form also with zeros in the categories that it "
-        "turns off; the export has them, too",
+        "turns off; the export has them, too, and says for what there is no policy",
     )
     parser.add_argument(
         "--no-control",
@@ -199,13 +199,8 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     _same_dimensions(args.out / DIMENSIONS, plan.embeddings)
     if args.export is not None:
-        own = {
-            name if len(of) == 1 else f"{name}-{seed}": x
-            for name, of in plan.embeddings.items()
-            for seed, x in enumerate(of)
-            if name != RANDOM
-        }
-        off = _exported_off(plan, own)
+        own = {name: plan.embeddings[of][seed] for name, of, seed in _exported(plan)}
+        off = None if plan.policy is None else _exported_off(plan, plan.policy)
         exported = [p for p in plan.protocols if not p.periods]
         for protocol in exported:
             folder = args.export / protocol.name if len(exported) > 1 else args.export
@@ -231,6 +226,7 @@ def run(args: argparse.Namespace) -> int:
         policy = decided(plan, args.out)
         policy.write(args.out / DECIDED)
     report["harm"] = harm(plan, args.out, args.split, policy)
+    report["harm_notes"] = harm_notes(policy, args.split) if report["harm"] else []
     if args.proxies:
         report["proxies"] = judge_proxies(plan, args.out, report)
     write_ctr_report(report, args.out)
@@ -240,16 +236,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _exported_off(plan: Plan, names: Iterable[str]) -> dict[str, dict[str, Array]]:
-    """{embedding: {form: [items] bool}} of a policy; embeddings of several seeds have its name in
-    front."""
-    if plan.policy is None:
-        return {}
+def _exported(plan: Plan) -> Iterator[tuple[str, str, int]]:
+    """Name in the export, embedding and seed."""
+    for name, of in plan.embeddings.items():
+        for seed in range(len(of)) if name != RANDOM else ():
+            yield name if len(of) == 1 else f"{name}-{seed}", name, seed
+
+
+def _exported_off(plan: Plan, policy: Policy) -> dict[str, dict[str, Array]]:
+    """{name in the export: {form: [items] bool}}."""
     found: dict[str, dict[str, Array]] = {}
-    for name in names:
-        of = max((n for n in plan.embeddings if name.startswith(n)), key=len)
-        rows = [row for row in plan.policy.rows if row["embedding"] == of]
-        found[name] = {r["form"]: plan.policy.off(r["form"], of, plan.dataset) for r in rows}
+    for name, of, _ in _exported(plan):
+        forms = [row["form"] for row in policy.rows if row["embedding"] == of]
+        found[name] = {form: policy.off(form, of, plan.dataset) for form in forms}
     return found
 
 
@@ -299,9 +298,8 @@ def _plan(args: argparse.Namespace, dataset: Dataset) -> Plan:
     variants = [GATE] * args.gate + [POLICY] * (args.policy is not None)
     policy = None
     if args.policy is not None:
-        policy = Policy.read(args.policy, dataset, {n: x for n, x in tables.items() if n != RANDOM})
-        for form, name in itertools.product(forms, (n for n in tables if n != RANDOM)):
-            policy.row(form, name)
+        own = {name: of for name, of in tables.items() if name != RANDOM}
+        policy = Policy.read(args.policy, dataset, own, forms)
     return Plan(
         dataset,
         tables,

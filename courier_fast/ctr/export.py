@@ -3,8 +3,9 @@ of one's own."""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 
 from ..data.dataset import Dataset
 from ..files import read_json, write_atomically
+from ..markdown import markdown_table
 from .features import (
     CLUSTERS,
     FORMS,
@@ -28,10 +30,12 @@ from .features import (
     vector_features,
 )
 from .fuxictr import SEPARATOR, dataset_config
-from .impressions import Impressions, Protocol, histories_said
+from .impressions import Impressions, Protocol, category_codes, histories_said
 from .inputs import RANGES, base_numbers
 
 log = logging.getLogger(__name__)
+
+EXPORTED_FORMS = FORMS[1:-1]  # of columns; "all" is these together
 
 Array = npt.NDArray
 
@@ -107,15 +111,15 @@ def export_impressions(
     Args:
         rows: impressions written at once, about; bounds the memory.
         off: {embedding: {form: [items] bool}}, items for which that form's columns say nothing, as
-            a policy has it (harm.py): numbers and vectors are zeros, clusters and codes -1.
+            a policy has it (harm.py): numbers and vectors are zeros, clusters and codes -1. Forms
+            that it lacks stay as they are, which a warning and README.md say.
     """
     folder.mkdir(parents=True, exist_ok=True)
     numbers = [n for n in IMPRESSIONS if n.startswith(("popularity", "same_"))]
     config = dataset_config(numbers, ((n, x.shape[1]) for n, x in embeddings.items()), history)
     write_atomically(folder / "dataset_config.yaml", lambda path: path.write_text(config))
     known = protocol.known_items(dataset)
-    off = {name: dict(of) for name, of in (off or {}).items()}
-    codes = {name: _Codes(x, known, off.get(name, {})) for name, x in embeddings.items()}
+    codes = {name: _Codes(x, known, (off or {}).get(name, {})) for name, x in embeddings.items()}
     for name in RANGES:
         made = partial(
             _write_export,
@@ -137,6 +141,9 @@ def export_impressions(
     if pc.any(pc.match_substring(dataset.item_ids, SEPARATOR)).as_py():
         log.warning("item ids with %r: FuxiCTR would cut the histories' ids there", SEPARATOR)
     text = _dictionary(dataset, protocol, embeddings, history)
+    if off is not None:
+        _warn_of_undecided(embeddings, off)
+        text += "\n" + _policy_section(dataset, embeddings, off)
     write_atomically(folder / "README.md", lambda path: path.write_text(text))
 
 
@@ -203,7 +210,7 @@ class _Codes:
     and those that are counted in the history; `off` of what `export_impressions` has."""
 
     def __init__(self, table: Array, known: Array, off: Mapping[str, Array]) -> None:
-        self.off = {form: off.get(form, np.zeros(len(table), bool)) for form in FORMS[1:]}
+        self.off = {form: off.get(form, np.zeros(len(table), bool)) for form in EXPORTED_FORMS}
         clusters = dict(zip(CLUSTERS, cluster_features(table, known).T, strict=True))
         codes = code_features(table, known)
         levels = range(1, codes.shape[1] + 1)
@@ -292,4 +299,36 @@ def _dictionary(
 | column | |
 | --- | --- |
 {rows(ITEMS)}
+"""
+
+
+def _warn_of_undecided(names: Iterable[str], off: Mapping[str, Mapping[str, Array]]) -> None:
+    """Whoever trains on these columns takes them for what the policy's tables have judged."""
+    lacking = [f"{f} of {n}" for n in names for f in EXPORTED_FORMS if f not in off.get(n, {})]
+    if lacking:
+        log.warning(
+            "policy: it has nothing for %s: exported without zeros (a row of the form all is of a "
+            "model of its own, and counts for none of them)",
+            ", ".join(lacking),
+        )
+
+
+def _policy_section(
+    dataset: Dataset, names: Iterable[str], off: Mapping[str, Mapping[str, Array]]
+) -> str:
+    codes, categories = category_codes(dataset)
+    lines = []
+    for name, form in itertools.product(names, EXPORTED_FORMS):
+        mask = off.get(name, {}).get(form)
+        said = "nothing was decided: as without a policy"
+        if mask is not None:
+            said = ", ".join(categories[c] for c in np.unique(codes[mask])) or "no category"
+        lines.append([name, form, said])
+    return f"""## Policy
+
+Items of the categories that a policy has turned off: their vectors and numbers of similarity are 0,
+their clusters and codes -1, and how often these are in the history 0. As items of the history they
+still count in the numbers of items of other categories.
+
+{markdown_table(["embedding", "columns of", "categories that are off"], lines)}
 """

@@ -13,17 +13,21 @@ so that a category of few impressions stands near the mean, whatever it seems to
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..data.dataset import Dataset
 from ..files import array_sha256, read_json, write_atomically
+from .features import FORMS
 from .impressions import Impressions, category_codes
 
 Array = npt.NDArray
@@ -38,9 +42,10 @@ def base_form(form: str) -> str:
     return form.partition("+")[0]
 
 
-def category_gains(shown: Impressions, none: Array, p: Array) -> list[dict[str, Any]]:
+def category_gains(shown: Impressions, none: Array, p: Array) -> tuple[list[dict[str, Any]], float]:
     """By category, the largest first: "category", "impressions", "users", "gain" (mean of the
-    logloss of `none` [n] minus that of `p` [n]), "shrunken", "low" and "high" (95 %)."""
+    logloss of `none` [n] minus that of `p` [n]), "shrunken", "low" and "high" (95 %); and the mean
+    that they are shrunken towards."""
     x = _logloss(shown.clicked, none) - _logloss(shown.clicked, p)
     weight = np.ones(len(x)) if shown.weight is None else shown.weight.astype(np.float64)
     codes, names = category_codes(shown.dataset)
@@ -62,11 +67,11 @@ def category_gains(shown: Impressions, none: Array, p: Array) -> list[dict[str, 
         gain.append(mean)
         about = {"category": names[code], "impressions": len(y), "users": users, "gain": mean}
         rows.append(about)
-    shrunken, deviation = shrink(np.array(gain), np.array(error))
+    shrunken, deviation, centre = shrink(np.array(gain), np.array(error))
     for row, value, d in zip(rows, shrunken, deviation, strict=True):
         row |= {"shrunken": float(value), "low": float(value - 1.96 * d)}
         row["high"] = float(value + 1.96 * d)
-    return rows
+    return rows, centre
 
 
 def _logloss(clicked: Array, p: Array) -> Array:
@@ -74,12 +79,12 @@ def _logloss(clicked: Array, p: Array) -> Array:
     return -np.log(np.where(clicked, p, 1 - p))
 
 
-def shrink(gain: Array, variance: Array) -> tuple[Array, Array]:
+def shrink(gain: Array, variance: Array) -> tuple[Array, Array, float]:
     """Gains [C] with the variances of their errors [C], which may be infinite, shrunken towards
-    their mean, and the standard deviations of what they then may be off by."""
+    their mean, the standard deviations of what they then may be off by, and that mean."""
     known = np.isfinite(variance)
     if not known.any():
-        return np.full(len(gain), gain.mean()), np.full(len(gain), np.inf)
+        return np.full(len(gain), gain.mean()), np.full(len(gain), np.inf), float(gain.mean())
     w = np.where(known, 1 / np.maximum(variance, 1e-30), 0)
     mean = (w * gain).sum() / w.sum()
     excess = (w * (gain - mean) ** 2).sum() - (known.sum() - 1)
@@ -91,7 +96,59 @@ def shrink(gain: Array, variance: Array) -> tuple[Array, Array]:
     own = np.where(known, b * np.where(known, variance, 0), between)
     if known.sum() > 3:  # t^2 is estimated, too (Morris 1983)
         own = own + 2 / (known.sum() - 3) * ((1 - b) * (gain - mean)) ** 2 * known
-    return mean + b * (gain - mean), np.sqrt(own + (1 - b) ** 2 * of_mean)
+    return mean + b * (gain - mean), np.sqrt(own + (1 - b) ** 2 * of_mean), float(mean)
+
+
+class _Shape(BaseModel):
+    """Of a policy file: types as they stand there, and whatever more somebody has noted."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Category(_Shape):
+    category: str
+
+
+class _Row(_Shape):
+    form: str
+    embedding: str
+    off: list[str]
+    categories: list[_Category]
+
+
+class _File(_Shape):
+    version: Literal[1]  # VERSION
+    dataset: str
+    embeddings: dict[str, list[str]]
+    rows: list[_Row]
+    protocol: str = ""
+
+
+# pydantic's names of what a value is not.
+TYPES = {
+    "model_type": "an object",
+    "dict_type": "an object",
+    "list_type": "a list",
+    "string_type": "a text",
+    "string_unicode": "a text",
+    "literal_error": f"{VERSION}",
+}
+
+
+def _shape_error(found: Mapping[str, Any]) -> str | None:
+    """What a policy file was expected to have, and what came; None where it has all."""
+    try:
+        _File.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+    else:
+        return None
+    where = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in first["loc"])[1:]
+    about = "a file of `courier-fast ctr`, policy.json, with"
+    if first["type"] == "missing":
+        return f"{about} {where}, got none"
+    wanted = TYPES.get(first["type"], first["msg"])
+    return f"{about} {wanted} as {where}, got {reprlib.repr(first['input'])}"
 
 
 @dataclass(frozen=True)
@@ -102,58 +159,97 @@ class Policy:
         dataset: fingerprint of that on which it was decided.
         embeddings: {name: checksums of its tables}.
         rows: {"form", "embedding", "off": categories, "categories": of `category_gains`}.
+        protocol: the one whose validation decided; "" where nobody wrote it down.
     """
 
     dataset: str
     embeddings: dict[str, list[str]]
     rows: list[dict[str, Any]]
+    protocol: str = ""
 
     @classmethod
-    def read(cls, path: Path, dataset: Dataset, tables: Mapping[str, Sequence[Array]]) -> Policy:
+    def read(
+        cls,
+        path: Path,
+        dataset: Dataset,
+        tables: Mapping[str, Sequence[Array]],
+        forms: Sequence[str] = (),
+    ) -> Policy:
         """ValueError for a file that is none, or of another dataset or other embeddings, for
-        categories that the dataset lacks and for a policy that leaves nothing."""
-        found = read_json(path)
+        categories that the dataset lacks, and where nothing was decided, or nothing is left, for
+        one of the forms of these embeddings."""
         try:
-            policy = cls(found["dataset"], found["embeddings"], found["rows"])
-            off = {(row["form"], row["embedding"]): list(row["off"]) for row in policy.rows}
-        except (KeyError, TypeError):
-            raise ValueError(
-                f"policy: expected a file of `courier-fast ctr`, policy.json, got {path}"
-            ) from None
-        if policy.dataset != dataset.fingerprint:
-            raise ValueError(
-                f"policy: expected one decided on {dataset.path}, got one of another dataset "
-                f"(checksum {policy.dataset[:19]}, here {dataset.fingerprint[:19]}) in {path}"
+            found = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"policy: {error}") from None
+        wrong = _shape_error(found)
+        if wrong is None:
+            parts = {name: found[name] for name in ("dataset", "embeddings", "rows")}
+            policy = cls(**parts, protocol=found.get("protocol", ""))
+            wrong = next(policy._contradictions(), None)
+            wrong = wrong or next(policy._misfits(dataset, tables), None)
+            wrong = wrong or next(policy._unusable(tables, forms), None)
+        if wrong is not None:
+            raise ValueError(f"policy: expected {wrong} in {path}")
+        return policy
+
+    def _contradictions(self) -> Iterator[str]:
+        """In the file itself."""
+        seen = set()
+        for place, row in enumerate(self.rows):
+            what = f"{row['form']} of {row['embedding']!r}"
+            if row["form"] not in FORMS[1:]:
+                yield f"one of {', '.join(FORMS[1:])} as rows[{place}].form, got {row['form']!r}"
+            if (row["form"], row["embedding"]) in seen:
+                yield f"one row for {what}, got two"
+            seen.add((row["form"], row["embedding"]))
+            if not self.embeddings.get(row["embedding"]):
+                yield f"checksums of {row['embedding']!r} among its embeddings, got none"
+            if not row["categories"]:
+                yield f"the categories that {what} was judged in, got none"
+
+    def _misfits(self, dataset: Dataset, tables: Mapping[str, Sequence[Array]]) -> Iterator[str]:
+        """Between the file and what the run has."""
+        if self.dataset != dataset.fingerprint:
+            yield (
+                f"one decided on {dataset.path}, got one of another dataset "
+                f"(checksum {self.dataset[:19]!r}, here {dataset.fingerprint[:19]!r})"
             )
         for name, sums in _checksums(tables).items():
-            if policy.embeddings.get(name, sums) != sums:
-                raise ValueError(
-                    f"policy: expected one decided for these embeddings, got one for another table "
-                    f"{name!r} in {path}"
-                )
+            if self.embeddings.get(name, sums) != sums:
+                yield f"one decided for these embeddings, got one for another table {name!r}"
         known = set(category_codes(dataset)[1])
-        for (form, name), names in off.items():
-            if unknown := sorted(set(names) - known):
-                raise ValueError(
-                    f"policy: expected categories of {dataset.path}, got {unknown[0]!r} in {path}"
+        for row in self.rows:
+            if unknown := sorted(set(row["off"]) - known):
+                yield f"categories of {dataset.path}, got {unknown[0]!r}"
+
+    def _unusable(
+        self, tables: Mapping[str, Sequence[Array]], forms: Sequence[str]
+    ) -> Iterator[str]:
+        """For a form of an embedding that the run has."""
+        rows = {(row["form"], row["embedding"]): row for row in self.rows}
+        for form, name in itertools.product(forms, tables):
+            row = rows.get((form, name))
+            if row is None:
+                yield self._undecided(form, name)
+                continue
+            judged = {x["category"] for x in row["categories"]}
+            if judged <= set(row["off"]):
+                yield (
+                    f"a category that {form} of {name!r} is left to, got all {len(judged)} turned "
+                    "off (leave this form or embedding out)"
                 )
-            if set(names) >= {x["category"] for x in policy.row(form, name)["categories"]}:
-                raise ValueError(
-                    f"policy: expected a category that {form} of {name!r} is left to, got all "
-                    f"{len(names)} turned off in {path}: leave this embedding out"
-                )
-        return policy
+
+    def _undecided(self, form: str, embedding: str) -> str:
+        decided = ", ".join(f"{row['form']} of {row['embedding']!r}" for row in self.rows)
+        return f"one for {form} of {embedding!r}, got one for {decided or 'nothing'}"
 
     def row(self, form: str, embedding: str) -> dict[str, Any]:
         """ValueError where nothing was decided."""
         for row in self.rows:
             if (row["form"], row["embedding"]) == (base_form(form), embedding):
                 return row
-        decided = ", ".join(f"{row['form']} of {row['embedding']}" for row in self.rows)
-        raise ValueError(
-            f"policy: expected one for {base_form(form)} of {embedding!r}, got one for "
-            f"{decided or 'nothing'}"
-        )
+        raise ValueError(f"policy: expected {self._undecided(base_form(form), embedding)}")
 
     def off(self, form: str, embedding: str, dataset: Dataset) -> Array:
         """[items] bool: those of the categories that are off."""
@@ -170,8 +266,9 @@ def decide(
     dataset: Dataset,
     tables: Mapping[str, Sequence[Array]],
     gains: Mapping[tuple[str, str], list[dict[str, Any]]],
+    protocol: str,
 ) -> Policy:
-    """By form and embedding, from their gains on validation."""
+    """By form and embedding, from their gains on validation of that protocol."""
     rows = [
         {
             "form": form,
@@ -181,7 +278,7 @@ def decide(
         }
         for (form, name), of in gains.items()
     ]
-    return Policy(dataset.fingerprint, _checksums(tables), rows)
+    return Policy(dataset.fingerprint, _checksums(tables), rows, protocol)
 
 
 def _checksums(tables: Mapping[str, Sequence[Array]]) -> dict[str, list[str]]:

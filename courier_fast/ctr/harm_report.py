@@ -16,7 +16,7 @@ from .harm import GATE, POLICY, Policy, base_form, category_gains, decide
 from .impressions import Impressions
 from .judge import judge
 
-SHOWN = 12  # categories of a table in text, those of the lowest gains
+SHOWN = 12  # categories of a table or picture, those of the lowest gains
 ABOUT = (
     "Gain: logloss without the embedding minus that with it, in thousandths, by the candidate's "
     "category, shrunken towards the mean of all categories (empirical Bayes, errors by users, 95 "
@@ -28,34 +28,62 @@ COMPARED = (
 )
 
 
+def judged_protocols(plan: Plan) -> list[str]:
+    """Those that have gains by category, the deciding one first: not the warm ones, which have
+    tables of their own, unless there are no others."""
+    return [p.name for p in plan.protocols if not p.periods] or [plan.protocols[0].name]
+
+
+def judged_forms(plan: Plan) -> list[str]:
+    """Those that a policy is decided for."""
+    return [f for f in plan.forms if f != NONE and base_form(f) == f]
+
+
 def decided(plan: Plan, out: Path) -> Policy:
-    """From the validation predictions of the first protocol, means over seeds; gains are means over
-    the models."""
+    """From the validation predictions of the first of `judged_protocols`, means over seeds and
+    models."""
     shown = Impressions(plan.dataset, "validation", history=plan.history)
-    forms = [f for f in plan.forms if f != NONE and base_form(f) == f]
+    protocol = judged_protocols(plan)[0]
     names = [name for name in plan.embeddings if name != RANDOM]
-    gains = {}
-    for form, name in itertools.product(forms, names):
-        none, p = (
-            np.mean([_predicted(plan, out, "validation", m, *x) for m in plan.models], 0)
-            for x in ((NONE, NONE), (form, name))
+
+    def predicted(form: str, name: str) -> np.ndarray:
+        of = [
+            mean_predictions(plan, out, "validation", m, form, name, protocol) for m in plan.models
+        ]
+        return np.mean(of, 0)
+
+    none, gains = predicted(NONE, NONE), {}
+    for form, name in itertools.product(judged_forms(plan), names):
+        gains[form, name], _ = category_gains(shown, none, predicted(form, name))
+    tables = {name: plan.embeddings[name] for name in names}
+    return decide(plan.dataset, tables, gains, protocol)
+
+
+def harm_notes(policy: Policy, split: str) -> list[str]:
+    """What a reader of the tables has to know of the policy."""
+    where = f" of protocol {policy.protocol}" if policy.protocol else ""
+    notes = [f"The policy was decided on validation{where}, for all models and protocols."]
+    if split == "validation":
+        notes.append(
+            "These numbers are of validation, the very pages that the policy was decided on: it "
+            "looks better here than it is. `--split test` judges it."
         )
-        gains[form, name] = category_gains(shown, none, p)
-    return decide(plan.dataset, {name: plan.embeddings[name] for name in names}, gains)
+    return notes
 
 
 def harm(plan: Plan, out: Path, split: str, policy: Policy) -> list[dict[str, Any]]:
-    """For each model, form and embedding: "categories", of `category_gains` on the split with
-    "off"; "variants" {"+policy", "+gate": the differences of "auc" and "logloss" from the form with
-    all on}, those that there are."""
+    """For each model, protocol, form and embedding: "categories", of `category_gains` on the split
+    with "off"; "mean", what they are shrunken towards; "variants" {"+policy", "+gate": the
+    differences of "auc" and "logloss" from the form with all on}, those that there are."""
     shown = Impressions(plan.dataset, split, history=plan.history)
-    forms = [f for f in plan.forms if f != NONE and base_form(f) == f]
     names = [name for name in plan.embeddings if name != RANDOM]
     found = []
-    for model, form, name in itertools.product(plan.models, forms, names):
-        of = partial(_predicted, plan, out, split, model)
+    for protocol, model, form, name in itertools.product(
+        judged_protocols(plan), plan.models, judged_forms(plan), names
+    ):
+        of = partial(mean_predictions, plan, out, split, model, protocol=protocol)
         all_on, off = of(form, name), set(policy.row(form, name)["off"])
-        rows = category_gains(shown, of(NONE, NONE), all_on)
+        rows, mean = category_gains(shown, of(NONE, NONE), all_on)
         variants = {}
         for variant in (POLICY, GATE):
             if form + variant in plan.forms:
@@ -67,8 +95,10 @@ def harm(plan: Plan, out: Path, split: str, policy: Policy) -> list[dict[str, An
         found.append(
             {
                 "model": model,
+                "protocol": protocol,
                 "form": form,
                 "embedding": name,
+                "mean": mean,
                 "categories": [row | {"off": row["category"] in off} for row in rows],
                 "variants": variants,
             }
@@ -76,8 +106,9 @@ def harm(plan: Plan, out: Path, split: str, policy: Policy) -> list[dict[str, An
     return found
 
 
-def _predicted(plan: Plan, out: Path, split: str, model: str, form: str, name: str) -> np.ndarray:
-    return mean_predictions(plan, out, split, model, form, name, plan.protocols[0].name)
+def lowest(x: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The categories of one of `harm` that are shown, the lowest gain first."""
+    return sorted(x["categories"], key=lambda row: row["shrunken"])[:SHOWN]
 
 
 def harm_tables(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -85,7 +116,9 @@ def harm_tables(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]
     tables = []
     compared = [
         [
-            *(x[key] for key in ("model", "form", "embedding")),
+            f"{x['model']}, {x['protocol']}",
+            x["form"],
+            x["embedding"],
             variant,
             _range(d["auc"], 1, 4),
             _range(d["logloss"], 1, 5),
@@ -97,7 +130,6 @@ def harm_tables(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]
         head = ["model", "form", "embedding", "", "AUC minus all on", "logloss minus all on"]
         tables.append((COMPARED, head, compared))
     for x in found:
-        lowest = sorted(x["categories"], key=lambda row: row["shrunken"])[:SHOWN]
         lines = [
             [
                 row["category"],
@@ -107,10 +139,11 @@ def harm_tables(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]
                 _range(row | {"value": row["shrunken"]}, 1000, 2),
                 "off" if row["off"] else "",
             ]
-            for row in lowest
+            for row in lowest(x)
         ]
         head = ["category", "impressions", "users", "gain", "shrunken", "policy"]
-        tables.append((f"{x['model']}, {x['form']}, {x['embedding']}", head, lines))
+        about = ", ".join(x[key] for key in ("model", "protocol", "form", "embedding"))
+        tables.append((about, head, lines))
     return tables
 
 

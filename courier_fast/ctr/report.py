@@ -265,7 +265,7 @@ def markdown(report: dict[str, Any]) -> str:
         for title, head, lines in warm_tables(report.get("warm", [])):
             parts += [f"### {title}", markdown_table(head, lines)]
     if report.get("harm"):
-        parts += ["## Harm", ABOUT_HARM]
+        parts += ["## Harm", ABOUT_HARM, *report.get("harm_notes", [])]
         for title, head, lines in harm_tables(report["harm"]):
             parts += [f"### {title}" if title != COMPARED else title, markdown_table(head, lines)]
     if report.get("proxies"):
@@ -401,6 +401,8 @@ def print_ctr_report(report: dict[str, Any], console: Console | None = None) -> 
     for title, head, lines in harm_tables(report.get("harm", [])):
         if title == COMPARED:
             console.print(_plain(title, head, lines))
+    for note in report.get("harm_notes", []):
+        console.print(note, highlight=False, markup=False)
     if report.get("proxies"):
         console.print(_plain("What foretells the gain", *proxy_table(report["proxies"])))
     console.print("All columns and slices are in ctr.md, all numbers in ctr.json.", highlight=False)
