@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from courier_fast.quickstart.command import Quickstart, draw, prepare_dataset
 
 QUICKSTART = Quickstart()
@@ -13,6 +11,6 @@ QUICKSTART = Quickstart()
 
 def quickstart_dataset(folder: Path) -> Path:
     """Draws, simulates and prepares under `folder`; gives the dataset's folder."""
-    draw(folder, QUICKSTART, Console(quiet=True))
+    draw(folder, QUICKSTART)
     prepare_dataset(folder, QUICKSTART)
     return folder / "dataset"

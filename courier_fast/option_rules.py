@@ -234,6 +234,7 @@ RULES: dict[str, list[Rule]] = {
             "--format",
             "--licence",
             "--precision",
+            "--dim",
             "--dataset",
             "--split",
             "--photos",

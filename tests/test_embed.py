@@ -452,7 +452,10 @@ def test_small_vectors(dataset: Dataset, tmp_path: Path) -> None:
     for options, message in (
         ((tmp_path / "x.npy", "--dim", 9), "dim: expected 1 to 8, the encoder's, got 9"),
         ((tmp_path / "x.npy", "--dim", 0), "dim: expected 1 to 8"),
-        ((tmp_path / "x", "--dtype", "int8"), "dtype: expected float32 with a folder"),
+        (
+            (tmp_path / "store", "--dim", 5, "--only-new", "--dtype", "int8"),
+            "dtype: expected float32",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             command(*common, *options)

@@ -73,8 +73,9 @@ def test_the_bytes_are_those_of_the_local_engine(
     assert len(beside[0]["damaged"]) == 2
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_a_folder_grows_as_the_local_engine_makes_it_grow(
-    ray: Any, dataset: Dataset, run: Path, tmp_path: Path
+    ray: Any, dataset: Dataset, run: Path, tmp_path: Path, dtype: str
 ) -> None:
     images = images_of(dataset)
     images[20] = images[21]
@@ -82,17 +83,20 @@ def test_a_folder_grows_as_the_local_engine_makes_it_grow(
     tables = []
     for engine in ("local", "ray"):
         out = tmp_path / engine
-        assert embed(run, f"--dataset={dataset.path}", out, f"--engine={engine}") == 0
-        assert embed(run, f"--dataset={later.path}", out, f"--engine={engine}", "--only-new") == 0
+        how = (f"--engine={engine}", f"--dtype={dtype}")
+        assert embed(run, f"--dataset={dataset.path}", out, *how) == 0
+        assert embed(run, f"--dataset={later.path}", out, *how, "--only-new") == 0
         parts = EmbeddingStore.open(out).parts
         assert [p["rows"] for p in parts] == [59, 1]
         tables.append(
             [pq.read_table(out / p["name"]).drop(["encoded_at"]).to_pydict() for p in parts]
         )
     for one, other in zip(*tables, strict=True):
+        assert one.keys() == other.keys() and ("scale" in one) == (dtype == "int8")
         for column in ("item_id", "source"):
             assert one[column] == other[column]
-        np.testing.assert_array_equal(one["embedding"], other["embedding"])
+        for column in one.keys() - {"item_id", "source"}:
+            np.testing.assert_array_equal(one[column], other[column])
 
 
 class Slow(nn.Module):

@@ -15,7 +15,7 @@ from dataset_factory import make_dataset
 from torch import Tensor, nn
 
 from courier_fast.data.dataset import Dataset
-from courier_fast.data.embedding_store import EmbeddingStore
+from courier_fast.data.embedding_store import EmbeddingStore, to_int8
 from courier_fast.data.embeddings import (
     read_embeddings,
     read_npy,
@@ -161,6 +161,160 @@ def test_a_folder_is_made_compact(tmp_path: Path) -> None:
     assert made.null_count == 0
 
 
+# ---- smaller numbers -----------------------------------------------------------------------------
+
+
+def steps_of(rows: np.ndarray, dtype: str) -> np.ndarray:
+    """What a stored number may be off by: half a step."""
+    if dtype == "float16":
+        return np.maximum(np.abs(rows) * 2.0**-11, 2.0**-25)
+    return np.abs(rows).max(1, keepdims=True) / 127 / 2 * (1 + 1e-5)
+
+
+def stored(folder: Path) -> dict[str, dict[str, list[Any]]]:
+    """The parts but for the time at which they were made."""
+    return {
+        p.name: pq.read_table(p).drop(["encoded_at"]).to_pydict()
+        for p in sorted(folder.glob("part-*"))
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_folder_of_smaller_numbers_grows(tmp_path: Path, dtype: str) -> None:
+    encoder, folder = Double(), tmp_path / "e"
+    embed_new(encoder, source("abcde"), folder, space=SPACE, numbers=dtype)
+    about = json.loads((folder / "manifest.json").read_text())
+    assert (about["format"], about["dtype"]) == (2, dtype)
+    before = checksums(folder)
+    later = source("acdefg", changed="d")
+    later.table[5] *= 1000  # more than any before it: nothing is cut off
+    again: dict[str, Any] = {"space": SPACE, "only_new": True}
+    store, report = embed_new(encoder, later, folder, remove_missing=True, **again)
+    assert report is not None and report.rows == 3 and store.dtype == dtype
+    assert {n: b for n, b in checksums(folder).items() if n in before} == before
+    ids, rows = EmbeddingStore.open(folder).read()
+    assert rows.dtype == np.float32 and sorted(ids.to_pylist()) == list("acdefg")
+    expected = 2 * later.table[["acdefg".index(i) for i in ids.to_pylist()]]
+    off = np.abs(rows - expected)
+    assert (off <= steps_of(expected, dtype)).all() and off.max() > 0
+    kind = pq.read_schema(folder / "part-00002.parquet").field("embedding").type.value_type
+    assert np.dtype(kind.to_pandas_dtype()) == dtype
+    small = store.compact()
+    assert small == EmbeddingStore.open(folder) and len(small.parts) == 1
+    assert small.read()[0].to_pylist() == ids.to_pylist()
+    np.testing.assert_array_equal(small.read()[1], rows)  # not rounded once more
+    with pytest.raises(ValueError, match=f"dtype: expected {dtype}, that of the folder .*float32"):
+        embed_new(encoder, later, folder, numbers="float32", **again)
+    assert embed_new(encoder, later, folder, numbers=dtype, **again)[1] is None
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_killed_run_of_smaller_numbers_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    how: dict[str, Any] = {"space": SPACE, "batch": 2, "save_seconds": 0.0, "numbers": dtype}
+    more, calls = source("abcdefghij"), 0
+
+    def load(rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return FeatureRows.load(more, rows)
+
+    monkeypatch.setattr(more, "load", load)
+    with pytest.raises(KeyboardInterrupt):
+        embed_new(Double(), more, tmp_path / "killed", **how)
+    assert EmbeddingStore.open(tmp_path / "killed").rows == 0
+    _, report = embed_new(Double(), more, tmp_path / "killed", **how)
+    assert report is not None and report.resumed > 0
+    embed_new(Double(), more, tmp_path / "whole", **how)
+    assert stored(tmp_path / "killed") == stored(tmp_path / "whole")
+
+
+class Damaged(FeatureRows):
+    """Its second row is there, but cannot be read."""
+
+    def load(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        return super().load(rows)[0], rows == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_damaged_images_and_rows_of_zeros_come_back(tmp_path: Path, dtype: str) -> None:
+    some = source("abc")
+    some.table[2] = 0
+    damaged = Damaged(some.table, some.ids)
+    store, _ = embed_new(Double(), damaged, tmp_path / "e", space=SPACE, numbers=dtype)
+    ids, rows = store.read()
+    assert ids.to_pylist() == list("abc")
+    assert np.isnan(rows).all(1).tolist() == [False, True, False] and (rows[2] == 0).all()
+
+
+def test_a_scale_for_each_row_loses_least() -> None:
+    """Against one scale for all: 1/127, which no row of unit length exceeds, and that of a first
+    part. What docs/evaluation.md says of it."""
+    rng = np.random.default_rng(0)
+    for dim, most in ((64, 1.8e-5), (256, 2.7e-5)):
+        turn = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
+        falling = rng.normal(size=(20_000, dim)) * np.arange(1, dim + 1) ** -0.7
+        # As of a trained encoder: few directions hold most, and the mean is not 0.
+        trained_like = falling @ turn + 0.1 * rng.normal(size=dim)
+        for rows in (rng.normal(size=(20_000, dim)), trained_like):
+            rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+
+            def lost(found: np.ndarray, rows: np.ndarray = rows) -> float:
+                return float(1 - ((found * rows).sum(1) / np.linalg.norm(found, axis=1)).mean())
+
+            numbers, scale = to_int8(rows)
+            assert (np.abs(numbers).max(1) == 127).all()
+            one = np.abs(rows[:1000]).max() / 127
+            first = lost(np.clip(np.rint(rows / one), -127, 127) * one)
+            row, unit = lost(numbers * scale[:, None].astype(float)), lost(np.rint(rows * 127))
+            assert row < most and 2 * row < first < unit
+
+
+def test_a_row_is_stored_alike_whatever_is_beside_it() -> None:
+    rows = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
+    rows[3], rows[4] = np.nan, [np.inf, 0, 0, 0, 0]
+    numbers, scale = to_int8(rows)
+    for i in range(9):
+        alone = to_int8(rows[i : i + 1])
+        np.testing.assert_array_equal(alone[0][0], numbers[i])
+        np.testing.assert_array_equal(alone[1][0], scale[i])
+    assert np.isnan(scale).nonzero()[0].tolist() == [3, 4] and scale.dtype == np.float32
+
+
+def test_folders_of_float32_are_as_they_were(tmp_path: Path) -> None:
+    store, _ = embed_new(Double(), source("ab"), tmp_path / "e", space=SPACE)
+    about = json.loads((tmp_path / "e" / "manifest.json").read_text())
+    assert list(about) == ["space", "dim", "trained_until", "parts", "format"]
+    assert about["format"] == 1 and store.dtype == "float32"
+    part = pq.read_schema(tmp_path / "e" / "part-00000.parquet")
+    assert part.names == ["item_id", "embedding", "source", "encoded_at"]
+    with pytest.raises(ValueError, match="dtype: expected float32, that of the folder .*got int8"):
+        embed_new(
+            Double(), source("abc"), tmp_path / "e", space=SPACE, only_new=True, numbers="int8"
+        )
+
+
+def test_numbers_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    large = source("abc")
+    large.table[1, 2] = 1e6
+    with pytest.raises(ValueError, match="expected embeddings below 65504 for float16, .* of b"):
+        embed_new(Double(), large, tmp_path / "e", space=SPACE, numbers="float16")
+    assert EmbeddingStore.open(tmp_path / "e").rows == 0
+    embed_new(Double(), large, tmp_path / "e8", space=SPACE, numbers="int8")
+    about = json.loads((tmp_path / "e8" / "manifest.json").read_text())
+    for changes, said in (
+        ({"dtype": "int4"}, "was altered, expected float16 or int8 as dtype, got int4"),
+        ({"format": 1}, "was altered, expected dim, format, parts, space, trained_until in it"),
+        ({"format": 3}, "expected format 1 or 2, got 3"),
+    ):
+        (tmp_path / "e8" / "manifest.json").write_text(json.dumps(about | changes))
+        with pytest.raises(ValueError, match=said):
+            EmbeddingStore.open(tmp_path / "e8")
+
+
 def test_items_without_a_source_are_left_out(tmp_path: Path) -> None:
     some = source("abc")
     some.table[1] = np.nan
@@ -196,7 +350,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         EmbeddingStore.open(folder)
     about = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(about | {"format": 9}))
-    with pytest.raises(ValueError, match="expected format 1, got 9"):
+    with pytest.raises(ValueError, match="expected format 1 or 2, got 9"):
         EmbeddingStore.open(folder)
     with pytest.raises(FileNotFoundError, match="with manifest.json"):
         EmbeddingStore.open(tmp_path)
@@ -236,7 +390,18 @@ def test_the_command_grows_a_folder_that_others_read(
         )
         == 0
     )
-    assert "(nothing new), 50 rows in all" in capsys.readouterr().out
+    assert "(nothing new), 50 rows of float32 in all" in capsys.readouterr().out
+    for dtype in ("float16", "int8"):
+        small = tmp_path / dtype
+        assert command(embed_command, *common, "--out", small, "--dtype", dtype) == 0
+        assert command(embed_command, *common, "--out", small, "--only-new", "--compact") == 0
+        assert f"50 rows of {dtype} in all" in capsys.readouterr().out
+        found = read_embeddings(small, Dataset(data.path), strict=True)
+        off = np.abs(found - table)
+        assert (off <= steps_of(table, dtype)).all() and off.max() > 0
+        assert read_vectors(small)[2] == space and trained_until(small) == trained_until(folder)
+        with pytest.raises(ValueError, match=f"dtype: expected {dtype}, that of the folder"):
+            command(embed_command, *common, "--out", small, "--only-new", "--dtype", "float32")
     for wrong in (
         ("--out", tmp_path / "e.npy", "--only-new"),
         ("--out", folder, "--since", "1970-01-01"),

@@ -9,15 +9,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from courier_fast.quickstart import catalogue, command
+from courier_fast.quickstart.stages import HEAD_START, Estimate, Stages, clock
 from courier_fast.quickstart.users import (
     Behaviour,
     click_probability,
@@ -208,11 +212,66 @@ def test_short_quickstart_runs_to_the_report(
     assert headline(found, "page", "HR@1") in (out / "report.html").read_text()
     printed = capsys.readouterr().out
     assert "report.html" in printed
-    assert "left out: " not in printed
+    assert "left out: " not in printed and "\x1b" not in printed
+    lines = [line for line in printed.splitlines() if " so far, about " in line]
+    assert [line.split()[0] for line in lines] == list(command.SECONDS)
     found = json.loads((out / "ctr" / "ctr.json").read_text())
     assert found["summary"] in html.unescape((out / "report.html").read_text())
     best = max(r["auc"]["value"] for r in found["tables"][0]["rows"])
     assert best < found["attainable"] < 1
+
+
+# ---- the line for the whole ----------------------------------------------------------------------
+
+
+def test_the_estimate_begins_with_the_table_and_follows_the_machine() -> None:
+    estimate = Estimate({"a": 10, "b": 60, "c": 30})
+    assert estimate.left("a", 0, 0) == 100
+    assert estimate.left("a", 0, 4) == 96
+    estimate.took["a"] = 20  # twice the table's time
+    slowness = (20 + HEAD_START) / (10 + HEAD_START)
+    assert estimate.slowness() == slowness
+    assert estimate.left("b", 0, 0) == pytest.approx(90 * slowness)
+    # Two thirds of a long stage say more than all of a short one.
+    assert estimate.left("b", 2 / 3, 120) == pytest.approx(50 * 145 / 55)
+    assert estimate.left("b", 0, 1e6) == pytest.approx(30 * slowness)  # never below what follows
+    estimate.took["b"] = 180
+    assert estimate.left("c", 1, 60) == 0
+
+
+def test_a_stage_of_given_minutes_is_not_stretched() -> None:
+    estimate = Estimate({"a": 10, "b": 60, "c": 30}, fixed=["b"], took={"a": 40})
+    assert estimate.left("b", 0.5, 30) == pytest.approx(30 + 30 * 45 / 15)
+    estimate.took["b"] = 60
+    assert estimate.slowness() == 3
+
+
+def test_seconds_follow_the_sizes() -> None:
+    q = command.Quickstart()
+    assert command.expected_seconds(q) == command.SECONDS
+    more = command.expected_seconds(replace(q, items=2 * q.items, steps=3 * q.steps))
+    assert more["Draw"] == 2 * command.SECONDS["Draw"]
+    assert more["Train"] == 3 * command.SECONDS["Train"]
+    assert command.expected_seconds(replace(q, minutes=4))["Train"] == 240
+
+
+def test_a_terminal_gets_one_line_that_changes() -> None:
+    file = io.StringIO()
+    stages = Stages(Console(file=file, force_terminal=True, width=90), {"Draw": 5, "Train": 60})
+    with stages("Draw", "some products"):
+        pass
+    with stages("Train", "an encoder") as advance:
+        advance(0.5)
+        stages._stage_began -= 100
+        sleep(0.7)  # the line is drawn twice a second
+    text = file.getvalue()
+    assert "1 of 2" in text and "0:00 so far, about 1:05 left" in text
+    assert "2 of 2" in text and "about 1:19 left" in text  # 30 s x (5 + 100) / (5 + 5 + 30)
+    assert list(stages.seconds) == ["Draw", "Train"]
+
+
+def test_clock() -> None:
+    assert [clock(x) for x in (0, 59.6, 65, 3600)] == ["0:00", "1:00", "1:05", "60:00"]
 
 
 def test_click_probability_is_what_shoppers_do() -> None:

@@ -23,6 +23,7 @@ from train_factory import make_features, settings
 
 import courier_fast
 from courier_fast.cli import main
+from courier_fast.data.embeddings import read_vectors
 from courier_fast.data.images.decode import make_decoder
 from courier_fast.data.images.transforms import eval_windows
 from courier_fast.files import sha256
@@ -469,6 +470,77 @@ def test_speed_is_a_rate() -> None:
     assert 100 < rates["slow"] <= 200
 
 
+# ---- the first dimensions ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def short(run: Path) -> Path:
+    """The first 6 of 16."""
+    out = run.parent / "short"
+    export(run, out, licence="mit", precisions=["float16", "int8"], dim=6)
+    return out
+
+
+def test_the_first_dimensions_are_those_of_training(run: Path, short: Path) -> None:
+    files, encoder = photos(5), load_encoder(run)
+    with torch.inference_mode():
+        pixels = torch.from_numpy(np.stack([square(f, SIZE) for f in files]))
+        whole = Serving(encoder)(pixels)
+    expected = torch.nn.functional.normalize(whole[:, :6]).numpy()
+    for how in ({"runtime": "torch"}, {"runtime": "onnxruntime"}):
+        found = courier_fast.load(short, **how)  # type: ignore[arg-type]
+        assert found.dim == 6
+        np.testing.assert_allclose(found.encode(files), expected, atol=1e-5)
+    program = torch.export.load(short / "encoder.pt2").module()
+    np.testing.assert_allclose(program(pixels).detach().numpy(), expected, atol=1e-5)
+
+
+def test_the_contract_of_the_first_dimensions(run: Path, short: Path, tmp_path: Path) -> None:
+    contract = Contract.read(short)
+    assert (contract.encoder["dim"], contract.encoder["trained_dim"]) == (6, 16)
+    assert contract.output["shape"] == ["batch", 6]
+    assert contract.space == contract_of_run(run, 6).space != contract_of_run(run).space
+    assert contract_of_run(run, 16) == contract_of_run(run)
+    for name in ("encoder.safetensors", "encoder.json"):  # they stay the run's
+        assert (short / name).read_bytes() == (run / name).read_bytes()
+    assert contract.golden is not None
+    assert np.load(short / contract.golden["vectors"]).shape == (8, 6)
+    assert "The first 6 of the 16 dimensions" in (short / "MODEL_CARD.md").read_text()
+    verdicts = verify(short)
+    assert [v.what for v in verdicts[1:]] == ["encoder.safetensors"] + [
+        f"encoder{p}.onnx" for p in ("", ".float16", ".int8")
+    ]
+    assert all(v.passes for v in verdicts), [str(v) for v in verdicts]
+    whole = courier_fast.load(run).encode([short / p["file"] for p in contract.golden["pictures"]])
+    np.save(tmp_path / "whole.npy", whole)
+    with pytest.raises(ValueError, match=r"vectors: expected \[8, 6\].*got \[8, 16\]"):
+        verify(short, tmp_path / "whole.npy")
+
+
+def test_an_index_of_the_first_dimensions_takes_their_export(
+    run: Path, exported: Path, short: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`embed --dim`, `index build`, and then pictures by `export --dim`; the whole is refused."""
+    data, table, index = (str(run.parent / "shop"), str(tmp_path / "e"), str(tmp_path / "i"))
+    embed = ["embed", f"--run={run}", f"--dataset={data}", f"--out={table}", "--dim=6"]
+    assert main([*embed, "--device=cpu"]) == 0
+    assert main(["index", "build", f"--embeddings={table}", f"--out={index}"]) == 0
+    (picture,) = photos(1)
+    (tmp_path / "a.jpg").write_bytes(picture)
+    search = ["index", "search", f"--index={index}", f"--image={tmp_path / 'a.jpg'}", "--k=1"]
+    out = tmp_path / "found.json"
+    assert main([*search, f"--encoder={short}", f"--json={out}"]) == 0
+    ids, rows, _ = read_vectors(tmp_path / "e")
+    cosines = (
+        courier_fast.load(short).encode([picture])[0]
+        @ (rows / np.linalg.norm(rows, axis=1, keepdims=True)).T
+    )
+    assert ids[int(np.nanargmax(cosines))].as_py() in out.read_text()
+    for whole in (run, exported):
+        assert main([*search, f"--encoder={whole}"]) == 2
+        assert "encoder: expected one of the space" in capsys.readouterr().err
+
+
 # ---- features ------------------------------------------------------------------------------------
 
 
@@ -517,6 +589,15 @@ def test_a_projection_of_features_takes_features(run: Path, tmp_path: Path) -> N
             ["--run", "RUN", "--licence", "mit", "--dataset", "nowhere"],
             "dataset: expected a folder",
         ),
+        (
+            ["--run", "RUN", "--licence", "mit", "--dim", "17"],
+            "dim: expected 1 to 16, the encoder's",
+        ),
+        (
+            ["--run", "RUN", "--licence", "mit", "--dim", "0"],
+            "dim: expected 1 to 16, the encoder's",
+        ),
+        (["--verify", "--dim", "4"], "--dim: has no effect without --run"),
         ([], "run: expected the folder of a training run, or --verify"),
         (["--verify"], "path: expected a folder that `courier-fast export` wrote"),
         (["--vectors", "a.npy", "--run", "RUN"], "--vectors: has no effect without --verify"),

@@ -1,13 +1,16 @@
 """A folder of embeddings that grows: numbered parts, never changed once they are there, and a
 manifest that says which there are.
 
-- manifest.json: format, space, dim, trained_until, parts [{name, rows, sha256}]
-- part-00000.parquet: item_id (string), embedding (fixed_size_list<float32>[D]; NaN without an image
-  that can be read), source (string: sha256 of what was encoded), encoded_at (timestamp, UTC); of an
-  item that is gone, embedding and source are null
+- manifest.json: format, space, dim, trained_until, parts [{name, rows, sha256}]; in format 2 also
+  dtype, float16 or int8, which are float32 in format 1
+- part-00000.parquet: item_id (string), embedding (fixed_size_list<dtype>[D]; NaN without an image
+  that can be read), source (string: sha256 of what was encoded), encoded_at (timestamp, UTC), and
+  of int8 scale (float32): a row's embedding is its numbers times its scale, which is NaN without an
+  image that can be read; of an item that is gone, embedding, source and scale are null
 
-Of an item in several parts the last one counts. `space` is the identity of the encoder: vectors of
-two encoders cannot be compared.
+A scale for each row: no later part can exceed it, and a row is stored as the same bytes whatever it
+is stored beside. Of an item in several parts the last one counts. `space` is the identity of the
+encoder: vectors of two encoders cannot be compared.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ from ..locations import local_path
 
 Array = npt.NDArray
 
-FORMAT = 1
+FORMATS = (1, 2)
+DTYPES = ("float32", "float16", "int8")
 NAME = "manifest.json"
 _PART = re.compile(r"part-\d{5}\.parquet")
 ROWS = 50_000  # of a row group
@@ -47,7 +51,7 @@ class EmbeddingStore:
     dim: int
     trained_until: float | None
     parts: tuple[dict[str, Any], ...] = ()
-    format: int = FORMAT
+    dtype: str = "float32"  # of DTYPES: as what numbers are stored
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> EmbeddingStore:
@@ -60,16 +64,25 @@ class EmbeddingStore:
                 f"(with {NAME}), got {path}"
             )
         about = read_json(path / NAME, "embed into a new folder")
-        if about.get("format") != FORMAT:
+        if (number := about.get("format")) not in FORMATS:
             raise ValueError(
-                f"embeddings: expected format {FORMAT}, got {about.get('format')} in {path / NAME}"
+                f"embeddings: expected format {' or '.join(map(str, FORMATS))}, got {number} in "
+                f"{path / NAME}"
             )
-        expected = {f.name for f in fields(cls)} - {"path"}
+        expected = {"format", *(f.name for f in fields(cls))} - {"path"}
+        if number == 1:
+            expected -= {"dtype"}
         if set(about) != expected or not isinstance(about["parts"], list):
             raise ValueError(
                 f"embeddings: {path / NAME} was altered, expected {', '.join(sorted(expected))} in "
                 f"it, got {', '.join(sorted(about))}"
             )
+        if number == 2 and about["dtype"] not in DTYPES[1:]:
+            raise ValueError(
+                f"embeddings: {path / NAME} was altered, expected float16 or int8 as dtype, got "
+                f"{about['dtype']}"
+            )
+        del about["format"]
         parts = tuple(about.pop("parts"))
         for part in parts:
             if not (isinstance(part, dict) and _PART.fullmatch(str(part.get("name")))):
@@ -97,19 +110,34 @@ class EmbeddingStore:
                 "compared; choose another folder"
             )
 
+    def require_dtype(self, dtype: str | None) -> None:
+        """ValueError unless the folder's numbers are stored like that; None: however they are."""
+        if dtype not in (None, self.dtype):
+            raise ValueError(
+                f"dtype: expected {self.dtype}, that of the folder {self.path}, got {dtype}; "
+                "choose another folder"
+            )
+
     def append(
         self, ids: Sequence[str], sources: Sequence[str], embeddings: Array
     ) -> EmbeddingStore:
         """Writes one more part: item ids, sha256 of what was encoded, rows [n, dim] float32. The
-        manifest is written last."""
-        values = pa.array(np.ascontiguousarray(embeddings, np.float32).ravel())
-        return self._append(ids, sources, pa.FixedSizeListArray.from_arrays(values, self.dim))
+        manifest is written last. ValueError names an item beyond the numbers of float16."""
+        scale = None
+        if self.dtype == "int8":  # in pieces: the table may be a file larger than memory
+            blocks = [to_int8(embeddings[i : i + ROWS]) for i in range(0, len(embeddings), ROWS)]
+            embeddings, scale = (np.concatenate(part) for part in zip(*blocks, strict=True))
+        elif self.dtype == "float16":
+            embeddings = _to_float16(ids, embeddings)
+        values = pa.array(np.ascontiguousarray(embeddings, self.dtype).ravel())
+        rows = pa.FixedSizeListArray.from_arrays(values, self.dim)
+        return self._append(ids, sources, rows, scale)
 
     def delete(self, ids: Sequence[str]) -> EmbeddingStore:
         """Writes one more part, which says that these items are gone; `read` leaves them out until
         they are appended again."""
         none = [None] * len(ids)
-        return self._append(ids, none, pa.array(none, pa.list_(pa.float32(), self.dim)))
+        return self._append(ids, none, pa.array(none, self._schema.field("embedding").type), none)
 
     def compact(self) -> EmbeddingStore:
         """Puts the newest row of each item into one part, which takes the place of all others."""
@@ -133,17 +161,22 @@ class EmbeddingStore:
 
     @property
     def _schema(self) -> pa.Schema:
-        columns = {"item_id": pa.string(), "embedding": pa.list_(pa.float32(), self.dim)}
+        number = pa.from_numpy_dtype(np.dtype(self.dtype))
+        columns = {"item_id": pa.string(), "embedding": pa.list_(number, self.dim)}
         columns |= {"source": pa.string(), "encoded_at": pa.timestamp("s", "UTC")}
+        if self.dtype == "int8":
+            columns["scale"] = pa.float32()
         return pa.schema(list(columns.items()))
 
     def _append(
-        self, ids: Sequence[str], sources: Sequence[str | None], rows: pa.Array
+        self, ids: Sequence[str], sources: Sequence[str | None], rows: pa.Array, scale: Any
     ) -> EmbeddingStore:
         now = [datetime.now(timezone.utc)] * len(ids)
-        columns = [pa.array(ids, pa.string()), rows, pa.array(sources, pa.string())]
-        table = pa.table([*columns, pa.array(now, self._schema.field(3).type)], schema=self._schema)
-        return self._write(table, self._next)
+        columns = {"item_id": ids, "embedding": rows, "source": sources, "encoded_at": now}
+        columns |= {"scale": scale}
+        schema = self._schema
+        arrays = [pa.array(columns[f.name], f.type) for f in schema]
+        return self._write(pa.table(arrays, schema=schema), self._next)
 
     def _write(self, table: pa.Table, name: str) -> EmbeddingStore:
         write_atomically(self.path / name, lambda p: pq.write_table(table, p, row_group_size=ROWS))
@@ -154,6 +187,10 @@ class EmbeddingStore:
         """The manifest."""
         self.path.mkdir(parents=True, exist_ok=True)
         about = {name: value for name, value in asdict(self).items() if name != "path"}
+        about["format"] = 2
+        if self.dtype == "float32":  # as it was before there were others
+            del about["dtype"]
+            about["format"] = 1
         text = json.dumps(about, indent=1)
         write_atomically(self.path / NAME, lambda p: p.write_text(text, "utf-8"))
         return self
@@ -171,9 +208,13 @@ class EmbeddingStore:
         """Item ids, each once, and their newest rows [n, dim] float32. ValueError names a part that
         was altered."""
         self._check()
-        newest = self._newest(["item_id", "source", "embedding"])
-        rows = newest["embedding"].combine_chunks()
-        return newest["item_id"].combine_chunks(), rows.flatten().to_numpy().reshape(-1, self.dim)
+        scaled = ["scale"] if self.dtype == "int8" else []
+        newest = self._newest(["item_id", "source", "embedding", *scaled])
+        numbers = newest["embedding"].combine_chunks().flatten().to_numpy()
+        rows = numbers.reshape(-1, self.dim).astype(np.float32, copy=False)
+        if scaled:
+            rows *= newest["scale"].to_numpy()[:, None]
+        return newest["item_id"].combine_chunks(), rows
 
     def _check(self) -> None:
         check_listed(self.path, {part["name"]: part["sha256"] for part in self.parts}, NAME)
@@ -204,3 +245,25 @@ class EmbeddingStore:
         )
         newest = table.take(pa.array(np.sort(last["place_max"].to_numpy())))
         return newest.filter(pc.is_valid(newest["source"]))
+
+
+def to_int8(rows: Array) -> tuple[Array, Array]:
+    """Numbers [n, D] int8 and scales [n] float32 of rows [n, D]: scale = max |row| / 127, so that
+    nothing is cut off; NaN of a row that is not finite."""
+    have = np.isfinite(rows).all(1, keepdims=True)
+    known = np.where(have, rows, 0).astype(np.float32)
+    scale = np.abs(known).max(1, keepdims=True) / np.float32(127)
+    steps = np.rint(np.divide(known, scale, out=np.zeros_like(known), where=scale > 0))
+    return np.clip(steps, -127, 127).astype(np.int8), np.where(have, scale, np.nan)[:, 0]
+
+
+def _to_float16(ids: Sequence[str], rows: Array) -> Array:
+    with np.errstate(over="ignore"):  # named below
+        found = np.asarray(rows).astype(np.float16)
+    beyond = (np.isinf(found) & np.isfinite(rows)).any(1)
+    if beyond.any():
+        raise ValueError(
+            f"dtype: expected embeddings below {np.finfo(np.float16).max:g} for float16, got more "
+            f"of {ids[int(beyond.argmax())]}"
+        )
+    return found

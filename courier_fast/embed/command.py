@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=NUMBERS,
-        default="float32",
-        help="of a file: as what numbers are stored; int8 with a scale in the JSON beside it",
+        help="as what numbers are stored, int8 with a scale; default: float32, or as a folder that "
+        "is there has them",
     )
     add_engine_arguments(parser)
     add_device_arguments(parser)
@@ -118,18 +118,14 @@ def _run(args: argparse.Namespace, how: dict[str, Any]) -> int:
         source = FolderImages(args.images, make_decoder_for(encoder, device, args), args.id_from)
     how |= {"batch": args.batch, "device": device, "dtype": dtype, "bar": True}
     if not args.out.suffix or args.out.is_dir():
-        if args.dtype != "float32":
-            raise ValueError(
-                f"dtype: expected float32 with a folder as --out, got {args.dtype}; it is for a "
-                ".npy or .parquet file"
-            )
-        return _run_folder(args, encoder, source, how | {"space": space})
+        return _run_folder(args, encoder, source, how | {"space": space, "numbers": args.dtype})
     if args.only_new or args.since or args.compact or args.remove_missing:
         raise ValueError(
             "only_new, since, remove_missing, compact: expected a folder as --out with them, "
             f"got {args.out}"
         )
-    report = embed_source(encoder, source, args.out, space=space, numbers=args.dtype, **how)
+    numbers = args.dtype or "float32"
+    report = embed_source(encoder, source, args.out, space=space, numbers=numbers, **how)
     print(
         f"{report.path}: {report.rows:,} embeddings of {report.dim} dimensions in "
         f"{report.seconds:.1f} s"
@@ -174,7 +170,7 @@ def _run_folder(
     new, name = (0, "nothing new") if report is None else (report.rows, last)
     print(
         f"{args.out}: {new:,} embeddings of {store.dim} dimensions more ({name}), {store.rows:,} "
-        f"rows in all; space {store.space[:19]}"
+        f"rows of {store.dtype} in all; space {store.space[:19]}"
     )
     if report is not None and report.damaged:
         print(

@@ -45,6 +45,7 @@ def embed_new(
     folder: Path,
     *,
     space: str,
+    numbers: str | None = None,
     rows: Array | None = None,
     only_new: bool = False,
     remove_missing: bool = False,
@@ -57,6 +58,8 @@ def embed_new(
 
     Args:
         space: identity of the encoder, that of the folder.
+        numbers: float32, float16 or int8: as what a folder stores them; None: as it does already,
+            float32 in a new one.
         rows: of the source that are looked at; None: all with an image.
         only_new: the folder may be there already.
         remove_missing: items of the folder that the source lacks, or has no image of, are marked as
@@ -64,7 +67,8 @@ def embed_new(
         how: further arguments of `embed_source`.
 
     Raises:
-        ValueError: the folder is there and `only_new` is not given, or is of another space.
+        ValueError: the folder is there and `only_new` is not given, or is of another space or
+            of other numbers.
     """
     begun = folder / "unfinished.npy"
     if (folder / NAME).is_file():
@@ -75,11 +79,13 @@ def embed_new(
                 "--only-new appends what it lacks"
             )
         store.require(space)
+        store.require_dtype(numbers)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"out: expected a folder of embeddings or none, got {folder}")
     else:
         until = getattr(encoder, "about", {}).get("trained_until")
-        store = EmbeddingStore(folder, space, int(encoder.dim), until).write()  # type: ignore[arg-type]
+        dim: int = encoder.dim  # type: ignore[assignment]
+        store = EmbeddingStore(folder, space, dim, until, dtype=numbers or "float32").write()
     rows = np.arange(len(source.ids)) if rows is None else rows
     part = Subset(source, rows[source.present[rows]])
     if remove_missing:

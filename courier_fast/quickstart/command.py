@@ -4,12 +4,12 @@ train, embed, evaluate, report."""
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..files import remove, write_atomically
 from ..interrupt import Stopped
 from ..locations import local_path
 from ..output import Product, check_output, discard
 from .catalogue import draw_catalogue
+from .stages import Stages
 from .users import Behaviour, click_probability, simulate
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..train.config import Config
 
 Array = npt.NDArray
+Advance = Callable[[float], None]  # told the share that is done
 
 LEAD = (
     "The network saw pictures and clicks, and nothing else: no categories, no attributes, "
@@ -61,7 +62,7 @@ class Quickstart:
 
     items: int = 1200
     users: int = 800
-    steps: int = 130
+    steps: int = 60
     minutes: float = 0.0
     pages: int = 96
     history: int = 12
@@ -75,37 +76,36 @@ class Quickstart:
 SHORT = Quickstart(items=240, users=60, steps=6, pages=16, size=32, behaviour=Behaviour(pages=8))
 
 
-@dataclass
-class Stages:
-    """Prints each stage as it begins and keeps its seconds."""
-
-    console: Console
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, name: str, what: str) -> Iterator[None]:
-        self.console.print(f"[bold]{name}[/bold]  {what}")
-        began = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - began
-        self.console.print(f"      [dim]{self.seconds[name]:.1f} s[/dim]")
+# Seconds on two cores without AVX-512 (docs/speed.md), by which the time that is left is told.
+SECONDS = {
+    "Draw": 12.0,
+    "Prepare": 3.0,
+    "Train": 97.0,
+    "Embed": 1.0,
+    "Evaluate": 3.0,
+    "CTR": 34.0,
+    "Report": 10.0,
+}
 
 
-def draw(out: Path, q: Quickstart, console: Console) -> None:
+def expected_seconds(q: Quickstart) -> dict[str, float]:
+    """SECONDS for other sizes."""
+    d = Quickstart()
+    items, pages = q.items / d.items, q.users * q.behaviour.pages / (d.users * d.behaviour.pages)
+    pictures = q.steps * q.pages * q.size**2 / (d.steps * d.pages * d.size**2)
+    more = {"Draw": items, "Prepare": items, "Train": pictures, "Evaluate": pages, "CTR": pages}
+    found = {name: seconds * more.get(name, 1.0) for name, seconds in SECONDS.items()}
+    return found | ({"Train": 60 * q.minutes} if q.minutes else {})
+
+
+def draw(out: Path, q: Quickstart, advance: Advance = lambda share: None) -> None:
     """Pictures in images/, items.parquet and the page views, views.parquet."""
     import pyarrow.parquet as pq
 
-    bar = Progress(
-        TextColumn("     "),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
+    count = itertools.count(1)
+    catalogue = draw_catalogue(
+        out / "images", q.items, q.seed, lambda: advance(next(count) / q.items)
     )
-    with bar:
-        task = bar.add_task("", total=q.items)
-        catalogue = draw_catalogue(out / "images", q.items, q.seed, lambda: bar.advance(task))
     views, like = simulate(catalogue, q.users, q.seed, q.behaviour)
     truth = click_probability(like.reshape(-1, q.behaviour.shown), q.behaviour).ravel()
     np.save(out / "truth.npy", truth)
@@ -154,16 +154,23 @@ def settings(out: Path, q: Quickstart, steps: int) -> Config:
             "run.seed": q.seed,
             "run.log_steps": max(1, steps // 40),
             "run.tensorboard": False,
+            "run.progress": False,
         },
     )
 
 
-def train(out: Path, q: Quickstart) -> int:
+def train(out: Path, q: Quickstart, advance: Advance = lambda share: None) -> int:
     """Trains into run/; gives the number of steps."""
     from ..train.trainer import Trainer
 
+    class Watched(Trainer):
+        def step(self, *args: Any, **options: Any) -> Any:
+            result = super().step(*args, **options)
+            advance(self.schedule.done())
+            return result
+
     steps = _steps_for(out, q) if q.minutes else q.steps
-    trainer = Trainer(settings(out, q, steps))
+    trainer = Watched(settings(out, q, steps))
     try:
         if trainer.fit().get("stopped"):
             raise Stopped(trainer.status - 128)
@@ -177,7 +184,7 @@ def _steps_for(out: Path, q: Quickstart, trial: int = 5) -> int:
     from ..train.trainer import Trainer
 
     config = settings(out, q, trial)
-    config.run.out, config.run.progress = out / "trial", False
+    config.run.out = out / "trial"
     trainer = Trainer(config)
     batches = trainer.loader.epoch(0, 0)
     try:
@@ -258,29 +265,31 @@ def quickstart(out: Path, q: Quickstart, console: Console | None = None) -> Path
     Raises:
         ValueError: `out` has something else in it than an earlier quickstart.
     """
+    console = console or Console()
+    stages = Stages(console, expected_seconds(q), ["Train"] if q.minutes else [])
     from ..report.page import About, write_report
     from ..report.text import headline, margins
     from .ctr import compare_ctr
 
-    console = console or Console()
     check_output(out, PRODUCT, overwrite=True)
     if out.is_dir():
         discard(out, PRODUCT)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).write_text(json.dumps({"items": q.items, "users": q.users, "seed": q.seed}))
-    stages = Stages(console)
-    with stages("Draw", f"{q.items:,} products, {q.users:,} shoppers"):
-        draw(out, q, console)
-    with stages("Prepare", "page views and pictures to a dataset"):
+    with stages("Draw", f"{q.items:,} products, {q.users:,} shoppers") as advance:
+        draw(out, q, advance)
+    with stages("Prepare", "page views and pictures to a dataset", own_bar=True):
         dataset = prepare_dataset(out, q)
-    with stages("Train", f"{len(dataset.split('train')):,} pages, pictures of {q.size} px"):
-        steps = train(out, q)
+    with stages(
+        "Train", f"{len(dataset.split('train')):,} pages, pictures of {q.size} px"
+    ) as advance:
+        steps = train(out, q, advance)
     with stages("Embed", "every product"):
         embeddings = embed(out, dataset)
     with stages("Evaluate", f"{len(dataset.split('test')):,} held-out pages"):
         results = evaluate_embedding(out, dataset, embeddings, q)
-    with stages("CTR", "a click model with and without the embedding"):
-        ctr = compare_ctr(out, dataset, embeddings, q.history)
+    with stages("CTR", "a click model with and without the embedding") as advance:
+        ctr = compare_ctr(out, dataset, embeddings, q.history, advance)
         if isinstance(ctr, str):
             console.print(f"      left out: {ctr}", highlight=False)
     path = out / "report.html"
@@ -308,7 +317,7 @@ def quickstart(out: Path, q: Quickstart, console: Console | None = None) -> Path
         console.print(f"  minus {margin['name'].lower()}: {margin['text']} points", highlight=False)
     if not isinstance(ctr, str):
         console.print(ctr["summary"], highlight=False)
-    console.print(f"\n{sum(stages.seconds.values()):.0f} s in all. Open {path}", soft_wrap=True)
+    console.print(f"\n{stages.elapsed:.0f} s in all. Open {path}", soft_wrap=True)
     return path
 
 

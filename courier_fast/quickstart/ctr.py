@@ -3,6 +3,8 @@ their true probabilities are known."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,11 @@ Array = npt.NDArray
 
 
 def compare_ctr(
-    out: Path, dataset: Dataset, embeddings: Array, history: int
+    out: Path,
+    dataset: Dataset,
+    embeddings: Array,
+    history: int,
+    advance: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Any] | str:
     """The report of `courier-fast ctr` for DIN with the trained embedding and the random control,
     also in ctr/, with "attainable": the AUC of the true probabilities, and "summary", a sentence.
@@ -37,12 +43,13 @@ def compare_ctr(
         dataset,
         tables,
         ["din"],
-        [NONE, "vector", "similarity"],
+        [NONE, "similarity"],
         [protocol],
         seeds=1,
         history=history,
     )
-    run_plan(plan, out / "ctr", threads=2)
+    cells, ended = sum(len(plan.cells(group)) for group in plan.groups()), itertools.count(1)
+    run_plan(plan, out / "ctr", threads=2, ended=lambda _: advance(next(ended) / cells))
     report = make_report(plan, out / "ctr")
     shown = Impressions(dataset, "test", history=history)
     report["attainable"] = auc(shown.clicked, truth_of(out, shown))

@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the ONNX files; float32 is always one of them",
     )
     parser.add_argument(
+        "--dim", type=int, help="the first dimensions alone, as `embed --dim`; default: all"
+    )
+    parser.add_argument(
         "--dataset",
         type=location,
         help="measures parity on its photos, and HR@10 and speed of every precision",
@@ -66,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
             licence=args.licence,
             formats=args.format,
             precisions=args.precision,
+            dim=args.dim,
             dataset=args.dataset,
             split=args.split,
             photos=args.photos,

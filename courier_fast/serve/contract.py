@@ -40,8 +40,9 @@ class Contract:
     Attributes:
         space: identity of the embeddings, "sha256:...": of the weights, the preprocessing and the
             dimension. Only vectors of one space can be compared.
-        encoder: backbone, dim, normalised, weights (checksum of encoder.safetensors), about
-            (encoder.json of the run).
+        encoder: backbone, dim, trained_dim (the embedding is the first `dim` of them), normalised,
+            weights (checksum of encoder.safetensors, which has all), about (encoder.json of the
+            run, with this dim).
         input: name, dtype, shape and, for images, size, layout, colour.
         output: name, dtype, shape.
         preprocessing: the steps before the input, in order.
@@ -120,10 +121,17 @@ class Contract:
         return folder / name
 
 
-def contract_of_run(run: Path) -> Contract:
+def contract_of_run(run: Path, dim: int | None = None) -> Contract:
     """The contract of a run's folder as it is: without files, golden pictures and licence.
-    FileNotFoundError without an encoder."""
+    FileNotFoundError without an encoder.
+
+    Args:
+        dim: the first dimensions alone, in the space that `embed --dim` gives them; None: all.
+    """
     about, weights = encoder_of_run(run)
+    trained_dim = about["dim"]
+    if dim is not None:
+        about |= {"dim": dim}
     taken: dict[str, Any]
     steps: tuple[str, ...]
     if about["backbone"] is None:
@@ -144,6 +152,7 @@ def contract_of_run(run: Path) -> Contract:
         encoder={
             "backbone": about["backbone"],
             "dim": about["dim"],
+            "trained_dim": trained_dim,
             "normalised": True,
             "weights": weights,
             "about": about,

@@ -20,7 +20,7 @@ from ..data.images.pictures import read_pillow
 from ..files import sha256
 from ..output import EXPORT, check_output, write_folder
 from ..train.config import Config
-from ..train.encoder import load_encoder
+from ..train.encoder import first_dimensions, load_encoder
 from ..train.journal import last_step
 from .artifacts import check_installed, program_of, write_onnx, write_precision, write_torch
 from .card import write_card
@@ -53,6 +53,7 @@ def export(
     licence: str,
     formats: Sequence[str] = FORMATS,
     precisions: Sequence[str] = ("float32",),
+    dim: int | None = None,
     dataset: Path | None = None,
     split: str = "test",
     photos: int = 256,
@@ -66,6 +67,7 @@ def export(
         formats: "onnx", "torch" or both.
         precisions: of the ONNX files; float32 is always among them. One that breaks its budget is
             left out, with a warning.
+        dim: the first dimensions alone, as `embed --dim`; None: all.
         dataset: whose photos parity is measured on, and whose held-out clicks are ranked by every
             precision; None: neither.
         photos: of the dataset, for parity.
@@ -81,8 +83,10 @@ def export(
     check_output(out, EXPORT, inputs=(run, dataset), overwrite=True)
     if "onnx" in formats:
         check_installed()
-    contract = contract_of_run(run)
-    serving = Serving(load_encoder(run))
+    encoder = load_encoder(run)
+    if dim is not None:
+        encoder = first_dimensions(encoder, dim)
+    contract, serving = contract_of_run(run, dim), Serving(encoder)
     if dataset is not None and not contract.takes_images:
         raise ValueError(
             "dataset: expected none with an encoder of features, which is measured by "

@@ -82,7 +82,7 @@ def load(
     if name == WEIGHTS:
         for file in (WEIGHTS, "encoder.json"):
             contract.checked(path, file)
-        return ItemEncoder(contract, _torch(path), threads)
+        return ItemEncoder(contract, _torch(path, contract.encoder["about"]["dim"]), threads)
     return ItemEncoder(contract, onnx_run(contract, contract.checked(path, name), threads), threads)
 
 
@@ -125,20 +125,21 @@ def onnx_run(contract: Contract, path: Path, threads: int) -> Callable[[Array], 
     return lambda inputs: session.run(wanted, {given: inputs})[0]
 
 
-def _torch(folder: Path) -> Callable[[Array], Array]:
+def _torch(folder: Path, dim: int | None = None) -> Callable[[Array], Array]:
     """The weights are safetensors: nothing is unpickled. (`torch.export.load`, which reads
-    encoder.pt2, unpickles.)"""
+    encoder.pt2, unpickles.) `dim`: of an export, whose weights are the run's; None: all."""
     try:
         import torch
 
-        from ..train.encoder import load_encoder
+        from ..train.encoder import first_dimensions, load_encoder
         from .module import Serving
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f'{folder} without onnxruntime needs {error.name}: pip install "courier_fast[train]"',
             name=error.name,
         ) from None
-    serving = Serving(load_encoder(folder))
+    encoder = load_encoder(folder)
+    serving = Serving(encoder if dim in (None, encoder.dim) else first_dimensions(encoder, dim))
 
     def run(inputs: Array) -> Array:
         with torch.inference_mode():
