@@ -16,6 +16,7 @@ from .histories import DIFFER
 from .layouts import LAYOUTS, ORDERS, Columns, Source, generic
 from .options import NEGATIVES, PrepareOptions
 from .run import prepare
+from .vectors import EmbeddingFile
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -72,6 +73,16 @@ def print_report(report: dict[str, Any]) -> None:
         )
         for link in images["folders_not_followed"]:
             console.print(f"{link}: a link out of the folder of images, not followed", markup=False)
+    if ready := report.get("embeddings"):
+        bad = ready["unusable"]
+        console.print(
+            f"{ready['usable']:,} embeddings of {ready['dim']:,} dimensions ({ready['dtype']}"
+            + (f", scale {ready['scale']:.6g}" if ready["scale"] != 1 else "")
+            + f"), {len(ready['missing']):,} missing, {len(bad):,} that cannot be used"
+            + "".join(f"\n  {item}: {why}" for item, why in list(bad.items())[:5])
+            + ("\n  ... (report.json has all)" if len(bad) > 5 else ""),
+            markup=False,
+        )
     for name, split in report["splits"].items():
         when = f", {split['from']} to {split['to']}" if "from" in split else ""
         console.print(f"{name}: {split['pages']:,} pages{when}")
@@ -88,6 +99,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layout", default="generic", choices=["generic", *LAYOUTS])
     add("--source", type=local_path, help="folder of the published files (not for generic)")
     add("--images", type=location, help="folder of image files called after the items")
+    add(
+        "--embeddings",
+        type=local_path,
+        help="ready embeddings of the items in place of images: .parquet, .npy with item_ids in "
+        "the JSON beside it, or a folder of `courier-fast embed`",
+    )
+    add("--embedding-column", help="of .parquet; default: embedding, or a published file's")
+    add("--embedding-id-column", help="of .parquet; default: item_id, or a published file's")
+    add(
+        "--embedding-scale",
+        type=float,
+        help="numbers are multiplied by it; default: a published file's, or that in the JSON "
+        "beside .npy of int8, else 1",
+    )
     add(
         "--min-rating",
         type=float,
@@ -112,7 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard-bytes",
         type=int,
         default=SHARD_BYTES,
-        help="bytes of images after which a shard is full",
+        help="bytes of images or embeddings after which a shard is full",
     )
     add("--overwrite", action="store_true")
     add_engine_arguments(parser)
@@ -224,12 +249,22 @@ def source_of(args: argparse.Namespace) -> Source:
     return LAYOUTS[args.layout](args.source, min_rating=args.min_rating)
 
 
+def embeddings_of(args: argparse.Namespace) -> EmbeddingFile | None:
+    """The ready embeddings that the command line names."""
+    if args.embeddings is None:
+        return None
+    return EmbeddingFile(
+        args.embeddings, args.embedding_column, args.embedding_id_column, args.embedding_scale
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     options = PrepareOptions(**{n: getattr(args, n) for n in PrepareOptions.__dataclass_fields__})
     report = prepare(
         args.out,
         source=source_of(args),
         images=args.images,
+        embeddings=embeddings_of(args),
         options=options,
         engine=args.engine,
         ray_address=args.ray_address,
