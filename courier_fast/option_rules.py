@@ -189,6 +189,7 @@ RULES: dict[str, list[Rule]] = {
             ),
         ),
         only("--layout", _RATED, "--min-rating", example="hm"),
+        only("--layout", ["qilin"], "--pages", example="hm"),
         without("--items", "--category-column"),
         without("--page-column or --history-column", "--clicked-column"),
         without("--history-column", *_HISTORIES),

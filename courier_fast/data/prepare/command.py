@@ -13,7 +13,7 @@ from ...locations import local_path, location
 from ..read.times import FORMATS
 from ..tables import SHARD_BYTES, SHARD_ROWS
 from .histories import DIFFER
-from .layouts import LAYOUTS, ORDERS, Columns, Source, generic
+from .layouts import LAYOUTS, ORDERS, PAGES, Columns, Source, generic
 from .options import NEGATIVES, PrepareOptions
 from .run import prepare
 from .vectors import EmbeddingFile
@@ -118,6 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="least rating that is a click (movielens, amazon-reviews-2023)",
     )
+    add("--pages", choices=PAGES, default=PAGES[0], help="that are read (qilin)")
     add(
         "--shrink",
         type=int,
@@ -244,9 +245,10 @@ def source_of(args: argparse.Namespace) -> Source:
         raise ValueError(
             f"source: expected --source with the folder of the {args.layout} files, got none"
         )
-    if args.min_rating is None:
-        return LAYOUTS[args.layout](args.source)
-    return LAYOUTS[args.layout](args.source, min_rating=args.min_rating)
+    how: dict[str, Any] = {"pages": args.pages} if args.layout == "qilin" else {}
+    if args.min_rating is not None:
+        how["min_rating"] = args.min_rating
+    return LAYOUTS[args.layout](args.source, **how)
 
 
 def embeddings_of(args: argparse.Namespace) -> EmbeddingFile | None:
