@@ -521,6 +521,17 @@ def test_damage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         Dataset(data.path).read_embeddings()
 
 
+def test_an_object_store_has_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fsspec")
+    monkeypatch.setenv("COURIER_FAST_CACHE", str(tmp_path / "cache"))
+    file, options = npy(tmp_path, IDS, table("int8"), scale=0.5), replace(OPTIONS, shard_bytes=40)
+    prepare("memory://ready", source=source_of(EVENTS), embeddings=file, options=options)
+    data = Dataset("memory://ready")
+    assert len(data.tables["embeddings"].shards) > 2
+    np.testing.assert_array_equal(data.read_embeddings(), table("int8") * np.float32(0.5))
+    assert data.verify() > 0
+
+
 @pytest.mark.long("Ray")
 def test_ray_writes_the_same_bytes(tmp_path: Path, ray: Any) -> None:
     x = table()

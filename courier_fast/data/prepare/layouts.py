@@ -684,11 +684,11 @@ def _stretches(files: Mapping[str, Sequence[Path]]) -> list[tuple[str, Path, tup
         total = sum(rows[path] for path in paths)
         first, end = (total * n // _STRETCHES for n in (number, number + 1))
         for path in paths:
-            if end > 0 and first < rows[path]:
-                start = max(first, 0)
-                found.append((kind, path, (start, min(end, rows[path]) - start)))
+            start, stop = max(first, 0), min(end, rows[path])
+            if start < stop:
+                found.append((kind, path, (start, stop - start)))
             first, end = first - rows[path], end - rows[path]
-    return [piece for piece in found if piece[2][1]]
+    return found
 
 
 def qilin(folder: Path, pages: str = "recommendation") -> Source:
