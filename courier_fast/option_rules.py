@@ -123,6 +123,8 @@ def _backbone_of_run(said: Said) -> str | None:
 
 
 def _nothing_encoded(said: Said) -> str | None:
+    if not (said.given("--embeddings") or said.given("--run") or said.given("--backbone")):
+        return "without --run, --embeddings or --backbone: nothing is encoded"
     if not said.given("--embeddings") or _no_backbone(said) is None:
         return None
     return "with --embeddings and --baselines that lack backbone: nothing is encoded"
@@ -187,6 +189,7 @@ RULES: dict[str, list[Rule]] = {
             ),
         ),
         only("--layout", _RATED, "--min-rating", example="hm"),
+        only("--layout", ["qilin"], "--pages", example="hm"),
         without("--items", "--category-column"),
         without("--page-column or --history-column", "--clicked-column"),
         without("--history-column", *_HISTORIES),
@@ -213,7 +216,9 @@ RULES: dict[str, list[Rule]] = {
             ),
         ),
         beside("--layout microlens", "--negatives category"),
-        without("--images", "--shrink", "--shard-bytes"),
+        without("--images", "--shrink"),
+        without("--images or --embeddings", "--shard-bytes"),
+        without("--embeddings", "--embedding-column", "--embedding-id-column", "--embedding-scale"),
         beside("--engine ray", "--threads", "--memory-gib"),
         _ENGINE,
         beside("--validation-from", "--validation-share", "--test-share", example="2020-09-01"),
@@ -312,7 +317,9 @@ def given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:
 
 
 def _of_images(said: Said) -> str | None:
-    return None if said.value("data.features") is None else "with data.features: no image is read"
+    if said.value("data.features") is not None:
+        return "with data.features: no image is read"
+    return "with a dataset of embeddings: no image is read" if said.value("ready") else None
 
 
 def _unweighted(weight: str) -> Callable[[Said], str | None]:

@@ -74,7 +74,7 @@ class Product:
         return None
 
 
-_TABLES = "users|items|events|pages|page_items|images"
+_TABLES = "users|items|events|pages|page_items|images|embeddings"
 DATASET = Product(
     "a dataset",
     "dataset.json",

@@ -105,12 +105,9 @@ def grid(path: Path | None, given: dict[str, Any], seeds: int, out: Path) -> lis
     fixed = {n: v[0] for n, v in axes.items() if len(v) == 1} | {n: given[n] for n in tuples}
     axes = {n: v for n, v in axes.items() if len(v) > 1}
     combinations = []
-    unused: dict[str, str] | None = None  # in every combination
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         first = Config.load(path, fixed | chosen)
-        here = first.unused(given)
-        unused = here if unused is None else {n: why for n, why in unused.items() if n in here}
         cells = []
         for seed in range(first.run.seed, first.run.seed + seeds):
             cell = SweepCell(chosen, first.model_copy(deep=True))
@@ -118,8 +115,17 @@ def grid(path: Path | None, given: dict[str, Any], seeds: int, out: Path) -> lis
             cell.config.run.out = out / "runs" / cell.name
             cells.append(cell)
         combinations.append(cells)
-    refuse(unused or {})
+    _refuse_unused(combinations, given)
     return combinations
+
+
+def _refuse_unused(
+    combinations: list[list[SweepCell]], given: dict[str, Any], ready: bool = False
+) -> None:
+    """ValueError for settings that have no effect in any combination; `ready`: the dataset has
+    embeddings."""
+    found = [cells[0].config.unused(given, ready) for cells in combinations]
+    refuse({n: why for n, why in found[0].items() if all(n in of for of in found)})
 
 
 def _default(name: str) -> Any:
@@ -425,7 +431,8 @@ def _same_data(out: Path, dataset: Dataset, features: Sequence[Path | None]) -> 
 
 
 def run(args: argparse.Namespace) -> int:
-    combinations = grid(args.config, training.overrides_of(args), args.seeds, args.out)
+    given = training.overrides_of(args)
+    combinations = grid(args.config, given, args.seeds, args.out)
     first = combinations[0][0].config
     check_growing(
         args.out,
@@ -447,6 +454,8 @@ def run(args: argparse.Namespace) -> int:
         args.score,
         seed=0,
     )
+    if judge.dataset.has_embeddings:
+        _refuse_unused(combinations, given, ready=True)
     _same_data(
         args.out,
         judge.dataset,

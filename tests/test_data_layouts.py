@@ -13,6 +13,7 @@ import pytest
 from prepare_factory import digest
 from test_prepare import small_parts
 
+from courier_fast.cli import main
 from courier_fast.data.dataset import Dataset
 from courier_fast.data.prepare import layouts
 from courier_fast.data.prepare.layouts import Columns, Source
@@ -349,8 +350,9 @@ def test_mmctr(tmp_path: Path, labels: bool) -> None:
     assert any("no labels" in note for note in report["notes"]) is not labels
 
 
-def write_qilin(folder: Path, form: str) -> None:
-    rng = np.random.default_rng(0)
+def write_qilin(folder: Path, form: str, kind: str = "recommendation") -> None:
+    rng = np.random.default_rng(len(kind))
+    field = f"{'rec' if kind == 'recommendation' else kind}_result_details_with_idx"
     for split, pages in (("train", 30), ("test", 10)):
         rows = []
         for page in range(pages):
@@ -366,15 +368,16 @@ def write_qilin(folder: Path, form: str) -> None:
                     "user_idx": page % 5,
                     "session_idx": page,
                     "recent_clicked_note_idxs": rng.choice(40, 5, replace=False).tolist(),
-                    "rec_result_details_with_idx": results
-                    if form == "objects"
-                    else json.dumps(results),
+                    field: results if form == "objects" else json.dumps(results),
+                    **({"query": f"query {page}"} if kind == "search" else {}),
                 }
             )
-        name = f"recommendation_{split}"
+        name = f"{kind}_{split}"
         (folder / name).mkdir()
-        pl.DataFrame(rows).write_parquet(folder / name / "train-00000-of-00001.parquet")
-    (folder / "notes").mkdir()
+        half = pages // 3
+        pl.DataFrame(rows[:half]).write_parquet(folder / name / "train-00000-of-00002.parquet")
+        pl.DataFrame(rows[half:]).write_parquet(folder / name / "train-00001-of-00002.parquet")
+    (folder / "notes").mkdir(exist_ok=True)
     notes = {"note_idx": list(range(40)), "taxonomy1_id": ["home", "food"] * 20}
     notes["image_path"] = [
         [f"image/part_{i % 3}/img_{i}.jpg", "image/other.jpg"] for i in range(40)
@@ -403,6 +406,72 @@ def test_qilin(tmp_path: Path, form: str) -> None:
     assert [ids[i] for i in data.pv_item[:4]] == shown
     past = [i for i in first["recent_clicked_note_idxs"] if i != shown[1]]
     assert [ids[i] for i in data.event_item[data.history_start[0] : data.history_end[0]]] == past
+
+
+def qilin_shown(folder: Path, kind: str, split: str) -> list[list[int]]:
+    """The notes of each page, in order of their positions."""
+    field = f"{'rec' if kind == 'recommendation' else kind}_result_details_with_idx"
+    rows = pl.read_parquet(folder / f"{kind}_{split}/*.parquet")[field]
+    of = [json.loads(row) if isinstance(row, str) else row for row in rows.to_list()]
+    return [[r["note_idx"] for r in sorted(page, key=lambda r: r["position"])] for page in of]
+
+
+@pytest.mark.parametrize("form", ["objects", "json"])
+@pytest.mark.parametrize("kind", ["recommendation", "search"])
+def test_qilin_pages_of_one_kind(tmp_path: Path, kind: str, form: str) -> None:
+    """Two files each; the other kind is not looked at."""
+    write_qilin(tmp_path, form, kind)
+    line = ["prepare", str(tmp_path / "out"), "--layout", "qilin", "--source", str(tmp_path)]
+    assert main([*line, "--min-history", "1", "--pages", kind]) == 0
+    data = Dataset(tmp_path / "out")
+    ids = np.array([int(i) for i in data.item_ids.to_pylist()])
+    expected = [page for split in ("train", "test") for page in qilin_shown(tmp_path, kind, split)]
+    assert ids[data.pv_item].reshape(-1, 4).tolist() == expected
+    assert {n: len(data.split(n)) for n in ("train", "validation", "test")} == {
+        "train": 27,
+        "validation": 3,
+        "test": 10,
+    }
+    other = {"recommendation": "search", "search": "recommendation"}[kind]
+    for pages in (other, "both"):
+        with pytest.raises(FileNotFoundError, match=rf"expected {other}_train\*.parquet"):
+            layouts.qilin(tmp_path, pages)
+    with pytest.raises(ValueError, match="pages: expected one of recommendation, search, both, go"):
+        layouts.qilin(tmp_path, "all")
+
+
+def test_qilin_pages_of_both_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind keeps its order, and every stretch has both."""
+    write_qilin(tmp_path, "json", "search")
+    write_qilin(tmp_path, "objects")
+    expected = {
+        (kind, split): qilin_shown(tmp_path, kind, split)
+        for kind in ("recommendation", "search")
+        for split in ("train", "test")
+    }
+    digests = []
+    for parts in (False, True):
+        if parts:
+            small_parts(monkeypatch)
+        options = PrepareOptions(min_history=1, overwrite=True)
+        report = prepare(tmp_path / "out", source=layouts.qilin(tmp_path, "both"), options=options)
+        digests.append(digest(tmp_path / "out"))
+    assert digests[0] == digests[1]
+    assert {n: of["pages"] for n, of in report["splits"].items()} == {
+        "train": 54,
+        "validation": 6,
+        "test": 20,
+    }
+    data = Dataset(tmp_path / "out")
+    ids = np.array([int(i) for i in data.item_ids.to_pylist()])
+    shown = ids[data.pv_item].reshape(-1, 4).tolist()
+    for split, rows in (("train", shown[:60]), ("test", shown[60:])):
+        kinds = ["search" if page in expected["search", split] else "rec" for page in rows]
+        for kind in ("recommendation", "search"):
+            of = [p for p, k in zip(rows, kinds, strict=True) if kind.startswith(k)]
+            assert of == expected[kind, split]
+        each = np.array(kinds).reshape(-1, 2)
+        assert (each == ["rec", "search"]).all()
 
 
 def test_ninerec(tmp_path: Path) -> None:

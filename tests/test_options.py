@@ -48,8 +48,8 @@ ONE_OF = {
 
 # Options that always have an effect, or an error of their own where they have none.
 ALWAYS = {
-    "prepare": "layout images shrink shard-rows overwrite engine page-column page-size min-history "
-    "max-history seed",
+    "prepare": "layout images embeddings shrink shard-rows overwrite engine page-column page-size "
+    "min-history max-history seed",
     "verify": "",
     "train": "",
     "embed": "run dataset images out dim dtype only-new compact engine batch device precision "

@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 Array = npt.NDArray
 
+READY = "ready"  # a dataset's own embeddings, where no others are given
 DIMENSIONS = "embeddings.json"
 DECIDED = "policy.json"
 DESCRIPTION = (
@@ -64,11 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--embeddings",
         nargs="+",
-        required=True,
+        default=[],
         metavar="[NAME=]PATH",
-        help=".parquet (item_id, embedding) or .npy (rows as items of the dataset), by the file's "
-        "name or NAME; {seed} in it stands for 0, 1, ...: encoders of several seeds, one for "
-        "each of the model's",
+        help=".parquet (item_id, embedding), .npy (rows as items of the dataset) or a dataset with "
+        "embeddings, by the file's name or NAME; {seed} in it stands for 0, 1, ...: encoders of "
+        f"several seeds, one for each of the model's. Default: the dataset's own, as {READY}",
     )
     parser.add_argument(
         "--out",
@@ -275,22 +276,7 @@ def _plan(args: argparse.Namespace, dataset: Dataset) -> Plan:
     names = dict.fromkeys(args.protocol)
     protocols = [make_protocol(dataset, n, args.encoder_share, args.periods) for n in names]
     protocols += [replace(p, name=SCRATCH) for p in protocols if p.periods]
-    tables: dict[str, list[Array]] = {}
-    for text in args.embeddings:
-        name, paths = _named_files(text, args.seeds)
-        if name in tables or name in (NONE, RANDOM):
-            raise ValueError(
-                f"embeddings: expected different names, none of them {NONE} or {RANDOM}, got {text}"
-            )
-        tables[name] = [_read_embeddings(path, dataset, args.allow_missing) for path in paths]
-        for path, protocol in itertools.product(paths, protocols):
-            _check_until(path, protocol)
-        widths = {x.shape[1] for x in tables[name]}
-        if len(widths) > 1:
-            raise ValueError(
-                f"embeddings: expected the same dimensions of all seeds of {name!r}, "
-                f"got {sorted(widths)}"
-            )
+    tables = _tables(args, dataset, protocols)
     if not args.no_control:
         widest = max(x[0].shape[1] for x in tables.values())
         tables[RANDOM] = [random_vectors(dataset.num_items, widest)]
@@ -313,6 +299,36 @@ def _plan(args: argparse.Namespace, dataset: Dataset) -> Plan:
         ("validation",) if args.split == "validation" else ("validation", "test"),
         policy,
     )
+
+
+def _tables(
+    args: argparse.Namespace, dataset: Dataset, protocols: Sequence[Protocol]
+) -> dict[str, list[Array]]:
+    """The embeddings by their names, of each seed; the dataset's own where none are given."""
+    tables: dict[str, list[Array]] = {}
+    if not args.embeddings:
+        if not dataset.has_embeddings:
+            raise ValueError(
+                f"embeddings: expected --embeddings, got none, and {dataset.path} has none of its "
+                "own (prepare --embeddings)"
+            )
+        tables[READY] = [dataset.read_embeddings()]
+    for text in args.embeddings:
+        name, paths = _named_files(text, args.seeds)
+        if name in tables or name in (NONE, RANDOM):
+            raise ValueError(
+                f"embeddings: expected different names, none of them {NONE} or {RANDOM}, got {text}"
+            )
+        tables[name] = [_read_embeddings(path, dataset, args.allow_missing) for path in paths]
+        for path, protocol in itertools.product(paths, protocols):
+            _check_until(path, protocol)
+        widths = {x.shape[1] for x in tables[name]}
+        if len(widths) > 1:
+            raise ValueError(
+                f"embeddings: expected the same dimensions of all seeds of {name!r}, "
+                f"got {sorted(widths)}"
+            )
+    return tables
 
 
 def _some(name: str, got: list[str], known: tuple[str, ...]) -> None:

@@ -16,6 +16,8 @@ or in an object store (storage.py).
 - page_items/, a row per PV item: item (int32), clicked (uint8: 1 where clicked), weight (float32;
   only where some page was cut)
 - images/, a row per item: jpeg (binary; null without an image)
+- embeddings/, in place of images, a row per item: embedding (fixed_size_list of int8, float16 or
+  float32; "embeddings" in dataset.json has the scale that these are multiplied by)
 - report.json: what was kept and dropped, and why
 
 Where histories are given, events are their lists, by user and page, each once where pages of a user
@@ -151,8 +153,8 @@ class Dataset:
             into a cache when they are needed.
 
     Attributes:
-        tables: users, items, events, pages, page_items and, with images, images, as `Table`s whose
-            shards are opened one by one.
+        tables: users, items, events, pages, page_items and, with them, images or embeddings, as
+            `Table`s whose shards are opened one by one.
 
     Raises:
         FileNotFoundError: the folder or a shard is not there.
@@ -361,6 +363,34 @@ class Dataset:
                 f"images: {self.path} has none: this dataset was prepared without --images"
             )
         return ImageStore(self)
+
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether there are ready embeddings in place of images."""
+        return "embeddings" in self.tables
+
+    def read_embeddings(self) -> npt.NDArray[np.float32]:
+        """[items, D] float32, finite in every row, in memory; FileNotFoundError where the folder
+        was prepared without embeddings."""
+        if not self.has_embeddings:
+            raise FileNotFoundError(
+                f"embeddings: {self.path} has none of its own: it was prepared without --embeddings"
+            )
+        scale = self.info.get("embeddings", {}).get("scale")
+        if not isinstance(scale, int | float):
+            raise ValueError(
+                f"dataset: {self.path}/dataset.json was altered: expected the scale of the "
+                "embeddings in it; prepare it again"
+            )
+        table = self.tables["embeddings"]
+        width = table.schema.field("embedding").type.list_size
+        found = np.empty((self.num_items, width), np.float32)
+        for number, start in enumerate(table.bounds[:-1].tolist()):
+            (batch,) = table.batches([number])
+            rows = batch.column("embedding").flatten().to_numpy().reshape(-1, width)
+            found[start : start + len(rows)] = rows
+        found *= np.float32(scale)
+        return found
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Dataset, (self.path,)

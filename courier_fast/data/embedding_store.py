@@ -18,7 +18,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -216,14 +217,29 @@ class EmbeddingStore:
             rows *= newest["scale"].to_numpy()[:, None]
         return newest["item_id"].combine_chunks(), rows
 
+    def batches(self, rows: int) -> Iterator[pa.RecordBatch]:
+        """All rows with item_id, source and embedding, so many at a time, of which the last of an
+        item counts. ValueError names a part that was altered."""
+        self._check()
+        schema = pa.schema([self._schema.field(n) for n in ("item_id", "source", "embedding")])
+        for part in self.parts:
+            with self._whole(self.path / part["name"]) as path, pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(rows, columns=schema.names):
+                    yield batch.select(schema.names).cast(schema)
+
     def _check(self) -> None:
         check_listed(self.path, {part["name"]: part["sha256"] for part in self.parts}, NAME)
 
     def _read(self, name: str, schema: pa.Schema) -> pa.Table:
         """A part's columns. ValueError where it was cut off or is something else."""
-        path = self.path / name
-        try:
+        with self._whole(self.path / name) as path:
             return pq.read_table(path, columns=schema.names).cast(schema)
+
+    @contextmanager
+    def _whole(self, path: Path) -> Iterator[Path]:
+        """A part to read. ValueError where it was cut off or is something else."""
+        try:
+            yield path
         except (pa.ArrowException, KeyError, ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise

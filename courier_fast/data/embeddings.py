@@ -40,24 +40,24 @@ def read_embeddings(
     path: str | os.PathLike[str], dataset: Dataset, *, strict: bool = False
 ) -> Array:
     """Embeddings [items, D] float32 in the dataset's order, from .npy (rows in that order, or of
-    the ids in the JSON beside it), .parquet (item_id, embedding), or a folder that
-    `courier-fast embed` wrote.
+    the ids in the JSON beside it), .parquet (item_id, embedding), a folder that
+    `courier-fast embed` wrote, or a dataset that has embeddings of its own.
 
     Items without a row where there are ids are NaN, other items are left out; `strict` takes
     neither. ValueError where the shape is another or an id comes twice.
     """
     path = local_path(path)
     if path.is_dir():
-        table = _in_order(*EmbeddingStore.open(path).read(), dataset, path, strict)
+        table = _in_order(*_read_folder(path)[:2], dataset, path, strict)
     elif not path.is_file():
         raise FileNotFoundError(
             "embeddings: expected a .npy or .parquet file or a folder of "
             f"`courier-fast embed`, got {path}"
         )
     elif path.suffix == ".npy":
-        table, ids = read_npy(path), _ids_beside(path)
+        table, ids = read_npy(path), ids_beside(path)
         if ids is not None:
-            _check_rows(ids, table, path)
+            check_rows(ids, table, path)
             table = _in_order(ids, table, dataset, path, strict)
     elif path.suffix == ".parquet":
         table = _in_order(*read_parquet(path), dataset, path, strict)
@@ -70,11 +70,10 @@ def read_embeddings(
 def read_vectors(path: str | os.PathLike[str]) -> tuple[pa.Array, Array, str | None]:
     """Item ids, each once, embeddings [n, D] float32, and the space of the encoder (None where
     nobody wrote it down), of what `courier-fast embed` wrote: a folder, .parquet, or .npy with its
-    ids in the JSON beside it."""
+    ids in the JSON beside it; or of a dataset that has embeddings."""
     path = local_path(path)
     if path.is_dir():
-        store = EmbeddingStore.open(path)
-        return *store.read(), store.space
+        return _read_folder(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"embeddings: expected a folder or file of `courier-fast embed`, got {path}"
@@ -82,14 +81,27 @@ def read_vectors(path: str | os.PathLike[str]) -> tuple[pa.Array, Array, str | N
     space = _beside(path).get("space")
     if path.suffix == ".parquet":
         return *read_parquet(path), space
-    ids = _ids_beside(path)
+    ids = ids_beside(path)
     if ids is None:
         raise ValueError(
             f"embeddings: expected item_ids in {path}.json, got none; .parquet has them within"
         )
     table = read_npy(path)
-    _check_rows(ids, table, path)
+    check_rows(ids, table, path)
     return ids, table, space
+
+
+def _read_folder(path: Path) -> tuple[pa.Array, Array, str | None]:
+    """As `read_vectors`, of a folder."""
+    if _is_dataset(path):
+        dataset = Dataset(path)
+        return dataset.item_ids, dataset.read_embeddings(), None
+    store = EmbeddingStore.open(path)
+    return *store.read(), store.space
+
+
+def _is_dataset(path: Path) -> bool:
+    return (path / "dataset.json").is_file()
 
 
 def read_npy(path: Path) -> Array:
@@ -114,19 +126,25 @@ def _as_floats(table: Array, path: Path) -> Array:
     with np.errstate(over="ignore"):  # infinity then, as a row without an embedding
         found = table.astype(np.float32, copy=False)
     if table.dtype == np.int8:
-        scale = _beside(path).get("scale", 1.0)
-        if not isinstance(scale, int | float) or not 0 < scale < np.inf:
-            raise ValueError(
-                f"embeddings: expected a positive number as scale in {path}.json, got {scale!r}"
-            )
-        found *= np.float32(scale)
+        found *= np.float32(scale_beside(path))
         if table.ndim == 2 and table.shape[1]:
             found[(table == NO_EMBEDDING).all(1)] = np.nan
     return found
 
 
-def _ids_beside(path: Path) -> pa.Array | None:
-    """The ids of the rows of a .npy file, each once, where the JSON beside it has them."""
+def scale_beside(path: Path) -> float:
+    """What numbers of int8 are multiplied by, where the JSON beside them says it; else 1."""
+    scale: Any = _beside(path).get("scale", 1.0)
+    if not isinstance(scale, int | float) or not 0 < scale < np.inf:
+        raise ValueError(
+            f"embeddings: expected a positive number as scale in {path}.json, got {scale!r}"
+        )
+    return float(scale)
+
+
+def ids_beside(path: Path, *, once: bool = True) -> pa.Array | None:
+    """The ids of the rows of a .npy file, where the JSON beside it has them; ValueError where one
+    comes again that should be there `once`."""
     ids = _beside(path).get("item_ids")
     if ids is None:
         return None
@@ -135,11 +153,12 @@ def _ids_beside(path: Path) -> pa.Array | None:
             f"embeddings: expected a list as item_ids in {path}.json, got {type(ids).__name__}"
         )
     found = pa.array([one(str(i)) for i in ids], pa.string())
-    _check_once(found, Path(f"{path}.json"))
+    if once:
+        _check_once(found, Path(f"{path}.json"))
     return found
 
 
-def _check_rows(ids: pa.Array, table: Array, path: Path) -> None:
+def check_rows(ids: pa.Array, table: Array, path: Path) -> None:
     if table.ndim != 2 or len(table) != len(ids):
         raise ValueError(
             f"embeddings: expected [{len(ids)}, D] in {path}, a row for each of the item_ids in "
@@ -164,7 +183,7 @@ def trained_until(path: str | os.PathLike[str]) -> float | None:
     nobody wrote it down beside the file."""
     path = local_path(path)
     if path.is_dir():
-        return EmbeddingStore.open(path).trained_until
+        return None if _is_dataset(path) else EmbeddingStore.open(path).trained_until
     value: float | None = _beside(path).get("trained_until")
     return value
 
@@ -187,7 +206,7 @@ def read_parquet(path: Path) -> tuple[pa.Array, Array]:
                     f"embeddings: expected the columns item_id and embedding in {path}, got "
                     f"{', '.join(schema.names)}"
                 )
-        _check_lists(path, schema.field("embedding").type)
+        check_lists(path, schema.field("embedding").type, "embedding")
         read = pq.read_table(path, columns=["item_id", "embedding"])
     except (pa.ArrowException, OSError) as error:  # damaged pages are an OSError of pyarrow's
         if isinstance(error, OSError) and error.errno:
@@ -211,13 +230,13 @@ def read_parquet(path: Path) -> tuple[pa.Array, Array]:
     return ids, _as_floats(table, path)
 
 
-def _check_lists(path: Path, kind: pa.DataType) -> None:
+def check_lists(path: Path, kind: pa.DataType, column: str) -> None:
     """ValueError unless a column of this type holds lists of numbers."""
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     numbers = (pa.types.is_floating, pa.types.is_integer)
     if not (any(of(kind) for of in lists) and any(of(kind.value_type) for of in numbers)):
         raise ValueError(
-            f"embeddings: expected lists of numbers in the column embedding of {path}, got {kind}"
+            f"embeddings: expected lists of numbers in the column {column} of {path}, got {kind}"
         )
 
 

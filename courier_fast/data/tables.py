@@ -47,12 +47,15 @@ _MAPS = 4096  # shards that are mapped at once: Linux allows a process some 65,0
 
 
 def arrow_array(values: Any) -> pa.Array:
-    """`values` as one Arrow array; NumPy numbers without a copy."""
+    """`values` as one Arrow array; NumPy numbers without a copy, a matrix as a list for each
+    row."""
     if isinstance(values, pa.ChunkedArray):
         values = values.combine_chunks()
     if isinstance(values, pa.Array):
         return values
     values = np.ascontiguousarray(values)
+    if values.ndim == 2:
+        return pa.FixedSizeListArray.from_arrays(arrow_array(values.reshape(-1)), values.shape[1])
     if values.dtype == bool:
         values = values.view(np.uint8)  # an Arrow bool is a bit and could not be read in place
     return pa.Array.from_buffers(

@@ -191,7 +191,7 @@ def digest_of(about: Any, *arrays: Array) -> str:
 
 def run_source(encoder: Any, run: Path, dataset: Dataset, args: argparse.Namespace) -> RowSource:
     """What the encoder of a run takes: the dataset's images, or the features that a projection was
-    trained on."""
+    trained on, a file or the dataset's own embeddings."""
     device, _ = device_of(args)
     if encoder.about["backbone"] is not None:
         return DatasetImages(dataset, make_decoder_for(encoder, device, args))
@@ -199,9 +199,20 @@ def run_source(encoder: Any, run: Path, dataset: Dataset, args: argparse.Namespa
     from ..train.config import Config
 
     features = Config.load(run / "config.toml").data.features
-    if features is None:
-        raise ValueError(f"run: expected data.features in {run / 'config.toml'}, got none")
-    return FeatureRows(read_embeddings(features, dataset), dataset.item_ids)
+    if features is not None:
+        return FeatureRows(read_embeddings(features, dataset), dataset.item_ids)
+    if not dataset.has_embeddings:
+        raise ValueError(
+            f"run: expected data.features in {run / 'config.toml'}, or a dataset with embeddings "
+            f"(prepare --embeddings), got neither: {dataset.path} has none"
+        )
+    table = dataset.read_embeddings()
+    if table.shape[1] != encoder.features:
+        raise ValueError(
+            f"run: expected embeddings of {encoder.features} dimensions, as {run} was trained on, "
+            f"got {table.shape[1]} in {dataset.path}"
+        )
+    return FeatureRows(table, dataset.item_ids)
 
 
 def make_decoder_for(encoder: Any, device: torch.device, args: argparse.Namespace) -> Decoder:

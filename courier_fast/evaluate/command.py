@@ -41,14 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset", type=location, required=True, help="folder written by `courier-fast prepare`"
     )
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--run", type=local_path, help="folder of a training run: its encoder is evaluated"
     )
     what.add_argument(
         "--embeddings",
         type=local_path,
-        help=".npy (rows as items of the dataset) or .parquet (item_id, embedding)",
+        help=".npy (rows as items of the dataset) or .parquet (item_id, embedding); with neither: "
+        "the dataset's own",
     )
     parser.add_argument("--split", default="test")
     parser.add_argument(
@@ -120,11 +121,13 @@ def evaluate(args: argparse.Namespace) -> tuple[Dataset, list[Method], dict[str,
     wanted = args.baselines
     if wanted is None:
         # A run on a dataset without images was trained on features, which then are the backbone's.
-        images = dataset.has_images
-        possible = {"pixels": images, "backbone": images or args.run is not None}
+        images, features = dataset.has_images, dataset.has_embeddings or args.run is not None
+        possible = {"pixels": images, "backbone": images or features}
         wanted = [name for name in BASELINES if possible.get(name, True)]
     main = replace(_main_method(args, dataset), click=click)
     methods = [main, *_baselines(args, dataset, wanted)]
+    if args.run is None and args.embeddings is None:  # the main method is a baseline, too
+        methods = [main, *(m for m in methods[1:] if m.name != main.name)]
     result = compare(
         dataset,
         methods,
@@ -146,7 +149,8 @@ def evaluate(args: argparse.Namespace) -> tuple[Dataset, list[Method], dict[str,
 
 def _click_logits(args: argparse.Namespace) -> ClickLogits:
     if args.run is None:
-        raise ValueError("--score click: expected --run, whose click head ranks, got --embeddings")
+        given = "none" if args.embeddings is None else "--embeddings"
+        raise ValueError(f"--score click: expected --run, whose click head ranks, got {given}")
     from .click import click_logits_of
 
     return click_logits_of(args.run, device_of(args)[0])
@@ -161,6 +165,13 @@ def _encode(name: str, model: Any, source: RowSource, args: argparse.Namespace) 
 def _main_method(args: argparse.Namespace, dataset: Dataset) -> Method:
     if args.embeddings is not None:
         return Method(args.embeddings.stem, read_embeddings(args.embeddings, dataset))
+    if args.run is None:
+        if dataset.has_embeddings:
+            return methods.ready(dataset)
+        raise ValueError(
+            f"--run, --embeddings: expected one of them, got neither, and {dataset.path} has no "
+            "embeddings of its own (prepare --embeddings)"
+        )
     from ..train.encoder import load_encoder
 
     encoder = load_encoder(args.run)
@@ -181,17 +192,26 @@ def _baselines(args: argparse.Namespace, dataset: Dataset, wanted: list[str]) ->
 
 
 def _backbone(args: argparse.Namespace, dataset: Dataset) -> Method:
-    """Features of the backbone as it was before training: the run's own (same seed), or the one
-    named on the command line."""
+    """Features of the backbone as it was before training: the run's own (same seed), the one named
+    on the command line, or the dataset's ready embeddings."""
     from ..train.config import Config
     from ..train.encoder import SMALL_CONV, build_encoder
 
     name, size = args.backbone or SMALL_CONV, args.size
     pretrained, weights, seed = args.pretrained, args.weights, args.seed
+    config = None
     if args.run is not None and args.backbone is None:
         config = Config.load(args.run / "config.toml")
         if config.data.features is not None:
             return Method("features", read_embeddings(config.data.features, dataset))
+    if args.backbone is None and dataset.has_embeddings:
+        if unused := {"weights", "pretrained", "size"} & set(getattr(args, "given", ())):
+            raise ValueError(
+                f"--{min(unused)}: has no effect with --dataset {dataset.path}, whose embeddings "
+                "are the baseline: no image is read"
+            )
+        return methods.ready(dataset)
+    if config is not None:
         name, size = config.model.backbone, config.data.size
         pretrained, weights, seed = config.model.pretrained, config.model.weights, config.run.seed
     torch.manual_seed(seed)

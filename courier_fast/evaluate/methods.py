@@ -55,6 +55,11 @@ def pixels(dataset: Dataset, side: int = 8, decoder: Decoder | None = None) -> M
     return Method(f"pixels {side}x{side}", table)
 
 
+def ready(dataset: Dataset) -> Method:
+    """The dataset's own embeddings, as they came."""
+    return Method("ready embeddings", dataset.read_embeddings())
+
+
 def standardised(method: Method) -> Method:
     """Embeddings with mean 0 and standard deviation 1 in each dimension over the items; a constant
     dimension becomes 0.

@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     # What is wrong is an error before the work, not after.
+    if args.run is None and args.embeddings is None:
+        raise ValueError("--run, --embeddings: expected one of them, got neither")
     check_file(args.out, "out", inputs=evaluate.inputs_of(args), begins="<")
     if args.sweep is not None:
         sweep_pictures(args.sweep)

@@ -78,6 +78,21 @@ def read_features(path: str | os.PathLike[str], dataset: Dataset) -> np.ndarray:
     return table
 
 
+def table_of(config: Config, dataset: Dataset) -> np.ndarray | None:
+    """What a projection is trained on: data.features, or else the dataset's own embeddings; None:
+    its images are trained on."""
+    if config.data.features is not None:
+        return read_features(config.data.features, dataset)
+    if not dataset.has_embeddings:
+        return None
+    if config.model.shard:
+        raise ValueError(
+            f"model.shard: expected images with it, got {dataset.path} with embeddings: their "
+            "projection is no encoder to be sharded"
+        )
+    return dataset.read_embeddings()
+
+
 def encoder_of(config: Config, table: np.ndarray | None) -> Encoder:
     """The encoder that the config asks for, of images or of the features' `table`. ValueError where
     its backbone cannot do what the config asks of it."""

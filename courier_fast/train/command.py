@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..data.dataset import Dataset
 from ..option_rules import refuse
 from . import config
 
@@ -19,6 +20,8 @@ def run(args: argparse.Namespace) -> int:
     overrides = config.overrides_of(args)
     settings = config.Config.load(args.config, overrides)
     refuse(settings.unused(overrides))
+    if Dataset(settings.data.dataset).has_embeddings:
+        refuse(settings.unused(overrides, ready=True))
     from .trainer import Trainer
 
     trainer = Trainer(settings)

@@ -92,7 +92,8 @@ class DataConfig(Section):
     )
     features: LocalPath | None = described(
         None,
-        "train a projection on these embeddings (.npy rows as items, or .parquet) and no images",
+        "train a projection on these embeddings (.npy rows as items, or .parquet) and no images; "
+        "default: the dataset's own, where it has some",
     )
     pages: int = described(64, "pages per step and process; 0 with data.images", ge=0)
     images: int = described(0, "unique images per step and process, in place of data.pages", ge=0)
@@ -521,9 +522,9 @@ class Config(Section):
             ]
             raise ValueError("\n".join([f"config{f' {path}' if path else ''}:", *lines])) from None
 
-    def unused(self, typed: Collection[str] = ()) -> dict[str, str]:
+    def unused(self, typed: Collection[str] = (), ready: bool = False) -> dict[str, str]:
         """Settings that have no effect beside the others, and why; `typed`: those that the command
-        line gave, of which a default counts, too."""
+        line gave, of which a default counts, too; `ready`: the dataset has embeddings."""
         values, defaults = {}, {}
         recipe = RECIPES[self.loss.recipe]
         for section, model in self:
@@ -531,7 +532,7 @@ class Config(Section):
                 full = f"{section}.{name}"
                 values[full] = getattr(model, name)
                 defaults[full] = recipe.get(full, setting.default)
-        return without_effect(values, defaults, typed)
+        return without_effect(values | {"ready": ready}, defaults | {"ready": ready}, typed)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes every value, defaults too, as TOML."""

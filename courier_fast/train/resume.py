@@ -176,7 +176,8 @@ class SavedRun:
             for k, v in there.items()
             if v != here.get(k) and k not in may_differ
         }
-        for name, path in (("dataset", c.data.dataset), ("features", c.data.features)):
+        features = c.data.features or "the embeddings of data.dataset"
+        for name, path in (("dataset", c.data.dataset), ("features", features)):
             if name in differ:
                 before, now = (str(x)[:19] if x else "none" for x in differ[name])
                 raise ValueError(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data.dataset import Dataset
 from ..data.loader import Batch, Images
-from .build import build_loader, build_plan, choose_device, read_features, without_auto
+from .build import build_loader, build_plan, choose_device, table_of, without_auto
 from .config import Config
 from .encoder import Encoder
 from .journal import Journal, measure
@@ -55,8 +55,7 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         self.dataset = Dataset(config.data.dataset)
         self.plan = build_plan(config, self.dataset, self.processes.rank, self.processes.world)
-        path = config.data.features
-        table = None if path is None else read_features(path, self.dataset)
+        table = table_of(config, self.dataset)
         self.learner = Learner(config, self.plan, table, self.processes)
         self.encoder, self.objective = self.learner.encoder, self.learner.objective
         self.loader = build_loader(config, self.plan, self.encoder, table, self.device)

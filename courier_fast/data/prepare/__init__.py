@@ -1,4 +1,4 @@
-"""`courier-fast prepare`: interactions and images in, a dataset out."""
+"""`courier-fast prepare`: interactions and images or ready embeddings in, a dataset out."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from .layouts import Source
     from .options import PrepareOptions
     from .run import prepare
+    from .vectors import EmbeddingFile
 
 __all__ = [
+    "EmbeddingFile",
     "PrepareOptions",
     "Source",
     "prepare",
@@ -23,5 +25,6 @@ __getattr__, __dir__ = lazy(
         "Source": "layouts",
         "PrepareOptions": "options",
         "prepare": "run",
+        "EmbeddingFile": "vectors",
     },
 )

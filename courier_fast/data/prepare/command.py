@@ -13,9 +13,10 @@ from ...locations import local_path, location
 from ..read.times import FORMATS
 from ..tables import SHARD_BYTES, SHARD_ROWS
 from .histories import DIFFER
-from .layouts import LAYOUTS, ORDERS, Columns, Source, generic
+from .layouts import LAYOUTS, ORDERS, PAGES, Columns, Source, generic
 from .options import NEGATIVES, PrepareOptions
 from .run import prepare
+from .vectors import EmbeddingFile
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -72,6 +73,16 @@ def print_report(report: dict[str, Any]) -> None:
         )
         for link in images["folders_not_followed"]:
             console.print(f"{link}: a link out of the folder of images, not followed", markup=False)
+    if ready := report.get("embeddings"):
+        bad = ready["unusable"]
+        console.print(
+            f"{ready['usable']:,} embeddings of {ready['dim']:,} dimensions ({ready['dtype']}"
+            + (f", scale {ready['scale']:.6g}" if ready["scale"] != 1 else "")
+            + f"), {len(ready['missing']):,} missing, {len(bad):,} that cannot be used"
+            + "".join(f"\n  {item}: {why}" for item, why in list(bad.items())[:5])
+            + ("\n  ... (report.json has all)" if len(bad) > 5 else ""),
+            markup=False,
+        )
     for name, split in report["splits"].items():
         when = f", {split['from']} to {split['to']}" if "from" in split else ""
         console.print(f"{name}: {split['pages']:,} pages{when}")
@@ -89,10 +100,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--source", type=local_path, help="folder of the published files (not for generic)")
     add("--images", type=location, help="folder of image files called after the items")
     add(
+        "--embeddings",
+        type=local_path,
+        help="ready embeddings of the items in place of images: .parquet, .npy with item_ids in "
+        "the JSON beside it, or a folder of `courier-fast embed`",
+    )
+    add("--embedding-column", help="of .parquet; default: embedding, or a published file's")
+    add("--embedding-id-column", help="of .parquet; default: item_id, or a published file's")
+    add(
+        "--embedding-scale",
+        type=float,
+        help="numbers are multiplied by it; default: a published file's, or that in the JSON "
+        "beside .npy of int8, else 1",
+    )
+    add(
         "--min-rating",
         type=float,
         help="least rating that is a click (movielens, amazon-reviews-2023)",
     )
+    add("--pages", choices=PAGES, default=PAGES[0], help="that are read (qilin)")
     add(
         "--shrink",
         type=int,
@@ -112,7 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard-bytes",
         type=int,
         default=SHARD_BYTES,
-        help="bytes of images after which a shard is full",
+        help="bytes of images or embeddings after which a shard is full",
     )
     add("--overwrite", action="store_true")
     add_engine_arguments(parser)
@@ -219,9 +245,19 @@ def source_of(args: argparse.Namespace) -> Source:
         raise ValueError(
             f"source: expected --source with the folder of the {args.layout} files, got none"
         )
-    if args.min_rating is None:
-        return LAYOUTS[args.layout](args.source)
-    return LAYOUTS[args.layout](args.source, min_rating=args.min_rating)
+    how: dict[str, Any] = {"pages": args.pages} if args.layout == "qilin" else {}
+    if args.min_rating is not None:
+        how["min_rating"] = args.min_rating
+    return LAYOUTS[args.layout](args.source, **how)
+
+
+def embeddings_of(args: argparse.Namespace) -> EmbeddingFile | None:
+    """The ready embeddings that the command line names."""
+    if args.embeddings is None:
+        return None
+    return EmbeddingFile(
+        args.embeddings, args.embedding_column, args.embedding_id_column, args.embedding_scale
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -230,6 +266,7 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         source=source_of(args),
         images=args.images,
+        embeddings=embeddings_of(args),
         options=options,
         engine=args.engine,
         ray_address=args.ray_address,

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,26 @@ from ..read.likeness import items_note
 from ..read.scan import reading, some
 from .layouts import Source
 from .rows import arrow_text
+from .vectors import Vectors
 
 Array = npt.NDArray
 log = logging.getLogger(__name__)
 
 NO_IMAGE = "item without a usable image"
+NO_EMBEDDING = "item without a usable embedding"
+
+
+class Inputs(NamedTuple):
+    """What is read: rows, and images or embeddings of their items, or neither."""
+
+    source: Source
+    images: Location | None = None
+    embeddings: Vectors | None = None
+
+    @property
+    def dropped(self) -> str:
+        """Why a row is left out whose item does not stay."""
+        return NO_IMAGE if self.embeddings is None else NO_EMBEDDING
 
 
 @dataclass
@@ -38,9 +53,10 @@ class Items:
     missing: list[str]
     undecodable: dict[str, str]
     about_images: dict[str, Any]  # more for the report
-    shards: list[dict[str, Any]]  # of images, for the manifest
+    shards: list[dict[str, Any]]  # of images or embeddings, for the manifest
     notes: list[str]
     ticks: int = 1  # of a second, in which times are
+    embeddings: dict[str, Any] | None = None  # their part of the report
 
     def columns(self, clicks: Array, first_seen: Array, last_seen: Array) -> dict[str, Any]:
         """Those of the table items."""

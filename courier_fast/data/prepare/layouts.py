@@ -5,6 +5,7 @@ Only headers are read here, by scan.py. Ids are text throughout, so that leading
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,10 @@ from ..read.times import TimeForm, check_format
 log = logging.getLogger(__name__)
 
 ORDERS = ("newest-last", "newest-first")
+# Of Qilin: its kinds of pages and how their results are called, and what may be asked for.
+_RESULTS = {"recommendation": "rec", "search": "search"}
+PAGES = (*_RESULTS, "both")
+_STRETCHES = 100  # of each kind, in each split, where both are read
 _LOOKED_AT = 100_000  # rows of a column that is asked what it says
 
 
@@ -650,28 +655,64 @@ def mmctr(folder: Path) -> Source:
     )
 
 
-def qilin(folder: Path) -> Source:
+def _qilin_pages(
+    path: Path, kind: str, split: str, rows: tuple[int, int] | None = None
+) -> pl.LazyFrame:
+    """Pages of a file; `rows`: the first and the number of those that are wanted."""
+    shown = Shown("note_idx", "click", "position", f"{_RESULTS[kind]}_result_details_with_idx")
+    columns = ("user_idx", "recent_clicked_note_idxs", *shown.columns)
+    frame = lists.with_rows(need(scan(path), path, *columns))
+    frame = frame if rows is None else frame.slice(*rows)
+    found = frame.select(
+        text("user_idx", "user_id", path),
+        page_views(frame, path, shown).alias("shown"),
+        lists.checked(frame, path, "recent_clicked_note_idxs", "history"),
+    )
+    return _in_split(found.unnest("shown"), split)
+
+
+def _stretches(files: Mapping[str, Sequence[Path]]) -> list[tuple[str, Path, tuple[int, int]]]:
+    """Kind, file, and first and number of rows of short stretches, so that any share of all rows,
+    in this order, has as large a share of each kind."""
+    rows = {
+        path: scan(path).select(pl.len()).collect(engine="streaming").item()
+        for of in files.values()
+        for path in of
+    }
+    found = []
+    for number, (kind, paths) in itertools.product(range(_STRETCHES), files.items()):
+        total = sum(rows[path] for path in paths)
+        first, end = (total * n // _STRETCHES for n in (number, number + 1))
+        for path in paths:
+            start, stop = max(first, 0), min(end, rows[path])
+            if start < stop:
+                found.append((kind, path, (start, stop - start)))
+            first, end = first - rows[path], end - rows[path]
+    return found
+
+
+def qilin(folder: Path, pages: str = "recommendation") -> Source:
     """Qilin's recommendation pages: recommendation_train and recommendation_test, a file or folder
     of Parquet each (user_idx, recent_clicked_note_idxs and rec_result_details_with_idx: note_idx,
     position and click of each note, as objects or JSON); of notes, taxonomy1_id is the
     category and the name of the first of image_path the image's.
 
-    Validation is the last of recommendation_train.
+    With `pages` "search" its search pages: search_train, search_test and their
+    search_result_details_with_idx; with "both" stretches of each kind in turn. Validation is the
+    last of train.
     """
-    shown = Shown("note_idx", "click", "position", "rec_result_details_with_idx")
-    frames, files = [], []
+    if pages not in PAGES:
+        raise ValueError(f"pages: expected one of {', '.join(PAGES)}, got {pages!r}")
+    kinds = list(_RESULTS) if pages == "both" else [pages]
+    frames: list[pl.LazyFrame] = []
+    files: list[Location] = []
     for split in ("train", "test"):
-        name = f"recommendation_{split}"
-        for path in find(folder, f"{name}*.parquet", f"{name}/*.parquet"):
-            columns = ("user_idx", "recent_clicked_note_idxs", *shown.columns)
-            frame = lists.with_rows(need(scan(path), path, *columns))
-            rows = frame.select(
-                text("user_idx", "user_id", path),
-                page_views(frame, path, shown).alias("shown"),
-                lists.checked(frame, path, "recent_clicked_note_idxs", "history"),
-            )
-            frames.append(_in_split(rows.unnest("shown"), split))
-            files.append(path)
+        found = {k: find(folder, f"{k}_{split}*.parquet", f"{k}_{split}/*.parquet") for k in kinds}
+        files += [path for of in found.values() for path in of]
+        if len(kinds) > 1:
+            frames += [_qilin_pages(path, k, split, rows) for k, path, rows in _stretches(found)]
+        else:
+            frames += [_qilin_pages(path, pages, split) for path in found[pages]]
     abouts = []
     for about in find_any(folder, "notes*.parquet", "notes/*.parquet"):
         frame = need(scan(about), about, "note_idx", "taxonomy1_id", "image_path")

@@ -38,8 +38,8 @@ class PrepareOptions:
             as they are.
         threads: threads that check images and sort; 0: one for each core.
         memory_gib: GiB that sorting and other steps may take, about; more is faster.
-        shard_rows, shard_bytes: rows of a shard of a table; bytes of images after which a shard is
-            full.
+        shard_rows, shard_bytes: rows of a shard of a table; bytes of images or embeddings after
+            which a shard is full.
     """
 
     page_size: int = 10

@@ -19,8 +19,8 @@ from ..dataset import SPLITS, write_json, write_manifest
 from ..read import truth
 from ..read.scan import some
 from ..read.times import SECOND
-from .histories import DIFFER, DROPPED
-from .layouts import Source
+from .histories import DIFFER, DROPPED, NO_IMAGE
+from .items import NO_EMBEDDING, Inputs
 from .options import PrepareOptions, microseconds
 from .page_ids import PageIds
 from .pages import ALL_CLICKED, DROP_REASONS, UNCLICKED
@@ -107,6 +107,7 @@ class Outcome:
     histories: Counter[str] | None = None  # items of given ones
     notes: Sequence[str] = ()
     page_ids: dict[str, int] | None = None  # of given pages
+    embeddings: dict[str, Any] | None = None  # ready ones
 
     def report(self, options: PrepareOptions) -> dict[str, Any]:
         pages = len(self.times)
@@ -120,6 +121,7 @@ class Outcome:
             "users": self.users,
             "items": self.items,
             "images": self.images,
+            **({} if self.embeddings is None else {"embeddings": self.embeddings}),
             "pages": {
                 "candidates": sum(self.statuses.values()),
                 "kept": pages,
@@ -146,19 +148,23 @@ class Outcome:
         return {
             **{n: counts[n] for n in ("read", "kept", DIFFER)},
             "stored": self.events,
-            "dropped": {why: counts[why] for why in DROPPED.values() if counts[why]},
+            "dropped": {self._why(n): counts[why] for n, why in DROPPED.items() if counts[why]},
         }
+
+    def _why(self, number: int) -> str:
+        ready = number == NO_IMAGE and self.embeddings is not None
+        return NO_EMBEDDING if ready else DROPPED[number]
 
 
 def write_about(
     folder: Location,
-    source: Source,
-    images: Location | None,
+    inputs: Inputs,
     options: PrepareOptions,
     outcome: Outcome,
     shards: Mapping[str, list[dict[str, Any]]],
 ) -> dict[str, Any]:
     """Writes report.json, manifest.json and dataset.json; the report."""
+    source, images, vectors = inputs
     report = outcome.report(options)
     if source.unreadable:
         report["items_times_unreadable"] = dict(source.unreadable)
@@ -167,7 +173,9 @@ def write_about(
             "layout": source.layout,
             "files": [str(f) for f in source.files],
             "images": str(images) if images else None,
+            **({} if vectors is None else {"embeddings": str(vectors.path)}),
         },
+        **({} if vectors is None else {"embeddings": {"scale": vectors.scale}}),
         "pages": "made" if source.impressions is None else "given",
         **({} if source.histories is None else {"histories": "given"}),
         **({} if source.timed else {"times": "order"}),

@@ -20,6 +20,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, groupby
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,12 +33,12 @@ from ...locations import Location
 from ..images.files import Paths
 from ..tables import write_shards
 from . import steps
-from .items import NO_IMAGE, Candidates, Items, spans
-from .layouts import Source
+from .items import Candidates, Inputs, Items, spans
 from .options import PrepareOptions
 from .outcome import Outcome, dropped, nothing_read, say_page_ids, splits_of, write_about
 from .page_ids import PageIds
 from .pages import market_of
+from .ready import embedded
 from .rows import arrow_text
 
 Array = npt.NDArray
@@ -93,14 +94,15 @@ class Executor(Protocol):
 def write(
     executor: Executor,
     folder: Location,
-    source: Source,
-    images: Location | None,
+    scratch: Path,
+    inputs: Inputs,
     options: PrepareOptions,
     begin: Callable[[int], None],
 ) -> dict[str, Any]:
     """Writes the dataset folder and gives its report; `folder` and what is read are there for every
-    step. `begin` is told the rows read, before anything is written."""
-    return _Run(executor, folder, source, images, options, begin).run()
+    step, `scratch` for this process alone. `begin` is told the rows read, before anything is
+    written."""
+    return _Run(executor, folder, scratch, inputs, options, begin).run()
 
 
 class _Times(Sequence[int]):
@@ -143,13 +145,14 @@ class _Run:
         self,
         executor: Executor,
         folder: Location,
-        source: Source,
-        images: Location | None,
+        scratch: Path,
+        inputs: Inputs,
         options: PrepareOptions,
         begin: Callable[[int], None],
     ) -> None:
         self.executor, self.task, self.get = executor, executor.task, executor.get
-        self.folder, self.source, self.images = folder, source, images
+        self.folder, self.scratch, self.inputs = folder, scratch, inputs
+        self.source = source = inputs.source
         self.options, self.begin = options, begin
         self.options_ref = executor.put(options)
         self.given = source.impressions is not None
@@ -206,13 +209,15 @@ class _Run:
             ),
         }
         shards = {n: of if n == "items" else [*chain(*self.get(of))] for n, of in written.items()}
-        if self.images is not None:
-            shards["images"] = items.shards
+        for name in ("images", "embeddings"):
+            if getattr(self.inputs, name) is not None:
+                shards[name] = items.shards
         outcome = Outcome(
             rows=self.counts,
             users=sum(counts["users"]),
             items=len(items.table),
-            images=None if self.images is None else items.images(),
+            images=None if self.inputs.images is None else items.images(),
+            embeddings=items.embeddings,
             events=sum(counts["events"]),
             times=times,
             page_items=int(first_items[-1]),
@@ -225,7 +230,7 @@ class _Run:
             notes=[*self.source.notes, *items.notes, *notes],
             page_ids=ids.counts(),
         )
-        return write_about(self.folder, self.source, self.images, self.options, outcome, shards)
+        return write_about(self.folder, self.inputs, self.options, outcome, shards)
 
     def read(self) -> tuple[Items, list[list[Any]]]:
         """The items, and each block's rows cut by users."""
@@ -247,8 +252,9 @@ class _Run:
             raise ValueError(nothing_read(self.source.files, self.counts))
         _check_codes(len(table))
         self.begin(sum(of["read"] for of in self.counts.values()))
-        log.info("items%s", f", images of {self.images}" if self.images else "")
-        items = self.choose(Candidates(table.with_row_index("code"), self.source, self.images))
+        images, lost = self.inputs.images, self.inputs.dropped
+        log.info("items%s", f", images of {images}" if images else "")
+        items = self.choose(Candidates(table.with_row_index("code"), self.source, images))
         sample = pl.concat(samples).sort()
         count = self.executor.parts(total)
         bounds = arrow_text(
@@ -262,9 +268,9 @@ class _Run:
         sizes = [(name, rows) for name, rows, _, _ in blocks]
         del blocks, names
         for name in self.counts:
-            self.counts[name][NO_IMAGE] += 0
+            self.counts[name][lost] += 0
         for (name, rows), about in zip(sizes, self.get([cut[-1] for cut in cuts]), strict=True):
-            self.counts[name][NO_IMAGE] += rows - about["rows"]
+            self.counts[name][lost] += rows - about["rows"]
             self.executor.moved["rows by user"] += about["bytes"]
         return items, [[cut[b] for cut in cuts] for b in range(len(bounds) + 1)]
 
@@ -288,9 +294,12 @@ class _Run:
                 return refs[0]
 
     def choose(self, candidates: Candidates) -> Items:
-        """The items that stay. With images, writes their shards and leaves out items without a
-        usable one."""
-        if self.images is None:
+        """The items that stay. With images or embeddings, writes their shards and leaves out items
+        without a usable one."""
+        vectors = self.inputs.embeddings
+        if vectors is not None:
+            return embedded(candidates, vectors, self.folder, self.scratch, self.options)
+        if self.inputs.images is None:
             return candidates.chosen([])
         shards: list[Any] = []
         number, before, item = 0, 0, 0

@@ -24,9 +24,11 @@ from ...output import DATASET, check_remote, new_folder
 from ...storage import delete_file, join
 from . import plan
 from .in_threads import Threads
+from .items import Inputs
 from .layouts import Source
 from .on_ray import on_ray
 from .options import PrepareOptions
+from .vectors import EmbeddingFile
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ def prepare(
     *,
     source: Source,
     images: Location | None = None,
+    embeddings: EmbeddingFile | None = None,
     options: PrepareOptions | None = None,
     engine: str = "local",
     ray_address: str | None = None,
@@ -49,14 +52,15 @@ def prepare(
     A local folder appears when it is complete: until then there is `<out>.partial-...` beside it
     (in it, where it is a mounted volume), which is removed again where something fails or a signal
     ends it. In an object store dataset.json is written last, and a folder without it is none. Items
-    that no event or page names are left out, and with `images` those without a usable one, before
-    any page is made.
+    that no event or page names are left out, and with `images` or `embeddings` those without a
+    usable one, before any page is made.
 
     Args:
         out: a folder, local or s3:// and so on, that is not there yet or empty; with
             `options.overwrite` also a dataset. See output.py.
         source: from an importer of layouts.py, or of one's own.
         images: a folder of image files called after the items; None: a dataset without images.
+        embeddings: ready ones in place of images.
         engine: "local", this process; or "ray", processes of this machine or a cluster. Both write
             the same bytes.
         ray_address: of a running cluster; None: processes of this machine.
@@ -86,13 +90,17 @@ def prepare(
             "keep_own: expected a source with given histories (--history-column), got one whose "
             "histories are the events before a page"
         )
+    if images is not None and embeddings is not None:
+        raise ValueError("images, embeddings: expected one of them, got both")
     if source.events is None and source.impressions is None:
         raise ValueError("source: expected events or impressions, got neither")
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {ENGINES}, got {engine!r}")
     out, images = location(out), None if images is None else location(images)
+    vectors = None if embeddings is None else embeddings.open()
+    inputs = Inputs(source, images, vectors)
     rule: dict[str, Any] = {
-        "inputs": [images],
+        "inputs": [images, *(() if vectors is None else vectors.files)],
         "listed": source.files,
         "overwrite": options.overwrite,
     }
@@ -108,10 +116,10 @@ def prepare(
 
         if engine == "ray":
             with on_ray(ray_address) as tasks:
-                return plan.write(tasks, folder, source, images, options, begins)
+                return plan.write(tasks, folder, scratch, inputs, options, begins)
         cores = options.threads or len(os.sched_getaffinity(0))
         with closing(Threads(scratch, options.memory_gib, cores)) as threads:
-            return plan.write(threads, folder, source, images, options, begins)
+            return plan.write(threads, folder, scratch, inputs, options, begins)
 
     if isinstance(out, Path):
         with new_folder(out, DATASET, **rule, need=need) as folder:
