@@ -49,6 +49,20 @@ def source(names: str, seed: int = 0, changed: str = "") -> FeatureRows:
     return FeatureRows(np.array(rows, np.float32), list(names))
 
 
+def interrupted(monkeypatch: pytest.MonkeyPatch, more: FeatureRows) -> None:
+    """Its third batch is, once."""
+    calls = 0
+
+    def load(rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return FeatureRows.load(more, rows)
+
+    monkeypatch.setattr(more, "load", load)
+
+
 def checksums(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.glob("part-*"))}
 
@@ -91,16 +105,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     folder, encoder = tmp_path / "e", Double()
     embed_new(encoder, source("abc"), folder, space=SPACE)
     more = source("abcdefghij")
-    calls = 0
-
-    def load(rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return FeatureRows.load(more, rows)
-
-    monkeypatch.setattr(more, "load", load)
+    interrupted(monkeypatch, more)
     how = {"space": SPACE, "only_new": True, "batch": 2, "save_seconds": 0.0}
     with pytest.raises(KeyboardInterrupt):
         embed_new(encoder, more, folder, **how)
@@ -213,16 +218,8 @@ def test_a_killed_run_of_smaller_numbers_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     how: dict[str, Any] = {"space": SPACE, "batch": 2, "save_seconds": 0.0, "numbers": dtype}
-    more, calls = source("abcdefghij"), 0
-
-    def load(rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return FeatureRows.load(more, rows)
-
-    monkeypatch.setattr(more, "load", load)
+    more = source("abcdefghij")
+    interrupted(monkeypatch, more)
     with pytest.raises(KeyboardInterrupt):
         embed_new(Double(), more, tmp_path / "killed", **how)
     assert EmbeddingStore.open(tmp_path / "killed").rows == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ def read_embeddings(
             f"`courier-fast embed`, got {path}"
         )
     elif path.suffix == ".npy":
-        table, ids = read_npy(path), ids_beside(path)
+        table, ids = read_npy(path), _ids_beside(path)
         if ids is not None:
             check_rows(ids, table, path)
             table = _in_order(ids, table, dataset, path, strict)
@@ -81,12 +83,7 @@ def read_vectors(path: str | os.PathLike[str]) -> tuple[pa.Array, Array, str | N
     space = _beside(path).get("space")
     if path.suffix == ".parquet":
         return *read_parquet(path), space
-    ids = ids_beside(path)
-    if ids is None:
-        raise ValueError(
-            f"embeddings: expected item_ids in {path}.json, got none; .parquet has them within"
-        )
-    table = read_npy(path)
+    ids, table = needed_ids(path), read_npy(path)
     check_rows(ids, table, path)
     return ids, table, space
 
@@ -107,17 +104,27 @@ def _is_dataset(path: Path) -> bool:
 def read_npy(path: Path) -> Array:
     """The numbers of a .npy file as float32. ValueError, which names it, where it is cut off,
     something else, or holds no real numbers."""
+    with npy_errors(path), path.open("rb") as file:
+        table = np.lib.format.read_array(file, allow_pickle=False)
+    check_numbers(table, path)
+    return _as_floats(table, path)
+
+
+@contextmanager
+def npy_errors(path: Path) -> Iterator[None]:
+    """What NumPy says of a file that it cannot read becomes a ValueError with its name."""
     try:
-        with path.open("rb") as file:
-            table = np.lib.format.read_array(file, allow_pickle=False)
+        yield
     except (ValueError, EOFError) as error:
         said = str(error).split("\n")[0]
         raise ValueError(
             f"embeddings: {path} was cut off or is no .npy file of numbers: {said}"
         ) from None
+
+
+def check_numbers(table: Array, path: Path) -> None:
     if table.dtype.kind not in "fiu":
         raise ValueError(f"embeddings: expected numbers in {path}, got {table.dtype}")
-    return _as_floats(table, path)
 
 
 def _as_floats(table: Array, path: Path) -> Array:
@@ -142,7 +149,7 @@ def scale_beside(path: Path) -> float:
     return float(scale)
 
 
-def ids_beside(path: Path, *, once: bool = True) -> pa.Array | None:
+def _ids_beside(path: Path, *, once: bool = True) -> pa.Array | None:
     """The ids of the rows of a .npy file, where the JSON beside it has them; ValueError where one
     comes again that should be there `once`."""
     ids = _beside(path).get("item_ids")
@@ -156,6 +163,16 @@ def ids_beside(path: Path, *, once: bool = True) -> pa.Array | None:
     if once:
         _check_once(found, Path(f"{path}.json"))
     return found
+
+
+def needed_ids(path: Path, *, once: bool = True) -> pa.Array:
+    """The same; ValueError where there are none."""
+    ids = _ids_beside(path, once=once)
+    if ids is None:
+        raise ValueError(
+            f"embeddings: expected item_ids in {path}.json, got none; .parquet has them within"
+        )
+    return ids
 
 
 def check_rows(ids: pa.Array, table: Array, path: Path) -> None:
@@ -198,7 +215,7 @@ def without_embedding(table: Array, dataset: Dataset) -> tuple[int, str]:
 def read_parquet(path: Path) -> tuple[pa.Array, Array]:
     """Item ids, each once, and rows [n, D] of a Parquet file with the columns item_id and
     embedding. ValueError where it is none."""
-    try:
+    with parquet_errors(path):
         schema = pq.read_schema(path)
         for name in ("item_id", "embedding"):
             if name not in schema.names:
@@ -208,11 +225,6 @@ def read_parquet(path: Path) -> tuple[pa.Array, Array]:
                 )
         check_lists(path, schema.field("embedding").type, "embedding")
         read = pq.read_table(path, columns=["item_id", "embedding"])
-    except (pa.ArrowException, OSError) as error:  # damaged pages are an OSError of pyarrow's
-        if isinstance(error, OSError) and error.errno:
-            raise
-        said = str(error).split("\n")[0]
-        raise ValueError(f"embeddings: {path} cannot be read as Parquet: {said}") from None
     ids, rows = array(read["item_id"], f"embeddings: {path}: item_id"), read["embedding"]
     there = pc.invert(pc.is_in(pc.fill_null(ids, ""), pa.array(MISSING)))
     if not pc.all(there, min_count=0).as_py():
@@ -228,6 +240,18 @@ def read_parquet(path: Path) -> tuple[pa.Array, Array]:
     _check_once(ids, path)
     table = pc.list_flatten(rows).to_numpy().reshape(-1, widths[0])
     return ids, _as_floats(table, path)
+
+
+@contextmanager
+def parquet_errors(path: Path) -> Iterator[None]:
+    """What pyarrow says of a damaged file becomes a ValueError with its name."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:  # damaged pages are an OSError of pyarrow's
+        if isinstance(error, OSError) and error.errno:
+            raise
+        said = str(error).split("\n")[0]
+        raise ValueError(f"embeddings: {path} cannot be read as Parquet: {said}") from None
 
 
 def check_lists(path: Path, kind: pa.DataType, column: str) -> None:

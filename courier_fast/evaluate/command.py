@@ -125,9 +125,8 @@ def evaluate(args: argparse.Namespace) -> tuple[Dataset, list[Method], dict[str,
         possible = {"pixels": images, "backbone": images or features}
         wanted = [name for name in BASELINES if possible.get(name, True)]
     main = replace(_main_method(args, dataset), click=click)
-    methods = [main, *_baselines(args, dataset, wanted)]
-    if args.run is None and args.embeddings is None:  # the main method is a baseline, too
-        methods = [main, *(m for m in methods[1:] if m.name != main.name)]
+    own = main if args.run is None and args.embeddings is None else None
+    methods = [main, *(m for m in _baselines(args, dataset, wanted, own) if m is not main)]
     result = compare(
         dataset,
         methods,
@@ -178,7 +177,10 @@ def _main_method(args: argparse.Namespace, dataset: Dataset) -> Method:
     return _encode("trained", encoder, run_source(encoder, args.run, dataset, args), args)
 
 
-def _baselines(args: argparse.Namespace, dataset: Dataset, wanted: list[str]) -> list[Method]:
+def _baselines(
+    args: argparse.Namespace, dataset: Dataset, wanted: list[str], own: Method | None
+) -> list[Method]:
+    """`own`: the dataset's ready embeddings, where they have been read."""
     found = []
     for name in wanted:
         if name == "random":
@@ -186,12 +188,12 @@ def _baselines(args: argparse.Namespace, dataset: Dataset, wanted: list[str]) ->
         elif name == "popularity":
             found.append(methods.popularity(dataset))
         elif name in ("pixels", "backbone"):
-            method = methods.pixels(dataset) if name == "pixels" else _backbone(args, dataset)
+            method = methods.pixels(dataset) if name == "pixels" else _backbone(args, dataset, own)
             found += [method, methods.standardised(method)]
     return found
 
 
-def _backbone(args: argparse.Namespace, dataset: Dataset) -> Method:
+def _backbone(args: argparse.Namespace, dataset: Dataset, own: Method | None) -> Method:
     """Features of the backbone as it was before training: the run's own (same seed), the one named
     on the command line, or the dataset's ready embeddings."""
     from ..train.config import Config
@@ -210,7 +212,7 @@ def _backbone(args: argparse.Namespace, dataset: Dataset) -> Method:
                 f"--{min(unused)}: has no effect with --dataset {dataset.path}, whose embeddings "
                 "are the baseline: no image is read"
             )
-        return methods.ready(dataset)
+        return own or methods.ready(dataset)
     if config is not None:
         name, size = config.model.backbone, config.data.size
         pretrained, weights, seed = config.model.pretrained, config.model.weights, config.run.seed

@@ -27,7 +27,7 @@ Array = npt.NDArray
 log = logging.getLogger(__name__)
 
 NO_IMAGE = "item without a usable image"
-NO_EMBEDDING = "item without a usable embedding"
+NOT_EMBEDDED = "item without a usable embedding"
 
 
 class Inputs(NamedTuple):
@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
     @property
     def dropped(self) -> str:
         """Why a row is left out whose item does not stay."""
-        return NO_IMAGE if self.embeddings is None else NO_EMBEDDING
+        return NO_IMAGE if self.embeddings is None else NOT_EMBEDDED
 
 
 @dataclass

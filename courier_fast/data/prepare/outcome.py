@@ -20,7 +20,7 @@ from ..read import truth
 from ..read.scan import some
 from ..read.times import SECOND
 from .histories import DIFFER, DROPPED, NO_IMAGE
-from .items import NO_EMBEDDING, Inputs
+from .items import NOT_EMBEDDED, Inputs
 from .options import PrepareOptions, microseconds
 from .page_ids import PageIds
 from .pages import ALL_CLICKED, DROP_REASONS, UNCLICKED
@@ -153,7 +153,7 @@ class Outcome:
 
     def _why(self, number: int) -> str:
         ready = number == NO_IMAGE and self.embeddings is not None
-        return NO_EMBEDDING if ready else DROPPED[number]
+        return NOT_EMBEDDED if ready else DROPPED[number]
 
 
 def write_about(

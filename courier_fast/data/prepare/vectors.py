@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,16 @@ import pyarrow.parquet as pq
 
 from ...locations import local_path
 from ..embedding_store import EmbeddingStore
-from ..embeddings import NO_EMBEDDING, check_lists, check_rows, ids_beside, scale_beside
+from ..embeddings import (
+    NO_EMBEDDING,
+    check_lists,
+    check_numbers,
+    check_rows,
+    needed_ids,
+    npy_errors,
+    parquet_errors,
+    scale_beside,
+)
 from ..read.ids import array
 
 Array = npt.NDArray
@@ -135,21 +143,11 @@ class _Npy(Vectors):
     def __init__(self, path: Path, scale: float | None) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"embeddings: expected a .npy file, got {path}")
-        ids = ids_beside(path, once=False)
-        if ids is None:
-            raise ValueError(
-                f"embeddings: expected item_ids in {path}.json, got none; .parquet has them within"
-            )
-        try:
-            self._table = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            said = str(error).split("\n")[0]
-            raise ValueError(
-                f"embeddings: {path} was cut off or is no .npy file of numbers: {said}"
-            ) from None
+        ids = needed_ids(path, once=False)
+        with npy_errors(path):
+            self._table = np.lib.format.open_memmap(path, "r")
+        check_numbers(self._table, path)
         kind = self._table.dtype
-        if kind.kind not in "fiu":
-            raise ValueError(f"embeddings: expected numbers in {path}, got {kind}")
         check_rows(ids, self._table, path)
         self._ids = ids
         if scale is None:
@@ -164,7 +162,7 @@ class _Npy(Vectors):
 
 class _Parquet(Vectors):
     def __init__(self, path: Path, about: EmbeddingFile) -> None:
-        with _readable(path):
+        with parquet_errors(path):
             schema = pq.read_schema(path)
         id_column, column, worth = _columns(schema, about, path)
         kind = schema.field(column).type
@@ -177,7 +175,7 @@ class _Parquet(Vectors):
         assert self.columns is not None
         id_column, column = self.columns
         width = 0
-        with _readable(self.path), pq.ParquetFile(self.path, memory_map=True) as file:
+        with parquet_errors(self.path), pq.ParquetFile(self.path, memory_map=True) as file:
             for batch in file.iter_batches(ROWS, columns=[id_column, column]):
                 ids = array(batch[id_column], f"embeddings: {self.path}: {id_column}")
                 rows, there = _numbers(batch[column], width, self.path)
@@ -200,18 +198,6 @@ class _Folder(Vectors):
             found = self.judged(batch["item_id"], rows, there)
             found.what[batch["source"].is_null().to_numpy(zero_copy_only=False)] = GONE
             yield found
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """What pyarrow says of a damaged file becomes a ValueError with its name."""
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:  # damaged pages are an OSError of pyarrow's
-        if isinstance(error, OSError) and error.errno:
-            raise
-        said = str(error).split("\n")[0]
-        raise ValueError(f"embeddings: {path} cannot be read as Parquet: {said}") from None
 
 
 def _columns(schema: pa.Schema, about: EmbeddingFile, path: Path) -> tuple[str, str, float]:
