@@ -353,6 +353,14 @@ def altered(folder: Path) -> EmbeddingFile:
 NO_FIT = r"expected ids of items of the interactions, got none that fits in .*e.parquet: 'a7', "
 
 
+def archive(folder: Path) -> Path:
+    """An .npz under another name."""
+    path = npy(folder, IDS, table())
+    with path.open("wb") as file:
+        np.savez(file, table())
+    return path
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -365,6 +373,7 @@ NO_FIT = r"expected ids of items of the interactions, got none that fits in .*e.
         ),
         (lambda f: npy(f, IDS, table("int8"), scale=0), "expected a positive number as scale in"),
         (lambda f: cut(npy(f, IDS, table())), "e.npy was cut off or is no .npy file of numbers"),
+        (archive, "e.npy was cut off or is no .npy file of numbers"),
         (lambda f: cut(parquet(f, IDS, table())), "e.parquet cannot be read as Parquet"),
         (altered, "part-00001.parquet was altered: expected sha256:"),
         (lengths, "expected rows of one length, got rows of 4, 5 numbers in .*e.parquet"),
