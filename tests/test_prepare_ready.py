@@ -353,12 +353,12 @@ def altered(folder: Path) -> EmbeddingFile:
 NO_FIT = r"expected ids of items of the interactions, got none that fits in .*e.parquet: 'a7', "
 
 
-def archive(folder: Path) -> Path:
+def archive(folder: Path) -> EmbeddingFile:
     """An .npz under another name."""
-    path = npy(folder, IDS, table())
-    with path.open("wb") as file:
+    found = npy(folder, IDS, table())
+    with open(found.path, "wb") as file:
         np.savez(file, table())
-    return path
+    return found
 
 
 @pytest.mark.parametrize(

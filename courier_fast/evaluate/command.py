@@ -193,7 +193,7 @@ def _baselines(
     return found
 
 
-def _backbone(args: argparse.Namespace, dataset: Dataset, own: Method | None) -> Method:
+def _backbone(args: argparse.Namespace, dataset: Dataset, own: Method | None = None) -> Method:
     """Features of the backbone as it was before training: the run's own (same seed), the one named
     on the command line, or the dataset's ready embeddings."""
     from ..train.config import Config
