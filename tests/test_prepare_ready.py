@@ -693,7 +693,7 @@ def test_ctr(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("faiss")
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "courier_fast")
     line = ["ctr", "--dataset", str(shop.path), "--out", str(tmp_path / "ctr")]
     line += ["--protocol", "shared", "--models", "din", "--forms", "vector", "--epochs", "1"]
     line += ["--seeds", "1"]
