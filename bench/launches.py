@@ -172,6 +172,7 @@ SPECIAL: dict[str, tuple[int, torch.dtype, dict[str, Any]]] = {
     ),
     "candidate-dot": (256, _BF16, {"attention": "candidate"}),
     "candidate-ids": (256, _BF16, {"attention": "candidate", "ids": True}),
+    "candidate-projected": (256, _BF16, {"attention": "candidate", "projected": True}),
     "candidate-heads": (256, _BF16, {"attention": "candidate", "num_heads": 4, "projected": True}),
     "candidate-fp32-64": (64, _FP32, {"attention": "candidate", "cosine": True}),
     "candidate-fp16-128": (128, _FP16, {"attention": "candidate", "cosine": True}),

@@ -39,7 +39,7 @@ import courier_fast as cf
 from courier_fast.kernels.cpu import candidate
 from courier_fast.loss import operators, reference
 from courier_fast.loss.options import CHOICES
-from courier_fast.loss.problem import Needs
+from courier_fast.loss.problem import Needs, Problem
 from courier_fast.testing.interpreter import truncated_tf32
 
 IMPLS = ("cpu", "triton")
@@ -215,15 +215,14 @@ def test_half(impl: str, dtype: torch.dtype, case: str) -> None:
         check(impl, case, dtype=dtype, **({"pages": 14} if impl == "cpu" else {"pages": 7}))
 
 
-def test_which_pages_are_binned() -> None:
-    """Those of at most 4 anchors and 64 history rows: side by side with others that
-    need as many units of 4."""
-    pages = [(2, 1), (5, 64), (4, 5), (3, 0), (1, 65), (1, 33), (2, 4), (9, 2), (3, 9)]
-    clicked = [int(k < (5 if n == 9 else 4)) for n, _ in pages for k in range(n)]
-    clicked[-3:] = [0, 0, 0]
+def binned_pages(
+    pages: list[tuple[int, int]], clicks: list[int], **options: Any
+) -> tuple[Problem, Any]:
+    """Of pages with so many rows and history rows and as many clicks, from their first row on."""
+    clicked = [int(k < n) for (rows, _), n in zip(pages, clicks, strict=True) for k in range(rows)]
     rows, past = (sum(x) for x in zip(*pages, strict=True))
     p = build("triton", normal(rows, 8), normal(past, 8), pages, clicked, attention="candidate")
-    p = replace(p, cosine=True, attention_scale=5.0)
+    p = replace(p, cosine=True, attention_scale=5.0, **options)
     skip_unless_available("triton", p)
     from courier_fast.kernels.triton import loss as triton_loss
     from courier_fast.kernels.triton.candidate import state
@@ -231,23 +230,62 @@ def test_which_pages_are_binned() -> None:
     if GPU and p.pv.dtype != torch.bfloat16:
         p = mapped(p, lambda _, x: x.bfloat16() if x.is_floating_point() else x)
     saved = triton_loss.loss_forward(p, Needs(pv=True, history=True), False)[-1]
-    shape = state.candidate_shape(p)
-    found = state.CandidateState.restored(shape, saved)
+    return p, state.CandidateState.restored(state.candidate_shape(p), saved)
+
+
+def test_which_pages_are_binned() -> None:
+    """Those of at most 64 history rows, with an entry for each four anchors: side by side with
+    others that need as many units of 4."""
+    pages = [(2, 1), (5, 64), (4, 5), (3, 0), (1, 65), (1, 33), (2, 4), (9, 2), (3, 9)]
+    p, found = binned_pages(pages, [2, 4, 4, 3, 1, 1, 2, 5, 0])
     bins = found.bins
     assert bins is not None
-    # Of one unit: pages 0 and 6; of two: page 2; of sixteen: 1 and 5. Page 4 is too long, page 7
-    # has five anchors.
-    assert bins.page_place.tolist() == [0, 32, 16, -1, -1, 48, 1, -1, -1]
-    assert bins.bin_count.tolist() == [4, 2, 2]
-    assert listed(found) == [[], [4, 7], [0, 1, 2, 4, 5, 6, 7]]
+    # Of one unit: pages 0, 6 and 7, which has two entries; of two: page 2; of sixteen: 1 and 5.
+    # Page 4 is too long.
+    assert bins.page_place.tolist() == [0, 32, 16, -1, -1, 48, 1, 2, -1]
+    assert bins.page_entries.tolist() == [1, 1, 1, 0, 0, 1, 1, 2, 0]
+    assert bins.bin_count.tolist() == [4, 1]
+    assert listed(found) == [[], [4], [0, 1, 2, 4, 5, 6, 7]]
 
     page = torch.full((64,), -1)
-    page[[0, 1]], page[16:18], page[32:48], page[48:] = torch.tensor([0, 6]), 2, 1, 5
+    page[:4], page[16:18] = torch.tensor([0, 6, 7, 7]), 2
+    page[32:48], page[48:] = 1, 5
     assert bins.unit_page[:64].tolist() == page.tolist()
+    assert bins.unit_entry[:4].tolist() == [0, 1, 2, 3]
+    assert bins.unit_entry[16:18].tolist() == [16, 16]
     row = bins.slot_row.view(-1, 64)
     start = p.history_offsets.tolist()
     assert row[0, :6].tolist() == [start[0], -1, -1, -1, start[6], start[6] + 1]
+    assert row[0, 8:16].tolist() == 2 * [start[7], start[7] + 1, -1, -1]
     assert row[2].tolist() == list(range(start[1], start[2]))
+
+
+def test_with_ids_each_anchor_has_an_entry() -> None:
+    pages = [(2, 1), (3, 6), (3, 70), (4, 64)]
+    ids = torch.tensor([5, 7, 5, 9, 9, 1, 2, 3, 4, 5, 6, 7])
+    _, found = binned_pages(pages, [2, 3, 1, 1], item_ids=ids)
+    bins = found.bins
+    assert bins is not None
+    assert bins.page_place.tolist() == [0, 16, -1, 32]
+    assert bins.page_entries.tolist() == [2, 3, 0, 1]
+    assert bins.unit_page[:48].tolist() == 2 * [0] + 14 * [-1] + 6 * [1] + 10 * [-1] + 16 * [3]
+    assert bins.unit_entry[16:22].tolist() == [16, 16, 18, 18, 20, 20]
+    assert bins.unit_id is not None
+    assert bins.unit_id[:2].tolist() == [5, 7]
+    assert bins.unit_id[16:22].tolist() == [5, 5, 9, 9, 9, 9]
+    assert bins.bin_count.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(("clicks", "several"), [(20, True), (21, False)])
+def test_pages_of_several_entries_without_room(clicks: int, several: bool) -> None:
+    """Six bins, of which each entry here takes one: all of a page's entries have room, or none."""
+    pages = [(1, 64), (24, 40)]
+    _, found = binned_pages(pages, [1, clicks])
+    bins = found.bins
+    assert bins is not None
+    assert (bins.page_place[1] >= 0) == several
+    assert bins.bin_count.tolist() == ([6, 0] if several else [1, 1])
+    assert listed(found) == [[], [] if several else [1], [0, 1]]
 
 
 def listed(found: Any) -> list[list[int]]:
@@ -267,7 +305,7 @@ def test_which_pages_are_small() -> None:
     from courier_fast.kernels.triton import loss as triton_loss
     from courier_fast.kernels.triton.candidate import state
 
-    p = replace(p, item_ids=torch.arange(rows))
+    p = replace(p, key=p.history.clone())  # no products of E and C alone: no bins
     for heads, small in ((1, [0, 2, 5, 6]), (2, [0, 5]), (8, [])):
         q = replace(p, num_heads=heads)
         saved = triton_loss.loss_forward(q, Needs(pv=True, history=True), False)[-1]

@@ -9,9 +9,10 @@ attention scale c, and h_j = |E_j| (1 by cosines):
     u = sum_k w_k x_k,   n = w^T G w,   s = cos / tau,   cos = u / (h_j sqrt n)
 
 A bin is UNITS units of SPAN history rows; pages whose histories need as many units, a power of
-two, share bins. A tile of candidates times a bin is two products (x and t = w G); maxima and sums
-over a page are those over neighbouring columns. With g = dL/ds, A = g / (tau h_j sqrt n),
-a = u / n and y_k = A w_k (x_k - a t_k):
+two, share bins. A page has an entry there for each SIDE of its anchors; where ids say which items
+are one, for each anchor, as its candidates are its own. A tile of candidates times a bin is two
+products (x and t = w G); maxima and sums over an entry are those over neighbouring columns. With
+g = dL/ds, A = g / (tau h_j sqrt n), a = u / n and y_k = A w_k (x_k - a t_k):
 
     dL/dx_k = A w_k + c y_k,   M_kl = sum_j A a w_k w_l,
     dL/dC_k = sum_j dL/dx_k E_j - sum_l M_kl C_l,
@@ -21,8 +22,8 @@ By cosines dL/dC and dL/dE are those of c and e so far (without the last term), 
 dL/dlog |C_k| = sum_j y_k. dL/dx of a chunk of candidates is stored, rounded once, and both
 gradients are plain products with it.
 
-Pages with more than SIDE anchors or with histories that do not fit into a bin are left to
-kernels.py.
+Pages whose histories do not fit into a bin, and those of several entries if there is no room for
+all of these, are left to kernels.py.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from ..common import (
 from ..masks import MASK_OTHER_PAGES, MASKS
 from ..shapes import cdiv
 from .bins import LOWEST, ROWS, merge, weigh
+from .pages import Pages, page_size, placed_of
 from .state import PADDING, SIDE, SLOTS, SPAN, UNITS, Bins, CandidateShape, CandidateState
 
 # Of n, where the page's largest weight is 1: a reconstruction of length 0 (NORM_EPS, squared).
@@ -113,6 +115,8 @@ class Packed(NamedTuple):
     unit_page: Any
     unit_poison: Any
     unit_column: Any
+    unit_id: Any  # [units], None where every column is an item of its own
+    column_id: Any  # [columns], or None
     column_page: Any  # [columns]
     column_bias: Any  # [columns], or None
 
@@ -242,6 +246,13 @@ def of_own_page(packed, b, column, inside):
     return page[:, None] == b.page[None, :]
 
 
+@triton.jit
+def of_own_item(packed, b, column, inside):
+    """Which candidates are the item of each unit's anchor [BLOCK_M, UNITS]."""
+    id = tl.load(packed.column_id + column, mask=inside, other=0)
+    return id[:, None] == tl.load(packed.unit_id + b.unit, mask=b.page >= 0, other=0)[None, :]
+
+
 @kernel
 def binned_scores(
     packed,  # Packed
@@ -286,6 +297,8 @@ def binned_scores(
                 for side in tl.static_range(1, SIDE):
                     left_out = left_out | own_columns(packed, units, b, column, side)
             t = tl.where(left_out, -float("inf"), t)
+        if packed.unit_id is not None:
+            t = tl.where(of_own_item(packed, b, column, column < count), -float("inf"), t)
         if how.MASK == MASK_OTHER_PAGES:
             t = tl.where(of_own_page(packed, b, column, column < count), -float("inf"), t)
         new_top = tl.maximum(top, t)
@@ -319,6 +332,8 @@ def pair_gradients(t, start, packed, pages, b, units, count, how: tl.constexpr):
     if packed.column_bias is not None:
         t += tl.load(packed.column_bias + column, mask=column < count, other=0.0)[:, None]
     g = exp2_flushed(t) * weight[None, :]
+    if packed.unit_id is not None:
+        g = tl.where(of_own_item(packed, b, column, column < count), 0.0, g)
     if how.MASK == MASK_OTHER_PAGES:
         g = tl.where(of_own_page(packed, b, column, column < count), 0.0, g)
     if has_own(b, start, how.BLOCK_M):
@@ -612,12 +627,16 @@ def binned_history(
 
 
 @triton.jit
-def history_part(sum_ptr, pairs, c_ptr, bin, first, how: tl.constexpr):
-    """C and dL/dC, but for their lengths, BLOCK_N dimensions from `first` on."""
+def history_part(sum_ptr, pairs, c_ptr, slot, entries, ahead, first, how: tl.constexpr):
+    """C and dL/dC, but for their lengths, BLOCK_N dimensions from `first` on, of slots of which so
+    many `entries` have the same rows, `ahead` slots from one to the next."""
     precision: tl.constexpr = how.PRECISION
-    slot = bin * SLOTS + tl.arange(0, SLOTS)
     c = rows_of(c_ptr, slot, first, how.BLOCK_D, how.BLOCK_N)
     grad = rows_of(sum_ptr, slot, first, how.BLOCK_D, how.BLOCK_N)
+    dims = first + tl.arange(0, how.BLOCK_N)
+    for number in range(1, tl.max(entries, axis=0)):
+        again = (slot + number * ahead).to(tl.int64)[:, None] * how.BLOCK_D + dims[None, :]
+        grad += tl.load(sum_ptr + again, mask=(number < entries)[:, None], other=0.0)
     grad -= tl.dot(pairs, c.to(pairs.dtype), input_precision=precision)
     return c.to(tl.float32), grad
 
@@ -630,42 +649,52 @@ def finish_history(
     c_ptr,
     slot_length_ptr,
     slot_row_ptr,
-    unit_page_ptr,
-    bin_count_ptr,
+    pages,  # Pages
+    placed,  # Placed
     dc_ptr,  # [K, D]
     units,
     parts,
     DOT_TYPE: tl.constexpr,
     how: tl.constexpr,
 ):
-    """dL/dC of a bin's history from the sums."""
+    """dL/dC of a bin's history from the sums; entries of a page are added to its first."""
     bin = tl.program_id(0)
-    if bin >= tl.load(bin_count_ptr):
+    if bin >= tl.load(placed.bin_count):
         return
     place = tl.arange(0, SLOTS)
     slot = bin * SLOTS + place
+    page = tl.load(placed.unit_page + slot // SPAN)
+    entry = tl.load(placed.unit_entry + slot // SPAN, mask=page >= 0, other=-1)
+    stands = (page >= 0) & (entry == tl.load(placed.page_place + page, mask=page >= 0, other=-1))
+    entries = tl.load(placed.page_entries + page, mask=stands, other=0)
+    ahead = SPAN << page_size(pages, page, stands)
     pairs = tl.zeros([SLOTS, SLOTS], tl.float32)
     along = tl.zeros([SLOTS], tl.float32)
-    for part in range(parts):
-        at = part * units.to(tl.int64) * SPAN + slot
-        pairs += tl.load(pairs_ptr + at[:, None] * SLOTS + place[None, :])
-        if how.COSINE:
-            along += tl.load(along_ptr + at)
-    page = tl.load(unit_page_ptr + slot // SPAN)
-    other = tl.load(unit_page_ptr + (bin * SLOTS + place) // SPAN)
-    pairs = tl.where(page[:, None] == other[None, :], pairs, 0.0).to(DOT_TYPE)
+    same = stands[:, None] & (entry[:, None] == entry[None, :])
+    for number in range(tl.max(entries, axis=0)):
+        again = slot + number * ahead  # the same rows in another entry
+        mine = number < entries
+        for part in range(parts):
+            at = part * units.to(tl.int64) * SPAN + again
+            other = (again % SLOTS)[None, :]
+            pairs += tl.load(
+                pairs_ptr + at[:, None] * SLOTS + other, mask=same & mine[:, None], other=0.0
+            )
+            if how.COSINE:
+                along += tl.load(along_ptr + at, mask=mine, other=0.0)
+    pairs = pairs.to(DOT_TYPE)
     # dL/dC = factor (sum + along C)
     factor = tl.full([SLOTS], 1.0, tl.float32)
     if how.COSINE:
         length = tl.abs(tl.load(slot_length_ptr + slot))
         factor = unit_scale(length)
         for first in range(0, how.BLOCK_D, how.BLOCK_N):
-            c, grad = history_part(sum_ptr, pairs, c_ptr, bin, first, how)
+            c, grad = history_part(sum_ptr, pairs, c_ptr, slot, entries, ahead, first, how)
             along -= tl.sum(grad * c, axis=1)
-    row = tl.load(slot_row_ptr + slot)
+    row = tl.load(slot_row_ptr + slot, mask=stands, other=-1)
     for first in range(0, how.BLOCK_D, how.BLOCK_N):
         dims = first + tl.arange(0, how.BLOCK_N)
-        c, grad = history_part(sum_ptr, pairs, c_ptr, bin, first, how)
+        c, grad = history_part(sum_ptr, pairs, c_ptr, slot, entries, ahead, first, how)
         if how.COSINE:
             grad = (grad + along[:, None] * c) * factor[:, None]
         where = row.to(tl.int64)[:, None] * how.D + dims[None, :]
@@ -692,6 +721,8 @@ def _pass(p: Problem, s: CandidateShape, t: CandidateState, b: Bins, kind: str) 
             b.unit_page,
             b.unit_poison,
             b.unit_column,
+            b.unit_id,
+            t.column.id if s.identified else None,
             t.column.page,
             t.column.bias,
         ),
@@ -817,6 +848,8 @@ def backward(
                 **product.launch,
             )
     if d_c is not None:
+        # Two tiles and the products of the bin's rows: wider ones spill.
+        width = min(product.block_n, 16 if s.dtype == torch.float32 else 128)
         finish_history[(s.bins,)](
             sum_c,
             pairs,
@@ -824,13 +857,13 @@ def backward(
             b.c,
             b.slot_length,
             b.slot_row,
-            b.unit_page,
-            b.bin_count,
+            Pages(p.pv_offsets, p.history_offsets, t.places[0]),
+            placed_of(b),
             d_c,
             s.units,
             parts,
             DOT_TYPE=tl.bfloat16 if dx.dtype == torch.bfloat16 else tl.float32,
-            how=how,
+            how=how._replace(BLOCK_N=width),
             num_warps=8,
             maxnreg=tiles.MOST_REGISTERS,
         )

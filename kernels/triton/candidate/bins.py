@@ -26,7 +26,7 @@ from ..common import (
 )
 from ..masks import MASK_OTHER_PAGES, MASKS
 from ..shapes import cdiv
-from .pages import anchors_of, exponent_of
+from .pages import Pages, entry_anchors, entry_of, placed_of
 from .state import PADDING, SIDE, SLOTS, SPAN, UNITS, Bins, CandidateShape, CandidateState
 
 # Of logits and scores: below all there are.
@@ -46,18 +46,15 @@ def load_part(source, row, mask, first, D: tl.constexpr, WIDTH: tl.constexpr):
 def fill_bins(
     source_ptr,
     index_ptr,
-    pv_offsets_ptr,
-    history_offsets_ptr,
+    pages,  # Pages
+    placed,  # Placed
     history_page_ptr,
     anchor_list_ptr,
-    anchor_place_ptr,
+    anchor_id_ptr,
     pv_index_ptr,
     column_place_ptr,
-    unit_page_ptr,
-    page_place_ptr,
-    bin_count_ptr,
     c_ptr,  # [bins * SLOTS, BLOCK_D] history rows, by cosines of unit length
-    gram_ptr,  # [bins, SLOTS, SLOTS] within pages
+    gram_ptr,  # [bins, SLOTS, SLOTS] within entries
     # [bins * SLOTS] LOWEST in empty slots, else 0; by cosines log2 |C|, the page's largest
     # subtracted, and 0 of zero rows
     slot_log_ptr,
@@ -65,29 +62,31 @@ def fill_bins(
     slot_length_ptr,
     slot_row_ptr,  # [bins * SLOTS] history rows, -1 in empty slots
     unit_poison_ptr,  # [bins * UNITS] NaN where the page's history is not finite, else 0
-    unit_column_ptr,  # [SIDE, bins * UNITS] columns of the page's anchors, -1 for none
-    bin_group_ptr,  # [bins] units of each of its pages
-    bin_most_ptr,  # [bins] anchors of a page, at most
+    unit_column_ptr,  # [SIDE, bins * UNITS] columns of the entry's anchors, -1 for none
+    unit_id_ptr,  # [bins * UNITS] id of the entry's anchor, or None
+    bin_group_ptr,  # [bins] units of each of its entries
+    bin_most_ptr,  # [bins] anchors of an entry, at most
     units,
     D: tl.constexpr,
     COSINE: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     MERGED: tl.constexpr,
+    PER: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows of a bin's history side by side, the products of each page's with each other, and
+    """Rows of a bin's history side by side, the products of each entry's with each other, and
     its anchors' columns."""
     bin = tl.program_id(0)
-    if bin >= tl.load(bin_count_ptr):
+    if bin >= tl.load(placed.bin_count):
         return
     slot = bin * SLOTS + tl.arange(0, SLOTS)
-    page = tl.load(unit_page_ptr + slot // SPAN)
+    page = tl.load(placed.unit_page + slot // SPAN)
     there = page >= 0
-    place = tl.load(page_place_ptr + page, mask=there, other=0)
-    row = tl.load(history_offsets_ptr + page, mask=there, other=0) + slot - place * SPAN
-    real = there & (row < tl.load(history_offsets_ptr + page + 1, mask=there, other=0))
+    entry = tl.load(placed.unit_entry + slot // SPAN, mask=there, other=-1)
+    row = tl.load(pages.history_offsets + page, mask=there, other=0) + slot - entry * SPAN
+    real = there & (row < tl.load(pages.history_offsets + page + 1, mask=there, other=0))
     real = real & (tl.load(history_page_ptr + row, mask=real, other=-1) == page)
     source = Source(source_ptr, index_ptr if HAS_INDEX else None)
     squares = tl.zeros([SLOTS], tl.float32)
@@ -106,7 +105,7 @@ def fill_bins(
         dims = first + tl.arange(0, BLOCK_K)
         tl.store(c_ptr + slot.to(tl.int64)[:, None] * BLOCK_D + dims[None, :], c)
         gram = tl.dot(c, tl.trans(c), gram, input_precision=PRECISION)
-    same = there[:, None] & (page[:, None] == page[None, :])
+    same = there[:, None] & (entry[:, None] == entry[None, :])
     log = tl.where(real & finite, 0.0, LOWEST)
     if COSINE:
         some = length > NORM_EPS
@@ -129,9 +128,10 @@ def fill_bins(
     poison = tl.where(bad > 0, float("nan"), 0.0)
     tl.store(unit_poison_ptr + slot // SPAN, poison, mask=slot % SPAN == 0)
     units_here = bin * UNITS + tl.arange(0, UNITS)
-    page = tl.load(unit_page_ptr + units_here)
+    page = tl.load(placed.unit_page + units_here)
     there = page >= 0
-    first, last = anchors_of(pv_offsets_ptr, anchor_place_ptr, page, there)
+    entry = tl.load(placed.unit_entry + units_here, mask=there, other=-1)
+    first, last = entry_anchors(pages, placed, page, entry, there, PER)
     for side in tl.static_range(SIDE):
         has = there & (first + side < last)
         item = tl.load(anchor_list_ptr + first + side, mask=has, other=0)
@@ -139,9 +139,11 @@ def fill_bins(
             item = tl.load(pv_index_ptr + item, mask=has, other=0).to(tl.int32)
         column = tl.load(column_place_ptr + item, mask=has, other=0) - 1
         tl.store(unit_column_ptr + side * units + units_here, column)
+    if unit_id_ptr is not None:
+        id = tl.load(anchor_id_ptr + first, mask=there, other=0)
+        tl.store(unit_id_ptr + units_here, id)
     tl.store(bin_most_ptr + bin, tl.max(last - first, axis=0))
-    of_first = page == tl.load(unit_page_ptr + bin * UNITS)
-    tl.store(bin_group_ptr + bin, tl.sum(of_first.to(tl.int32), axis=0))
+    tl.store(bin_group_ptr + bin, tl.sum((entry == bin * UNITS).to(tl.int32), axis=0))
 
 
 @kernel
@@ -186,8 +188,8 @@ def among_page(
     anchor_id_ptr,
     MERGED: tl.constexpr,
 ):
-    """Whether anchor `other` of a page is a candidate of another of its anchors: another item, each
-    counted once."""
+    """Whether anchor `other` of an entry is a candidate of another of its anchors: another item,
+    each counted once."""
     has = valid & (other < last)
     id = tl.load(anchor_id_ptr + other, mask=has, other=0)
     counts = has & (id != own_id)
@@ -226,13 +228,12 @@ def own_score(i, valid, scale, own):
 
 @kernel
 def merge_binned(
-    pv_offsets_ptr,
-    anchor_place_ptr,
+    pages,  # Pages
+    placed,  # Placed
     anchor_list_ptr,
     anchor_page_ptr,
     anchor_id_ptr,
     count_ptr,
-    page_place_ptr,
     positive_ptr,
     log_q_ptr,
     pv_index_ptr,
@@ -250,14 +251,14 @@ def merge_binned(
     MASK: tl.constexpr,
     HAS_LOG_Q: tl.constexpr,
     MERGED: tl.constexpr,
+    PER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(max, sum) of an anchor of a page in a bin: of the page's parts and its other anchors."""
+    """(max, sum) of an anchor in a bin: of its entry's parts and the entry's other anchors."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = i < tl.load(count_ptr)
     page = tl.load(anchor_page_ptr + i, mask=valid, other=0)
-    place = tl.load(page_place_ptr + page, mask=valid, other=-1)
-    valid = valid & (place >= 0)
+    valid = valid & (tl.load(placed.page_place + page, mask=valid, other=-1) >= 0)
     scale = score_scale(tau, TAU_IS_TENSOR)
     own = Own(
         positive_ptr,
@@ -266,6 +267,7 @@ def merge_binned(
         pv_index_ptr if MERGED else None,
         item_count_ptr,
     )
+    place, _size, first, last = entry_of(pages, placed, i, page, valid, PER)
     top = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for part in range(bin_parts):
@@ -273,10 +275,9 @@ def merge_binned(
         part_top = tl.load(bin_top_ptr + where, mask=valid, other=-float("inf"))
         part_total = tl.load(bin_total_ptr + where, mask=valid, other=0.0)
         top, total = add_in(top, total, part_top, part_total)
-    first, last = anchors_of(pv_offsets_ptr, anchor_place_ptr, page, valid)
     own_id = tl.load(anchor_id_ptr + i, mask=valid, other=0)
     if MASK != MASK_OTHER_PAGES:
-        for side in tl.static_range(SIDE):
+        for side in tl.static_range(PER):
             other = first + side
             counts = among_page(other, first, last, valid, own_id, anchor_id_ptr, MERGED)
             _score, t = own_score(other, counts, scale, own)
@@ -292,14 +293,12 @@ def merge_binned(
 
 @kernel
 def page_weights(
-    pv_offsets_ptr,
-    history_offsets_ptr,
-    anchor_place_ptr,
+    pages,  # Pages
+    placed,  # Placed
     anchor_list_ptr,
     anchor_page_ptr,
     anchor_id_ptr,
     count_ptr,
-    page_place_ptr,
     positive_ptr,
     log_q_ptr,
     pv_index_ptr,
@@ -307,7 +306,7 @@ def page_weights(
     lse_ptr,
     miss_ptr,
     g_ptr,
-    unit_lse_ptr,  # [units] the smallest of the page's anchors
+    unit_lse_ptr,  # [units] the smallest of the entry's anchors
     unit_weight_ptr,  # [units] sum of g_i 2^(that - lse_i)
     unit_own_ptr,  # [SIDE, units] dL/ds of the anchors' own columns
     units,
@@ -316,17 +315,17 @@ def page_weights(
     MASK: tl.constexpr,
     HAS_LOG_Q: tl.constexpr,
     MERGED: tl.constexpr,
+    PER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What the gradient of a page's scores needs: dL/ds_bj = weight 2^(t - lse) of all but its
+    """What the gradient of an entry's scores needs: dL/ds_bj = weight 2^(t - lse) of all but its
     anchors' own columns."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = i < tl.load(count_ptr)
     page = tl.load(anchor_page_ptr + i, mask=valid, other=0)
-    place = tl.load(page_place_ptr + page, mask=valid, other=-1)
-    valid = valid & (place >= 0)
+    valid = valid & (tl.load(placed.page_place + page, mask=valid, other=-1) >= 0)
     scale = score_scale(tau, TAU_IS_TENSOR)
-    first, last = anchors_of(pv_offsets_ptr, anchor_place_ptr, page, valid)
+    place, size, first, last = entry_of(pages, placed, i, page, valid, PER)
     own_id = tl.load(anchor_id_ptr + i, mask=valid, other=0)
     own_of = Own(
         positive_ptr,
@@ -340,19 +339,19 @@ def page_weights(
     # The first anchor of an item stands for its column.
     stands = valid
     if MERGED:
-        for side in tl.static_range(SIDE):
+        for side in tl.static_range(PER):
             earlier = valid & (first + side < i)
             again = tl.load(anchor_id_ptr + first + side, mask=earlier, other=0) == own_id
             stands = stands & ((earlier & again) == 0)
     lowest = tl.full([BLOCK], float("inf"), tl.float32)
-    for side in tl.static_range(SIDE):
+    for side in tl.static_range(PER):
         other = first + side
         has = valid & (other < last)
         g = tl.load(g_ptr + other, mask=has, other=0.0)
         lse = tl.load(lse_ptr + other, mask=has, other=0.0)
         lowest = tl.minimum(lowest, tl.where(has & (g != 0.0), lse, float("inf")))
     weight = tl.zeros([BLOCK], tl.float32)
-    for side in tl.static_range(SIDE):
+    for side in tl.static_range(PER):
         other = first + side
         has = valid & (other < last)
         g = tl.load(g_ptr + other, mask=has, other=0.0)
@@ -363,9 +362,6 @@ def page_weights(
         id = tl.load(anchor_id_ptr + other, mask=has, other=0)
         if MASK != MASK_OTHER_PAGES:
             own += tl.where(has & stands & (id != own_id), g * tl.exp2(t - lse), 0.0)
-    begin = tl.load(history_offsets_ptr + page, mask=valid, other=0)
-    end = tl.load(history_offsets_ptr + page + 1, mask=valid, other=0)
-    size = exponent_of(end - begin)
     side_of = i - first
     for unit in tl.static_range(UNITS):
         is_first = valid & ((unit >> size) == 0) & (side_of == 0)
@@ -385,16 +381,13 @@ def make_bins(p: Problem, s: CandidateShape, t: CandidateState, b: Bins) -> None
     fill_bins[(s.bins,)](
         source,
         p.history_index if p.history_index is not None else b.slot_row,
-        p.pv_offsets,
-        p.history_offsets,
+        Pages(p.pv_offsets, p.history_offsets, t.places[0]),
+        placed_of(b),
         t.history_page,
         t.anchor.list,
-        t.places[0],
+        t.anchor.id,
         p.pv_index if s.merged else b.slot_row,
         t.item_place if s.merged else t.places[2],
-        b.unit_page,
-        b.page_place,
-        b.bin_count,
         b.c,
         b.gram,
         b.slot_log,
@@ -402,6 +395,7 @@ def make_bins(p: Problem, s: CandidateShape, t: CandidateState, b: Bins) -> None
         b.slot_row,
         b.unit_poison,
         b.unit_column,
+        b.unit_id,
         b.bin_group,
         b.bin_most,
         s.units,
@@ -409,22 +403,25 @@ def make_bins(p: Problem, s: CandidateShape, t: CandidateState, b: Bins) -> None
         COSINE=p.cosine,
         HAS_INDEX=p.history_index is not None,
         MERGED=s.merged,
+        PER=s.per_entry,
         BLOCK_D=s.block_d,
         BLOCK_K=tiles.binned_tile("scores", s.dtype, s.block_d, s.device).block_k,
         PRECISION=s.precision,
         num_warps=8,
         maxnreg=tiles.MOST_REGISTERS,
     )
+    # Merged columns are rows of the table themselves.
+    index = None if s.merged else p.pv_index
     pack_columns[(cdiv(b.e.shape[0], ROWS),)](
         p.pv,
-        b.slot_row,
+        b.slot_row if index is None else index,
         t.column.list,
         t.counts[2:3],
         b.e,
         b.e_inverse,
         D=s.dim,
         COSINE=p.cosine,
-        HAS_INDEX=False,
+        HAS_INDEX=index is not None,
         BLOCK_M=ROWS,
         BLOCK_D=s.block_d,
     )
@@ -433,13 +430,12 @@ def make_bins(p: Problem, s: CandidateShape, t: CandidateState, b: Bins) -> None
 def _anchors(p: Problem, s: CandidateShape, t: CandidateState, b: Bins) -> dict[str, Any]:
     """What the small kernels know of anchors and their pages."""
     return {
-        "pv_offsets_ptr": p.pv_offsets,
-        "anchor_place_ptr": t.places[0],
+        "pages": Pages(p.pv_offsets, p.history_offsets, t.places[0]),
+        "placed": placed_of(b),
         "anchor_list_ptr": t.anchor.list,
         "anchor_page_ptr": t.anchor.page,
         "anchor_id_ptr": t.anchor.id if s.merged else t.anchor.list,
         "count_ptr": t.counts[0:1],
-        "page_place_ptr": b.page_place,
         "positive_ptr": t.positive,
         "log_q_ptr": p.log_q if p.log_q is not None else t.positive,
         "pv_index_ptr": p.pv_index if s.merged else t.anchor.list,
@@ -449,6 +445,7 @@ def _anchors(p: Problem, s: CandidateShape, t: CandidateState, b: Bins) -> dict[
         "MASK": MASKS[p.negatives],
         "HAS_LOG_Q": p.log_q is not None,
         "MERGED": s.merged,
+        "PER": s.per_entry,
         "BLOCK": 256,
     }
 
@@ -485,7 +482,6 @@ def weigh(
     lse, weight = torch.empty(2, units, dtype=torch.float32, device=device)
     page_weights[(cdiv(s.rows, 256),)](
         **_anchors(p, s, t, b),
-        history_offsets_ptr=p.history_offsets,
         lse_ptr=t.lse,
         miss_ptr=t.miss,
         g_ptr=g,

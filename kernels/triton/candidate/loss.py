@@ -124,7 +124,7 @@ def forward(
     bins, small = t.bins, small_rows(s)
     of_pages = Pages(p.pv_offsets, p.history_offsets, t.places[0])
     listed = t.page_list, t.page_count
-    place(of_pages, listed, small, bins)
+    place(of_pages, listed, small, bins, s.per_entry)
     kernels.score_own(p, s, t, positive)
     if bins is not None:
         make_bins(p, s, t, bins)

@@ -33,6 +33,12 @@ PADDING = tl.constexpr(128)
 class CandidateShape(Shape):
     binned: bool = False
     bins: Any = 0
+    identified: bool = False  # items of one id are no candidates of each other
+
+    @property
+    def per_entry(self) -> int:
+        """Anchors of an entry: what is summed is for all of them, but for SIDE columns."""
+        return 1 if self.identified else SIDE.value
 
     @property
     def bin_slots(self) -> Any:
@@ -48,16 +54,12 @@ class CandidateShape(Shape):
 
 
 def fast_path_reasons(p: Problem, stats: bool = False) -> list[str]:
-    """Why no page of this problem is packed (binned.py); empty if those that fit are. What must
-    hold: products of E and C are all that is needed, and every column is an item of its own."""
+    """Why no page of this problem is packed (binned.py); empty if those that fit are: products of E
+    and C must be all that is needed."""
     own = [name for name in ("query", "key", "value") if getattr(p, name) is not None]
     found = {
         f"num_heads is {p.num_heads}": p.num_heads != 1,
         f"{' and '.join(own)} of the caller's own": bool(own),
-        "item_ids": p.item_ids is not None,
-        "a table's items are no columns (log_q, other negatives, more items than rows)": (
-            p.pv_index is not None and not loss_shape(p).merged
-        ),
         'negatives is "page"': p.negatives == "page",
         # Every cosine is 1 or -1 and the gradients are 0, which sums of E and C miss.
         "one dimension": p.pv.shape[1] == 1 and not p.cosine,
@@ -68,10 +70,16 @@ def fast_path_reasons(p: Problem, stats: bool = False) -> list[str]:
 
 def candidate_shape(p: Problem) -> CandidateShape:
     s = loss_shape(p)
-    # A bin holds at least 33 rows, or 16 pages of a single unit; the last one of each size may
-    # hold less.
-    bins = torch.sym_min(s.pages, s.pages * 34 // 1024 + cdiv(s.history_rows, 33) + 6)
-    return CandidateShape(**vars(s), binned=not fast_path_reasons(p), bins=larger(bins, 1))
+    # A bin holds at least 33 rows, or 16 entries of a single unit; the last one of each size may
+    # hold less. The quarter more is for pages of several entries.
+    bins = s.pages * 34 // 1024 + cdiv(s.history_rows, 33) + 6
+    bins = torch.sym_min(s.pages * 5 // 4 + 4, bins)
+    identified = p.ids is not None and not s.merged
+    # With ids each anchor has an entry of its own: for two a page.
+    bins = larger(bins * (2 if identified else 1), 1)
+    return CandidateShape(
+        **vars(s), binned=not fast_path_reasons(p), bins=bins, identified=identified
+    )
 
 
 @functools.cache
@@ -87,9 +95,12 @@ class Bins(Group):
     """What the backward needs of the bins."""
 
     unit_page: Tensor
+    unit_entry: Tensor
+    unit_id: Tensor | None
     bin_group: Tensor
     bin_most: Tensor
     page_place: Tensor
+    page_entries: Tensor
     bin_count: Tensor
     c: Tensor
     gram: Tensor
@@ -105,10 +116,13 @@ class Bins(Group):
     def build(cls, s: CandidateShape, make: Make) -> Self:
         return cls(
             unit_page=make((s.units,), torch.int32),
+            unit_entry=make((s.units,), torch.int32),
+            unit_id=make((s.units,), s.id_dtype) if s.identified else None,
             bin_group=make((s.bins,), torch.int32),
             bin_most=make((s.bins,), torch.int32),
             page_place=make((s.pages,), torch.int32),
-            bin_count=make((3,), torch.int32),
+            page_entries=make((s.pages,), torch.int32),
+            bin_count=make((2,), torch.int32),
             c=make((s.bin_slots, s.block_d), s.dtype),
             # Weights and gradients in products: float16 has too little range for them.
             gram=make((s.bin_slots, SLOTS.value), s.sums),
